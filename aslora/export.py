@@ -1,0 +1,90 @@
+"""Exact export to a LoRA checkpoint that stock PEFT, and every LoRA server, loads without this package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from peft import LoraConfig, PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from peft_bridge import folder_replaced_at_once
+
+from . import storage
+from .config import ASLoRAConfig
+from .groups import a_group_of, module_path
+
+
+def export_to_lora(adapter_dir: str | Path, out_dir: str | Path) -> None:
+    """Write the adapter saved in `adapter_dir` as a LoRA adapter of the same rank to the new folder `out_dir`.
+
+    Exact: delta W of each layer is scaling * B_group(l) A, so each layer gets A and the B of its group bit for bit; no
+    SVD. The model it is loaded into gives the same logits. Dropout, rsLoRA scaling, biases and modules_to_save go along.
+
+    Raises:
+        ValueError: `adapter_dir` holds no ASLoRA adapter, its file is damaged, or `out_dir` is not empty. Nothing is
+            written then.
+    """
+    config, tensors = load_adapter(adapter_dir)
+    lora: dict[str, Tensor] = {key: value for key, value in tensors.items() if not storage.owns(key)}
+    for group in storage.b_groups(tensors):
+        A = tensors[f"{storage.A_PREFIX}{a_group_of(group, config.share_a)}.A"]
+        for layer, B in storage.rows_of_layers(tensors, group):
+            path = f"base_model.model.{module_path(group, layer)}"
+            lora[f"{path}.lora_A.weight"] = A.clone()  # a file cannot hold one tensor under two names
+            lora[f"{path}.lora_B.weight"] = B.clone()
+    with folder_replaced_at_once(out_dir) as draft:
+        save_file(lora, draft / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        lora_config(config).save_pretrained(str(draft), auto_mapping_dict=getattr(config, "auto_mapping", None))
+
+
+def lora_config(config: ASLoRAConfig) -> LoraConfig:
+    """The `LoraConfig` with the same targets, rank and scaling."""
+    kept = [
+        "base_model_name_or_path",
+        "revision",
+        "task_type",
+        "inference_mode",
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "use_rslora",
+        "fan_in_fan_out",
+        "modules_to_save",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+    ]
+    fields = {name: getattr(config, name) for name in kept}
+    bias = "lora_only" if config.bias == "aslora_only" else config.bias
+    return LoraConfig(**fields, lora_dropout=config.aslora_dropout, bias=bias)
+
+
+def load_adapter(adapter_dir: str | Path) -> tuple[ASLoRAConfig, dict[str, Tensor]]:
+    """Read and check a saved ASLoRA adapter: its configuration and the tensors of its file.
+
+    Raises:
+        ValueError: one sentence that names the folder or file and the remedy.
+    """
+    folder = Path(adapter_dir)
+    config_file, weights = folder / "adapter_config.json", folder / SAFETENSORS_WEIGHTS_NAME
+    for file in (config_file, weights):
+        if not file.is_file():
+            raise ValueError(f"'{folder}' holds no {file.name}: give the folder that save_pretrained wrote.")
+    try:
+        kind = json.loads(config_file.read_text()).get("peft_type")
+    except ValueError as error:
+        raise ValueError(f"'{config_file}' is not valid JSON ({error}): restore it from a good save.") from error
+    if kind != "ASLORA":
+        raise ValueError(f"'{folder}' holds an adapter of type {kind}, not ASLORA: it cannot be exported from here.")
+    config = PeftConfig.from_pretrained(str(folder))
+    assert isinstance(config, ASLoRAConfig)
+    try:
+        tensors = load_file(weights)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ValueError(f"'{weights}' cannot be read ({error}): restore it from a good save.") from error
+    storage.check(tensors, config)
+    return config, tensors

@@ -1,0 +1,77 @@
+"""Which layers share: pure functions from module paths to groups.
+
+Projection: the module path with its layer index replaced by `*`; towers, self- and cross-attention and the index of an
+expert stay apart. Group names serve as keys of a `nn.ModuleDict`, hence `/` where a path has dots.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+# The first numbered part of a path, as in PEFT's layers_to_transform; the last part of a path is never a layer index.
+_FIRST_INDEX = re.compile(r"^(?P<tower>(?:.*?\.)??)(?P<index>\d+)(?P<rest>\..+)$")
+
+
+class Place(NamedTuple):
+    """A module path, taken apart."""
+
+    projection: str
+    """The path with its layer index replaced by `*`, e.g. `model.layers.*.mlp.up_proj`."""
+    tower: str
+    """What stands before the layer index, e.g. `model.layers`; the parent's path where there is no index."""
+    layer: int
+    """The layer index; 0 where there is none."""
+
+
+def place(path: str, layers_pattern: str | Iterable[str] | None = None) -> Place:
+    """Take a module path apart, e.g. `model.layers.3.mlp.up_proj` -> (`model.layers.*.mlp.up_proj`, `model.layers`, 3)."""
+    patterns = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or [])
+    for pattern in patterns:
+        match = re.match(rf"^(?P<tower>(?:.*?\.)??{pattern}\.)(?P<index>\d+)(?P<rest>\..+)$", path)
+        if match:
+            break
+    else:
+        match = _FIRST_INDEX.match(path)
+    if match is None:
+        return Place(path, path.rpartition(".")[0], 0)
+    tower = match["tower"]
+    return Place(f"{tower}*{match['rest']}", tower.removesuffix("."), int(match["index"]))
+
+
+def b_group_name(where: Place, in_features: int, out_features: int) -> str:
+    """Key of the group in which B may merge: (projection, in_features, out_features)."""
+    return f"{where.projection.replace('.', '/')}:{in_features}x{out_features}"
+
+
+def a_group_name(where: Place, in_features: int, share_a: str) -> str:
+    """Key of the group that has one A: (projection, in_features), or (tower, in_features) if `share_a` is `joint`."""
+    path = where.tower if share_a == "joint" else where.projection
+    return f"{path.replace('.', '/')}:{in_features}"
+
+
+def tower_of(group: str) -> str:
+    """The tower of a B-group, from its name."""
+    projection = group.rpartition(":")[0]
+    before, star, _ = projection.partition("/*/")
+    if star:
+        return before
+    return "" if projection.startswith("*/") else projection.rpartition("/")[0]
+
+
+def in_features_of(group: str) -> int:
+    """The in_features of a B-group, from its name."""
+    return int(group.rpartition(":")[2].partition("x")[0])
+
+
+def a_group_of(group: str, share_a: str) -> str:
+    """The A-group to which a B-group belongs, from its name."""
+    path = tower_of(group) if share_a == "joint" else group.rpartition(":")[0]
+    return f"{path}:{in_features_of(group)}"
+
+
+def module_path(group: str, layer: int | str) -> str:
+    """The module path of layer `layer` (an index, or `*` for the projection) of a B-group: the inverse of `place` and `b_group_name`."""
+    projection = group.rpartition(":")[0].replace("/", ".")
+    return projection.replace("*", str(layer), 1)

@@ -1,0 +1,190 @@
+"""One adapted layer: forward, delta weight, merging into the base weight."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils.other import transpose
+from torch import Tensor, nn
+
+from .bank import SharedA, SharedB
+from .config import ASLoRAConfig
+
+
+class ASLoRALayer(BaseTunerLayer):
+    """What a layer knows of its adapters: references to the tuner's A and B, and its own place in B."""
+
+    adapter_layer_names = ("aslora_A", "aslora_B")
+    other_param_names = ("aslora_dropout", "r", "lora_alpha", "scaling", "position")
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        # References, hidden from nn.Module's registry: the tuner owns these modules, once for all layers.
+        object.__setattr__(self, "aslora_A", nn.ModuleDict())
+        object.__setattr__(self, "aslora_B", nn.ModuleDict())
+        self.aslora_dropout = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.position: dict[str, int] = {}
+        self._leads: dict[str, tuple[bool, bool]] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.kwargs = kwargs
+
+    def update_layer(self, adapter_name: str, config: ASLoRAConfig) -> None:
+        """Prepare the layer for an adapter; `attach` then brings its tensors."""
+        self.r[adapter_name] = config.r
+        self.lora_alpha[adapter_name] = config.lora_alpha
+        self.scaling[adapter_name] = config.scaling
+        dropout = nn.Dropout(config.aslora_dropout) if config.aslora_dropout > 0 else nn.Identity()
+        self.aslora_dropout[adapter_name] = dropout
+
+    def attach(self, adapter_name: str, shared_a: SharedA, shared_b: SharedB, position: int, leads_a: bool) -> None:
+        """Refer to the A and B of the tuner.
+
+        Args:
+            position: this layer's place in the B-group.
+            leads_a: whether this is the first layer of its A-group, whose device and dtype A follows.
+        """
+        self.aslora_A[adapter_name] = shared_a
+        self.aslora_B[adapter_name] = shared_b
+        self.position[adapter_name] = position
+        self._leads[adapter_name] = (leads_a, position == 0)
+
+    def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
+        """Where and in what dtype PEFT would put this layer's adapter: those of the base layer, if it is of floats."""
+        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if dtype is None or not (dtype.is_floating_point or dtype.is_complex):
+            dtype = torch.float32
+        return device or torch.device("cpu"), dtype
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """PEFT calls this after loading. Shared tensors follow the first layer of their group, as whole modules."""
+        if adapter_name not in self.aslora_B:
+            return
+        own_device, dtype = self.device_and_dtype()
+        shared = (self.aslora_A[adapter_name], self.aslora_B[adapter_name])
+        for module, leads in zip(shared, self._leads[adapter_name], strict=True):
+            if leads and not any(p.is_meta for p in module.parameters()):
+                module.to(device or own_device, dtype)
+
+    def factors(self, adapter_name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A [r, in_features] and this layer's B [out_features, r]."""
+        A = self.aslora_A[adapter_name].A
+        B = self.aslora_B[adapter_name].of_layer(self.position[adapter_name])
+        return A.to(device), B.to(device)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """scaling * B A, in the layout of the base weight: [out_features, in_features], transposed for Conv1D."""
+        A = self.aslora_A[adapter].A
+        A, B = self.factors(adapter, A.device)
+        if A.device.type == "cpu" and A.dtype in (torch.float16, torch.bfloat16):
+            delta = (B.float() @ A.float() * self.scaling[adapter]).to(A.dtype)  # half products are slow on CPUs
+        else:
+            delta = B @ A * self.scaling[adapter]
+        return transpose(delta, self.fan_in_fan_out)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+
+class Linear(nn.Module, ASLoRALayer):
+    """An adapted `nn.Linear`, transformers `Conv1D`, or quantised linear layer."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: ASLoRAConfig, **kwargs: Any) -> None:
+        super().__init__()
+        ASLoRALayer.__init__(self, base_layer, **kwargs)
+        self.fan_in_fan_out = config.fan_in_fan_out
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the delta weights of the active adapters to the base weight.
+
+        Args:
+            safe_merge: work on a copy, and raise ValueError instead if the result is not finite.
+            adapter_names: adapters to merge; None means the active ones.
+        """
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if adapter not in self.aslora_B:
+                continue
+            weight = self.get_base_weight()
+            if safe_merge:
+                weight = weight.clone()
+            weight += self.get_delta_weight(adapter).to(weight.device)
+            if safe_merge and not torch.isfinite(weight).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
+            self.set_base_weight(weight)
+            self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        """Take the delta weights of all merged adapters away again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.")
+            return
+        while self.merged_adapters:
+            adapter = self.merged_adapters.pop()
+            if adapter in self.aslora_B:
+                weight = self.get_base_weight()
+                weight -= self.get_delta_weight(adapter).to(weight.device)
+                self.set_base_weight(weight)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """base_layer(x) + the sum over active adapters of scaling * B_group(l) A dropout(x) (eq. 2)."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is not None:
+            self._check_forward_args(x, adapter_names)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        dtype = result.dtype
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        if adapter_names is not None:
+            return self._add_per_sample(result, x, adapter_names)
+        for adapter in self.active_adapters:
+            if adapter in self.aslora_B:
+                result = result + self._update(adapter, x)
+        return result.to(dtype)
+
+    def _update(self, adapter: str, x: Tensor) -> Tensor:
+        A, B = self.factors(adapter, x.device)
+        x = self.aslora_dropout[adapter](self._cast_input_dtype(x, A.dtype))
+        return F.linear(F.linear(x, A), B) * self.scaling[adapter]
+
+    def _check_forward_args(self, x: Tensor, adapter_names: list[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    def _add_per_sample(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
+        """Each sample of the batch has its own adapter; `__base__` means none."""
+        for adapter in dict.fromkeys(adapter_names):
+            if adapter in self.aslora_B:
+                samples = [i for i, name in enumerate(adapter_names) if name == adapter]
+                result[samples] += self._update(adapter, x[samples]).to(result.dtype)
+        return result
+
+    def __repr__(self) -> str:
+        return "aslora." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)

@@ -1,0 +1,426 @@
+"""The tuner: injects layers, owns the shared tensors, follows optimizer steps, and lays adapters out for saving."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
+from peft.utils.integrations import init_empty_weights
+from peft.utils.other import AuxiliaryTrainingWrapper, _set_layer_requires_grad
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+from transformers.pytorch_utils import Conv1D
+
+from peft_bridge import RunListener, watch_runs, watch_steps
+
+from . import storage
+from .bank import SharedA, SharedB
+from .combine import combine
+from .config import ASLoRAConfig
+from .groups import a_group_of, b_group_name, place, tower_of
+from .layer import ASLoRALayer, Linear
+from .report import SharingReport, report
+from .sharing import planned_merges
+from .unit import MergeUnit
+
+
+class ASLoRAModel(BaseTuner, RunListener):
+    """ASLoRA in PEFT's frame; made by `get_peft_model(model, ASLoRAConfig(...))` and reached as `model.base_model`.
+
+    The sharing runs by itself: after each optimizer step (torch's global optimizer hooks) the running averages are
+    sampled and the merges that are due are taken.
+
+    Attributes:
+        aslora_A: adapter -> A-group -> `SharedA`.
+        aslora_B: adapter -> B-group -> `SharedB`.
+        nonfinite_steps: optimizer steps that were not taken because an adapter's gradient was inf or nan.
+    """
+
+    uses_shared_state = True
+    prefix = "aslora_"
+    tuner_layer_cls = ASLoRALayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    # ------------------------------------------------------------------ injection
+
+    def _pre_injection_hook(self, model: nn.Module, config: ASLoRAConfig, adapter_name: str) -> None:
+        # Called once, before the first adapter; later adapters come through inject_adapter alone.
+        self.aslora_A = nn.ModuleDict()
+        self.aslora_B = nn.ModuleDict()
+        self.units: dict[str, list[MergeUnit]] = {}
+        self.total_steps: dict[str, int | None] = {}
+        self.nonfinite_steps = 0
+        self._warned: set[str] = set()
+        self._injected: list[tuple[str, Linear]] = []
+        watch_steps(self)
+        watch_runs()
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Wrap the targeted layers and build the adapter's shared tensors; on an error the model is as before."""
+        config = self.peft_config[adapter_name]
+        asked = set(config.target_modules) if isinstance(config.target_modules, set | list) else set()
+        trainable = [(p, p.requires_grad) for p in model.parameters()]
+        self._injected = []
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            self._check_names_found(asked, model)
+            self._build(adapter_name, low_cpu_mem_usage)
+        except Exception:
+            self._take_back(adapter_name)
+            for parameter, flag in trainable:
+                parameter.requires_grad = flag
+            raise
+
+    def _create_and_replace(
+        self,
+        config: ASLoRAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        if isinstance(target, Linear):
+            target.update_layer(adapter_name, config)
+            layer = target
+        else:
+            layer = self._new_layer(config, adapter_name, target, current_key)
+            self._replace_module(parent, target_name, layer, target)
+        self._injected.append((current_key, layer))
+
+    def _new_layer(self, config: ASLoRAConfig, adapter_name: str, target: nn.Module, path: str) -> Linear:
+        kwargs = get_quantization_kwargs(self.model)
+        layer = None
+        base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+        is_conv1d = isinstance(base, Conv1D)
+        if isinstance(base, nn.Linear | Conv1D) or _is_quantised_linear(base, kwargs):
+            if config.fan_in_fan_out != is_conv1d:
+                warnings.warn(
+                    f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module is "
+                    f"`{'Conv1D' if is_conv1d else 'torch.nn.Linear'}`. Setting fan_in_fan_out to {is_conv1d}."
+                )
+                config.fan_in_fan_out = is_conv1d
+            layer = Linear(target, adapter_name, config, **kwargs)
+        if layer is None:
+            fused = any(p.ndim == 3 for p in target.parameters(recurse=False))
+            what = "holds fused 3-D expert parameters" if fused else "is no linear layer"
+            raise ValueError(
+                f"Target module '{path}' ({type(target).__name__}) is not supported, because it {what}: ASLoRA adapts "
+                "nn.Linear, transformers Conv1D and quantised linear layers; change target_modules or name it in "
+                "exclude_modules."
+            )
+        return layer
+
+    def _check_names_found(self, asked: set[str], model: nn.Module) -> None:
+        """PEFT is content if one of the names matches; a name without a match is most likely misspelt."""
+        paths = [path for path, _ in self._injected]
+        for name in sorted(asked):
+            if not any(path == name or path.endswith(f".{name}") for path in paths):
+                linear = {k.rpartition(".")[2] for k, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+                config = next(c for c in self.peft_config.values() if c.target_modules and name in c.target_modules)
+                limits = [f for f in ("layers_to_transform", "exclude_modules") if getattr(config, f) is not None]
+                raise ValueError(
+                    f"target_modules: '{name}' matches no module of the model"
+                    f"{' that ' + ' and '.join(limits) + ' leave' if limits else ''}: correct it, or choose from "
+                    f"{', '.join(sorted(linear - {'base_layer'})) or 'its linear layers'}."
+                )
+
+    def _build(self, adapter_name: str, low_cpu_mem_usage: bool) -> None:
+        """Group the layers that were injected and give them their A and B."""
+        config = self.peft_config[adapter_name]
+        groups: dict[str, list[tuple[int, Linear]]] = {}
+        for path, layer in self._injected:
+            where = place(path, config.layers_pattern)
+            groups.setdefault(b_group_name(where, layer.in_features, layer.out_features), []).append(
+                (where.layer, layer)
+            )
+        self.aslora_A[adapter_name], self.aslora_B[adapter_name] = nn.ModuleDict(), nn.ModuleDict()
+        led: set[str] = set()
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            for name, members in groups.items():
+                members.sort(key=lambda member: member[0])
+                self._build_group(adapter_name, name, members, led)
+        self.units[adapter_name] = self._units(adapter_name)
+        self.total_steps[adapter_name] = config.total_steps
+        train = adapter_name in self.active_adapters and not config.inference_mode
+        for owner in (self.aslora_A, self.aslora_B):
+            _set_layer_requires_grad(owner[adapter_name], train)
+
+    def _build_group(self, adapter_name: str, name: str, members: list[tuple[int, Linear]], led: set[str]) -> None:
+        config = self.peft_config[adapter_name]
+        device, dtype = members[0][1].device_and_dtype()
+        a_name = a_group_of(name, config.share_a)
+        shared_a = self.aslora_A[adapter_name]
+        if a_name not in shared_a:
+            shared_a[a_name] = SharedA(config.r, members[0][1].in_features, dtype, device)
+        merges = planned_merges(len(members), config.num_merges)
+        layers = [index for index, _ in members]
+        B = SharedB(config.r, members[0][1].out_features, layers, merges, dtype, device)
+        if not config.init_weights:
+            nn.init.normal_(B.B, std=0.02)
+        self.aslora_B[adapter_name][name] = B
+        for position, (_, layer) in enumerate(members):
+            layer.attach(adapter_name, shared_a[a_name], B, position, leads_a=position == 0 and a_name not in led)
+        led.add(a_name)
+
+    def _units(self, adapter_name: str) -> list[MergeUnit]:
+        config = self.peft_config[adapter_name]
+        together: dict[Any, dict[str, tuple[SharedB, SharedA]]] = {}
+        for name, B in self.aslora_B[adapter_name].items():
+            key = (tower_of(name), tuple(B.layer_indices)) if config.merge_scope == "joint" else name
+            A = self.aslora_A[adapter_name][a_group_of(name, config.share_a)]
+            together.setdefault(key, {})[name] = (B, A)
+        return [MergeUnit(config, members) for members in together.values()]
+
+    def _take_back(self, adapter_name: str) -> None:
+        """Undo a failed injection."""
+        for path, layer in self._injected:
+            layer.delete_adapter(adapter_name)
+            if not layer.r:
+                parent, _, name = path.rpartition(".")
+                setattr(self.model.get_submodule(parent), name, layer.base_layer)
+        self._drop(adapter_name)
+
+    def _drop(self, adapter_name: str) -> None:
+        for owner in (self.aslora_A, self.aslora_B, self.units, self.total_steps):
+            if adapter_name in owner:
+                del owner[adapter_name]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter with its shared tensors."""
+        super().delete_adapter(adapter_name)
+        self._drop(adapter_name)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Raise 16- and 8-bit A and B to float32, in place, so that they stay shared and known to an optimizer."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype and adapter_name in self.aslora_A:
+            for parameter in self._parameters_of(adapter_name):
+                if parameter.dtype.itemsize < 4:
+                    parameter.data = parameter.data.to(torch.float32)
+
+    # ------------------------------------------------------------------ the run: steps, merges, reports
+
+    def _parameters_of(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        return itertools.chain(self.aslora_A[adapter_name].parameters(), self.aslora_B[adapter_name].parameters())
+
+    def watched_parameters(self) -> Iterable[nn.Parameter]:
+        """All A and B, for the optimizer-step events."""
+        return [p for name in self.aslora_A for p in self._parameters_of(name)]
+
+    def _units_of(self, parameters: list[nn.Parameter]) -> Iterator[tuple[str, MergeUnit, list[SharedB]]]:
+        wanted = {id(p) for p in parameters}
+        for adapter_name, units in self.units.items():
+            for unit in units:
+                stepped = [B for B, _ in unit.members.values() if id(B.B) in wanted]
+                if stepped:
+                    yield adapter_name, unit, stepped
+
+    def before_step(self, parameters: list[nn.Parameter]) -> None:
+        """Find the schedule, so that an impossible one is an error before anything has moved."""
+        for adapter_name, unit, _ in self._units_of(parameters):
+            if unit.pending:
+                unit.plan(self.total_steps[adapter_name])
+
+    def after_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+        """Sample the averages and take the merges that are due."""
+        for adapter_name, unit, stepped in self._units_of(parameters):
+            for member in stepped:
+                unit.sample(member, member.step + 1)
+            unit.merge_due(self.total_steps[adapter_name], optimizer)
+            if unit.pending and unit.leader.step == self.total_steps[adapter_name]:
+                self._warn_of_pending(adapter_name)
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Take optimizer step `global_step` (1-indexed) into account, where torch's optimizer hooks cannot see it.
+
+        Only needed with engines that step on copies of the parameters (DeepSpeed); a step that was already counted
+        changes nothing, so calling it in any training loop is safe.
+        """
+        for adapter_name in self.active_adapters:
+            for unit in self.units.get(adapter_name, []):
+                if unit.pending and unit.leader.B.requires_grad and unit.leader.step < global_step:
+                    for member, _ in unit.members.values():
+                        unit.sample(member, global_step)
+                    unit.merge_due(self.total_steps[adapter_name], None)
+
+    def on_run_begin(self, total_steps: int) -> None:
+        """A Trainer's run begins: its length is T where the configuration does not say otherwise."""
+        for adapter_name, config in self.peft_config.items():
+            if config.total_steps is None:
+                self.total_steps[adapter_name] = total_steps
+
+    def on_run_end(self) -> None:
+        for adapter_name in self.active_adapters:
+            self._warn_of_pending(adapter_name)
+
+    def _warn_of_pending(self, adapter_name: str) -> None:
+        units = [u for u in self.units.get(adapter_name, []) if u.pending and u.leader.B.requires_grad]
+        if units and adapter_name not in self._warned:
+            self._warned.add(adapter_name)
+            missing = sum(u.planned - u.taken for u in units)
+            last = max(u.plan(self.total_steps[adapter_name])[-1] for u in units)
+            warnings.warn(
+                f"The run has ended with {missing} merges of adapter '{adapter_name}' not done (the last is planned "
+                f"for step {last}): train longer, or lower merge_start, merge_interval or num_merges."
+            )
+
+    def finish_sharing(self, adapter_name: str | None = None) -> None:
+        """End the sharing of an adapter (None: of all): no further merges, and the saved file holds no averages."""
+        for name in [adapter_name] if adapter_name is not None else list(self.units):
+            self._warn_of_pending(name)
+            for unit in self.units[name]:
+                unit.finish()
+
+    def sharing_report(self, adapter_name: str | None = None) -> SharingReport:
+        """Which layers share what, every merge, and the counts of values and bytes (None: the active adapter)."""
+        name = adapter_name or self.active_adapters[0]
+        return report(name, self.peft_config[name], self.aslora_A[name], self.units[name])
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for adapter_name in self.active_adapters:
+            for B in self.aslora_B[adapter_name].values() if adapter_name in self.aslora_B else ():
+                B.forget_views()
+        return super().forward(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Bring `adapter_names` (one name a sample, `__base__` for none) to the layers, for inference."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = set(adapter_names) - {"__base__"} - set(self.aslora_B)
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        beams = kwargs.get("num_beams")
+        repeated = [name for name in adapter_names for _ in range(beams if isinstance(beams, int) else 1)]
+        # The encoder of an encoder-decoder model sees each sample once, its decoder once for each beam.
+        encoder = self.model.get_encoder() if beams and hasattr(self.model, "get_encoder") else None
+        in_encoder = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_pass_adapter_names, names=adapter_names if module in in_encoder else repeated),
+                with_kwargs=True,
+            )
+            for module in self.modules()
+            if isinstance(module, ASLoRALayer | AuxiliaryTrainingWrapper)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # ------------------------------------------------------------------ combining
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add an adapter that combines others; see `aslora.combine.combine`."""
+        combine(self, adapters, weights, adapter_name, combination_type, svd_rank)
+
+    # ------------------------------------------------------------------ saving, loading, DDP
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Every rank computes the same averages and maps from the same B: DDP need not broadcast them."""
+        return [f"base_model.{n}" for n, _ in self.named_buffers() if n.startswith(("aslora_A.", "aslora_B."))]
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        for owner in ("aslora_A", "aslora_B"):
+            own = f"base_model.{owner}.{adapter_name}."
+            if key.startswith(own):
+                return f"base_model.{owner}.{key.removeprefix(own)}"
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: ASLoRAConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Select an adapter's tensors and compact them: rows that no layer reads are not saved."""
+        selected = cls._get_learnable_bias_state_dict(model, state_dict, config)
+        own = {}
+        for owner in ("aslora_A", "aslora_B"):
+            prefix = f"base_model.{owner}.{adapter_name}."
+            # From the full state_dict: PEFT's filter by name would also drop groups called like another adapter.
+            own.update(
+                {
+                    f"base_model.{owner}.{k.removeprefix(prefix)}": v
+                    for k, v in state_dict.items()
+                    if k.startswith(prefix)
+                }
+            )
+        if own:
+            own = storage.compact(own)
+            own[storage.DIGEST] = storage.digest(own, config)
+        return {**own, **selected}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: ASLoRAConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Check a file's tensors, expand them, and put the adapter's name into their keys."""
+        own = {key: value for key, value in state_dict.items() if storage.owns(key)}
+        others = {key: value for key, value in state_dict.items() if not storage.owns(key)}
+        prefixes = {f"base_model.{o}.{adapter_name}.": f"base_model.{o}." for o in ("aslora_A", "aslora_B")}
+        shapes = {
+            saved + key.removeprefix(prefix): value.shape
+            for key, value in model.state_dict().items()
+            for prefix, saved in prefixes.items()
+            if key.startswith(prefix)
+        }
+        storage.check(own, config)
+        storage.check_fit(own, shapes, config.base_model_name_or_path)
+        own = storage.expand(own, shapes)
+        own.pop(storage.DIGEST, None)
+        named = {}
+        for key, value in own.items():
+            for prefix, saved in prefixes.items():
+                if key.startswith(saved):
+                    named[prefix + key.removeprefix(saved)] = value
+        return {**super()._remap_adapter_state_dict_for_load(model, config, adapter_name, others), **named}
+
+
+def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> Any:
+    kwargs["adapter_names"] = names
+    return args, kwargs
+
+
+def _is_quantised_linear(base: nn.Module, kwargs: dict[str, Any]) -> bool:
+    backend = resolve_quantization_backend(base, **kwargs)
+    return backend is not None and backend.layer_type == "linear"

@@ -1,0 +1,115 @@
+"""The sharing report: which layers share what, every merge, and the counts of values and bytes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from .bank import SharedA, SharedB, trainable_values
+from .config import ASLoRAConfig
+from .groups import module_path
+from .sharing import groups_of, merged
+from .unit import MergeUnit
+
+
+@dataclass(frozen=True)
+class SharingReport:
+    """State of the sharing of one adapter; `str()` is a table, `to_dict()` is JSON-ready.
+
+    Attributes:
+        adapter: the adapter's name.
+        projections: for each B-group its name, its `groups` (lists of layer indices that share one B), the merges taken
+            and planned, and the step up to which it has been followed.
+        merges: each merge in order: `step`, `projection`, `lower` and `upper` (layer indices), `distance` (a Frobenius
+            norm; with merge_scope="joint" over all projections that merge together).
+        trainable_values: `start` (before any merge), `now`, and `end` (after the last planned merge): numbers of values.
+        bytes: `allocated` (parameters and buffers), `live` (A and the rows of B that are read), `saved` (the file's
+            tensors if saved now).
+    """
+
+    adapter: str
+    projections: list[dict[str, Any]]
+    merges: list[dict[str, Any]]
+    trainable_values: dict[str, int]
+    bytes: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain dicts, lists, numbers and strings."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        width = max(len(p["projection"]) for p in self.projections)
+        lines = [f"Sharing of adapter '{self.adapter}'", f"{'projection':<{width}}  merges  groups of layers"]
+        for p in self.projections:
+            groups = " ".join("{" + ",".join(map(str, g)) + "}" if len(g) > 1 else str(g[0]) for g in p["groups"])
+            lines.append(f"{p['projection']:<{width}}  {p['merges_taken']:>2}/{p['merges_planned']:<2}   {groups}")
+        counts, size = self.trainable_values, self.bytes
+        lines.append(
+            f"values: {counts['start']:,} at start, {counts['now']:,} now ({counts['now'] / counts['start']:.1%}), "
+            f"{counts['end']:,} after the last planned merge"
+        )
+        lines.append(f"bytes: {size['allocated']:,} allocated, {size['live']:,} live, {size['saved']:,} in a file now")
+        return "\n".join(lines)
+
+
+def report(adapter: str, config: ASLoRAConfig, shared_a: nn.ModuleDict, units: list[MergeUnit]) -> SharingReport:
+    """Describe an adapter from its A-groups and the units of its B-groups."""
+    projections, merges = [], []
+    a_modules: list[SharedA] = list(shared_a.values())  # type: ignore[arg-type]
+    a_values = sum(a.A.numel() for a in a_modules)
+    a_bytes = sum(a.A.numel() * a.A.element_size() for a in a_modules)
+    start = end = a_values
+    allocated = live = saved = a_bytes
+    members: list[SharedB] = []
+    for unit in units:
+        for name, (B, _) in unit.members.items():
+            members.append(B)
+            layers = B.layer_indices
+            projection = module_path(name, "*")
+            projections.append(
+                {
+                    "projection": projection,
+                    "groups": [[layers[i] for i in group] for group in groups_of(B.sharing_map).values()],
+                    "merges_taken": B.merges_taken,
+                    "merges_planned": unit.planned if unit.pending else B.merges_taken,
+                    "step": B.step,
+                }
+            )
+            merges += _history(B, projection)
+            per_row = B.B[0].numel()
+            start += len(layers) * per_row
+            end += (len(layers) - unit.planned if unit.pending else len(B.live_rows)) * per_row
+            size = per_row * B.B.element_size()
+            buffers = {n: b.numel() * b.element_size() for n, b in B.named_buffers()}
+            allocated += len(layers) * size + sum(buffers.values())
+            live += len(B.live_rows) * size
+            saved += len(B.live_rows) * size + sum(v for n, v in buffers.items() if n != "average")
+            if unit.pending:
+                saved += len(B.live_rows) * B.average[0].numel() * B.average.element_size()
+    merges.sort(key=lambda merge: merge["step"])  # stable: at one step in the order of the projections
+    return SharingReport(
+        adapter,
+        projections,
+        merges,
+        {"start": start, "now": trainable_values([*a_modules, *members]), "end": end},
+        {"allocated": allocated, "live": live, "saved": saved},
+    )
+
+
+def _history(B: SharedB, projection: str) -> list[dict[str, Any]]:
+    """The recorded merges, replayed, so that each names the layers that it joined."""
+    layers, rows, entries = B.layer_indices, list(range(len(B.layer_indices))), []
+    for step, lower, upper, distance in B.merges():
+        entries.append(
+            {
+                "step": step,
+                "projection": projection,
+                "lower": [layers[i] for i, row in enumerate(rows) if row == lower],
+                "upper": [layers[i] for i, row in enumerate(rows) if row == upper],
+                "distance": distance,
+            }
+        )
+        rows = merged(rows, lower, upper)
+    return entries

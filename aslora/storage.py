@@ -1,0 +1,180 @@
+"""How an adapter lies in a file: only rows that are read, averages only while merges are pending, and a digest.
+
+Keys, after the prefix `base_model.`: `aslora_A.<A-group>.A`, `aslora_B.<B-group>.<B | layers | rows | clock | history |
+distances | average>` and `aslora_digest`. In memory the name of the adapter stands before the group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .config import ASLoRAConfig
+from .groups import a_group_of
+from .sharing import groups_of, is_sharing_map, merged
+
+A_PREFIX, B_PREFIX, DIGEST = "base_model.aslora_A.", "base_model.aslora_B.", "base_model.aslora_digest"
+# What, besides the tensors, decides on the adapter's output: the digest ties the file to its adapter_config.json.
+_TIED_FIELDS = ("r", "lora_alpha", "use_rslora", "share_a")
+_TENSORS = ("layers", "rows", "clock", "history", "distances")
+
+
+def owns(key: str) -> bool:
+    """Whether a key of a saved file is ASLoRA's own."""
+    return key.startswith((A_PREFIX, B_PREFIX)) or key == DIGEST
+
+
+def b_groups(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the B-groups in a saved file."""
+    return [key.removeprefix(B_PREFIX).removesuffix(".B") for key in tensors if _is_b(key)]
+
+
+def _is_b(key: str) -> bool:
+    return key.startswith(B_PREFIX) and key.endswith(".B")
+
+
+def digest(tensors: Mapping[str, Tensor], config: ASLoRAConfig) -> Tensor:
+    """SHA-256, as uint8 [32], of the adapter's tensors with names, dtypes and shapes, and of the config that scales them."""
+    sha = hashlib.sha256(json.dumps({name: getattr(config, name) for name in _TIED_FIELDS}).encode())
+    for key in sorted(k for k in tensors if owns(k) and k != DIGEST):
+        tensor = tensors[key].detach().cpu().contiguous()
+        sha.update(f"{key}|{tensor.dtype}|{list(tensor.shape)}|".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return torch.frombuffer(bytearray(sha.digest()), dtype=torch.uint8)
+
+
+def compact(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """From memory's layout to the file's: drop rows that are not read, and averages that no merge waits for.
+
+    Args:
+        tensors: one adapter's tensors under the keys of a file.
+
+    Returns:
+        The same keys without those averages; `B` and `average` are [live rows, out_features, r].
+    """
+    saved = {key: _gathered(value) for key, value in tensors.items()}
+    for group in b_groups(saved):
+        prefix = f"{B_PREFIX}{group}."
+        if f"{prefix}rows" not in saved:
+            continue  # a rank that holds a part of the state only
+        rows = saved[f"{prefix}rows"].unique()
+        saved[f"{prefix}B"] = saved[f"{prefix}B"].index_select(0, rows.to(saved[f"{prefix}B"].device))
+        average = saved.pop(f"{prefix}average", None)
+        if average is not None and not bool(saved[f"{prefix}clock"][2]):
+            saved[f"{prefix}average"] = average.index_select(0, rows.to(average.device))
+    return saved
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def expand(tensors: dict[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """From the file's layout to memory's, the inverse of `compact`.
+
+    Args:
+        tensors: one adapter's tensors under the keys of a file, checked by `check`.
+        shapes: the shapes in memory, under the same keys.
+    """
+    expanded = dict(tensors)
+    for group in b_groups(tensors):
+        prefix = f"{B_PREFIX}{group}."
+        rows = tensors[f"{prefix}rows"].unique()
+        B = tensors[f"{prefix}B"]
+        expanded[f"{prefix}B"] = B.new_zeros(shapes[f"{prefix}B"]).index_copy_(0, rows.to(B.device), B)
+        shape = shapes[f"{prefix}average"]
+        saved = tensors.get(f"{prefix}average")
+        if saved is None:
+            average = torch.zeros(shape, device=B.device)
+        else:
+            average = saved.new_zeros(shape).index_copy_(0, rows.to(saved.device), saved)
+        expanded[f"{prefix}average"] = average
+    return expanded
+
+
+def check(tensors: Mapping[str, Tensor], config: ASLoRAConfig) -> None:
+    """Check a file by itself: complete, consistent, and as it was written.
+
+    A file without a digest is accepted if its parts agree (tensors that were changed on purpose, e.g. averaged).
+
+    Raises:
+        ValueError: one sentence that says what is wrong and what to do.
+    """
+    groups = b_groups(tensors)
+    if not groups:
+        raise ValueError("The file holds no ASLoRA tensors: it is not the adapter_model file of an ASLoRA adapter.")
+    for group in groups:
+        prefix = f"{B_PREFIX}{group}."
+        absent = [name for name in _TENSORS if f"{prefix}{name}" not in tensors]
+        a_key = f"{A_PREFIX}{a_group_of(group, config.share_a)}.A"
+        if absent or a_key not in tensors:
+            raise ValueError(
+                f"The file lacks {a_key if not absent else prefix + absent[0]}: it is incomplete or was saved with "
+                f"another share_a than '{config.share_a}'; take the adapter_config.json and adapter_model file of one save."
+            )
+        _check_map(group, tensors)
+    if DIGEST in tensors and not torch.equal(tensors[DIGEST].cpu(), digest(tensors, config)):
+        raise ValueError(
+            "The digest in the adapter's file does not match its tensors and adapter_config.json: the file was damaged or "
+            "mixed up with another one; restore both files from one save, or, if you changed them on purpose, remove the "
+            f"entry '{DIGEST}'."
+        )
+
+
+def _check_map(group: str, tensors: Mapping[str, Tensor]) -> None:
+    prefix = f"{B_PREFIX}{group}."
+    rows = tensors[f"{prefix}rows"].tolist()
+    n, live = len(rows), len(set(rows))
+    taken = [entry for entry in tensors[f"{prefix}history"].tolist() if entry[0] >= 0]
+    replayed = list(range(n))
+    for _, lower, upper in taken:
+        replayed = merged(replayed, lower, upper)
+    problem = None
+    if not is_sharing_map(rows) or len(tensors[f"{prefix}layers"]) != n:
+        problem = f"its map {rows} is not a sharing map of {n} layers"
+    elif taken and replayed != rows:
+        problem = f"its map {rows} is not what its {len(taken)} recorded merges lead to"
+    elif len(tensors[f"{prefix}B"]) != live:
+        problem = f"it holds {len(tensors[f'{prefix}B'])} rows of B where its map reads {live}"
+    elif f"{prefix}average" in tensors and len(tensors[f"{prefix}average"]) != live:
+        problem = f"it holds {len(tensors[f'{prefix}average'])} averages where its map reads {live} rows"
+    if problem:
+        raise ValueError(f"Group {group} of the adapter's file is wrong: {problem}; restore the file from a good save.")
+
+
+def check_fit(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], base: str | None) -> None:
+    """Check that a file fits the model into which it is loaded.
+
+    Raises:
+        ValueError: one sentence with the first tensor that does not fit, and the base model to load instead.
+    """
+    remedy = f"load the base model it was trained on ({base})" if base else "load the base model it was trained on"
+    theirs = {key for key in tensors if key.endswith((".A", ".B"))}
+    ours = {key for key in shapes if key.endswith((".A", ".B"))}
+    for key in sorted(theirs ^ ours):
+        where = "in the file but not in this model" if key in theirs else "in this model but not in the file"
+        raise ValueError(f"{key} is {where}: the adapter was saved for another base model or target; {remedy}.")
+    for key in sorted(theirs):
+        found, wanted = tensors[key].shape, shapes[key]
+        if key.endswith(".B"):
+            layers = tensors[f"{key.removesuffix('B')}rows"].shape
+            found, wanted = (*layers, *found[1:]), (*wanted[:1], *wanted[1:])
+        if tuple(found) != tuple(wanted):
+            raise ValueError(
+                f"{key} has shape {list(found)} in the file and {list(wanted)} in this model: the adapter was saved for "
+                f"another base model; {remedy}."
+            )
+
+
+def rows_of_layers(tensors: Mapping[str, Tensor], group: str) -> list[tuple[int, Tensor]]:
+    """(layer index, its B [out_features, r]) for each layer of a group, from a file's tensors."""
+    prefix = f"{B_PREFIX}{group}."
+    rows = tensors[f"{prefix}rows"].tolist()
+    place = {row: i for i, row in enumerate(sorted(groups_of(rows)))}
+    B = tensors[f"{prefix}B"]
+    return [(layer, B[place[row]]) for layer, row in zip(tensors[f"{prefix}layers"].tolist(), rows, strict=True)]

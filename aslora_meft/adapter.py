@@ -1,0 +1,126 @@
+"""The model, its tokenizer and the adapter that a run trains."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from aslora_meft.arguments import AdapterArguments, ModelArguments, SharingArguments
+from aslora_meft.errors import UsageError, as_usage_error
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of ``model`` for training: padded on the right, with EOS where it has no padding token.
+
+    Raises:
+        UsageError: there is none.
+    """
+    # A path that is none would else be asked of the hub.
+    if not Path(model).expanduser().exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise UsageError(f"model={model!r} does not exist; give a folder with a saved model, or a hub id")
+    with as_usage_error(OSError, ValueError, prefix=f"model={model!r} has no tokenizer that can be loaded: "):
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UsageError(f"model={model!r} has a tokenizer with neither padding nor EOS token; add one to it")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(args: ModelArguments) -> PreTrainedModel:
+    """Load the base model.
+
+    Raises:
+        UsageError: there is none, or it is no causal language model.
+    """
+    on_cpu = not torch.accelerator.is_available()
+    dtype: Any = args.dtype
+    if dtype == "auto" and on_cpu:
+        dtype = "float32"  # bfloat16 is several times slower there
+    options: dict[str, Any] = {"dtype": dtype}
+    if args.load_in_4bit:
+        compute = torch.float32 if on_cpu else torch.bfloat16
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+        )
+    with as_usage_error(OSError, ValueError, prefix=f"model={args.model!r} could not be loaded: "):
+        return AutoModelForCausalLM.from_pretrained(args.model, **options)
+
+
+def adapter_config(method: str, adapter: AdapterArguments, sharing: SharingArguments) -> PeftConfig:
+    """Make the PEFT config of ``method``.
+
+    Raises:
+        UsageError: a value that the method does not know or allow.
+    """
+    common: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "r": adapter.r,
+        "lora_alpha": adapter.lora_alpha,
+        "use_rslora": adapter.use_rslora,
+        "target_modules": "all-linear" if adapter.target_modules == ["all-linear"] else adapter.target_modules,
+        "exclude_modules": adapter.exclude_modules,
+        "layers_to_transform": adapter.layers_to_transform,
+    }
+    if not 0 <= adapter.dropout < 1:
+        raise UsageError(f"dropout={adapter.dropout} is out of range; give a number in [0, 1)")
+    if adapter.r < 1:
+        raise UsageError(f"r={adapter.r} is no rank; give an integer of at least 1")
+    if method == "lora":
+        for field in dataclasses.fields(sharing):
+            value = getattr(sharing, field.name)
+            if value != field.default:
+                raise UsageError(f"{field.name}={value} has no meaning with method=lora; drop it or use method=aslora")
+        return LoraConfig(**common, lora_dropout=adapter.dropout)
+
+    from aslora import ASLoRAConfig
+
+    schedule = {name: _steps_or_share(name, getattr(sharing, name)) for name in ("merge_start", "merge_interval")}
+    with as_usage_error(ValueError):
+        return ASLoRAConfig(**common, aslora_dropout=adapter.dropout, **{**dataclasses.asdict(sharing), **schedule})
+
+
+def add_adapter(model: PreTrainedModel, config: PeftConfig, *, gradient_checkpointing: bool) -> PeftModel:
+    """Wrap ``model`` in the adapter of ``config``.
+
+    Raises:
+        UsageError: target modules that the model does not have, or that the method cannot adapt.
+    """
+    names = [name for name, _ in model.named_modules()]
+    for field in ("target_modules", "exclude_modules"):
+        wanted = getattr(config, field)
+        for target in [] if wanted is None or isinstance(wanted, str) else sorted(wanted):
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                linear = {name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)}
+                raise UsageError(f"{field}={target!r} names no module of the model; choose from {_listed(linear)}")
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
+    with as_usage_error(ValueError):
+        return get_peft_model(model, config)
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def _steps_or_share(name: str, value: str | None) -> int | float | None:
+    if value is None:
+        return None
+    try:
+        return float(value) if set(value) & set(".eE") else int(value)
+    except ValueError:
+        raise UsageError(f"{name}={value!r} is no number; give steps (40) or a share of the run (0.05)") from None

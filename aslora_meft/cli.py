@@ -1,0 +1,60 @@
+"""The command ``aslora-meft``."""
+
+import sys
+from pathlib import Path
+
+from aslora_meft.errors import RaisingParser, UsageError, as_usage_error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit code: 0, or 2 after bad input, which is told in one sentence on stderr.
+    """
+    try:
+        _run(sys.argv[1:] if argv is None else argv)
+    except UsageError as error:
+        print(f"aslora-meft: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(argv: list[str]) -> None:
+    parser = RaisingParser(prog="aslora-meft", description="Fine-tune language models with adapters that share layers.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,export}")
+    # train has the fields of its dataclasses, which are read in arguments.py.
+    commands.add_parser("train", help="fine-tune an adapter and save it", add_help=False)
+    export = commands.add_parser("export", help="write a saved adapter in another format")
+    export.add_argument("adapter_dir", metavar="ADAPTER_DIR", help="folder of a saved ASLoRA adapter")
+    export.add_argument("--to", required=True, choices=["lora"], help="lora: an equal adapter that stock PEFT loads")
+    export.add_argument("out_dir", metavar="OUT_DIR", help="new or empty folder")
+    options, rest = parser.parse_known_args(argv)
+    if options.command == "train":
+        # Only here: transformers takes seconds to import.
+        from aslora_meft.arguments import parse_train
+        from aslora_meft.train import train
+
+        train(parse_train(rest))
+    elif rest:
+        raise UsageError(f"unknown argument {rest[0]!r} (see aslora-meft export --help)")
+    else:
+        _export(options.adapter_dir, options.out_dir)
+
+
+def _export(adapter_dir: str, out_dir: str) -> None:
+    if not Path(adapter_dir, "adapter_config.json").is_file():
+        raise UsageError(
+            f"ADAPTER_DIR={adapter_dir!r} holds no adapter_config.json; name the folder of a saved adapter"
+        )
+    if Path(out_dir).exists() and (not Path(out_dir).is_dir() or any(Path(out_dir).iterdir())):
+        raise UsageError(f"OUT_DIR={out_dir!r} exists and is not empty; name a new or empty folder")
+    from aslora import export_to_lora
+
+    with as_usage_error(ValueError):
+        export_to_lora(adapter_dir, out_dir)
+    print(f"LoRA adapter: {Path(out_dir).resolve()}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

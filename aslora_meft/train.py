@@ -1,0 +1,175 @@
+"""The recipe of ``aslora-meft train``: load, adapt, train and save, with an evaluation before and after."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from aslora_meft.adapter import adapter_config, add_adapter, load_model, load_tokenizer
+from aslora_meft.arguments import TrainArguments, TrainerArguments
+from aslora_meft.errors import UsageError, as_usage_error
+from aslora_meft.evaluation import token_metrics, token_sums
+from aslora_meft.samples import IGNORED, load_samples
+from peft_bridge import replace_file
+
+
+class TrainResult(NamedTuple):
+    """A finished run: the adapted model, its tokenizer, and the held-out metrics before and after."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+class MergeEvents(TrainerCallback):
+    """Writes every merge above the progress bar as it happens."""
+
+    def __init__(self) -> None:
+        self._seen: int | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave out the merges that a resumed checkpoint brings along."""
+        self._seen = len(_merges(kwargs["model"]))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the merges of this step."""
+        merges = _merges(kwargs["model"])
+        if state.is_world_process_zero:
+            for line in _told(merges[self._seen :]):
+                tqdm.write(line)
+        self._seen = len(merges)
+
+
+def train(arguments: TrainArguments) -> TrainResult:
+    """Fine-tune an adapter as told and save it with its tokenizer in ``output_dir``.
+
+    Everything that the user gave is checked before ``output_dir`` is made.
+
+    Raises:
+        UsageError: bad input, in one sentence.
+    """
+    args = arguments.trainer
+    config = adapter_config(arguments.model.method, arguments.adapter, arguments.sharing)
+    checkpoint = _check_folders(args, config)
+    tokenizer = load_tokenizer(arguments.model.model)
+    train_samples, eval_samples = load_samples(arguments.data, tokenizer, args.seed)
+    base = load_model(arguments.model)
+    longest = getattr(base.config, "max_position_embeddings", None)
+    if longest is not None and arguments.data.max_length > longest:
+        raise UsageError(
+            f"max_length={arguments.data.max_length} is more than the model's {longest}; give at most that"
+        )
+    set_seed(args.seed)  # the adapter's first values
+    model = add_adapter(base, config, gradient_checkpointing=bool(args.gradient_checkpointing))
+
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=train_samples,  # type: ignore[arg-type]  # a list will do
+        eval_dataset=eval_samples,  # type: ignore[arg-type]
+        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
+        processing_class=tokenizer,
+        compute_metrics=token_metrics,
+        preprocess_logits_for_metrics=token_sums,
+        callbacks=[MergeEvents()] if _shares(model) else None,
+    )
+    before = _metrics(trainer)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    after = _metrics(trainer)
+    tuner: Any = model.base_model
+    if _shares(model):
+        tuner.finish_sharing()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        results: dict[str, Any] = {"before": before, "after": after}
+        print("\n" + _table(before, after))
+        if _shares(model):
+            report = tuner.sharing_report()
+            results["sharing"] = report.to_dict()
+            print(f"\n{report}")
+        replace_file(Path(args.output_dir, "results.json"), (json.dumps(results, indent=2) + "\n").encode())
+        print(f"\nAdapter and tokenizer: {Path(args.output_dir).resolve()}")
+    return TrainResult(model, tokenizer, before, after)
+
+
+def _check_folders(args: TrainerArguments, config: Any) -> str | None:
+    """Returns the checkpoint to resume from."""
+    output = Path(args.output_dir)
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"output_dir={args.output_dir!r} is a file; name a new or empty folder")
+    if args.resume_from_checkpoint is None:
+        if output.is_dir() and any(output.iterdir()):
+            raise UsageError(
+                f"output_dir={args.output_dir!r} is not empty; name another folder or go on with "
+                "--resume_from_checkpoint last"
+            )
+        return None
+    checkpoint: str | None = args.resume_from_checkpoint
+    if checkpoint == "last":
+        checkpoint = get_last_checkpoint(args.output_dir) if output.is_dir() else None
+    if checkpoint is None or not Path(checkpoint, "trainer_state.json").is_file():
+        raise UsageError(
+            f"resume_from_checkpoint={args.resume_from_checkpoint!r} leads to no checkpoint; name a checkpoint-N "
+            "folder, or 'last' for the last one in output_dir"
+        )
+    with as_usage_error(OSError, ValueError, prefix=f"resume_from_checkpoint={checkpoint!r} holds no adapter: "):
+        saved = json.loads(Path(checkpoint, "adapter_config.json").read_text(encoding="utf-8"))
+    wanted = {"method": config.peft_type.lower(), "r": config.r}
+    for name, there in (("method", saved["peft_type"].lower()), ("r", saved["r"])):
+        if wanted[name] != there:
+            raise UsageError(f"{name}={wanted[name]} differs from the checkpoint's {name}={there}; resume with that")
+    return checkpoint
+
+
+def _metrics(trainer: Trainer) -> dict[str, float]:
+    names = ("loss", "perplexity", "accuracy", "tokens")
+    metrics = trainer.evaluate()
+    return {name: metrics[f"eval_{name}"] for name in names}
+
+
+def _table(before: dict[str, float], after: dict[str, float]) -> str:
+    rows = [("held out", "before", "after")]
+    rows += [(name, f"{before[name]:.4g}", f"{after[name]:.4g}") for name in ("loss", "perplexity")]
+    rows += [("token accuracy", f"{before['accuracy']:.1%}", f"{after['accuracy']:.1%}")]
+    lines = [f"{name:<16}{left:>10}{right:>10}" for name, left, right in rows]
+    return "\n".join([*lines, f"({before['tokens']:,} tokens)"])
+
+
+def _shares(model: PeftModel) -> bool:
+    return hasattr(model.base_model, "sharing_report")
+
+
+def _merges(model: PeftModel) -> list[dict[str, Any]]:
+    tuner: Any = model.base_model
+    return tuner.sharing_report().to_dict()["merges"]
+
+
+def _told(merges: list[dict[str, Any]]) -> list[str]:
+    """One line for the merges of a projection: layers that now take the B of others."""
+    lines = []
+    for projection in dict.fromkeys(merge["projection"] for merge in merges):
+        events = [merge for merge in merges if merge["projection"] == projection]
+        pairs = ", ".join(f"{_listed(merge['lower'])} -> {_listed(merge['upper'])}" for merge in events)
+        distance = max(merge["distance"] for merge in events)
+        lines.append(f"step {events[-1]['step']}: {projection} merges layers {pairs} (distance up to {distance:.3g})")
+    return lines
+
+
+def _listed(layers: list[int]) -> str:
+    return "+".join(map(str, layers))

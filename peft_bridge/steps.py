@@ -1,0 +1,145 @@
+"""Optimizer-step events, with nothing for the user to call.
+
+Torch runs global hooks before and after `step()` of every `torch.optim.Optimizer`. From them each listener hears of
+every real step on its own parameters: once, whatever the optimizer, however it is wrapped (accelerate, a scheduler, an
+optimizer inside an optimizer), and not at all for a step that a GradScaler skips.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+
+class StepListener(Protocol):
+    """An object, held by weak reference, that follows the steps on some parameters."""
+
+    nonfinite_steps: int
+    """Number of steps that were not taken because a gradient was inf or nan."""
+
+    def watched_parameters(self) -> Iterable[nn.Parameter]:
+        """The parameters of interest, as they are now."""
+
+    def before_step(self, parameters: list[nn.Parameter]) -> None:
+        """The optimizer is about to change `parameters`; an exception here stops the step."""
+
+    def after_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+        """The optimizer has changed `parameters`."""
+
+
+_listeners: weakref.WeakSet[Any] = weakref.WeakSet()
+_open_steps = threading.local()
+_hooks: list[Any] = []
+
+
+def watch_steps(listener: StepListener) -> None:
+    """Tell `listener` of all optimizer steps from now on, until it is garbage-collected."""
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before))
+        _hooks.append(register_optimizer_step_post_hook(_after))
+    _listeners.add(listener)
+
+
+class _Step:
+    """One running `optimizer.step()`: who listens to which of its parameters."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self.watched: list[tuple[Any, list[nn.Parameter]]] = []
+        for listener in list(_listeners):
+            mine = [p for p in listener.watched_parameters() if id(p) in owned and p.requires_grad]
+            if mine:
+                self.watched.append((listener, mine))
+        self.had_gradient = {id(p) for _, mine in self.watched for p in mine if p.grad is not None}
+        self.skipped = False
+
+
+def _stack() -> list[_Step]:
+    if not hasattr(_open_steps, "stack"):
+        _open_steps.stack = []
+    return _open_steps.stack
+
+
+def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    stack = _stack()
+    # A step that raised had no post-hook: what it left behind is dropped here.
+    while any(step.optimizer is optimizer for step in stack):
+        stack.pop()
+    step = _Step(optimizer)
+    if not step.watched:
+        return
+    stack.append(step)
+    if len(stack) > 1:
+        return  # an optimizer inside an optimizer: the outer one reports
+    if _scaler_skips(optimizer):
+        step.skipped = True
+    elif not _all_finite([p.grad for _, mine in step.watched for p in mine if p.grad is not None]):
+        _skip(step)
+    else:
+        for listener, mine in step.watched:
+            listener.before_step(mine)
+
+
+def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    stack = _stack()
+    if not stack or stack[-1].optimizer is not optimizer:
+        return
+    step = stack.pop()
+    if stack or step.skipped:
+        return
+    for listener, mine in step.watched:
+        # A closure (LBFGS) makes the gradients inside the step, some optimizers free them there: either counts.
+        moved = [p for p in mine if p.grad is not None or id(p) in step.had_gradient]
+        if moved:
+            listener.after_step(optimizer, moved)
+
+
+def _scaler_skips(optimizer: Optimizer) -> bool:
+    """True if a GradScaler hands its verdict to a fused optimizer, whose kernel then leaves all parameters alone."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(torch.as_tensor(found_inf) > 0)
+
+
+def _all_finite(gradients: list[Tensor]) -> bool:
+    """Whether all gradients are finite, on all ranks; one host synchronisation."""
+    if gradients:
+        local = [getattr(g, "_local_tensor", g) for g in gradients]
+        norms = torch._foreach_norm(local, float("inf"))
+        finite = torch.stack([n.to(device=local[0].device, dtype=torch.float32) for n in norms]).isfinite().all()
+    else:
+        finite = torch.tensor(True)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        bad = (~finite).to(torch.int32)
+        if bad.device.type == "cpu" and dist.get_backend() == "nccl":
+            bad = bad.cuda()
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        return not bool(bad)
+    return bool(finite)
+
+
+def _skip(step: _Step) -> None:
+    """Take all gradients of the optimizer away, so that its step changes neither parameters nor moments nor counts."""
+    step.skipped = True
+    for group in step.optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+    for listener, _ in step.watched:
+        listener.nonfinite_steps += 1
+        if listener.nonfinite_steps == 1:
+            warnings.warn(
+                "A gradient of an adapter parameter is inf or nan: this optimizer step changes nothing. Further such "
+                "steps are only counted (nonfinite_steps)."
+            )

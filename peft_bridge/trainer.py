@@ -1,0 +1,61 @@
+"""Run events from `transformers.Trainer`, with nothing for the user to pass: how long a run will be, and its end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+
+class RunListener:
+    """A module that a Trainer's run concerns; it is found inside the model that the Trainer trains.
+
+    A base class and not a protocol: PEFT's wrappers forward unknown attributes, so all of them would seem to comply.
+    """
+
+    def on_run_begin(self, total_steps: int) -> None:
+        """A run of `total_steps` optimizer steps begins."""
+
+    def on_run_end(self) -> None:
+        """The run has ended."""
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Optimizer step `global_step` (1-indexed) was taken by an engine that torch's optimizer hooks cannot see."""
+
+
+def watch_runs() -> None:
+    """Let every Trainer made from now on tell the `RunListener`s in its model; repeated calls change nothing."""
+    # Imported on use: only needed where there is a model to train.
+    import transformers.trainer as trainer
+
+    if RunEvents not in trainer.DEFAULT_CALLBACKS:
+        trainer.DEFAULT_CALLBACKS.append(RunEvents)
+
+
+def _listeners(model: nn.Module | None) -> list[RunListener]:
+    return [m for m in model.modules() if isinstance(m, RunListener)] if model is not None else []
+
+
+def _hidden_from_hooks(optimizer: Any) -> bool:
+    """DeepSpeed's optimizers hold flattened copies of the parameters, which the step hooks cannot recognise."""
+    return "deepspeed" in f"{type(optimizer).__module__}.{type(optimizer).__name__}".lower()
+
+
+class RunEvents(TrainerCallback):
+    """The callback behind `watch_runs`."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        for listener in _listeners(model):
+            listener.on_run_begin(state.max_steps)
+
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        if _hidden_from_hooks(optimizer):
+            for listener in _listeners(model):
+                listener.update_and_allocate(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        for listener in _listeners(model):
+            listener.on_run_end()
