@@ -26,7 +26,7 @@ class Place(NamedTuple):
 
 
 def place(path: str, layers_pattern: str | Iterable[str] | None = None) -> Place:
-    """Take a module path apart, e.g. `model.layers.3.mlp.up_proj` -> (`model.layers.*.mlp.up_proj`, `model.layers`, 3)."""
+    """Take a path apart: `model.layers.3.mlp.up_proj` -> (`model.layers.*.mlp.up_proj`, `model.layers`, 3)."""
     patterns = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or [])
     for pattern in patterns:
         match = re.match(rf"^(?P<tower>(?:.*?\.)??{pattern}\.)(?P<index>\d+)(?P<rest>\..+)$", path)
@@ -72,6 +72,6 @@ def a_group_of(group: str, share_a: str) -> str:
 
 
 def module_path(group: str, layer: int | str) -> str:
-    """The module path of layer `layer` (an index, or `*` for the projection) of a B-group: the inverse of `place` and `b_group_name`."""
+    """The path of layer `layer` (an index, or `*`) of a B-group: the inverse of `place` and `b_group_name`."""
     projection = group.rpartition(":")[0].replace("/", ".")
     return projection.replace("*", str(layer), 1)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +15,8 @@ from peft.utils import (
     resolve_quantization_backend,
 )
 from peft.utils.integrations import init_empty_weights
-from peft.utils.other import AuxiliaryTrainingWrapper, _set_layer_requires_grad
+from peft.utils.other import _set_layer_requires_grad
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from peft_bridge import RunListener, watch_runs, watch_steps
@@ -30,7 +27,9 @@ from .combine import combine
 from .config import ASLoRAConfig
 from .groups import a_group_of, b_group_name, place, tower_of
 from .layer import ASLoRALayer, Linear
+from .mixed_batch import adapters_per_sample
 from .report import SharingReport, report
+from .run import SharingRun
 from .sharing import planned_merges
 from .unit import MergeUnit
 
@@ -44,7 +43,7 @@ class ASLoRAModel(BaseTuner, RunListener):
     Attributes:
         aslora_A: adapter -> A-group -> `SharedA`.
         aslora_B: adapter -> B-group -> `SharedB`.
-        nonfinite_steps: optimizer steps that were not taken because an adapter's gradient was inf or nan.
+        run: follows the optimizer steps and takes the merges.
     """
 
     uses_shared_state = True
@@ -52,18 +51,23 @@ class ASLoRAModel(BaseTuner, RunListener):
     tuner_layer_cls = ASLoRALayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+    aslora_A: nn.ModuleDict
+    aslora_B: nn.ModuleDict
+    run: SharingRun
+
+    @property
+    def _configs(self) -> dict[str, ASLoRAConfig]:
+        return self.peft_config  # type: ignore[return-value]
+
     # ------------------------------------------------------------------ injection
 
     def _pre_injection_hook(self, model: nn.Module, config: ASLoRAConfig, adapter_name: str) -> None:
         # Called once, before the first adapter; later adapters come through inject_adapter alone.
         self.aslora_A = nn.ModuleDict()
         self.aslora_B = nn.ModuleDict()
-        self.units: dict[str, list[MergeUnit]] = {}
-        self.total_steps: dict[str, int | None] = {}
-        self.nonfinite_steps = 0
-        self._warned: set[str] = set()
+        self.run = SharingRun()
         self._injected: list[tuple[str, Linear]] = []
-        watch_steps(self)
+        watch_steps(self.run)
         watch_runs()
 
     def inject_adapter(
@@ -75,7 +79,7 @@ class ASLoRAModel(BaseTuner, RunListener):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Wrap the targeted layers and build the adapter's shared tensors; on an error the model is as before."""
-        config = self.peft_config[adapter_name]
+        config = self._configs[adapter_name]
         asked = set(config.target_modules) if isinstance(config.target_modules, set | list) else set()
         trainable = [(p, p.requires_grad) for p in model.parameters()]
         self._injected = []
@@ -136,7 +140,7 @@ class ASLoRAModel(BaseTuner, RunListener):
         for name in sorted(asked):
             if not any(path == name or path.endswith(f".{name}") for path in paths):
                 linear = {k.rpartition(".")[2] for k, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-                config = next(c for c in self.peft_config.values() if c.target_modules and name in c.target_modules)
+                config = next(c for c in self._configs.values() if c.target_modules and name in c.target_modules)
                 limits = [f for f in ("layers_to_transform", "exclude_modules") if getattr(config, f) is not None]
                 raise ValueError(
                     f"target_modules: '{name}' matches no module of the model"
@@ -146,7 +150,7 @@ class ASLoRAModel(BaseTuner, RunListener):
 
     def _build(self, adapter_name: str, low_cpu_mem_usage: bool) -> None:
         """Group the layers that were injected and give them their A and B."""
-        config = self.peft_config[adapter_name]
+        config = self._configs[adapter_name]
         groups: dict[str, list[tuple[int, Linear]]] = {}
         for path, layer in self._injected:
             where = place(path, config.layers_pattern)
@@ -159,14 +163,13 @@ class ASLoRAModel(BaseTuner, RunListener):
             for name, members in groups.items():
                 members.sort(key=lambda member: member[0])
                 self._build_group(adapter_name, name, members, led)
-        self.units[adapter_name] = self._units(adapter_name)
-        self.total_steps[adapter_name] = config.total_steps
+        self.run.add(adapter_name, self._units(adapter_name), config.total_steps)
         train = adapter_name in self.active_adapters and not config.inference_mode
         for owner in (self.aslora_A, self.aslora_B):
             _set_layer_requires_grad(owner[adapter_name], train)
 
     def _build_group(self, adapter_name: str, name: str, members: list[tuple[int, Linear]], led: set[str]) -> None:
-        config = self.peft_config[adapter_name]
+        config = self._configs[adapter_name]
         device, dtype = members[0][1].device_and_dtype()
         a_name = a_group_of(name, config.share_a)
         shared_a = self.aslora_A[adapter_name]
@@ -183,7 +186,7 @@ class ASLoRAModel(BaseTuner, RunListener):
         led.add(a_name)
 
     def _units(self, adapter_name: str) -> list[MergeUnit]:
-        config = self.peft_config[adapter_name]
+        config = self._configs[adapter_name]
         together: dict[Any, dict[str, tuple[SharedB, SharedA]]] = {}
         for name, B in self.aslora_B[adapter_name].items():
             key = (tower_of(name), tuple(B.layer_indices)) if config.merge_scope == "joint" else name
@@ -201,9 +204,10 @@ class ASLoRAModel(BaseTuner, RunListener):
         self._drop(adapter_name)
 
     def _drop(self, adapter_name: str) -> None:
-        for owner in (self.aslora_A, self.aslora_B, self.units, self.total_steps):
+        for owner in (self.aslora_A, self.aslora_B):
             if adapter_name in owner:
                 del owner[adapter_name]
+        self.run.remove(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter with its shared tensors."""
@@ -214,41 +218,11 @@ class ASLoRAModel(BaseTuner, RunListener):
         """Raise 16- and 8-bit A and B to float32, in place, so that they stay shared and known to an optimizer."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype and adapter_name in self.aslora_A:
-            for parameter in self._parameters_of(adapter_name):
+            for parameter in (*self.aslora_A[adapter_name].parameters(), *self.aslora_B[adapter_name].parameters()):
                 if parameter.dtype.itemsize < 4:
                     parameter.data = parameter.data.to(torch.float32)
 
-    # ------------------------------------------------------------------ the run: steps, merges, reports
-
-    def _parameters_of(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        return itertools.chain(self.aslora_A[adapter_name].parameters(), self.aslora_B[adapter_name].parameters())
-
-    def watched_parameters(self) -> Iterable[nn.Parameter]:
-        """All A and B, for the optimizer-step events."""
-        return [p for name in self.aslora_A for p in self._parameters_of(name)]
-
-    def _units_of(self, parameters: list[nn.Parameter]) -> Iterator[tuple[str, MergeUnit, list[SharedB]]]:
-        wanted = {id(p) for p in parameters}
-        for adapter_name, units in self.units.items():
-            for unit in units:
-                stepped = [B for B, _ in unit.members.values() if id(B.B) in wanted]
-                if stepped:
-                    yield adapter_name, unit, stepped
-
-    def before_step(self, parameters: list[nn.Parameter]) -> None:
-        """Find the schedule, so that an impossible one is an error before anything has moved."""
-        for adapter_name, unit, _ in self._units_of(parameters):
-            if unit.pending:
-                unit.plan(self.total_steps[adapter_name])
-
-    def after_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
-        """Sample the averages and take the merges that are due."""
-        for adapter_name, unit, stepped in self._units_of(parameters):
-            for member in stepped:
-                unit.sample(member, member.step + 1)
-            unit.merge_due(self.total_steps[adapter_name], optimizer)
-            if unit.pending and unit.leader.step == self.total_steps[adapter_name]:
-                self._warn_of_pending(adapter_name)
+    # ------------------------------------------------------------------ the run and its report
 
     def update_and_allocate(self, global_step: int) -> None:
         """Take optimizer step `global_step` (1-indexed) into account, where torch's optimizer hooks cannot see it.
@@ -257,44 +231,33 @@ class ASLoRAModel(BaseTuner, RunListener):
         changes nothing, so calling it in any training loop is safe.
         """
         for adapter_name in self.active_adapters:
-            for unit in self.units.get(adapter_name, []):
-                if unit.pending and unit.leader.B.requires_grad and unit.leader.step < global_step:
-                    for member, _ in unit.members.values():
-                        unit.sample(member, global_step)
-                    unit.merge_due(self.total_steps[adapter_name], None)
+            self.run.catch_up(adapter_name, global_step)
 
     def on_run_begin(self, total_steps: int) -> None:
         """A Trainer's run begins: its length is T where the configuration does not say otherwise."""
-        for adapter_name, config in self.peft_config.items():
+        for adapter_name, config in self._configs.items():
             if config.total_steps is None:
-                self.total_steps[adapter_name] = total_steps
+                self.run.total_steps[adapter_name] = total_steps
 
     def on_run_end(self) -> None:
+        """A Trainer's run has ended: merges that were not done are worth a warning."""
         for adapter_name in self.active_adapters:
-            self._warn_of_pending(adapter_name)
-
-    def _warn_of_pending(self, adapter_name: str) -> None:
-        units = [u for u in self.units.get(adapter_name, []) if u.pending and u.leader.B.requires_grad]
-        if units and adapter_name not in self._warned:
-            self._warned.add(adapter_name)
-            missing = sum(u.planned - u.taken for u in units)
-            last = max(u.plan(self.total_steps[adapter_name])[-1] for u in units)
-            warnings.warn(
-                f"The run has ended with {missing} merges of adapter '{adapter_name}' not done (the last is planned "
-                f"for step {last}): train longer, or lower merge_start, merge_interval or num_merges."
-            )
+            self.run.warn_of_pending(adapter_name)
 
     def finish_sharing(self, adapter_name: str | None = None) -> None:
         """End the sharing of an adapter (None: of all): no further merges, and the saved file holds no averages."""
-        for name in [adapter_name] if adapter_name is not None else list(self.units):
-            self._warn_of_pending(name)
-            for unit in self.units[name]:
-                unit.finish()
+        for name in [adapter_name] if adapter_name is not None else list(self.run.units):
+            self.run.finish(name)
 
     def sharing_report(self, adapter_name: str | None = None) -> SharingReport:
         """Which layers share what, every merge, and the counts of values and bytes (None: the active adapter)."""
         name = adapter_name or self.active_adapters[0]
-        return report(name, self.peft_config[name], self.aslora_A[name], self.units[name])
+        return report(name, self.run.units[name])
+
+    @property
+    def nonfinite_steps(self) -> int:
+        """Optimizer steps that were not taken because an adapter's gradient was inf or nan."""
+        return self.run.nonfinite_steps
 
     # ------------------------------------------------------------------ forward
 
@@ -316,24 +279,8 @@ class ASLoRAModel(BaseTuner, RunListener):
         unknown = set(adapter_names) - {"__base__"} - set(self.aslora_B)
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-        beams = kwargs.get("num_beams")
-        repeated = [name for name in adapter_names for _ in range(beams if isinstance(beams, int) else 1)]
-        # The encoder of an encoder-decoder model sees each sample once, its decoder once for each beam.
-        encoder = self.model.get_encoder() if beams and hasattr(self.model, "get_encoder") else None
-        in_encoder = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
-        handles = [
-            module.register_forward_pre_hook(
-                partial(_pass_adapter_names, names=adapter_names if module in in_encoder else repeated),
-                with_kwargs=True,
-            )
-            for module in self.modules()
-            if isinstance(module, ASLoRALayer | AuxiliaryTrainingWrapper)
-        ]
-        try:
+        with adapters_per_sample(self, self.model, adapter_names, kwargs.get("num_beams")):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     # ------------------------------------------------------------------ combining
 
@@ -357,10 +304,8 @@ class ASLoRAModel(BaseTuner, RunListener):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        for owner in ("aslora_A", "aslora_B"):
-            own = f"base_model.{owner}.{adapter_name}."
-            if key.startswith(own):
-                return f"base_model.{owner}.{key.removeprefix(own)}"
+        if storage.in_memory(key, adapter_name):
+            return storage.key_in_file(key, adapter_name)
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
@@ -373,52 +318,17 @@ class ASLoRAModel(BaseTuner, RunListener):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """Select an adapter's tensors and compact them: rows that no layer reads are not saved."""
-        selected = cls._get_learnable_bias_state_dict(model, state_dict, config)
-        own = {}
-        for owner in ("aslora_A", "aslora_B"):
-            prefix = f"base_model.{owner}.{adapter_name}."
-            # From the full state_dict: PEFT's filter by name would also drop groups called like another adapter.
-            own.update(
-                {
-                    f"base_model.{owner}.{k.removeprefix(prefix)}": v
-                    for k, v in state_dict.items()
-                    if k.startswith(prefix)
-                }
-            )
-        if own:
-            own = storage.compact(own)
-            own[storage.DIGEST] = storage.digest(own, config)
-        return {**own, **selected}
+        biases = cls._get_learnable_bias_state_dict(model, state_dict, config)
+        return {**storage.to_file(state_dict, adapter_name, config), **biases}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: ASLoRAConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Check a file's tensors, expand them, and put the adapter's name into their keys."""
-        own = {key: value for key, value in state_dict.items() if storage.owns(key)}
         others = {key: value for key, value in state_dict.items() if not storage.owns(key)}
-        prefixes = {f"base_model.{o}.{adapter_name}.": f"base_model.{o}." for o in ("aslora_A", "aslora_B")}
-        shapes = {
-            saved + key.removeprefix(prefix): value.shape
-            for key, value in model.state_dict().items()
-            for prefix, saved in prefixes.items()
-            if key.startswith(prefix)
-        }
-        storage.check(own, config)
-        storage.check_fit(own, shapes, config.base_model_name_or_path)
-        own = storage.expand(own, shapes)
-        own.pop(storage.DIGEST, None)
-        named = {}
-        for key, value in own.items():
-            for prefix, saved in prefixes.items():
-                if key.startswith(saved):
-                    named[prefix + key.removeprefix(saved)] = value
-        return {**super()._remap_adapter_state_dict_for_load(model, config, adapter_name, others), **named}
-
-
-def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> Any:
-    kwargs["adapter_names"] = names
-    return args, kwargs
+        own = storage.from_file(state_dict, model.state_dict(), adapter_name, config)
+        return {**super()._remap_adapter_state_dict_for_load(model, config, adapter_name, others), **own}
 
 
 def _is_quantised_linear(base: nn.Module, kwargs: dict[str, Any]) -> bool:

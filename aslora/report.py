@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
-
-from .bank import SharedA, SharedB, trainable_values
-from .config import ASLoRAConfig
+from .bank import SharedB, trainable_values
 from .groups import module_path
 from .sharing import groups_of, merged
 from .unit import MergeUnit
@@ -20,8 +17,8 @@ class SharingReport:
 
     Attributes:
         adapter: the adapter's name.
-        projections: for each B-group its name, its `groups` (lists of layer indices that share one B), the merges taken
-            and planned, and the step up to which it has been followed.
+        projections: for each B-group its name, its `groups` (lists of layer indices that share one B), the merges
+            taken and planned, and the step up to which it has been followed.
         merges: each merge in order: `step`, `projection`, `lower` and `upper` (layer indices), `distance` (a Frobenius
             norm; with merge_scope="joint" over all projections that merge together).
         trainable_values: `start` (before any merge), `now`, and `end` (after the last planned merge): numbers of values.
@@ -54,10 +51,11 @@ class SharingReport:
         return "\n".join(lines)
 
 
-def report(adapter: str, config: ASLoRAConfig, shared_a: nn.ModuleDict, units: list[MergeUnit]) -> SharingReport:
-    """Describe an adapter from its A-groups and the units of its B-groups."""
-    projections, merges = [], []
-    a_modules: list[SharedA] = list(shared_a.values())  # type: ignore[arg-type]
+def report(adapter: str, units: list[MergeUnit]) -> SharingReport:
+    """Describe an adapter from the units of its B-groups."""
+    projections: list[dict[str, Any]] = []
+    merges: list[dict[str, Any]] = []
+    a_modules = list(dict.fromkeys(A for unit in units for _, A in unit.members.values()))
     a_values = sum(a.A.numel() for a in a_modules)
     a_bytes = sum(a.A.numel() * a.A.element_size() for a in a_modules)
     start = end = a_values

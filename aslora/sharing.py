@@ -38,7 +38,7 @@ def merged(rows: Sequence[int], lower: int, upper: int) -> list[int]:
 
 
 def common_refinement(maps: Sequence[Sequence[int]]) -> list[int]:
-    """The coarsest map in which two layers share only if they share in all `maps`; each group reads its highest layer."""
+    """The coarsest map in which layers share only if they share in all `maps`; a group reads its highest layer."""
     keys = list(zip(*maps, strict=True))
     highest = {key: layer for layer, key in enumerate(keys)}
     return [highest[key] for key in keys]

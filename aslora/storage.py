@@ -39,7 +39,7 @@ def _is_b(key: str) -> bool:
 
 
 def digest(tensors: Mapping[str, Tensor], config: ASLoRAConfig) -> Tensor:
-    """SHA-256, as uint8 [32], of the adapter's tensors with names, dtypes and shapes, and of the config that scales them."""
+    """SHA-256, uint8 [32], of the adapter's tensors with names, dtypes and shapes, and of what the config adds."""
     sha = hashlib.sha256(json.dumps({name: getattr(config, name) for name in _TIED_FIELDS}).encode())
     for key in sorted(k for k in tensors if owns(k) and k != DIGEST):
         tensor = tensors[key].detach().cpu().contiguous()
@@ -115,14 +115,14 @@ def check(tensors: Mapping[str, Tensor], config: ASLoRAConfig) -> None:
         if absent or a_key not in tensors:
             raise ValueError(
                 f"The file lacks {a_key if not absent else prefix + absent[0]}: it is incomplete or was saved with "
-                f"another share_a than '{config.share_a}'; take the adapter_config.json and adapter_model file of one save."
+                f"another share_a than '{config.share_a}'; take adapter_config.json and adapter_model file of one save."
             )
         _check_map(group, tensors)
     if DIGEST in tensors and not torch.equal(tensors[DIGEST].cpu(), digest(tensors, config)):
         raise ValueError(
-            "The digest in the adapter's file does not match its tensors and adapter_config.json: the file was damaged or "
-            "mixed up with another one; restore both files from one save, or, if you changed them on purpose, remove the "
-            f"entry '{DIGEST}'."
+            "The digest in the adapter's file does not match its tensors and adapter_config.json: a file was damaged "
+            "or mixed up with another one; restore both files from one save, or, if you changed them on purpose, "
+            f"remove the entry '{DIGEST}'."
         )
 
 
@@ -166,9 +166,51 @@ def check_fit(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], b
             found, wanted = (*layers, *found[1:]), (*wanted[:1], *wanted[1:])
         if tuple(found) != tuple(wanted):
             raise ValueError(
-                f"{key} has shape {list(found)} in the file and {list(wanted)} in this model: the adapter was saved for "
-                f"another base model; {remedy}."
+                f"{key} has shape {list(found)} in the file and {list(wanted)} in this model: the adapter was "
+                f"saved for another base model; {remedy}."
             )
+
+
+def in_memory(key: str, adapter_name: str) -> bool:
+    """Whether a key of the model's state dict is that of an adapter's A or B."""
+    return key.startswith(tuple(f"{prefix}{adapter_name}." for prefix in (A_PREFIX, B_PREFIX)))
+
+
+def key_in_file(key: str, adapter_name: str) -> str:
+    """The file's key: without the adapter's name, which stands right after the prefix."""
+    prefix = A_PREFIX if key.startswith(A_PREFIX) else B_PREFIX
+    return prefix + key.removeprefix(f"{prefix}{adapter_name}.")
+
+
+def key_in_memory(key: str, adapter_name: str) -> str:
+    """The inverse of `key_in_file`."""
+    prefix = A_PREFIX if key.startswith(A_PREFIX) else B_PREFIX
+    return f"{prefix}{adapter_name}.{key.removeprefix(prefix)}"
+
+
+def to_file(state_dict: Mapping[str, Tensor], adapter_name: str, config: ASLoRAConfig) -> dict[str, Tensor]:
+    """What to save of an adapter, from the model's state dict (empty where that holds nothing of it)."""
+    own = {key_in_file(key, adapter_name): value for key, value in state_dict.items() if in_memory(key, adapter_name)}
+    if own:
+        own = compact(own)
+        own[DIGEST] = digest(own, config)
+    return own
+
+
+def from_file(
+    tensors: Mapping[str, Tensor], state_dict: Mapping[str, Tensor], adapter_name: str, config: ASLoRAConfig
+) -> dict[str, Tensor]:
+    """What to load into the model: a file's tensors, checked and expanded, under the model's keys.
+
+    Raises:
+        ValueError: the file is damaged, or does not belong to this configuration or this model.
+    """
+    own = {key: value for key, value in tensors.items() if owns(key)}
+    shapes = {key_in_file(k, adapter_name): v.shape for k, v in state_dict.items() if in_memory(k, adapter_name)}
+    check(own, config)
+    check_fit(own, shapes, config.base_model_name_or_path)
+    own.pop(DIGEST, None)
+    return {key_in_memory(key, adapter_name): value for key, value in expand(own, shapes).items()}
 
 
 def rows_of_layers(tensors: Mapping[str, Tensor], group: str) -> list[tuple[int, Tensor]]:

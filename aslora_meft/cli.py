@@ -43,12 +43,6 @@ def _run(argv: list[str]) -> None:
 
 
 def _export(adapter_dir: str, out_dir: str) -> None:
-    if not Path(adapter_dir, "adapter_config.json").is_file():
-        raise UsageError(
-            f"ADAPTER_DIR={adapter_dir!r} holds no adapter_config.json; name the folder of a saved adapter"
-        )
-    if Path(out_dir).exists() and (not Path(out_dir).is_dir() or any(Path(out_dir).iterdir())):
-        raise UsageError(f"OUT_DIR={out_dir!r} exists and is not empty; name a new or empty folder")
     from aslora import export_to_lora
 
     with as_usage_error(ValueError):

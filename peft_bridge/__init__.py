@@ -1,4 +1,4 @@
-"""What every PEFT method that lives outside PEFT needs: registration, optimizer-step events, run events, atomic files."""
+"""What every PEFT method outside PEFT needs: registration, optimizer-step events, run events, atomic files."""
 
 from .files import folder_replaced_at_once, replace_file
 from .registration import register_method
