@@ -21,20 +21,20 @@ from .sharing import groups_of, merged
 class SharedA(nn.Module):
     """The one A of an A-group.
 
-    Parameter `A`: [r, in_features].
+    Parameter `shared_A`: [r, in_features].
     """
 
     def __init__(self, r: int, in_features: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.A = nn.Parameter(torch.empty(r, in_features, dtype=dtype, device=device))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as LoRA does
+        self.shared_A = nn.Parameter(torch.empty(r, in_features, dtype=dtype, device=device))
+        nn.init.kaiming_uniform_(self.shared_A, a=math.sqrt(5))  # as LoRA does
 
 
 class SharedB(nn.Module):
     """The B of a B-group of n layers, one row of a stack for each, and which layer reads which row.
 
-    Parameter `B`: [n, out_features, r]. Its shape never changes, so that DDP, FSDP and a resumed optimizer see a
-    constant set of parameters; rows that no layer reads are exactly zero.
+    Parameter `stacked_B`: [n, out_features, r]. Its shape never changes, so that DDP, FSDP and a resumed optimizer see
+    a constant set of parameters; rows that no layer reads are exactly zero.
 
     Buffers (persistent, so that a resumed run takes the same merges):
         `layers` int64 [n]: the layer indices, ascending. `rows` int64 [n]: the row that each layer reads.
@@ -44,12 +44,19 @@ class SharedB(nn.Module):
         `history` int64 [n-1, 3]: step, lower row and upper row of each merge, -1 if not taken; `distances` fp32 [n-1].
     """
 
+    layers: Tensor
+    rows: Tensor
+    average: Tensor
+    clock: Tensor
+    history: Tensor
+    distances: Tensor
+
     def __init__(
         self, r: int, out_features: int, layers: list[int], merges: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
         n = len(layers)
-        self.B = nn.Parameter(torch.zeros(n, out_features, r, dtype=dtype, device=device))
+        self.stacked_B = nn.Parameter(torch.zeros(n, out_features, r, dtype=dtype, device=device))
         self.register_buffer("layers", torch.tensor(layers, device=device))
         self.register_buffer("rows", torch.arange(n, device=device))
         wide = torch.promote_types(dtype, torch.float32)
@@ -117,11 +124,11 @@ class SharedB(nn.Module):
         layer would build one gradient of the size of the whole stack for each layer.
         """
         row = self.sharing_map[position]
-        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and self.B.requires_grad):
-            return self.B[row]
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and self.stacked_B.requires_grad):
+            return self.stacked_B[row]
         views = self._views
-        if views is None or views[0] is not self.B or views[1] != self.B._version:
-            views = self._views = (self.B, self.B._version, self.B.unbind(0))
+        if views is None or views[0] is not self.stacked_B or views[1] != self.stacked_B._version:
+            views = self._views = (self.stacked_B, self.stacked_B._version, self.stacked_B.unbind(0))
         return views[2][row]
 
     def forget_views(self) -> None:
@@ -134,7 +141,7 @@ class SharedB(nn.Module):
     def sample(self, step: int) -> None:
         """Take B after optimizer step `step` into the running averages (eq. 3)."""
         count = self._read("clock")[1] + 1
-        self.average.lerp_(_whole(self.B.detach()).to(self.average.dtype), 1 / count)
+        self.average.lerp_(_whole(self.stacked_B.detach()).to(self.average.dtype), 1 / count)
         self._write("clock", [step, count, 0])
 
     @torch.no_grad()
@@ -147,14 +154,14 @@ class SharedB(nn.Module):
         """
         groups = groups_of(self.sharing_map)
         weight = len(groups[lower]) / (len(groups[lower]) + len(groups[upper])) if mean else 0.0
-        B = _whole(self.B.detach())
+        B = _whole(self.stacked_B.detach())
         for rows in (B, self.average):
             if mean:
                 rows[upper] = torch.lerp(rows[upper].float(), rows[lower].float(), weight).to(rows.dtype)
             rows[lower] = 0
-        _overwrite(self.B, B)
+        _overwrite(self.stacked_B, B)
         if optimizer is not None:
-            _zero_state(optimizer, self.B, lower)
+            _zero_state(optimizer, self.stacked_B, lower)
         slot = len(self.merges())
         self.history[slot] = torch.tensor([self.step, lower, upper])
         self.distances[slot] = distance
@@ -166,12 +173,14 @@ class SharedB(nn.Module):
         dropped = self.dropped_rows
         if not dropped:
             return
-        if isinstance(self.B, DTensor):
-            keep = torch.ones(len(self.B), 1, 1, dtype=self.B.dtype, device=self.B.device)
+        if isinstance(self.stacked_B, DTensor):
+            keep = torch.ones(len(self.stacked_B), 1, 1, dtype=self.stacked_B.dtype, device=self.stacked_B.device)
             keep[dropped] = 0
-            self.B.mul_(distribute_tensor(keep, self.B.device_mesh, self.B.placements, src_data_rank=None))
+            self.stacked_B.mul_(
+                distribute_tensor(keep, self.stacked_B.device_mesh, self.stacked_B.placements, src_data_rank=None)
+            )
         else:
-            self.B[dropped] = 0
+            self.stacked_B[dropped] = 0
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -183,7 +192,7 @@ class SharedB(nn.Module):
     def assign(self, B: Tensor, sharing_map: list[int]) -> None:
         """Set values [n, out_features, r] and map of a finished sharing; rows that are not read become zero."""
         self._write("rows", sharing_map)
-        self.B.copy_(B)
+        self.stacked_B.copy_(B)
         self.clear_dropped_rows()
         self.finish()
 
@@ -241,7 +250,7 @@ def trainable_values(modules: Iterable[SharedA | SharedB]) -> int:
     total = 0
     for module in modules:
         if isinstance(module, SharedA):
-            total += module.A.numel()
+            total += module.shared_A.numel()
         else:
-            total += len(module.live_rows) * module.B[0].numel()
+            total += len(module.live_rows) * module.stacked_B[0].numel()
     return total

@@ -55,7 +55,7 @@ def combine(
             raise ValueError(f"adapters: '{name}' does not exist; use names of {sorted(tuner.peft_config)}.")
     if len(adapters) != len(weights) or not adapters:
         raise ValueError(f"weights has {len(weights)} values for {len(adapters)} adapters: give one for each.")
-    configs = [tuner.peft_config[name] for name in adapters]
+    configs = [tuner.configs[name] for name in adapters]
     shares = {config.share_a for config in configs}
     if len(shares) > 1:
         raise ValueError(
@@ -82,7 +82,7 @@ def combine(
         r=rank,
         lora_alpha=rank,
         use_rslora=False,
-        target_modules=paths,
+        target_modules=sorted(paths),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -90,6 +90,9 @@ def combine(
     )
     try:
         tuner.inject_adapter(tuner.model, adapter_name)
+        # The new adapter starts in the dtype of the base model; PEFT has raised its inputs to float32, if asked to.
+        wide = any(A.shared_A.dtype == torch.float32 for A in tuner.shared_a(adapters[0]).values())
+        tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=wide)
     except Exception:
         del tuner.peft_config[adapter_name]
         raise
@@ -101,26 +104,26 @@ class _Source:
     """One input of a combination: reads its A and, by layer index, its B, in float64."""
 
     def __init__(self, tuner: ASLoRAModel, name: str, weight: float) -> None:
-        config = tuner.peft_config[name]
+        config = tuner.configs[name]
         self.r = config.r
         self.factor = weight * config.scaling
-        self.A: dict[str, Tensor] = {group: a.A.detach().double() for group, a in tuner.aslora_A[name].items()}
-        self.B: dict[str, SharedB] = dict(tuner.aslora_B[name].items())
+        self.A = {group: A.shared_A.detach().double() for group, A in tuner.shared_a(name).items()}
+        self.B = tuner.shared_b(name)
 
     def paths(self) -> list[str]:
         return [module_path(name, layer) for name, B in self.B.items() for layer in B.layer_indices]
 
     def of(self, group: str, layers: list[int], like: SharedB) -> tuple[Tensor, list[int]]:
         """B [n, out_features, r] and sharing labels of the given layers; zeros where this adapter has no such layer."""
-        _, out_features, _ = like.B.shape
-        values = like.B.new_zeros(len(layers), out_features, self.r, dtype=torch.float64)
+        _, out_features, _ = like.stacked_B.shape
+        values = like.stacked_B.new_zeros(len(layers), out_features, self.r, dtype=torch.float64)
         labels = [-1] * len(layers)
         if group in self.B:
             B = self.B[group]
             row_of = dict(zip(B.layer_indices, B.sharing_map, strict=True))
             for i, layer in enumerate(layers):
                 if layer in row_of:
-                    values[i] = B.B.detach()[row_of[layer]].to(values)
+                    values[i] = B.stacked_B.detach()[row_of[layer]].to(values)
                     labels[i] = row_of[layer]
         return values, labels
 
@@ -133,10 +136,10 @@ class _Source:
 @torch.no_grad()
 def _fill(tuner: ASLoRAModel, adapter_name: str, sources: list[_Source], combination_type: str) -> None:
     """Write the values and maps of the new adapter, one A-group after the other."""
-    config = tuner.peft_config[adapter_name]
-    for a_group, shared_a in tuner.aslora_A[adapter_name].items():
-        device, in_features = shared_a.A.device, shared_a.A.shape[1]
-        members = {n: B for n, B in tuner.aslora_B[adapter_name].items() if a_group_of(n, config.share_a) == a_group}
+    config = tuner.configs[adapter_name]
+    for a_group, shared_a in tuner.shared_a(adapter_name).items():
+        device, in_features = shared_a.shared_A.device, shared_a.shared_A.shape[1]
+        members = {n: B for n, B in tuner.shared_b(adapter_name).items() if a_group_of(n, config.share_a) == a_group}
         As = [source.a_of(a_group, in_features, device) for source in sources]
         stacks, maps = {}, {}
         for name, B in members.items():
@@ -146,8 +149,11 @@ def _fill(tuner: ASLoRAModel, adapter_name: str, sources: list[_Source], combina
         factors = [source.factor for source in sources]
         if combination_type == "linear":
             roots = [math.sqrt(abs(f)) for f in factors]
-            A = sum(math.copysign(root, f) * a for root, f, a in zip(roots, factors, As, strict=True))
-            new = {name: sum(root * b for root, b in zip(roots, Bs, strict=True)) for name, Bs in stacks.items()}
+            A = torch.stack([math.copysign(root, f) * a for root, f, a in zip(roots, factors, As, strict=True)]).sum(0)
+            new = {
+                name: torch.stack([root * b for root, b in zip(roots, Bs, strict=True)]).sum(0)
+                for name, Bs in stacks.items()
+            }
         else:
             A = torch.cat(As)
             new = {
@@ -155,9 +161,9 @@ def _fill(tuner: ASLoRAModel, adapter_name: str, sources: list[_Source], combina
             }
             if combination_type == "svd":
                 A, new = _best_shared_a(A, new, config.r)
-        shared_a.A.copy_(A)
+        shared_a.shared_A.copy_(A)
         for name, B in members.items():
-            B.assign(new[name].to(B.B), maps[name])
+            B.assign(new[name].to(B.stacked_B), maps[name])
 
 
 def _best_shared_a(A: Tensor, stacks: dict[str, Tensor], rank: int) -> tuple[Tensor, dict[str, Tensor]]:

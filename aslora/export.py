@@ -21,9 +21,9 @@ from .groups import a_group_of, module_path
 def export_to_lora(adapter_dir: str | Path, out_dir: str | Path) -> None:
     """Write the adapter saved in `adapter_dir` as a LoRA adapter of the same rank to the new folder `out_dir`.
 
-    Exact: delta W of layer l is scaling * B_group(l) A, so each layer gets A and its group's B bit for bit, without an
-    SVD. The model it is loaded into gives the same logits. Dropout, rsLoRA scaling, biases and modules_to_save go along.
-
+    Exact: delta W of layer l is scaling * B_group(l) A, so each layer gets A and its group's B bit for bit, with no
+    Exact: delta W of layer l is scaling * B_group(l) A, so each layer gets A and its group's B bit for bit, no SVD. The
+    model it is loaded into gives the same logits. Dropout, rsLoRA scaling, biases and modules_to_save go along.
     Raises:
         ValueError: `adapter_dir` holds no ASLoRA adapter, its file is damaged, or `out_dir` is not empty. Nothing is
             written then.
@@ -31,7 +31,7 @@ def export_to_lora(adapter_dir: str | Path, out_dir: str | Path) -> None:
     config, tensors = load_adapter(adapter_dir)
     lora: dict[str, Tensor] = {key: value for key, value in tensors.items() if not storage.owns(key)}
     for group in storage.b_groups(tensors):
-        A = tensors[f"{storage.A_PREFIX}{a_group_of(group, config.share_a)}.A"]
+        A = tensors[f"{storage.A_PREFIX}{a_group_of(group, config.share_a)}.shared_A"]
         for layer, B in storage.rows_of_layers(tensors, group):
             path = f"base_model.model.{module_path(group, layer)}"
             lora[f"{path}.lora_A.weight"] = A.clone()  # a file cannot hold one tensor under two names
@@ -60,7 +60,7 @@ def lora_config(config: ASLoRAConfig) -> LoraConfig:
     ]
     fields = {name: getattr(config, name) for name in kept}
     bias = "lora_only" if config.bias == "aslora_only" else config.bias
-    return LoraConfig(**fields, lora_dropout=config.aslora_dropout, bias=bias)
+    return LoraConfig(**fields, lora_dropout=config.aslora_dropout, bias=bias)  # type: ignore[arg-type]
 
 
 def load_adapter(adapter_dir: str | Path) -> tuple[ASLoRAConfig, dict[str, Tensor]]:

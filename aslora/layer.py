@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,11 @@ from .config import ASLoRAConfig
 class ASLoRALayer(BaseTunerLayer):
     """What a layer knows of its adapters: references to the tuner's A and B, and its own place in B."""
 
+    aslora_A: nn.ModuleDict
+    aslora_B: nn.ModuleDict
+    fan_in_fan_out: bool
     adapter_layer_names = ("aslora_A", "aslora_B")
-    other_param_names = ("aslora_dropout", "r", "lora_alpha", "scaling", "position")
+    other_param_names = ("aslora_dropout", "r", "lora_alpha", "scaling", "position", "leads")
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -35,10 +38,12 @@ class ASLoRALayer(BaseTunerLayer):
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.position: dict[str, int] = {}
-        self._leads: dict[str, tuple[bool, bool]] = {}
+        self.leads: dict[str, tuple[bool, bool]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.in_features: int
+        self.out_features: int
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())  # type: ignore[assignment]
         self.kwargs = kwargs
 
     def update_layer(self, adapter_name: str, config: ASLoRAConfig) -> None:
@@ -59,7 +64,7 @@ class ASLoRALayer(BaseTunerLayer):
         self.aslora_A[adapter_name] = shared_a
         self.aslora_B[adapter_name] = shared_b
         self.position[adapter_name] = position
-        self._leads[adapter_name] = (leads_a, position == 0)
+        self.leads[adapter_name] = (leads_a, position == 0)
 
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Where and in what dtype PEFT would put this layer's adapter: those of the base layer, if it is of floats."""
@@ -74,20 +79,19 @@ class ASLoRALayer(BaseTunerLayer):
             return
         own_device, dtype = self.device_and_dtype()
         shared = (self.aslora_A[adapter_name], self.aslora_B[adapter_name])
-        for module, leads in zip(shared, self._leads[adapter_name], strict=True):
+        for module, leads in zip(shared, self.leads[adapter_name], strict=True):
             if leads and not any(p.is_meta for p in module.parameters()):
                 module.to(device or own_device, dtype)
 
     def factors(self, adapter_name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """A [r, in_features] and this layer's B [out_features, r]."""
-        A = self.aslora_A[adapter_name].A
-        B = self.aslora_B[adapter_name].of_layer(self.position[adapter_name])
+        A = cast(SharedA, self.aslora_A[adapter_name]).shared_A
+        B = cast(SharedB, self.aslora_B[adapter_name]).of_layer(self.position[adapter_name])
         return A.to(device), B.to(device)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """scaling * B A, in the layout of the base weight: [out_features, in_features], transposed for Conv1D."""
-        A = self.aslora_A[adapter].A
-        A, B = self.factors(adapter, A.device)
+        A, B = self.factors(adapter, cast(SharedA, self.aslora_A[adapter]).shared_A.device)
         if A.device.type == "cpu" and A.dtype in (torch.float16, torch.bfloat16):
             delta = (B.float() @ A.float() * self.scaling[adapter]).to(A.dtype)  # half products are slow on CPUs
         else:

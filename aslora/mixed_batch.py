@@ -26,7 +26,8 @@ def adapters_per_sample(
         num_beams: beams of a beam search, in which the decoder sees each sample once for each beam.
     """
     repeated = [name for name in adapter_names for _ in range(num_beams or 1)]
-    encoder = model.get_encoder() if num_beams and hasattr(model, "get_encoder") else None
+    get_encoder: Any = getattr(model, "get_encoder", None) if num_beams else None
+    encoder = get_encoder() if get_encoder is not None else None
     in_encoder = set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not model else set()
     handles = [
         module.register_forward_pre_hook(

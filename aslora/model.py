@@ -5,10 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
@@ -34,6 +36,30 @@ from .sharing import planned_merges
 from .unit import MergeUnit
 
 
+@dataclass
+class _Injection:
+    """One call of `inject_adapter`: what it is for, and the layers that it has wrapped so far."""
+
+    adapter_name: str
+    names: set[str]
+    """The names in target_modules, as the user gave them."""
+    low_cpu_mem_usage: bool
+    layers: list[tuple[str, Linear]] = field(default_factory=list)
+
+    def check_names(self, model: nn.Module, config: ASLoRAConfig) -> None:
+        """PEFT is content if one of the names matches; a name without a match is most likely misspelt."""
+        paths = [path for path, _ in self.layers]
+        for name in sorted(self.names):
+            if paths and not any(path == name or path.endswith(f".{name}") for path in paths):
+                linear = {k.rpartition(".")[2] for k, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+                limits = [f for f in ("layers_to_transform", "exclude_modules") if getattr(config, f) is not None]
+                where = f"that {' and '.join(limits)} leave" if limits else "of the model"
+                raise ValueError(
+                    f"target_modules: '{name}' matches no module {where}: correct it, or choose from "
+                    f"{', '.join(sorted(linear - {'base_layer'}))}."
+                )
+
+
 class ASLoRAModel(BaseTuner, RunListener):
     """ASLoRA in PEFT's frame; made by `get_peft_model(model, ASLoRAConfig(...))` and reached as `model.base_model`.
 
@@ -49,24 +75,32 @@ class ASLoRAModel(BaseTuner, RunListener):
     uses_shared_state = True
     prefix = "aslora_"
     tuner_layer_cls = ASLoRALayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
     aslora_A: nn.ModuleDict
     aslora_B: nn.ModuleDict
     run: SharingRun
 
     @property
-    def _configs(self) -> dict[str, ASLoRAConfig]:
+    def configs(self) -> dict[str, ASLoRAConfig]:
+        """Adapter -> its configuration."""
         return self.peft_config  # type: ignore[return-value]
+
+    def shared_a(self, adapter_name: str) -> dict[str, SharedA]:
+        """A-group -> its A."""
+        return dict(self.aslora_A[adapter_name].items())  # type: ignore[operator]
+
+    def shared_b(self, adapter_name: str) -> dict[str, SharedB]:
+        """B-group -> its B."""
+        return dict(self.aslora_B[adapter_name].items())  # type: ignore[operator]
 
     # ------------------------------------------------------------------ injection
 
-    def _pre_injection_hook(self, model: nn.Module, config: ASLoRAConfig, adapter_name: str) -> None:
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         # Called once, before the first adapter; later adapters come through inject_adapter alone.
         self.aslora_A = nn.ModuleDict()
         self.aslora_B = nn.ModuleDict()
         self.run = SharingRun()
-        self._injected: list[tuple[str, Linear]] = []
         watch_steps(self.run)
         watch_runs()
 
@@ -79,21 +113,33 @@ class ASLoRAModel(BaseTuner, RunListener):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Wrap the targeted layers and build the adapter's shared tensors; on an error the model is as before."""
-        config = self._configs[adapter_name]
-        asked = set(config.target_modules) if isinstance(config.target_modules, set | list) else set()
-        trainable = [(p, p.requires_grad) for p in model.parameters()]
-        self._injected = []
+        config = self.configs[adapter_name]
+        if adapter_name in storage.RESERVED:
+            raise ValueError(f"adapter_name='{adapter_name}' is the name of a tensor of ASLoRA: choose another name.")
+        names = set(config.target_modules) if isinstance(config.target_modules, set | list) else set()
+        base_flags = [(p, p.requires_grad) for p in model.parameters()]
+        shared_flags = [(p, p.requires_grad) for p in self.run.watched_parameters()]
+        self._injection = _Injection(adapter_name, names, low_cpu_mem_usage)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-            self._check_names_found(asked, model)
-            self._build(adapter_name, low_cpu_mem_usage)
         except Exception:
-            self._take_back(adapter_name)
-            for parameter, flag in trainable:
+            self._take_back(self._injection)
+            for parameter, flag in base_flags:
                 parameter.requires_grad = flag
             raise
+        finally:
+            # PEFT sets the flags of all active adapters by the new one's inference_mode, and restores only those of
+            # parameters inside the adapted model.
+            for parameter, flag in shared_flags:
+                parameter.requires_grad = flag
 
-    def _create_and_replace(
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        # PEFT comes here when all layers are wrapped and nothing else is: what fails now can be taken back whole.
+        self._injection.check_names(model, self.configs[self._injection.adapter_name])
+        self._build(self._injection)
+        super()._mark_only_adapters_as_trainable(model)
+
+    def _create_and_replace(  # type: ignore[override]
         self,
         config: ASLoRAConfig,
         adapter_name: str,
@@ -109,12 +155,12 @@ class ASLoRAModel(BaseTuner, RunListener):
         else:
             layer = self._new_layer(config, adapter_name, target, current_key)
             self._replace_module(parent, target_name, layer, target)
-        self._injected.append((current_key, layer))
+        self._injection.layers.append((current_key, layer))
 
     def _new_layer(self, config: ASLoRAConfig, adapter_name: str, target: nn.Module, path: str) -> Linear:
         kwargs = get_quantization_kwargs(self.model)
         layer = None
-        base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         is_conv1d = isinstance(base, Conv1D)
         if isinstance(base, nn.Linear | Conv1D) or _is_quantised_linear(base, kwargs):
             if config.fan_in_fan_out != is_conv1d:
@@ -134,74 +180,62 @@ class ASLoRAModel(BaseTuner, RunListener):
             )
         return layer
 
-    def _check_names_found(self, asked: set[str], model: nn.Module) -> None:
-        """PEFT is content if one of the names matches; a name without a match is most likely misspelt."""
-        paths = [path for path, _ in self._injected]
-        for name in sorted(asked):
-            if not any(path == name or path.endswith(f".{name}") for path in paths):
-                linear = {k.rpartition(".")[2] for k, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-                config = next(c for c in self._configs.values() if c.target_modules and name in c.target_modules)
-                limits = [f for f in ("layers_to_transform", "exclude_modules") if getattr(config, f) is not None]
-                raise ValueError(
-                    f"target_modules: '{name}' matches no module of the model"
-                    f"{' that ' + ' and '.join(limits) + ' leave' if limits else ''}: correct it, or choose from "
-                    f"{', '.join(sorted(linear - {'base_layer'})) or 'its linear layers'}."
-                )
-
-    def _build(self, adapter_name: str, low_cpu_mem_usage: bool) -> None:
+    def _build(self, injection: _Injection) -> None:
         """Group the layers that were injected and give them their A and B."""
-        config = self._configs[adapter_name]
+        config = self.configs[injection.adapter_name]
         groups: dict[str, list[tuple[int, Linear]]] = {}
-        for path, layer in self._injected:
+        for path, layer in injection.layers:
             where = place(path, config.layers_pattern)
-            groups.setdefault(b_group_name(where, layer.in_features, layer.out_features), []).append(
-                (where.layer, layer)
-            )
-        self.aslora_A[adapter_name], self.aslora_B[adapter_name] = nn.ModuleDict(), nn.ModuleDict()
-        led: set[str] = set()
-        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            name = b_group_name(where, layer.in_features, layer.out_features)
+            groups.setdefault(name, []).append((where.layer, layer))
+        As, Bs = nn.ModuleDict(), nn.ModuleDict()
+        with init_empty_weights() if injection.low_cpu_mem_usage else nullcontext():
             for name, members in groups.items():
                 members.sort(key=lambda member: member[0])
-                self._build_group(adapter_name, name, members, led)
-        self.run.add(adapter_name, self._units(adapter_name), config.total_steps)
-        train = adapter_name in self.active_adapters and not config.inference_mode
-        for owner in (self.aslora_A, self.aslora_B):
-            _set_layer_requires_grad(owner[adapter_name], train)
+                self._build_group(injection.adapter_name, name, members, As, Bs)
+        train = injection.adapter_name in self.active_adapters and not config.inference_mode
+        _set_layer_requires_grad(As, train)
+        _set_layer_requires_grad(Bs, train)
+        self.aslora_A[injection.adapter_name], self.aslora_B[injection.adapter_name] = As, Bs
+        self.run.add(injection.adapter_name, self._units(injection.adapter_name), config.total_steps)
 
-    def _build_group(self, adapter_name: str, name: str, members: list[tuple[int, Linear]], led: set[str]) -> None:
-        config = self._configs[adapter_name]
-        device, dtype = members[0][1].device_and_dtype()
+    def _build_group(
+        self, adapter_name: str, name: str, members: list[tuple[int, Linear]], As: nn.ModuleDict, Bs: nn.ModuleDict
+    ) -> None:
+        config = self.configs[adapter_name]
+        first = members[0][1]
+        device, dtype = first.device_and_dtype()
         a_name = a_group_of(name, config.share_a)
-        shared_a = self.aslora_A[adapter_name]
-        if a_name not in shared_a:
-            shared_a[a_name] = SharedA(config.r, members[0][1].in_features, dtype, device)
-        merges = planned_merges(len(members), config.num_merges)
+        leads_a = a_name not in As
+        if leads_a:
+            As[a_name] = SharedA(config.r, first.in_features, dtype, device)
+        A = cast(SharedA, As[a_name])
         layers = [index for index, _ in members]
-        B = SharedB(config.r, members[0][1].out_features, layers, merges, dtype, device)
+        merges = planned_merges(len(members), config.num_merges)
+        B = SharedB(config.r, first.out_features, layers, merges, dtype, device)
         if not config.init_weights:
-            nn.init.normal_(B.B, std=0.02)
-        self.aslora_B[adapter_name][name] = B
+            nn.init.normal_(B.stacked_B, std=0.02)
+        Bs[name] = B
         for position, (_, layer) in enumerate(members):
-            layer.attach(adapter_name, shared_a[a_name], B, position, leads_a=position == 0 and a_name not in led)
-        led.add(a_name)
+            layer.attach(adapter_name, A, B, position, leads_a and position == 0)
 
     def _units(self, adapter_name: str) -> list[MergeUnit]:
-        config = self._configs[adapter_name]
+        config = self.configs[adapter_name]
         together: dict[Any, dict[str, tuple[SharedB, SharedA]]] = {}
-        for name, B in self.aslora_B[adapter_name].items():
+        As = self.shared_a(adapter_name)
+        for name, B in self.shared_b(adapter_name).items():
             key = (tower_of(name), tuple(B.layer_indices)) if config.merge_scope == "joint" else name
-            A = self.aslora_A[adapter_name][a_group_of(name, config.share_a)]
-            together.setdefault(key, {})[name] = (B, A)
+            together.setdefault(key, {})[name] = (B, As[a_group_of(name, config.share_a)])
         return [MergeUnit(config, members) for members in together.values()]
 
-    def _take_back(self, adapter_name: str) -> None:
+    def _take_back(self, injection: _Injection) -> None:
         """Undo a failed injection."""
-        for path, layer in self._injected:
-            layer.delete_adapter(adapter_name)
+        for path, layer in injection.layers:
+            layer.delete_adapter(injection.adapter_name)
             if not layer.r:
                 parent, _, name = path.rpartition(".")
                 setattr(self.model.get_submodule(parent), name, layer.base_layer)
-        self._drop(adapter_name)
+        self._drop(injection.adapter_name)
 
     def _drop(self, adapter_name: str) -> None:
         for owner in (self.aslora_A, self.aslora_B):
@@ -235,7 +269,7 @@ class ASLoRAModel(BaseTuner, RunListener):
 
     def on_run_begin(self, total_steps: int) -> None:
         """A Trainer's run begins: its length is T where the configuration does not say otherwise."""
-        for adapter_name, config in self._configs.items():
+        for adapter_name, config in self.configs.items():
             if config.total_steps is None:
                 self.run.total_steps[adapter_name] = total_steps
 
@@ -262,8 +296,8 @@ class ASLoRAModel(BaseTuner, RunListener):
     # ------------------------------------------------------------------ forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        for adapter_name in self.active_adapters:
-            for B in self.aslora_B[adapter_name].values() if adapter_name in self.aslora_B else ():
+        for adapter_name in set(self.active_adapters) & set(self.aslora_B):
+            for B in self.shared_b(adapter_name).values():
                 B.forget_views()
         return super().forward(*args, **kwargs)
 
@@ -309,7 +343,7 @@ class ASLoRAModel(BaseTuner, RunListener):
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
-    def _get_adapter_state_dict(
+    def _get_adapter_state_dict(  # type: ignore[override]
         cls,
         model: nn.Module,
         config: ASLoRAConfig,
@@ -322,7 +356,7 @@ class ASLoRAModel(BaseTuner, RunListener):
         return {**storage.to_file(state_dict, adapter_name, config), **biases}
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
         cls, model: nn.Module, config: ASLoRAConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Check a file's tensors, expand them, and put the adapter's name into their keys."""

@@ -21,7 +21,7 @@ class SharingReport:
             taken and planned, and the step up to which it has been followed.
         merges: each merge in order: `step`, `projection`, `lower` and `upper` (layer indices), `distance` (a Frobenius
             norm; with merge_scope="joint" over all projections that merge together).
-        trainable_values: `start` (before any merge), `now`, and `end` (after the last planned merge): numbers of values.
+        trainable_values: `start` (before any merge), `now`, and `end` (after the last planned merge).
         bytes: `allocated` (parameters and buffers), `live` (A and the rows of B that are read), `saved` (the file's
             tensors if saved now).
     """
@@ -56,8 +56,8 @@ def report(adapter: str, units: list[MergeUnit]) -> SharingReport:
     projections: list[dict[str, Any]] = []
     merges: list[dict[str, Any]] = []
     a_modules = list(dict.fromkeys(A for unit in units for _, A in unit.members.values()))
-    a_values = sum(a.A.numel() for a in a_modules)
-    a_bytes = sum(a.A.numel() * a.A.element_size() for a in a_modules)
+    a_values = sum(a.shared_A.numel() for a in a_modules)
+    a_bytes = sum(a.shared_A.numel() * a.shared_A.element_size() for a in a_modules)
     start = end = a_values
     allocated = live = saved = a_bytes
     members: list[SharedB] = []
@@ -76,10 +76,10 @@ def report(adapter: str, units: list[MergeUnit]) -> SharingReport:
                 }
             )
             merges += _history(B, projection)
-            per_row = B.B[0].numel()
+            per_row = B.stacked_B[0].numel()
             start += len(layers) * per_row
             end += (len(layers) - unit.planned if unit.pending else len(B.live_rows)) * per_row
-            size = per_row * B.B.element_size()
+            size = per_row * B.stacked_B.element_size()
             buffers = {n: b.numel() * b.element_size() for n, b in B.named_buffers()}
             allocated += len(layers) * size + sum(buffers.values())
             live += len(B.live_rows) * size

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from .bank import SharedB
+from .schedule import PUBLISHED_INTERVAL, PUBLISHED_START, uses_published_steps
 from .unit import MergeUnit
 
 
@@ -25,7 +26,7 @@ class SharingRun:
         self.units: dict[str, list[MergeUnit]] = {}
         self.total_steps: dict[str, int | None] = {}
         self.nonfinite_steps = 0
-        self._warned: set[str] = set()
+        self._warned: set[tuple[str, str]] = set()  # (adapter, what about)
 
     def add(self, adapter_name: str, units: list[MergeUnit], total_steps: int | None) -> None:
         self.units[adapter_name] = units
@@ -34,7 +35,7 @@ class SharingRun:
     def remove(self, adapter_name: str) -> None:
         self.units.pop(adapter_name, None)
         self.total_steps.pop(adapter_name, None)
-        self._warned.discard(adapter_name)
+        self._warned = {entry for entry in self._warned if entry[0] != adapter_name}
 
     def watched_parameters(self) -> Iterable[nn.Parameter]:
         """All A and B."""
@@ -42,14 +43,14 @@ class SharingRun:
         for units in self.units.values():
             for unit in units:
                 for B, A in unit.members.values():
-                    parameters[id(B.B)], parameters[id(A.A)] = B.B, A.A
+                    parameters[id(B.stacked_B)], parameters[id(A.shared_A)] = B.stacked_B, A.shared_A
         return parameters.values()
 
     def _stepped(self, parameters: list[nn.Parameter]) -> Iterator[tuple[str, MergeUnit, list[SharedB]]]:
         wanted = {id(p) for p in parameters}
         for adapter_name, units in self.units.items():
             for unit in units:
-                members = [B for B, _ in unit.members.values() if id(B.B) in wanted]
+                members = [B for B, _ in unit.members.values() if id(B.stacked_B) in wanted]
                 if members:
                     yield adapter_name, unit, members
 
@@ -58,6 +59,7 @@ class SharingRun:
         for adapter_name, unit, _ in self._stepped(parameters):
             if unit.pending:
                 unit.plan(self.total_steps[adapter_name])
+                self._warn_of_unknown_length(adapter_name, unit)
 
     def after_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         """Sample the averages and take the merges that are due."""
@@ -71,17 +73,30 @@ class SharingRun:
     def catch_up(self, adapter_name: str, step: int) -> None:
         """Take optimizer step `step` into account unless it was counted already."""
         for unit in self.units.get(adapter_name, []):
-            if unit.pending and unit.leader.B.requires_grad and unit.leader.step < step:
+            if unit.pending and unit.leader.stacked_B.requires_grad and unit.leader.step < step:
                 for member, _ in unit.members.values():
                     unit.sample(member, step)
                 unit.merge_due(self.total_steps[adapter_name], None)
 
+    def _first(self, adapter_name: str, about: str) -> bool:
+        """Whether this adapter has not been warned about this yet; it now has."""
+        new = (adapter_name, about) not in self._warned
+        self._warned.add((adapter_name, about))
+        return new
+
+    def _warn_of_unknown_length(self, adapter_name: str, unit: MergeUnit) -> None:
+        if uses_published_steps(unit.config, self.total_steps[adapter_name]) and self._first(adapter_name, "length"):
+            warnings.warn(
+                f"The length of the run is unknown, so adapter '{adapter_name}' merges at the published steps "
+                f"(merge_start={PUBLISHED_START}, merge_interval={PUBLISHED_INTERVAL} where not set): set total_steps "
+                "for a schedule that fits the run."
+            )
+
     def warn_of_pending(self, adapter_name: str) -> None:
         """Warn, once, if the run of an adapter has ended before its last merge."""
-        units = [u for u in self.units.get(adapter_name, []) if u.pending and u.leader.B.requires_grad]
-        if not units or adapter_name in self._warned:
+        units = [u for u in self.units.get(adapter_name, []) if u.pending and u.leader.stacked_B.requires_grad]
+        if not units or not self._first(adapter_name, "pending"):
             return
-        self._warned.add(adapter_name)
         missing = sum(u.planned - u.taken for u in units)
         last = max(u.plan(self.total_steps[adapter_name])[-1] for u in units)
         warnings.warn(

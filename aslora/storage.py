@@ -1,7 +1,8 @@
 """How an adapter lies in a file: only rows that are read, averages only while merges are pending, and a digest.
 
-Keys, after the prefix `base_model.`: `aslora_A.<A-group>.A`, `aslora_B.<B-group>.<B | layers | rows | clock | history |
-distances | average>` and `aslora_digest`. In memory the name of the adapter stands before the group.
+Keys, after the prefix `base_model.`: `aslora_A.<A-group>.shared_A`, `aslora_digest`, and `aslora_B.<B-group>.` with
+`stacked_B`, `layers`, `rows`, `clock`, `history`, `distances` and `average` (see `SharedB`). In memory the name of the
+adapter stands before the group.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ A_PREFIX, B_PREFIX, DIGEST = "base_model.aslora_A.", "base_model.aslora_B.", "ba
 # What, besides the tensors, decides on the adapter's output: the digest ties the file to its adapter_config.json.
 _TIED_FIELDS = ("r", "lora_alpha", "use_rslora", "share_a")
 _TENSORS = ("layers", "rows", "clock", "history", "distances")
+# PEFT leaves out what ends on the name of another adapter, so no adapter may be called like a tensor.
+RESERVED = {*_TENSORS, "average", "shared_A", "stacked_B"}
 
 
 def owns(key: str) -> bool:
@@ -31,11 +34,11 @@ def owns(key: str) -> bool:
 
 def b_groups(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of the B-groups in a saved file."""
-    return [key.removeprefix(B_PREFIX).removesuffix(".B") for key in tensors if _is_b(key)]
+    return [key.removeprefix(B_PREFIX).removesuffix(".stacked_B") for key in tensors if _is_b(key)]
 
 
 def _is_b(key: str) -> bool:
-    return key.startswith(B_PREFIX) and key.endswith(".B")
+    return key.startswith(B_PREFIX) and key.endswith(".stacked_B")
 
 
 def digest(tensors: Mapping[str, Tensor], config: ASLoRAConfig) -> Tensor:
@@ -44,7 +47,7 @@ def digest(tensors: Mapping[str, Tensor], config: ASLoRAConfig) -> Tensor:
     for key in sorted(k for k in tensors if owns(k) and k != DIGEST):
         tensor = tensors[key].detach().cpu().contiguous()
         sha.update(f"{key}|{tensor.dtype}|{list(tensor.shape)}|".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return torch.frombuffer(bytearray(sha.digest()), dtype=torch.uint8)
 
 
@@ -55,7 +58,7 @@ def compact(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors: one adapter's tensors under the keys of a file.
 
     Returns:
-        The same keys without those averages; `B` and `average` are [live rows, out_features, r].
+        The same keys without those averages; `stacked_B` and `average` are [live rows, out_features, r].
     """
     saved = {key: _gathered(value) for key, value in tensors.items()}
     for group in b_groups(saved):
@@ -63,7 +66,9 @@ def compact(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if f"{prefix}rows" not in saved:
             continue  # a rank that holds a part of the state only
         rows = saved[f"{prefix}rows"].unique()
-        saved[f"{prefix}B"] = saved[f"{prefix}B"].index_select(0, rows.to(saved[f"{prefix}B"].device))
+        saved[f"{prefix}stacked_B"] = saved[f"{prefix}stacked_B"].index_select(
+            0, rows.to(saved[f"{prefix}stacked_B"].device)
+        )
         average = saved.pop(f"{prefix}average", None)
         if average is not None and not bool(saved[f"{prefix}clock"][2]):
             saved[f"{prefix}average"] = average.index_select(0, rows.to(average.device))
@@ -85,8 +90,8 @@ def expand(tensors: dict[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict
     for group in b_groups(tensors):
         prefix = f"{B_PREFIX}{group}."
         rows = tensors[f"{prefix}rows"].unique()
-        B = tensors[f"{prefix}B"]
-        expanded[f"{prefix}B"] = B.new_zeros(shapes[f"{prefix}B"]).index_copy_(0, rows.to(B.device), B)
+        B = tensors[f"{prefix}stacked_B"]
+        expanded[f"{prefix}stacked_B"] = B.new_zeros(shapes[f"{prefix}stacked_B"]).index_copy_(0, rows.to(B.device), B)
         shape = shapes[f"{prefix}average"]
         saved = tensors.get(f"{prefix}average")
         if saved is None:
@@ -111,7 +116,7 @@ def check(tensors: Mapping[str, Tensor], config: ASLoRAConfig) -> None:
     for group in groups:
         prefix = f"{B_PREFIX}{group}."
         absent = [name for name in _TENSORS if f"{prefix}{name}" not in tensors]
-        a_key = f"{A_PREFIX}{a_group_of(group, config.share_a)}.A"
+        a_key = f"{A_PREFIX}{a_group_of(group, config.share_a)}.shared_A"
         if absent or a_key not in tensors:
             raise ValueError(
                 f"The file lacks {a_key if not absent else prefix + absent[0]}: it is incomplete or was saved with "
@@ -139,8 +144,8 @@ def _check_map(group: str, tensors: Mapping[str, Tensor]) -> None:
         problem = f"its map {rows} is not a sharing map of {n} layers"
     elif taken and replayed != rows:
         problem = f"its map {rows} is not what its {len(taken)} recorded merges lead to"
-    elif len(tensors[f"{prefix}B"]) != live:
-        problem = f"it holds {len(tensors[f'{prefix}B'])} rows of B where its map reads {live}"
+    elif len(tensors[f"{prefix}stacked_B"]) != live:
+        problem = f"it holds {len(tensors[f'{prefix}stacked_B'])} rows of B where its map reads {live}"
     elif f"{prefix}average" in tensors and len(tensors[f"{prefix}average"]) != live:
         problem = f"it holds {len(tensors[f'{prefix}average'])} averages where its map reads {live} rows"
     if problem:
@@ -154,19 +159,18 @@ def check_fit(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], b
         ValueError: one sentence with the first tensor that does not fit, and the base model to load instead.
     """
     remedy = f"load the base model it was trained on ({base})" if base else "load the base model it was trained on"
-    theirs = {key for key in tensors if key.endswith((".A", ".B"))}
-    ours = {key for key in shapes if key.endswith((".A", ".B"))}
+    theirs = {key for key in tensors if key.endswith((".shared_A", ".stacked_B"))}
+    ours = {key for key in shapes if key.endswith((".shared_A", ".stacked_B"))}
     for key in sorted(theirs ^ ours):
         where = "in the file but not in this model" if key in theirs else "in this model but not in the file"
         raise ValueError(f"{key} is {where}: the adapter was saved for another base model or target; {remedy}.")
     for key in sorted(theirs):
-        found, wanted = tensors[key].shape, shapes[key]
-        if key.endswith(".B"):
-            layers = tensors[f"{key.removesuffix('B')}rows"].shape
-            found, wanted = (*layers, *found[1:]), (*wanted[:1], *wanted[1:])
-        if tuple(found) != tuple(wanted):
+        found, wanted = list(tensors[key].shape), list(shapes[key])
+        if key.endswith(".stacked_B"):
+            found[0] = len(tensors[f"{key.removesuffix('stacked_B')}rows"])  # the file holds live rows only
+        if found != wanted:
             raise ValueError(
-                f"{key} has shape {list(found)} in the file and {list(wanted)} in this model: the adapter was "
+                f"{key} has shape {found} in the file and {wanted} in this model: the adapter was "
                 f"saved for another base model; {remedy}."
             )
 
@@ -218,5 +222,5 @@ def rows_of_layers(tensors: Mapping[str, Tensor], group: str) -> list[tuple[int,
     prefix = f"{B_PREFIX}{group}."
     rows = tensors[f"{prefix}rows"].tolist()
     place = {row: i for i, row in enumerate(sorted(groups_of(rows)))}
-    B = tensors[f"{prefix}B"]
+    B = tensors[f"{prefix}stacked_B"]
     return [(layer, B[place[row]]) for layer, row in zip(tensors[f"{prefix}layers"].tolist(), rows, strict=True)]

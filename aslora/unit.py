@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from .bank import SharedA, SharedB
 from .config import ASLoRAConfig
-from .schedule import due, merge_steps, uses_published_steps
+from .schedule import due, merge_steps
 from .sharing import change_of_basis, closest_pair, planned_merges, squared_distances
 
 
@@ -56,13 +54,7 @@ class MergeUnit:
             ValueError: the configuration has a fraction of the run, and its length is unknown.
         """
         if self._steps is None or self._steps[0] != total_steps:
-            steps = merge_steps(self.config, self.planned, total_steps)
-            if uses_published_steps(self.config, total_steps):
-                warnings.warn(
-                    "The length of the run is unknown, so ASLoRA merges at the published steps (merge_start=320, "
-                    "merge_interval=240 unless set): set total_steps for a schedule that fits the run.",
-                )
-            self._steps = (total_steps, steps)
+            self._steps = (total_steps, merge_steps(self.config, self.planned, total_steps))
         return self._steps[1]
 
     def sample(self, member: SharedB, step: int) -> None:
@@ -111,7 +103,7 @@ class MergeUnit:
         for member, shared_a in self.members.values():
             basis = None
             if self.config.similarity == "product":
-                A = shared_a.A.detach()
+                A = shared_a.shared_A.detach()
                 basis = change_of_basis(A.full_tensor() if hasattr(A, "full_tensor") else A)
             total = total + squared_distances(member.average[live], basis)
         return total

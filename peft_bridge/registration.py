@@ -7,6 +7,7 @@ cannot be subclassed. So the member is added to the enum itself, in the way in w
 from __future__ import annotations
 
 import enum
+from typing import cast
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
@@ -36,13 +37,13 @@ def register_method(name: str, config_cls: type, model_cls: type, prefix: str) -
     Raises:
         ValueError: another config or model class already holds this name.
     """
-    member = add_enum_member(PeftType, name.upper())
+    member = cast(PeftType, add_enum_member(PeftType, name.upper()))
     known = (PEFT_TYPE_TO_CONFIG_MAPPING.get(member), PEFT_TYPE_TO_TUNER_MAPPING.get(member))
     if known == (None, None):
         register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=prefix)
     elif known != (config_cls, model_cls):
         raise ValueError(
-            f"name='{name}' is already registered in PEFT with {known[0].__module__}.{known[0].__qualname__}: "
+            f"name='{name}' is already registered in PEFT with {known[0]}: "
             "uninstall the other package or choose another name."
         )
     return member

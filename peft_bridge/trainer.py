@@ -30,7 +30,7 @@ def watch_runs() -> None:
     import transformers.trainer as trainer
 
     if RunEvents not in trainer.DEFAULT_CALLBACKS:
-        trainer.DEFAULT_CALLBACKS.append(RunEvents)
+        trainer.DEFAULT_CALLBACKS.append(RunEvents)  # type: ignore[arg-type]
 
 
 def _listeners(model: nn.Module | None) -> list[RunListener]:

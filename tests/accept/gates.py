@@ -1,0 +1,119 @@
+"""Where PEFT's tests name LoRA's classes to decide what a method can do: each such gate is opened or left closed here."""
+
+from __future__ import annotations
+
+# The files that are run, and the two that they build on.
+TEST_FILES = [
+    "test_config.py",
+    "test_custom_models.py",
+    "test_decoder_models.py",
+    "test_encoder_decoder_models.py",
+    "test_feature_extraction_models.py",
+    "test_low_level_api.py",
+    "test_quantization.py",
+    "test_seq_classifier.py",
+    "test_token_classification_qa.py",
+    "test_tuners_utils.py",
+]
+FILES = ["testing_common.py", "testing_utils.py", *TEST_FILES]
+
+# What each copied file imports in addition.
+IMPORTS = "from aslora import ASLoRAConfig; from aslora.layer import ASLoRALayer"
+
+# File -> (text, text that includes ASLoRA, number of occurrences).
+OPENED: dict[str, list[tuple[str, str, int]]] = {
+    "testing_common.py": [
+        # weighted adapters
+        (
+            "if not isinstance(config, (IA3Config, LoraConfig)):",
+            "if not isinstance(config, (IA3Config, LoraConfig, ASLoRAConfig)):",
+            1,
+        ),
+        (
+            "if not issubclass(config_cls, (LoraConfig, IA3Config)):",
+            "if not issubclass(config_cls, (LoraConfig, IA3Config, ASLoRAConfig)):",
+            1,
+        ),
+        ("if isinstance(config, LoraConfig):", "if isinstance(config, (LoraConfig, ASLoRAConfig)):", 2),
+        ("if isinstance(target, LoraLayer):", "if isinstance(target, (LoraLayer, ASLoRALayer)):", 1),
+        # transformers Conv1D
+        (
+            "if config_cls not in (IA3Config, LoHaConfig, LoKrConfig, LoraConfig):",
+            "if config_cls not in (IA3Config, LoHaConfig, LoKrConfig, LoraConfig, ASLoRAConfig):",
+            1,
+        ),
+        # mixed batches
+        (
+            "if config_cls not in (LoraConfig, RoadConfig):",
+            "if config_cls not in (LoraConfig, RoadConfig, ASLoRAConfig):",
+            1,
+        ),
+        ("if config_cls not in (LoraConfig,):", "if config_cls not in (LoraConfig, ASLoRAConfig):", 1),
+        # several adapters that train biases
+        (
+            "if config_cls == LoraConfig or config_cls == AdaLoraConfig:",
+            "if config_cls in (LoraConfig, AdaLoraConfig, ASLoRAConfig):",
+            1,
+        ),
+    ],
+    "test_custom_models.py": [
+        # PEFT's condition holds for every class, so that the test never runs; for ASLoRA it does.
+        (
+            "if config_cls != LoraConfig or config_cls != BOFTConfig:",
+            "if config_cls != ASLoRAConfig:",
+            1,
+        ),
+        (
+            "if not issubclass(config_cls, (LoraConfig, BOFTConfig)):",
+            "if not issubclass(config_cls, (LoraConfig, BOFTConfig, ASLoRAConfig)):",
+            1,
+        ),
+        ("        if config_cls == LoraConfig:\n", "        if config_cls in (LoraConfig, ASLoRAConfig):\n", 1),
+        (
+            'run_with_disable(config_kwargs, bias="lora_only")',
+            'run_with_disable(config_kwargs, bias="aslora_only" if config_cls is ASLoRAConfig else "lora_only")',
+            1,
+        ),
+        # cat equals several active adapters
+        (
+            "not (config_1.target_parameters or config_2.target_parameters)",
+            'not (getattr(config_1, "target_parameters", None) or getattr(config_2, "target_parameters", None))',
+            1,
+        ),
+        # weighted adapters
+        ("if isinstance(module, lora.LoraLayer):", "if isinstance(module, (lora.LoraLayer, ASLoRALayer)):", 3),
+    ],
+    "test_decoder_models.py": [
+        # mixed batches
+        ("if config_cls != LoraConfig:", "if config_cls not in (LoraConfig, ASLoRAConfig):", 2),
+    ],
+    "test_low_level_api.py": [
+        (
+            '{LoraConfig: "lora_", LoKrConfig: "lokr_"}',
+            '{LoraConfig: "lora_", LoKrConfig: "lokr_", ASLoRAConfig: "aslora_"}',
+            1,
+        ),
+    ],
+}
+
+# File -> gate -> why ASLoRA stays out.
+CLOSED: dict[str, dict[str, str]] = {
+    "testing_common.py": {
+        "config_cls == LoraConfig": "grouped convolutions",
+        "issubclass(config_cls, (IA3Config, LoraConfig, HiraConfig))": "a wider tolerance for convolutions",
+    },
+    "testing_utils.py": {
+        "config_cls in (LoraConfig, AdaLoraConfig)": "sets init_lora_weights; ours is the usual init_weights",
+    },
+    "test_custom_models.py": {
+        "config_cls == LoraConfig": "a skip for target_parameters",
+        "issubclass(config_cls, (IA3Config, LoraConfig))": "a wider tolerance for convolutions",
+    },
+    "test_decoder_models.py": {
+        "config_cls is LoraConfig": "a skip for activated LoRA",
+    },
+    "test_tuners_utils.py": {  # tests that are taken over have the name LoraLayer replaced while they run
+        "isinstance(module, LoraLayer)": "hard-coded test",
+        "isinstance(proj, LoraLayer)": "hard-coded test",
+    },
+}

@@ -1,0 +1,92 @@
+"""PEFT's own tests: fetched once as the source distribution of the installed version, copied with their gates opened.
+
+The copy lives in a temporary folder. Nothing of PEFT's tests is kept in the project.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tarfile
+from importlib.metadata import version
+from pathlib import Path
+
+from gates import CLOSED, FILES, IMPORTS, OPENED
+
+CACHE = Path(__file__).parents[2] / ".cache" / "peft-tests"
+_LORA_NAMES = {"LoraConfig", "LoraLayer"}
+
+
+class SuiteError(Exception):
+    """PEFT's tests are not as the harness knows them; the message says where."""
+
+
+def fetch() -> Path:
+    """The folder with the tests of the installed PEFT; downloaded from the package index on first use."""
+    name = f"peft-{version('peft')}"
+    folder = CACHE / name / "tests"
+    if folder.is_dir():
+        return folder
+    CACHE.mkdir(parents=True, exist_ok=True)
+    requirement = name.replace("-", "==", 1)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    subprocess.run([*command, "--no-binary=:all:", "--dest", str(CACHE), requirement], check=True)
+    archive = CACHE / f"{name}.tar.gz"
+    with tarfile.open(archive) as tar:
+        tests = [member for member in tar if member.name.startswith(f"{name}/tests/")]
+        tar.extractall(CACHE, members=tests, filter="data")
+    archive.unlink()
+    return folder
+
+
+def copy_with_open_gates(source: Path, target: Path) -> int:
+    """Write the files that are run to package `target`, and return the number of gates opened.
+
+    Raises:
+        SuiteError: a gate is not where it was, or there is one that the harness does not know.
+    """
+    target.mkdir()
+    (target / "__init__.py").touch()
+    opened = 0
+    for name in FILES:
+        text = (source / name).read_text()
+        spans: list[tuple[int, int]] = []
+        for before, after, count in OPENED.get(name, []):
+            if text.count(before) != count:
+                raise SuiteError(f"{name}: gate `{before}` was found {text.count(before)} times, not {count}.")
+            start = -1
+            while (start := text.find(before, start + 1)) >= 0:
+                line = text.count("\n", 0, start) + 1
+                spans.append((line, line + before.count("\n")))
+            text = text.replace(before, after)  # as many lines as before, so that tracebacks point into PEFT's file
+            opened += count
+        _check_known(name, (source / name).read_text(), spans)
+        for line in ("from peft import (\n", "from peft import "):
+            if line in text:
+                text = text.replace(line, f"{IMPORTS}; {line}", 1)
+                break
+        (target / name).write_text(text)
+    return opened
+
+
+def _check_known(name: str, text: str, opened: list[tuple[int, int]]) -> None:
+    """Every comparison with LoRA's classes must be one that was opened, or stand in the list of those left closed."""
+    closed = set()
+    for node in ast.walk(ast.parse(text)):
+        is_check = isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass")
+        if not (is_check or isinstance(node, ast.Compare)) or not _names_of(node) & _LORA_NAMES:
+            continue
+        if any(first <= node.lineno <= last for first, last in opened):
+            continue
+        source = ast.unparse(node)
+        if source not in CLOSED.get(name, {}):
+            raise SuiteError(f"{name}, line {node.lineno}: unknown gate `{source}`; open it or list it as closed.")
+        closed.add(source)
+    if gone := set(CLOSED.get(name, {})) - closed:
+        raise SuiteError(f"{name}: gates listed as closed were not found: {sorted(gone)}.")
+
+
+def _names_of(node: ast.AST) -> set[str]:
+    names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    return names | {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
