@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 from torch.optim.optimizer import Optimizer
+
+from peft_bridge import watch_steps
 
 from .bank import SharedB
 from .schedule import PUBLISHED_INTERVAL, PUBLISHED_START, uses_published_steps
@@ -27,6 +30,12 @@ class SharingRun:
         self.total_steps: dict[str, int | None] = {}
         self.nonfinite_steps = 0
         self._warned: set[tuple[str, str]] = set()  # (adapter, what about)
+        watch_steps(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copied or unpickled model follows its own optimizer too."""
+        self.__dict__.update(state)
+        watch_steps(self)
 
     def add(self, adapter_name: str, units: list[MergeUnit], total_steps: int | None) -> None:
         self.units[adapter_name] = units
@@ -56,7 +65,13 @@ class SharingRun:
 
     def before_step(self, parameters: list[nn.Parameter]) -> None:
         """Find the schedule, so that an impossible one is an error before anything has moved."""
-        for adapter_name, unit, _ in self._stepped(parameters):
+        for adapter_name, unit, members in self._stepped(parameters):
+            if any(member.stacked_B.ndim != 3 for member in members):
+                raise ValueError(
+                    f"Adapter '{adapter_name}' is sharded by FullyShardedDataParallel (FSDP1), which flattens the "
+                    "stacked B that ASLoRA merges in: use FSDP2 (torch.distributed.fsdp.fully_shard, in accelerate's "
+                    "configuration fsdp_version: 2)."
+                )
             if unit.pending:
                 unit.plan(self.total_steps[adapter_name])
                 self._warn_of_unknown_length(adapter_name, unit)
