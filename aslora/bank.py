@@ -157,7 +157,8 @@ class SharedB(nn.Module):
         B = _whole(self.stacked_B.detach())
         for rows in (B, self.average):
             if mean:
-                rows[upper] = torch.lerp(rows[upper].float(), rows[lower].float(), weight).to(rows.dtype)
+                wide = torch.promote_types(rows.dtype, torch.float32)
+                rows[upper] = torch.lerp(rows[upper].to(wide), rows[lower].to(wide), weight).to(rows.dtype)
             rows[lower] = 0
         _overwrite(self.stacked_B, B)
         if optimizer is not None:
@@ -206,6 +207,7 @@ class SharedB(nn.Module):
             after = getattr(self, name)
             if torch.promote_types(after.dtype, before.dtype) != after.dtype:
                 setattr(self, name, before.to(after.device))
+        self.forget_views()  # of the old memory: a move writes B without a new version
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -62,6 +62,12 @@ def combine(
             f"The adapters {adapters} have different share_a ({', '.join(sorted(shares))}), so there is no common A to "
             "combine them in: export them to LoRA and combine them there."
         )
+    patterns = {str(config.layers_pattern or None) for config in configs}
+    if len(patterns) > 1:
+        raise ValueError(
+            f"The adapters {adapters} have different layers_pattern ({', '.join(sorted(patterns))}), so their layers "
+            "form different groups: export them to LoRA and combine them there."
+        )
     if any(config.modules_to_save for config in configs):
         raise ValueError(
             f"The adapters {adapters} have modules_to_save, which cannot be combined: combine adapters without them."
@@ -84,8 +90,8 @@ def combine(
         use_rslora=False,
         target_modules=sorted(paths),
         exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
+        # A pattern decides which layers form a group, so the result has the one of its inputs.
+        layers_to_transform=sorted({i for s in sources for i in s.layers()}) if configs[0].layers_pattern else None,
         num_merges=None,
     )
     try:
@@ -112,6 +118,9 @@ class _Source:
 
     def paths(self) -> list[str]:
         return [module_path(name, layer) for name, B in self.B.items() for layer in B.layer_indices]
+
+    def layers(self) -> set[int]:
+        return {layer for B in self.B.values() for layer in B.layer_indices}
 
     def of(self, group: str, layers: list[int], like: SharedB) -> tuple[Tensor, list[int]]:
         """B [n, out_features, r] and sharing labels of the given layers; zeros where this adapter has no such layer."""

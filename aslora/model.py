@@ -21,7 +21,7 @@ from peft.utils.other import _set_layer_requires_grad
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_bridge import RunListener, watch_runs
+from peft_bridge import RunListener
 
 from . import storage
 from .bank import SharedA, SharedB
@@ -101,7 +101,6 @@ class ASLoRAModel(BaseTuner, RunListener):
         self.aslora_A = nn.ModuleDict()
         self.aslora_B = nn.ModuleDict()
         self.run = SharingRun()
-        watch_runs()
 
     def inject_adapter(
         self,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from peft_bridge import watch_steps
+from peft_bridge import watch_runs, watch_steps
 
 from .bank import SharedB
 from .schedule import PUBLISHED_INTERVAL, PUBLISHED_START, uses_published_steps
@@ -31,11 +31,13 @@ class SharingRun:
         self.nonfinite_steps = 0
         self._warned: set[tuple[str, str]] = set()  # (adapter, what about)
         watch_steps(self)
+        watch_runs()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copied or unpickled model follows its own optimizer too."""
         self.__dict__.update(state)
         watch_steps(self)
+        watch_runs()
 
     def add(self, adapter_name: str, units: list[MergeUnit], total_steps: int | None) -> None:
         self.units[adapter_name] = units
@@ -88,10 +90,11 @@ class SharingRun:
     def catch_up(self, adapter_name: str, step: int) -> None:
         """Take optimizer step `step` into account unless it was counted already."""
         for unit in self.units.get(adapter_name, []):
-            if unit.pending and unit.leader.stacked_B.requires_grad and unit.leader.step < step:
-                for member, _ in unit.members.values():
-                    unit.sample(member, step)
-                unit.merge_due(self.total_steps[adapter_name], None)
+            if not unit.leader.stacked_B.requires_grad or (unit.pending and unit.leader.step >= step):
+                continue
+            for member, _ in unit.members.values():
+                unit.sample(member, step)  # after the last merge too: it keeps the dropped rows zero
+            unit.merge_due(self.total_steps[adapter_name], None)
 
     def _first(self, adapter_name: str, about: str) -> bool:
         """Whether this adapter has not been warned about this yet; it now has."""
@@ -113,10 +116,13 @@ class SharingRun:
         if not units or not self._first(adapter_name, "pending"):
             return
         missing = sum(u.planned - u.taken for u in units)
-        last = max(u.plan(self.total_steps[adapter_name])[-1] for u in units)
+        try:
+            planned = f"step {max(u.plan(self.total_steps[adapter_name])[-1] for u in units)}"
+        except ValueError:  # a fraction of a run that never began, so that its length is not known
+            planned = "a fraction of a run of unknown length"
         warnings.warn(
             f"The run has ended with {missing} merges of adapter '{adapter_name}' not done (the last is planned for "
-            f"step {last}): train longer, or lower merge_start, merge_interval or num_merges."
+            f"{planned}): train longer, or lower merge_start, merge_interval or num_merges."
         )
 
     def finish(self, adapter_name: str) -> None:

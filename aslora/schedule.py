@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from fractions import Fraction
 
 from .config import ASLoRAConfig
 
@@ -20,7 +21,7 @@ def _steps(value: int | float, total_steps: int | None, name: str) -> int:
             f"{name}={value} is a fraction of the run, but the run's length is unknown: set total_steps to the number "
             f"of optimizer steps, or give {name} as an int."
         )
-    return math.floor(value * total_steps)
+    return math.floor(Fraction(str(value)) * total_steps)  # 0.29 of 100 is 29, not 28.999...
 
 
 def merge_steps(config: ASLoRAConfig, merges: int, total_steps: int | None) -> list[int]:

@@ -80,6 +80,7 @@ def closest_pair(distances: Tensor, candidates: str) -> tuple[int, int]:
     if candidates == "adjacent":
         allowed &= ~torch.ones_like(allowed).triu(2)
     pairs = allowed.nonzero()  # in lexical order
-    values = distances[allowed]
+    # Values that overflowed are no reason to stop: nan counts as farthest.
+    values = distances[allowed].nan_to_num(nan=torch.inf, posinf=torch.inf)
     lower, upper = pairs[int((values == values.min()).nonzero()[0])].tolist()
     return lower, upper

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,8 @@ def _sync(path: Path) -> None:
 def replace_file(path: str | os.PathLike, data: bytes) -> None:
     """Write `data` to `path` so that a reader, or a process killed at any point, sees the old or the new file whole."""
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    name = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # mkstemp's 0o600 would hide it from a team
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

@@ -7,10 +7,11 @@ optimizer inside an optimizer), and not at all for a step that a GradScaler skip
 
 from __future__ import annotations
 
-import threading
+import sys
 import warnings
 import weakref
 from collections.abc import Iterable
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -40,7 +41,7 @@ class StepListener(Protocol):
 
 
 _listeners: weakref.WeakSet[Any] = weakref.WeakSet()
-_open_steps = threading.local()
+_open_steps: weakref.WeakKeyDictionary[Optimizer, _Step] = weakref.WeakKeyDictionary()
 _hooks: list[Any] = []
 
 
@@ -56,7 +57,6 @@ class _Step:
     """One running `optimizer.step()`: who listens to which of its parameters."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.watched: list[tuple[Any, list[nn.Parameter]]] = []
         for listener in list(_listeners):
@@ -67,38 +67,41 @@ class _Step:
         self.skipped = False
 
 
-def _stack() -> list[_Step]:
-    if not hasattr(_open_steps, "stack"):
-        _open_steps.stack = []
-    return _open_steps.stack
+def _inside_another(call: FrameType) -> bool:
+    """Whether `call`, a running `optimizer.step()`, was made by a watched step: then the outer one reports.
+
+    The call stack knows; a list of our own would not, because a step that raises has no post-hook.
+    """
+    frame = call.f_back
+    while frame is not None:
+        if frame.f_code is call.f_code and frame.f_locals.get("self") in _open_steps:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    stack = _stack()
-    # A step that raised had no post-hook: what it left behind is dropped here.
-    while any(step.optimizer is optimizer for step in stack):
-        stack.pop()
+    if _inside_another(sys._getframe(1)):
+        return
+    _open_steps.pop(optimizer, None)  # left behind by a step that raised
     step = _Step(optimizer)
     if not step.watched:
         return
-    stack.append(step)
-    if len(stack) > 1:
-        return  # an optimizer inside an optimizer: the outer one reports
     if _scaler_skips(optimizer):
         step.skipped = True
     elif not _all_finite([p.grad for _, mine in step.watched for p in mine if p.grad is not None]):
-        _skip(step)
+        _skip(optimizer, step)
     else:
         for listener, mine in step.watched:
             listener.before_step(mine)
+    _open_steps[optimizer] = step
 
 
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    stack = _stack()
-    if not stack or stack[-1].optimizer is not optimizer:
+    if _inside_another(sys._getframe(1)):
         return
-    step = stack.pop()
-    if stack or step.skipped:
+    step = _open_steps.pop(optimizer, None)
+    if step is None or step.skipped:
         return
     for listener, mine in step.watched:
         # A closure (LBFGS) makes the gradients inside the step, some optimizers free them there: either counts.
@@ -118,7 +121,7 @@ def _all_finite(gradients: list[Tensor]) -> bool:
     if gradients:
         local = [getattr(g, "_local_tensor", g) for g in gradients]
         norms = torch._foreach_norm(local, float("inf"))
-        finite = torch.stack([n.to(device=local[0].device, dtype=torch.float32) for n in norms]).isfinite().all()
+        finite = torch.stack([n.isfinite().to(local[0].device) for n in norms]).all()
     else:
         finite = torch.tensor(True)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -130,10 +133,10 @@ def _all_finite(gradients: list[Tensor]) -> bool:
     return bool(finite)
 
 
-def _skip(step: _Step) -> None:
+def _skip(optimizer: Optimizer, step: _Step) -> None:
     """Take all gradients of the optimizer away, so that its step changes neither parameters nor moments nor counts."""
     step.skipped = True
-    for group in step.optimizer.param_groups:
+    for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = None
     for listener, _ in step.watched:
