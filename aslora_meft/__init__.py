@@ -1,0 +1,1 @@
+"""The command line and the recipes over the methods: `aslora-meft train` and `aslora-meft export`."""

@@ -37,13 +37,13 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(args: ModelArguments) -> PreTrainedModel:
-    """Load the base model.
+def load_model(args: ModelArguments, device: torch.device) -> PreTrainedModel:
+    """Load the base model, in a type that suits ``device``.
 
     Raises:
         UsageError: there is none, or it is no causal language model.
     """
-    on_cpu = not torch.accelerator.is_available()
+    on_cpu = device.type == "cpu"
     dtype: Any = args.dtype
     if dtype == "auto" and on_cpu:
         dtype = "float32"  # bfloat16 is several times slower there
@@ -54,7 +54,13 @@ def load_model(args: ModelArguments) -> PreTrainedModel:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
         )
     with as_usage_error(OSError, ValueError, prefix=f"model={args.model!r} could not be loaded: "):
-        return AutoModelForCausalLM.from_pretrained(args.model, **options)
+        model = AutoModelForCausalLM.from_pretrained(args.model, **options)
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Else an evaluation on a CPU repacks the 4-bit weights for inference, and training gets no gradient after.
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def adapter_config(method: str, adapter: AdapterArguments, sharing: SharingArguments) -> PeftConfig:

@@ -9,12 +9,12 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,6 +24,7 @@ from aslora_meft.cli import main as aslora_meft
 from aslora_meft.train import train
 
 OUTPUT = Path("demo-output")
+WEIGHTS = "adapter_model.safetensors"
 PROMPT = "And it came to pass in those days, that"
 STEPS, BATCH, LENGTH = 20, 4, 128
 # Characters of the text: the start of Genesis is learnt, a part of Exodus is held out.
@@ -63,7 +64,7 @@ def main(model: str, extra: Sequence[str] = ()) -> int:
     words += ["--max_length", str(LENGTH), "--per_device_train_batch_size", str(BATCH), "--max_steps", str(STEPS)]
     words += ["--save_strategy", "no", "--output_dir", str(adapter), *extra]
     print("$ aslora-meft train", *words, flush=True)
-    tuned = train(parse_train(words)).model.eval()
+    tuned: Any = train(parse_train(words)).model.eval().cpu()  # where the base model was asked, and will be compared
 
     print(f"\nbefore: {said_before}\nafter:  {_generate(tuned, tokenizer)}")
 
@@ -71,12 +72,15 @@ def main(model: str, extra: Sequence[str] = ()) -> int:
     print("\n$ aslora-meft", *words, flush=True)
     if code := aslora_meft(words):
         return code
-    trained = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
-    print(f"\n{'':<18}{'parameters':>12}{'file, bytes':>14}")
-    for name, folder in (("ASLoRA, saved", adapter), ("LoRA, same rank", exported)):
-        file = folder / "adapter_model.safetensors"
-        print(f"{name:<18}{_parameters(file):>12,}{file.stat().st_size:>14,}")
-    print(f"(ASLoRA trains {trained:,} before its first merge)")
+    values = tuned.base_model.sharing_report().trainable_values
+    print(f"\n{'':<22}{'trained values':>16}{'file, bytes':>14}")
+    for name, count, folder in (
+        ("ASLoRA r 8, at start", values["start"], None),
+        ("ASLoRA r 8, at the end", values["now"], adapter),
+        ("LoRA r 8", _values(exported / WEIGHTS), exported),
+    ):
+        size = f"{(folder / WEIGHTS).stat().st_size:,}" if folder else ""
+        print(f"{name:<22}{count:>16,}{size:>14}")
     return 0 if _same_logits(model, tuned, exported, tokenizer(text[HELD_OUT])["input_ids"][:LENGTH]) else 1
 
 
@@ -86,21 +90,19 @@ def _generate(model: Any, tokenizer: Any) -> str:
     return " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())
 
 
-def _parameters(file: Path) -> int:
-    """Values in the matrices of a saved adapter."""
-    with safe_open(file, framework="pt") as tensors:
-        stored = [tensors.get_tensor(name) for name in tensors.keys()]  # noqa: SIM118  (it is no mapping)
-    return sum(tensor.numel() for tensor in stored if tensor.is_floating_point())
+def _values(file: Path) -> int:
+    return sum(tensor.numel() for tensor in load_file(file).values())
 
 
 def _same_logits(model: str, tuned: Any, exported: Path, ids: list[int]) -> bool:
     """Whether stock PEFT in a fresh process computes what ``tuned`` does, up to float32 rounding."""
-    out = OUTPUT / "stock_logits.safetensors"
-    script = [sys.executable, "-I", stock_logits.__file__, model, str(exported), json.dumps(ids), str(out)]
-    subprocess.run(script, check=True)
-    stock = load_file(out)["logits"]
+    with tempfile.TemporaryDirectory() as folder:
+        out = str(Path(folder, "logits.safetensors"))
+        script = [sys.executable, "-I", stock_logits.__file__, model, str(exported), json.dumps(ids), out]
+        subprocess.run(script, check=True)
+        stock = load_file(out)["logits"]
     with torch.no_grad():
-        ours = tuned(input_ids=torch.tensor([ids], device=tuned.device)).logits[0].cpu()
+        ours = tuned(input_ids=torch.tensor([ids])).logits[0]
     difference = (ours - stock).abs().max().item()
     # Sums of some hundred float32 products, 30 layers deep.
     equal = torch.allclose(ours, stock, rtol=1e-4, atol=1e-4)

@@ -82,7 +82,8 @@ def encode_rows(
         longest = max(longest, len(ids))
         cut += kind != "text" and len(ids) > args.max_length
         starts = range(0, len(ids), args.max_length) if kind == "text" else range(1)
-        windows = [Sample(input_ids=ids[i:][: args.max_length], labels=labels[i:][: args.max_length]) for i in starts]
+        cuts = [slice(start, start + args.max_length) for start in starts]
+        windows = [Sample(input_ids=ids[window], labels=labels[window]) for window in cuts]
         # The first token of a sequence is never predicted.
         encoded.append([sample for sample in windows if any(label != IGNORED for label in sample["labels"][1:])])
     kept = [samples for samples in encoded if samples]

@@ -69,7 +69,7 @@ def train(arguments: TrainArguments) -> TrainResult:
     checkpoint = _check_folders(args, config)
     tokenizer = load_tokenizer(arguments.model.model)
     train_samples, eval_samples = load_samples(arguments.data, tokenizer, args.seed)
-    base = load_model(arguments.model)
+    base = load_model(arguments.model, args.device)
     longest = getattr(base.config, "max_position_embeddings", None)
     if longest is not None and arguments.data.max_length > longest:
         raise UsageError(
@@ -78,17 +78,18 @@ def train(arguments: TrainArguments) -> TrainResult:
     set_seed(args.seed)  # the adapter's first values
     model = add_adapter(base, config, gradient_checkpointing=bool(args.gradient_checkpointing))
 
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=train_samples,  # type: ignore[arg-type]  # a list will do
-        eval_dataset=eval_samples,  # type: ignore[arg-type]
-        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
-        processing_class=tokenizer,
-        compute_metrics=token_metrics,
-        preprocess_logits_for_metrics=token_sums,
-        callbacks=[MergeEvents()] if _shares(model) else None,
-    )
+    with as_usage_error(ValueError):  # what TrainingArguments leaves to the Trainer to check
+        trainer = Trainer(
+            model=model,
+            args=args,
+            train_dataset=train_samples,  # type: ignore[arg-type]  # a list will do
+            eval_dataset=eval_samples,  # type: ignore[arg-type]
+            data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
+            processing_class=tokenizer,
+            compute_metrics=token_metrics,
+            preprocess_logits_for_metrics=token_sums,
+            callbacks=[MergeEvents()] if _shares(model) else None,
+        )
     before = _metrics(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     after = _metrics(trainer)
@@ -172,4 +173,6 @@ def _told(merges: list[dict[str, Any]]) -> list[str]:
 
 
 def _listed(layers: list[int]) -> str:
+    if len(layers) > 3:
+        return f"{layers[0]}+..+{layers[-1]} ({len(layers)} layers)"
     return "+".join(map(str, layers))

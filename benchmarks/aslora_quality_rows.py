@@ -12,7 +12,7 @@ class Rows:
     Several processes may add to one file; each addition reads it anew under a lock.
     """
 
-    KEYS = ("task", "method", "seed", "split", "learning_rate")
+    KEYS = ("task", "method", "seed", "split")
 
     def __init__(self, path: Path):
         self.path = path
@@ -27,7 +27,12 @@ class Rows:
         return next((row for row in self.read()["rows"] if all(row.get(name) == wanted[name] for name in wanted)), None)
 
     def add(self, row: dict, environment: dict) -> dict:
-        """Append a row, in place of one with the same keys but other settings, and replace the file whole."""
+        """Append a row and replace the file whole.
+
+        It takes the place of a row for the same run with other settings; runs that choose a learning rate differ by it,
+        of the runs for the table there is one per task, method and seed.
+        """
+        keys = self.KEYS if row["split"] == "test" else (*self.KEYS, "learning_rate")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -35,7 +40,7 @@ class Rows:
             if environment not in held["environments"]:
                 held["environments"].append(environment)
             row = json.loads(json.dumps(row | {"environment": held["environments"].index(environment)}))
-            rows = [old for old in held["rows"] if any(old[key] != row[key] for key in self.KEYS)] + [row]
+            rows = [old for old in held["rows"] if any(old[key] != row[key] for key in keys)] + [row]
             lines = ",\n".join(json.dumps(line) for line in rows)
             temporary = self.path.with_suffix(".partial")
             temporary.write_text(f'{{"environments": {json.dumps(held["environments"])},\n"rows": [\n{lines}\n]}}\n')

@@ -43,8 +43,8 @@ class Task:
 
 
 TASKS = {
-    "banking77": Task("banking77", "exact match", 40, 30, 8, 100, 80, 240, 16),
-    "gsm8k": Task("gsm8k", "answer loss", 20, 12, 4, 280, 24, 48),
+    "banking77": Task("banking77", "exact match", 32, 16, 8, 90, 80, 200, 12),
+    "gsm8k": Task("gsm8k", "answer loss", 24, 12, 3, 270, 24, 40),
 }
 
 
@@ -86,7 +86,9 @@ def load_splits(data: Path, task: Task) -> dict[str, list[Pair]]:
 def split(pool: list[Pair], test: list[Pair], task: Task) -> dict[str, list[Pair]]:
     """Filter by length, drop repeated prompts, and cut `valid` off the training pool."""
     pool, test = (
-        list({prompt.lower(): (prompt, done) for prompt, done in pairs if len(prompt + done) <= task.max_chars}.values())
+        list(
+            {prompt.lower(): (prompt, done) for prompt, done in pairs if len(prompt + done) <= task.max_chars}.values()
+        )
         for pairs in (pool, test)
     )
     tested = {prompt.lower() for prompt, _ in test}
@@ -109,7 +111,7 @@ def encode(tokenizer, pairs: list[Pair]) -> list[Encoded]:
 
 
 def training_batches(examples: list[Encoded], steps: int, batch_size: int, seed: int) -> list[list[Encoded]]:
-    """`steps` batches drawn without replacement; within four consecutive ones, examples of like length share a batch."""
+    """`steps` batches drawn without replacement; of four consecutive ones, each holds examples of like length."""
     order = random.Random(seed)
     drawn = order.sample(examples, steps * batch_size)
     batches = []

@@ -26,6 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import aslora_quality_report as report
 import torch
 import torch.nn.functional as F
+from aslora_quality_rows import Rows
 from aslora_quality_tasks import (
     TASKS,
     DataError,
@@ -37,10 +38,10 @@ from aslora_quality_tasks import (
     score,
     training_batches,
 )
-from aslora_quality_rows import Rows
-from aslora_meft import smollm2
 from peft import LoraConfig, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
+
+from aslora_meft import smollm2
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -122,8 +123,11 @@ def load_base(device: str):
 def target_shapes(model) -> tuple[list[tuple[int, int]], int]:
     """(out, in) of each target in one layer, and the number of layers."""
     layers = model.config.num_hidden_layers
-    found = {name.split(".")[-1]: tuple(module.weight.shape) for name, module in model.named_modules()
-             if name.split(".")[-1] in TARGETS}
+    found = {
+        name.split(".")[-1]: tuple(module.weight.shape)
+        for name, module in model.named_modules()
+        if name.split(".")[-1] in TARGETS
+    }
     return list(found.values()), layers
 
 
@@ -147,8 +151,8 @@ def train(model, batches: list, rate: float, device: str) -> float:
 def trainable(model, method: Method) -> tuple[int, int]:
     """Trainable parameters at the start and as they are now (fewer once ASLoRA has merged)."""
     if method.kind == "aslora":
-        counts = model.base_model.sharing_report().to_dict()
-        return counts["trainable"]["start"], counts["trainable"]["now"]
+        counts = model.base_model.sharing_report().trainable_values
+        return counts["start"], counts["now"]
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return count, count
 
@@ -195,37 +199,45 @@ def environment(device: str) -> dict:
         processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
     named = {name: version(name) for name in ("torch", "peft", "transformers", "aslora-meft")}
     gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
-    return {"processor": processor, "threads": torch.get_num_threads(), "python": platform.python_version()} | named | gpu
+    return (
+        {"processor": processor, "threads": torch.get_num_threads(), "python": platform.python_version()} | named | gpu
+    )
 
 
-def plan(listed: list[Method], tasks: list[Task]) -> list[tuple[Task, Method, list[int]]]:
+def plan(listed: list[Method], tasks: list[Task]) -> list[tuple[Task, Method]]:
     """Which method runs on which task: every one on banking77, the first five on GSM8K."""
     return [(task, method) for task in tasks for method in (listed if task.n_intents else listed[:5])]
 
 
-def quick(listed: list[Method]) -> tuple[list[Method], list[Task]]:
-    """The subset for `--quick`: two methods, one task, short runs."""
-    chosen = [replace(method, rates=method.rates[1:2]) for method in listed if method.name in ("LoRA r 8", "ASLoRA r 8")]
-    return chosen, [replace(TASKS["banking77"], steps=24, lr_steps=8, n_valid=40, n_test=80)]
-
-
-def run_all(rows: Rows, listed: list[Method], tasks: list[Task], seeds: tuple[int, ...], args) -> None:
-    """Run what is missing: per task first the learning rates, then seed after seed, so that a stop leaves whole seeds."""
-    data = {task.name: load_splits(args.data, task) for task in tasks}
-    wanted = [(task, method) for task, method in plan(listed, tasks) if re.search(args.rows, f"{task.name}: {method.name}")]
+def run_all(rows: Rows, listed: list[Method], tasks: list[Task], seeds: tuple[int, ...], data: dict, args) -> None:
+    """Run what is missing, seed after seed, so that a stop leaves whole seeds; rates are chosen when first needed."""
+    wanted = [
+        (task, method) for task, method in plan(listed, tasks) if re.search(args.rows, f"{task.name}: {method.name}")
+    ]
 
     def once(task: Task, method: Method, rate: float, seed: int, on: str) -> dict:
         steps = task.lr_steps if on == "valid" else task.steps
         key = {"task": task.name, "method": method.name, "seed": seed, "split": on, "learning_rate": rate}
-        config = {"kind": method.kind, "r": method.r, "targets": TARGETS, "fields": method.fields, "device": args.device}
+        config = {
+            "kind": method.kind,
+            "r": method.r,
+            "targets": TARGETS,
+            "fields": method.fields,
+            "device": args.device,
+        }
         settings = config | task.settings() | {"trained_steps": steps}
         found = rows.find(key, settings)
         if found is None:
             date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             result = run_row(task, method, rate, seed, steps, data[task.name], on, args.device)
             found = rows.add(key | {"settings": settings, "date": date} | result, environment(args.device))
-            print(date, *key.values(), f"exact {found['exact_match']:.3f} loss {found['loss']:.4f}",
-                  f"{found['seconds']} s ({found['cpu_seconds']} CPU s)", flush=True)
+            print(
+                date,
+                *key.values(),
+                f"exact {found['exact_match']:.3f} loss {found['loss']:.4f}",
+                f"{found['seconds']} s ({found['cpu_seconds']} CPU s)",
+                flush=True,
+            )
         return found
 
     by_name = {method.name: method for method in listed}
@@ -246,24 +258,26 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few short rows, into a file of their own")
     parser.add_argument("--report", action="store_true", help="only write the table from the rows that are there")
     args = parser.parse_args()
+    if args.data is None and not args.report:
+        parser.error("--data is needed: the folder that holds banking77/ and gsm8k/")
+    tasks, seeds = list(TASKS.values()), SEEDS
+    if args.quick:
+        tasks, seeds = [replace(TASKS["banking77"], steps=24, lr_steps=8, n_valid=40, n_test=80)], SEEDS[:1]
+    try:
+        data = {} if args.report else {task.name: load_splits(args.data, task) for task in tasks}
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return 2
+    torch.set_num_threads(args.threads)
+    listed = methods(*target_shapes(load_base("cpu")[0]))
+    if args.quick:
+        listed = [replace(m, rates=m.rates[1:2]) for m in listed if m.name in ("LoRA r 8", "ASLoRA r 8")]
     name = "aslora_quality_quick" if args.quick else "aslora_quality"
     rows = Rows(RESULTS / f"{name}.json")
-    torch.set_num_threads(args.threads)
-    model, _ = load_base("cpu")
-    listed, tasks, seeds = methods(*target_shapes(model)), list(TASKS.values()), SEEDS
-    del model
-    if args.quick:
-        (listed, tasks), seeds = quick(listed), SEEDS[:1]
     if not args.report:
-        if args.data is None:
-            parser.error("--data is required: the folder that holds banking77/ and gsm8k/")
-        try:
-            run_all(rows, listed, tasks, seeds, args)
-        except DataError as error:
-            print(error, file=sys.stderr)
-            return 2
+        run_all(rows, listed, tasks, seeds, data, args)
     planned = [(task, method.name, seed) for task, method in plan(listed, tasks) for seed in seeds]
-    report.write(RESULTS / f"{name}.md", rows, planned)
+    report.write(RESULTS / f"{name}.md", rows.read(), planned)
     return 0
 
 

@@ -102,6 +102,13 @@ def translate_row(row: Sequence[Any]) -> list[Any] | None:
     return ours
 
 
+def with_options(row: Sequence[Any], options: Sequence[dict[str, Any]]) -> list[Any]:
+    """A row of LoRA in ASLoRA's fields, with options of our own: one dict for each dict in the row."""
+    left = iter(options)
+    ours = [{**translate(value), **next(left)} if isinstance(value, dict) else value for value in row]
+    return [ASLoRAConfig if value is LoraConfig else value for value in ours]
+
+
 _LINEAR = {"target_modules": ["lin0", "lin1"]}
 _CONV1D = {"target_modules": ["conv1d"]}
 _NOW = {"merge_start": 0, "merge_interval": 1}
@@ -118,7 +125,7 @@ EXTRA: dict[tuple[str, ...], list[tuple[list[Any], list[dict[str, Any]]]]] = {
         (["Conv1D + Linear", "EmbConv1D", LoraConfig, {"target_modules": ["conv1d", "lin0"]}], [{"share_a": "joint"}]),
         (["Deep, merging", "Deep", LoraConfig, _LINEAR], [_NOW]),
         (
-            ["Deep, joint, merging", "Deep", LoraConfig, {**_LINEAR, "modules_to_save": ["out"]}],
+            ["Deep, joint, merging", "Deep", LoraConfig, {**_LINEAR, "modules_to_save": ["head"]}],
             [{**_NOW, "share_a": "joint", "merge_scope": "joint", "merge_value": "mean", "similarity": "product"}],
         ),
         (
@@ -138,7 +145,8 @@ EXTRA: dict[tuple[str, ...], list[tuple[list[Any], list[dict[str, Any]]]]] = {
     ],
 }
 
-# Parametrisations without a LoRA row: these rows of LoRA are added, and compared with LoRA in the same way.
+# Tests or classes whose parametrisations have no LoRA row: these are added as if they had.
 ADDED: dict[str, list[list[Any]]] = {
     "TestQuantization": [[LoraConfig, {"r": 8, "target_modules": ["q_proj", "v_proj"]}]],
+    "test_inject_adapter_in_model_rejects_shared_state_tuners": [[LoraConfig, {"r": 2}]],
 }

@@ -9,6 +9,7 @@ import ast
 import subprocess
 import sys
 import tarfile
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,21 +24,29 @@ class SuiteError(Exception):
 
 
 def fetch() -> Path:
-    """The folder with the tests of the installed PEFT; downloaded from the package index on first use."""
+    """The folder with the tests of the installed PEFT; downloaded from the package index on first use.
+
+    Raises:
+        SuiteError: the download failed.
+    """
     name = f"peft-{version('peft')}"
-    folder = CACHE / name / "tests"
+    folder = CACHE / name
     if folder.is_dir():
-        return folder
+        return folder / "tests"
     CACHE.mkdir(parents=True, exist_ok=True)
-    requirement = name.replace("-", "==", 1)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*command, "--no-binary=:all:", "--dest", str(CACHE), requirement], check=True)
-    archive = CACHE / f"{name}.tar.gz"
-    with tarfile.open(archive) as tar:
-        tests = [member for member in tar if member.name.startswith(f"{name}/tests/")]
-        tar.extractall(CACHE, members=tests, filter="data")
-    archive.unlink()
-    return folder
+    with tempfile.TemporaryDirectory(dir=CACHE) as draft:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        requirement = name.replace("-", "==", 1)
+        done = subprocess.run([*pip, "--no-binary=:all:", "--dest", draft, requirement], check=False)
+        if done.returncode:
+            raise SuiteError(
+                f"The source distribution of {requirement}, which carries PEFT's tests, was not downloaded."
+            )
+        with tarfile.open(Path(draft, f"{name}.tar.gz")) as tar:
+            tests = [member for member in tar if member.name.startswith(f"{name}/tests/")]
+            tar.extractall(draft, members=tests, filter="data")
+        Path(draft, name).rename(folder)
+    return folder / "tests"
 
 
 def copy_with_open_gates(source: Path, target: Path) -> int:
@@ -62,10 +71,7 @@ def copy_with_open_gates(source: Path, target: Path) -> int:
             text = text.replace(before, after)  # as many lines as before, so that tracebacks point into PEFT's file
             opened += count
         _check_known(name, (source / name).read_text(), spans)
-        for line in ("from peft import (\n", "from peft import "):
-            if line in text:
-                text = text.replace(line, f"{IMPORTS}; {line}", 1)
-                break
+        text = text.replace("\nfrom peft import ", f"\n{IMPORTS}; from peft import ", 1)
         (target / name).write_text(text)
     return opened
 

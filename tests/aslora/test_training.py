@@ -294,4 +294,4 @@ def test_checkpointing_in_a_trainer_takes_the_same_merges(tmp_path, reentrant):
     for name, B in groups(checkpointed).items():
         expected = groups(plain)[name]
         assert B.sharing_map == expected.sharing_map
-        torch.testing.assert_close(B.stacked_B, expected.B, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(B.stacked_B, expected.stacked_B, rtol=1e-8, atol=1e-10)

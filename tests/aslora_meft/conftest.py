@@ -43,8 +43,8 @@ def model_dir(tmp_path_factory, tokenizer):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=64,  # what the blocks of 4-bit weights need
+        intermediate_size=64,
         num_hidden_layers=4,
         num_attention_heads=2,
         max_position_embeddings=128,

@@ -1,0 +1,297 @@
+"""Two gloo processes: DDP and FSDP2 take the merges of one process with the joint batch, and stay equal to each other.
+
+The processes run this file as a script, once for all tests (`python test_distributed.py RANK FOLDER`).
+"""
+
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from aslora import ASLoRAConfig
+
+WORLD, STEPS, LAYERS = 2, 8, 5
+WEIGHTS = "adapter_model.safetensors"
+
+
+def adapted():
+    """Five layers, so that FSDP2 shards the rows of B unevenly; of up_proj one layer alone: fewer rows than ranks."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        use_cache=False,
+    )
+    targets = r".*\.q_proj|.*\.down_proj|.*\.4\.mlp\.up_proj"
+    # Merges at 2, 4, 6: three of them in eight steps, so that training goes on after the last.
+    adapter = ASLoRAConfig(
+        r=3, lora_alpha=6, target_modules=targets, merge_start=0, merge_interval=2, total_steps=STEPS
+    )
+    return get_peft_model(LlamaForCausalLM(config).double(), adapter)
+
+
+def batches():
+    """For each step the joint batch [WORLD * 2, 8]; each rank takes its two rows."""
+    return torch.randint(64, (STEPS, WORLD * 2, 8), generator=torch.Generator().manual_seed(1))
+
+
+def optimizer_of(model):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+
+
+def train(model, rank=None, optimizer=None, steps=range(STEPS)):
+    """Rank None sees the joint batch."""
+    optimizer = optimizer or optimizer_of(model)
+    for batch in batches()[list(steps)]:
+        mine = batch if rank is None else batch[2 * rank : 2 * rank + 2]
+        model(input_ids=mine, labels=mine).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def state_of(model):
+    """The adapter's tensors, whole."""
+    state = {}
+    for name, value in model.state_dict().items():
+        if ".aslora_" in name:
+            state[name] = (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
+    return state
+
+
+def merges_of(model):
+    return [(m["step"], m["projection"], m["lower"], m["upper"]) for m in model.base_model.sharing_report().merges]
+
+
+# ---------------------------------------------------------------------- what the two processes do
+
+
+def run_ddp(rank):
+    model = adapted()
+    if rank == 1:  # DDP brings the weights of rank 0 to all
+        with torch.no_grad():
+            for A in model.base_model.aslora_A["default"].parameters():
+                A.add_(1)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)  # find_unused_parameters=False
+    train(wrapped, rank)
+    return {"state": state_of(model), "merges": merges_of(model)}
+
+
+def run_nonfinite(rank):
+    """A gradient that is bad on rank 1 alone, as with a broken reduction or a clipping overflow on one device."""
+    model = adapted()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = train(wrapped, rank, steps=range(3))
+    before = state_of(model)
+    moments = [t.clone() for state in optimizer.state.values() for t in state.values()]
+    batch = batches()[3]
+    wrapped(input_ids=batch, labels=batch).loss.backward()
+    if rank == 1:
+        next(p for p in model.parameters() if p.requires_grad).grad[0, 0] = float("nan")
+    optimizer.step()
+    optimizer.zero_grad()
+    after = state_of(model)
+    same = all(torch.equal(after[name], before[name]) for name in before)
+    same_moments = all(
+        torch.equal(a, b)
+        for a, b in zip(moments, (t for state in optimizer.state.values() for t in state.values()), strict=True)
+    )
+    skipped = model.base_model.nonfinite_steps
+    train(wrapped, rank, optimizer, steps=range(3, STEPS))
+    return {"same": same, "same_moments": same_moments, "skipped": skipped, "state": state_of(model)}
+
+
+def run_fsdp(rank, folder):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    model = adapted()
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    train(model, rank)
+    shards = {name: p.to_local().numel() for name, p in model.named_parameters() if p.requires_grad}
+    # Two ways to save: every rank gathers by itself; or the first rank alone holds the whole state.
+    model.save_pretrained(folder / "gathered", is_main_process=rank == 0)
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    model.save_pretrained(folder / "whole", state_dict=whole, is_main_process=rank == 0)
+    return {"state": state_of(model), "merges": merges_of(model), "shards": shards}
+
+
+def run_fsdp_nonfinite(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    model = adapted()
+    fully_shard(model)
+    optimizer = train(model, rank, steps=range(2))
+    before = state_of(model)
+    batch = batches()[2]
+    model(input_ids=batch, labels=batch).loss.backward()
+    if rank == 1:
+        shard = next(p for p in model.parameters() if p.requires_grad and p.to_local().numel())
+        shard.grad.to_local().view(-1)[0] = float("inf")
+    optimizer.step()
+    after = state_of(model)
+    return {
+        "same": all(torch.equal(after[name], before[name]) for name in before),
+        "skipped": model.base_model.nonfinite_steps,
+    }
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=60),  # a rank that waits for one that failed
+    )
+    results = {}
+    for name, task in {
+        "ddp": lambda: run_ddp(rank),
+        "nonfinite": lambda: run_nonfinite(rank),
+        "fsdp": lambda: run_fsdp(rank, folder),
+        "fsdp_nonfinite": lambda: run_fsdp_nonfinite(rank),
+    }.items():
+        try:
+            results[name] = task()
+        except Exception as error:  # the other tests still have something to say; both ranks fail alike
+            results[name] = repr(error)
+        torch.save(results, folder / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+# ---------------------------------------------------------------------- tests
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """The results of both processes, and the folder into which they have saved."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    logs = [folder / f"rank{rank}.log" for rank in range(WORLD)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(folder)],
+            env=environment,
+            cwd=Path(__file__).parents[2],
+            stdout=logs[rank].open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(WORLD)
+    ]
+    deadline = time.monotonic() + 180
+    # One that fails leaves the other waiting: then neither is worth waiting for.
+    while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    for process in processes:
+        process.kill()
+        process.wait()
+    assert [p.returncode for p in processes] == [0] * WORLD, "\n".join(log.read_text() for log in logs)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)], folder
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """One process with the joint batch."""
+    model = adapted()
+    train(model)
+    return model
+
+
+def result(ranks, name):
+    results = [rank[name] for rank in ranks[0]]
+    for entry in results:
+        assert not isinstance(entry, str), entry
+    return results
+
+
+def assert_close(state, expected):
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        if value.is_floating_point():
+            # The joint batch's mean is summed in another order; AdamW divides by small square roots.
+            torch.testing.assert_close(state[name], value, rtol=1e-7, atol=1e-10, msg=name)
+        else:
+            assert torch.equal(state[name], value), name
+
+
+def test_the_reference_merges_three_times_in_each_projection(alone):
+    merges = merges_of(alone)
+    assert [step for step, projection, *_ in merges if projection.endswith("q_proj")] == [2, 4, 6]
+    assert [step for step, projection, *_ in merges if projection.endswith("down_proj")] == [2, 4, 6]
+    assert len(merges) == 6
+
+
+def test_ddp_ranks_are_bit_equal(ranks):
+    first, second = result(ranks, "ddp")
+    assert first["merges"] == second["merges"]
+    for name, value in first["state"].items():
+        assert torch.equal(value, second["state"][name]), name
+
+
+def test_ddp_equals_one_process_with_the_joint_batch(ranks, alone):
+    first, _ = result(ranks, "ddp")
+    assert first["merges"] == merges_of(alone)
+    assert_close(first["state"], state_of(alone))
+
+
+def test_a_nonfinite_gradient_on_one_rank_skips_the_step_on_all(ranks, alone):
+    for entry in result(ranks, "nonfinite"):
+        assert entry["same"]
+        assert entry["same_moments"]
+        assert entry["skipped"] == 1
+        # The run then goes on as if that step had never been: with all its real steps it ends where the others end.
+        assert_close(entry["state"], state_of(alone))
+
+
+def test_fsdp2_equals_the_unsharded_run(ranks, alone):
+    first, second = result(ranks, "fsdp")
+    assert first["merges"] == second["merges"] == merges_of(alone)
+    for name, value in first["state"].items():
+        assert torch.equal(value, second["state"][name]), name
+    assert_close(first["state"], state_of(alone))
+    unequal = [name for name in first["shards"] if first["shards"][name] != second["shards"][name]]
+    assert unequal  # five rows over two ranks
+    assert 0 in second["shards"].values()  # one row over two ranks
+
+
+@pytest.mark.parametrize("way", ["gathered", "whole"])
+def test_fsdp2_saves_what_the_unsharded_run_saves(ranks, alone, tmp_path, way):
+    result(ranks, "fsdp")
+    alone.save_pretrained(tmp_path / "alone")
+    ours, expected = load_file(ranks[1] / way / WEIGHTS), load_file(tmp_path / "alone" / WEIGHTS)
+    digest = "base_model.aslora_digest"
+    assert_close({k: v for k, v in ours.items() if k != digest}, {k: v for k, v in expected.items() if k != digest})
+    # It loads into an unsharded model, which then saves the same bytes again.
+    PeftModel.from_pretrained(adapted().unload(), ranks[1] / way).save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / WEIGHTS)
+    assert again.keys() == ours.keys()
+    assert all(torch.equal(again[name], ours[name]) for name in ours)
+
+
+def test_fsdp2_skips_a_nonfinite_step_on_all_ranks(ranks):
+    for entry in result(ranks, "fsdp_nonfinite"):
+        assert entry["same"]
+        assert entry["skipped"] == 1
+
+
+if __name__ == "__main__":
+    worker(int(sys.argv[1]), Path(sys.argv[2]))

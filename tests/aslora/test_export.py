@@ -1,0 +1,221 @@
+"""The exported LoRA is exact, needs nothing of ours, and appears whole or not at all."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from aslora import ASLoRAConfig, export_to_lora
+
+WEIGHTS = "adapter_model.safetensors"
+BATCH = torch.arange(16).view(2, 8)
+
+
+def llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        attention_bias=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def gpt2():
+    """Conv1D layers, and biases."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=4, n_head=2))
+
+
+CASES = {
+    "plain": (llama, {"target_modules": ["q_proj", "v_proj"]}),
+    "default targets": (llama, {}),
+    "all-linear": (llama, {"target_modules": "all-linear"}),
+    "regular expression": (llama, {"target_modules": r".*\.(q|o)_proj"}),
+    "Conv1D": (gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "rsLoRA": (llama, {"target_modules": ["q_proj"], "use_rslora": True}),
+    "joint A": (llama, {"target_modules": ["q_proj", "v_proj", "down_proj"], "share_a": "joint"}),
+    "some layers": (llama, {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0, 2, 3]}),
+    "excluded": (llama, {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.1\..*"}),
+    "modules_to_save": (llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}),
+    "bias": (llama, {"target_modules": ["q_proj", "v_proj"], "bias": "aslora_only"}),
+    "all biases": (gpt2, {"target_modules": ["c_attn"], "bias": "all", "fan_in_fan_out": True}),
+    "dropout": (llama, {"target_modules": ["q_proj"], "aslora_dropout": 0.1}),
+    "bf16 base": (lambda: llama().to(torch.bfloat16), {"target_modules": ["q_proj", "v_proj"]}),
+}
+
+
+def train_and_save(make_base, fields, folder, steps=4):
+    """A few steps with merges in them; of the adapter of four layers two rows stay."""
+    config = ASLoRAConfig(
+        r=4, lora_alpha=8, merge_start=1, merge_interval=1, num_merges=2, task_type="CAUSAL_LM", **fields
+    )
+    model = get_peft_model(make_base(), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
+    for _ in range(steps):
+        model(input_ids=BATCH, labels=BATCH).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    model.eval()
+    return model
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Case -> (trained model, ASLoRA folder, LoRA folder)."""
+    made = {}
+    for number, (case, (make_base, fields)) in enumerate(CASES.items()):
+        folder = tmp_path_factory.mktemp(f"case{number}")
+        model = train_and_save(make_base, fields, folder / "aslora")
+        export_to_lora(folder / "aslora", folder / "lora")
+        made[case] = (model, folder / "aslora", folder / "lora")
+    return made
+
+
+def adapted_layers(model):
+    from aslora.layer import ASLoRALayer
+
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, ASLoRALayer)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_and_b_of_each_layer_are_bit_equal(exported, case):
+    model, _, folder = exported[case]
+    lora = load_file(folder / WEIGHTS)
+    layers = adapted_layers(model)
+    assert layers
+    for name, layer in layers.items():
+        A, B = layer.factors("default", torch.device("cpu"))
+        assert torch.equal(lora.pop(f"{name}.lora_A.weight"), A)
+        assert torch.equal(lora.pop(f"{name}.lora_B.weight"), B)
+        assert B.abs().max() > 0
+    assert not [name for name in lora if "lora" in name]
+    assert any(B.merges_taken for B in model.base_model.aslora_B["default"].values())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_loaded_lora_has_the_same_logits(exported, case):
+    model, _, folder = exported[case]
+    with torch.no_grad():
+        base = CASES[case][0]().eval()
+        plain = base(BATCH).logits
+        loaded = PeftModel.from_pretrained(base, folder).eval()
+        assert type(loaded.peft_config["default"]) is LoraConfig
+        ours, theirs = model(BATCH).logits, loaded(BATCH).logits
+    assert torch.equal(ours, theirs)
+    assert (ours - plain).abs().max() > 1e-3  # the adapter does something
+
+
+STOCK = """
+import sys, torch
+from pathlib import Path
+from peft import AutoPeftModelForCausalLM
+folder = Path(sys.argv[1])
+model = AutoPeftModelForCausalLM.from_pretrained(folder / "lora").eval()
+with torch.no_grad():
+    logits = model(torch.arange(16).view(2, 8)).logits
+ours = [name for name in sys.modules if name.split(".")[0] in ("aslora", "peft_bridge", "aslora_meft")]
+assert not ours, ours
+torch.save(logits, folder / "logits.pt")
+"""
+
+
+def test_a_process_with_stock_peft_gives_the_same_logits(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    fields = {"target_modules": ["q_proj", "v_proj"]}
+    model = train_and_save(lambda: LlamaForCausalLM.from_pretrained(tmp_path / "base"), fields, tmp_path / "aslora")
+    export_to_lora(tmp_path / "aslora", tmp_path / "lora")
+    subprocess.run([sys.executable, "-c", STOCK, tmp_path], check=True, cwd=tmp_path, timeout=120)
+    with torch.no_grad():
+        expected = model(BATCH).logits
+    # The other process may have another number of threads, and so another order of sums; no more than that.
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_pefts_own_conversion_works():
+    """PEFT's way is an SVD for each layer; at the full rank it is exact but for rounding."""
+    torch.manual_seed(0)
+    config = ASLoRAConfig(r=4, target_modules=["q_proj", "v_proj"], init_weights=False)
+    model = get_peft_model(llama().double(), config).eval()
+    with torch.no_grad():
+        expected = model(BATCH).logits
+    lora_config, state_dict = convert_to_lora(model, rank=4)
+    lora = get_peft_model(llama().double(), lora_config).eval()
+    result = lora.load_state_dict({f"{k.removesuffix('.weight')}.default.weight": v for k, v in state_dict.items()}, False)
+    assert not result.unexpected_keys
+    with torch.no_grad():
+        torch.testing.assert_close(lora(BATCH).logits, expected, rtol=1e-6, atol=1e-6)
+
+
+# ---------------------------------------------------------------------- what is refused, what a kill leaves
+
+
+def test_a_folder_with_something_in_it_is_left_alone(exported, tmp_path):
+    (tmp_path / "keep.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        export_to_lora(exported["plain"][1], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["keep.txt"]
+
+
+def test_a_folder_of_another_method_is_refused(exported, tmp_path):
+    with pytest.raises(ValueError, match="type LORA, not ASLORA"):
+        export_to_lora(exported["plain"][2], tmp_path / "out")
+    with pytest.raises(ValueError, match=r"holds no adapter_config\.json"):
+        export_to_lora(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import safetensors.torch
+from aslora import export, export_to_lora
+folder = Path(sys.argv[1])
+
+def kill(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def half_written(tensors, path, **kwargs):
+    Path(path).write_bytes(safetensors.torch.save(tensors)[:1000])
+    kill()
+
+POINTS = {
+    "before": (export, "save_file", kill),
+    "half of the tensors": (export, "save_file", half_written),
+    "before the config": (export.LoraConfig, "save_pretrained", kill),
+    "before the rename": (os, "replace", kill),
+}
+for name, (owner, attribute, killer) in POINTS.items():
+    child = os.fork()
+    if child == 0:
+        setattr(owner, attribute, killer)
+        export_to_lora(folder / "aslora", folder / name)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (name, status)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_at_any_point_leaves_nothing_half_written(tmp_path):
+    train_and_save(*CASES["plain"], tmp_path / "aslora")
+    subprocess.run(
+        [sys.executable, "-c", KILLED, tmp_path], check=True, cwd=Path(__file__).parents[2], timeout=120
+    )
+    for name in ("before", "half of the tensors", "before the config", "before the rename"):
+        assert not (tmp_path / name).exists(), name
+        export_to_lora(tmp_path / "aslora", tmp_path / name)  # and it works when it is done again
+        assert {path.name for path in (tmp_path / name).iterdir()} >= {WEIGHTS, "adapter_config.json"}

@@ -1,0 +1,195 @@
+"""Quantised bases, with bitsandbytes on a CPU: train, share, save, load, merge into the base and back."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+from aslora import ASLoRAConfig, export_to_lora
+
+bnb = pytest.importorskip("bitsandbytes")
+
+BATCH = torch.arange(16).view(2, 8)
+QUANTISED = {
+    "4-bit": (
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
+        bnb.nn.Linear4bit,
+    ),
+    "8-bit": ({"load_in_8bit": True}, bnb.nn.Linear8bitLt),
+}
+bits = pytest.mark.parametrize("bits", QUANTISED)
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        use_cache=False,
+    )
+    folder = tmp_path_factory.mktemp("base")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def quantised(base_dir, bits):
+    return AutoModelForCausalLM.from_pretrained(
+        base_dir, quantization_config=BitsAndBytesConfig(**QUANTISED[bits][0]), device_map="cpu", dtype=torch.float32
+    )
+
+
+def adapted(base_dir, bits, prepare=True):
+    base = quantised(base_dir, bits)
+    if prepare:
+        base = prepare_model_for_kbit_training(base)
+    torch.manual_seed(1)
+    config = ASLoRAConfig(
+        r=4, lora_alpha=8, merge_start=1, merge_interval=1, num_merges=2, target_modules=["q_proj", "v_proj"]
+    )
+    return get_peft_model(base, config)
+
+
+def train(model, steps=4, optimizer=None):
+    model.train()
+    optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=BATCH, labels=BATCH).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(BATCH).logits
+
+
+def base_layer(model):
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    return getattr(layer, "base_layer", layer)
+
+
+@bits
+def test_training_learns_and_takes_its_merges(base_dir, bits):
+    model = adapted(base_dir, bits)
+    assert isinstance(base_layer(model), QUANTISED[bits][1])
+    frozen = base_layer(model).weight.detach().clone()
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    assert {merge["step"] for merge in model.base_model.sharing_report().merges} == {2, 3}
+    for B in model.base_model.aslora_B["default"].values():
+        assert B.stacked_B.dtype == torch.float32
+        assert len(B.live_rows) == 2
+        assert not B.stacked_B[B.dropped_rows].any()
+    assert torch.equal(base_layer(model).weight, frozen)
+
+
+@bits
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_prepare_model_for_kbit_training_with_checkpointing(base_dir, bits, reentrant):
+    base = prepare_model_for_kbit_training(
+        quantised(base_dir, bits), gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+    )
+    config = ASLoRAConfig(r=4, num_merges=1, merge_start=0, merge_interval=1, target_modules=["q_proj", "v_proj"])
+    torch.manual_seed(1)
+    model = get_peft_model(base, config)
+    losses = train(model, 3)
+    assert losses[-1] < losses[0]
+    assert len(model.base_model.sharing_report().merges) == 2
+
+
+@bits
+def test_the_saved_adapter_loads_over_the_same_base(base_dir, bits, tmp_path):
+    model = adapted(base_dir, bits, prepare=False)
+    train(model)
+    model.save_pretrained(tmp_path)
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(quantised(base_dir, bits), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert torch.equal(logits(loaded.eval()), logits(model))
+
+
+def exported_over_same_base(model, base_dir, bits, folder):
+    """The oracle of merging: the same adapter as a stock LoRA, over the same base."""
+    model.save_pretrained(folder / "aslora")
+    export_to_lora(folder / "aslora", folder / "lora")
+    return PeftModel.from_pretrained(quantised(base_dir, bits), folder / "lora").eval()
+
+
+def weights(model):
+    """The dequantised weights of all adapted layers."""
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    assert len(layers) == 8
+    return [layer.get_base_weight().clone() for layer in layers]
+
+
+@bits
+def test_merge_and_unmerge_do_to_the_base_what_lora_does(base_dir, bits, tmp_path):
+    """Bit for bit: the base has few values, so that both round, and unmerging does not bring all of it back."""
+    model = adapted(base_dir, bits, prepare=False)
+    before = weights(model)
+    train(model, 8)
+    lora = exported_over_same_base(model, base_dir, bits, tmp_path)
+    assert torch.equal(logits(model), logits(lora))
+    for change in ("merge_adapter", "unmerge_adapter"):
+        getattr(model, change)()
+        getattr(lora, change)()
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(weights(model), weights(lora), strict=True))
+        assert torch.equal(logits(model), logits(lora))
+        if change == "merge_adapter":
+            assert not any(torch.equal(ours, old) for ours, old in zip(weights(model), before, strict=True))
+
+
+@bits
+def test_merge_and_unload_gives_what_lora_gives(base_dir, bits, tmp_path):
+    model = adapted(base_dir, bits, prepare=False)
+    train(model, 8)
+    lora = exported_over_same_base(model, base_dir, bits, tmp_path)
+    ours, theirs = model.merge_and_unload(safe_merge=True), lora.merge_and_unload(safe_merge=True)
+    assert isinstance(ours.model.layers[0].self_attn.q_proj, QUANTISED[bits][1])
+    assert not [name for name, _ in ours.named_modules() if "aslora" in name]
+    assert torch.equal(logits(ours), logits(theirs))
+
+
+@bits
+def test_unload_gives_the_base_back(base_dir, bits):
+    expected = logits(quantised(base_dir, bits).eval())
+    model = adapted(base_dir, bits, prepare=False)
+    train(model, 2)
+    assert torch.equal(logits(model.unload().eval()), expected)
+
+
+def test_eight_bit_moments_of_a_dropped_row_are_zero(base_dir):
+    """bitsandbytes' AdamW8bit keeps moments as indices into a table: zero is an index, not the number 0."""
+    base = LlamaForCausalLM.from_pretrained(base_dir)
+    config = ASLoRAConfig(
+        r=32, merge_start=1, merge_interval=1, num_merges=2, target_modules=["q_proj"], lora_alpha=64
+    )
+    model = get_peft_model(base, config)
+    optimizer = bnb.optim.AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-2, min_8bit_size=1024)
+    losses = train(model, 5, optimizer)
+    assert losses[-1] < losses[0]
+    (B,) = model.base_model.aslora_B["default"].values()
+    assert B.step == 3
+    assert len(B.dropped_rows) == 2
+    state = optimizer.state[B.stacked_B]
+    assert state["state1"].dtype == torch.uint8
+    for moment, table, scale in (("state1", "qmap1", "absmax1"), ("state2", "qmap2", "absmax2")):
+        blocks = state[table][state[moment].long()].view(len(state[scale]), -1)
+        values = (blocks * state[scale][:, None]).view_as(B.stacked_B)
+        assert not values[B.dropped_rows].any()
+        assert values[B.live_rows].any()
+    assert not B.stacked_B[B.dropped_rows].any()

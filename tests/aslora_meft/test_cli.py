@@ -1,0 +1,102 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import LlamaForCausalLM
+
+from aslora_meft.cli import main
+
+
+@pytest.fixture
+def words(model_dir, text_file, tmp_path):
+    words = ["train", "--model", str(model_dir), "--data", str(text_file), "--output_dir", str(tmp_path / "out")]
+    return [*words, "--max_length", "32", "--max_steps", "6", "--learning_rate", "1e-2", "--save_strategy", "no"]
+
+
+def test_train_then_export(words, tmp_path, model_dir, capfd):
+    assert main(words) == 0
+    told = capfd.readouterr()
+    assert "merges layers" in told.out  # beside the progress bar
+    assert "6/6" in told.err
+    assert main(["export", str(tmp_path / "out"), "--to", "lora", str(tmp_path / "lora")]) == 0
+    assert capfd.readouterr().out == f"LoRA adapter: {tmp_path / 'lora'}\n"
+    ids = torch.arange(20).unsqueeze(0)
+    logits = []
+    for folder in ("out", "lora"):
+        model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(model_dir), tmp_path / folder).eval()
+        with torch.no_grad():
+            logits.append(model(ids).logits)
+    torch.testing.assert_close(*logits)
+
+
+def test_bad_input_in_a_process_of_its_own(words, tmp_path):
+    """One sentence on stderr, exit code 2, nothing made."""
+    result = subprocess.run(
+        [sys.executable, "-m", "aslora_meft.cli", *words, "--target_modules", "c_attn"], capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("aslora-meft: error: ")]
+    assert len(errors) == 1
+    assert "target_modules='c_attn'" in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ([], "train"),
+        (["tarin"], "tarin"),
+        (["train"], "--model"),
+        (["train", "--method", "dora", "--model", "m", "--data", "d", "--output_dir", "o"], "dora"),
+        (["export", "none", "--to", "lora", "out"], "none"),
+        (["export", "none", "--to", "dense", "out"], "dense"),
+        (["export", "none", "out"], "--to"),
+        (["export", "none", "--to", "lora", "out", "--fast"], "--fast"),
+    ],
+)
+def test_bad_words_are_one_sentence(argv, named, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("aslora-meft: error: ")
+    assert told.err.count("\n") == 1
+    assert named in told.err
+    assert not any(tmp_path.iterdir())
+
+
+def test_export_leaves_a_full_folder_alone(words, tmp_path, capsys):
+    assert main(words) == 0
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    assert main(["export", str(tmp_path / "out"), "--to", "lora", str(tmp_path / "full")]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine"]
+
+
+def test_export_of_another_method_is_refused(words, tmp_path, capsys):
+    assert main([*words, "--method", "lora"]) == 0
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "out"), "--to", "lora", str(tmp_path / "lora")]) == 2
+    assert "LORA" in capsys.readouterr().err
+    assert not (tmp_path / "lora").exists()
+
+
+def test_a_bug_keeps_its_traceback(words, monkeypatch):
+    def broken(arguments):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("aslora_meft.train.train", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        main(words)
+
+
+def test_help(capsys):
+    for argv, text in (([], "train"), (["train"], "--merge_scope"), (["export"], "ADAPTER_DIR")):
+        with pytest.raises(SystemExit) as end:
+            main([*argv, "--help"])
+        assert end.value.code == 0
+        assert text in capsys.readouterr().out

@@ -1,0 +1,220 @@
+"""The benchmark's own arithmetic and book-keeping; no real model is loaded."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import aslora_quality_report as report  # noqa: E402
+import aslora_quality_tasks as tasks  # noqa: E402
+import bench_aslora_quality as bench  # noqa: E402
+from aslora_quality_rows import Rows  # noqa: E402
+
+ROBERTA = [(768, 768), (768, 768)]  # query and value
+SMOLLM2 = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
+BANKING = replace(tasks.TASKS["banking77"], steps=2, batch_size=2, n_valid=3, n_test=4, n_intents=2)
+
+
+class Words:
+    """A tokenizer whose tokens are characters."""
+
+    eos_token_id = 1
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": [2 + ord(letter) % 60 for letter in text]}
+
+
+def test_end_count_is_that_of_the_paper():
+    # 12 layers of width 768: seven merges leave five B per projection, a quarter of LoRA's 294,912.
+    assert bench.aslora_end_count(ROBERTA, 12, 8) == 73_728
+
+
+def test_end_count_and_nearest_rank_on_smollm2():
+    assert bench.aslora_end_count(SMOLLM2, 30, 8) == 537_600
+    assert bench.nearest_lora_rank(SMOLLM2, 30, 537_600) == 2  # 610,560; rank 1 has 305,280
+
+
+@pytest.mark.parametrize(("count", "rank"), [(1, 1), (36_864, 1), (55_295, 1), (55_297, 2), (73_728, 2), (368_640, 10)])
+def test_nearest_rank_on_both_sides_of_the_middle(count, rank):
+    assert bench.nearest_lora_rank(ROBERTA, 12, count) == rank  # 36,864 values a rank
+
+
+def test_methods_cover_each_open_choice_once():
+    listed = bench.methods(SMOLLM2, 30)
+    assert [method.kind for method in listed[:5]] == ["lora", "lora", "vera", "aslora", "aslora"]
+    assert [list(method.fields) for method in listed[5:]] == [
+        ["merge_candidates"], ["merge_scope"], ["share_a"], ["similarity"], ["merge_value"]
+    ]  # fmt: skip
+    assert all(method.rate_of == "ASLoRA r 8" for method in listed[5:])
+    assert bench.plan(listed, [tasks.TASKS["gsm8k"]]) == [(tasks.TASKS["gsm8k"], method) for method in listed[:5]]
+
+
+def write_banking(folder: Path, train: list[tuple[str, str]], test: list[tuple[str, str]]) -> None:
+    (folder / "banking77").mkdir()
+    for name, rows in (("train", train), ("test", test)):
+        with open(folder / "banking77" / f"{name}.csv", "w", newline="") as file:
+            csv.writer(file).writerows([("text", "category"), *rows])
+
+
+def test_splits_are_disjoint_and_repeatable(tmp_path):
+    train = [(f"query {i} in\nlines", ("card_arrival", "why?")[i % 2]) for i in range(20)]
+    test = [*train[:3], *((f"asked {i}", "card_arrival") for i in range(6)), ("QUERY 5 in lines", "why?")]
+    write_banking(tmp_path, train + train, test)
+    splits = tasks.load_splits(tmp_path, BANKING)
+    prompts = {name: {prompt.lower() for prompt, _ in pairs} for name, pairs in splits.items()}
+    assert not prompts["train"] & prompts["valid"]
+    assert not prompts["train"] & {f"{text.lower()}\nintent:" for text, _ in test}
+    assert not prompts["valid"] & prompts["test"]
+    assert {name: len(pairs) for name, pairs in splits.items()} == {"train": 20 - 4 - 3, "valid": 3, "test": 4}
+    assert {done for pairs in splits.values() for _, done in pairs} <= {" card arrival", " why"}
+    assert tasks.load_splits(tmp_path, BANKING) == splits
+
+
+def test_too_few_examples_and_a_wrong_folder_are_data_errors(tmp_path):
+    with pytest.raises(tasks.DataError, match="cannot read banking77"):
+        tasks.load_splits(tmp_path, BANKING)
+    write_banking(tmp_path, [("a", "x"), ("b", "y")], [("c", "x")])
+    with pytest.raises(tasks.DataError, match="too few"):
+        tasks.load_splits(tmp_path, BANKING)
+
+
+def test_a_wrong_folder_ends_the_program_with_one_sentence(tmp_path):
+    run = subprocess.run(
+        [sys.executable, BENCHMARKS / "bench_aslora_quality.py", "--data", tmp_path], capture_output=True, text=True
+    )
+    said = [line for line in run.stderr.splitlines() if "--data" in line]
+    assert run.returncode == 2
+    assert "Traceback" not in run.stderr
+    assert len(said) == 1
+    assert "banking77/train.csv" in said[0]
+
+
+def test_batches_draw_without_replacement_and_follow_the_seed():
+    examples = [([i] * (1 + i % 7), 1) for i in range(40)]
+    batches = tasks.training_batches(examples, 9, 4, seed=3)
+    drawn = [example[0][0] for batch in batches for example in batch]
+    assert [len(batch) for batch in batches] == [4] * 9
+    assert len(set(drawn)) == 36
+    assert batches == tasks.training_batches(examples, 9, 4, seed=3)
+    assert batches != tasks.training_batches(examples, 9, 4, seed=4)
+
+
+def test_labels_are_the_completion_alone():
+    batch = tasks.encode(Words(), [("ab", "c"), ("a", "cde")])
+    inputs, labels = tasks.collate(batch, "cpu")
+    assert inputs["input_ids"].shape == (2, 5)
+    assert inputs["attention_mask"].tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
+    assert inputs["position_ids"].tolist() == [[0, 0, 1, 2, 3], [0, 1, 2, 3, 4]]
+    assert [sum(label != -100 for label in row) for row in labels.tolist()] == [2, 4]
+    assert labels[:, -1].tolist() == [1, 1]
+
+
+def test_score_is_what_greedy_generation_gives():
+    """One forward pass over the true completion decides what a decoding loop would, padding or not."""
+    torch.manual_seed(0)
+    size = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                       pad_token_id=0, eos_token_id=None)  # fmt: skip
+    model = get_peft_model(LlamaForCausalLM(size), LoraConfig(r=2, task_type="CAUSAL_LM")).eval()
+    prompts = [[2 + i] * (1 + i % 5) for i in range(12)]
+    greedy = [
+        model.generate(input_ids=torch.tensor([ids]), max_new_tokens=3, do_sample=False)[0].tolist() for ids in prompts
+    ]
+    right = [(ids, 3) for ids in greedy]
+    wrong = [(ids[:-2] + [(ids[-2] + 1) % 64] + ids[-1:], 3) for ids in greedy]
+    scored = tasks.score(model, right + wrong, "cpu", batch_size=5)
+    with torch.no_grad():
+        losses = [
+            torch.nn.functional.cross_entropy(model(torch.tensor([ids])).logits[0, -4:-1], torch.tensor(ids[-3:]))
+            for ids, _ in right + wrong
+        ]
+    assert [exact for exact, _ in scored] == [1] * 12 + [0] * 12
+    assert [loss for _, loss in scored] == pytest.approx([loss.item() for loss in losses], abs=1e-5)
+
+
+KEY = {"task": "banking77", "method": "LoRA r 8", "seed": 0, "split": "test", "learning_rate": 1e-3}
+
+
+def test_a_rerun_finds_its_row_and_only_with_equal_settings(tmp_path):
+    rows = Rows(tmp_path / "rows.json")
+    assert rows.find(KEY, {"steps": 4}) is None
+    rows.add(KEY | {"settings": {"steps": 4, "pair": (1, 2)}, "loss": 1.0}, {"torch": "a"})
+    again = Rows(tmp_path / "rows.json")
+    assert again.find(KEY, {"steps": 4, "pair": (1, 2)})["loss"] == 1.0
+    assert again.find(KEY, {"steps": 5, "pair": (1, 2)}) is None
+    assert again.find(KEY | {"seed": 1}, {"steps": 4, "pair": (1, 2)}) is None
+
+
+def test_a_row_with_new_settings_takes_the_old_one_s_place(tmp_path):
+    rows = Rows(tmp_path / "rows.json")
+    rows.add(KEY | {"settings": {"steps": 4}}, {"torch": "a"})
+    rows.add(KEY | {"settings": {"steps": 5}, "learning_rate": 1e-2}, {"torch": "b"})
+    for rate in (1e-3, 1e-2, 1e-2):
+        rows.add(KEY | {"settings": {}, "split": "valid", "learning_rate": rate}, {"torch": "a"})
+    content = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["split"], row["learning_rate"]) for row in content["rows"]] == [
+        ("test", 1e-2), ("valid", 1e-3), ("valid", 1e-2)
+    ]  # fmt: skip
+    assert content["environments"] == [{"torch": "a"}, {"torch": "b"}]
+    assert [content["environments"][row["environment"]]["torch"] for row in content["rows"]] == ["b", "a", "a"]
+
+
+def row(method: str, seed: int, exact: str) -> dict:
+    losses = [1.0 - int(bit) / 2 for bit in exact]
+    share = exact.count("1") / len(exact)
+    return KEY | {
+        "method": method, "seed": seed, "exact": exact, "losses": losses, "exact_match": share,
+        "loss": sum(losses) / len(losses), "parameters_start": 2000, "parameters_end": 1000, "file_bytes": 4096,
+        "cpu_seconds": 60.0, "seconds": 90.0,
+    }  # fmt: skip
+
+
+def page(*rows: dict) -> str:
+    task = replace(BANKING, n_test=8)
+    planned = [(task, method, seed) for method in ("LoRA r 8", "ASLoRA r 8") for seed in (0, 1)]
+    return report.text({"environments": [{"torch": "2"}], "rows": list(rows)}, planned)
+
+
+def test_the_page_names_missing_rows():
+    text = page(row("LoRA r 8", 0, "11110000"), row("LoRA r 8", 1, "11110001"))
+    missing = text.split("## Rows missing")[1]
+    assert "- banking77: ASLoRA r 8, seed 0\n- banking77: ASLoRA r 8, seed 1\n" in missing
+    assert "LoRA r 8, seed" not in missing.replace("ASLoRA r 8", "")
+    assert "| ASLoRA r 8 | missing |" in text
+    assert "| LoRA r 8 | 0.001 | 56.2 ± 8.8 |" in text
+    assert "not compared with LoRA r 8" in text
+    assert "None." in page(*(row(method, seed, "11110000") for method in ("LoRA r 8", "ASLoRA r 8") for seed in (0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("ours", "said"),
+    [
+        (("00000000", "00000001"), "ASLoRA r 8 is worse than LoRA r 8"),
+        (("11111111", "11111111"), "ASLoRA r 8 is better than LoRA r 8"),
+        (("11100001", "01110001"), "ASLoRA r 8 is not told apart from LoRA r 8"),
+    ],
+)
+def test_the_sentence_follows_the_numbers(ours, said):
+    theirs = ("11110000", "11110000")
+    rows = [row("LoRA r 8", seed, 4 * bits) for seed, bits in enumerate(theirs)]
+    assert said in page(*rows, *(row("ASLoRA r 8", seed, 4 * bits) for seed, bits in enumerate(ours)))
+
+
+def test_standard_error_and_verdict():
+    assert report.standard_error([[1.0, 0.0, 1.0, 0.0]]) == math.inf
+    # Two seeds: examples vary with variance 1/3 over 4, seeds do not vary.
+    assert report.standard_error([[1.0, 0.0, 1.0, 0.0]] * 2) == pytest.approx(math.sqrt(1 / 12))
+    assert report.verdict(0.9, 1.0, True) == "no difference"
+    assert report.verdict(-1.5, 1.0, True) == "perhaps worse"
+    assert report.verdict(-2.0, 1.0, False) == "better"
+    assert report.verdict(math.nan, math.nan, True) == "no difference"

@@ -1,0 +1,73 @@
+"""PEFT's own tests accept ASLoRA, and the harness that runs them notices what it must notice."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent / "accept"
+CLOSING = re.compile(r"passed: (\d+), failed: 0, skipped: \d+, skips that LoRA lacks: 0, problems: 0, \d+ s")
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import a module of the harness."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+def test_peft_accepts_aslora():
+    run = subprocess.run([sys.executable, FOLDER / "run.py"], capture_output=True, text=True, check=False)
+    closing = CLOSING.fullmatch(run.stdout.strip().rpartition("\n")[2])
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-4000:]
+    assert closing
+    assert int(closing[1]) > 1400  # a loss of coverage is a failure too
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("if config_cls not in (LoraConfig,):", "if config_cls not in [LoraConfig]:", "was found 0 times"),
+        ("import copy\n", "import copy\nNEW = isinstance(copy, LoraConfig)\n", "unknown gate `isinstance"),
+        ('if model_id.startswith("Conv2dGroups") and (config_cls == LoraConfig):', "if True:", "were not found"),
+    ],
+    ids=["moved", "new", "gone"],
+)
+def test_a_gate_that_changed_is_noticed(load, tmp_path, before, after, message):
+    suite = load("suite")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in suite.FILES:
+        text = (suite.fetch() / name).read_text()
+        (source / name).write_text(text.replace(before, after, 1) if name == "testing_common.py" else text)
+    with pytest.raises(suite.SuiteError, match=re.escape(message)):
+        suite.copy_with_open_gates(source, tmp_path / "target")
+
+
+@pytest.mark.parametrize(
+    ("lora", "about_us", "problem"),
+    [
+        ("passed", True, "skipped, though LoRA is not: t.py::test_a[aslora-row]"),
+        ("skipped", False, "passed without an ASLoRA config or adapter: t.py::test_b[aslora-row]"),
+        ("skipped", True, None),
+    ],
+)
+def test_the_totals_fail_for_a_skip_of_our_own_and_for_an_empty_pass(load, capsys, lora, about_us, problem):
+    run = load("run")
+    harness = run.Harness()
+    harness.not_found.clear()
+    harness.by_file.update(run.TEST_FILES)
+    harness.outcomes = {
+        "t.py::test_a[aslora-row]": "skipped",
+        "t.py::test_a[lora-row]": lora,
+        "t.py::test_b[aslora-row]": "passed",
+    }
+    harness.about_us = {"t.py::test_b[aslora-row]"} if about_us else set()
+    assert run.report(harness, gates=1, status=0, seconds=1) == (problem is not None)
+    printed = capsys.readouterr().out
+    assert problem is None or problem in printed
