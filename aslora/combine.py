@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
 from .bank import SharedB
@@ -68,9 +69,12 @@ def combine(
             f"The adapters {adapters} have different layers_pattern ({', '.join(sorted(patterns))}), so their layers "
             "form different groups: export them to LoRA and combine them there."
         )
-    if any(config.modules_to_save for config in configs):
+    wrappers = [module for module in tuner.modules() if isinstance(module, ModulesToSaveWrapper)]
+    owners = [[name for name in adapters if name in wrapper.modules_to_save] for wrapper in wrappers]
+    if twice := sum(len(names) > 1 for names in owners):
         raise ValueError(
-            f"The adapters {adapters} have modules_to_save, which cannot be combined: combine adapters without them."
+            "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+            f"{twice} such instance(s)."
         )
     ranks = [config.r for config in configs]
     if combination_type == "linear" and len(set(ranks)) > 1:
@@ -93,6 +97,7 @@ def combine(
         # A pattern decides which layers form a group, so the result has the one of its inputs.
         layers_to_transform=sorted({i for s in sources for i in s.layers()}) if configs[0].layers_pattern else None,
         num_merges=None,
+        modules_to_save=sorted({name for config in configs for name in config.modules_to_save or []}) or None,
     )
     try:
         tuner.inject_adapter(tuner.model, adapter_name)
@@ -102,6 +107,10 @@ def combine(
     except Exception:
         del tuner.peft_config[adapter_name]
         raise
+    for wrapper, names in zip(wrappers, owners, strict=True):
+        for name in names:  # at most one: its trained module goes with the combination
+            state = wrapper.modules_to_save[name].state_dict()
+            wrapper.modules_to_save[adapter_name].load_state_dict(state)
     tuner.set_requires_grad(adapter_name, False)
     _fill(tuner, adapter_name, sources, combination_type)
 

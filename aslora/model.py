@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
@@ -49,8 +49,13 @@ class _Injection:
     def check_names(self, model: nn.Module, config: ASLoRAConfig) -> None:
         """PEFT is content if one of the names matches; a name without a match is most likely misspelt."""
         paths = [path for path, _ in self.layers]
+        excluded = [
+            path
+            for path, _ in model.named_modules()
+            if config.exclude_modules and isinstance(check_target_module_exists(config, path), _ExcludedModule)
+        ]
         for name in sorted(self.names):
-            if paths and not any(path == name or path.endswith(f".{name}") for path in paths):
+            if paths and not any(path == name or path.endswith(f".{name}") for path in [*paths, *excluded]):
                 linear = {k.rpartition(".")[2] for k, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
                 limits = [f for f in ("layers_to_transform", "exclude_modules") if getattr(config, f) is not None]
                 where = f"that {' and '.join(limits)} leave" if limits else "of the model"
@@ -323,8 +328,14 @@ class ASLoRAModel(BaseTuner, RunListener):
         adapter_name: str,
         combination_type: str = "svd",
         svd_rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
     ) -> None:
-        """Add an adapter that combines others; see `aslora.combine.combine`."""
+        """Add an adapter that combines others; see `aslora.combine.combine`.
+
+        `density` and `majority_sign_method` are PEFT's, for kinds of combination that ASLoRA does not have; they are
+        not used.
+        """
         combine(self, adapters, weights, adapter_name, combination_type, svd_rank)
 
     # ------------------------------------------------------------------ saving, loading, DDP

@@ -11,6 +11,7 @@ no reported run uses; the variants of ASLoRA r 8 take the rate of ASLoRA r 8. Te
 
 import argparse
 import datetime
+import itertools
 import os
 import platform
 import re
@@ -51,7 +52,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 SEEDS = (0, 1, 2)
 LR_SEED = 100
 LORA_RATES = (1e-3, 3e-3, 1e-2)
-VERA_RATES = (1e-2, 3e-2, 1e-1)
+VERA_RATES = (3e-2, 1e-1, 3e-1)
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def plan(listed: list[Method], tasks: list[Task]) -> list[tuple[Task, Method]]:
 
 
 def run_all(rows: Rows, listed: list[Method], tasks: list[Task], seeds: tuple[int, ...], data: dict, args) -> None:
-    """Run what is missing, seed after seed, so that a stop leaves whole seeds; rates are chosen when first needed."""
+    """Run what is missing, seed after seed; a method's learning rate is chosen when it is first needed."""
     wanted = [
         (task, method) for task, method in plan(listed, tasks) if re.search(args.rows, f"{task.name}: {method.name}")
     ]
@@ -225,7 +226,7 @@ def run_all(rows: Rows, listed: list[Method], tasks: list[Task], seeds: tuple[in
             "fields": method.fields,
             "device": args.device,
         }
-        settings = config | task.settings() | {"trained_steps": steps}
+        settings = config | task.settings() | {"steps": steps}
         found = rows.find(key, settings)
         if found is None:
             date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -241,8 +242,11 @@ def run_all(rows: Rows, listed: list[Method], tasks: list[Task], seeds: tuple[in
         return found
 
     by_name = {method.name: method for method in listed}
-    for seed in seeds:
-        for task, method in wanted:
+    # What every task has comes first, then the variants: a stop leaves the main comparison whole.
+    for variants in (False, True):
+        for seed, (task, method) in itertools.product(seeds, wanted):
+            if bool(method.rate_of) != variants:
+                continue
             chooser = by_name[method.rate_of] if method.rate_of else method
             tried = [once(task, chooser, rate, LR_SEED, "valid") for rate in chooser.rates]
             best = min(tried, key=lambda row: row["loss"])

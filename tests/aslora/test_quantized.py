@@ -130,10 +130,10 @@ def exported_over_same_base(model, base_dir, bits, folder):
 
 
 def weights(model):
-    """The dequantised weights of all adapted layers."""
+    """The quantised weights of all adapted layers, as they lie in memory; their scales show in the logits."""
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     assert len(layers) == 8
-    return [layer.get_base_weight().clone() for layer in layers]
+    return [layer.get_base_layer().weight.data.clone() for layer in layers]
 
 
 @bits
