@@ -59,7 +59,7 @@ def adapter_dir(trained, tmp_path_factory):
 def adapter_state(model, name="default"):
     state = {}
     for owner in (model.base_model.aslora_A[name], model.base_model.aslora_B[name]):
-        state |= {key: value for key, value in owner.state_dict().items()}
+        state |= dict(owner.state_dict())
     return state
 
 

@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
+from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -154,8 +155,7 @@ def test_pefts_own_conversion_works():
         expected = model(BATCH).logits
     lora_config, state_dict = convert_to_lora(model, rank=4)
     lora = get_peft_model(llama().double(), lora_config).eval()
-    result = lora.load_state_dict({f"{k.removesuffix('.weight')}.default.weight": v for k, v in state_dict.items()}, False)
-    assert not result.unexpected_keys
+    assert not set_peft_model_state_dict(lora, state_dict).unexpected_keys
     with torch.no_grad():
         torch.testing.assert_close(lora(BATCH).logits, expected, rtol=1e-6, atol=1e-6)
 
@@ -212,9 +212,7 @@ for name, (owner, attribute, killer) in POINTS.items():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_kill_at_any_point_leaves_nothing_half_written(tmp_path):
     train_and_save(*CASES["plain"], tmp_path / "aslora")
-    subprocess.run(
-        [sys.executable, "-c", KILLED, tmp_path], check=True, cwd=Path(__file__).parents[2], timeout=120
-    )
+    subprocess.run([sys.executable, "-c", KILLED, tmp_path], check=True, cwd=Path(__file__).parents[2], timeout=120)
     for name in ("before", "half of the tensors", "before the config", "before the rename"):
         assert not (tmp_path / name).exists(), name
         export_to_lora(tmp_path / "aslora", tmp_path / name)  # and it works when it is done again

@@ -21,9 +21,9 @@ def alone(model, name, run):
 
 @pytest.fixture
 def model(tiny):
-    """Two adapters of other rank and targets that share after a merge; the first also has a head of its own."""
+    """Two adapters of other rank and targets that share after a merge and have heads of their own."""
     model = get_peft_model(tiny.net(), tiny.config(modules_to_save=["head"]), "first")
-    model.add_adapter("second", tiny.config(r=3, target_modules=["q"]))
+    model.add_adapter("second", tiny.config(r=3, target_modules=["q"], modules_to_save=["head"]))
     for name in ("first", "second"):
         model.set_adapter(name)
         tiny.train(model, 3)
@@ -49,7 +49,7 @@ def test_errors_leave_no_hook_behind(tiny, model):
     before = model(x)
     with pytest.raises(ValueError, match="same as the number of inputs, but got 3 and 2"):
         model(x, adapter_names=["first"] * 3)
-    with pytest.raises(ValueError, match="non-existing adapter.*third"):
+    with pytest.raises(ValueError, match=r"non-existing adapter.*third"):
         model(x, adapter_names=["first", "third"])
     with pytest.raises(ValueError, match="in training mode"):
         model.train()(x, adapter_names=["first"] * 2)

@@ -42,9 +42,7 @@ def config(**fields):
 
 def saved(folder, steps=3, seed=0, **fields):
     """Train an adapter a little, and save it; of two planned merges the first is taken at step 2, the second at 4."""
-    model = get_peft_model(
-        base(), config(init_weights=False, merge_start=0, merge_interval=2, num_merges=2, **fields)
-    )
+    model = get_peft_model(base(), config(init_weights=False, merge_start=0, merge_interval=2, num_merges=2, **fields))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
@@ -182,19 +180,16 @@ def test_a_flipped_bit_in_the_header(loaded, damaged, pending, seed):
     (damaged / WEIGHTS).write_bytes(flipped(data, position, rng.randrange(8)))
     before = snapshot(loaded)
     try:
-        loaded.load_adapter(damaged, "default", is_trainable=True)
-    except (ValueError, SafetensorError) as error:
-        assert "\n" not in str(error)
-        assert_unchanged(loaded, before)
-    else:
-        good, read = load_file(pending / WEIGHTS), load_file(damaged / WEIGHTS)
-        for name in good.keys() - {DIGEST}:
-            assert torch.equal(read[name], good[name]), name
-        restore(loaded, before)
-
-
-def restore(model, before):
-    model.load_state_dict(before[0])
+        read = load_file(damaged / WEIGHTS)
+    except SafetensorError:
+        read = {}
+    good = load_file(pending / WEIGHTS)
+    if all(name in read and torch.equal(read[name], good[name]) for name in good.keys() - {DIGEST}):
+        return
+    with pytest.raises((ValueError, SafetensorError)) as raised:
+        loaded.load_adapter(damaged, "default")
+    assert "\n" not in str(raised.value)
+    assert_unchanged(loaded, before)
 
 
 # ---------------------------------------------------------------------- mixed-up files
@@ -206,11 +201,11 @@ def restore(model, before):
 def test_config_edited_after_the_save(loaded, damaged, fields):
     edit_config(damaged, **fields)
     before = snapshot(loaded)
-    with pytest.raises(ValueError, match="digest.*restore both files|share_a.*of one save"):
+    with pytest.raises(ValueError, match=r"digest.*restore both files|share_a.*of one save"):
         loaded.load_adapter(damaged, "broken")
     loaded.delete_adapter("broken")
     assert_unchanged(loaded, before)
-    with pytest.raises(ValueError, match="digest.*restore both files|share_a.*of one save"):
+    with pytest.raises(ValueError, match=r"digest.*restore both files|share_a.*of one save"):
         export_to_lora(damaged, damaged / "out")
     assert not (damaged / "out").exists()
 
@@ -218,12 +213,12 @@ def test_config_edited_after_the_save(loaded, damaged, fields):
 def test_weights_of_one_adapter_with_the_config_of_another_with_other_scaling(tmp_path, finished):
     mixed = saved(tmp_path / "mixed", seed=2, lora_alpha=4)
     shutil.copy(finished / WEIGHTS, mixed / WEIGHTS)
-    with pytest.raises(ValueError, match="digest.*restore both files"):
+    with pytest.raises(ValueError, match=r"digest.*restore both files"):
         PeftModel.from_pretrained(base(), mixed)
     # PEFT reads no config for an adapter that exists: there the file must fit the config in memory.
     model = get_peft_model(base(), config(lora_alpha=4))
     before = snapshot(model)
-    with pytest.raises(ValueError, match="digest.*restore both files"):
+    with pytest.raises(ValueError, match=r"digest.*restore both files"):
         model.load_adapter(finished, "default")
     assert_unchanged(model, before)
 
@@ -324,7 +319,7 @@ def test_each_missing_tensor_is_an_error(loaded, damaged, pending):
         for change in (lambda t, name=name: t.pop(name), without_digest(lambda t, name=name: t.pop(name))):
             shutil.copy(pending / WEIGHTS, damaged / WEIGHTS)
             rewrite(damaged, change)
-            with pytest.raises(ValueError, match="restore|lacks|in this model but not in the file"):
+            with pytest.raises(ValueError, match=r"restore|lacks|in this model but not in the file"):
                 loaded.load_adapter(damaged, "default")
 
 

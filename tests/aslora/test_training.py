@@ -1,4 +1,4 @@
-"""The sharing runs by itself in every usual way of training: what is counted, when merges happen, what gradients are."""
+"""The sharing runs by itself in every usual way of training: what counts as a step, when merges come, the gradients."""
 
 import copy
 import os
@@ -58,7 +58,7 @@ def merge_steps(model):
 
 
 class MeanOfB:
-    """The oracle of the running averages: keeps each B that a real optimizer step leaves, and averages them at the end."""
+    """The oracle of the running averages: keeps each B that a real optimizer step leaves, and averages them all."""
 
     def __init__(self, model):
         self.model, self.seen = model, {name: [] for name in groups(model)}
@@ -128,7 +128,7 @@ def test_unknown_length_takes_the_published_steps_with_one_warning():
 def test_a_fraction_without_a_known_length_is_an_error_before_anything_moves():
     model = adapted(merge_start=0.1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="merge_start=0.1 is a fraction.*set total_steps"):
+    with pytest.raises(ValueError, match=r"merge_start=0\.1 is a fraction.*set total_steps"):
         plain_loop(model, 1)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

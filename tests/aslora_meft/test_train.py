@@ -110,9 +110,10 @@ def test_gradient_checkpointing_and_accumulation_train(run):
     assert result.after["loss"] < result.before["loss"]
 
 
-def test_report_to_a_tracker(run, tmp_path):
+def test_report_to_a_tracker(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))  # else it also writes where one stands
     run("lora", "--report_to", "tensorboard", "--max_steps", 1)
-    assert list((tmp_path / "out").rglob("events.out.tfevents.*"))
+    assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
 
 
 def test_four_bit_base(run):

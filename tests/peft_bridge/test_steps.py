@@ -1,0 +1,317 @@
+"""One event for each real optimizer step, whatever the optimizer and however it ends."""
+
+import gc
+import warnings
+import weakref
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from peft_bridge import watch_steps
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=False),
+    "adamw foreach": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),
+    "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+    "lbfgs": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3),
+    "adamw8bit": lambda p: bnb.optim.AdamW8bit(p, lr=0.1),
+    "paged adamw8bit": lambda p: bnb.optim.PagedAdamW8bit(p, lr=0.1),
+}
+
+
+class Recorder:
+    """A listener that writes down what it hears."""
+
+    def __init__(self, *parameters):
+        self.parameters = parameters
+        self.nonfinite_steps = 0
+        self.events = []
+        self.forbid = False
+        watch_steps(self)
+
+    def watched_parameters(self):
+        return self.parameters
+
+    def before_step(self, parameters):
+        if self.forbid:
+            raise ValueError("not now")
+        self.events.append(("before", [id(p) for p in parameters], [p.detach().clone() for p in parameters]))
+
+    def after_step(self, optimizer, parameters):
+        self.events.append(("after", [id(p) for p in parameters], [p.detach().clone() for p in parameters]))
+
+    def kinds(self):
+        return [kind for kind, *_ in self.events]
+
+
+def parameter(seed=0):
+    return nn.Parameter(torch.randn(64, 80, generator=torch.Generator().manual_seed(seed)))
+
+
+def give_gradients(*parameters, value=1.0):
+    for p in parameters:
+        p.grad = torch.full_like(p, value)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_is_one_event(name):
+    ours, other = parameter(0), parameter(1)
+    optimizer, listener = OPTIMIZERS[name]([ours, other]), Recorder(ours)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (ours.square() + other.square()).sum()
+        loss.backward()
+        return loss
+
+    for step in range(1, 4):
+        before = ours.detach().clone()
+        if name == "lbfgs":
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+        assert listener.kinds() == ["before", "after"] * step
+        (_, ids, seen_before), (_, _, seen_after) = listener.events[-2:]
+        assert ids == [id(ours)]
+        assert torch.equal(seen_before[0], before)
+        assert torch.equal(seen_after[0], ours)
+        assert not torch.equal(before, ours)
+
+
+def test_steps_that_do_not_concern_the_listener():
+    ours, other, frozen = parameter(0), parameter(1), parameter(2)
+    frozen.requires_grad = False
+    listener = Recorder(ours, frozen)
+    for parameters in ([other], [frozen]):
+        give_gradients(*parameters)
+        torch.optim.SGD(parameters, lr=0.1).step()
+    assert listener.events == []
+    give_gradients(other)  # ours has no gradient: the optimizer passes it by
+    torch.optim.SGD([ours, other], lr=0.1).step()
+    assert listener.kinds() == ["before"]
+
+
+def test_several_listeners_and_parameter_groups():
+    one, two = parameter(0), parameter(1)
+    first, second, both = Recorder(one), Recorder(two), Recorder(one, two)
+    give_gradients(one, two)
+    torch.optim.SGD([{"params": [one]}, {"params": [two], "lr": 0.5}], lr=0.1).step()
+    assert [len(r.events) for r in (first, second, both)] == [2, 2, 2]
+    assert both.events[1][1] == [id(one), id(two)]
+
+
+def test_a_scheduler_and_accelerates_accumulation_change_nothing():
+    model = nn.Linear(3, 3)
+    listener = Recorder(model.weight)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    for _ in range(6):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.ones(2, 3)).square().sum())
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    assert listener.kinds() == ["before", "after"] * 3
+
+
+# ---------------------------------------------------------------------- optimizers inside optimizers
+
+
+class Outer(torch.optim.Optimizer):
+    """Owns the same parameters as the optimizer inside it, and steps it `times` times."""
+
+    def __init__(self, inner, times=1):
+        super().__init__(inner.param_groups, {})
+        self.inner, self.times = inner, times
+
+    def step(self, closure=None):
+        for _ in range(self.times):
+            self.inner.step()
+
+
+def test_an_optimizer_inside_an_optimizer_reports_once():
+    ours = parameter()
+    listener = Recorder(ours)
+    optimizer = Outer(Outer(torch.optim.SGD([ours], lr=0.1), times=2))
+    for step in range(1, 3):
+        give_gradients(ours)
+        before = ours.detach().clone()
+        optimizer.step()
+        assert listener.kinds() == ["before", "after"] * step
+        assert torch.equal(listener.events[-2][2][0], before)
+        assert torch.equal(listener.events[-1][2][0], ours)
+
+
+def test_a_wrapper_that_does_not_own_the_parameters_leaves_the_report_to_the_inner_one():
+    ours, unrelated = parameter(0), parameter(1)
+    listener = Recorder(ours)
+    optimizer = Outer(torch.optim.SGD([unrelated], lr=0.1))
+    optimizer.inner = torch.optim.SGD([ours], lr=0.1)
+    give_gradients(ours)
+    optimizer.step()
+    assert listener.kinds() == ["before", "after"]
+
+
+# ---------------------------------------------------------------------- steps that raise
+
+
+class Fails(torch.optim.SGD):
+    """Raises in its step as long as `broken`."""
+
+    broken = True
+
+    def step(self, closure=None):
+        if self.broken:
+            raise RuntimeError("out of memory")
+        return super().step(closure)
+
+
+def test_after_a_step_that_raised_all_others_report():
+    ours, later = parameter(0), parameter(1)
+    listener, second = Recorder(ours), Recorder(later)
+    broken = Fails([ours], lr=0.1)
+    for _ in range(2):
+        give_gradients(ours)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            broken.step()
+    assert listener.kinds() == ["before", "before"]
+    listener.events.clear()
+    give_gradients(ours, later)
+    torch.optim.SGD([ours], lr=0.1).step()
+    torch.optim.AdamW([later], lr=0.1).step()
+    assert listener.kinds() == second.kinds() == ["before", "after"]
+    broken.broken = False
+    broken.step()
+    assert listener.kinds() == ["before", "after"] * 2
+
+
+def test_after_an_inner_step_that_raised_the_outer_one_reports():
+    ours = parameter()
+    listener = Recorder(ours)
+    inner = Fails([ours], lr=0.1)
+    outer = Outer(inner)
+    give_gradients(ours)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        outer.step()
+    listener.events.clear()
+    inner.broken = False
+    outer.step()
+    inner.step()
+    assert listener.kinds() == ["before", "after"] * 2
+
+
+def test_a_listener_stops_a_step_before_anything_moves():
+    ours = parameter()
+    listener, optimizer = Recorder(ours), torch.optim.AdamW([ours], lr=0.1)
+    listener.forbid = True
+    give_gradients(ours)
+    before = ours.detach().clone()
+    with pytest.raises(ValueError, match="not now"):
+        optimizer.step()
+    assert torch.equal(ours, before)
+    assert not optimizer.state
+    listener.forbid = False
+    optimizer.step()
+    assert listener.kinds() == ["before", "after"]
+
+
+# ---------------------------------------------------------------------- gradients that are not finite
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "lbfgs"])  # it makes gradients in its step
+def test_a_gradient_that_is_not_finite_changes_nothing(name, bad):
+    ours, other = parameter(0), parameter(1)
+    listener, optimizer = Recorder(ours), OPTIMIZERS[name]([ours, other])
+
+    def step(value):
+        give_gradients(ours, other)
+        ours.grad[3, 4] = value
+        optimizer.step()
+
+    step(1.0)
+    listener.events.clear()
+
+    def everything():
+        state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+        return [t.detach().clone() for t in (ours, other, *state)]
+
+    before = everything()
+    counts = [s["step"] for s in optimizer.state.values() if isinstance(s.get("step"), int)]
+    with pytest.warns(UserWarning, match="inf or nan: this optimizer step changes nothing"):
+        step(bad)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the second one is only counted
+        step(bad)
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
+    assert counts == [s["step"] for s in optimizer.state.values() if isinstance(s.get("step"), int)]
+    assert listener.nonfinite_steps == 2
+    assert listener.events == []
+    step(1.0)
+    assert listener.kinds() == ["before", "after"]
+    assert not torch.equal(before[0], ours)
+
+
+def test_a_bad_gradient_of_a_parameter_that_no_one_watches_is_the_users():
+    ours, other = parameter(0), parameter(1)
+    listener = Recorder(ours)
+    give_gradients(ours)
+    give_gradients(other, value=torch.nan)
+    torch.optim.SGD([ours, other], lr=0.1).step()
+    assert listener.kinds() == ["before", "after"]
+    assert listener.nonfinite_steps == 0
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float64, 1e300), (torch.float16, 6e4), (torch.bfloat16, 3e38)])
+def test_large_gradients_are_finite(dtype, value):
+    ours = nn.Parameter(torch.zeros(4, 4, dtype=dtype))
+    listener = Recorder(ours)
+    give_gradients(ours, value=value)
+    torch.optim.SGD([ours], lr=0.0).step()
+    assert listener.kinds() == ["before", "after"]
+    assert listener.nonfinite_steps == 0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_a_grad_scaler_skips_are_none(fused):
+    ours = parameter()
+    listener = Recorder(ours)
+    optimizer = torch.optim.AdamW([ours], lr=0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for overflow in (True, False, True, False):
+        optimizer.zero_grad()
+        scaler.scale(ours.sum()).backward()
+        if overflow:
+            ours.grad[0, 0] = torch.inf
+        before = ours.detach().clone()
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(before, ours) == overflow
+    assert listener.kinds() == ["before", "after"] * 2
+    assert listener.nonfinite_steps == 0  # the scaler's business
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def test_listeners_and_optimizers_are_held_weakly():
+    ours = parameter()
+    listener, optimizer = Recorder(ours), torch.optim.SGD([ours], lr=0.1)
+    broken = Fails([ours], lr=0.1)
+    give_gradients(ours)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        broken.step()
+    optimizer.step()
+    references = [weakref.ref(x) for x in (listener, optimizer, broken)]
+    del listener, optimizer, broken
+    gc.collect()
+    assert [r() for r in references] == [None] * 3
+    give_gradients(ours)
+    torch.optim.SGD([ours], lr=0.1).step()
