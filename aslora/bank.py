@@ -64,7 +64,8 @@ class SharedB(nn.Module):
         self.register_buffer("clock", torch.tensor([0, 0, 0 if merges else 1], device=device))
         self.register_buffer("history", torch.full((n - 1, 3), -1, device=device))
         self.register_buffer("distances", torch.zeros(n - 1, device=device))
-        self._mirror: dict[str, list[int]] = {}
+        # Also where there are no values to read: on the meta device.
+        self._mirror = {"layers": list(layers), "rows": list(range(n)), "clock": [0, 0, 0 if merges else 1]}
         self._views: tuple[Any, int, tuple[Tensor, ...]] | None = None
 
     # ------------------------------------------------------------------ buffers, read without a device synchronisation
@@ -112,6 +113,8 @@ class SharedB(nn.Module):
 
     def merges(self) -> list[tuple[int, int, int, float]]:
         """(step, lower row, upper row, distance) of each recorded merge."""
+        if not self.merges_taken:
+            return []
         table = self.history.tolist()
         return [(s, low, up, d) for (s, low, up), d in zip(table, self.distances.tolist(), strict=True) if s >= 0]
 

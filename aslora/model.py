@@ -36,6 +36,10 @@ from .sharing import planned_merges
 from .unit import MergeUnit
 
 
+# To modules_to_save, by task_type, whether the model has such a module or not.
+_ADDED_BY_PEFT = {"classifier", "score", "qa_outputs"}
+
+
 @dataclass
 class _Injection:
     """One call of `inject_adapter`: what it is for, and the layers that it has wrapped so far."""
@@ -62,6 +66,12 @@ class _Injection:
                 raise ValueError(
                     f"target_modules: '{name}' matches no module {where}: correct it, or choose from "
                     f"{', '.join(sorted(linear - {'base_layer'}))}."
+                )
+        everywhere = [path for path, _ in model.named_modules()]
+        for name in sorted(set(config.modules_to_save or []) - _ADDED_BY_PEFT):
+            if not any(path.endswith(name) for path in everywhere):
+                raise ValueError(
+                    f"modules_to_save: '{name}' matches no module of the model: correct it or leave it out."
                 )
 
 

@@ -138,6 +138,21 @@ def test_a_combination_is_a_finished_adapter_like_any_other(tiny, model, tmp_pat
     assert not torch.equal(loaded(x), model(x))
 
 
+def test_the_modules_to_save_of_one_input_go_along(tiny, model):
+    model.add_adapter("full", tiny.config(modules_to_save=["head"]))
+    model.set_adapter("full")
+    tiny.train(model, 2)
+    model.add_weighted_adapter(["full", "b"], [1.0, 0.5], "new", "cat")
+    heads = model.get_base_model().head.modules_to_save
+    assert heads["new"] is not heads["full"]
+    assert torch.equal(heads["new"].weight, heads["full"].weight)
+    assert not torch.equal(heads["new"].weight, tiny.net().head.weight)
+    assert not any(p.requires_grad for p in heads["new"].parameters())
+    expected = weighted(model, ["full", "b"], [1.0, 0.5])
+    for place, layer in layers(model).items():
+        torch.testing.assert_close(delta(layer, "new"), expected[place], rtol=1e-12, atol=1e-17)
+
+
 def test_a_bfloat16_base(tiny):
     model = get_peft_model(tiny.net(dtype=torch.bfloat16), tiny.config(), "a")
     model.add_adapter("b", tiny.config(r=3))
@@ -180,7 +195,7 @@ def test_a_layers_pattern_is_kept():
         (([], [], "new"), "weights has 0 values for 0 adapters"),
         ((["a", "joint"], [1.0, 1.0], "new"), r"different share_a \(joint, per_projection\).*export them to LoRA"),
         ((["a", "pattern"], [1.0, 1.0], "new"), "different layers_pattern"),
-        ((["a", "full"], [1.0, 1.0], "new"), "have modules_to_save, which cannot be combined"),
+        ((["full", "fuller"], [1.0, 1.0], "new"), r"same module with modules_to_save, but found 1 such instance"),
         ((["a", "b"], [1.0, 1.0], "new", "linear"), r"needs equal ranks, but r is \[2, 3\]: use 'cat' or 'svd'"),
         ((["a", "b"], [1.0, 1.0], "new", "ties"), "combination_type='ties' is unknown: use 'cat', 'linear' or 'svd'"),
         ((["a", "b"], [1.0, 1.0], "new", "cat", 4), "svd_rank=4 is only used with combination_type='svd'"),
@@ -192,7 +207,8 @@ def test_a_layers_pattern_is_kept():
 def test_an_error_adds_nothing(tiny, model, arguments, message):
     model.add_adapter("joint", tiny.config(share_a="joint"))
     model.add_adapter("pattern", tiny.config(layers_pattern="layers", layers_to_transform=[0, 1]))
-    model.add_adapter("full", tiny.config(modules_to_save=["head"]))
+    for name in ("full", "fuller"):
+        model.add_adapter(name, tiny.config(modules_to_save=["head"]))
     before, names = set(model.state_dict()), list(model.peft_config)
     with pytest.raises(ValueError, match=message):
         model.add_weighted_adapter(*arguments)
