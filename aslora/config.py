@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.utils import PeftType
@@ -146,6 +146,9 @@ class ASLoRAConfig(PeftConfig):
         metadata={"help": "Name of the list of layers, e.g. 'layers' or 'h', where it cannot be told from the path."},
     )
 
+    # Of the adapter_config.json it was read from: fields that this version does not know.
+    foreign_fields: ClassVar[list[str]] = []
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.ASLORA  # type: ignore[attr-defined]
@@ -197,6 +200,13 @@ class ASLoRAConfig(PeftConfig):
             raise ValueError(f"num_merges={self.num_merges!r} must be None or an integer of at least 0.")
         if self.total_steps is not None and (not _is_int(self.total_steps) or self.total_steps < 1):
             raise ValueError(f"total_steps={self.total_steps!r} must be None or an integer of at least 1.")
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+        """As in PEFT, fields that are not known are left out with a warning; loading the weights is refused then."""
+        config = super().from_peft_type(**kwargs)
+        config.foreign_fields = sorted(kwargs.keys() - {f.name for f in fields(config)})
+        return config
 
     @property
     def scaling(self) -> float:

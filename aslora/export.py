@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -80,11 +82,18 @@ def load_adapter(adapter_dir: str | Path) -> tuple[ASLoRAConfig, dict[str, Tenso
         raise ValueError(f"'{config_file}' is not valid JSON ({error}): restore it from a good save.") from error
     if kind != "ASLORA":
         raise ValueError(f"'{folder}' holds an adapter of type {kind}, not ASLORA: it cannot be exported from here.")
-    config = PeftConfig.from_pretrained(str(folder))
-    assert isinstance(config, ASLoRAConfig)
+    config = cast(ASLoRAConfig, ASLoRAConfig.from_pretrained(str(folder)))
     try:
         tensors = load_file(weights)
     except (SafetensorError, ValueError, OSError) as error:
         raise ValueError(f"'{weights}' cannot be read ({error}): restore it from a good save.") from error
     storage.check(tensors, config)
+    for group in storage.b_groups(tensors):
+        for layer, _ in storage.rows_of_layers(tensors, group):
+            path = module_path(group, layer)
+            if not check_target_module_exists(config, path):
+                raise ValueError(
+                    f"'{weights}' adapts {path}, which target_modules, layers_to_transform and exclude_modules of its "
+                    "adapter_config.json leave out: restore both files from one save."
+                )
     return config, tensors

@@ -81,7 +81,9 @@ class ASLoRALayer(BaseTunerLayer):
         shared = (self.aslora_A[adapter_name], self.aslora_B[adapter_name])
         for module, leads in zip(shared, self.leads[adapter_name], strict=True):
             if leads and not any(p.is_meta for p in module.parameters()):
-                module.to(device or own_device, dtype)
+                # To a wider dtype only: float32 values from a file are not to be rounded to those of a bf16 base.
+                widest = max((dtype, *(p.dtype for p in module.parameters())), key=lambda d: d.itemsize)
+                module.to(device or own_device, widest)
 
     def factors(self, adapter_name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """A [r, in_features] and this layer's B [out_features, r]."""
@@ -111,6 +113,15 @@ class Linear(nn.Module, ASLoRALayer):
         self.fan_in_fan_out = config.fan_in_fan_out
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
+
+    def get_base_weight(self) -> Tensor:
+        """The base layer's weight, dequantised if need be."""
+        base = self.get_base_layer()
+        if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
+            # bitsandbytes repacks 4-bit weights for its CPU kernel at the first forward in eval mode, and would read
+            # them wrongly here; taking a state dict puts them back.
+            base.state_dict()
+        return super().get_base_weight()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the delta weights of the active adapters to the base weight.

@@ -35,7 +35,6 @@ from .run import SharingRun
 from .sharing import planned_merges
 from .unit import MergeUnit
 
-
 # To modules_to_save, by task_type, whether the model has such a module or not.
 _ADDED_BY_PEFT = {"classifier", "score", "qa_outputs"}
 

@@ -63,9 +63,10 @@ def squared_distances(averages: Tensor, basis: Tensor | None = None) -> Tensor:
     """
     flat = averages.double() if basis is None else averages.double() @ basis
     flat = flat.flatten(1)
-    squares = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat.device)
-    for i in range(len(flat) - 1):
-        squares[i, i + 1 :] = (flat[i + 1 :] - flat[i]).square_().sum(1)
+    n = len(flat)
+    squares = torch.zeros(n, n, dtype=torch.float64, device=flat.device)
+    upper = torch.ones_like(squares, dtype=torch.bool).triu(1)
+    squares[upper] = torch.pdist(flat).square()  # in one pass, without the differences in memory
     return (squares + squares.T).cpu()
 
 

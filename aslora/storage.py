@@ -110,6 +110,11 @@ def check(tensors: Mapping[str, Tensor], config: ASLoRAConfig) -> None:
     Raises:
         ValueError: one sentence that says what is wrong and what to do.
     """
+    if config.foreign_fields:
+        raise ValueError(
+            f"adapter_config.json has the field '{config.foreign_fields[0]}', which is not one of ASLoRA's here: "
+            "update aslora-meft, or remove the field if it does not change the adapter."
+        )
     groups = b_groups(tensors)
     if not groups:
         raise ValueError("The file holds no ASLoRA tensors: it is not the adapter_model file of an ASLoRA adapter.")
@@ -132,24 +137,45 @@ def check(tensors: Mapping[str, Tensor], config: ASLoRAConfig) -> None:
 
 
 def _check_map(group: str, tensors: Mapping[str, Tensor]) -> None:
-    prefix = f"{B_PREFIX}{group}."
-    rows = tensors[f"{prefix}rows"].tolist()
-    n, live = len(rows), len(set(rows))
-    taken = [entry for entry in tensors[f"{prefix}history"].tolist() if entry[0] >= 0]
-    replayed = list(range(n))
-    for _, lower, upper in taken:
-        replayed = merged(replayed, lower, upper)
-    problem = None
-    if not is_sharing_map(rows) or len(tensors[f"{prefix}layers"]) != n:
-        problem = f"its map {rows} is not a sharing map of {n} layers"
-    elif taken and replayed != rows:
-        problem = f"its map {rows} is not what its {len(taken)} recorded merges lead to"
-    elif len(tensors[f"{prefix}stacked_B"]) != live:
-        problem = f"it holds {len(tensors[f'{prefix}stacked_B'])} rows of B where its map reads {live}"
-    elif f"{prefix}average" in tensors and len(tensors[f"{prefix}average"]) != live:
-        problem = f"it holds {len(tensors[f'{prefix}average'])} averages where its map reads {live} rows"
+    problem = _form_problem(group, tensors) or _map_problem(group, tensors)
     if problem:
         raise ValueError(f"Group {group} of the adapter's file is wrong: {problem}; restore the file from a good save.")
+
+
+def _form_problem(group: str, tensors: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with the shapes and dtypes of a group's tensors."""
+    prefix = f"{B_PREFIX}{group}."
+    n = tensors[f"{prefix}layers"].numel()
+    forms = {"layers": (n,), "rows": (n,), "clock": (3,), "history": (n - 1, 3), "distances": (n - 1,)}
+    for name, form in forms.items():
+        tensor = tensors[f"{prefix}{name}"]
+        if tuple(tensor.shape) != form or tensor.is_floating_point() != (name == "distances"):
+            return f"{name} is {tensor.dtype} {list(tensor.shape)} where {n} layers need {list(form)}"
+    B = tensors[f"{prefix}stacked_B"]
+    average = tensors.get(f"{prefix}average")
+    if average is not None and average.shape != B.shape:
+        return f"average has shape {list(average.shape)} where B has {list(B.shape)}"
+    if average is None and not tensors[f"{prefix}clock"][2]:
+        return "merges are to come, but the average that decides on them is missing"
+    return None
+
+
+def _map_problem(group: str, tensors: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with a group's map, history and number of rows."""
+    prefix = f"{B_PREFIX}{group}."
+    rows = tensors[f"{prefix}rows"].tolist()
+    taken = [entry for entry in tensors[f"{prefix}history"].tolist() if entry[0] >= 0]
+    replayed = list(range(len(rows)))
+    for _, lower, upper in taken:
+        replayed = merged(replayed, lower, upper)
+    if not is_sharing_map(rows):
+        return f"its map {rows} is not a sharing map of {len(rows)} layers"
+    # The map of a combination of adapters has no history; it is finished.
+    if replayed != rows and (taken or not tensors[f"{prefix}clock"][2]):
+        return f"its map {rows} is not what its {len(taken)} recorded merges lead to"
+    if len(tensors[f"{prefix}stacked_B"]) != len(set(rows)):
+        return f"it holds {len(tensors[f'{prefix}stacked_B'])} rows of B where its map reads {len(set(rows))}"
+    return None
 
 
 def check_fit(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], base: str | None) -> None:
@@ -210,11 +236,29 @@ def from_file(
         ValueError: the file is damaged, or does not belong to this configuration or this model.
     """
     own = {key: value for key, value in tensors.items() if owns(key)}
-    shapes = {key_in_file(k, adapter_name): v.shape for k, v in state_dict.items() if in_memory(k, adapter_name)}
+    here = {key_in_file(key, adapter_name): value for key, value in state_dict.items() if in_memory(key, adapter_name)}
+    shapes = {key: value.shape for key, value in here.items()}
     check(own, config)
     check_fit(own, shapes, config.base_model_name_or_path)
+    for group in b_groups(own):
+        _check_group_fits(f"{B_PREFIX}{group}.", own, here)
     own.pop(DIGEST, None)
     return {key_in_memory(key, adapter_name): value for key, value in expand(own, shapes).items()}
+
+
+def _check_group_fits(prefix: str, own: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> None:
+    """Check that a group of the file is for the same layers, and for an adapter that can go on merging."""
+    found, wanted = own[f"{prefix}layers"], here[f"{prefix}layers"]
+    if not wanted.is_meta and found.tolist() != wanted.tolist():
+        raise ValueError(
+            f"{prefix}layers is {found.tolist()} in the file, but the adapter is on layers {wanted.tolist()} here: "
+            "restore adapter_config.json and adapter_model file from one save."
+        )
+    if f"{prefix}average" in own and not len(here[f"{prefix}average"]):
+        raise ValueError(
+            f"{prefix}average: merges are still to come in the file, but this adapter was made with num_merges=0: "
+            "make it with the num_merges of the saved adapter_config.json."
+        )
 
 
 def rows_of_layers(tensors: Mapping[str, Tensor], group: str) -> list[tuple[int, Tensor]]:

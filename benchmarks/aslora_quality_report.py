@@ -6,6 +6,7 @@ from statistics import mean, stdev
 
 from aslora_quality_tasks import Task
 
+SEEDS_NEEDED = 3  # with fewer, the spread over seeds is too poorly known to call anything a difference
 Planned = list[tuple[Task, str, int]]  # task, method, seed
 
 
@@ -93,30 +94,47 @@ def findings(task: Task, names: list[str], found: dict[str, dict[int, dict]]) ->
     lines = []
     for ours, rival in pairs:
         seeds = found.get(ours, {}).keys() & found.get(rival, {}).keys()
-        if len(seeds) < 2:
+        if len(seeds) < SEEDS_NEEDED:
             lines.append(f"- {ours} against {rival}: not decided, {len(seeds)} seed(s) in common.")
             continue
         difference, error = compare(found[ours], found[rival], task.metric)
         unit = " points" if task.metric == "exact match" else ""
+        loss = (
+            "; loss {:+.3f}, standard error {:.3f}".format(*compare(found[ours], found[rival], "loss")) if unit else ""
+        )
         share = next(iter(found[ours].values()))["parameters_end"] / next(iter(found[rival].values()))["parameters_end"]
         lines.append(
             f"- {ours} against {rival}: **{verdict(difference, error, task.metric == 'exact match')}** "
             f"({'+' if difference > 0 else ''}{number(difference, task.metric)}{unit}, standard error "
-            f"{number(error, task.metric)}), with {share:.2f} times the parameters at the end."
+            f"{number(error, task.metric)}{loss}), with {share:.2f} times the parameters at the end."
         )
     return lines
 
 
-def conclusion(task: Task, names: list[str], found: dict[str, dict[int, dict]]) -> str:
-    """One plain sentence on ASLoRA r 8: whom it beats, whom it equals, to whom it loses."""
+def conclusion(task: Task, ours: str, names: list[str], found: dict[str, dict[int, dict]]) -> str:
+    """One plain sentence on one ASLoRA: whom it beats, from whom it cannot be told, to whom it loses."""
     words: dict[str, list[str]] = {}
     for rival in (name for name in names if not name.startswith("ASLoRA")):
-        if len(found.get("ASLoRA r 8", {}).keys() & found.get(rival, {}).keys()) < 2:
+        if len(found.get(ours, {}).keys() & found.get(rival, {}).keys()) < SEEDS_NEEDED:
             words.setdefault("not compared with", []).append(rival)
             continue
-        said = verdict(*compare(found["ASLoRA r 8"], found[rival], task.metric), task.metric == "exact match")
+        said = verdict(*compare(found[ours], found[rival], task.metric), task.metric == "exact match")
         words.setdefault("not told apart from" if said == "no difference" else f"{said} than", []).append(rival)
-    return f"On {task.name}, ASLoRA r 8 is " + "; ".join(f"{k} {' and '.join(v)}" for k, v in words.items()) + "."
+    return f"On {task.name}, {ours} is " + "; ".join(f"{said} {' and '.join(who)}" for said, who in words.items()) + "."
+
+
+def of_variants(task: Task, names: list[str], found: dict[str, dict[int, dict]]) -> list[str]:
+    """One sentence on the open choices changed alone, where a task has them."""
+    said: dict[str, list[str]] = {}
+    for name in (name for name in names if name.startswith("ASLoRA r 8, ")):
+        choice = name.removeprefix("ASLoRA r 8, ")
+        if len(found.get("ASLoRA r 8", {}).keys() & found.get(name, {}).keys()) < SEEDS_NEEDED:
+            said.setdefault("not decided", []).append(choice)
+        else:
+            difference, error = compare(found[name], found["ASLoRA r 8"], task.metric)
+            said.setdefault(verdict(difference, error, task.metric == "exact match"), []).append(choice)
+    parts = "; ".join(f"{word}: {', '.join(choices)}" for word, choices in said.items())
+    return [f"On {task.name}, open choices changed alone, against the defaults: {parts}."] if said else []
 
 
 def rates(task: Task, rows: list[dict]) -> list[str]:
@@ -149,12 +167,14 @@ def text(content: dict[str, list[dict]], planned: Planned) -> str:
     for task in tasks:
         names = list(dict.fromkeys(name for of, name, _ in planned if of.name == task.name))
         found = held(rows, task)
-        missing += [
-            f"- {task.name}: {name}, seed {seed}"
-            for of, name, seed in planned
-            if of.name == task.name and seed not in found.get(name, {})
-        ]
-        lines.append(conclusion(task, names, found))
+        for name in names:
+            absent = [
+                str(s) for of, n, s in planned if (of.name, n) == (task.name, name) and s not in found.get(name, {})
+            ]
+            missing += [f"- {task.name}: {name}, seed {', '.join(absent)}"] if absent else []
+        asloras = [name for name in names if name in ("ASLoRA r 8", "ASLoRA r 32")]
+        lines += [f"- {conclusion(task, ours, names, found)}" for ours in asloras]
+        lines += [f"- {sentence}" for sentence in of_variants(task, names, found)]
         better = "higher is better" if task.metric == "exact match" else "lower is better"
         details += ["", f"## {task.name}: {task.metric}, {better}", ""]
         details += [
@@ -176,10 +196,11 @@ def text(content: dict[str, list[dict]], planned: Planned) -> str:
         *details,
     ]
     lines += ["", "## Rows missing", "", *(missing or ["None."]), "", "## Cost and environment", ""]
-    cpu, clock = (sum(row[key] for row in rows) / 60 for key in ("cpu_seconds", "seconds"))
-    lines.append(
-        f"{len(rows)} runs, {cpu:.0f} minutes of CPU time in all ({clock:.0f} minutes of clock, runs overlapping)."
-    )
+    cpu = sum(row["cpu_seconds"] for row in rows) / 60
+    lines += [
+        f"{len(rows)} runs, {cpu:.0f} minutes of CPU time in all, that is {cpu / 2:.0f} minutes of two cores.",
+        "",
+    ]
     lines += [", ".join(f"{key} {value}" for key, value in found.items()) for found in content["environments"]]
     return "\n".join(lines) + "\n"
 

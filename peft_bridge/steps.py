@@ -117,20 +117,21 @@ def _scaler_skips(optimizer: Optimizer) -> bool:
 
 
 def _all_finite(gradients: list[Tensor]) -> bool:
-    """Whether all gradients are finite, on all ranks; one host synchronisation."""
-    if gradients:
-        local = [getattr(g, "_local_tensor", g) for g in gradients]
-        norms = torch._foreach_norm(local, float("inf"))
-        finite = torch.stack([n.isfinite().to(local[0].device) for n in norms]).all()
-    else:
-        finite = torch.tensor(True)
+    """Whether all gradients are finite, on all ranks."""
+    local = [getattr(g, "_local_tensor", g) for g in gradients]
+    finite = True
+    if local:
+        # On a CPU the 2-norm takes a tenth of the inf-norm's time, and it knows empty shards. If it is finite, so is
+        # every value; it may also overflow, then the values themselves are looked at.
+        norms = torch._foreach_norm(local)
+        finite = bool(torch.stack([n.isfinite().to(local[0].device) for n in norms]).all())
+        finite = finite or all(bool(g.isfinite().all()) for g in local)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        bad = (~finite).to(torch.int32)
-        if bad.device.type == "cpu" and dist.get_backend() == "nccl":
-            bad = bad.cuda()
+        on_gpu = dist.get_backend() == "nccl"
+        bad = torch.tensor(int(not finite), dtype=torch.int32, device="cuda" if on_gpu else "cpu")
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         return not bool(bad)
-    return bool(finite)
+    return finite
 
 
 def _skip(optimizer: Optimizer, step: _Step) -> None:

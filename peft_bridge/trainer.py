@@ -57,5 +57,7 @@ class RunEvents(TrainerCallback):
                 listener.update_and_allocate(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if getattr(args, "load_best_model_at_end", False) and state.best_model_checkpoint:
+            return  # the model is that of an earlier step by now
         for listener in _listeners(model):
             listener.on_run_end()

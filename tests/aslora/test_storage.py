@@ -375,3 +375,11 @@ def test_a_file_is_read_and_written_again_bit_for_bit(fixture, request, tmp_path
     again, first = load_file(tmp_path / WEIGHTS), load_file(folder / WEIGHTS)
     assert again.keys() == first.keys()
     assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_pending_merges_for_an_adapter_that_takes_none(pending):
+    model = get_peft_model(base(), config(num_merges=0))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"num_merges=0.*num_merges of the saved"):
+        model.load_adapter(pending, "default")
+    assert_unchanged(model, before)
