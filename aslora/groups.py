@@ -45,12 +45,6 @@ def b_group_name(where: Place, in_features: int, out_features: int) -> str:
     return f"{where.projection.replace('.', '/')}:{in_features}x{out_features}"
 
 
-def a_group_name(where: Place, in_features: int, share_a: str) -> str:
-    """Key of the group that has one A: (projection, in_features), or (tower, in_features) if `share_a` is `joint`."""
-    path = where.tower if share_a == "joint" else where.projection
-    return f"{path.replace('.', '/')}:{in_features}"
-
-
 def tower_of(group: str) -> str:
     """The tower of a B-group, from its name."""
     projection = group.rpartition(":")[0]
@@ -66,7 +60,7 @@ def in_features_of(group: str) -> int:
 
 
 def a_group_of(group: str, share_a: str) -> str:
-    """The A-group to which a B-group belongs, from its name."""
+    """The A-group of a B-group: (projection, in_features), or (tower, in_features) if `share_a` is `joint`."""
     path = tower_of(group) if share_a == "joint" else group.rpartition(":")[0]
     return f"{path}:{in_features_of(group)}"
 

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, cast
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
-    resolve_quantization_backend,
 )
-from peft.utils.integrations import init_empty_weights
 from peft.utils.other import _set_layer_requires_grad
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from peft_bridge import RunListener
 
@@ -27,51 +22,11 @@ from . import storage
 from .bank import SharedA, SharedB
 from .combine import combine
 from .config import ASLoRAConfig
-from .groups import a_group_of, b_group_name, place, tower_of
+from .injection import Injection, merge_units, new_layer
 from .layer import ASLoRALayer, Linear
 from .mixed_batch import adapters_per_sample
 from .report import SharingReport, report
 from .run import SharingRun
-from .sharing import planned_merges
-from .unit import MergeUnit
-
-# To modules_to_save, by task_type, whether the model has such a module or not.
-_ADDED_BY_PEFT = {"classifier", "score", "qa_outputs"}
-
-
-@dataclass
-class _Injection:
-    """One call of `inject_adapter`: what it is for, and the layers that it has wrapped so far."""
-
-    adapter_name: str
-    names: set[str]
-    """The names in target_modules, as the user gave them."""
-    low_cpu_mem_usage: bool
-    layers: list[tuple[str, Linear]] = field(default_factory=list)
-
-    def check_names(self, model: nn.Module, config: ASLoRAConfig) -> None:
-        """PEFT is content if one of the names matches; a name without a match is most likely misspelt."""
-        paths = [path for path, _ in self.layers]
-        excluded = [
-            path
-            for path, _ in model.named_modules()
-            if config.exclude_modules and isinstance(check_target_module_exists(config, path), _ExcludedModule)
-        ]
-        for name in sorted(self.names):
-            if paths and not any(path == name or path.endswith(f".{name}") for path in [*paths, *excluded]):
-                linear = {k.rpartition(".")[2] for k, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-                limits = [f for f in ("layers_to_transform", "exclude_modules") if getattr(config, f) is not None]
-                where = f"that {' and '.join(limits)} leave" if limits else "of the model"
-                raise ValueError(
-                    f"target_modules: '{name}' matches no module {where}: correct it, or choose from "
-                    f"{', '.join(sorted(linear - {'base_layer'}))}."
-                )
-        everywhere = [path for path, _ in model.named_modules()]
-        for name in sorted(set(config.modules_to_save or []) - _ADDED_BY_PEFT):
-            if not any(path.endswith(name) for path in everywhere):
-                raise ValueError(
-                    f"modules_to_save: '{name}' matches no module of the model: correct it or leave it out."
-                )
 
 
 class ASLoRAModel(BaseTuner, RunListener):
@@ -131,7 +86,7 @@ class ASLoRAModel(BaseTuner, RunListener):
         names = set(config.target_modules) if isinstance(config.target_modules, set | list) else set()
         base_flags = [(p, p.requires_grad) for p in model.parameters()]
         shared_flags = [(p, p.requires_grad) for p in self.run.watched_parameters()]
-        self._injection = _Injection(adapter_name, names, low_cpu_mem_usage)
+        self._injection = Injection(adapter_name, names, low_cpu_mem_usage)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except Exception:
@@ -147,8 +102,16 @@ class ASLoRAModel(BaseTuner, RunListener):
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         # PEFT comes here when all layers are wrapped and nothing else is: what fails now can be taken back whole.
-        self._injection.check_names(model, self.configs[self._injection.adapter_name])
-        self._build(self._injection)
+        injection = self._injection
+        config = self.configs[injection.adapter_name]
+        injection.check_names(model, config)
+        As, Bs = injection.build(config)
+        units = merge_units(config, As, Bs)
+        train = injection.adapter_name in self.active_adapters and not config.inference_mode
+        _set_layer_requires_grad(As, train)
+        _set_layer_requires_grad(Bs, train)
+        self.aslora_A[injection.adapter_name], self.aslora_B[injection.adapter_name] = As, Bs
+        self.run.add(injection.adapter_name, units, config.total_steps)
         super()._mark_only_adapters_as_trainable(model)
 
     def _create_and_replace(  # type: ignore[override]
@@ -165,82 +128,11 @@ class ASLoRAModel(BaseTuner, RunListener):
             target.update_layer(adapter_name, config)
             layer = target
         else:
-            layer = self._new_layer(config, adapter_name, target, current_key)
+            layer = new_layer(target, current_key, adapter_name, config, get_quantization_kwargs(self.model))
             self._replace_module(parent, target_name, layer, target)
         self._injection.layers.append((current_key, layer))
 
-    def _new_layer(self, config: ASLoRAConfig, adapter_name: str, target: nn.Module, path: str) -> Linear:
-        kwargs = get_quantization_kwargs(self.model)
-        layer = None
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        is_conv1d = isinstance(base, Conv1D)
-        if isinstance(base, nn.Linear | Conv1D) or _is_quantised_linear(base, kwargs):
-            if config.fan_in_fan_out != is_conv1d:
-                warnings.warn(
-                    f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module is "
-                    f"`{'Conv1D' if is_conv1d else 'torch.nn.Linear'}`. Setting fan_in_fan_out to {is_conv1d}."
-                )
-                config.fan_in_fan_out = is_conv1d
-            layer = Linear(target, adapter_name, config, **kwargs)
-        if layer is None:
-            fused = any(p.ndim == 3 for p in target.parameters(recurse=False))
-            what = "holds fused 3-D expert parameters" if fused else "is no linear layer"
-            raise ValueError(
-                f"Target module '{path}' ({type(target).__name__}) is not supported, because it {what}: ASLoRA adapts "
-                "nn.Linear, transformers Conv1D and quantised linear layers; change target_modules or name it in "
-                "exclude_modules."
-            )
-        return layer
-
-    def _build(self, injection: _Injection) -> None:
-        """Group the layers that were injected and give them their A and B."""
-        config = self.configs[injection.adapter_name]
-        groups: dict[str, list[tuple[int, Linear]]] = {}
-        for path, layer in injection.layers:
-            where = place(path, config.layers_pattern)
-            name = b_group_name(where, layer.in_features, layer.out_features)
-            groups.setdefault(name, []).append((where.layer, layer))
-        As, Bs = nn.ModuleDict(), nn.ModuleDict()
-        with init_empty_weights() if injection.low_cpu_mem_usage else nullcontext():
-            for name, members in groups.items():
-                members.sort(key=lambda member: member[0])
-                self._build_group(injection.adapter_name, name, members, As, Bs)
-        train = injection.adapter_name in self.active_adapters and not config.inference_mode
-        _set_layer_requires_grad(As, train)
-        _set_layer_requires_grad(Bs, train)
-        self.aslora_A[injection.adapter_name], self.aslora_B[injection.adapter_name] = As, Bs
-        self.run.add(injection.adapter_name, self._units(injection.adapter_name), config.total_steps)
-
-    def _build_group(
-        self, adapter_name: str, name: str, members: list[tuple[int, Linear]], As: nn.ModuleDict, Bs: nn.ModuleDict
-    ) -> None:
-        config = self.configs[adapter_name]
-        first = members[0][1]
-        device, dtype = first.device_and_dtype()
-        a_name = a_group_of(name, config.share_a)
-        leads_a = a_name not in As
-        if leads_a:
-            As[a_name] = SharedA(config.r, first.in_features, dtype, device)
-        A = cast(SharedA, As[a_name])
-        layers = [index for index, _ in members]
-        merges = planned_merges(len(members), config.num_merges)
-        B = SharedB(config.r, first.out_features, layers, merges, dtype, device)
-        if not config.init_weights:
-            nn.init.normal_(B.stacked_B, std=0.02)
-        Bs[name] = B
-        for position, (_, layer) in enumerate(members):
-            layer.attach(adapter_name, A, B, position, leads_a and position == 0)
-
-    def _units(self, adapter_name: str) -> list[MergeUnit]:
-        config = self.configs[adapter_name]
-        together: dict[Any, dict[str, tuple[SharedB, SharedA]]] = {}
-        As = self.shared_a(adapter_name)
-        for name, B in self.shared_b(adapter_name).items():
-            key = (tower_of(name), tuple(B.layer_indices)) if config.merge_scope == "joint" else name
-            together.setdefault(key, {})[name] = (B, As[a_group_of(name, config.share_a)])
-        return [MergeUnit(config, members) for members in together.values()]
-
-    def _take_back(self, injection: _Injection) -> None:
+    def _take_back(self, injection: Injection) -> None:
         """Undo a failed injection."""
         for path, layer in injection.layers:
             layer.delete_adapter(injection.adapter_name)
@@ -381,8 +273,3 @@ class ASLoRAModel(BaseTuner, RunListener):
         others = {key: value for key, value in state_dict.items() if not storage.owns(key)}
         own = storage.from_file(state_dict, model.state_dict(), adapter_name, config)
         return {**super()._remap_adapter_state_dict_for_load(model, config, adapter_name, others), **own}
-
-
-def _is_quantised_linear(base: nn.Module, kwargs: dict[str, Any]) -> bool:
-    backend = resolve_quantization_backend(base, **kwargs)
-    return backend is not None and backend.layer_type == "linear"

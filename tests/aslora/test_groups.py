@@ -21,7 +21,6 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from aslora.groups import (
-    a_group_name,
     a_group_of,
     b_group_name,
     in_features_of,
@@ -107,16 +106,17 @@ def test_t5_keeps_towers_and_kinds_of_attention_apart():
 
 
 def test_group_names():
-    where = place("model.layers.3.mlp.up_proj")
-    assert b_group_name(where, 8, 32) == "model/layers/*/mlp/up_proj:8x32"
-    assert a_group_name(where, 8, "per_projection") == "model/layers/*/mlp/up_proj:8"
-    assert a_group_name(where, 8, "joint") == "model/layers:8"
+    name = b_group_name(place("model.layers.3.mlp.up_proj"), 8, 32)
+    assert name == "model/layers/*/mlp/up_proj:8x32"
+    assert a_group_of(name, "per_projection") == "model/layers/*/mlp/up_proj:8"
+    assert a_group_of(name, "joint") == "model/layers:8"
 
 
 def test_joint_a_is_one_for_a_tower_and_an_input_size():
     paths = ["encoder.layers.0.q", "encoder.layers.1.v", "decoder.layers.0.q"]
-    assert len({a_group_name(place(path), 8, "joint") for path in paths}) == 2
-    assert a_group_name(place(paths[0]), 16, "joint") != a_group_name(place(paths[0]), 8, "joint")
+    names = {size: [b_group_name(place(path), size, 4) for path in paths] for size in (8, 16)}
+    assert [a_group_of(name, "joint") for name in names[8]] == ["encoder/layers:8"] * 2 + ["decoder/layers:8"]
+    assert a_group_of(names[16][0], "joint") == "encoder/layers:16"
 
 
 part = st.one_of(
@@ -138,8 +138,8 @@ def test_a_group_name_gives_back_the_path_it_came_from(path, in_features, out_fe
     assert module_path(name, "*") == where.projection
     assert tower_of(name).replace("/", ".") == where.tower
     assert in_features_of(name) == in_features
-    for share_a in ("per_projection", "joint"):
-        assert a_group_of(name, share_a) == a_group_name(where, in_features, share_a)
+    assert a_group_of(name, "per_projection").replace("/", ".") == f"{where.projection}:{in_features}"
+    assert a_group_of(name, "joint").replace("/", ".") == f"{where.tower}:{in_features}"
 
 
 @given(path=st.lists(part, min_size=1, max_size=6).map(".".join), layers=st.lists(st.integers(0, 99), min_size=2))

@@ -1,0 +1,143 @@
+"""One injection of an adapter: wraps layers, checks the names that were asked for, and builds the shared tensors."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft.utils import resolve_quantization_backend
+from peft.utils.integrations import init_empty_weights
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .bank import SharedA, SharedB
+from .config import ASLoRAConfig
+from .groups import a_group_of, b_group_name, place, tower_of
+from .layer import Linear
+from .sharing import planned_merges
+from .unit import MergeUnit
+
+# To modules_to_save, by task_type, whether the model has such a module or not.
+_ADDED_BY_PEFT = {"classifier", "score", "qa_outputs"}
+
+
+@dataclass
+class Injection:
+    """One call of `inject_adapter`: what it is for, and the layers that it has wrapped so far."""
+
+    adapter_name: str
+    names: set[str]
+    """The names in target_modules, as the user gave them."""
+    low_cpu_mem_usage: bool
+    layers: list[tuple[str, Linear]] = field(default_factory=list)
+
+    def check_names(self, model: nn.Module, config: ASLoRAConfig) -> None:
+        """PEFT is content if one of the names matches; a name without a match is most likely misspelt."""
+        paths = [path for path, _ in self.layers]
+        excluded = [
+            path
+            for path, _ in model.named_modules()
+            if config.exclude_modules and isinstance(check_target_module_exists(config, path), _ExcludedModule)
+        ]
+        for name in sorted(self.names):
+            if paths and not any(path == name or path.endswith(f".{name}") for path in [*paths, *excluded]):
+                linear = {k.rpartition(".")[2] for k, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+                limits = [f for f in ("layers_to_transform", "exclude_modules") if getattr(config, f) is not None]
+                where = f"that {' and '.join(limits)} leave" if limits else "of the model"
+                raise ValueError(
+                    f"target_modules: '{name}' matches no module {where}: correct it, or choose from "
+                    f"{', '.join(sorted(linear - {'base_layer'}))}."
+                )
+        everywhere = [path for path, _ in model.named_modules()]
+        for name in sorted(set(config.modules_to_save or []) - _ADDED_BY_PEFT):
+            if not any(path.endswith(name) for path in everywhere):
+                raise ValueError(
+                    f"modules_to_save: '{name}' matches no module of the model: correct it or leave it out."
+                )
+
+    def build(self, config: ASLoRAConfig) -> tuple[nn.ModuleDict, nn.ModuleDict]:
+        """Group the layers and give them their tensors: A-group -> `SharedA`, B-group -> `SharedB`."""
+        groups: dict[str, list[tuple[int, Linear]]] = {}
+        for path, layer in self.layers:
+            where = place(path, config.layers_pattern)
+            name = b_group_name(where, layer.in_features, layer.out_features)
+            groups.setdefault(name, []).append((where.layer, layer))
+        As, Bs = nn.ModuleDict(), nn.ModuleDict()
+        with init_empty_weights() if self.low_cpu_mem_usage else nullcontext():
+            for name, members in groups.items():
+                members.sort(key=lambda member: member[0])
+                self._build_group(config, name, members, As, Bs)
+        return As, Bs
+
+    def _build_group(
+        self, config: ASLoRAConfig, name: str, members: list[tuple[int, Linear]], As: nn.ModuleDict, Bs: nn.ModuleDict
+    ) -> None:
+        first = members[0][1]
+        device, dtype = first.device_and_dtype()
+        a_name = a_group_of(name, config.share_a)
+        leads_a = a_name not in As
+        if leads_a:
+            As[a_name] = SharedA(config.r, first.in_features, dtype, device)
+        A = cast(SharedA, As[a_name])
+        layers = [index for index, _ in members]
+        merges = planned_merges(len(members), config.num_merges)
+        B = SharedB(config.r, first.out_features, layers, merges, dtype, device)
+        if not config.init_weights:
+            nn.init.normal_(B.stacked_B, std=0.02)
+        Bs[name] = B
+        for position, (_, layer) in enumerate(members):
+            layer.attach(self.adapter_name, A, B, position, leads_a and position == 0)
+
+
+def merge_units(config: ASLoRAConfig, As: nn.ModuleDict, Bs: nn.ModuleDict) -> list[MergeUnit]:
+    """The B-groups that decide together: each alone, or, with `merge_scope="joint"`, by tower and set of layers.
+
+    Raises:
+        ValueError: more merges are planned than a group's layers allow.
+    """
+    together: dict[Any, dict[str, tuple[SharedB, SharedA]]] = {}
+    for name, module in Bs.items():
+        B = cast(SharedB, module)
+        key = (tower_of(name), tuple(B.layer_indices)) if config.merge_scope == "joint" else name
+        together.setdefault(key, {})[name] = (B, cast(SharedA, As[a_group_of(name, config.share_a)]))
+    return [MergeUnit(config, members) for members in together.values()]
+
+
+def new_layer(
+    target: nn.Module, path: str, adapter_name: str, config: ASLoRAConfig, quantization: dict[str, Any]
+) -> Linear:
+    """Wrap a module in an adapted layer.
+
+    Args:
+        target: the module, or another method's adapted layer around it.
+        path: its path in the model, for the message.
+        quantization: what PEFT's resolver of quantised layers needs.
+
+    Raises:
+        ValueError: it is no linear layer.
+    """
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    is_conv1d = isinstance(base, Conv1D)
+    if not isinstance(base, nn.Linear | Conv1D) and not _is_quantised_linear(base, quantization):
+        fused = any(p.ndim == 3 for p in target.parameters(recurse=False))
+        what = "holds fused 3-D expert parameters" if fused else "is no linear layer"
+        raise ValueError(
+            f"Target module '{path}' ({type(target).__name__}) is not supported, because it {what}: ASLoRA adapts "
+            "nn.Linear, transformers Conv1D and quantised linear layers; change target_modules or name it in "
+            "exclude_modules."
+        )
+    if config.fan_in_fan_out != is_conv1d:
+        warnings.warn(
+            f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module is "
+            f"`{'Conv1D' if is_conv1d else 'torch.nn.Linear'}`. Setting fan_in_fan_out to {is_conv1d}."
+        )
+        config.fan_in_fan_out = is_conv1d
+    return Linear(target, adapter_name, config, **quantization)
+
+
+def _is_quantised_linear(base: nn.Module, quantization: dict[str, Any]) -> bool:
+    backend = resolve_quantization_backend(base, **quantization)
+    return backend is not None and backend.layer_type == "linear"
