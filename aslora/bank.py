@@ -257,5 +257,5 @@ def trainable_values(modules: Iterable[SharedA | SharedB]) -> int:
         if isinstance(module, SharedA):
             total += module.shared_A.numel()
         else:
-            total += len(module.live_rows) * module.stacked_B[0].numel()
+            total += len(module.live_rows) * module.stacked_B.shape[1:].numel()
     return total

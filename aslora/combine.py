@@ -83,7 +83,7 @@ def combine(
         raise ValueError(f"combination_type='{combination_type}' is unknown: use 'cat', 'linear' or 'svd'.")
     if combination_type != "svd" and svd_rank is not None:
         raise ValueError(f"svd_rank={svd_rank} is only used with combination_type='svd': leave it out.")
-    rank = {"cat": sum(ranks), "linear": ranks[0]}.get(combination_type, svd_rank or max(ranks))
+    rank = {"cat": sum(ranks), "linear": ranks[0]}.get(combination_type, max(ranks) if svd_rank is None else svd_rank)
 
     sources = [_Source(tuner, name, weight) for name, weight in zip(adapters, weights, strict=True)]
     paths = {path for source in sources for path in source.paths()}
@@ -96,7 +96,7 @@ def combine(
         exclude_modules=None,
         # A pattern decides which layers form a group, so the result has the one of its inputs.
         layers_to_transform=sorted({i for s in sources for i in s.layers()}) if configs[0].layers_pattern else None,
-        num_merges=None,
+        num_merges=0,
         modules_to_save=sorted({name for config in configs for name in config.modules_to_save or []}) or None,
     )
     try:

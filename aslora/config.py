@@ -67,7 +67,8 @@ class ASLoRAConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Optimizer steps between two merges, m in Algorithm 1, at least 1. A float is a fraction of T. "
-            "None: the merges spread evenly up to 0.30 T, or the paper's 240 steps where T is unknown."
+            "None: the merges spread evenly up to 0.30 T (up to T, if merge_start is not before that), or the "
+            "paper's 240 steps where T is unknown."
         },
     )
     num_merges: int | None = field(

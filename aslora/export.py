@@ -77,9 +77,10 @@ def load_adapter(adapter_dir: str | Path) -> tuple[ASLoRAConfig, dict[str, Tenso
         if not file.is_file():
             raise ValueError(f"'{folder}' holds no {file.name}: give the folder that save_pretrained wrote.")
     try:
-        kind = json.loads(config_file.read_text()).get("peft_type")
+        saved = json.loads(config_file.read_text())
     except ValueError as error:
         raise ValueError(f"'{config_file}' is not valid JSON ({error}): restore it from a good save.") from error
+    kind = saved.get("peft_type") if isinstance(saved, dict) else None
     if kind != "ASLORA":
         raise ValueError(f"'{folder}' holds an adapter of type {kind}, not ASLORA: it cannot be exported from here.")
     config = cast(ASLoRAConfig, ASLoRAConfig.from_pretrained(str(folder)))

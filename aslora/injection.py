@@ -34,6 +34,10 @@ class Injection:
     low_cpu_mem_usage: bool
     layers: list[tuple[str, Linear]] = field(default_factory=list)
 
+    def has(self, name: str) -> bool:
+        """Whether an entry of target_modules matches a layer."""
+        return any(path == name or path.endswith(f".{name}") for path, _ in self.layers)
+
     def check_names(self, model: nn.Module, config: ASLoRAConfig) -> None:
         """PEFT is content if one of the names matches; a name without a match is most likely misspelt."""
         paths = [path for path, _ in self.layers]

@@ -95,6 +95,7 @@ class ASLoRAModel(BaseTuner, RunListener):
                 parameter.requires_grad = flag
             raise
         finally:
+            del self._injection
             # PEFT sets the flags of all active adapters by the new one's inference_mode, and restores only those of
             # parameters inside the adapted model.
             for parameter, flag in shared_flags:
@@ -105,6 +106,9 @@ class ASLoRAModel(BaseTuner, RunListener):
         injection = self._injection
         config = self.configs[injection.adapter_name]
         injection.check_names(model, config)
+        if not injection.names and isinstance(config.target_modules, set):
+            # PEFT's default of an architecture names modules of its variants too: keep what this model has.
+            config.target_modules = {name for name in config.target_modules if injection.has(name)}  # type: ignore[assignment]
         As, Bs = injection.build(config)
         units = merge_units(config, As, Bs)
         train = injection.adapter_name in self.active_adapters and not config.inference_mode
@@ -165,8 +169,8 @@ class ASLoRAModel(BaseTuner, RunListener):
     def update_and_allocate(self, global_step: int) -> None:
         """Take optimizer step `global_step` (1-indexed) into account, where torch's optimizer hooks cannot see it.
 
-        Only needed with engines that step on copies of the parameters (DeepSpeed); a step that was already counted
-        changes nothing, so calling it in any training loop is safe.
+        Only needed with engines that step on copies of the parameters (DeepSpeed); with an optimizer
+        that the hooks see, it changes nothing. Call it after steps that were taken.
         """
         for adapter_name in self.active_adapters:
             self.run.catch_up(adapter_name, global_step)
@@ -190,7 +194,7 @@ class ASLoRAModel(BaseTuner, RunListener):
     def sharing_report(self, adapter_name: str | None = None) -> SharingReport:
         """Which layers share what, every merge, and the counts of values and bytes (None: the active adapter)."""
         name = adapter_name or self.active_adapters[0]
-        return report(name, self.run.units[name])
+        return report(name, self.run.units_of(name))
 
     @property
     def nonfinite_steps(self) -> int:

@@ -76,7 +76,7 @@ def report(adapter: str, units: list[MergeUnit]) -> SharingReport:
                 }
             )
             merges += _history(B, projection)
-            per_row = B.stacked_B[0].numel()
+            per_row = B.stacked_B.shape[1:].numel()  # indexing would gather what FSDP2 has sharded
             start += len(layers) * per_row
             end += (len(layers) - unit.planned if unit.pending else len(B.live_rows)) * per_row
             size = per_row * B.stacked_B.element_size()

@@ -30,6 +30,7 @@ class SharingRun:
         self.total_steps: dict[str, int | None] = {}
         self.nonfinite_steps = 0
         self._warned: set[tuple[str, str]] = set()  # (adapter, what about)
+        self._seen: set[str] = set()  # adapters whose optimizer torch's hooks see
         watch_steps(self)
         watch_runs()
 
@@ -46,7 +47,20 @@ class SharingRun:
     def remove(self, adapter_name: str) -> None:
         self.units.pop(adapter_name, None)
         self.total_steps.pop(adapter_name, None)
+        self._seen.discard(adapter_name)
         self._warned = {entry for entry in self._warned if entry[0] != adapter_name}
+
+    def units_of(self, adapter_name: str) -> list[MergeUnit]:
+        """The units of an adapter.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        if adapter_name not in self.units:
+            raise ValueError(
+                f"adapter_name='{adapter_name}' is no ASLoRA adapter here: use one of {sorted(self.units)}."
+            )
+        return self.units[adapter_name]
 
     def watched_parameters(self) -> Iterable[nn.Parameter]:
         """All A and B."""
@@ -81,6 +95,7 @@ class SharingRun:
     def after_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         """Sample the averages and take the merges that are due."""
         for adapter_name, unit, members in self._stepped(parameters):
+            self._seen.add(adapter_name)
             for member in members:
                 unit.sample(member, member.step + 1)
             unit.merge_due(self.total_steps[adapter_name], optimizer)
@@ -88,7 +103,9 @@ class SharingRun:
                 self.warn_of_pending(adapter_name)
 
     def catch_up(self, adapter_name: str, step: int) -> None:
-        """Take optimizer step `step` into account unless it was counted already."""
+        """Take optimizer step `step` into account, unless the hooks see this adapter's steps, and those it skips."""
+        if adapter_name in self._seen or self.nonfinite_steps:
+            return
         for unit in self.units.get(adapter_name, []):
             if not unit.leader.stacked_B.requires_grad or (unit.pending and unit.leader.step >= step):
                 continue
@@ -127,6 +144,7 @@ class SharingRun:
 
     def finish(self, adapter_name: str) -> None:
         """No further merges."""
+        units = self.units_of(adapter_name)
         self.warn_of_pending(adapter_name)
-        for unit in self.units[adapter_name]:
+        for unit in units:
             unit.finish()

@@ -41,7 +41,10 @@ def merge_steps(config: ASLoRAConfig, merges: int, total_steps: int | None) -> l
     else:
         begin = PUBLISHED_START if total_steps is None else math.floor(START_SHARE * total_steps)
     if interval is None and total_steps is not None:
-        span = math.floor(END_SHARE * total_steps) - math.floor(START_SHARE * total_steps)
+        end = math.floor(END_SHARE * total_steps)
+        if start is not None and begin >= end:  # a late start: over what is left of the run
+            end = total_steps
+        span = max(0, end - begin)
         return [begin + max(1, math.ceil(i * span / merges)) for i in range(1, merges + 1)]
     step = PUBLISHED_INTERVAL if interval is None else max(1, _steps(interval, total_steps, "merge_interval"))
     return [begin + i * step for i in range(1, merges + 1)]

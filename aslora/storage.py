@@ -20,8 +20,6 @@ from .groups import a_group_of
 from .sharing import groups_of, is_sharing_map, merged
 
 A_PREFIX, B_PREFIX, DIGEST = "base_model.aslora_A.", "base_model.aslora_B.", "base_model.aslora_digest"
-# What, besides the tensors, decides on the adapter's output: the digest ties the file to its adapter_config.json.
-_TIED_FIELDS = ("r", "lora_alpha", "use_rslora", "share_a")
 _TENSORS = ("layers", "rows", "clock", "history", "distances")
 # PEFT leaves out what ends on the name of another adapter, so no adapter may be called like a tensor.
 RESERVED = {*_TENSORS, "average", "shared_A", "stacked_B"}
@@ -43,7 +41,9 @@ def _is_b(key: str) -> bool:
 
 def digest(tensors: Mapping[str, Tensor], config: ASLoRAConfig) -> Tensor:
     """SHA-256, uint8 [32], of the adapter's tensors with names, dtypes and shapes, and of what the config adds."""
-    sha = hashlib.sha256(json.dumps({name: getattr(config, name) for name in _TIED_FIELDS}).encode())
+    # What, besides the tensors, decides on the adapter's output: this ties the file to its adapter_config.json.
+    tied = [config.r, float(config.lora_alpha), bool(config.use_rslora), config.share_a]
+    sha = hashlib.sha256(json.dumps(tied).encode())
     for key in sorted(k for k in tensors if owns(k) and k != DIGEST):
         tensor = tensors[key].detach().cpu().contiguous()
         sha.update(f"{key}|{tensor.dtype}|{list(tensor.shape)}|".encode())

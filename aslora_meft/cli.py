@@ -45,7 +45,7 @@ def _run(argv: list[str]) -> None:
 def _export(adapter_dir: str, out_dir: str) -> None:
     from aslora import export_to_lora
 
-    with as_usage_error(ValueError):
+    with as_usage_error(ValueError), as_usage_error(OSError, prefix=f"OUT_DIR='{out_dir}' cannot be written: "):
         export_to_lora(adapter_dir, out_dir)
     print(f"LoRA adapter: {Path(out_dir).resolve()}")
 

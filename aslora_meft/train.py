@@ -131,10 +131,17 @@ def _check_folders(args: TrainerArguments, config: Any) -> str | None:
         )
     with as_usage_error(OSError, ValueError, prefix=f"resume_from_checkpoint={checkpoint!r} holds no adapter: "):
         saved = json.loads(Path(checkpoint, "adapter_config.json").read_text(encoding="utf-8"))
-    wanted = {"method": config.peft_type.lower(), "r": config.r}
-    for name, there in (("method", saved["peft_type"].lower()), ("r", saved["r"])):
-        if wanted[name] != there:
-            raise UsageError(f"{name}={wanted[name]} differs from the checkpoint's {name}={there}; resume with that")
+    wanted: dict[str, Any] = {"method": config.peft_type.lower()}
+    there: dict[str, Any] = {"method": str(saved.get("peft_type")).lower()}
+    for name in ("r", "lora_alpha", "use_rslora", "share_a"):
+        if hasattr(config, name):
+            wanted[name], there[name] = getattr(config, name), saved.get(name)
+    if isinstance(config.target_modules, set):
+        wanted["target_modules"] = sorted(config.target_modules)
+        there["target_modules"] = sorted(saved.get("target_modules") or [])
+    for name, value in wanted.items():
+        if value != there[name]:
+            raise UsageError(f"{name}={value} differs from the checkpoint's {name}={there[name]}; resume with that")
     return checkpoint
 
 

@@ -154,11 +154,11 @@ def rates(task: Task, rows: list[dict]) -> list[str]:
     return lines
 
 
-def text(content: dict[str, list[dict]], planned: Planned) -> str:
+def text(content: dict[str, list[dict]], planned: Planned, quick: bool = False) -> str:
     """The whole page in markdown."""
     rows = content["rows"]
     tasks = list({task.name: task for task, _, _ in planned}.values())
-    lines = ["# Quality of ASLoRA beside LoRA and VeRA", ""]
+    lines = ["# Quality of ASLoRA beside LoRA and VeRA" + (", quick run: it decides nothing" if quick else ""), ""]
     lines += [
         "Written by `python benchmarks/bench_aslora_quality.py --report` from the JSON file of the same name.",
         "",
@@ -208,4 +208,4 @@ def text(content: dict[str, list[dict]], planned: Planned) -> str:
 def write(path: Path, content: dict[str, list[dict]], planned: Planned) -> None:
     """Write the page beside the rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text(content, planned), encoding="utf-8")
+    path.write_text(text(content, planned, quick=path.stem.endswith("_quick")), encoding="utf-8")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any, Protocol
 
@@ -80,13 +80,19 @@ def _inside_another(call: FrameType) -> bool:
     return False
 
 
-def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if _inside_another(sys._getframe(1)):
-        return
+        return None
     _open_steps.pop(optimizer, None)  # left behind by a step that raised
     step = _Step(optimizer)
     if not step.watched:
-        return
+        return None
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
+    if closure is not None:
+        for listener, mine in step.watched:
+            listener.before_step(mine)
+        _open_steps[optimizer] = step
+        return (args[0], _checked(closure, optimizer, step)), {k: v for k, v in kwargs.items() if k != "closure"}
     if _scaler_skips(optimizer):
         step.skipped = True
     elif not _all_finite([p.grad for _, mine in step.watched for p in mine if p.grad is not None]):
@@ -95,6 +101,22 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for listener, mine in step.watched:
             listener.before_step(mine)
     _open_steps[optimizer] = step
+    return None
+
+
+def _checked(closure: Callable[[], Any], optimizer: Optimizer, step: _Step) -> Callable[[], Any]:
+    """The closure of a step, with a look at the gradients that it makes.
+
+    An optimizer that calls it several times (LBFGS) may have moved by the time that one of them is not finite.
+    """
+
+    def checked() -> Any:
+        loss = closure()
+        if not _all_finite([p.grad for _, mine in step.watched for p in mine if p.grad is not None]):
+            _skip(optimizer, step)
+        return loss
+
+    return checked
 
 
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -117,7 +139,7 @@ def _scaler_skips(optimizer: Optimizer) -> bool:
 
 
 def _all_finite(gradients: list[Tensor]) -> bool:
-    """Whether all gradients are finite, on all ranks."""
+    """Whether all gradients are finite, on all ranks; each rank of a process group has to take the step."""
     local = [getattr(g, "_local_tensor", g) for g in gradients]
     finite = True
     if local:
@@ -127,8 +149,9 @@ def _all_finite(gradients: list[Tensor]) -> bool:
         finite = bool(torch.stack([n.isfinite().to(local[0].device) for n in norms]).all())
         finite = finite or all(bool(g.isfinite().all()) for g in local)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        on_gpu = dist.get_backend() == "nccl"
-        bad = torch.tensor(int(not finite), dtype=torch.int32, device="cuda" if on_gpu else "cpu")
+        on_device = dist.get_backend() in ("nccl", "xccl", "hccl")
+        device = torch.accelerator.current_accelerator() if on_device else torch.device("cpu")
+        bad = torch.tensor(int(not finite), dtype=torch.int32, device=device)
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         return not bool(bad)
     return finite

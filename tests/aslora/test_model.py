@@ -529,3 +529,21 @@ def test_counts_of_parameters(tiny):
     model = tiny.adapted()
     trainable, _ = model.get_nb_trainable_parameters()
     assert trainable == 2 * (2 * 8) + 2 * (4 * 8 * 2)
+
+
+def test_default_targets_that_name_modules_of_variants_load_again(tmp_path, monkeypatch):
+    """PEFT's default for some architectures lists names of which a model has only a part."""
+    llama = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=16)
+    mapping = {**ASLoRAModel.target_module_mapping, "llama": ["q", "v", "q_proj", "v_proj"]}
+    monkeypatch.setattr(ASLoRAModel, "target_module_mapping", mapping)
+    model = get_peft_model(LlamaForCausalLM(llama), ASLoRAConfig())
+    assert model.peft_config["default"].target_modules == {"q_proj", "v_proj"}
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(LlamaForCausalLM(llama), tmp_path)
+
+
+def test_an_unknown_adapter_is_named():
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), ASLoRAConfig(target_modules=["0"]))
+    for method in (model.base_model.sharing_report, model.base_model.finish_sharing):
+        with pytest.raises(ValueError, match=r"'nope' is no ASLoRA adapter.*default"):
+            method("nope")

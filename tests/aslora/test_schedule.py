@@ -65,7 +65,7 @@ def test_a_share_of_an_unknown_length_is_an_error_that_names_it(fields):
 def test_one_field_set_leaves_the_other_at_its_default():
     assert plan(2, None, merge_start=10) == [250, 490]
     assert plan(2, None, merge_interval=10) == [330, 340]
-    assert plan(2, 100, merge_start=10) == [23, 35]  # the default's span of 25 steps, from 10 on
+    assert plan(2, 100, merge_start=10) == [20, 30]  # evenly from 10 to the default's end
     assert plan(2, 100, merge_interval=10) == [15, 25]
 
 
@@ -110,3 +110,10 @@ def test_the_default_plan_ends_at_30_percent_in_even_steps(layers, total):
 @given(steps=st.lists(st.integers(1, 50)).map(sorted), now=st.integers(0, 60))
 def test_due_counts_the_steps_up_to_now(steps, now):
     assert due(steps, now) == sum(step <= now for step in steps)
+
+
+@pytest.mark.parametrize(("start", "last"), [(0.0, 30), (0.2, 30), (0.5, 100), (0.9, 100)])
+def test_a_start_alone_spreads_the_merges_to_the_end_of_the_window(start, last):
+    steps = merge_steps(ASLoRAConfig(merge_start=start), 7, 100)
+    assert steps[-1] == last
+    assert steps[0] > start * 100

@@ -383,3 +383,17 @@ def test_pending_merges_for_an_adapter_that_takes_none(pending):
     with pytest.raises(ValueError, match=r"num_merges=0.*num_merges of the saved"):
         model.load_adapter(pending, "default")
     assert_unchanged(model, before)
+
+
+def test_the_digest_does_not_depend_on_how_a_number_is_written(finished, tmp_path):
+    folder = tmp_path / "as-a-float"
+    shutil.copytree(finished, folder)
+    alpha = json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
+    edit_config(folder, lora_alpha=float(alpha))
+    PeftModel.from_pretrained(base(), folder)
+
+
+def test_a_config_that_is_no_mapping(damaged):
+    (damaged / "adapter_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="not ASLORA"):
+        export_to_lora(damaged, damaged / "out")

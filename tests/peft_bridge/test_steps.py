@@ -315,3 +315,29 @@ def test_listeners_and_optimizers_are_held_weakly():
     assert [r() for r in references] == [None] * 3
     give_gradients(ours)
     torch.optim.SGD([ours], lr=0.1).step()
+
+
+def test_a_nonfinite_gradient_made_in_a_closure_changes_nothing():
+    parameter = nn.Parameter(torch.ones(3))
+    listener = Recorder(parameter)
+    optimizer = torch.optim.AdamW([parameter], lr=0.1)
+    seen = []
+
+    def closure(value):
+        def call():
+            optimizer.zero_grad()
+            loss = (parameter * value).sum()
+            loss.backward()
+            return loss
+
+        return call
+
+    for value in (1.0, float("nan"), 1.0):
+        before = parameter.detach().clone()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step(closure(value))
+        seen.append(bool((parameter != before).any()))
+    assert seen == [True, False, True]
+    assert listener.nonfinite_steps == 1
+    assert optimizer.state[parameter]["step"] == 2
