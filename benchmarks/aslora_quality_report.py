@@ -160,7 +160,7 @@ def text(content: dict[str, list[dict]], planned: Planned, quick: bool = False) 
     tasks = list({task.name: task for task, _, _ in planned}.values())
     lines = ["# Quality of ASLoRA beside LoRA and VeRA" + (", quick run: it decides nothing" if quick else ""), ""]
     lines += [
-        "Written by `python benchmarks/bench_aslora_quality.py --report` from the JSON file of the same name.",
+        "Written by `python benchmarks/bench_aslora_quality.py` from the JSON file of the same name.",
         "",
     ]
     details, missing = [], []
@@ -192,7 +192,9 @@ def text(content: dict[str, list[dict]], planned: Planned, quick: bool = False) 
         ]
     lines += [
         "",
-        '"Perhaps" means between one and two standard errors; nothing under one is called a difference.',
+        '"Perhaps" means between one and two standard errors; nothing under one is called a difference. Among so many',
+        "comparisons, one beyond two turns up by chance now and then. The runs are short: they show how fast a method",
+        "learns rather than where it ends.",
         *details,
     ]
     lines += ["", "## Rows missing", "", *(missing or ["None."]), "", "## Cost and environment", ""]

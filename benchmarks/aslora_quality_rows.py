@@ -34,8 +34,9 @@ class Rows:
         """
         keys = self.KEYS if row["split"] == "test" else (*self.KEYS, "learning_rate")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
             held = self.read()
             if environment not in held["environments"]:
                 held["environments"].append(environment)
@@ -45,4 +46,6 @@ class Rows:
             temporary = self.path.with_suffix(".partial")
             temporary.write_text(f'{{"environments": {json.dumps(held["environments"])},\n"rows": [\n{lines}\n]}}\n')
             os.replace(temporary, self.path)
+        finally:
+            os.close(folder)
         return row
