@@ -175,7 +175,7 @@ class ASLoRAModel(BaseTuner, RunListener):
         for adapter_name in self.active_adapters:
             self.run.catch_up(adapter_name, global_step)
 
-    def on_run_begin(self, total_steps: int) -> None:
+    def on_run_begin(self, total_steps: int, done_steps: int = 0, steps_seen: bool = True) -> None:
         """A Trainer's run begins: its length is T where the configuration does not say otherwise."""
         for adapter_name, config in self.configs.items():
             if config.total_steps is None:

@@ -79,7 +79,10 @@ class SharingRun:
                 if members:
                     yield adapter_name, unit, members
 
-    def before_step(self, parameters: list[nn.Parameter]) -> None:
+    def gradients_ready(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+        """Nothing: the optimizer uses them as they are."""
+
+    def before_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         """Find the schedule, so that an impossible one is an error before anything has moved."""
         for adapter_name, unit, members in self._stepped(parameters):
             if any(member.stacked_B.ndim != 3 for member in members):

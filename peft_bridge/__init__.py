@@ -4,13 +4,16 @@ from .files import folder_replaced_at_once, replace_file
 from .registration import register_method
 from .steps import StepListener, watch_steps
 from .trainer import RunListener, watch_runs
+from .weights import last_loaded_folder, write_weights_at_once
 
 __all__ = [
     "RunListener",
     "StepListener",
     "folder_replaced_at_once",
+    "last_loaded_folder",
     "register_method",
     "replace_file",
     "watch_runs",
     "watch_steps",
+    "write_weights_at_once",
 ]

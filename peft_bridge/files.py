@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Force a file or folder to the disk, so that a rename cannot overtake the data."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -34,7 +34,7 @@ def replace_file(path: str | os.PathLike, data: bytes) -> None:
     except BaseException:
         os.unlink(name)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -53,10 +53,10 @@ def folder_replaced_at_once(path: str | os.PathLike) -> Iterator[Path]:
         yield draft
         draft.chmod(0o755)
         for file in draft.rglob("*"):
-            _sync(file)
-        _sync(draft)
+            sync(file)
+        sync(draft)
         os.replace(draft, path)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)

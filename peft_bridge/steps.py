@@ -33,8 +33,11 @@ class StepListener(Protocol):
     def watched_parameters(self) -> Iterable[nn.Parameter]:
         """The parameters of interest, as they are now."""
 
-    def before_step(self, parameters: list[nn.Parameter]) -> None:
+    def before_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         """The optimizer is about to change `parameters`; an exception here stops the step."""
+
+    def gradients_ready(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+        """The gradients are final, finite and not yet used: now, or after the closure of a step that has one."""
 
     def after_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         """The optimizer has changed `parameters`."""
@@ -63,8 +66,18 @@ class _Step:
             mine = [p for p in listener.watched_parameters() if id(p) in owned and p.requires_grad]
             if mine:
                 self.watched.append((listener, mine))
-        self.had_gradient = {id(p) for _, mine in self.watched for p in mine if p.grad is not None}
+        self.had_gradient: set[int] = set()
+        self._note_gradients()
         self.skipped = False
+
+    def _note_gradients(self) -> None:
+        self.had_gradient |= {id(p) for _, mine in self.watched for p in mine if p.grad is not None}
+
+    def ready(self, optimizer: Optimizer) -> None:
+        """Let the listeners have the gradients before the optimizer does."""
+        self._note_gradients()
+        for listener, mine in self.watched:
+            listener.gradients_ready(optimizer, mine)
 
 
 def _inside_another(call: FrameType) -> bool:
@@ -90,7 +103,7 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[tuple[Any, ..
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
     if closure is not None:
         for listener, mine in step.watched:
-            listener.before_step(mine)
+            listener.before_step(optimizer, mine)
         _open_steps[optimizer] = step
         return (args[0], _checked(closure, optimizer, step)), {k: v for k, v in kwargs.items() if k != "closure"}
     if _scaler_skips(optimizer):
@@ -99,7 +112,8 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[tuple[Any, ..
         _skip(optimizer, step)
     else:
         for listener, mine in step.watched:
-            listener.before_step(mine)
+            listener.before_step(optimizer, mine)
+        step.ready(optimizer)
     _open_steps[optimizer] = step
     return None
 
@@ -114,6 +128,8 @@ def _checked(closure: Callable[[], Any], optimizer: Optimizer, step: _Step) -> C
         loss = closure()
         if not _all_finite([p.grad for _, mine in step.watched for p in mine if p.grad is not None]):
             _skip(optimizer, step)
+        elif not step.skipped:
+            step.ready(optimizer)
         return loss
 
     return checked
@@ -140,7 +156,8 @@ def _scaler_skips(optimizer: Optimizer) -> bool:
 
 def _all_finite(gradients: list[Tensor]) -> bool:
     """Whether all gradients are finite, on all ranks; each rank of a process group has to take the step."""
-    local = [getattr(g, "_local_tensor", g) for g in gradients]
+    # Of a gradient that is stored in part (DTensor's shard, a table's touched rows), the stored part.
+    local = [getattr(g, "_local_tensor", getattr(g, "row_values", g)) for g in gradients]
     finite = True
     if local:
         # On a CPU the 2-norm takes a tenth of the inf-norm's time, and it knows empty shards. If it is finite, so is

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 class RunListener:
@@ -14,8 +16,16 @@ class RunListener:
     A base class and not a protocol: PEFT's wrappers forward unknown attributes, so all of them would seem to comply.
     """
 
-    def on_run_begin(self, total_steps: int) -> None:
-        """A run of `total_steps` optimizer steps begins."""
+    def on_run_begin(self, total_steps: int, done_steps: int, steps_seen: bool) -> None:
+        """A run of `total_steps` optimizer steps begins.
+
+        Args:
+            done_steps: steps of it that were taken before, where it is resumed from a checkpoint; else 0.
+            steps_seen: whether torch's optimizer hooks see its steps.
+        """
+
+    def on_checkpoint(self, folder: Path) -> None:
+        """The Trainer has written a checkpoint; called on the main process only."""
 
     def on_run_end(self) -> None:
         """The run has ended."""
@@ -45,9 +55,17 @@ def _hidden_from_hooks(optimizer: Any) -> bool:
 class RunEvents(TrainerCallback):
     """The callback behind `watch_runs`."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         for listener in _listeners(model):
-            listener.on_run_begin(state.max_steps)
+            listener.on_run_begin(state.max_steps, state.global_step, not _hidden_from_hooks(optimizer))
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            for listener in _listeners(model):
+                listener.on_checkpoint(folder)
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any

@@ -36,7 +36,10 @@ class Recorder:
     def watched_parameters(self):
         return self.parameters
 
-    def before_step(self, parameters):
+    def gradients_ready(self, optimizer, parameters):
+        pass
+
+    def before_step(self, optimizer, parameters):
         if self.forbid:
             raise ValueError("not now")
         self.events.append(("before", [id(p) for p in parameters], [p.detach().clone() for p in parameters]))

@@ -20,7 +20,7 @@ class Recorder(nn.Module, RunListener):
         self.events = []
         self.lin = nn.Linear(2, 2)
 
-    def on_run_begin(self, total_steps):
+    def on_run_begin(self, total_steps, done_steps, steps_seen):
         self.events.append(("begin", total_steps))
 
     def on_run_end(self):
@@ -98,17 +98,17 @@ def adapted(**fields):
 def test_the_length_of_the_run_reaches_the_tuner_unless_the_config_says_otherwise():
     model = adapted()
     model.add_adapter("fixed", ASLoRAConfig(r=2, target_modules=["q"], total_steps=50))
-    state = SimpleNamespace(max_steps=200)
+    state = SimpleNamespace(max_steps=200, global_step=0)
     RunEvents().on_train_begin(None, state, None, model=Forwarding(model))
     assert model.base_model.run.total_steps == {"default": 200, "fixed": 50}
     assert model.base_model.run.units["default"][0].plan(200) == [35, 60]
-    RunEvents().on_train_begin(None, SimpleNamespace(max_steps=100), None, model=model)  # a second run
+    RunEvents().on_train_begin(None, SimpleNamespace(max_steps=100, global_step=0), None, model=model)  # a second run
     assert model.base_model.run.total_steps == {"default": 100, "fixed": 50}
 
 
 def test_an_end_before_the_last_merge_is_worth_one_warning():
     model = adapted()
-    RunEvents().on_train_begin(None, SimpleNamespace(max_steps=200), None, model=model)
+    RunEvents().on_train_begin(None, SimpleNamespace(max_steps=200, global_step=0), None, model=model)
     with pytest.warns(UserWarning, match=r"2 merges of adapter 'default' not done.*step 60"):
         RunEvents().on_train_end(None, None, None, model=model)
     with warnings.catch_warnings():

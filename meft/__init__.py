@@ -1,0 +1,15 @@
+"""MEFT: large sparse adapters beside each FFN, kept and updated in host memory (arXiv 2406.04984).
+
+Importing this package makes PEFT know the method: `get_peft_model(model, MEFTConfig(...))`.
+"""
+
+from peft_bridge import register_method, write_weights_at_once
+
+from .config import MEFTConfig
+from .model import MEFTModel
+from .optim import RowAdamW
+
+register_method(name="meft", config_cls=MEFTConfig, model_cls=MEFTModel, prefix="meft_")
+write_weights_at_once("meft_", load_on_host=True)
+
+__all__ = ["MEFTConfig", "MEFTModel", "RowAdamW"]

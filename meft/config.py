@@ -1,0 +1,289 @@
+"""The configuration of MEFT: all fields, their defaults and their checks; no behaviour."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from .routing import default_num_experts, divisors_around
+
+_CHOICES = {
+    "routing": ("per_token", "union"),
+    "placement": ("auto", "host", "device"),
+    "retrieval": ("auto", "resident", "host"),
+    "row_dtype": ("auto", "float64", "float32", "bfloat16", "float16"),
+    "master_dtype": ("float32", "float64", "bfloat16"),
+}
+_ROW_OPTIMIZER_KEYS = ("mode", "lr", "betas", "eps", "weight_decay")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass
+class MEFTConfig(PeftConfig):
+    """Configuration of MEFT, memory-efficient fine-tuning through a sparse adapter (Hao et al., arXiv 2406.04984).
+
+    Beside each transformer FFN stand r neurons, each a key and a value of the hidden size d; they are kept and updated
+    in host memory. Per token, a router picks `experts_per_token` of `num_experts` groups of neurons, and the `top_k`
+    neurons with the largest positive scores s_j = p_e(j) (x . w_j) among them add ReLU(s_j) v_j to the FFN's output.
+
+    Raises:
+        ValueError: a field has an impossible value; the message names the field, the value and the remedy.
+    """
+
+    r: int = field(
+        default=4096,
+        metadata={"help": "Neurons beside each FFN, at least 1 (paper: 4096, 6400 and 8464 at hidden size 4096)."},
+    )
+    num_experts: int | None = field(
+        default=None,
+        metadata={
+            "help": "Groups into which the router divides the neurons, E; a divisor of r. None: the divisor of r next "
+            "to 4 sqrt(r), which is the paper's choice (256 for r=4096, 320 for 6400, 368 for 8464)."
+        },
+    )
+    experts_per_token: int = field(
+        default=8,
+        metadata={"help": "Experts probed per token, P, from 1 to num_experts (paper: 8); lowered to num_experts."},
+    )
+    top_k: int = field(
+        default=64,
+        metadata={"help": "Most neurons kept per token, K, from 1 to r (paper: 64); only positive scores are kept."},
+    )
+    routing: str = field(
+        default="per_token",
+        metadata={
+            "help": "'per_token': each token uses its own neurons (causal; what the paper's quality runs used). "
+            "'union': every token uses the neurons of all tokens of the micro-batch, without the router's factor "
+            "(Algorithm 1 as printed; not causal and the router is not trained; for comparison only)."
+        },
+    )
+    router_factor: bool = field(
+        default=True,
+        metadata={
+            "help": "Multiply x . w_j by the raw router logit of the neuron's expert (paper: yes). Without it the "
+            "router gets no gradient and stays as it was initialised."
+        },
+    )
+    router_init_scale: float = field(
+        default=50.0,
+        metadata={
+            "help": "The router's row of an expert starts as this many times the mean of the expert's keys, above 0 "
+            "(the paper's code: 50)."
+        },
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={
+            "help": "True: keys N(0, 0.02^2) and values 0, so that training starts from the base model. False: values "
+            "random like the keys too, for tests."
+        },
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "The FFN modules: a list of names (matched at the end of the module path) or a regular "
+            "expression. None takes the FFN of the architecture (paper: every layer's)."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules not to adapt: a list of names or a regular expression."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt; None means all (paper: all)."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Name of the list of layers, e.g. 'layers' or 'h', where it cannot be told from the path."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train in full and to save, e.g. a classifier head."}
+    )
+    placement: str = field(
+        default="auto",
+        metadata={
+            "help": "Where keys and values live: 'host' (CPU memory, whatever the model's device; the paper's), "
+            "'device' (with the model), 'auto' (host)."
+        },
+    )
+    retrieval: str = field(
+        default="auto",
+        metadata={
+            "help": "Where neurons are picked: 'host' (the hidden states go to the host, ids and rows come back; the "
+            "paper's; needs placement host), 'resident' (on the device; needs placement='device'), 'auto' (where the "
+            "rows live)."
+        },
+    )
+    row_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Dtype in which rows are read and cross to the device: 'auto' (16-bit for a 16-bit base model, "
+            "else the master's), 'float32', 'bfloat16', 'float16', 'float64'; never wider than master_dtype."
+        },
+    )
+    master_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Dtype of the rows that the optimizer updates and that are saved: 'float32' (paper), 'bfloat16' "
+            "(written with stochastic rounding) or 'float64'. Moments are float32, or float64 for float64."
+        },
+    )
+    pin_memory: bool = field(
+        default=True,
+        metadata={"help": "Page-lock the rows that cross to a CUDA device; without CUDA nothing is locked."},
+    )
+    row_optimizer: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "How rows are updated. None: lr, betas, eps and weight decay of the Adam or AdamW that holds them, "
+            "mode 'lazy'. A dict may set 'mode' ('lazy': a row's moments and bias correction advance only when it is "
+            "touched; 'dense': equal to torch's AdamW on the whole matrix), and 'lr', 'betas', 'eps', 'weight_decay' "
+            "in place of the optimizer's; with 'lr' any optimizer will do."
+        },
+    )
+    balance_loss_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of a loss that evens the experts' load, num_experts * sum_e(share of probes_e * mean "
+            "router probability_e), averaged over layers; 0 is off (paper: off)."
+        },
+    )
+
+    # Of the adapter_config.json it was read from: fields that this version does not know.
+    foreign_fields: ClassVar[list[str]] = []
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.MEFT  # type: ignore[attr-defined]
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        for name in ("r", "experts_per_token", "top_k"):
+            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be an integer of at least 1.")
+        self._check_sizes()
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(choices)}.")
+        if not _is_number(self.router_init_scale) or self.router_init_scale <= 0:
+            raise ValueError(f"router_init_scale={self.router_init_scale!r} must be a number above 0 (paper: 50).")
+        if not _is_number(self.balance_loss_weight) or self.balance_loss_weight < 0:
+            raise ValueError(f"balance_loss_weight={self.balance_loss_weight!r} must be a number of at least 0.")
+        self._check_placement()
+        self._check_row_optimizer()
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} is only read together with layers_to_transform: set that too."
+            )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform!r} cannot be used when target_modules is a regular "
+                "expression: put the layers into the expression, or pass target_modules as a list."
+            )
+
+    def _check_sizes(self) -> None:
+        experts = self.num_experts
+        if experts is not None:
+            if not _is_int(experts) or not 1 <= experts <= self.r:
+                raise ValueError(f"num_experts={experts!r} must be None or an integer from 1 to r={self.r}.")
+            if self.r % experts:
+                near = " or ".join(str(n * experts) for n in (self.r // experts, self.r // experts + 1))
+                raise ValueError(
+                    f"r={self.r} is not divisible by num_experts={experts}; nearest r: {near}, nearest num_experts: "
+                    f"{' or '.join(map(str, divisors_around(self.r, experts)))}."
+                )
+        if self.top_k > self.r:
+            raise ValueError(f"top_k={self.top_k} is more than the r={self.r} neurons: use at most {self.r}.")
+        if experts is not None and self.experts_per_token > experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} is more than num_experts={experts}: use at most {experts}."
+            )
+
+    def _check_placement(self) -> None:
+        if self.retrieval == "resident" and self.placement != "device":
+            raise ValueError(
+                f"retrieval='resident' picks among rows on the device, but placement={self.placement!r} keeps them in "
+                "host memory: set placement='device', or retrieval='host'."
+            )
+        if self.retrieval == "host" and self.placement == "device":
+            raise ValueError(
+                "retrieval='host' picks among rows in host memory, but placement='device' keeps them on the device: "
+                "set placement='host', or retrieval='resident'."
+            )
+        if self.row_dtype != "auto":
+            if getattr(torch, self.row_dtype).itemsize > getattr(torch, self.master_dtype).itemsize:
+                raise ValueError(
+                    f"row_dtype='{self.row_dtype}' is wider than master_dtype='{self.master_dtype}': rows are rounded "
+                    "from the master; use row_dtype='auto' or a wider master_dtype."
+                )
+            if (self.row_dtype, self.master_dtype) == ("float16", "bfloat16"):
+                raise ValueError("row_dtype='float16' cannot hold master_dtype='bfloat16': use row_dtype='auto'.")
+
+    def _check_row_optimizer(self) -> None:
+        given = self.row_optimizer
+        if given is None:
+            return
+        if not isinstance(given, Mapping) or set(given) - set(_ROW_OPTIMIZER_KEYS):
+            raise ValueError(
+                f"row_optimizer={given!r} must be None or a dict with some of {', '.join(_ROW_OPTIMIZER_KEYS)}."
+            )
+        if given.get("mode", "lazy") not in ("lazy", "dense"):
+            raise ValueError(f"row_optimizer: mode={given['mode']!r} is unknown: use 'lazy' or 'dense'.")
+        for name in ("lr", "eps", "weight_decay"):
+            if name in given and (not _is_number(given[name]) or given[name] < 0):
+                raise ValueError(f"row_optimizer: {name}={given[name]!r} must be a number of at least 0.")
+        if "betas" in given:
+            betas = given["betas"]
+            good = isinstance(betas, list | tuple) and len(betas) == 2
+            if not good or not all(_is_number(b) and 0 <= b < 1 for b in betas):
+                raise ValueError(f"row_optimizer: betas={betas!r} must be two numbers in [0, 1), e.g. (0.9, 0.999).")
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+        """As in PEFT, fields that are not known are left out with a warning; loading the weights is refused then."""
+        config = super().from_peft_type(**kwargs)
+        config.foreign_fields = sorted(kwargs.keys() - {f.name for f in fields(config)})
+        return config
+
+    @property
+    def experts(self) -> int:
+        """num_experts, or its default."""
+        return self.num_experts if self.num_experts is not None else default_num_experts(self.r)
+
+    @property
+    def probed(self) -> int:
+        """Experts probed per token: experts_per_token, at most all."""
+        return min(self.experts_per_token, self.experts)
+
+    @property
+    def has_factor(self) -> bool:
+        """Whether scores carry the router's factor: not in `routing="union"`."""
+        return self.router_factor and self.routing == "per_token"
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the adapter equals a dense ReLU parallel adapter."""
+        return self.top_k == self.r and self.probed == self.experts and not self.has_factor
+
+    @property
+    def on_host(self) -> bool:
+        """Whether rows stay in host memory wherever the model is."""
+        return self.placement != "device"
+
+    @property
+    def row_mode(self) -> str:
+        """'lazy' or 'dense'."""
+        return (self.row_optimizer or {}).get("mode", "lazy")

@@ -1,0 +1,163 @@
+"""What a forward pass of the whole model means for its layers: padding, and picks that recomputations reuse."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .selection import Selection
+
+
+@dataclass
+class Stash:
+    """The picks of one layer in one forward pass.
+
+    Attributes:
+        selection: the picks.
+        real: int64 [T], places of the tokens that are no padding; None where all are real.
+        probe: [tokens, <= 8], some columns of the layer's input, to tell forward passes apart.
+    """
+
+    selection: Selection
+    real: Tensor | None
+    probe: Tensor
+
+
+@dataclass(eq=False)
+class ForwardContext:
+    """One forward pass of the model.
+
+    Attributes:
+        mask: bool [batch, length], False at padding; None where the model was given none.
+        recorded: whether autograd records the pass, so that a backward pass may recompute layers of it.
+        layers: number of adapted layers.
+        stashes: (layer, adapter) -> its picks, in the order of the calls.
+        loss_scale: dL/d(loss that the model returned), known in the backward pass; None where it returned none.
+    """
+
+    mask: Tensor | None
+    recorded: bool
+    layers: int
+    stashes: dict[tuple[int, str], list[Stash]] = field(default_factory=dict)
+    loss_scale: Tensor | None = None
+
+
+_here = threading.local()
+_alive: weakref.WeakSet[ForwardContext] = weakref.WeakSet()
+_alive_lock = threading.Lock()
+
+
+def current() -> ForwardContext | None:
+    """The forward pass that runs in this thread."""
+    return getattr(_here, "context", None)
+
+
+def recomputing() -> bool:
+    """Whether this is a recomputation of gradient checkpointing: a forward pass inside of a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def begin(mask: Tensor | None, layers: int) -> ForwardContext | None:
+    """Open a context for a forward pass; None inside of another one, which stays."""
+    if current() is not None:
+        return None
+    _here.context = ForwardContext(mask, torch.is_grad_enabled(), layers)
+    return _here.context
+
+
+def end(opened: ForwardContext | None) -> None:
+    """Close what `begin` has opened."""
+    if opened is not None:
+        _here.context = None
+
+
+class Passes(Protocol):
+    """Who knows what a pass means: `MEFTModel`."""
+
+    def begin_pass(self, kwargs: dict[str, Any]) -> ForwardContext | None:
+        """Open a context."""
+
+    def finish_pass(self, opened: ForwardContext | None, output: Any) -> None:
+        """The pass has an output."""
+
+
+class _Hooks:
+    """The hooks of one model; what they have opened is a stack for each thread."""
+
+    def __init__(self, passes: Passes) -> None:
+        self.passes = passes
+
+    def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if not hasattr(_here, "opened"):
+            _here.opened = []
+        _here.opened.append(self.passes.begin_pass(kwargs))
+
+    def after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        opened = _here.opened.pop()
+        try:
+            if output is not None:  # None after an exception
+                self.passes.finish_pass(opened, output)
+        finally:
+            end(opened)
+
+
+def watch_passes(model: nn.Module, passes: Passes) -> list[RemovableHandle]:
+    """Open a context for each call of a model; the handles end that."""
+    hooks = _Hooks(passes)
+    return [
+        model.register_forward_pre_hook(hooks.before, with_kwargs=True),
+        model.register_forward_hook(hooks.after, with_kwargs=True, always_call=True),
+    ]
+
+
+def keep_with_graph(context: ForwardContext, output: Any) -> None:
+    """Let a recorded context live as long as the autograd graph of the model's output does."""
+    if not context.recorded:
+        return
+    for tensor in _tensors(output):
+        if tensor.grad_fn is not None:
+            tensor.grad_fn.metadata["meft"] = context  # type: ignore[index]
+            with _alive_lock:
+                _alive.add(context)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors(value)
+
+
+def probe_of(x: Tensor) -> Tensor:
+    """A small part of a layer's input [T, d]."""
+    return x.detach()[:, :8].clone()
+
+
+def find_stash(key: tuple[int, str], x: Tensor) -> tuple[ForwardContext, Stash] | None:
+    """The picks that a layer made for the input x [T, d] in the pass that is being recomputed.
+
+    Of several passes whose graphs are alive, the one whose input was closest: a recomputation's is equal to it up to
+    the rounding of its device.
+    """
+    with _alive_lock:
+        contexts = list(_alive)
+    probe = probe_of(x)
+    best: tuple[float, ForwardContext, Stash] | None = None
+    for context in contexts:
+        for stash in context.stashes.get(key, []):
+            if stash.probe.shape == probe.shape:
+                distance = float((stash.probe.float() - probe.float()).abs().sum())
+                if best is None or distance < best[0]:
+                    best = (distance, context, stash)
+    return best[1:] if best is not None else None

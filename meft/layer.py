@@ -1,0 +1,208 @@
+"""A transformer FFN with the sparse adapter beside it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from . import context
+from .balance import attach_balance_loss
+from .config import MEFTConfig
+from .retrieval import retrieved
+from .selection import Selection
+from .sparse_ffn import SparseFFN
+from .store import RowTable
+from .transfer import Traffic, nbytes
+
+NOT_MERGEABLE = (
+    "MEFT cannot be merged: its routed ReLU neurons are no linear map of the weights. Keep the adapter beside the "
+    "model, or write it as plain tensors with `aslora-meft export DIR --to resident OUT`."
+)
+
+
+class MEFTLayer(nn.Module, BaseTunerLayer):
+    """y = FFN(x) + sum over the active adapters of sum_{j in J} ReLU(s_j) v_j.
+
+    Attributes:
+        meft_keys, meft_values: adapter -> its `RowTable` [r, d].
+        meft_router: adapter -> W_g, [E, d], on the model's device.
+        traffic: adapter -> what this layer has moved.
+    """
+
+    adapter_layer_names = ("meft_keys", "meft_values", "meft_router")
+    other_param_names = ("configs", "traffic")
+
+    def __init__(self, base_layer: nn.Module, width: int) -> None:
+        """Args: width: hidden size d."""
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features = self.out_features = width
+        self.meft_keys = nn.ModuleDict()
+        self.meft_values = nn.ModuleDict()
+        self.meft_router = nn.ParameterDict()
+        self.configs: dict[str, MEFTConfig] = {}
+        self.traffic: dict[str, Traffic] = {}
+        self.on_backward: Callable[[], None] | None = None  # set by the tuner
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        # BERT's FFN ends in a module that adds the FFN's input itself: there the adapter joins that input.
+        self._joins_residual = "input_tensor" in inspect.signature(base_layer.forward).parameters
+
+    def update_layer(self, adapter_name: str, config: MEFTConfig) -> None:
+        """Add an adapter's keys, values and router."""
+        _, base_dtype = self._base_device_and_dtype()
+        master = getattr(torch, config.master_dtype)
+        if config.row_dtype != "auto":
+            wire = getattr(torch, config.row_dtype)
+        else:
+            wire = base_dtype if base_dtype.itemsize < master.itemsize else master
+        tables = [
+            RowTable(
+                (config.r, self.in_features), master=master, wire=wire, on_host=config.on_host, pin=config.pin_memory
+            )
+            for _ in range(2)
+        ]
+        router = nn.Parameter(
+            torch.empty(config.experts, self.in_features, dtype=torch.promote_types(base_dtype, torch.float32))
+        )
+        self.configs[adapter_name] = config
+        self.traffic[adapter_name] = Traffic()
+        self.meft_keys[adapter_name], self.meft_values[adapter_name] = tables
+        self.meft_router[adapter_name] = router
+        if not tables[0].rows.is_meta:
+            self._initialise(adapter_name, config)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _initialise(self, adapter_name: str, config: MEFTConfig) -> None:
+        keys, values = self.tables(adapter_name)
+        keys.fill(0.02)
+        values.fill(None if config.init_weights else 0.02)
+        router = self.meft_router[adapter_name]
+        if router.is_meta:
+            return
+        each = config.r // config.experts
+        with torch.no_grad():
+            for expert in range(config.experts):
+                mean = keys.rows[expert * each : (expert + 1) * each].mean(0)
+                router[expert].copy_(config.router_init_scale * mean)
+
+    def tables(self, adapter_name: str) -> tuple[RowTable, RowTable]:
+        """Keys and values of an adapter."""
+        return self.meft_keys[adapter_name], self.meft_values[adapter_name]  # type: ignore[return-value]
+
+    # ------------------------------------------------------------------ PEFT's frame
+
+    def _base_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
+        """Of the FFN's first floating-point parameter; float32 where all are packed (4 bit)."""
+        parameters = list(self.base_layer.parameters())
+        floating = [p.dtype for p in parameters if p.is_floating_point()]
+        device = parameters[0].device if parameters else torch.device("cpu")
+        return device, floating[0] if floating else torch.get_default_dtype()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Rows stay where they are (on_host) and in their dtype; the inherited one would cast all to the base's dtype.
+        target = device if device is not None else self._base_device_and_dtype()[0]
+        if target.type == "meta" or any(
+            p.is_meta for p in (self.meft_router[adapter_name], *self.meft_keys[adapter_name].parameters())
+        ):
+            return
+        self.meft_router[adapter_name].data = self.meft_router[adapter_name].data.to(target)
+        for table in self.tables(adapter_name):
+            table.to(target)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: a routed adapter is no low-rank change of a weight."""
+        return False
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raises: ValueError: a non-linear adapter cannot be merged."""
+        raise ValueError(NOT_MERGEABLE)
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The FFN's output, with the adapters' contributions in its dtype."""
+        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.configs]
+        if not active:
+            return self.base_layer(*args, **kwargs)
+        if self._joins_residual:
+            hidden, residual = _arguments(args, kwargs, "hidden_states", "input_tensor")
+            return self.base_layer(hidden, residual + self._contribution(residual, active).to(residual.dtype))
+        x = args[0] if args else kwargs["hidden_states"]
+        added = self._contribution(x, active)
+        output = self.base_layer(*args, **kwargs)
+        if isinstance(output, tuple):  # a mixture-of-experts block with its logits
+            return (output[0] + added.to(output[0].dtype), *output[1:])
+        return output + added.to(output.dtype)
+
+    @torch.compiler.disable
+    def _contribution(self, x: Tensor, active: list[str]) -> Tensor:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"The FFN's input has {x.shape[-1]} features, MEFT was made for {self.in_features}: target_modules "
+                "must name modules that map hidden states to hidden states."
+            )
+        flat = x.reshape(-1, x.shape[-1])
+        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+        # Scores decide: they are computed in full precision whatever autocast says.
+        with torch.autocast(x.device.type, enabled=False):
+            return sum(self._one(flat, x.shape, name) for name in active).view(x.shape)  # type: ignore[union-attr]
+
+    def _one(self, x: Tensor, shape: torch.Size, adapter_name: str) -> Tensor:
+        config, traffic = self.configs[adapter_name], self.traffic[adapter_name]
+        keys, values = self.tables(adapter_name)
+        self._check_whole(keys)
+        router = self.meft_router[adapter_name].to(x.dtype)
+        now = context.current()
+        key = (id(self), adapter_name)
+        selection: Selection | None = None
+        if now is None and context.recomputing():
+            found = context.find_stash(key, x)
+            if found is not None:
+                now, stash = found
+                selection, real = stash.selection, stash.real
+        if selection is None:
+            real = _real_tokens(now.mask if now is not None else None, shape)
+        kept = x if real is None else x.index_select(0, real)
+        with torch.no_grad():
+            logits = F.linear(kept.detach(), router.detach())
+        with retrieved(kept.detach(), logits, keys, values, config, traffic, selection) as found_rows:
+            factors = logits if config.has_factor else None
+            y = SparseFFN.apply(kept, router, keys.rows, values.rows, found_rows, factors, self.on_backward)
+        if selection is None and now is not None and now.recorded:
+            stash = context.Stash(found_rows.selection, real, context.probe_of(x))
+            now.stashes.setdefault(key, []).append(stash)
+        if config.balance_loss_weight and torch.is_grad_enabled():
+            y = attach_balance_loss(y, F.linear(kept, router), config, now)
+        if config.on_host and y.requires_grad:
+            traffic.bytes_to_host += 2 * len(found_rows.rows) * nbytes(keys.rows[:1])
+        return y if real is None else torch.zeros_like(x).index_copy(0, real, y)
+
+    def _check_whole(self, keys: RowTable) -> None:
+        if type(keys.rows.data) is not Tensor or keys.rows.ndim != 2 or not isinstance(keys.rows, nn.Parameter):
+            raise RuntimeError(
+                "MEFT's rows were sharded or flattened (FSDP, DeepSpeed), which is not supported yet: train with one "
+                "process, or with DistributedDataParallel."
+            )
+
+
+def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:
+    return [args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names)]
+
+
+def _real_tokens(mask: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """Places of the tokens that are no padding, int64, among the tokens of an input [batch, length, d]; None: all."""
+    if mask is None or len(shape) != 3 or mask.shape[0] != shape[0] or mask.shape[1] < shape[1]:
+        return None
+    real = mask[:, mask.shape[1] - shape[1] :].reshape(-1)
+    return None if bool(real.all()) else real.nonzero().flatten()

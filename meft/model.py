@@ -1,0 +1,313 @@
+"""The tuner: wraps the FFNs, follows optimizer steps and runs, and lays adapters out for saving."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _get_tuner_state_dict_key_prefixes,
+    _is_key_under_prefixes,
+)
+from torch import Tensor, nn
+
+from peft_bridge import RunListener, last_loaded_folder, watch_runs, watch_steps
+
+from . import context, state, storage
+from .balance import note_loss_scale
+from .config import MEFTConfig
+from .distributed import RankAverage
+from .ffn_modules import FFN_OF, candidates, ffn_width, is_linear
+from .layer import NOT_MERGEABLE, MEFTLayer
+from .optim import RowSteps
+from .report import TransferReport, transfer_report
+
+logger = logging.getLogger(__name__)
+
+
+class MEFTModel(BaseTuner, RunListener):
+    """MEFT in PEFT's frame; made by `get_peft_model(model, MEFTConfig(...))` and reached as `model.base_model`.
+
+    Rows are updated by themselves: torch's global optimizer hooks show each step of the Adam or AdamW that was made
+    over `model.parameters()`.
+
+    Attributes:
+        steps: follows the optimizer steps and updates the rows.
+    """
+
+    uses_shared_state = False
+    prefix = "meft_"
+    tuner_layer_cls = MEFTLayer
+    target_module_mapping = FFN_OF  # type: ignore[assignment]
+
+    steps: RowSteps
+
+    @property
+    def configs(self) -> dict[str, MEFTConfig]:
+        """Adapter -> its configuration."""
+        return self.peft_config  # type: ignore[return-value]
+
+    def layers(self) -> dict[str, MEFTLayer]:
+        """Path in the base model -> adapted FFN."""
+        return {path: module for path, module in self.model.named_modules() if isinstance(module, MEFTLayer)}
+
+    # ------------------------------------------------------------------ injection
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        # Called once, before the first adapter; later adapters come through inject_adapter alone.
+        self.steps = RowSteps()
+        self.loaded_from: dict[str, str] = {}
+        self._follow()
+        self.ranks = RankAverage(self.steps)
+        # generate() and others call the inner model and not this one.
+        self._hooks = context.watch_passes(self.model, self)
+
+    def _follow(self) -> None:
+        watch_steps(self.steps)
+        watch_runs()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copied or unpickled model follows its own optimizer too."""
+        super().__setstate__(state)
+        self._follow()
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Wrap the targeted FFNs; on an error the model is as before."""
+        if adapter_name in storage.RESERVED:
+            raise ValueError(f"adapter_name='{adapter_name}' is the name of a tensor of MEFT: choose another name.")
+        flags = [(p, p.requires_grad) for p in model.parameters()]
+        self._wrapped: list[tuple[str, MEFTLayer]] = []
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except Exception:
+            for path, layer in self._wrapped:
+                layer.delete_adapter(adapter_name)
+                if not layer.configs:
+                    parent, _, name = path.rpartition(".")
+                    setattr(self.model.get_submodule(parent), name, layer.base_layer)
+            self._drop(adapter_name)
+            for parameter, flag in flags:
+                parameter.requires_grad = flag
+            raise
+        finally:
+            del self._wrapped
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        known = self.target_module_mapping.get(model_config.get("model_type", ""))
+        if peft_config.target_modules is None and known is None:  # type: ignore[attr-defined]
+            found = candidates(self.model)
+            raise ValueError(
+                f"target_modules=None: the FFN of model type '{model_config.get('model_type')}' is not known; name it, "
+                + (
+                    f"candidates in this model: {', '.join(found)}."
+                    if found
+                    else "no module of this model looks like one."
+                )
+            )
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        config: MEFTConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if is_linear(base) or isinstance(base, nn.Embedding | nn.ModuleList):
+            found = candidates(self.model)
+            raise ValueError(
+                f"Target module '{current_key}' ({type(base).__name__}) is no FFN: MEFT stands beside a whole FFN; set "
+                f"target_modules to its name{', one of ' + ', '.join(found) if found else ''}."
+            )
+        if isinstance(target, MEFTLayer):
+            layer = target
+        else:
+            layer = MEFTLayer(target, ffn_width(base, self.model))
+            layer.train(target.training)
+            self._replace_module(parent, target_name, layer, target)
+        self._wrapped.append((current_key, layer))
+        layer.update_layer(adapter_name, config)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # The inherited one looks for a weight, which an FFN module has not.
+        setattr(parent, child_name, new_module)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        # PEFT comes here when all layers are wrapped.
+        if self._wrapped:
+            for adapter_name in self._wrapped[0][1].configs.keys() - self.steps.configs.keys():
+                self._adopt(adapter_name)
+        super()._mark_only_adapters_as_trainable(model)
+
+    def _adopt(self, adapter_name: str) -> None:
+        config = self.configs[adapter_name]
+        layers = [layer for layer in self.layers().values() if adapter_name in layer.configs]
+        tables = [table for layer in layers for table in layer.tables(adapter_name)]
+        for seed, table in enumerate(tables):
+            table.seed = seed
+        self.steps.configs[adapter_name], self.steps.tables[adapter_name] = config, tables
+        self.steps.routers[adapter_name] = [layer.meft_router for layer in layers]
+        for layer in layers:
+            layer.on_backward = self.ranks.note_backward
+        if config.num_experts is None:
+            logger.info("MEFT: num_experts=%d for r=%d (4 sqrt(r), rounded to a divisor).", config.experts, config.r)
+
+    def _drop(self, adapter_name: str) -> None:
+        for owner in (self.steps.tables, self.steps.configs, self.steps.routers, self.loaded_from):
+            owner.pop(adapter_name, None)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter with its rows and moments."""
+        super().delete_adapter(adapter_name)
+        self._drop(adapter_name)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Nothing: masters and router have the dtypes of the configuration, whatever the base model's is."""
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(NOT_MERGEABLE)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Raises: ValueError: a non-linear adapter cannot be merged."""
+        raise ValueError(NOT_MERGEABLE)
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward pass; its attention mask tells the layers which tokens are padding."""
+        opened = self.begin_pass(kwargs)
+        try:
+            output = self.model.forward(*args, **kwargs)
+            self.finish_pass(opened, output)
+            return output
+        finally:
+            context.end(opened)
+
+    def begin_pass(self, kwargs: dict[str, Any]) -> context.ForwardContext | None:
+        """Open a context for a pass with these arguments; None inside of another pass."""
+        self.ranks.note_forward()
+        layers = max(1, len(self.steps.tables.get(self.active_adapters[0], [])) // 2) if self.active_adapters else 1
+        return context.begin(_padding_mask(kwargs), layers)
+
+    def finish_pass(self, opened: context.ForwardContext | None, output: Any) -> None:
+        """Tie the context to the output's graph, and the loss to the balance loss where there is one."""
+        if opened is None:
+            return
+        context.keep_with_graph(opened, output)
+        loss = getattr(output, "loss", None)
+        weighted = any(self.configs[name].balance_loss_weight for name in self.active_adapters if name in self.configs)
+        if weighted and isinstance(loss, Tensor) and loss.requires_grad:
+            output.loss = note_loss_scale(loss, opened)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        for hook in self._hooks:
+            hook.remove()
+        return model
+
+    # ------------------------------------------------------------------ training state and runs
+
+    def save_training_state(self, folder: str | os.PathLike) -> None:
+        """Write moments, counts and, in dense mode, the missed steps to `meft_state-*.safetensors`; see `meft.state`.
+
+        The files appear together or not at all.
+        """
+        state.save(self, folder)
+
+    def load_training_state(self, folder: str | os.PathLike) -> None:
+        """Restore what `save_training_state` wrote, for the weights it was written with.
+
+        Raises:
+            FileNotFoundError: there is no such state.
+            ValueError: it is damaged, or belongs to other weights.
+        """
+        state.load(self, folder)
+
+    @property
+    def nonfinite_steps(self) -> int:
+        """Optimizer steps that changed nothing because a gradient of an adapter was inf or nan."""
+        return self.steps.nonfinite_steps
+
+    def transfer_report(self, adapter_name: str | None = None) -> TransferReport:
+        """What an adapter (None: the active one) has moved between host and device, and how its neurons were used."""
+        name = adapter_name or self.active_adapters[0]
+        return transfer_report(name, self.layers())
+
+    def on_run_begin(self, total_steps: int, done_steps: int = 0, steps_seen: bool = True) -> None:
+        """A Trainer's run begins: resume the training state, if the weights came from a checkpoint."""
+        if not steps_seen:
+            raise RuntimeError(
+                "MEFT does not support DeepSpeed yet: its optimizers hold copies of the parameters, which the rows are "
+                "not part of; train with one process, or with DistributedDataParallel."
+            )
+        if done_steps:
+            state.resume(self)
+
+    def on_checkpoint(self, folder: Path) -> None:
+        """A Trainer has written a checkpoint."""
+        self.save_training_state(folder)
+
+    # ------------------------------------------------------------------ saving, loading, DDP
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Rows are not in DDP's buckets: their gradients are averaged over the ranks' touched rows."""
+        tables = {id(p) for ts in self.steps.tables.values() for t in ts for p in t.parameters()}
+        return [f"base_model.{name}" for name, p in self.named_parameters() if id(p) in tables]
+
+    @classmethod
+    def _get_adapter_state_dict(  # type: ignore[override]
+        cls,
+        model: nn.Module,
+        config: MEFTConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Select an adapter's tensors and add their digest."""
+        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if own:
+            named = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in own.items()}
+            own[storage.DIGEST] = storage.digest(named, config)
+        return own
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
+        cls, model: nn.Module, config: MEFTConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Check a file's tensors and put the adapter's name into their keys."""
+        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
+        shapes = {
+            cls._remove_adapter_name_from_key(key, adapter_name): value.shape
+            for key, value in model.state_dict().items()
+            if _is_key_under_prefixes(key, prefixes)
+        }
+        own = {key: value for key, value in state_dict.items() if storage.owns(key)}
+        storage.check(own, shapes, config)
+        tuner = getattr(model, "base_model", None)
+        if isinstance(tuner, MEFTModel) and (folder := last_loaded_folder()) is not None:
+            tuner.loaded_from[adapter_name] = folder
+        rest = {key: value for key, value in state_dict.items() if key != storage.DIGEST}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
+
+
+def _padding_mask(kwargs: dict[str, Any]) -> Tensor | None:
+    """bool [batch, length], False at padding, of a 2-D attention mask; other kinds do not tell what is padding."""
+    mask = kwargs.get("attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None

@@ -1,0 +1,163 @@
+"""One optimizer step of AdamW or Adam on gathered rows, in torch operations.
+
+Each operation rounds by itself, in the order of row_adamw.cpp, so that both give the same bits; fused torch operations
+(lerp, addcmul, addcdiv) would contract on some machines and not on others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Scalar = float | Tensor  # one for all rows, or one a row: [n, 1]
+
+_CHUNK = 1 << 17  # values of a table in work at a time: they stay in the cache
+_NOISE = 0xFFFF  # the bits of a float32 that bfloat16 has not
+
+
+@dataclass(frozen=True)
+class StepRule:
+    """The hyper-parameters of one optimizer step, as torch.optim.AdamW (`decoupled`) or Adam takes them."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled: bool
+
+    @property
+    def decay(self) -> float:
+        """The factor of decoupled weight decay; 1.0 without it."""
+        return 1 - self.lr * self.weight_decay if self.decoupled else 1.0
+
+    @property
+    def coupled(self) -> float:
+        """The weight decay that goes into the gradient; 0.0 if it is decoupled."""
+        return 0.0 if self.decoupled else self.weight_decay
+
+    @property
+    def from_grad(self) -> bool:
+        """Whether the new first moment is reckoned from the gradient or from the old moment: torch.lerp's rule."""
+        return 1 - self.beta1 >= 0.5
+
+    @property
+    def mix(self) -> float:
+        return -self.beta1 if self.from_grad else 1 - self.beta1
+
+    def bias(self, step: int) -> tuple[float, float]:
+        """lr / (1 - beta1^step) and sqrt(1 - beta2^step)."""
+        return self.lr / (1 - self.beta1**step), (1 - self.beta2**step) ** 0.5
+
+
+class Block:
+    """Some rows of a table and its moments, gathered into buffers that stay in the cache, and stepped there."""
+
+    def __init__(
+        self, table: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, wire: Tensor | None, seed: int, most: int
+    ) -> None:
+        self.tables = (table, exp_avg, exp_avg_sq)
+        self.wire, self.seed, self.dtype = wire, seed, exp_avg.dtype
+        self.size = min(most, max(1, _CHUNK // max(1, table.shape[1])))
+        self.buffers = torch.empty(6, self.size, table.shape[1], dtype=self.dtype, device=table.device)
+        self.rows = torch.empty(0, dtype=torch.int64)
+        self.grad: Tensor | None = None
+
+    def parts(self, count: int) -> list[slice]:
+        """Slices of at most a block's rows that cover `count` rows."""
+        return [slice(i, min(i + self.size, count)) for i in range(0, count, self.size)]
+
+    def load(self, rows: Tensor, grads: Tensor | None) -> None:
+        self.rows = rows
+        for source, buffer in zip(self.tables, self.buffers, strict=False):
+            if source.dtype == buffer.dtype:
+                torch.index_select(source, 0, rows, out=buffer[: len(rows)])
+            else:
+                buffer[: len(rows)].copy_(source.index_select(0, rows))
+        self.grad = None if grads is None else self.buffers[3, : len(rows)].copy_(grads)
+
+    def step(
+        self, rule: StepRule, step_size: Scalar, root2: Scalar, k: int, number: Tensor, zero: bool = False
+    ) -> None:
+        """Step the first k rows; `zero`: with a gradient of zero. `number` [k] or []: the generator's count."""
+        p, m, v, _, a, b = self.buffers[:, :k]
+        grad = None if zero or self.grad is None else self.grad[:k]
+        if rule.coupled:
+            torch.mul(p, rule.coupled, out=b)
+            grad = b if grad is None else b.add_(grad)
+        if rule.decay != 1:
+            p.mul_(rule.decay)
+        torch.neg(m, out=a) if grad is None else torch.sub(grad, m, out=a)
+        a.mul_(rule.mix)
+        if rule.from_grad:
+            m.copy_(a) if grad is None else torch.add(grad, a, out=m)
+        else:
+            m.add_(a)
+        v.mul_(rule.beta2)
+        if grad is not None:
+            v.add_(torch.mul(grad, 1 - rule.beta2, out=a).mul_(grad))
+        _square_root(v, a).div_(root2).add_(rule.eps)
+        p.sub_(torch.mul(m, step_size, out=b).div_(a))
+        if self.tables[0].dtype == torch.bfloat16:
+            round_stochastically(p, self.rows[:k], number, self.seed)
+
+    def store(self) -> None:
+        for target, buffer in zip(self.tables, self.buffers, strict=False):
+            target.index_copy_(0, self.rows, buffer[: len(self.rows)].to(target.dtype))
+        if self.wire is not None:
+            self.wire.index_copy_(0, self.rows, self.buffers[0, : len(self.rows)].to(self.wire.dtype))
+
+
+def _square_root(x: Tensor, out: Tensor) -> Tensor:
+    """The correctly rounded square root; torch.sqrt of float32 on the CPU can be off by one ulp."""
+    return out.copy_(x.double().sqrt_()) if x.is_cpu and x.dtype == torch.float32 else torch.sqrt(x, out=out)
+
+
+def replay(
+    block: Block, done: Tensor, rows: Tensor, grads: Tensor | None, history: Sequence[StepRule], first_step: int
+) -> None:
+    target = first_step + len(history) - 1
+    if all(rule.weight_decay == 0 and rule.eps > 0 for rule in history):
+        # Rows that were never touched stand still: no step but the one with a gradient.
+        for part in block.parts(len(rows)):
+            if int(done[part].min()) < target - 1:
+                moved = [x.index_select(0, rows[part]).any(dim=1) for x in block.tables[1:]]
+                still = target if grads is None else target - 1
+                done[part] = done[part].where(moved[0] | moved[1], still)
+    # In the order of their last steps, the rows that take a given step are the first ones.
+    done, order = done.sort(stable=True)
+    order = order[: int((done < target).sum())]
+    for part in block.parts(len(order)):
+        chosen, last = order[part], done[part]
+        block.load(rows[chosen], None if grads is None else grads[chosen])
+        for step in range(int(last[0]) + 1, target + 1):
+            rule = history[step - first_step]
+            k = int((last[: len(chosen)] < step).sum())
+            block.step(rule, *rule.bias(step), k, torch.tensor(step), zero=step < target)
+        block.store()
+
+
+def round_stochastically(p: Tensor, rows: Tensor, number: Tensor, seed: int) -> None:
+    """Round float32 [k, d] in place to values of bfloat16, up or down with the probabilities that keep the mean.
+
+    The noise is a hash (splitmix64 of seed, row and number; then lowbias32 over the columns), so it needs no state.
+    """
+
+    def signed(constant: int) -> int:
+        return (constant + (1 << 63)) % (1 << 64) - (1 << 63)
+
+    number = number.to(device=rows.device, dtype=torch.int64)
+    key = rows * signed(0x9E3779B97F4A7C15) + number * signed(0xD1342543DE82EF95) + signed(seed * 0xDA942042E4DD58B5)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        key = (key ^ ((key >> shift) & ((1 << (64 - shift)) - 1))) * signed(factor)
+    key = key ^ ((key >> 31) & ((1 << 33) - 1))
+    first, second = key.view(torch.int32).reshape(-1, 2, 1).unbind(1)
+    noise = first + torch.arange(p.shape[1], dtype=torch.int32, device=p.device) * -1640531535
+    noise = (noise ^ ((noise >> 16) & 0xFFFF)) * 0x7FEB352D
+    noise = (noise ^ ((noise >> 15) & 0x1FFFF) ^ second) * -2073254261  # 0x846CA68B
+    noise = (noise ^ (noise >> 16)) & _NOISE
+    rounded = ((p.view(torch.int32) + noise) & ~_NOISE).view(torch.float32)
+    p.copy_(torch.where(p.isfinite(), rounded, p))

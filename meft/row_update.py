@@ -1,0 +1,228 @@
+"""AdamW and Adam on rows of tables: `lazy` (touched rows only) and `dense` (missed steps are replayed).
+
+float32 tables on the CPU take a small C++ library, if there was a compiler at installation; all others, and machines
+without it, take torch operations. Both give the same bits: the same operations in the same order, each rounded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from .row_blocks import Block, StepRule, replay
+
+__all__ = ["StepRule", "native_library", "replay_rows", "update_rows"]
+
+_VERSION = 1  # of the library's arguments
+_COLUMNS = ("mix", "from_grad", "beta2", "fresh2", "eps", "decay", "coupled", "step_size", "root2")  # `Step` there
+
+
+def update_rows(
+    table: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    count: Tensor,
+    rows: Tensor,
+    grads: Tensor,
+    rule: StepRule,
+    *,
+    wire: Tensor | None = None,
+    seed: int = 0,
+    native: bool | None = None,
+) -> None:
+    """Take one step of the touched rows, in place; all other rows, moments and counts keep their bits (`lazy`).
+
+    On a row's n-th touch its moments decay once and the bias correction uses that row's own n.
+
+    Args:
+        table: [r, d] float32, float64 or bfloat16, contiguous, on any device. bfloat16 is reckoned in float32 and
+            rounded stochastically by a generator of (seed, row, count, column): the same in any grouping of the rows.
+        exp_avg, exp_avg_sq: [r, d] float32, or float64 if the table is.
+        count: [r] int32, how often each row was touched.
+        rows: [n] int64, ascending, each once.
+        grads: [n, d] in the table's dtype or float32.
+        wire: [r, d], a copy of the table in a narrower dtype, rewritten for the touched rows.
+        native: True takes the C++ library, False the torch path, None (the default) the library where it applies.
+
+    Raises:
+        ValueError: arguments that do not fit together, or `native=True` where the library does not apply.
+    """
+    _check(table, exp_avg, exp_avg_sq, count, rows, grads, wire)
+    library = _choose(native, table, wire)
+    if not rows.numel():
+        return
+    with torch.no_grad():
+        touches = count.index_select(0, rows) + 1
+        n = touches.to(torch.float64)
+        step_size, root2 = rule.lr / (1 - rule.beta1**n), (1 - rule.beta2**n).sqrt()
+        if library:
+            steps = _steps([rule]).expand(len(rows), -1).clone()
+            steps[:, -2], steps[:, -1] = step_size, root2
+            begin = torch.arange(len(rows))
+            _call(library, table, exp_avg, exp_avg_sq, wire, rows, grads, steps, begin, begin + 1)
+        else:
+            block = Block(table, exp_avg, exp_avg_sq, wire, seed, len(rows))
+            scalars = [x.to(block.dtype).unsqueeze(1) for x in (step_size, root2)]
+            for part in block.parts(len(rows)):
+                block.load(rows[part], grads[part])
+                block.step(rule, scalars[0][part], scalars[1][part], len(block.rows), touches[part])
+                block.store()
+        count.index_copy_(0, rows, touches)
+
+
+def replay_rows(
+    table: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    last_step: Tensor,
+    rows: Tensor,
+    grads: Tensor | None,
+    history: Sequence[StepRule],
+    *,
+    first_step: int,
+    wire: Tensor | None = None,
+    seed: int = 0,
+    native: bool | None = None,
+) -> None:
+    """Bring rows to the last step of the history, in place, as torch AdamW or Adam on the whole table (`dense`).
+
+    Each missed step is taken with its own rule and global bias correction and a gradient of zero; the last one with
+    `grads`. bfloat16 tables are rounded after each step, so that a row does not depend on when it was caught up.
+
+    Args:
+        last_step: [r] int32, the global step (from 1) up to which each row is done; rewritten for `rows`.
+        grads: [n, d] of the history's last step, in the table's dtype or float32; None is a gradient of zero.
+        history: the rules of the global steps from `first_step` on, without a gap.
+        table, exp_avg, exp_avg_sq, rows, wire, seed, native: as in `update_rows`; the generator takes the step for the
+            count.
+
+    Raises:
+        ValueError: as `update_rows`; a row that needs steps before the history or has gone past its end.
+    """
+    _check(table, exp_avg, exp_avg_sq, last_step, rows, grads, wire)
+    library = _choose(native, table, wire)
+    target = first_step + len(history) - 1
+    if not rows.numel():
+        return
+    with torch.no_grad():
+        done = last_step.index_select(0, rows).to(torch.int64)
+        low, high = (int(x) for x in done.aminmax())
+        if low + 1 < first_step:
+            raise ValueError(f"a row was last stepped at {low}, but the history begins with step {first_step}.")
+        if high > (target if grads is None else target - 1):
+            raise ValueError(f"a row was already stepped at {high}, and the history ends with step {target}.")
+        if low == target:
+            return
+        if library:
+            steps = _steps(history[low + 1 - first_step :], low + 1)
+            _call(
+                library,
+                table,
+                exp_avg,
+                exp_avg_sq,
+                wire,
+                rows,
+                grads,
+                steps,
+                done - low,
+                torch.full_like(rows, len(steps)),
+            )
+        else:
+            block = Block(table, exp_avg, exp_avg_sq, wire, seed, len(rows))
+            replay(block, done, rows, grads, history, first_step)
+        last_step.index_fill_(0, rows, target)
+
+
+def _check(
+    table: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    counter: Tensor,
+    rows: Tensor,
+    grads: Tensor | None,
+    wire: Tensor | None,
+) -> None:
+    wide = torch.promote_types(table.dtype, torch.float32)
+    if table.dim() != 2 or table.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        raise ValueError(f"a table is [r, d] in float32, float64 or bfloat16, not {table.dtype} {list(table.shape)}.")
+    copies = [("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("wire", wire)]
+    for name, x in [("table", table), *copies]:
+        if x is not None and (x.shape != table.shape or x.device != table.device or not x.is_contiguous()):
+            raise ValueError(f"{name} must be contiguous, {list(table.shape)} and on {table.device}.")
+    if exp_avg.dtype != wide or exp_avg_sq.dtype != wide:
+        raise ValueError(f"the moments of a {table.dtype} table are {wide}.")
+    if counter.shape != table.shape[:1] or counter.dtype != torch.int32 or counter.device != table.device:
+        raise ValueError(f"the rows' counts or steps must be int32 [{len(table)}] on {table.device}.")
+    if rows.dim() != 1 or rows.dtype != torch.int64 or rows.device != table.device:
+        raise ValueError(f"rows must be int64 [n] on {table.device}.")
+    if grads is not None and (grads.shape != (len(rows), table.shape[1]) or grads.device != table.device):
+        raise ValueError(f"grads must be [{len(rows)}, {table.shape[1]}] on {table.device}, not {list(grads.shape)}.")
+    if grads is not None and grads.dtype not in (table.dtype, torch.float32):
+        raise ValueError(f"grads must be {table.dtype} or float32, not {grads.dtype}.")
+    # On a device the look would wait for it; there, torch's own bounds check serves.
+    if rows.is_cpu and len(rows) and not (rows[0] >= 0 and rows[-1] < len(table) and bool((rows.diff() > 0).all())):
+        raise ValueError(f"rows must ascend, each once, from 0 to {len(table) - 1}.")
+
+
+# ---------------------------------------------------------------------------------------------------- the C++ library
+
+
+@functools.cache
+def native_library() -> ctypes.CDLL | None:
+    """The library that was built at installation; None if there is none, or one of another version."""
+    try:
+        spec = find_spec("meft._row_adamw")
+        library = ctypes.CDLL(spec.origin) if spec and spec.origin else None
+        if library is None or library.meft_row_adamw_version() != _VERSION:
+            return None
+    except (ImportError, OSError, AttributeError):
+        return None
+    p, i = ctypes.c_void_p, ctypes.c_int64
+    library.meft_row_adamw.argtypes = [p, p, p, p, p, p, i, i, p, i, p, p, ctypes.c_int]
+    library.meft_row_adamw.restype = None
+    return library
+
+
+def _choose(native: bool | None, table: Tensor, wire: Tensor | None) -> ctypes.CDLL | None:
+    fits = table.is_cpu and table.dtype == torch.float32 and (wire is None or wire.dtype == torch.bfloat16)
+    library = native_library() if fits and native is not False else None
+    if native and library is None:
+        why = "it was not built" if fits else "it takes float32 tables on the CPU with a bfloat16 wire or none"
+        raise ValueError(f"the C++ library cannot be used: {why}.")
+    return library
+
+
+def _steps(history: Sequence[StepRule], first_step: int = 1) -> Tensor:
+    """[len(history), 9] float32: the scalars of each global step, reckoned in double as torch does."""
+    table = []
+    for step, rule in enumerate(history, first_step):
+        bias = rule.bias(step)
+        own = (rule.mix, float(rule.from_grad), rule.beta2, 1 - rule.beta2, rule.eps, rule.decay, rule.coupled)
+        table.append((*own, *bias))
+    return torch.tensor(table, dtype=torch.float64).to(torch.float32)
+
+
+def _call(
+    library: ctypes.CDLL,
+    table: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    wire: Tensor | None,
+    rows: Tensor,
+    grads: Tensor | None,
+    steps: Tensor,
+    begin: Tensor,
+    end: Tensor,
+) -> None:
+    held = [None if x is None else x.contiguous() for x in (table, exp_avg, exp_avg_sq, wire, grads, rows)]
+    pointers = [None if x is None else x.data_ptr() for x in held]
+    sizes = (*pointers, len(rows), table.shape[1], steps.data_ptr(), len(steps), begin.data_ptr(), end.data_ptr())
+    library.meft_row_adamw(*sizes, torch.get_num_threads())
+    for changed in (table, exp_avg, exp_avg_sq, wire):
+        if changed is not None and not changed.is_inference():
+            torch.autograd.graph.increment_version(changed)

@@ -1,0 +1,182 @@
+"""The FFN of the picked neurons, forward and backward, over rows that were brought together.
+
+With g = dL/dy, c_j the router's logit of neuron j's expert (1 without the factor), s_j = c_j (x . w_j) and
+a_j = ReLU(s_j):
+
+    y = sum_j a_j v_j                        dV_j = sum over tokens of a_j g
+    ds_j = (v_j . g) 1[s_j > 0]              dW_j = sum over tokens of ds_j c_j x
+    dx = sum_j ds_j c_j w_j + W_g^T dp       dp_e = sum_{j in e} ds_j (x . w_j),  dW_g = dp^T x
+
+(arXiv 2406.04984; the picks are constants.) The sums over picks are products with a sparse [T, rows] matrix.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .row_gradient import RowGradient
+from .selection import Selection
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """Picks together with the rows that they read.
+
+    Attributes:
+        selection: the picks, on the device of the computation.
+        keys, values: [m, d] of any floating dtype: whole tables, or only the rows of the union.
+        place: int64 [n], for each pick its row in `keys` and `values`.
+        rows: int64 [u], the union: ids of the touched neurons, ascending, on the device of the tables.
+        order: int64 [n], for each pick its place in `rows`.
+        in_place: whether `keys` and `values` are the tables themselves and no copies.
+    """
+
+    selection: Selection
+    keys: Tensor
+    values: Tensor
+    place: Tensor
+    rows: Tensor
+    order: Tensor
+    in_place: bool
+
+
+def _csr(starts: Tensor, columns: Tensor, weights: Tensor, width: int) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that CSR is in beta, and about its checks
+        return torch.sparse_csr_tensor(
+            starts, columns, weights, (len(starts) - 1, width), check_invariants=False, requires_grad=False
+        )
+
+
+def _has_sparse_products(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and torch.backends.mkl.is_available()
+
+
+def _masked(selection: Selection, place: Tensor, weights: Tensor, width: int) -> Tensor:
+    whole = weights.new_zeros(selection.tokens, width)
+    return whole.index_put_((selection.token, place), weights)
+
+
+def weighted_rows(weights: Tensor, selection: Selection, place: Tensor, rows: Tensor) -> Tensor:
+    """sum_j weights_j rows[place_j] over the picks of each token: [T, d]."""
+    rows = rows.to(weights.dtype)
+    if not weights.numel():
+        return rows.new_zeros(selection.tokens, rows.shape[1])
+    if _has_sparse_products(rows):
+        return torch.mm(_csr(selection.starts, place, weights, len(rows)), rows)
+    return _masked(selection, place, weights, len(rows)) @ rows
+
+
+def row_dots(x: Tensor, selection: Selection, place: Tensor, rows: Tensor) -> Tensor:
+    """x_t . rows[place_j] for each pick: [n]."""
+    rows = rows.to(x.dtype)
+    if not place.numel():
+        return x.new_zeros(0)
+    if _has_sparse_products(rows):
+        pattern = _csr(selection.starts, place, x.new_ones(len(place)), len(rows))
+        return torch.sparse.sampled_addmm(pattern, x, rows.T, beta=0.0).values()
+    return (x @ rows.T)[selection.token, place]
+
+
+def token_sums(weights: Tensor, selection: Selection, order: Tensor, x: Tensor, rows: int) -> Tensor:
+    """sum of weights_j x_t over the picks of each row: [rows, d]."""
+    if not weights.numel():
+        return x.new_zeros(rows, x.shape[1])
+    if _has_sparse_products(x):
+        by_row = order.argsort(stable=True)
+        starts = order.new_zeros(rows + 1)
+        torch.cumsum(torch.bincount(order, minlength=rows), 0, out=starts[1:])
+        return torch.mm(_csr(starts, selection.token[by_row], weights[by_row], len(x)), x)
+    return _masked(selection, order, weights, rows).T @ x
+
+
+class SparseFFN(torch.autograd.Function):
+    """sum_{j in J} ReLU(s_j) v_j of the retrieved picks; gradients of the tables are `RowGradient`s."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        router: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        retrieved: Retrieved,
+        logits: Tensor | None,
+        on_backward: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """The forward pass.
+
+        Args:
+            x: [T, d], float32 or float64.
+            router: W_g, [E, d].
+            keys, values: the tables [r, d] that get the gradients; they are not read.
+            retrieved: the picks and their rows.
+            logits: W_g x, [T, E], or None where scores carry no factor.
+            on_backward: called when row gradients have been made.
+
+        Returns:
+            [T, d] of x's dtype.
+        """
+        picks = retrieved.selection
+        dots = picks.dots if picks.dots is not None else row_dots(x, picks, retrieved.place, retrieved.keys)
+        expert = torch.div(picks.neuron, len(keys) // len(router), rounding_mode="floor")
+        factor = logits[picks.token, expert] if logits is not None else None
+        scores = dots * factor if factor is not None else dots
+        active = scores.relu()
+        ctx.retrieved, ctx.tables = retrieved, (keys, values)
+        read: tuple[Tensor | None, ...] = (None, None)
+        if not retrieved.in_place:
+            # Copies are saved through autograd, so that its hooks (offloading, checkpointing) can drop them; of whole
+            # tables they must not take hold.
+            read = (retrieved.keys, retrieved.values)
+            nothing = x.new_empty(0)
+            ctx.retrieved = replace(retrieved, keys=nothing, values=nothing)
+        ctx.save_for_backward(x, router, dots, factor, active, expert, *read)
+        ctx.on_backward = on_backward
+        ctx.versions = (keys._version, values._version)
+        return weighted_rows(active, picks, retrieved.place, retrieved.values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, router, dots, factor, active, expert, key_rows, value_rows = ctx.saved_tensors
+        retrieved: Retrieved = ctx.retrieved
+        if retrieved.in_place:
+            key_rows, value_rows = retrieved.keys, retrieved.values
+        picks, u = retrieved.selection, len(retrieved.rows)
+        keys, values = ctx.tables
+        if retrieved.in_place and ctx.versions != (keys._version, values._version):
+            raise RuntimeError(
+                "MEFT rows were updated between this forward pass and its backward pass: call backward() before step()."
+            )
+        g = g.contiguous().to(x.dtype)
+        ds = row_dots(g, picks, retrieved.place, value_rows) * (active > 0)
+        by_key = ds * factor if factor is not None else ds
+        dx = drouter = dkeys = dvalues = None
+        if factor is not None and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
+            dp = x.new_zeros(picks.tokens * len(router))
+            dp = dp.index_add_(0, picks.token * len(router) + expert, ds * dots).view(picks.tokens, len(router))
+        if ctx.needs_input_grad[0]:
+            dx = weighted_rows(by_key, picks, retrieved.place, key_rows)
+            if factor is not None:
+                dx = dx.addmm(dp, router.to(x.dtype))
+        if ctx.needs_input_grad[1]:
+            drouter = (dp.T @ x).to(router.dtype) if factor is not None else torch.zeros_like(router)
+        if ctx.needs_input_grad[2]:
+            dkeys = _row_gradient(token_sums(by_key, picks, retrieved.order, x, u), retrieved.rows, keys)
+        if ctx.needs_input_grad[3]:
+            dvalues = _row_gradient(token_sums(active, picks, retrieved.order, g, u), retrieved.rows, values)
+        if ctx.on_backward is not None:
+            ctx.on_backward()
+        return dx, drouter, dkeys, dvalues, None, None, None
+
+
+def _row_gradient(sums: Tensor, rows: Tensor, table: Tensor) -> RowGradient:
+    return RowGradient(rows, sums.to(table.device), table)

@@ -1,0 +1,206 @@
+"""A table of rows: masters, the narrower copy that is read, and the optimizer's moments, all in one place."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .moments import Moments
+from .transfer import nbytes, page_lock, page_unlock
+
+logger = logging.getLogger(__name__)
+
+# Rows handled at a time where a whole table is read or written, so that no second table comes into being.
+BLOCK_BYTES = 64 << 20
+
+
+def row_blocks(table: Tensor) -> Iterator[slice]:
+    """Slices of rows of about `BLOCK_BYTES` each."""
+    step = max(1, BLOCK_BYTES // max(1, table[:1].numel() * table.element_size()))
+    for start in range(0, len(table), step):
+        yield slice(start, min(start + step, len(table)))
+
+
+class RowTable(nn.Module):
+    """One row a neuron: the keys, or the values, of one layer.
+
+    It stays in host memory unless `on_host` is False: moving the model leaves it where it is, changing its dtype
+    changes the table's too.
+
+    Attributes:
+        rows: the masters, a parameter [r, d]: what an optimizer holds and what is saved.
+        moments: what the row optimizer remembers; None before the first step.
+        seed: of the stochastic rounding of bfloat16 masters.
+        owner: the optimizer whose steps `moments` belong to; None where they were just loaded.
+        claimed_by: the `RowAdamW` that holds the table.
+    """
+
+    _all: ClassVar[weakref.WeakSet[RowTable]] = weakref.WeakSet()
+
+    def __init__(self, shape: tuple[int, int], *, master: torch.dtype, wire: torch.dtype, on_host: bool, pin: bool):
+        super().__init__()
+        # An explicit device: a default device (torch.set_default_device) must not take host rows; a meta model may.
+        explicit = "cpu" if on_host and torch.get_default_device().type != "meta" else None
+        self.rows = nn.Parameter(torch.empty(shape, dtype=master, device=explicit))
+        self.on_host, self.pin = on_host, pin
+        self.moments: Moments | None = None
+        self.seed = 0
+        self._wire_dtype = wire
+        self._made()
+
+    def _made(self) -> None:
+        self.owner: weakref.ref[Optimizer] | None = None
+        self.claimed_by: weakref.ref[Optimizer] | None = None
+        RowTable._all.add(self)
+        self.lock = threading.RLock()
+        self._wire: Tensor | None = None
+        self._wire_of: tuple[int, int] | None = None
+        self._locked: weakref.finalize | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        transient = ("lock", "owner", "claimed_by", "_wire", "_wire_of", "_locked")
+        return {key: value for key, value in self.__dict__.items() if key not in transient}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._made()
+
+    @classmethod
+    def by_parameter(cls) -> dict[int, RowTable]:
+        """id of the parameter -> its table, for all tables there are."""
+        return {id(table.rows): table for table in list(cls._all)}
+
+    # ------------------------------------------------------------------ reading
+
+    @contextmanager
+    def reading(self, rows: Tensor | None = None) -> Iterator[Tensor]:
+        """Yield the rows as they are read, [r, d] in the wire dtype, held still until the block ends.
+
+        Args:
+            rows: the rows that will be read, None for all; in dense mode they catch up with missed steps first.
+        """
+        with self.lock:
+            self.catch_up(rows)
+            yield self._current()
+
+    def _current(self) -> Tensor:
+        master = self.rows.detach()
+        if self._wire_dtype.itemsize >= master.dtype.itemsize:
+            self._page_lock(master)
+            return master
+        state = (master.data_ptr(), self.rows._version)
+        if self._wire is None or self._wire.shape != master.shape or self._wire.device != master.device:
+            self._wire, self._wire_of = torch.empty_like(master, dtype=self._wire_dtype), None
+        if self._wire_of != state:  # somebody wrote into the masters: loading, initialisation, the user
+            for block in row_blocks(master):
+                self._wire[block].copy_(master[block])
+            self._wire_of = state
+        self._page_lock(self._wire)
+        return self._wire
+
+    def _page_lock(self, tensor: Tensor) -> None:
+        if not self.pin or tensor.device.type != "cpu" or not torch.cuda.is_available():
+            return
+        address = tensor.data_ptr()
+        if self._locked is not None and self._locked.alive and self._locked.peek()[2] == (address,):  # type: ignore[index]
+            return
+        if self._locked is not None:
+            self._locked()
+        if page_lock(tensor):
+            self._locked = weakref.finalize(tensor.untyped_storage(), page_unlock, address)
+        else:
+            self.pin = False
+            logger.warning("%d bytes of MEFT rows could not be page-locked: transfers are slower.", nbytes(tensor))
+
+    def catch_up(self, rows: Tensor | None = None) -> None:
+        """In dense mode: replay the steps that rows (None: all) have missed."""
+        if self.moments is not None and self.moments.lags:
+            with self.lock:
+                moments, master = self.moments, self.rows.detach()
+                # Rows that a recorded forward pass has read have caught up already: for autograd nothing changes.
+                self.writing(lambda wire: moments.catch_up(master, wire, rows), changed=False)
+
+    # ------------------------------------------------------------------ writing
+
+    def writing(self, write: Callable[[Tensor | None], None], *, changed: bool = True) -> None:
+        """Call `write` with the narrower copy (None: there is none), which it keeps equal to the masters it changes.
+
+        Args:
+            changed: whether a backward pass of an earlier forward pass becomes wrong by it.
+        """
+        with self.lock, torch.no_grad():
+            if self.rows.is_meta:
+                raise RuntimeError("MEFT rows have no values yet (meta device): load the adapter first.")
+            self._current()
+            separate = self._wire if self._wire_dtype.itemsize < self.rows.dtype.itemsize else None
+            write(separate)
+            if changed:
+                torch.autograd.graph.increment_version(self.rows)
+            if separate is not None:
+                self._wire_of = (self.rows.data_ptr(), self.rows._version)
+
+    def follow(self, optimizer: Optimizer) -> None:
+        """A step of `optimizer` comes: moments of another optimizer's steps are not its own."""
+        owner = self.owner() if self.owner is not None else None
+        if self.owner is not None and owner is not optimizer:
+            self.catch_up()
+            self.moments = None
+        self.owner = weakref.ref(optimizer)
+
+    def fill(self, std: float | None) -> None:
+        """Fill with N(0, std^2) from torch's global generator, or with zeros (std None), in row blocks."""
+        with torch.no_grad():
+            for block in row_blocks(self.rows):
+                if std is None:
+                    self.rows[block].zero_()
+                else:  # drawn in float32 whatever the dtype, so that equal seeds give equal rows
+                    self.rows[block].copy_(torch.empty_like(self.rows[block], dtype=torch.float32).normal_(0, std))
+
+    # ------------------------------------------------------------------ moving, loading, saving
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RowTable:
+        if not self.on_host:
+            super()._apply(fn, recurse)
+            if self.moments is not None:
+                self.moments.move(self.rows.device)
+            return self
+        # A tensor without elements tells what `fn` does to the dtype; what it does to the device is left aside.
+        dtype = fn(torch.empty(0, dtype=self.rows.dtype, device=self.rows.device)).dtype
+        with self.lock, torch.no_grad():
+            if self.rows.is_meta:
+                self.rows = nn.Parameter(torch.empty(self.rows.shape, dtype=dtype), self.rows.requires_grad)
+            elif dtype != self.rows.dtype:
+                self.catch_up()
+                converted = torch.empty(self.rows.shape, dtype=dtype)
+                for block in row_blocks(converted):
+                    converted[block].copy_(self.rows[block])
+                self.rows.data = converted
+                self._wire = self._wire_of = None
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.catch_up()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        loaded = state_dict.get(f"{prefix}rows")
+        if loaded is None or loaded.shape != self.rows.shape:
+            super()._load_from_state_dict(state_dict, prefix, *args)  # reports it
+            return
+        with self.lock, torch.no_grad():
+            self.catch_up()
+            if self.rows.is_meta:
+                master = torch.empty(
+                    self.rows.shape, dtype=self.rows.dtype, device="cpu" if self.on_host else loaded.device
+                )
+                self.rows = nn.Parameter(master, self.rows.requires_grad)
+            for block in row_blocks(self.rows):  # whether assign=True or not: a file that is mapped may go away
+                self.rows[block].copy_(loaded[block])
