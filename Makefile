@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+METHOD ?= aslora
 MODEL := .cache/SmolLM2-135M-Instruct
 # The venv's own stamp, so that it is made again when what it holds changes.
 INSTALLED := $(VENV)/.installed
@@ -19,8 +20,8 @@ help: ## show this list
 
 setup: $(INSTALLED) $(MODEL) ## virtual environment, packages and model (the others do it by themselves)
 
-demo: setup ## fine-tune SmolLM2-135M with ASLoRA, export it as LoRA, compare (about 2 minutes)
-	$(PY) -W ignore::FutureWarning -m aslora_meft.demo $(MODEL)
+demo: setup ## fine-tune SmolLM2-135M with ASLoRA (or METHOD=meft), export it, compare (about 2 minutes)
+	$(PY) -W ignore::FutureWarning -m aslora_meft.demo $(MODEL) $(METHOD)
 
 test: setup ## the whole test suite
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(PY) -m pytest

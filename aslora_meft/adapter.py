@@ -14,7 +14,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from aslora_meft.arguments import AdapterArguments, ModelArguments, SharingArguments
+from aslora_meft.arguments import (
+    AdapterArguments,
+    ModelArguments,
+    NeuronArguments,
+    SharingArguments,
+)
 from aslora_meft.errors import UsageError, as_usage_error
 
 
@@ -63,30 +68,38 @@ def load_model(args: ModelArguments, device: torch.device) -> PreTrainedModel:
     return model
 
 
-def adapter_config(method: str, adapter: AdapterArguments, sharing: SharingArguments) -> PeftConfig:
+def adapter_config(
+    method: str, adapter: AdapterArguments, sharing: SharingArguments, neurons: NeuronArguments
+) -> PeftConfig:
     """Make the PEFT config of ``method``.
 
     Raises:
         UsageError: a value that the method does not know or allow.
     """
-    common: dict[str, Any] = {
+    if not 0 <= adapter.dropout < 1:
+        raise UsageError(f"dropout={adapter.dropout} is out of range; give a number in [0, 1)")
+    if adapter.r is not None and adapter.r < 1:
+        raise UsageError(f"r={adapter.r} is no rank; give an integer of at least 1")
+    if method != "aslora":
+        _refuse(sharing, [field.name for field in dataclasses.fields(SharingArguments)], method, "aslora")
+    if method != "meft":
+        _refuse(neurons, [field.name for field in dataclasses.fields(NeuronArguments)], method, "meft")
+    modules: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
-        "r": adapter.r,
-        "lora_alpha": adapter.lora_alpha,
-        "use_rslora": adapter.use_rslora,
-        "target_modules": "all-linear" if adapter.target_modules == ["all-linear"] else adapter.target_modules,
         "exclude_modules": adapter.exclude_modules,
         "layers_to_transform": adapter.layers_to_transform,
     }
-    if not 0 <= adapter.dropout < 1:
-        raise UsageError(f"dropout={adapter.dropout} is out of range; give a number in [0, 1)")
-    if adapter.r < 1:
-        raise UsageError(f"r={adapter.r} is no rank; give an integer of at least 1")
+    if method == "meft":
+        _refuse(adapter, ["lora_alpha", "dropout", "use_rslora"], method, "aslora or lora")
+        return _meft_config(adapter, neurons, modules)
+    common: dict[str, Any] = {
+        **modules,
+        "r": adapter.r or 8,
+        "lora_alpha": adapter.lora_alpha,
+        "use_rslora": adapter.use_rslora,
+        "target_modules": "all-linear" if adapter.target_modules == ["all-linear"] else adapter.target_modules,
+    }
     if method == "lora":
-        for field in dataclasses.fields(sharing):
-            value = getattr(sharing, field.name)
-            if value != field.default:
-                raise UsageError(f"{field.name}={value} has no meaning with method=lora; drop it or use method=aslora")
         return LoraConfig(**common, lora_dropout=adapter.dropout)
 
     from aslora import ASLoRAConfig
@@ -94,6 +107,30 @@ def adapter_config(method: str, adapter: AdapterArguments, sharing: SharingArgum
     schedule = {name: _steps_or_share(name, getattr(sharing, name)) for name in ("merge_start", "merge_interval")}
     with as_usage_error(ValueError):
         return ASLoRAConfig(**common, aslora_dropout=adapter.dropout, **{**dataclasses.asdict(sharing), **schedule})
+
+
+def _meft_config(adapter: AdapterArguments, neurons: NeuronArguments, modules: dict[str, Any]) -> PeftConfig:
+    from meft import MEFTConfig
+
+    fields = dataclasses.asdict(neurons)
+    mode = fields.pop("row_mode")
+    if adapter.r is not None:
+        fields["r"] = adapter.r
+    with as_usage_error(ValueError):
+        return MEFTConfig(
+            **modules,
+            **fields,
+            target_modules=adapter.target_modules,
+            row_optimizer={"mode": mode} if mode != "lazy" else None,
+        )
+
+
+def _refuse(arguments: Any, names: list[str], method: str, of: str) -> None:
+    """Fields of other methods must have been left alone."""
+    for field in dataclasses.fields(arguments):
+        value = getattr(arguments, field.name)
+        if field.name in names and value != field.default:
+            raise UsageError(f"{field.name}={value} has no meaning with method={method}; drop it or use method={of}")
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig, *, gradient_checkpointing: bool) -> PeftModel:

@@ -24,7 +24,7 @@ class ModelArguments:
 
     _argument_group_name = "model"
     model: str = field(metadata=_doc("Folder or hub id of a causal language model."))
-    method: Literal["aslora", "lora"] = field(default="aslora", metadata=_doc("PEFT method of the adapter."))
+    method: Literal["aslora", "meft", "lora"] = field(default="aslora", metadata=_doc("PEFT method of the adapter."))
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
         metadata=_doc("Type of the base weights; auto: float32 on a CPU, elsewhere the type they were saved in."),
@@ -34,19 +34,23 @@ class ModelArguments:
 
 @dataclass
 class AdapterArguments:
-    """Fields that every low-rank method has; the names are PEFT's."""
+    """Fields that the methods share; the names are PEFT's."""
 
     _argument_group_name = "adapter"
-    r: int = field(default=8, metadata=_doc("Rank."))
-    lora_alpha: int = field(default=16, metadata=_doc("The update is scaled by lora_alpha / r."))
-    dropout: float = field(default=0.0, metadata=_doc("Dropout on the adapter's input, in [0, 1)."))
+    r: int | None = field(
+        default=None, metadata=_doc("Rank, or MEFT's neurons beside each FFN. None: 8, or 4096 with --method meft.")
+    )
+    lora_alpha: int = field(default=16, metadata=_doc("The update is scaled by lora_alpha / r (not with meft)."))
+    dropout: float = field(default=0.0, metadata=_doc("Dropout on the adapter's input, in [0, 1) (not with meft)."))
     target_modules: list[str] | None = field(
         default=None,
-        metadata=_doc("Names of the adapted modules, or all-linear. None: PEFT's choice for the architecture."),
+        metadata=_doc(
+            "Names of the adapted modules, or all-linear; with meft of the FFNs. None: the choice for the architecture."
+        ),
     )
     exclude_modules: list[str] | None = field(default=None, metadata=_doc("Names of modules to leave alone."))
     layers_to_transform: list[int] | None = field(default=None, metadata=_doc("Indices of the adapted layers."))
-    use_rslora: bool = field(default=False, metadata=_doc("Scale by lora_alpha / sqrt(r) instead."))
+    use_rslora: bool = field(default=False, metadata=_doc("Scale by lora_alpha / sqrt(r) instead (not with meft)."))
 
 
 @dataclass
@@ -76,6 +80,33 @@ class SharingArguments:
     )
     merge_value: Literal["upper", "mean"] = field(
         default="upper", metadata=_doc("The merged B: the upper layer's, or the mean weighted by layers.")
+    )
+
+
+@dataclass
+class NeuronArguments:
+    """How MEFT picks and keeps neurons; the names and defaults are ``MEFTConfig``'s."""
+
+    _argument_group_name = "neurons (--method meft)"
+    num_experts: int | None = field(
+        default=None, metadata=_doc("Groups of neurons, a divisor of r. None: the divisor next to 4 sqrt(r).")
+    )
+    experts_per_token: int = field(default=8, metadata=_doc("Groups that the router probes for a token."))
+    top_k: int = field(default=64, metadata=_doc("Most neurons that a token uses."))
+    routing: Literal["per_token", "union"] = field(
+        default="per_token", metadata=_doc("Whether a token uses its own neurons or those of all (not causal).")
+    )
+    placement: Literal["auto", "host", "device"] = field(
+        default="auto", metadata=_doc("Where keys and values live; auto: in host memory.")
+    )
+    row_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata=_doc("Type in which rows are read. auto: 16 bits for a 16-bit base model.")
+    )
+    row_mode: Literal["lazy", "dense"] = field(
+        default="lazy",
+        metadata=_doc(
+            "lazy: a row's moments advance when it is touched; dense: as AdamW on the whole matrix (slower)."
+        ),
     )
 
 
@@ -139,11 +170,19 @@ class TrainArguments(NamedTuple):
     model: ModelArguments
     adapter: AdapterArguments
     sharing: SharingArguments
+    neurons: NeuronArguments
     data: DataArguments
     trainer: TrainerArguments
 
 
-_GROUPS: tuple[Any, ...] = (ModelArguments, AdapterArguments, SharingArguments, DataArguments, TrainerArguments)
+_GROUPS: tuple[Any, ...] = (
+    ModelArguments,
+    AdapterArguments,
+    SharingArguments,
+    NeuronArguments,
+    DataArguments,
+    TrainerArguments,
+)
 
 
 class _TrainParser(RaisingParser, HfArgumentParser):

@@ -21,13 +21,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> None:
-    parser = RaisingParser(prog="aslora-meft", description="Fine-tune language models with adapters that share layers.")
+    parser = RaisingParser(prog="aslora-meft", description="Fine-tune language models with ASLoRA and MEFT.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{train,export}")
     # train has the fields of its dataclasses, which are read in arguments.py.
     commands.add_parser("train", help="fine-tune an adapter and save it", add_help=False)
     export = commands.add_parser("export", help="write a saved adapter in another format")
-    export.add_argument("adapter_dir", metavar="ADAPTER_DIR", help="folder of a saved ASLoRA adapter")
-    export.add_argument("--to", required=True, choices=["lora"], help="lora: an equal adapter that stock PEFT loads")
+    export.add_argument("adapter_dir", metavar="ADAPTER_DIR", help="folder of a saved ASLoRA or MEFT adapter")
+    export.add_argument(
+        "--to",
+        required=True,
+        choices=["lora", "resident", "dense"],
+        help="lora: ASLoRA as an equal adapter that stock PEFT loads; resident: MEFT as plain tensors; dense: MEFT "
+        "without routing as the dense adapter it equals",
+    )
     export.add_argument("out_dir", metavar="OUT_DIR", help="new or empty folder")
     options, rest = parser.parse_known_args(argv)
     if options.command == "train":
@@ -39,15 +45,21 @@ def _run(argv: list[str]) -> None:
     elif rest:
         raise UsageError(f"unknown argument {rest[0]!r} (see aslora-meft export --help)")
     else:
-        _export(options.adapter_dir, options.out_dir)
+        _export(options.adapter_dir, options.to, options.out_dir)
 
 
-def _export(adapter_dir: str, out_dir: str) -> None:
-    from aslora import export_to_lora
+def _export(adapter_dir: str, form: str, out_dir: str) -> None:
+    if form == "lora":
+        from aslora import export_to_lora as export
+    elif form == "resident":
+        from meft import export_resident as export
+    else:
+        from meft import export_dense as export
 
     with as_usage_error(ValueError), as_usage_error(OSError, prefix=f"OUT_DIR='{out_dir}' cannot be written: "):
-        export_to_lora(adapter_dir, out_dir)
-    print(f"LoRA adapter: {Path(out_dir).resolve()}")
+        export(adapter_dir, out_dir)
+    written = {"lora": "LoRA adapter", "resident": "Resident tensors", "dense": "Dense adapter"}[form]
+    print(f"{written}: {Path(out_dir).resolve()}")
 
 
 if __name__ == "__main__":

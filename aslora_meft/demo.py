@@ -1,7 +1,8 @@
-"""What ``make demo`` runs: SmolLM2-135M learns some King James Bible with ASLoRA, and the result is served as LoRA.
+"""What ``make demo`` runs: SmolLM2-135M learns some King James Bible, and the result is exported and checked.
 
-``python -m aslora_meft.demo MODEL`` takes the folder that :mod:`aslora_meft.smollm2` wrote; all it makes lies in
-``demo-output/``, which each run replaces.
+With ASLoRA the export is a LoRA that stock PEFT serves, with MEFT it is plain tensors on one device.
+``python -m aslora_meft.demo MODEL [aslora|meft]`` takes the folder that :mod:`aslora_meft.smollm2` wrote; all it makes
+lies in ``demo-output/``, which each run replaces.
 """
 
 import importlib.util
@@ -22,6 +23,7 @@ from aslora_meft import stock_logits
 from aslora_meft.arguments import parse_train
 from aslora_meft.cli import main as aslora_meft
 from aslora_meft.train import train
+from meft import load_resident
 
 OUTPUT = Path("demo-output")
 WEIGHTS = "adapter_model.safetensors"
@@ -41,11 +43,11 @@ def bible() -> str:
     return text.replace("[", "").replace("]", "")  # brackets mark the translators' additions
 
 
-def main(model: str, extra: Sequence[str] = ()) -> int:
+def main(model: str, method: str = "aslora", extra: Sequence[str] = ()) -> int:
     """Train, compare, export and check; ``extra`` are further words of ``aslora-meft train``.
 
     Returns:
-        0, or 1 if the exported LoRA does not give the logits of the ASLoRA model.
+        0, or 1 if the export does not give the logits of the tuned model.
     """
     shutil.rmtree(OUTPUT, ignore_errors=True)
     OUTPUT.mkdir()
@@ -53,14 +55,14 @@ def main(model: str, extra: Sequence[str] = ()) -> int:
     learnt, held_out = OUTPUT / "learnt.txt", OUTPUT / "held_out.txt"
     learnt.write_text(text[LEARNT], encoding="utf-8")
     held_out.write_text(text[HELD_OUT], encoding="utf-8")
-    adapter, exported = OUTPUT / "adapter", OUTPUT / "lora"
+    adapter = OUTPUT / "adapter"
 
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model)
     said_before = _generate(base, tokenizer)
     del base
 
-    words = ["--model", model, "--method", "aslora", "--data", str(learnt), "--eval_data", str(held_out)]
+    words = ["--model", model, "--method", method, "--data", str(learnt), "--eval_data", str(held_out)]
     words += ["--max_length", str(LENGTH), "--per_device_train_batch_size", str(BATCH), "--max_steps", str(STEPS)]
     words += ["--save_strategy", "no", "--output_dir", str(adapter), *extra]
     print("$ aslora-meft train", *words, flush=True)
@@ -68,10 +70,15 @@ def main(model: str, extra: Sequence[str] = ()) -> int:
 
     print(f"\nbefore: {said_before}\nafter:  {_generate(tuned, tokenizer)}")
 
-    words = ["export", str(adapter), "--to", "lora", str(exported)]
+    form = "lora" if method == "aslora" else "resident"
+    exported = OUTPUT / form
+    words = ["export", str(adapter), "--to", form, str(exported)]
     print("\n$ aslora-meft", *words, flush=True)
     if code := aslora_meft(words):
         return code
+    ids = tokenizer(text[HELD_OUT])["input_ids"][:LENGTH]
+    if method == "meft":
+        return 0 if _same_resident_logits(model, tuned, exported, ids) else 1
     values = tuned.base_model.sharing_report().trainable_values
     print(f"\n{'':<22}{'trained values':>16}{'file, bytes':>14}")
     for name, count, folder in (
@@ -81,7 +88,7 @@ def main(model: str, extra: Sequence[str] = ()) -> int:
     ):
         size = f"{(folder / WEIGHTS).stat().st_size:,}" if folder else ""
         print(f"{name:<22}{count:>16,}{size:>14}")
-    return 0 if _same_logits(model, tuned, exported, tokenizer(text[HELD_OUT])["input_ids"][:LENGTH]) else 1
+    return 0 if _same_logits(model, tuned, exported, ids) else 1
 
 
 def _generate(model: Any, tokenizer: Any) -> str:
@@ -101,17 +108,29 @@ def _same_logits(model: str, tuned: Any, exported: Path, ids: list[int]) -> bool
         script = [sys.executable, "-I", stock_logits.__file__, model, str(exported), json.dumps(ids), out]
         subprocess.run(script, check=True)
         stock = load_file(out)["logits"]
+    return _compared(tuned, ids, stock, "The exported LoRA in stock PEFT, in a fresh process")
+
+
+def _same_resident_logits(model: str, tuned: Any, exported: Path, ids: list[int]) -> bool:
+    """Whether the exported tensors beside the base model, by the reference semantics, give what ``tuned`` does."""
+    base = load_resident(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), exported)
+    with torch.no_grad():
+        resident = base.eval()(input_ids=torch.tensor([ids])).logits[0]
+    return _compared(tuned, ids, resident, "The exported tensors, run by the reference semantics")
+
+
+def _compared(tuned: Any, ids: list[int], theirs: torch.Tensor, what: str) -> bool:
     with torch.no_grad():
         ours = tuned(input_ids=torch.tensor([ids])).logits[0]
-    difference = (ours - stock).abs().max().item()
+    difference = (ours - theirs).abs().max().item()
     # Sums of some hundred float32 products, 30 layers deep.
-    equal = torch.allclose(ours, stock, rtol=1e-4, atol=1e-4)
+    equal = torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
     print(
-        f"\nThe exported LoRA in stock PEFT, in a fresh process: logits {'equal' if equal else 'DIFFER'}, "
+        f"\n{what}: logits {'equal' if equal else 'DIFFER'}, "
         f"largest difference {difference:.2g} (largest logit {ours.abs().max():.3g})"
     )
     return equal
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1]))
+    raise SystemExit(main(*sys.argv[1:]))

@@ -65,7 +65,7 @@ def train(arguments: TrainArguments) -> TrainResult:
         UsageError: bad input, in one sentence.
     """
     args = arguments.trainer
-    config = adapter_config(arguments.model.method, arguments.adapter, arguments.sharing)
+    config = adapter_config(arguments.model.method, arguments.adapter, arguments.sharing, arguments.neurons)
     checkpoint = _check_folders(args, config)
     tokenizer = load_tokenizer(arguments.model.model)
     train_samples, eval_samples = load_samples(arguments.data, tokenizer, args.seed)
@@ -104,6 +104,10 @@ def train(arguments: TrainArguments) -> TrainResult:
             report = tuner.sharing_report()
             results["sharing"] = report.to_dict()
             print(f"\n{report}")
+        if hasattr(tuner, "transfer_report"):
+            transfers = tuner.transfer_report()
+            results["transfers"] = transfers.to_dict()
+            print(f"\n{transfers}")
         replace_file(Path(args.output_dir, "results.json"), (json.dumps(results, indent=2) + "\n").encode())
         print(f"\nAdapter and tokenizer: {Path(args.output_dir).resolve()}")
     return TrainResult(model, tokenizer, before, after)
@@ -133,7 +137,7 @@ def _check_folders(args: TrainerArguments, config: Any) -> str | None:
         saved = json.loads(Path(checkpoint, "adapter_config.json").read_text(encoding="utf-8"))
     wanted: dict[str, Any] = {"method": config.peft_type.lower()}
     there: dict[str, Any] = {"method": str(saved.get("peft_type")).lower()}
-    for name in ("r", "lora_alpha", "use_rslora", "share_a"):
+    for name in ("r", "lora_alpha", "use_rslora", "share_a", "num_experts", "experts_per_token", "top_k", "routing"):
         if hasattr(config, name):
             wanted[name], there[name] = getattr(config, name), saved.get(name)
     if isinstance(config.target_modules, set):

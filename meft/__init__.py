@@ -6,10 +6,11 @@ Importing this package makes PEFT know the method: `get_peft_model(model, MEFTCo
 from peft_bridge import register_method, write_weights_at_once
 
 from .config import MEFTConfig
+from .export import export_dense, export_resident, load_resident
 from .model import MEFTModel
 from .optim import RowAdamW
 
 register_method(name="meft", config_cls=MEFTConfig, model_cls=MEFTModel, prefix="meft_")
 write_weights_at_once("meft_", load_on_host=True)
 
-__all__ = ["MEFTConfig", "MEFTModel", "RowAdamW"]
+__all__ = ["MEFTConfig", "MEFTModel", "RowAdamW", "export_dense", "export_resident", "load_resident"]

@@ -7,7 +7,7 @@ from transformers import LlamaForCausalLM
 
 from aslora import ASLoRAConfig
 from aslora_meft.adapter import adapter_config, add_adapter, load_model, load_tokenizer
-from aslora_meft.arguments import AdapterArguments, ModelArguments, SharingArguments
+from aslora_meft.arguments import AdapterArguments, ModelArguments, NeuronArguments, SharingArguments
 from aslora_meft.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 def test_lora_config():
     adapter = AdapterArguments(r=4, lora_alpha=6, dropout=0.1, target_modules=["all-linear"], use_rslora=True)
-    config = adapter_config("lora", adapter, SharingArguments())
+    config = adapter_config("lora", adapter, SharingArguments(), NeuronArguments())
     assert isinstance(config, LoraConfig)
     assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (4, 6, 0.1, True)
     assert config.target_modules == "all-linear"
@@ -23,7 +23,9 @@ def test_lora_config():
 
 def test_aslora_config():
     sharing = SharingArguments(merge_start="3", merge_interval="0.1", num_merges=2, share_a="joint", merge_value="mean")
-    config = adapter_config("aslora", AdapterArguments(dropout=0.1, target_modules=["q_proj"]), sharing)
+    config = adapter_config(
+        "aslora", AdapterArguments(dropout=0.1, target_modules=["q_proj"]), sharing, NeuronArguments()
+    )
     assert isinstance(config, ASLoRAConfig)
     assert (config.merge_start, config.merge_interval, config.num_merges) == (3, 0.1, 2)
     assert isinstance(config.merge_start, int)
@@ -46,7 +48,7 @@ def test_aslora_config():
 )
 def test_bad_fields_are_named(method, adapter, sharing, message):
     with pytest.raises(UsageError, match=message):
-        adapter_config(method, AdapterArguments(**adapter), SharingArguments(**sharing))
+        adapter_config(method, AdapterArguments(**adapter), SharingArguments(**sharing), NeuronArguments())
 
 
 @pytest.mark.parametrize(
@@ -68,7 +70,7 @@ def test_bad_fields_are_named(method, adapter, sharing, message):
     ],
 )
 def test_what_the_model_does_not_have_is_named(model_dir, method, adapter, sharing, message):
-    config = adapter_config(method, AdapterArguments(**adapter), SharingArguments(**sharing))
+    config = adapter_config(method, AdapterArguments(**adapter), SharingArguments(**sharing), NeuronArguments())
     with pytest.raises(UsageError, match=message) as error:
         add_adapter(LlamaForCausalLM.from_pretrained(model_dir), config, gradient_checkpointing=False)
     assert "\n" not in str(error.value)

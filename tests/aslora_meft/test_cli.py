@@ -52,7 +52,7 @@ def test_bad_input_in_a_process_of_its_own(words, tmp_path):
         (["train"], "--model"),
         (["train", "--method", "dora", "--model", "m", "--data", "d", "--output_dir", "o"], "dora"),
         (["export", "none", "--to", "lora", "out"], "none"),
-        (["export", "none", "--to", "dense", "out"], "dense"),
+        (["export", "none", "--to", "gguf", "out"], "gguf"),
         (["export", "none", "out"], "--to"),
         (["export", "none", "--to", "lora", "out", "--fast"], "--fast"),
     ],

@@ -21,7 +21,7 @@ def test_the_demo_on_a_tiny_model(model_dir, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(demo, "HELD_OUT", slice(0, 2000))
     (tmp_path / "demo-output").mkdir()
     (tmp_path / "demo-output" / "of the last run").touch()
-    assert demo.main(str(model_dir), ["--disable_tqdm", "true"]) == 0
+    assert demo.main(str(model_dir), extra=["--disable_tqdm", "true"]) == 0
     told = capfd.readouterr().out
     for part in ("perplexity", "before: And it came to pass", "after:  And it came to pass", "Sharing of adapter"):
         assert part in told
