@@ -1,8 +1,8 @@
 // AdamW and Adam on scattered rows of a table, over a plain C interface: no Python or torch header, so that one build
 // serves all their versions. Loaded by row_update.py.
 //
-// Each operation rounds by itself (built with -ffp-contract=off), in the order of row_update.py's torch path: both give
-// the same bits, whatever instructions the machine has.
+// Each operation rounds by itself (built with -ffp-contract=off), in the order of row_blocks.py, the torch path: both
+// give the same bits, whatever instructions the machine has.
 
 #include <algorithm>
 #include <atomic>
@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <initializer_list>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -124,6 +125,15 @@ struct Job {
     int64_t count, width;
     bool quiet; // no step moves a row whose moments and gradient are zero
 
+    // The processor's own prefetch ends with the row and with each page: touch those of the next row. More costs time.
+    void look_ahead(int64_t next) const {
+#if defined(__GNUC__)
+        constexpr int64_t PAGE = 4096 / sizeof(float);
+        for (int64_t i = 0; i < width; i += PAGE)
+            for (const float* values : {table, exp_avg, exp_avg_sq}) __builtin_prefetch(values + next + i);
+#endif
+    }
+
     void row(int64_t i) const {
         int64_t first = begin[i];
         const int64_t last = end[i] - 1;
@@ -132,6 +142,7 @@ struct Job {
         if (quiet && first < last && all_zero(exp_avg_sq + at, width) && all_zero(exp_avg + at, width)) first = last;
         constexpr int64_t BLOCK = 1024; // p, m, v and the gradient of a block stay in the first-level cache over steps
         const int64_t block = first == last ? width : BLOCK;
+        if (i + 1 < count) look_ahead(rows[i + 1] * width);
         for (int64_t from = 0; from < width; from += block) {
             const int64_t n = std::min(block, width - from);
             float* p = table + at + from;

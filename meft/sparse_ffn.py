@@ -55,6 +55,12 @@ def _csr(starts: Tensor, columns: Tensor, weights: Tensor, width: int) -> Tensor
         )
 
 
+def _product(sparse: Tensor, dense: Tensor) -> Tensor:
+    """Their product; torch.mm would first fill its result with zeros and copy it, which takes longer."""
+    result = dense.new_empty(sparse.shape[0], dense.shape[1])
+    return torch.addmm(result, sparse, dense, beta=0.0, out=result)
+
+
 def _has_sparse_products(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and torch.backends.mkl.is_available()
 
@@ -70,7 +76,7 @@ def weighted_rows(weights: Tensor, selection: Selection, place: Tensor, rows: Te
     if not weights.numel():
         return rows.new_zeros(selection.tokens, rows.shape[1])
     if _has_sparse_products(rows):
-        return torch.mm(_csr(selection.starts, place, weights, len(rows)), rows)
+        return _product(_csr(selection.starts, place, weights, len(rows)), rows)
     return _masked(selection, place, weights, len(rows)) @ rows
 
 
@@ -93,7 +99,7 @@ def token_sums(weights: Tensor, selection: Selection, order: Tensor, x: Tensor, 
         by_row = order.argsort(stable=True)
         starts = order.new_zeros(rows + 1)
         torch.cumsum(torch.bincount(order, minlength=rows), 0, out=starts[1:])
-        return torch.mm(_csr(starts, selection.token[by_row], weights[by_row], len(x)), x)
+        return _product(_csr(starts, selection.token[by_row], weights[by_row], len(x)), x)
     return _masked(selection, order, weights, rows).T @ x
 
 

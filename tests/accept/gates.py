@@ -18,9 +18,9 @@ TEST_FILES = [
 FILES = ["testing_common.py", "testing_utils.py", *TEST_FILES]
 
 # What each copied file imports in addition.
-IMPORTS = "from aslora import ASLoRAConfig; from aslora.layer import ASLoRALayer"
+IMPORTS = "from aslora import ASLoRAConfig; from aslora.layer import ASLoRALayer; from meft import MEFTConfig"
 
-# File -> (text, text that includes ASLoRA, number of occurrences).
+# File -> (text, text that includes our methods, number of occurrences).
 OPENED: dict[str, list[tuple[str, str, int]]] = {
     "testing_common.py": [
         # weighted adapters
@@ -36,10 +36,24 @@ OPENED: dict[str, list[tuple[str, str, int]]] = {
         ),
         ("if isinstance(config, LoraConfig):", "if isinstance(config, (LoraConfig, ASLoRAConfig)):", 2),
         ("if isinstance(target, LoraLayer):", "if isinstance(target, (LoraLayer, ASLoRALayer)):", 1),
-        # transformers Conv1D
+        # transformers Conv1D; MEFT stands beside GPT-2's whole FFN, whatever its layers are
         (
             "if config_cls not in (IA3Config, LoHaConfig, LoKrConfig, LoraConfig):",
-            "if config_cls not in (IA3Config, LoHaConfig, LoKrConfig, LoraConfig, ASLoRAConfig):",
+            "if config_cls not in (IA3Config, LoHaConfig, LoKrConfig, LoraConfig, ASLoRAConfig, MEFTConfig):",
+            1,
+        ),
+        # no merging
+        ("if issubclass(config_cls, LilyConfig):", "if issubclass(config_cls, (LilyConfig, MEFTConfig)):", 1),
+        # no conversion to LoRA: a return would count as a pass
+        (
+            "if not model.supports_lora_conversion():\n                return\n",
+            'if not model.supports_lora_conversion():\n                pytest.skip("no conversion to LoRA")\n',
+            1,
+        ),
+        # MEFT's masters and router have the dtypes of its config, never the base model's
+        (
+            "            expected_dtype = {dtype}\n",
+            "            expected_dtype = {dtype if config_cls is not MEFTConfig else torch.float32}\n",
             1,
         ),
         # mixed batches

@@ -49,6 +49,11 @@ MODELS = {
         tf.GPTJForCausalLM,
         tf.GPTJConfig(**_GPT2, **_END, rotary_dim=4),
     ),
+    "hf-internal-testing/tiny-random-gpt2": (tf.GPT2LMHeadModel, tf.GPT2Config(**_GPT2, **_END)),
+    "hf-internal-testing/tiny-random-MistralForCausalLM": (
+        tf.MistralForCausalLM,
+        tf.MistralConfig(**_LLAMA, **_END, sliding_window=16),
+    ),
     "peft-internal-testing/tiny-dummy-qwen2": (tf.Qwen2ForCausalLM, tf.Qwen2Config(**_LLAMA, **_END)),
     "hf-internal-testing/tiny-random-Gemma3ForCausalLM": (
         tf.Gemma3ForCausalLM,
@@ -112,3 +117,12 @@ class Deep(nn.Module):
         for layer in self.body.layers:
             X = X + layer["lin1"](torch.relu(layer["lin0"](X)))
         return self.head(self.drop(X)).log_softmax(-1)
+
+
+def with_ffns(model: nn.Module) -> nn.Module:
+    """PEFT's MLP with an FFN in place of each `lin0`: MEFT stands beside FFNs, not beside single layers."""
+    for block in getattr(model, "layers", [model]):
+        width = block.lin0.in_features
+        block.lin0 = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+        block.lin1 = nn.Linear(width, block.lin1.out_features)
+    return model

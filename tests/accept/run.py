@@ -17,6 +17,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are too small for more
 
+import meft_plugin
 import models
 import pytest
 import suite
@@ -28,7 +29,7 @@ from plugin import OURS, Harness, counterpart
 def main(options: list[str]) -> int:
     """Run the suite and print what it shows."""
     start = time.time()
-    harness = Harness()
+    harness, meft = Harness(), meft_plugin.MEFTHarness()
     with tempfile.TemporaryDirectory() as folder:
         try:
             gates = suite.copy_with_open_gates(suite.fetch(), Path(folder, "tests"))
@@ -39,9 +40,10 @@ def main(options: list[str]) -> int:
         os.chdir(folder)
         files = [f"tests/{name}" for name in TEST_FILES]
         quiet = ["-q", "--disable-warnings", "--no-header", "-p", "no:cacheprovider"]
-        status = pytest.main(["-c", os.devnull, "--rootdir", folder, *quiet, *files, *options], plugins=[harness])
+        status = pytest.main(["-c", os.devnull, "--rootdir", folder, *quiet, *files, *options], plugins=[harness, meft])
         os.chdir(suite.CACHE)
-    return report(harness, gates, int(status), time.time() - start)
+    failed = bool(meft_plugin.report(meft))
+    return report(harness, gates, int(status), time.time() - start) or int(failed)
 
 
 def report(harness: Harness, gates: int, status: int, seconds: float) -> int:
