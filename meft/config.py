@@ -11,6 +11,8 @@ import torch
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from peft_bridge import save_config_at_once
+
 from .routing import default_num_experts, divisors_around
 
 _CHOICES = {
@@ -257,6 +259,10 @@ class MEFTConfig(PeftConfig):
         config = super().from_peft_type(**kwargs)
         config.foreign_fields = sorted(kwargs.keys() - {f.name for f in fields(config)})
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As in PEFT, but a file that is there is replaced whole or not at all."""
+        save_config_at_once(lambda draft: super(MEFTConfig, self).save_pretrained(draft, **kwargs), save_directory)
 
     @property
     def experts(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
@@ -38,6 +40,7 @@ class ForwardContext:
         mask: bool [batch, length], False at padding; None where the model was given none.
         recorded: whether autograd records the pass, so that a backward pass may recompute layers of it.
         layers: number of adapted layers.
+        number: later passes have higher ones.
         stashes: (layer, adapter) -> its picks, in the order of the calls.
         loss_scale: dL/d(loss that the model returned), known in the backward pass; None where it returned none.
     """
@@ -45,11 +48,14 @@ class ForwardContext:
     mask: Tensor | None
     recorded: bool
     layers: int
+    number: int
     stashes: dict[tuple[int, str], list[Stash]] = field(default_factory=dict)
     loss_scale: Tensor | None = None
 
 
 _here = threading.local()
+_numbers = itertools.count()
+_CLOSE = 1e-2  # relative difference of inputs that a recomputation may show, in bfloat16 with other kernels
 _alive: weakref.WeakSet[ForwardContext] = weakref.WeakSet()
 _alive_lock = threading.Lock()
 
@@ -68,7 +74,7 @@ def begin(mask: Tensor | None, layers: int) -> ForwardContext | None:
     """Open a context for a forward pass; None inside of another one, which stays."""
     if current() is not None:
         return None
-    _here.context = ForwardContext(mask, torch.is_grad_enabled(), layers)
+    _here.context = ForwardContext(mask, torch.is_grad_enabled(), layers, next(_numbers))
     return _here.context
 
 
@@ -97,7 +103,7 @@ class _Hooks:
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if not hasattr(_here, "opened"):
             _here.opened = []
-        _here.opened.append(self.passes.begin_pass(kwargs))
+        _here.opened.append(self.passes.begin_pass(named_arguments(module, args, kwargs)))
 
     def after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         opened = _here.opened.pop()
@@ -106,6 +112,11 @@ class _Hooks:
                 self.passes.finish_pass(opened, output)
         finally:
             end(opened)
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a module's forward by name, those given by position too."""
+    return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
 
 
 def watch_passes(model: nn.Module, passes: Passes) -> list[RemovableHandle]:
@@ -147,17 +158,18 @@ def probe_of(x: Tensor) -> Tensor:
 def find_stash(key: tuple[int, str], x: Tensor) -> tuple[ForwardContext, Stash] | None:
     """The picks that a layer made for the input x [T, d] in the pass that is being recomputed.
 
-    Of several passes whose graphs are alive, the one whose input was closest: a recomputation's is equal to it up to
-    the rounding of its device.
+    Of several passes whose graphs are alive, the one whose input was closest, and of these the last: a recomputation's
+    input is equal to it up to the rounding of its device. None if there is none so close.
     """
     with _alive_lock:
-        contexts = list(_alive)
-    probe = probe_of(x)
-    best: tuple[float, ForwardContext, Stash] | None = None
+        contexts = sorted(_alive, key=lambda context: -context.number)
+    probe = probe_of(x).float()
+    nearest = float(probe.abs().sum()) * _CLOSE
+    found: tuple[ForwardContext, Stash] | None = None
     for context in contexts:
         for stash in context.stashes.get(key, []):
             if stash.probe.shape == probe.shape:
-                distance = float((stash.probe.float() - probe.float()).abs().sum())
-                if best is None or distance < best[0]:
-                    best = (distance, context, stash)
-    return best[1:] if best is not None else None
+                distance = float((stash.probe.float() - probe).abs().sum())
+                if distance < nearest or (distance == nearest and found is None):
+                    nearest, found = distance, (context, stash)
+    return found

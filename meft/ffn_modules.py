@@ -51,6 +51,7 @@ _SPLIT = ["bert", "roberta", "xlm-roberta", "camembert", "electra"]
 FFN_OF: dict[str, Any] = {
     **{name: ["mlp"] for name in _MLP},
     "mpt": ["ffn"],
+    "gemma3": r"(.*\.)?language_model\.layers\.\d+\.mlp",  # not the vision tower's
     **dict.fromkeys(_SPLIT, r"(.*\.)?layer\.\d+\.output"),
 }
 

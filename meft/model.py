@@ -52,8 +52,8 @@ class MEFTModel(BaseTuner, RunListener):
         """Adapter -> its configuration."""
         return self.peft_config  # type: ignore[return-value]
 
-    def layers(self) -> dict[str, MEFTLayer]:
-        """Path in the base model -> adapted FFN."""
+    def adapted_ffns(self) -> dict[str, MEFTLayer]:
+        """Path in the base model -> adapted FFN; not called `layers`, which would hide the base model's."""
         return {path: module for path, module in self.model.named_modules() if isinstance(module, MEFTLayer)}
 
     # ------------------------------------------------------------------ injection
@@ -64,8 +64,9 @@ class MEFTModel(BaseTuner, RunListener):
         self.loaded_from: dict[str, str] = {}
         self._follow()
         self.ranks = RankAverage(self.steps)
-        # generate() and others call the inner model and not this one.
-        self._hooks = context.watch_passes(self.model, self)
+        # generate() calls the inner model and not this one, chunked losses the part of it without a head.
+        inner = getattr(model, getattr(model, "base_model_prefix", "") or "-", model)
+        self._hooks = [h for part in dict.fromkeys([model, inner]) for h in context.watch_passes(part, self)]
 
     def _follow(self) -> None:
         watch_steps(self.steps)
@@ -98,6 +99,8 @@ class MEFTModel(BaseTuner, RunListener):
                     parent, _, name = path.rpartition(".")
                     setattr(self.model.get_submodule(parent), name, layer.base_layer)
             self._drop(adapter_name)
+            if not self.steps.configs:
+                self._unhook()
             for parameter, flag in flags:
                 parameter.requires_grad = flag
             raise
@@ -116,7 +119,15 @@ class MEFTModel(BaseTuner, RunListener):
                     else "no module of this model looks like one."
                 )
             )
-        return super()._prepare_adapter_config(peft_config, model_config)
+        by_table = peft_config.target_modules is None  # type: ignore[attr-defined]
+        config: Any = super()._prepare_adapter_config(peft_config, model_config)
+        if by_table and isinstance(config.target_modules, str) and config.layers_to_transform is not None:
+            # PEFT ignores layers_to_transform beside a regular expression: the table's takes the layers in.
+            given = config.layers_to_transform
+            layers = "|".join(map(str, [given] if isinstance(given, int) else given))
+            config.target_modules = config.target_modules.replace(r"\d+", f"({layers})")
+            config.layers_to_transform = config.layers_pattern = None
+        return config
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -134,6 +145,11 @@ class MEFTModel(BaseTuner, RunListener):
             raise ValueError(
                 f"Target module '{current_key}' ({type(base).__name__}) is no FFN: MEFT stands beside a whole FFN; set "
                 f"target_modules to its name{', one of ' + ', '.join(found) if found else ''}."
+            )
+        if getattr(parent, "chunk_size_feed_forward", 0):
+            raise ValueError(
+                f"chunk_size_feed_forward={parent.chunk_size_feed_forward} in the model's config cuts the FFN's input "
+                "into pieces that the padding mask does not fit: set it to 0, which changes no result."
             )
         if isinstance(target, MEFTLayer):
             layer = target
@@ -157,7 +173,7 @@ class MEFTModel(BaseTuner, RunListener):
 
     def _adopt(self, adapter_name: str) -> None:
         config = self.configs[adapter_name]
-        layers = [layer for layer in self.layers().values() if adapter_name in layer.configs]
+        layers = [layer for layer in self.adapted_ffns().values() if adapter_name in layer.configs]
         tables = [table for layer in layers for table in layer.tables(adapter_name)]
         for seed, table in enumerate(tables):
             table.seed = seed
@@ -191,7 +207,7 @@ class MEFTModel(BaseTuner, RunListener):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward pass; its attention mask tells the layers which tokens are padding."""
-        opened = self.begin_pass(kwargs)
+        opened = self.begin_pass(context.named_arguments(self.model, args, kwargs))
         try:
             output = self.model.forward(*args, **kwargs)
             self.finish_pass(opened, output)
@@ -217,9 +233,12 @@ class MEFTModel(BaseTuner, RunListener):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        self._unhook()
+        return model
+
+    def _unhook(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        return model
 
     # ------------------------------------------------------------------ training state and runs
 
@@ -247,7 +266,7 @@ class MEFTModel(BaseTuner, RunListener):
     def transfer_report(self, adapter_name: str | None = None) -> TransferReport:
         """What an adapter (None: the active one) has moved between host and device, and how its neurons were used."""
         name = adapter_name or self.active_adapters[0]
-        return transfer_report(name, self.layers())
+        return transfer_report(name, self.adapted_ffns())
 
     def on_run_begin(self, total_steps: int, done_steps: int = 0, steps_seen: bool = True) -> None:
         """A Trainer's run begins: resume the training state, if the weights came from a checkpoint."""

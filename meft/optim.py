@@ -18,7 +18,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from .config import MEFTConfig
 from .moments import Moments
-from .row_gradient import RowGradient
+from .row_gradient import RowGradient, as_row_gradient
 from .row_update import StepRule
 from .store import RowTable
 
@@ -148,13 +148,6 @@ class RowSteps:
         for table, gradient, rule, mode, divisor in taken:
             table.follow(optimizer)
             update_table(table, gradient, rule, mode=mode, divisor=divisor)
-
-
-def as_row_gradient(gradient: Tensor) -> RowGradient:
-    """A gradient that somebody else has made (a plain tensor): all rows are touched."""
-    if isinstance(gradient, RowGradient):
-        return gradient
-    return RowGradient(torch.arange(len(gradient), device=gradient.device), gradient, gradient)
 
 
 _TWO_OPTIMIZERS = (

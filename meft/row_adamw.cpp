@@ -135,8 +135,8 @@ struct Job {
     }
 
     void row(int64_t i) const {
-        int64_t first = begin[i];
-        const int64_t last = end[i] - 1;
+        int64_t first = begin ? begin[i] : i;
+        const int64_t last = end ? end[i] - 1 : i;
         if (first > last) return;
         const int64_t at = rows[i] * width;
         if (quiet && first < last && all_zero(exp_avg_sq + at, width) && all_zero(exp_avg + at, width)) first = last;
@@ -226,10 +226,19 @@ private:
 } // namespace
 
 // Changes with the arguments below or with Step, so that a stale build is not called.
-EXPORT int meft_row_adamw_version() { return 1; }
+EXPORT int meft_row_adamw_version() { return 2; }
+
+// Whether rows ascend, each once, from 0 to limit - 1.
+EXPORT int meft_rows_ascend(const int64_t* rows, int64_t count, int64_t limit) {
+    int64_t before = -1;
+    for (int64_t i = 0; i < count; before = rows[i++])
+        if (rows[i] <= before || rows[i] >= limit) return 0;
+    return 1;
+}
 
 // Row rows[i] takes steps[begin[i]] to steps[end[i] - 1] in turn; the last of them with grads[i] (null: a gradient of
-// zero), the others with a gradient of zero. Rows must be distinct and in range. `wire` (bfloat16) may be null.
+// zero), the others with a gradient of zero; without begin and end (null), each row takes the one step of its place.
+// Rows must be distinct and in range. `wire` (bfloat16) may be null.
 EXPORT void meft_row_adamw(float* table, float* exp_avg, float* exp_avg_sq, uint16_t* wire, const float* grads,
                            const int64_t* rows, int64_t count, int64_t width, const float* steps, int64_t step_count,
                            const int64_t* begin, const int64_t* end, int threads) {

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
 
@@ -46,13 +47,28 @@ class RowGradient(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        handler = _HANDLERS.get(func)
-        if handler is None:
+        kwargs = kwargs or {}
+        if func in _HANDLERS:
+            return _HANDLERS[func](func, *args, **kwargs)
+        if func._schema.is_mutable:
             raise NotImplementedError(
-                f"{func} does not know gradients of MEFT rows (RowGradient): let meft.RowAdamW or the optimizer hook "
-                "use them, or take .to_dense()."
+                f"{func} cannot change a gradient of MEFT rows (RowGradient): let meft.RowAdamW or the optimizer hook "
+                "use it, or take .to_dense()."
             )
-        return handler(func, *args, **(kwargs or {}))
+        # Somebody looks at the gradient (a log, a check): as if it were whole.
+        return func(*tree_map(_whole, args), **tree_map(_whole, kwargs))
+
+
+def _whole(value: Any) -> Any:
+    return value.to_dense() if isinstance(value, RowGradient) else value
+
+
+def as_row_gradient(gradient: Tensor, like: Tensor | None = None) -> RowGradient:
+    """A gradient that somebody else has made (a plain tensor, of a penalty for one): all rows are touched."""
+    if isinstance(gradient, RowGradient):
+        return gradient
+    rows = torch.arange(len(gradient), device=gradient.device)
+    return RowGradient(rows, gradient, gradient if like is None else like)
 
 
 def _stored(tensor: Any) -> Any:
@@ -73,9 +89,8 @@ def _merged(a: RowGradient, b: RowGradient) -> tuple[Tensor, Tensor]:
     return rows, values
 
 
-def _add(func: Any, a: RowGradient, b: Any, *, alpha: float = 1) -> Any:
-    if not isinstance(a, RowGradient) or not isinstance(b, RowGradient):
-        raise NotImplementedError("A gradient of MEFT rows (RowGradient) only adds to its like: take .to_dense().")
+def _add(func: Any, a: Any, b: Any, *, alpha: float = 1) -> Any:
+    a, b = (as_row_gradient(g, a) for g in (a, b))
     if alpha != 1:
         b = _with(b, b.rows, b.row_values * alpha)
     rows, values = _merged(a, b)
@@ -95,13 +110,28 @@ def _foreach_in_place(func: Any, gradients: list[Tensor], *args: Any, **kwargs: 
     func([_stored(g) for g in gradients], *args, **kwargs)
 
 
-def _clamp(func: Any, a: RowGradient, *args: Any, **kwargs: Any) -> RowGradient:
-    bounds = [bound for bound in (*args, *kwargs.values()) if bound is not None]
-    low, high = (bounds[0], bounds[-1]) if len(bounds) == 2 else (None, None)
-    if low is not None and (low > 0 or high < 0):  # type: ignore[operator]
-        raise NotImplementedError("Clamping a gradient of MEFT rows to an interval without 0 would make it dense.")
-    func(a.row_values, *args, **kwargs)
+def _clamp(
+    func: Any,
+    a: RowGradient,
+    min: float | None = None,
+    max: float | None = None,  # torch's names
+) -> RowGradient:
+    _check_bounds(min, max)
+    func(a.row_values, min, max)
     return a
+
+
+def _foreach_clamp(func: Any, gradients: list[Tensor], bound: float) -> None:
+    if any(isinstance(g, RowGradient) for g in gradients):
+        _check_bounds(*((bound, None) if func is aten._foreach_clamp_min_.Scalar else (None, bound)))
+    _foreach_in_place(func, gradients, bound)
+
+
+def _check_bounds(low: float | None, high: float | None) -> None:
+    if (low is not None and low > 0) or (high is not None and high < 0):
+        raise NotImplementedError(
+            f"Clamping a gradient of MEFT rows to [{low}, {high}] is an interval without 0: it would become dense."
+        )
 
 
 def _norm(func: Any, a: RowGradient, *args: Any, **kwargs: Any) -> Tensor:
@@ -114,8 +144,13 @@ def _foreach_norm(func: Any, gradients: list[Tensor], ord: float = 2, dtype: tor
     return [aten.linalg_vector_norm.default(g, ord, dtype=dtype) for g in gradients]
 
 
+def _nothing(a: RowGradient) -> tuple[Tensor, Tensor]:
+    """No rows; not a slice, which would hold on to the memory of all."""
+    return a.rows.new_empty(0), a.row_values.new_empty(0, *a.row_values.shape[1:])
+
+
 def _zero(func: Any, a: RowGradient) -> RowGradient:
-    a.rows, a.row_values = a.rows[:0], a.row_values[:0]
+    a.rows, a.row_values = _nothing(a)
     return a
 
 
@@ -133,7 +168,7 @@ def _copied(func: Any, a: RowGradient, **kwargs: Any) -> RowGradient:
 
 
 def _empty(func: Any, a: RowGradient, *args: Any, **kwargs: Any) -> RowGradient:
-    return _with(a, a.rows[:0], a.row_values[:0])
+    return _with(a, *_nothing(a))
 
 
 def _copy_from(func: Any, a: RowGradient, b: RowGradient, non_blocking: bool = False) -> RowGradient:
@@ -154,8 +189,8 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten._foreach_mul_.Scalar: _foreach_in_place,
     aten._foreach_div_.Tensor: _foreach_in_place,
     aten._foreach_div_.Scalar: _foreach_in_place,
-    aten._foreach_clamp_min_.Scalar: _foreach_in_place,
-    aten._foreach_clamp_max_.Scalar: _foreach_in_place,
+    aten._foreach_clamp_min_.Scalar: _foreach_clamp,
+    aten._foreach_clamp_max_.Scalar: _foreach_clamp,
     aten._amp_foreach_non_finite_check_and_unscale_.default: _foreach_in_place,
     aten.linalg_vector_norm.default: _norm,
     aten._foreach_norm.Scalar: _foreach_norm,

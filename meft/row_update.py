@@ -18,7 +18,7 @@ from .row_blocks import Block, StepRule, replay
 
 __all__ = ["StepRule", "native_library", "replay_rows", "update_rows"]
 
-_VERSION = 1  # of the library's arguments
+_VERSION = 2  # of the library's arguments
 _COLUMNS = ("mix", "from_grad", "beta2", "fresh2", "eps", "decay", "coupled", "step_size", "root2")  # `Step` there
 
 
@@ -63,8 +63,7 @@ def update_rows(
         if library:
             steps = _steps([rule]).expand(len(rows), -1).clone()
             steps[:, -2], steps[:, -1] = step_size, root2
-            begin = torch.arange(len(rows))
-            _call(library, table, exp_avg, exp_avg_sq, wire, rows, grads, steps, begin, begin + 1)
+            _call(library, table, exp_avg, exp_avg_sq, wire, rows, grads, steps)
         else:
             block = Block(table, exp_avg, exp_avg_sq, wire, seed, len(rows))
             scalars = [x.to(block.dtype).unsqueeze(1) for x in (step_size, root2)]
@@ -165,7 +164,7 @@ def _check(
     if grads is not None and grads.dtype not in (table.dtype, torch.float32):
         raise ValueError(f"grads must be {table.dtype} or float32, not {grads.dtype}.")
     # On a device the look would wait for it; there, torch's own bounds check serves.
-    if rows.is_cpu and len(rows) and not (rows[0] >= 0 and rows[-1] < len(table) and bool((rows.diff() > 0).all())):
+    if rows.is_cpu and not _ascend(rows, len(table)):
         raise ValueError(f"rows must ascend, each once, from 0 to {len(table) - 1}.")
 
 
@@ -185,6 +184,7 @@ def native_library() -> ctypes.CDLL | None:
     p, i = ctypes.c_void_p, ctypes.c_int64
     library.meft_row_adamw.argtypes = [p, p, p, p, p, p, i, i, p, i, p, p, ctypes.c_int]
     library.meft_row_adamw.restype = None
+    library.meft_rows_ascend.argtypes = [p, i, i]
     return library
 
 
@@ -207,6 +207,18 @@ def _steps(history: Sequence[StepRule], first_step: int = 1) -> Tensor:
     return torch.tensor(table, dtype=torch.float64).to(torch.float32)
 
 
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _ascend(rows: Tensor, limit: int) -> bool:
+    """Whether `rows`, on the CPU, ascend, each once, from 0 to limit - 1."""
+    library = native_library()
+    if library and rows.is_contiguous():
+        return bool(library.meft_rows_ascend(rows.data_ptr(), len(rows), limit))
+    return not len(rows) or bool(rows[0] >= 0 and rows[-1] < limit and (rows.diff() > 0).all())
+
+
 def _call(
     library: ctypes.CDLL,
     table: Tensor,
@@ -216,12 +228,12 @@ def _call(
     rows: Tensor,
     grads: Tensor | None,
     steps: Tensor,
-    begin: Tensor,
-    end: Tensor,
+    begin: Tensor | None = None,
+    end: Tensor | None = None,
 ) -> None:
     held = [None if x is None else x.contiguous() for x in (table, exp_avg, exp_avg_sq, wire, grads, rows)]
-    pointers = [None if x is None else x.data_ptr() for x in held]
-    sizes = (*pointers, len(rows), table.shape[1], steps.data_ptr(), len(steps), begin.data_ptr(), end.data_ptr())
+    pointers = [_address(x) for x in held]
+    sizes = (*pointers, len(rows), table.shape[1], steps.data_ptr(), len(steps), _address(begin), _address(end))
     library.meft_row_adamw(*sizes, torch.get_num_threads())
     for changed in (table, exp_avg, exp_avg_sq, wire):
         if changed is not None and not changed.is_inference():

@@ -176,6 +176,10 @@ def resume(model: MEFTModel) -> None:
     if found:
         load(model, found[0])
     else:
+        for name in model.active_adapters:
+            for table in model.steps.tables.get(name, []):
+                table.catch_up()
+                table.moments = None
         warnings.warn(
             "The checkpoint has no training state of MEFT (meft_state.json): the moments of its rows restart."
         )

@@ -32,8 +32,8 @@ def row_blocks(table: Tensor) -> Iterator[slice]:
 class RowTable(nn.Module):
     """One row a neuron: the keys, or the values, of one layer.
 
-    It stays in host memory unless `on_host` is False: moving the model leaves it where it is, changing its dtype
-    changes the table's too.
+    It stays in host memory unless `on_host` is False: moving the model leaves it where it is. Casting the model to 16
+    bits changes what is read, to more bits what is trained too.
 
     Attributes:
         rows: the masters, a parameter [r, d]: what an optimizer holds and what is saved.
@@ -97,8 +97,9 @@ class RowTable(nn.Module):
             self._page_lock(master)
             return master
         state = (master.data_ptr(), self.rows._version)
-        if self._wire is None or self._wire.shape != master.shape or self._wire.device != master.device:
-            self._wire, self._wire_of = torch.empty_like(master, dtype=self._wire_dtype), None
+        if self._wire is None or self._wire.dtype != self._wire_dtype or self._wire.device != master.device:
+            with torch.inference_mode(False):  # it outlives the mode
+                self._wire, self._wire_of = torch.empty_like(master, dtype=self._wire_dtype), None
         if self._wire_of != state:  # somebody wrote into the masters: loading, initialisation, the user
             for block in row_blocks(master):
                 self._wire[block].copy_(master[block])
@@ -172,19 +173,27 @@ class RowTable(nn.Module):
             if self.moments is not None:
                 self.moments.move(self.rows.device)
             return self
-        # A tensor without elements tells what `fn` does to the dtype; what it does to the device is left aside.
-        dtype = fn(torch.empty(0, dtype=self.rows.dtype, device=self.rows.device)).dtype
+        # Tensors without elements tell what `fn` does to dtypes and device; where it leads to is left aside.
+        probes = [torch.empty(0, dtype=dtype, device=self.rows.device) for dtype in (torch.float32, torch.float64)]
+        told = [fn(probe) for probe in probes]
+        cast = next((new.dtype for probe, new in zip(probes, told, strict=True) if new.dtype != probe.dtype), None)
         with self.lock, torch.no_grad():
-            if self.rows.is_meta:
-                self.rows = nn.Parameter(torch.empty(self.rows.shape, dtype=dtype), self.rows.requires_grad)
-            elif dtype != self.rows.dtype:
-                self.catch_up()
-                converted = torch.empty(self.rows.shape, dtype=dtype)
-                for block in row_blocks(converted):
-                    converted[block].copy_(self.rows[block])
-                self.rows.data = converted
-                self._wire = self._wire_of = None
+            if cast is not None:
+                if cast.itemsize >= 4:  # to 16 bits, what is read becomes narrower; what is trained does not
+                    self._cast_masters(cast)
+                self._wire_dtype = cast
+            if self.rows.is_meta and not told[0].is_meta:
+                self.rows = nn.Parameter(torch.empty(self.rows.shape, dtype=self.rows.dtype), self.rows.requires_grad)
         return self
+
+    def _cast_masters(self, dtype: torch.dtype) -> None:
+        if dtype == self.rows.dtype:
+            return
+        self.catch_up()
+        converted = torch.empty(self.rows.shape, dtype=dtype, device=self.rows.device)
+        for block in row_blocks(converted):
+            converted[block].copy_(self.rows[block])
+        self.rows.data = converted
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.catch_up()

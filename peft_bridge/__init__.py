@@ -4,7 +4,7 @@ from .files import folder_replaced_at_once, replace_file
 from .registration import register_method
 from .steps import StepListener, watch_steps
 from .trainer import RunListener, watch_runs
-from .weights import last_loaded_folder, write_weights_at_once
+from .weights import last_loaded_folder, save_config_at_once, write_weights_at_once
 
 __all__ = [
     "RunListener",
@@ -13,6 +13,7 @@ __all__ = [
     "last_loaded_folder",
     "register_method",
     "replace_file",
+    "save_config_at_once",
     "watch_runs",
     "watch_steps",
     "write_weights_at_once",

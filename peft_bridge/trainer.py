@@ -25,7 +25,7 @@ class RunListener:
         """
 
     def on_checkpoint(self, folder: Path) -> None:
-        """The Trainer has written a checkpoint; called on the main process only."""
+        """The Trainer has written a checkpoint to resume from; called on the main process only."""
 
     def on_run_end(self) -> None:
         """The run has ended."""
@@ -63,7 +63,7 @@ class RunEvents(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
+        if state.is_world_process_zero and folder.is_dir() and not getattr(args, "save_only_model", False):
             for listener in _listeners(model):
                 listener.on_checkpoint(folder)
 

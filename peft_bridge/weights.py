@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import peft.peft_model
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME
 from torch import Tensor
 
-from .files import sync
+from .files import replace_file, sync
 
 _written_at_once: set[str] = set()
 _on_host: set[str] = set()
@@ -60,6 +63,8 @@ def _saving(save_file: Callable[..., None]) -> Callable[..., None]:
             save_file(tensors, str(draft), *args, **kwargs)
             sync(draft)
             os.replace(draft, path)
+            for left in path.parent.glob(f".{path.name}.*"):  # by saves that were killed
+                left.unlink(missing_ok=True)
         except BaseException:
             draft.unlink(missing_ok=True)
             raise
@@ -69,14 +74,28 @@ def _saving(save_file: Callable[..., None]) -> Callable[..., None]:
     return safe_save_file
 
 
+def save_config_at_once(save: Callable[[str], None], folder: Any) -> None:
+    """Replace `adapter_config.json` in a folder whole, or not at all.
+
+    Args:
+        save: writes it into the folder whose path it is given.
+    """
+    with tempfile.TemporaryDirectory() as draft:
+        save(draft)
+        written = Path(draft, CONFIG_NAME).read_bytes()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    replace_file(Path(folder) / CONFIG_NAME, written)
+
+
 def _loading(load: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
     @functools.wraps(load)
     def load_peft_weights(model_id: Any, device: Any = None, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         _here.folder = str(model_id)
         if _on_host:
             hub = {k: v for k, v in kwargs.items() if k in ("subfolder", "revision", "cache_dir", "token")}
-            if PeftConfig._get_peft_type(model_id, **hub) in _on_host:
-                device = "cpu"
+            with suppress(ValueError):  # weights without a configuration, for an adapter that exists
+                if PeftConfig._get_peft_type(model_id, **hub) in _on_host:
+                    device = "cpu"
         return load(model_id, device, *args, **kwargs)
 
     return load_peft_weights

@@ -506,7 +506,10 @@ def test_strided_gradients_and_a_parameter_as_the_table(native):
         ({"wire": torch.zeros(4, 7, dtype=torch.bfloat16)}, "wire must be"),
     ],
 )
-def test_arguments_that_do_not_fit(change, message):
+@pytest.mark.parametrize("library", [True, False])
+def test_arguments_that_do_not_fit(change, message, library, monkeypatch):
+    if not library:
+        monkeypatch.setattr(row_update, "native_library", lambda: None)
     names = ("table", "exp_avg", "exp_avg_sq", "count")
     given_ = dict(zip(names, make(4, 6), strict=True)) | {"rows": torch.tensor([0, 2]), "grads": torch.ones(2, 6)}
     before = {name: x.clone() for name, x in (given_ | change).items()}
