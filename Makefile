@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint accept
+.PHONY: help setup demo test lint accept aot
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -33,6 +33,9 @@ lint: $(INSTALLED) ## ruff, ruff format, mypy
 
 accept: $(INSTALLED) ## PEFT's own tests over our methods
 	$(PY) tests/accept/run.py
+
+aot: $(INSTALLED) ## compile the Triton kernels for each GPU (needs none), with a table of what came out
+	TRITON_CACHE_DIR=$${TRITON_CACHE_DIR:-.cache/triton} $(PY) -m adapter_kernels.aot
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; try make PYTHON=python3.12")'

@@ -18,7 +18,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from .config import MEFTConfig
 from .moments import Moments
-from .row_gradient import RowGradient, as_row_gradient
+from .row_gradient import RowGradient, as_row_gradient, overflow_watchers
 from .row_update import StepRule
 from .store import RowTable
 
@@ -96,7 +96,8 @@ class RowSteps:
         tables: adapter -> its tables.
         configs: adapter -> its configuration.
         routers: adapter -> of each layer, the adapters' routers.
-        nonfinite_steps: steps that changed nothing because a gradient was inf or nan.
+        nonfinite_steps: steps that changed nothing because a gradient was inf or nan, those that a GradScaler
+            skipped included.
     """
 
     def __init__(self) -> None:
@@ -105,9 +106,22 @@ class RowSteps:
         self.routers: dict[str, list[nn.ParameterDict]] = {}
         self.nonfinite_steps = 0
         self._taken: list[tuple[RowTable, RowGradient, StepRule, str, float]] = []
+        self._overflow: weakref.ref[Tensor] | None = None
+        overflow_watchers.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_taken": []}
+        return {**self.__dict__, "_taken": [], "_overflow": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        overflow_watchers.add(self)
+
+    def note_overflow(self, owners: set[int], found_inf: Tensor) -> None:
+        """A GradScaler has found inf or nan and will skip the step; it may look at several lists of gradients."""
+        mine = any(id(table.rows) in owners for tables in self.tables.values() for table in tables)
+        if mine and (self._overflow is None or self._overflow() is not found_inf):
+            self._overflow = weakref.ref(found_inf)
+            self.nonfinite_steps += 1
 
     def _of(self, parameters: Iterable[nn.Parameter]) -> list[tuple[str, RowTable]]:
         wanted = {id(p) for p in parameters}

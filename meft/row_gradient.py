@@ -7,8 +7,9 @@ and step works on it and treats the other rows as the zeros that they are: accum
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,10 +24,12 @@ class RowGradient(torch.Tensor):
     Attributes:
         rows: int64 [n], the touched rows, ascending.
         row_values: [n, d], their gradients, at least in float32.
+        owner: id of the table's parameter.
     """
 
     rows: Tensor
     row_values: Tensor
+    owner: int
 
     @staticmethod
     def __new__(cls, rows: Tensor, row_values: Tensor, like: Tensor) -> RowGradient:
@@ -35,6 +38,7 @@ class RowGradient(torch.Tensor):
             cls, like.shape, dtype=like.dtype, device=like.device, requires_grad=False
         )
         self.rows, self.row_values = rows, row_values
+        self.owner = like.owner if isinstance(like, RowGradient) else id(like)
         return self
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -108,6 +112,24 @@ def _in_place(func: Any, a: RowGradient, *args: Any, **kwargs: Any) -> RowGradie
 
 def _foreach_in_place(func: Any, gradients: list[Tensor], *args: Any, **kwargs: Any) -> None:
     func([_stored(g) for g in gradients], *args, **kwargs)
+
+
+class OverflowWatcher(Protocol):
+    """Who wants to hear of steps that a GradScaler will skip."""
+
+    def note_overflow(self, owners: set[int], found_inf: Tensor) -> None:
+        """`found_inf` is set, and gradients of these tables were among the unscaled ones."""
+
+
+overflow_watchers: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _unscale(func: Any, gradients: list[Tensor], found_inf: Tensor, inverse_scale: Tensor) -> None:
+    _foreach_in_place(func, gradients, found_inf, inverse_scale)
+    owners = {g.owner for g in gradients if isinstance(g, RowGradient)}
+    if owners and bool(found_inf > 0):
+        for watcher in list(overflow_watchers):
+            watcher.note_overflow(owners, found_inf)
 
 
 def _clamp(
@@ -191,7 +213,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten._foreach_div_.Scalar: _foreach_in_place,
     aten._foreach_clamp_min_.Scalar: _foreach_clamp,
     aten._foreach_clamp_max_.Scalar: _foreach_clamp,
-    aten._amp_foreach_non_finite_check_and_unscale_.default: _foreach_in_place,
+    aten._amp_foreach_non_finite_check_and_unscale_.default: _unscale,
     aten.linalg_vector_norm.default: _norm,
     aten._foreach_norm.Scalar: _foreach_norm,
     aten.zero_.default: _zero,

@@ -107,7 +107,7 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[tuple[Any, ..
         _open_steps[optimizer] = step
         return (args[0], _checked(closure, optimizer, step)), {k: v for k, v in kwargs.items() if k != "closure"}
     if _scaler_skips(optimizer):
-        step.skipped = True
+        _take_nothing(optimizer, step)
     elif not _all_finite([p.grad for _, mine in step.watched for p in mine if p.grad is not None]):
         _skip(optimizer, step)
     else:
@@ -174,12 +174,17 @@ def _all_finite(gradients: list[Tensor]) -> bool:
     return finite
 
 
-def _skip(optimizer: Optimizer, step: _Step) -> None:
+def _take_nothing(optimizer: Optimizer, step: _Step) -> None:
     """Take all gradients of the optimizer away, so that its step changes neither parameters nor moments nor counts."""
     step.skipped = True
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = None
+
+
+def _skip(optimizer: Optimizer, step: _Step) -> None:
+    """Skip a step whose gradients are not finite, and count it."""
+    _take_nothing(optimizer, step)
     for listener, _ in step.watched:
         listener.nonfinite_steps += 1
         if listener.nonfinite_steps == 1:

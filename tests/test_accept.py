@@ -1,4 +1,4 @@
-"""PEFT's own tests accept ASLoRA, and the harness that runs them notices what it must notice."""
+"""PEFT's own tests accept ASLoRA and MEFT, and the harness that runs them notices what it must notice."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from peft import get_peft_model
+
+from meft import MEFTConfig
 
 FOLDER = Path(__file__).parent / "accept"
 CLOSING = re.compile(r"passed: (\d+), failed: 0, skipped: \d+, skips that LoRA lacks: 0, problems: 0, \d+ s")
+CLOSING_MEFT = re.compile(r"^MEFT: passed: (\d+), failed: 0, not applicable: (\d+), problems: 0$", re.MULTILINE)
 
 
 @pytest.fixture
@@ -21,12 +25,16 @@ def load(monkeypatch):
     return importlib.import_module
 
 
-def test_peft_accepts_aslora():
+def test_peft_accepts_aslora_and_meft():
     run = subprocess.run([sys.executable, FOLDER / "run.py"], capture_output=True, text=True, check=False)
     closing = CLOSING.fullmatch(run.stdout.strip().rpartition("\n")[2])
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-4000:]
     assert closing
     assert int(closing[1]) > 1400  # a loss of coverage is a failure too
+    closing = CLOSING_MEFT.search(run.stdout)
+    assert closing
+    assert int(closing[1]) >= 371
+    assert int(closing[2]) == 217
 
 
 @pytest.mark.parametrize(
@@ -71,3 +79,43 @@ def test_the_totals_fail_for_a_skip_of_our_own_and_for_an_empty_pass(load, capsy
     assert run.report(harness, gates=1, status=0, seconds=1) == (problem is not None)
     printed = capsys.readouterr().out
     assert problem is None or problem in printed
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "about_us", "problem"),
+    [
+        ({"merge": "skipped"}, [], None),
+        ({}, [], "not applicable for merging: 0, not 1"),
+        ({"merge": "passed"}, ["merge"], "passed, unlike in the table: t.py::merge[meft-row]"),
+        ({"merge": "skipped", "a": "skipped"}, [], "skipped, unlike in the table: t.py::a[meft-row]"),
+        ({"merge": "skipped", "a": "failed"}, ["a"], "failed: t.py::a[meft-row]"),
+        ({"merge": "skipped", "a": "passed"}, [], "passed without a MEFT config or adapter: t.py::a[meft-row]"),
+    ],
+)
+def test_the_totals_of_meft_fail_for_what_its_tables_do_not_say(load, capsys, monkeypatch, outcomes, about_us, problem):
+    plugin = load("meft_plugin")
+    monkeypatch.setattr(plugin, "NOT_APPLICABLE", {"merging": ("a reason", 1)})
+    monkeypatch.setattr(plugin, "SKIPPED", {"merge": "merging"})
+    harness = plugin.MEFTHarness()
+    harness.not_found.clear()
+    harness.by_file.update(plugin.ROWS)
+    harness.outcomes = {f"t.py::{test}[meft-row]": outcome for test, outcome in outcomes.items()}
+    harness.about_us = {f"t.py::{test}[meft-row]" for test in about_us}
+    problems = plugin.report(harness)
+    assert bool(problems) == (problem is not None)
+    assert problem is None or problem in capsys.readouterr().out
+
+
+def test_what_the_tables_of_meft_set_aside_is_refused(load):
+    models, rows = load("models").MODELS, load("meft_rows")
+    for name in rows.MODELS_ASIDE:
+        cls, config = models[name]
+        with pytest.raises(ValueError, match=r"the FFN of model type .* is not known"):
+            get_peft_model(cls(config), MEFTConfig())
+    cls, config = models["hf-internal-testing/tiny-random-gpt2"]
+    with pytest.raises(ValueError, match=r"c_fc' \(Conv1D\) is no FFN"):
+        get_peft_model(cls(config), MEFTConfig(target_modules=["c_fc"]))
+    model = get_peft_model(cls(config), MEFTConfig(r=8, top_k=4))
+    with pytest.raises(ValueError, match="cannot be merged"):
+        model.merge_and_unload()
+    assert not model.supports_lora_conversion()

@@ -86,6 +86,12 @@ OPENED: dict[str, list[tuple[str, str, int]]] = {
             1,
         ),
         ("        if config_cls == LoraConfig:\n", "        if config_cls in (LoraConfig, ASLoRAConfig):\n", 1),
+        # as in testing_common.py
+        (
+            "            expected_dtype = dtype\n",
+            "            expected_dtype = dtype if config_cls is not MEFTConfig else torch.float32\n",
+            1,
+        ),
         (
             'run_with_disable(config_kwargs, bias="lora_only")',
             'run_with_disable(config_kwargs, bias="aslora_only" if config_cls is ASLoRAConfig else "lora_only")',

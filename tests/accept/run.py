@@ -1,6 +1,7 @@
-"""PEFT's own tests over ASLoRA: `python tests/accept/run.py [pytest options]`.
+"""PEFT's own tests over ASLoRA and MEFT: `python tests/accept/run.py [pytest options]`.
 
-Exit status 0 only if no test fails, none is skipped that LoRA passes, and all gates and tests are where they were.
+Exit status 0 only if no test fails, none is skipped that LoRA passes (for MEFT: that is not listed with its reason and
+counted), and all gates and tests are where they were.
 """
 
 from __future__ import annotations
