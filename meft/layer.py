@@ -161,7 +161,8 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
     def _one(self, x: Tensor, shape: torch.Size, adapter_name: str) -> Tensor:
         config, traffic = self.configs[adapter_name], self.traffic[adapter_name]
         keys, values = self.tables(adapter_name)
-        self._check_whole(keys)
+        keys.check_whole()
+        values.check_whole()
         router = self.meft_router[adapter_name].to(x.dtype)
         now = context.current()
         key = (id(self), adapter_name)
@@ -187,13 +188,6 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         if config.on_host and y.requires_grad:
             traffic.bytes_to_host += 2 * len(found_rows.rows) * nbytes(keys.rows[:1])
         return y if real is None else torch.zeros_like(x).index_copy(0, real, y)
-
-    def _check_whole(self, keys: RowTable) -> None:
-        if type(keys.rows.data) is not Tensor or keys.rows.ndim != 2 or not isinstance(keys.rows, nn.Parameter):
-            raise RuntimeError(
-                "MEFT's rows were sharded or flattened (FSDP, DeepSpeed), which is not supported yet: train with one "
-                "process, or with DistributedDataParallel."
-            )
 
 
 def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:

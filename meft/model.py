@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +216,16 @@ class MEFTModel(BaseTuner, RunListener):
             return output
         finally:
             context.end(opened)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Raises: ValueError: `adapter_names`, which PEFT would drop without a word."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names: MEFT uses the same adapters for a whole batch; call set_adapter or disable_adapter "
+                "and run the rows of each adapter as a batch of their own."
+            )
+        yield
 
     def begin_pass(self, kwargs: dict[str, Any]) -> context.ForwardContext | None:
         """Open a context for a pass with these arguments; None inside of another pass."""

@@ -57,6 +57,7 @@ class RowTable(nn.Module):
         self._made()
 
     def _made(self) -> None:
+        self._own = weakref.ref(self.rows)
         self.owner: weakref.ref[Optimizer] | None = None
         self.claimed_by: weakref.ref[Optimizer] | None = None
         RowTable._all.add(self)
@@ -66,12 +67,24 @@ class RowTable(nn.Module):
         self._locked: weakref.finalize | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = ("lock", "owner", "claimed_by", "_wire", "_wire_of", "_locked")
+        transient = ("_own", "lock", "owner", "claimed_by", "_wire", "_wire_of", "_locked")
         return {key: value for key, value in self.__dict__.items() if key not in transient}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._made()
+
+    def _replace(self, values: Tensor) -> None:
+        self.rows = nn.Parameter(values, self.rows.requires_grad)
+        self._own = weakref.ref(self.rows)
+
+    def check_whole(self) -> None:
+        """Raises: RuntimeError: somebody has put another parameter in the place of the rows."""
+        if self._own() is not self.rows:
+            raise RuntimeError(
+                "MEFT's rows were replaced (sharded, flattened or offloaded by FSDP, DeepSpeed or a device map), which "
+                "is not supported yet: train with one process or with DistributedDataParallel, without offloading."
+            )
 
     @classmethod
     def by_parameter(cls) -> dict[int, RowTable]:
@@ -183,7 +196,7 @@ class RowTable(nn.Module):
                     self._cast_masters(cast)
                 self._wire_dtype = cast
             if self.rows.is_meta and not told[0].is_meta:
-                self.rows = nn.Parameter(torch.empty(self.rows.shape, dtype=self.rows.dtype), self.rows.requires_grad)
+                self._replace(torch.empty(self.rows.shape, dtype=self.rows.dtype))
         return self
 
     def _cast_masters(self, dtype: torch.dtype) -> None:
@@ -210,6 +223,6 @@ class RowTable(nn.Module):
                 master = torch.empty(
                     self.rows.shape, dtype=self.rows.dtype, device="cpu" if self.on_host else loaded.device
                 )
-                self.rows = nn.Parameter(master, self.rows.requires_grad)
+                self._replace(master)
             for block in row_blocks(self.rows):  # whether assign=True or not: a file that is mapped may go away
                 self.rows[block].copy_(loaded[block])

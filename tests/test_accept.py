@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from peft import get_peft_model
 
 from meft import MEFTConfig
@@ -118,4 +119,6 @@ def test_what_the_tables_of_meft_set_aside_is_refused(load):
     model = get_peft_model(cls(config), MEFTConfig(r=8, top_k=4))
     with pytest.raises(ValueError, match="cannot be merged"):
         model.merge_and_unload()
+    with pytest.raises(ValueError, match="adapter_names"):
+        model(input_ids=torch.ones(2, 3, dtype=torch.long), adapter_names=["default", "__base__"])
     assert not model.supports_lora_conversion()
