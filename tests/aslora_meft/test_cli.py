@@ -7,6 +7,7 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from aslora_meft.cli import main
+from meft import load_resident
 
 
 @pytest.fixture
@@ -29,6 +30,20 @@ def test_train_then_export(words, tmp_path, model_dir, capfd):
         with torch.no_grad():
             logits.append(model(ids).logits)
     torch.testing.assert_close(*logits)
+
+
+def test_train_meft_then_export(words, tmp_path, model_dir, capfd):
+    assert main([*words, "--method", "meft", "--r", "64"]) == 0
+    assert main(["export", str(tmp_path / "out"), "--to", "resident", str(tmp_path / "resident")]) == 0
+    assert capfd.readouterr().out.endswith(f"Resident tensors: {tmp_path / 'resident'}\n")
+    ids = torch.arange(20).unsqueeze(0)
+    base = LlamaForCausalLM.from_pretrained(model_dir)
+    with torch.no_grad():
+        adapted = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(model_dir), tmp_path / "out").eval()(ids)
+        torch.testing.assert_close(load_resident(base, tmp_path / "resident").eval()(ids).logits, adapted.logits)
+    assert main(["export", str(tmp_path / "out"), "--to", "dense", str(tmp_path / "dense")]) == 2
+    assert "No dense adapter equals a routed one" in capfd.readouterr().err
+    assert not (tmp_path / "dense").exists()
 
 
 def test_bad_input_in_a_process_of_its_own(words, tmp_path):

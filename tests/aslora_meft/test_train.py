@@ -29,7 +29,7 @@ def adapter_of(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("method", ["lora", "aslora"])
+@pytest.mark.parametrize("method", ["lora", "aslora", "meft"])
 def test_a_run_learns_saves_and_tells(run, tmp_path, model_dir, capsys, method):
     result = run(method)
     assert result.after["loss"] < result.before["loss"]
@@ -73,10 +73,10 @@ def test_merges_are_written_as_they_happen(run, capsys):
         assert line.startswith(f"step {merge['step']}: {merge['projection']} ")
 
 
-@pytest.mark.parametrize("method", ["lora", "aslora"])
+@pytest.mark.parametrize("method", ["lora", "aslora", "meft"])
 def test_a_resumed_run_equals_an_uninterrupted_one(run, tmp_path, method, capsys):
     words = ["--save_strategy", "steps", "--save_steps", 5, "--dropout", 0.1, "--merge_start", 2, "--merge_interval", 3]
-    words = words if method == "aslora" else words[:6]
+    words = {"aslora": words, "lora": words[:6], "meft": [*words[:4], "--r", 64]}[method]
     whole = run(method, *words, output="whole")
     capsys.readouterr()
     resumed = run(method, *words, "--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-5", output="resumed")
@@ -103,6 +103,25 @@ def test_the_seed_decides(run, tmp_path):
     a, b, c = (adapter_of(tmp_path / output) for output in "abc")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not all(torch.equal(a[name], c[name]) for name in a)
+
+
+def test_meft_tells_what_it_moved(run, tmp_path, capsys):
+    result = run("meft", "--r", 64, "--num_experts", 16, "--top_k", 8)
+    config = result.model.peft_config["default"]
+    assert (config.r, config.num_experts, config.experts_per_token, config.top_k) == (64, 16, 8, 8)
+    report = result.model.base_model.transfer_report()
+    told = capsys.readouterr().out
+    for line in str(report).splitlines():
+        assert line in told
+    kept = json.loads((tmp_path / "out" / "results.json").read_text())["transfers"]
+    assert kept == report.to_dict()
+    assert 0 < kept["union_share"] <= 1
+    assert min(kept["bytes_to_device"], kept["bytes_to_host"]) > 0
+
+
+def test_meft_rows_in_dense_mode_on_a_four_bit_base(run):
+    result = run("meft", "--r", 64, "--row_mode", "dense", "--load_in_4bit", "true")
+    assert result.after["loss"] < result.before["loss"]
 
 
 def test_gradient_checkpointing_and_accumulation_train(run):
@@ -133,6 +152,11 @@ def test_four_bit_base(run):
         (["--report_to", "paper"], "paper"),
         (["--resume_from_checkpoint", "last"], "resume_from_checkpoint='last' leads to no checkpoint"),
         (["--resume_from_checkpoint", "none"], "resume_from_checkpoint='none' leads to no checkpoint"),
+        (["--top_k", "3"], "top_k=3 has no meaning with method=aslora"),
+        (["--method", "meft", "--num_merges", "3"], "num_merges=3 has no meaning with method=meft"),
+        (["--method", "meft", "--dropout", "0.1"], "dropout=0.1 has no meaning with method=meft"),
+        (["--method", "meft", "--r", "100", "--num_experts", "16"], "nearest r: 96 or 112"),
+        (["--method", "meft", "--target_modules", "q_proj"], "is no FFN.*mlp"),
     ],
 )
 def test_bad_input_leaves_no_folder(run, tmp_path, words, message):

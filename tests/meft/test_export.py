@@ -1,0 +1,126 @@
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM
+
+from meft import export_dense, export_resident, load_resident
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    """Saves an adapter of the given fields; returns the model and the folder."""
+
+    def save(**fields):
+        model = tiny.adapted(dtype=torch.float32, **fields)
+        model.save_pretrained(tmp_path / "adapter")
+        return model.eval(), tmp_path / "adapter"
+
+    return save
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("fields", [{}, {"router_factor": False}, {"top_k": 48}, {"routing": "union"}], ids=str)
+def test_resident_tensors_give_the_adapters_logits(tiny, saved, tmp_path, fields):
+    model, folder = saved(**fields)
+    export_resident(folder, tmp_path / "out")
+    base = tiny.base(dtype=torch.float32).eval()
+    ids = tiny.batch()
+    before = logits(base, ids)
+    resident = load_resident(base, tmp_path / "out")
+    torch.testing.assert_close(logits(resident, ids), logits(model, ids), rtol=1e-5, atol=1e-5)
+    assert (logits(resident, ids) - before).abs().max() > 0.01  # the adapter does something
+
+
+def test_the_layout_is_the_documented_one(tiny, saved, tmp_path):
+    model, folder = saved()
+    export_resident(folder, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "meft_resident.safetensors")
+    routing = {name.removeprefix("routing."): int(value) for name, value in tensors.items() if "routing." in name}
+    assert routing == {"num_experts": 8, "experts_per_token": 3, "top_k": 5, "router_factor": 1, "union": 0}
+    for i, layer in enumerate(tiny.layers(model)):
+        keys, values = layer.tables("default")
+        path = f"model.layers.{i}.mlp"
+        assert torch.equal(tensors.pop(f"{path}.keys"), keys.rows)
+        assert torch.equal(tensors.pop(f"{path}.values"), values.rows)
+        assert torch.equal(tensors.pop(f"{path}.router"), layer.meft_router["default"])
+    assert all(name.startswith("routing.") for name in tensors)
+
+
+def test_the_dense_configuration_is_a_dense_adapter(tiny, saved, tmp_path):
+    model, folder = saved(top_k=48, experts_per_token=8, router_factor=False)
+    export_dense(folder, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "dense_adapter.safetensors")
+    base = tiny.base(dtype=torch.float32).eval()
+    for path, module in list(base.named_modules()):
+        if path.endswith(".mlp"):
+            up, down = (tensors.pop(f"{path}.{name}.weight") for name in ("up", "down"))
+            module.register_forward_hook(lambda m, x, y, up=up, down=down: y + (x[0] @ up.T).relu() @ down.T)
+    assert not tensors
+    ids = tiny.batch()
+    torch.testing.assert_close(logits(base, ids), logits(model, ids), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{"top_k": 47}, {"experts_per_token": 7}, {"router_factor": True}], ids=str)
+def test_a_routed_adapter_is_no_dense_one(saved, tmp_path, fields):
+    _, folder = saved(**({"top_k": 48, "experts_per_token": 8, "router_factor": False} | fields))
+    with pytest.raises(ValueError, match="No dense adapter equals a routed one"):
+        export_dense(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bert_joins_the_residual(tiny, tmp_path):
+    torch.manual_seed(0)
+    fields = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    base = BertForMaskedLM(BertConfig(**fields, num_hidden_layers=2)).eval()
+    ids = tiny.batch()
+    state = {name: value.clone() for name, value in base.state_dict().items()}
+    model = get_peft_model(base, tiny.config())
+    tiny.enlarge(model)
+    model.save_pretrained(tmp_path / "adapter")
+    expected = logits(model.eval(), ids)
+    export_resident(tmp_path / "adapter", tmp_path / "out")
+    other = BertForMaskedLM(base.config).eval()
+    other.load_state_dict(state)
+    torch.testing.assert_close(logits(load_resident(other, tmp_path / "out"), ids), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_no_meft_adapter_is_refused(tiny, tmp_path):
+    with pytest.raises(ValueError, match="holds no saved adapter"):
+        export_resident(tmp_path / "none", tmp_path / "out")
+    get_peft_model(tiny.base(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match="LORA, not MEFT"):
+        export_resident(tmp_path / "lora", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"holds no meft_resident\.safetensors"):
+        load_resident(tiny.base(), tmp_path / "lora")
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_files_are_refused(saved, tmp_path):
+    _, folder = saved()
+    file = folder / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="is damaged"):
+        export_resident(folder, tmp_path / "out")
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match="digest"):
+        export_resident(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_base_model_is_refused_and_left_alone(tiny, saved, tmp_path):
+    _, folder = saved()
+    export_resident(folder, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "meft_resident.safetensors")
+    tensors = {name.replace("layers.1.", "layers.9."): value for name, value in tensors.items()}
+    save_file(tensors, tmp_path / "out" / "meft_resident.safetensors")
+    base = tiny.base()
+    before = [type(module) for module in base.modules()]
+    with pytest.raises(ValueError, match=r"no module 'model\.layers\.9\.mlp'"):
+        load_resident(base, tmp_path / "out")
+    assert [type(module) for module in base.modules()] == before

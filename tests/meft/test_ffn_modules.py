@@ -1,0 +1,32 @@
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+
+from meft.ffn_modules import candidates, ffn_width, is_linear
+
+
+def test_candidates_are_the_ffns(tiny):
+    assert candidates(tiny.base()) == ["mlp"]
+    assert candidates(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64))) == ["mlp"]
+    fields = {"hidden_size": 32, "ffn_dim": 64, "num_attention_heads": 2, "vocab_size": 64, "word_embed_proj_dim": 32}
+    assert candidates(OPTForCausalLM(OPTConfig(num_hidden_layers=1, **fields))) == []  # its layers call fc1 and fc2
+
+
+def test_width(tiny):
+    base = tiny.base()
+    assert ffn_width(base.model.layers[0].mlp, base) == tiny.WIDTH
+    alone = nn.Sequential(nn.ReLU(), nn.Linear(5, 7), nn.Linear(7, 5))
+    assert ffn_width(alone, alone) == 5
+    try:
+        ffn_width(nn.ReLU(), nn.ReLU())
+    except ValueError as error:
+        assert "hidden size of ReLU is unknown" in str(error)
+    else:
+        raise AssertionError("a module without a width has none")
+
+
+def test_linear_layers():
+    assert is_linear(nn.Linear(2, 2))
+    assert not is_linear(nn.Sequential(nn.Linear(2, 2)))
+    assert not is_linear(nn.ReLU())
+    assert torch.is_tensor(nn.Linear(2, 2).weight)

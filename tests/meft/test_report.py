@@ -1,0 +1,65 @@
+import json
+
+import pytest
+import torch
+
+from meft.routing import chosen_neurons
+
+
+def test_the_counters_of_one_step(tiny):
+    """Beside counts made here from the picks of the oracle."""
+    model = tiny.adapted(layers=1, dtype=torch.float32)
+    inputs, layer = [], tiny.layers(model)[0]
+    layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
+    tiny.loss(model).backward()
+    config, x = layer.configs["default"], inputs[0].reshape(-1, tiny.WIDTH)
+    keys = layer.tables("default")[0]
+    chosen = chosen_neurons(
+        x,
+        layer.meft_router["default"].detach(),
+        keys.rows.detach(),
+        experts_per_token=config.experts_per_token,
+        top_k=config.top_k,
+        router_factor=True,
+    )
+    used = int(chosen.any(0).sum())
+    traffic = layer.traffic["default"]
+    assert (traffic.forwards, traffic.tokens, traffic.union_rows) == (1, len(x), used)
+    assert torch.equal(traffic.expert_load, chosen.sum(0).view(config.experts, -1).sum(1))
+    picks = int(chosen.sum())
+    row = tiny.WIDTH * 4
+    # Up: rows of keys and values, and for each pick its id (8 bytes) and score, with where each token's picks begin.
+    assert traffic.bytes_to_device == 2 * used * row + picks * (8 + 4) + (len(x) + 1) * 8
+    # Down: the hidden states with the router's logits, and the gradients of the rows.
+    assert traffic.bytes_to_host == len(x) * (tiny.WIDTH + config.experts) * 4 + 2 * used * row
+
+
+def test_sums_and_means_over_layers(tiny):
+    model = tiny.adapted(layers=2)
+    empty = model.base_model.transfer_report()
+    assert (empty.union_share, empty.busiest_expert_share, empty.idle_expert_share) == (0, 0, 0)
+    for seed in range(2):
+        tiny.loss(model, seed).backward()
+    report = model.base_model.transfer_report()
+    layers = list(report.layers.values())
+    summed = report.to_dict()
+    assert summed["forwards"] == 4
+    assert summed["bytes_to_host"] == sum(layer.bytes_to_host for layer in layers)
+    assert report.union_share == pytest.approx(sum(layer.union_rows for layer in layers) / (4 * tiny.R))
+    assert 1 <= report.busiest_expert_share <= 8
+    assert 0 <= report.idle_expert_share < 1
+    assert json.loads(json.dumps(summed)) == summed
+    assert f"{report.union_share:.3f}" in str(report)
+
+
+def test_rows_on_the_device_cross_nothing(tiny):
+    model = tiny.adapted(placement="device")
+    tiny.loss(model).backward()
+    report = model.base_model.transfer_report().to_dict()
+    assert (report["bytes_to_device"], report["bytes_to_host"]) == (0, 0)
+    assert report["union_rows"] > 0
+
+
+def test_an_unknown_adapter_is_an_error(tiny):
+    with pytest.raises(ValueError, match="adapter_name='other'"):
+        tiny.adapted().base_model.transfer_report("other")
