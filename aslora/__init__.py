@@ -3,12 +3,13 @@
 Importing this package makes PEFT know the method: `get_peft_model(model, ASLoRAConfig(...))`.
 """
 
-from peft_bridge import register_method
+from peft_bridge import register_method, write_weights_at_once
 
 from .config import ASLoRAConfig
 from .export import export_to_lora
 from .model import ASLoRAModel
 
 register_method(name="aslora", config_cls=ASLoRAConfig, model_cls=ASLoRAModel, prefix="aslora_")
+write_weights_at_once("aslora_")
 
 __all__ = ["ASLoRAConfig", "ASLoRAModel", "export_to_lora"]

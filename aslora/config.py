@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from peft_bridge import save_config_at_once
+
 _CHOICES = {
     "merge_candidates": ("all", "adjacent"),
     "merge_scope": ("per_projection", "joint"),
@@ -208,6 +210,10 @@ class ASLoRAConfig(PeftConfig):
         config = super().from_peft_type(**kwargs)
         config.foreign_fields = sorted(kwargs.keys() - {f.name for f in fields(config)})
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As in PEFT, but a file that is there is replaced whole or not at all."""
+        save_config_at_once(lambda draft: super(ASLoRAConfig, self).save_pretrained(draft, **kwargs), save_directory)
 
     @property
     def scaling(self) -> float:

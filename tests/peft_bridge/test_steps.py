@@ -344,3 +344,123 @@ def test_a_nonfinite_gradient_made_in_a_closure_changes_nothing():
     assert seen == [True, False, True]
     assert listener.nonfinite_steps == 1
     assert optimizer.state[parameter]["step"] == 2
+
+
+# ---------------------------------------------------------------------- when gradients are final
+
+
+class Watching(Recorder):
+    """Also writes down the gradients, when they are ready."""
+
+    def gradients_ready(self, optimizer, parameters):
+        gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
+        self.events.append(("ready", gradients, [p.detach().clone() for p in parameters]))
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "lbfgs"])
+def test_gradients_are_ready_between_before_and_after(name):
+    ours, other = parameter(0), parameter(1)
+    optimizer, listener = OPTIMIZERS[name]([ours, other]), Watching(ours)
+    give_gradients(ours, other, value=0.5)
+    before = ours.detach().clone()
+    optimizer.step()
+    assert listener.kinds() == ["before", "ready", "after"]
+    _, gradients, parameters = listener.events[1]
+    assert [g.unique().tolist() for g in gradients] == [[0.5]]
+    assert torch.equal(parameters[0], before)
+    assert not torch.equal(ours, before)
+
+
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_gradients_are_ready_after_each_closure(by_keyword):
+    """Not at the step's beginning, where they are those of before."""
+    ours = parameter()
+    optimizer, listener = torch.optim.AdamW([ours], lr=0.1), Watching(ours)
+    give_gradients(ours, value=-7.0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = ours.sum() * 2
+        loss.backward()
+        return loss
+
+    loss = optimizer.step(closure=closure) if by_keyword else optimizer.step(closure)
+    assert float(loss) == pytest.approx(float(2 * parameter().sum()), rel=1e-4)
+    assert listener.kinds() == ["before", "ready", "after"]
+    assert listener.events[1][1][0].unique().tolist() == [2.0]
+
+
+def test_an_optimizer_that_calls_its_closure_often_has_gradients_ready_each_time():
+    ours = parameter()
+    optimizer, listener = torch.optim.LBFGS([ours], lr=0.1, max_iter=3), Watching(ours)
+    calls = []
+
+    def closure():
+        calls.append(1)
+        optimizer.zero_grad()
+        loss = ours.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert len(calls) > 1
+    assert listener.kinds() == ["before", *["ready"] * len(calls), "after"]
+
+
+def test_gradients_that_a_listener_takes_away_still_count_as_a_step():
+    """The parameter stays as it is, and its listener hears of the step."""
+    ours, other = parameter(0), parameter(1)
+    listener = Watching(ours)
+
+    def take(optimizer, parameters):
+        listener.events.append(("ready",))
+        for p in parameters:
+            p.grad = None
+
+    listener.gradients_ready = take
+    optimizer = torch.optim.AdamW([ours, other], lr=0.1)
+    give_gradients(ours, other)
+    before = ours.detach().clone(), other.detach().clone()
+    optimizer.step()
+    assert listener.kinds() == ["before", "ready", "after"]
+    assert torch.equal(ours, before[0])
+    assert not torch.equal(other, before[1])
+    assert ours not in optimizer.state
+
+
+def test_gradients_are_not_ready_at_a_step_that_is_skipped():
+    ours = parameter()
+    listener, optimizer = Watching(ours), torch.optim.AdamW([ours], lr=0.1)
+    give_gradients(ours, value=torch.nan)
+    with pytest.warns(UserWarning, match="inf or nan"):
+        optimizer.step()
+
+    def closure():
+        give_gradients(ours, value=torch.inf)
+        return torch.zeros(())
+
+    optimizer.step(closure)
+    assert listener.kinds() == ["before"]  # of the step with a closure, which begins before its gradients are known
+    assert listener.nonfinite_steps == 2
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_are_not_ready_at_a_step_that_a_scaler_skips(fused):
+    ours = parameter()
+    listener, optimizer = Watching(ours), torch.optim.AdamW([ours], lr=0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(ours.sum()).backward()
+    ours.grad[0, 0] = torch.inf
+    scaler.step(optimizer)
+    scaler.update()
+    assert listener.kinds() == []
+
+
+def test_gradients_of_an_inner_optimizer_are_ready_once():
+    ours = parameter()
+    listener = Watching(ours)
+    optimizer = Outer(torch.optim.SGD([ours], lr=0.1), times=2)
+    give_gradients(ours)
+    optimizer.step()
+    assert listener.kinds() == ["before", "ready", "after"]
