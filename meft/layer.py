@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -179,15 +180,22 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             logits = F.linear(kept.detach(), router.detach())
         with retrieved(kept.detach(), logits, keys, values, config, traffic, selection) as found_rows:
             factors = logits if config.has_factor else None
-            y = SparseFFN.apply(kept, router, keys.rows, values.rows, found_rows, factors, self.on_backward)
+            done = partial(self._note_backward, adapter_name)
+            y = SparseFFN.apply(kept, router, keys.rows, values.rows, found_rows, factors, done)
         if selection is None and now is not None and now.recorded:
             stash = context.Stash(found_rows.selection, real, context.probe_of(x))
             now.stashes.setdefault(key, []).append(stash)
         if config.balance_loss_weight and torch.is_grad_enabled():
             y = attach_balance_loss(y, F.linear(kept, router), config, now)
-        if config.on_host and y.requires_grad:
-            traffic.bytes_to_host += 2 * len(found_rows.rows) * nbytes(keys.rows[:1])
         return y if real is None else torch.zeros_like(x).index_copy(0, real, y)
+
+    def _note_backward(self, adapter_name: str, rows: int) -> None:
+        """Row gradients of so many neurons were made."""
+        traffic, keys = self.traffic[adapter_name], self.meft_keys[adapter_name]
+        if self.configs[adapter_name].on_host:
+            traffic.bytes_to_host += 2 * rows * nbytes(keys.rows[:1])  # type: ignore[index, operator, arg-type]
+        if self.on_backward is not None:
+            self.on_backward()
 
 
 def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:

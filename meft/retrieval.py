@@ -57,15 +57,13 @@ def retrieved(
             traffic.forwards += 1
             traffic.tokens += len(x)
             traffic.union_rows += len(rows)
-            if home == x.device:
-                if config.on_host:
-                    traffic.bytes_to_device += 2 * len(rows) * nbytes(key_table[:1])
+            if config.on_host:
+                traffic.bytes_to_device += 2 * len(rows) * nbytes(key_table[:1])
+            if home == x.device and key_table.dtype == x.dtype:
                 yield Retrieved(selection, key_table, value_table, selection.neuron, rows, order, in_place=True)
                 return
-            brought = [bring_rows(table, rows, x.device) for table in (key_table, value_table)]
-            traffic.bytes_to_device += sum(map(nbytes, brought))
+            key_rows, value_rows = (bring_rows(table, rows, x) for table in (key_table, value_table))
     place = order.to(x.device)
-    key_rows, value_rows = brought
     yield Retrieved(selection.to(x.device), key_rows, value_rows, place, rows, place, in_place=False)
 
 

@@ -115,7 +115,7 @@ class SparseFFN(torch.autograd.Function):
         values: Tensor,
         retrieved: Retrieved,
         logits: Tensor | None,
-        on_backward: Callable[[], None] | None = None,
+        on_backward: Callable[[int], None] | None = None,
     ) -> Tensor:
         """The forward pass.
 
@@ -125,7 +125,7 @@ class SparseFFN(torch.autograd.Function):
             keys, values: the tables [r, d] that get the gradients; they are not read.
             retrieved: the picks and their rows.
             logits: W_g x, [T, E], or None where scores carry no factor.
-            on_backward: called when row gradients have been made.
+            on_backward: called with the number of touched rows when their gradients have been made.
 
         Returns:
             [T, d] of x's dtype.
@@ -180,7 +180,7 @@ class SparseFFN(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             dvalues = _row_gradient(token_sums(active, picks, retrieved.order, g, u), retrieved.rows, values)
         if ctx.on_backward is not None:
-            ctx.on_backward()
+            ctx.on_backward(u)
         return dx, drouter, dkeys, dvalues, None, None, None
 
 

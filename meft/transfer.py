@@ -36,9 +36,12 @@ def nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def bring_rows(table: Tensor, rows: Tensor, device: torch.device) -> Tensor:
-    """The named rows of a table on a device, [u, d]; the gather happens where the table lies."""
-    return table.index_select(0, rows).to(device)
+def bring_rows(table: Tensor, rows: Tensor, like: Tensor) -> Tensor:
+    """The named rows of a table, [u, d], with the device and dtype of `like`.
+
+    They are gathered where the table lies, cross in the table's dtype, and become wider on the other side.
+    """
+    return table.index_select(0, rows).to(like.device).to(like.dtype)
 
 
 def page_lock(tensor: Tensor) -> bool:
