@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -25,11 +27,13 @@ class Stash:
         selection: the picks.
         real: int64 [T], places of the tokens that are no padding; None where all are real.
         probe: [tokens, <= 8], some columns of the layer's input, to tell forward passes apart.
+        versions: of keys and values, to tell whether they were updated since.
     """
 
     selection: Selection
     real: Tensor | None
     probe: Tensor
+    versions: tuple[int, int]
 
 
 @dataclass(eq=False)
@@ -103,10 +107,18 @@ class _Hooks:
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if not hasattr(_here, "opened"):
             _here.opened = []
-        _here.opened.append(self.passes.begin_pass(named_arguments(module, args, kwargs)))
+        call = sys._getframe(1)
+        running = set()
+        frame: FrameType | None = call
+        while frame is not None:
+            running.add(frame)
+            frame = frame.f_back
+        while _here.opened and _here.opened[-1][0] not in running:  # torch runs no hook after a KeyboardInterrupt
+            end(_here.opened.pop()[1])
+        _here.opened.append((call, self.passes.begin_pass(named_arguments(module, args, kwargs))))
 
     def after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        opened = _here.opened.pop()
+        _, opened = _here.opened.pop()
         try:
             if output is not None:  # None after an exception
                 self.passes.finish_pass(opened, output)

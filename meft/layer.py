@@ -17,7 +17,7 @@ from .balance import attach_balance_loss
 from .config import MEFTConfig
 from .retrieval import retrieved
 from .selection import Selection
-from .sparse_ffn import SparseFFN
+from .sparse_ffn import SparseFFN, check_versions
 from .store import RowTable
 from .transfer import Traffic, nbytes
 
@@ -173,6 +173,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             if found is not None:
                 now, stash = found
                 selection, real = stash.selection, stash.real
+                check_versions(stash.versions, keys.rows, values.rows)
         if selection is None:
             real = _real_tokens(now.mask if now is not None else None, shape)
         kept = x if real is None else x.index_select(0, real)
@@ -183,7 +184,8 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             done = partial(self._note_backward, adapter_name)
             y = SparseFFN.apply(kept, router, keys.rows, values.rows, found_rows, factors, done)
         if selection is None and now is not None and now.recorded:
-            stash = context.Stash(found_rows.selection, real, context.probe_of(x))
+            versions = (keys.rows._version, values.rows._version)
+            stash = context.Stash(found_rows.selection, real, context.probe_of(x), versions)
             now.stashes.setdefault(key, []).append(stash)
         if config.balance_loss_weight and torch.is_grad_enabled():
             y = attach_balance_loss(y, F.linear(kept, router), config, now)

@@ -82,7 +82,7 @@ def update_table(table: RowTable, gradient: RowGradient, rule: StepRule, *, mode
         if table.moments is None or table.moments.dense != (mode == "dense"):
             table.catch_up()
             table.moments = Moments.fresh(table.rows.detach(), dense=mode == "dense", seed=table.seed)
-        values = gradient.row_values.contiguous()
+        values = gradient.row_values.to(torch.promote_types(table.rows.dtype, torch.float32)).contiguous()
         if divisor != 1.0:
             values = values / divisor
         moments, master = table.moments, table.rows.detach()
@@ -154,6 +154,8 @@ class RowSteps:
                 continue
             config = self.configs[name]
             rule = rule_of(optimizer, group_of(optimizer, table.rows), config.row_optimizer)
+            # Of an optimizer that calls its closure several times in a step, the last gradient.
+            self._taken = [taken for taken in self._taken if taken[0] is not table]
             self._taken.append((table, as_row_gradient(gradient), rule, config.row_mode, divisor))
 
     def after_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
@@ -173,8 +175,8 @@ class RowAdamW(Optimizer):
     """AdamW that updates only the rows that the gradients of MEFT tables name.
 
     For those who build their own optimizer; with torch's or bitsandbytes' Adam and AdamW nothing has to be done. Other
-    parameters may be in it too and get AdamW. The moments of a table belong to the table (`RowTable.moments`) and are
-    in the optimizer's state dict as well.
+    parameters may be in it too and get AdamW, bfloat16 ones with stochastic rounding. The moments of a table belong to
+    the table (`RowTable.moments`) and are in the optimizer's state dict as well.
 
     Args:
         params: parameters or groups; a table may be in one optimizer only.
@@ -245,12 +247,16 @@ class RowAdamW(Optimizer):
 
     def _step_whole(self, parameter: nn.Parameter, rule: StepRule) -> None:
         """AdamW for a parameter that is no table: one whose rows are all touched."""
-        flat = parameter.detach().view(len(parameter), -1) if parameter.ndim else parameter.detach().view(1, 1)
+        if not parameter.numel():
+            return
+        flat = parameter.detach().reshape(len(parameter) if parameter.ndim else 1, -1).contiguous()
         state = self.state[parameter]
         if not state:
             state["moments"] = Moments.fresh(flat, dense=False, seed=0)
         gradient = parameter.grad.reshape(flat.shape)  # type: ignore[union-attr]
         state["moments"].update(flat, None, torch.arange(len(flat), device=flat.device), gradient, rule)
+        if flat.data_ptr() != parameter.data_ptr():  # of a parameter that is not contiguous: a copy
+            parameter.copy_(flat.view(parameter.shape))
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; the tensors of a table's moments are the table's own, not copies."""
@@ -259,6 +265,8 @@ class RowAdamW(Optimizer):
         states: dict[int, Any] = {}
         for i, parameter in enumerate(p for g in self.param_groups for p in g["params"]):
             table = tables.get(id(parameter))
+            if table is not None:
+                table.catch_up()  # as the model's state dict does: the two fit together whichever is taken first
             moments = table.moments if table is not None else self.state.get(parameter, {}).get("moments")
             if moments is not None:
                 states[i] = moments.tensors()

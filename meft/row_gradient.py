@@ -94,6 +94,8 @@ def _merged(a: RowGradient, b: RowGradient) -> tuple[Tensor, Tensor]:
 
 
 def _add(func: Any, a: Any, b: Any, *, alpha: float = 1) -> Any:
+    if func is aten.add_.Tensor and not isinstance(a, RowGradient):  # a plain tensor stays one
+        return a.index_add_(0, b.rows, b.row_values.to(a.dtype), alpha=alpha)
     a, b = (as_row_gradient(g, a) for g in (a, b))
     if alpha != 1:
         b = _with(b, b.rows, b.row_values * alpha)

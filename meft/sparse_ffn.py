@@ -103,6 +103,14 @@ def token_sums(weights: Tensor, selection: Selection, order: Tensor, x: Tensor, 
     return _masked(selection, order, weights, rows).T @ x
 
 
+def check_versions(seen: tuple[int, int], keys: Tensor, values: Tensor) -> None:
+    """Raises: RuntimeError: the tables were updated since a forward pass read them."""
+    if seen != (keys._version, values._version):
+        raise RuntimeError(
+            "MEFT rows were updated between this forward pass and its backward pass: call backward() before step()."
+        )
+
+
 class SparseFFN(torch.autograd.Function):
     """sum_{j in J} ReLU(s_j) v_j of the retrieved picks; gradients of the tables are `RowGradient`s."""
 
@@ -158,10 +166,8 @@ class SparseFFN(torch.autograd.Function):
             key_rows, value_rows = retrieved.keys, retrieved.values
         picks, u = retrieved.selection, len(retrieved.rows)
         keys, values = ctx.tables
-        if retrieved.in_place and ctx.versions != (keys._version, values._version):
-            raise RuntimeError(
-                "MEFT rows were updated between this forward pass and its backward pass: call backward() before step()."
-            )
+        if retrieved.in_place:
+            check_versions(ctx.versions, keys, values)
         g = g.contiguous().to(x.dtype)
         ds = row_dots(g, picks, retrieved.place, value_rows) * (active > 0)
         by_key = ds * factor if factor is not None else ds

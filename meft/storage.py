@@ -1,7 +1,8 @@
 """How an adapter lies in a file: keys, values and router of each layer once, and a digest of all of it.
 
 Keys, after the path of the FFN module: `.meft_keys.rows` and `.meft_values.rows` [r, d], `.meft_router` [E, d]; and
-`base_model.meft_digest`. In memory the name of the adapter stands after `meft_keys`, `meft_values` and `meft_router`.
+`base_model.meft_digest`, which covers these and not `modules_to_save`. In memory the name of the adapter stands after
+`meft_keys`, `meft_values` and `meft_router`.
 """
 
 from __future__ import annotations

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -59,6 +61,7 @@ class RowTable(nn.Module):
     def _made(self) -> None:
         self._own = weakref.ref(self.rows)
         self.owner: weakref.ref[Optimizer] | None = None
+        self._former: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self.claimed_by: weakref.ref[Optimizer] | None = None
         RowTable._all.add(self)
         self.lock = threading.RLock()
@@ -67,7 +70,7 @@ class RowTable(nn.Module):
         self._locked: weakref.finalize | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = ("_own", "lock", "owner", "claimed_by", "_wire", "_wire_of", "_locked")
+        transient = ("_own", "lock", "owner", "_former", "claimed_by", "_wire", "_wire_of", "_locked")
         return {key: value for key, value in self.__dict__.items() if key not in transient}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -79,8 +82,13 @@ class RowTable(nn.Module):
         self._own = weakref.ref(self.rows)
 
     def check_whole(self) -> None:
-        """Raises: RuntimeError: somebody has put another parameter in the place of the rows."""
-        if self._own() is not self.rows:
+        """Raises: RuntimeError: an engine that shards parameters has put another one in the place of the rows."""
+        if self._own() is self.rows:
+            return
+        plain = type(self.rows) is nn.Parameter and self.rows.ndim == 2
+        if plain and not (dist.is_available() and dist.is_initialized()):
+            self._own = weakref.ref(self.rows)  # transformers' load_adapter puts the loaded ones there
+        else:
             raise RuntimeError(
                 "MEFT's rows were replaced (sharded, flattened or offloaded by FSDP, DeepSpeed or a device map), which "
                 "is not supported yet: train with one process or with DistributedDataParallel, without offloading."
@@ -138,8 +146,9 @@ class RowTable(nn.Module):
         """In dense mode: replay the steps that rows (None: all) have missed."""
         if self.moments is not None and self.moments.lags:
             with self.lock:
-                moments, master = self.moments, self.rows.detach()
-                # Rows that a recorded forward pass has read have caught up already: for autograd nothing changes.
+                # Rows that a recorded forward pass has read have caught up already: for autograd nothing changes, so
+                # the masters are written without their version counter (`data`).
+                moments, master = self.moments, self.rows.data
                 self.writing(lambda wire: moments.catch_up(master, wire, rows), changed=False)
 
     # ------------------------------------------------------------------ writing
@@ -167,6 +176,13 @@ class RowTable(nn.Module):
         if self.owner is not None and owner is not optimizer:
             self.catch_up()
             self.moments = None
+            if optimizer in self._former:
+                warnings.warn(
+                    "Two optimizers step the same MEFT rows in turn: their moments restart at each change; put a table "
+                    "into one optimizer only."
+                )
+            if owner is not None:
+                self._former.add(owner)
         self.owner = weakref.ref(optimizer)
 
     def fill(self, std: float | None) -> None:

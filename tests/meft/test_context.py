@@ -1,0 +1,355 @@
+"""Contexts of forward passes: when they begin and die, and which picks a recomputation gets."""
+
+import gc
+import os
+import threading
+import weakref
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from meft import MEFTConfig, context
+from meft.layer import MEFTLayer
+from meft.selection import Selection
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_open():
+    yield
+    context.end(context.current())
+
+
+def adapted(**fields):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+    ).double()
+    sizes = {"r": 16, "num_experts": 4, "experts_per_token": 2, "top_k": 3, "init_weights": False}
+    config = MEFTConfig(**sizes | {"task_type": "CAUSAL_LM", "master_dtype": "float64"} | fields)
+    return get_peft_model(model, config).train()
+
+
+def ids(seed=0, rows=2):
+    return torch.randint(0, 64, (rows, 7), generator=torch.Generator().manual_seed(seed))
+
+
+def checkpointed(model, reentrant):
+    model.enable_input_require_grads()
+    model.config.use_cache = False
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    return model
+
+
+def recorded(monkeypatch):
+    """Weak references to all contexts that are opened from now on."""
+    opened, begin = [], context.begin
+
+    def watched(*args):
+        made = begin(*args)
+        if made is not None:
+            opened.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(context, "begin", watched)
+    return opened
+
+
+def gradients(model):
+    return [
+        p.grad.to_dense() if "rows" in name else p.grad for name, p in model.named_parameters() if p.grad is not None
+    ]
+
+
+# ---------------------------------------------------------------------- life and death
+
+
+@pytest.mark.parametrize("held", ["loss", "logits"])
+def test_a_context_lives_as_long_as_the_graph(monkeypatch, held):
+    model, opened = adapted(), recorded(monkeypatch)
+    output = model(input_ids=ids(), labels=ids())
+    assert len(opened) == 1
+    kept = output[held]
+    del output
+    gc.collect()
+    assert opened[0]() is not None
+    kept.sum().backward()
+    del kept
+    gc.collect()
+    assert opened[0]() is None
+
+
+def test_a_context_of_an_abandoned_graph_dies_without_the_garbage_collector(monkeypatch):
+    model, opened = adapted(), recorded(monkeypatch)
+    output = model(input_ids=ids(), labels=ids())
+    gc.collect()
+    gc.disable()
+    try:
+        del output
+        assert opened[0]() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_recording_nothing_is_kept(monkeypatch, mode):
+    model, opened = adapted(), recorded(monkeypatch)
+    with mode():
+        output = model(input_ids=ids(), labels=ids())
+    assert output.loss is not None
+    assert len(opened) == 1
+    gc.collect()
+    assert opened[0]() is None
+
+
+def test_a_pass_is_one_context_from_whichever_end_it_is_called(monkeypatch):
+    model, opened = adapted(), recorded(monkeypatch)
+    for called in (model, model.base_model, model.base_model.model, model.get_base_model()):
+        before = len(opened)
+        called(input_ids=ids())
+        assert len(opened) == before + 1
+        assert context.current() is None
+    model.generate(input_ids=ids(), max_new_tokens=3, do_sample=False)
+    assert context.current() is None
+
+
+def test_the_context_has_the_mask_and_the_number_of_layers(monkeypatch):
+    model, seen = adapted(), []
+    layer = next(m for m in model.modules() if isinstance(m, MEFTLayer))
+    layer.register_forward_pre_hook(lambda module, args: seen.append(context.current()))
+    mask = torch.ones(2, 7, dtype=torch.int64)
+    mask[1, 5:] = 0
+    model(input_ids=ids(), attention_mask=mask)
+    assert torch.equal(seen[0].mask, mask.bool())
+    assert (seen[0].layers, seen[0].recorded) == (2, True)
+    assert [len(s) for s in seen[0].stashes.values()] == [1, 1]
+    with torch.no_grad():
+        model(input_ids=ids())
+    assert (seen[1].mask, seen[1].recorded, seen[1].stashes) == (None, False, {})
+
+
+def test_a_pass_inside_another_shares_its_context():
+    outer = context.begin(None, 2)
+    try:
+        assert context.current() is outer
+        inner = context.begin(torch.ones(1, 1, dtype=torch.bool), 5)
+        assert inner is None
+        context.end(inner)
+        assert context.current() is outer
+    finally:
+        context.end(outer)
+    assert context.current() is None
+
+
+def test_a_model_inside_another_models_pass_leaves_the_outer_one_open():
+    outer, inner, seen = adapted(), adapted(), []
+    first, second = (m for m in outer.modules() if isinstance(m, MEFTLayer))
+    first.register_forward_hook(lambda *_: inner(input_ids=ids(1)) and None)
+    second.register_forward_pre_hook(lambda *_: seen.append(context.current()))
+    outer(input_ids=ids())
+    assert seen[0] is not None
+    assert context.current() is None
+
+
+@pytest.mark.parametrize(
+    ("end", "interruption"),
+    [
+        ("tuner", RuntimeError),
+        ("inner model", RuntimeError),
+        ("tuner", KeyboardInterrupt),
+        ("inner model", KeyboardInterrupt),
+    ],
+)
+def test_an_exception_leaves_no_open_context(end, interruption):
+    """An interrupted generate(), too: the next pass must not run with the old one's padding."""
+    model, seen = adapted(), []
+    called = model if end == "tuner" else model.get_base_model()
+    layer = next(m for m in model.modules() if isinstance(m, MEFTLayer))
+
+    def fail(*_):
+        raise interruption("stop")
+
+    padded = torch.ones(2, 7, dtype=torch.int64)
+    padded[0, :3] = 0
+    handle = layer.base_layer.register_forward_hook(fail)
+    with pytest.raises(interruption):
+        called(input_ids=ids(), attention_mask=padded)
+    handle.remove()
+    layer.register_forward_pre_hook(lambda *_: seen.append(context.current()))
+    called(input_ids=ids())
+    assert seen[0].mask is None
+    assert context.current() is None
+
+
+def test_threads_have_their_own_contexts():
+    outer, seen = context.begin(None, 1), []
+
+    def run():
+        seen.append(context.current())
+        own = context.begin(None, 3)
+        seen.append(own)
+        context.end(own)
+        seen.append(context.current())
+
+    try:
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        assert seen[0] is seen[2] is None
+        assert seen[1] is not None
+        assert seen[1] is not outer
+        assert context.current() is outer
+    finally:
+        context.end(outer)
+
+
+# ---------------------------------------------------------------------- recomputation
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["checkpoint", "reentrant"])
+def test_a_recomputation_makes_no_picks_of_its_own(monkeypatch, reentrant):
+    import meft.retrieval
+
+    plain, model, calls = adapted(), checkpointed(adapted(), reentrant), []
+    plain(input_ids=ids(), labels=ids()).loss.backward()
+    select = meft.retrieval.select_neurons
+    monkeypatch.setattr(meft.retrieval, "select_neurons", lambda *a, **k: calls.append(1) or select(*a, **k))
+    loss = model(input_ids=ids(), labels=ids()).loss
+    assert len(calls) == 2
+    loss.backward()
+    assert len(calls) == 2
+    for a, b in zip(gradients(model), gradients(plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["checkpoint", "reentrant"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_passes_that_are_alive_together_get_their_own_picks(order, reentrant):
+    """Of equal shapes, padded in different ways: a wrong stash would give wrong gradients."""
+    plain, model = adapted(), checkpointed(adapted(), reentrant)
+    masks = [torch.ones(2, 7, dtype=torch.int64) for _ in range(3)]
+    masks[1][0, :3], masks[2][1, :5] = 0, 0
+
+    def losses(m):
+        return [
+            m(input_ids=ids(s), attention_mask=masks[s], labels=ids(s).masked_fill(masks[s] == 0, -100)).loss
+            for s in range(3)
+        ]
+
+    for m in (plain, model):
+        alive = losses(m)
+        for i in order:
+            (alive[i] * (i + 1)).backward()
+    for a, b in zip(gradients(model), gradients(plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+class FFN(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(16, 16, bias=False, dtype=torch.float64)
+
+    def forward(self, x):
+        return torch.tanh(self.up(x))
+
+
+def test_a_layer_that_is_used_twice_in_a_pass_gets_the_picks_of_each_use():
+    torch.manual_seed(0)
+    layer = MEFTLayer(FFN(), 16)
+    layer.update_layer(
+        "default",
+        MEFTConfig(r=16, num_experts=4, experts_per_token=2, top_k=3, init_weights=False, master_dtype="float64"),
+    )
+    inputs = [torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (0, 1)]
+    found = []
+    for recompute in (False, True):
+        x, other = (t.clone().requires_grad_() for t in inputs)
+        opened = context.begin(None, 1)
+        call = (lambda t: checkpoint(layer, t, use_reentrant=False)) if recompute else layer
+        y = call(call(x) + other)
+        context.keep_with_graph(opened, y)
+        context.end(opened)
+        del opened
+        keys = layer.meft_keys["default"].rows
+        dx, dother, dkeys = torch.autograd.grad(y.square().sum(), [x, other, keys])
+        found.append([dx, dother, dkeys.to_dense()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
+
+
+def stash_of(x, neuron):
+    one = torch.tensor([neuron])
+    return context.Stash(Selection(torch.tensor([0, 1]), torch.tensor([0]), one), None, context.probe_of(x), (0, 0))
+
+
+def test_the_stash_with_the_closest_input_is_found():
+    key = (1, "default")
+    inputs = [torch.full((4, 16), 1.0 + i) for i in range(3)]
+    outputs, contexts = [], []
+    for i, x in enumerate(inputs):
+        opened = context.begin(None, 1)
+        opened.stashes[key] = [stash_of(x, i)]
+        outputs.append(torch.ones((), requires_grad=True) * 2)
+        context.keep_with_graph(opened, [{"out": (outputs[-1],)}])
+        context.end(opened)
+        contexts.append(opened)
+    for i, x in enumerate(inputs):
+        owner, stash = context.find_stash(key, x + 1e-6)
+        assert owner is contexts[i]
+        assert stash.selection.neuron.item() == i
+    assert context.find_stash((2, "default"), inputs[0]) is None
+    assert context.find_stash(key, torch.ones(5, 16)) is None  # another number of tokens
+    assert context.find_stash(key, inputs[0] + 0.4) is None  # nothing near
+    del outputs[1], contexts[1], opened, owner, stash
+    assert context.find_stash(key, inputs[1]) is None
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["checkpoint", "reentrant"])
+def test_a_pass_over_the_same_batch_whose_graph_is_kept_is_not_mistaken_for_this_one(reentrant):
+    """A list of losses keeps the graphs; the rows have changed since, and the first layer's input has not."""
+    results = []
+    for keep in (False, True):
+        model, kept = checkpointed(adapted(), reentrant), []
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = model(input_ids=ids(), labels=ids()).loss
+            loss.backward()
+            optimizer.step()
+            kept.append(loss if keep else None)
+        results.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_recomputation_after_the_rows_have_changed_is_an_error():
+    """Not reentrant; a reentrant one first runs the layer when it recomputes, and has no older rows to compare with."""
+    model = checkpointed(adapted(), False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    stale = model(input_ids=ids(), labels=ids()).loss
+    model(input_ids=ids(1), labels=ids(1)).loss.backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="rows were updated between this forward pass and its backward pass"):
+        stale.backward()
+
+
+def test_recomputing_is_known_by_the_backward_pass():
+    seen = []
+    x = torch.ones((), requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda g: seen.append(context.recomputing()))
+    assert not context.recomputing()
+    y.backward()
+    assert seen == [True]
+    assert not context.recomputing()

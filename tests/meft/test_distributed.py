@@ -1,0 +1,354 @@
+"""Two gloo processes: DDP equals one process with the joint batch, and the ranks equal each other; FSDP is refused.
+
+The processes run this file as a script, once for all tests (`python test_distributed.py RANK FOLDER`).
+"""
+
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.meft.conftest import Tiny
+
+WORLD, STEPS, ROWS, LENGTH = 2, 5, 2, 6
+
+
+def adapted(seed=0, **fields):
+    return Tiny.adapted(2, torch.float64, seed=seed, **fields)
+
+
+def joint(step):
+    return Tiny.batch(WORLD * ROWS, LENGTH, seed=50 + step)
+
+
+def mine(step, rank):
+    return joint(step)[ROWS * rank : ROWS * rank + ROWS]
+
+
+def clipped(model):
+    return torch.nn.utils.clip_grad_norm_(Tiny.trainable(model), 0.05)
+
+
+def train(model, rank=None, optimizer=None, steps=range(STEPS), clip=False):
+    """Rank None sees the joint batch."""
+    optimizer = optimizer or Tiny.adamw(model)
+    norms = []
+    for step in steps:
+        batch = joint(step) if rank is None else mine(step, rank)
+        model(input_ids=batch, labels=batch).loss.backward()
+        if clip:
+            norms.append(float(clipped(model)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer, norms
+
+
+# ---------------------------------------------------------------------- what the two processes do
+
+
+def run_ddp(rank, clip=False, **fields):
+    model = adapted(seed=rank, **fields)  # DDP brings the first rank's weights to all, and the rows come too
+    base = adapted(seed=0).get_base_model()
+    model.get_base_model().load_state_dict(base.state_dict(), strict=False)
+    wrapped = DistributedDataParallel(model)
+    names = {n for b in [wrapped.parameters_to_ignore] for n in b}
+    in_buckets = {name for name, p in wrapped.module.named_parameters() if p.requires_grad and name not in names}
+    optimizer, norms = train(wrapped, rank, clip=clip)
+    assert optimizer.state
+    return {"state": Tiny.whole_state(model), "buckets": in_buckets, "ignored": names, "norms": norms}
+
+
+def run_checkpointed(rank, reentrant):
+    model = adapted().train()
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    train(DistributedDataParallel(model), rank)
+    return {"state": Tiny.whole_state(model)}
+
+
+def run_accumulation(rank):
+    """Two backward passes a step, the first without synchronising."""
+    model = adapted()
+    wrapped = DistributedDataParallel(model)
+    optimizer = Tiny.adamw(model)
+    for step in range(3):
+        with wrapped.no_sync():
+            batch = mine(2 * step, rank)
+            (wrapped(input_ids=batch, labels=batch).loss / 2).backward()
+        batch = mine(2 * step + 1, rank)
+        (wrapped(input_ids=batch, labels=batch).loss / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"state": Tiny.whole_state(model)}
+
+
+def run_lengths(rank):
+    """Ranks with batches of other sizes; the second one's is padding alone in one step."""
+    model = adapted()
+    wrapped = DistributedDataParallel(model)
+    optimizer = Tiny.adamw(model)
+    for step in range(3):
+        batch = Tiny.batch(1 + rank, 5 + 3 * rank, seed=step)
+        mask = torch.ones_like(batch)
+        if rank and step == 1:
+            mask.zero_()
+        wrapped(input_ids=batch, attention_mask=mask).logits.nan_to_num().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"state": Tiny.whole_state(model)}
+
+
+def run_evaluation_first(rank):
+    """The rows of rank 0 also count in an evaluation before the first training step."""
+    model = adapted(seed=rank)
+    model.get_base_model().load_state_dict(adapted(seed=0).get_base_model().state_dict(), strict=False)
+    wrapped = DistributedDataParallel(model)
+    with torch.no_grad():
+        return {"logits": wrapped(input_ids=joint(0)).logits}
+
+
+def run_nonfinite(rank):
+    model = adapted()
+    wrapped = DistributedDataParallel(model)
+    optimizer, _ = train(wrapped, rank, steps=range(2))
+    before = Tiny.whole_state(model)
+    batch = mine(2, rank)
+    wrapped(input_ids=batch, labels=batch).loss.backward()
+    if rank == 1:
+        Tiny.tables(model)[1].rows.grad.row_values[0, 0] = float("nan")
+    optimizer.step()
+    optimizer.zero_grad()
+    after = Tiny.whole_state(model)
+    same = all(torch.equal(after[name], before[name]) for name in before)
+    skipped = model.base_model.nonfinite_steps
+    train(wrapped, rank, optimizer, steps=range(2, STEPS))
+    return {"same": same, "skipped": skipped, "state": Tiny.whole_state(model)}
+
+
+def refusal(run):
+    try:
+        run()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"error": "none"}
+
+
+def run_fsdp2(rank, whole):
+    from torch.distributed.fsdp import fully_shard
+
+    model = adapted()
+    if not whole:
+        for layer in model.get_base_model().model.layers:
+            fully_shard(layer)
+    fully_shard(model)
+    return refusal(lambda: train(model, rank, steps=range(1)))
+
+
+def run_fsdp1(rank, use_orig_params):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = adapted()
+    for parameter in model.parameters():
+        parameter.requires_grad = True
+
+    def run():
+        device = torch.device("cpu")
+        train(FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=device), rank, steps=range(1))
+
+    return refusal(run)
+
+
+TASKS = {
+    "ddp": run_ddp,
+    "clipping": lambda rank: run_ddp(rank, clip=True),
+    "dense": lambda rank: run_ddp(rank, row_optimizer={"mode": "dense"}),
+    "checkpointed": lambda rank: run_checkpointed(rank, False),
+    "checkpointed reentrant": lambda rank: run_checkpointed(rank, True),
+    "accumulation": run_accumulation,
+    "lengths": run_lengths,
+    "evaluation first": run_evaluation_first,
+    "nonfinite": run_nonfinite,
+    "fsdp2": lambda rank: run_fsdp2(rank, True),
+    "fsdp2 layers": lambda rank: run_fsdp2(rank, False),
+    "fsdp1": lambda rank: run_fsdp1(rank, False),
+    "fsdp1 original": lambda rank: run_fsdp1(rank, True),
+}
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=60),  # a rank that waits for one that failed
+    )
+    results = {}
+    for name, task in TASKS.items():
+        try:
+            results[name] = task(rank)
+        except Exception as error:  # the other tests still have something to say; both ranks fail alike
+            results[name] = repr(error)
+        torch.save(results, folder / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+# ---------------------------------------------------------------------- tests
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """The results of both processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    logs = [folder / f"rank{rank}.log" for rank in range(WORLD)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__, str(rank), str(folder)],
+            env=environment,
+            cwd=Path(__file__).parents[2],
+            stdout=logs[rank].open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(WORLD)
+    ]
+    deadline = time.monotonic() + 240
+    # One that fails leaves the other waiting: then neither is worth waiting for.
+    while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    for process in processes:
+        process.kill()
+        process.wait()
+    assert [p.returncode for p in processes] == [0] * WORLD, "\n".join(log.read_text() for log in logs)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+def result(ranks, name):
+    results = [rank[name] for rank in ranks]
+    for entry in results:
+        assert not isinstance(entry, str), entry
+    return results
+
+
+def assert_close(state, expected):
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        if value.is_floating_point():
+            # The joint batch's mean is summed in another order; AdamW divides by small square roots.
+            torch.testing.assert_close(state[name], value, rtol=1e-7, atol=1e-10, msg=name)
+        else:
+            assert torch.equal(state[name], value), name
+
+
+def assert_bit_equal(ranks, name):
+    first, second = result(ranks, name)
+    Tiny.assert_equal(first["state"], second["state"])
+    assert any(".counts" in key for key in first["state"])
+    return first
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Task -> one process with the joint batch."""
+
+    def whole(**fields):
+        clip = fields.pop("clip", False)
+        model = adapted(**fields)
+        _, norms = train(model, clip=clip)
+        return Tiny.whole_state(model), norms
+
+    return whole
+
+
+def test_tables_are_not_in_ddps_buckets(ranks):
+    for entry in result(ranks, "ddp"):
+        assert len(entry["ignored"]) == 4
+        assert all(name.endswith(".rows") for name in entry["ignored"])
+        assert len(entry["buckets"]) == 2
+        assert all("meft_router" in name for name in entry["buckets"])
+
+
+def test_the_rows_of_the_first_rank_count_and_both_end_equal(ranks, alone):
+    """The ranks' models were made from other seeds."""
+    assert_close(assert_bit_equal(ranks, "ddp")["state"], alone()[0])
+
+
+def test_clipping_counts_the_same_norm_as_one_process(ranks, alone):
+    expected, norms = alone(clip=True)
+    for entry in result(ranks, "clipping"):
+        assert entry["norms"] == pytest.approx(norms, rel=1e-9)
+        assert min(entry["norms"]) > 0.05
+    assert_close(assert_bit_equal(ranks, "clipping")["state"], expected)
+
+
+def test_dense_mode(ranks, alone):
+    assert_close(assert_bit_equal(ranks, "dense")["state"], alone(row_optimizer={"mode": "dense"})[0])
+
+
+@pytest.mark.parametrize("name", ["checkpointed", "checkpointed reentrant"])
+def test_gradient_checkpointing(ranks, alone, name):
+    assert_close(assert_bit_equal(ranks, name)["state"], alone()[0])
+
+
+def test_accumulation_with_no_sync(ranks):
+    model = adapted()
+    optimizer = Tiny.adamw(model)
+    for step in range(3):
+        for half in (2 * step, 2 * step + 1):
+            (model(input_ids=joint(half), labels=joint(half)).loss / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_close(assert_bit_equal(ranks, "accumulation")["state"], Tiny.whole_state(model))
+
+
+def test_ranks_with_other_lengths_and_padding_alone(ranks):
+    assert_bit_equal(ranks, "lengths")
+
+
+def test_an_evaluation_before_the_first_step_sees_the_first_ranks_rows(ranks):
+    first, second = result(ranks, "evaluation first")
+    assert torch.equal(first["logits"], second["logits"])
+
+
+def test_a_nonfinite_row_gradient_on_one_rank_skips_the_step_on_all(ranks, alone):
+    for entry in result(ranks, "nonfinite"):
+        assert entry["same"]
+        assert entry["skipped"] == 1
+    assert_close(assert_bit_equal(ranks, "nonfinite")["state"], alone()[0])
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp2 layers", "fsdp1", "fsdp1 original"])
+def test_fsdp_is_refused(ranks, name):
+    for entry in result(ranks, name):
+        assert "FSDP" in entry["error"], entry["error"]
+        assert "not supported" in entry["error"]
+        assert "DistributedDataParallel" in entry["error"]
+
+
+def test_deepspeed_is_refused_when_a_trainers_run_begins():
+    from types import SimpleNamespace
+
+    from peft_bridge.trainer import RunEvents
+
+    model = adapted()
+    optimizer = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})()
+    state = SimpleNamespace(max_steps=3, global_step=0)
+    with pytest.raises(RuntimeError, match=r"not support DeepSpeed.*DistributedDataParallel"):
+        RunEvents().on_train_begin(None, state, None, model=model, optimizer=optimizer)
+    RunEvents().on_train_begin(None, state, None, model=model, optimizer=Tiny.adamw(model))
+
+
+if __name__ == "__main__":
+    worker(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,288 @@
+"""The cheap picks against the oracle: identical in float64; in float32 different only at the cut."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from meft import MEFTConfig, context
+from meft.layer import MEFTLayer
+from meft.routing import chosen_neurons
+from meft.selection import Selection, largest_experts, probed_dots, select_neurons, shared_by_all, union
+
+
+def draw(T, d, E, each, seed=0, integer=False):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((T, d), (E, d), (E * each, d))
+    if integer:
+        return [torch.randint(-2, 3, shape, generator=generator).double() for shape in shapes]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def select(x, router, keys, P, K, factor):
+    return select_neurons(x, x @ router.T, keys, experts_per_token=P, top_k=K, factor=factor)
+
+
+def mask_of(selection, r):
+    mask = torch.zeros(selection.tokens, r, dtype=torch.bool)
+    mask[selection.token, selection.neuron] = True
+    assert int(mask.sum()) == len(selection.token) == len(selection.neuron) == int(selection.starts[-1])
+    return mask
+
+
+def assert_well_formed(selection, x, keys):
+    counts = torch.bincount(selection.token, minlength=selection.tokens)
+    assert selection.starts.tolist() == [0, *counts.cumsum(0).tolist()]
+    assert bool((selection.token.diff() >= 0).all())
+    same = selection.token.diff() == 0
+    assert bool((selection.neuron.diff()[same] > 0).all())
+    dots = (x[selection.token] * keys[selection.neuron]).sum(1)
+    torch.testing.assert_close(selection.dots, dots, rtol=1e-12, atol=1e-12)
+
+
+# ---------------------------------------------------------------------- float64: identical to the oracle
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.data(), st.booleans(), st.booleans())
+def test_the_picks_are_the_oracles(data, integer, factor):
+    T, d, E, each = (data.draw(st.integers(low, high)) for low, high in ((0, 12), (1, 8), (1, 8), (1, 6)))
+    P, K = data.draw(st.integers(1, E)), data.draw(st.integers(1, E * each))
+    x, router, keys = draw(T, d, E, each, data.draw(st.integers(0, 2**32)), integer)
+    if T and data.draw(st.booleans()):
+        x[data.draw(st.integers(0, T - 1))] = 0  # all logits and scores tie at zero
+    selection = select(x, router, keys, P, K, factor)
+    expected = chosen_neurons(x, router, keys, experts_per_token=P, top_k=K, router_factor=factor)
+    assert torch.equal(mask_of(selection, E * each), expected)
+    assert_well_formed(selection, x, keys)
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 63, 256, 4096])
+@pytest.mark.parametrize("integer", [False, True])
+def test_the_picks_are_the_oracles_for_any_number_of_tokens(T, integer):
+    x, router, keys = draw(T, 16, 16, 8, seed=T, integer=integer)
+    selection = select(x, router, keys, 4, 10, True)
+    expected = chosen_neurons(x, router, keys, experts_per_token=4, top_k=10, router_factor=True)
+    assert torch.equal(mask_of(selection, 128), expected)
+
+
+def test_equal_scores_go_to_the_lower_ids():
+    x, keys = torch.ones(1, 1), torch.ones(12, 1)
+    for logits, neurons in (([1.0] * 4, [0, 1, 2, 3]), ([0.0, 1.0, 2.0, 2.0], [6, 7, 8, 9]), ([-1.0] * 4, [])):
+        selection = select_neurons(x, torch.tensor([logits]), keys, experts_per_token=2, top_k=4, factor=True)
+        assert selection.neuron.tolist() == neurons
+
+
+def test_infinite_logits_are_the_largest_and_zero_rows_pick_nothing():
+    x, keys = torch.ones(2, 3), torch.arange(1.0, 9.0)[:, None].expand(8, 3).clone()
+    x[1] = 0
+    logits = torch.tensor([[1.0, torch.inf, -torch.inf, 2.0], [3.0, 2.0, 1.0, 0.0]])
+    selection = select_neurons(x, logits, keys, experts_per_token=2, top_k=3, factor=True)
+    # Infinite scores tie; of the other probed expert the lower id fills the third place only if its score is larger.
+    assert selection.neuron.tolist() == [2, 3, 7]
+    assert selection.token.tolist() == [0, 0, 0]
+    selection = select_neurons(x, logits, keys, experts_per_token=2, top_k=3, factor=False)
+    assert selection.neuron.tolist() == [3, 6, 7]
+    no_scores = torch.full((1, 4), -torch.inf)
+    assert not len(select_neurons(x[:1], no_scores, keys, experts_per_token=4, top_k=3, factor=True).neuron)
+
+
+def test_permuting_and_splitting_tokens_leave_each_tokens_picks():
+    x, router, keys = draw(50, 12, 8, 4, seed=5)
+    whole = mask_of(select(x, router, keys, 3, 5, True), 32)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(mask_of(select(x[order], router, keys, 3, 5, True), 32), whole[order])
+    for parts in ([1] * 50, [17, 33], [49, 1]):
+        picks = [mask_of(select(part, router, keys, 3, 5, True), 32) for part in x.split(parts)]
+        assert torch.equal(torch.cat(picks), whole)
+
+
+# ---------------------------------------------------------------------- layers: padding, batch-mates, later tokens
+
+
+class FFN(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.up = nn.Linear(width, width, bias=False, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.up(x)
+
+
+def layer_of(width=16, **fields):
+    torch.manual_seed(0)
+    layer = MEFTLayer(FFN(width), width)
+    sizes = {"r": 32, "num_experts": 8, "experts_per_token": 3, "top_k": 5, "init_weights": False}
+    layer.update_layer("default", MEFTConfig(**(sizes | {"master_dtype": "float64"} | fields)))
+    return layer
+
+
+def picks_of_a_layer(layer, x, mask=None):
+    """bool [batch, length, r], and the output."""
+    opened = context.begin(mask, layers=1)
+    try:
+        y = layer(x)
+        stash = opened.stashes[id(layer), "default"][0]
+    finally:
+        context.end(opened)
+    picks = torch.zeros(x.shape[0] * x.shape[1], 32, dtype=torch.bool)
+    real = stash.real if stash.real is not None else torch.arange(len(picks))
+    picks[real[stash.selection.token], stash.selection.neuron] = True
+    return picks.view(*x.shape[:2], 32), y.detach()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_never_changes_the_picks_of_a_layer(side):
+    layer, generator = layer_of(), torch.Generator().manual_seed(1)
+    x = torch.randn(2, 7, 16, generator=generator, dtype=torch.float64)
+    picks, y = picks_of_a_layer(layer, x)
+    junk = torch.randn(2, 4, 16, generator=generator, dtype=torch.float64)
+    padded = torch.cat([junk, x] if side == "left" else [x, junk], 1)
+    mask = torch.ones(2, 11, dtype=torch.bool)
+    real = slice(4, None) if side == "left" else slice(0, 7)
+    mask[:] = False
+    mask[:, real] = True
+    padded_picks, padded_y = picks_of_a_layer(layer, padded, mask)
+    assert torch.equal(padded_picks[:, real], picks)
+    assert not padded_picks[~mask].any()
+    torch.testing.assert_close(padded_y[:, real], y, rtol=1e-12, atol=1e-12)
+    base = layer.base_layer(padded).detach()
+    assert torch.equal(padded_y[~mask], base[~mask])
+
+
+def test_batch_mates_and_later_tokens_never_change_the_picks_of_a_layer():
+    layer = layer_of()
+    x = torch.randn(3, 9, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    picks, y = picks_of_a_layer(layer, x)
+    for batch, length in ((slice(0, 1), 9), (slice(1, 3), 9), (slice(0, 3), 4), (slice(2, 3), 1)):
+        part, part_y = picks_of_a_layer(layer, x[batch, :length])
+        assert torch.equal(part, picks[batch, :length])
+        torch.testing.assert_close(part_y, y[batch, :length], rtol=1e-12, atol=1e-12)
+    # One token at a time, with a mask of all tokens so far, as in decoding with a cache.
+    for t in range(9):
+        part, part_y = picks_of_a_layer(layer, x[:, t : t + 1], torch.ones(3, t + 1, dtype=torch.bool))
+        assert torch.equal(part, picks[:, t : t + 1])
+        torch.testing.assert_close(part_y, y[:, t : t + 1], rtol=1e-12, atol=1e-12)
+
+
+# ---------------------------------------------------------------------- float32: differences lie at the cut
+
+
+def ulp(x):
+    return torch.nextafter(x.float(), torch.tensor(torch.inf)).double() - x.float().double()
+
+
+def differences_at_the_cut(x, router, keys, P, K, factor):
+    """Tokens whose float32 picks differ from float64's; each difference is checked to lie within 8 ulp of a cut.
+
+    The cuts: the logit of the last probed expert, the score of the last kept neuron, and zero. An ulp is that of the
+    sum of the magnitudes that a score is added up from: what rounding can move.
+    """
+    free = mask_of(select_neurons(x, x @ router.T, keys, experts_per_token=P, top_k=K, factor=factor), len(keys))
+    x, router, keys = x.double(), router.double(), keys.double()
+    exact = chosen_neurons(x, router, keys, experts_per_token=P, top_k=K, router_factor=factor)
+    each = len(keys) // len(router)
+    logits, size_of_logits = x @ router.T, x.abs() @ router.abs().T
+    factors = logits.repeat_interleave(each, 1) if factor else torch.ones(len(x), len(keys), dtype=torch.float64)
+    scores, sizes = x @ keys.T * factors, x.abs() @ keys.abs().T * factors.abs()
+    if factor:
+        sizes = sizes.maximum((x @ keys.T).abs() * size_of_logits.repeat_interleave(each, 1))
+    differ = (free != exact).any(1).nonzero().flatten().tolist()
+    for t in differ:
+        wrong = (free[t] != exact[t]).nonzero().flatten()
+        ordered = logits[t].sort(descending=True).values
+        if len(ordered) > P and ordered[P - 1] - ordered[P] <= 8 * ulp(size_of_logits[t]).max():
+            continue  # another expert was probed
+        cut = scores[t][exact[t]].min() if int(exact[t].sum()) == K else torch.tensor(0.0, dtype=torch.float64)
+        assert bool(((scores[t, wrong] - cut).abs() <= 8 * ulp(sizes[t, wrong])).all()), t
+    return len(differ)
+
+
+@pytest.mark.parametrize("factor", [True, False])
+@pytest.mark.parametrize("rows", [torch.float32, torch.bfloat16], ids=["fp32 rows", "bf16 rows"])
+def test_float32_picks_differ_from_the_oracles_only_at_the_cut(rows, factor, record_property):
+    x, router, keys = (t.float() for t in draw(2000, 32, 32, 8, seed=7))
+    keys = (keys * 0.02).to(rows)
+    count = differences_at_the_cut(x, router, keys, 8, 16, factor)
+    print(f"{count} of 2000 tokens differ")
+    record_property("differing_tokens", count)
+    assert count <= 20  # 1 %: ties within rounding are rare among random scores
+
+
+def test_float32_picks_at_near_ties_differ_only_at_the_cut(record_property):
+    x, router, keys = (t.float() for t in draw(500, 32, 8, 16, seed=8))
+    keys[1::2] = keys[::2] * (1 + 2**-23)  # pairs one ulp apart: rounding decides, often another way than float64
+    count = differences_at_the_cut(x, router, keys, 4, 7, False)
+    print(f"{count} of 500 tokens differ")
+    record_property("differing_tokens", count)
+    assert count > 0
+
+
+# ---------------------------------------------------------------------- cost
+
+
+@pytest.mark.parametrize(("T", "P"), [(1, 3), (40, 3), (40, 8)])
+def test_a_token_costs_e_plus_p_k_dot_products(T, P):
+    d, E, each = 16, 8, 4
+    layer = layer_of(experts_per_token=P)
+    x = torch.randn(T, d, dtype=torch.float64)
+    with FlopCounterMode(display=False) as counter:
+        logits = x @ layer.meft_router["default"].detach().T
+        select_neurons(x, logits, layer.meft_keys["default"].rows.detach(), experts_per_token=P, top_k=5, factor=True)
+    assert counter.get_total_flops() == 2 * d * T * (E + P * each)
+
+
+# ---------------------------------------------------------------------- the parts
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 40), st.data())
+def test_union_names_each_neuron_once_and_where_it_is(r, data):
+    neuron = torch.tensor(data.draw(st.lists(st.integers(0, r - 1), max_size=30)), dtype=torch.int64)
+    rows, place = union(neuron, r)
+    assert rows.tolist() == sorted(set(neuron.tolist()))
+    assert torch.equal(rows[place], neuron)
+    assert rows.dtype == place.dtype == torch.int64
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.sets(st.integers(0, 9)), min_size=1, max_size=6))
+def test_shared_by_all_gives_every_token_every_pick(tokens):
+    starts = torch.tensor([0, *(len(t) for t in tokens)]).cumsum(0)
+    token = torch.tensor([i for i, t in enumerate(tokens) for _ in t], dtype=torch.int64)
+    neuron = torch.tensor([n for t in tokens for n in sorted(t)], dtype=torch.int64)
+    shared = shared_by_all(Selection(starts, token, neuron, torch.zeros(len(neuron))))
+    everything = sorted(set().union(*tokens))
+    assert shared.dots is None  # the scores of other tokens' picks were not computed
+    assert shared.tokens == len(tokens)
+    for t in range(len(tokens)):
+        start, stop = shared.starts[t], shared.starts[t + 1]
+        assert shared.neuron[start:stop].tolist() == everything
+        assert set(shared.token[start:stop].tolist()) <= {t}
+
+
+def test_largest_experts_are_ascending_and_ties_go_to_the_lower_id():
+    logits = torch.tensor([[1.0, 3.0, 2.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    assert largest_experts(logits, 2).tolist() == [[1, 3], [0, 1]]
+    assert largest_experts(logits, 5).tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+def test_probed_dots_stand_in_the_order_of_the_probed_experts():
+    x, _, keys = draw(6, 5, 4, 3, seed=9, integer=True)
+    experts = torch.tensor([[0, 1], [2, 3], [0, 3], [1, 2], [0, 2], [2, 3]])
+    for rows in (keys, keys.bfloat16()):
+        dots = probed_dots(x, experts, rows, 4)
+        for t, chosen in enumerate(experts.tolist()):
+            for p, e in enumerate(chosen):
+                assert torch.equal(dots[t, p], keys[e * 3 : (e + 1) * 3] @ x[t])
+
+
+def test_a_selection_moves_whole_and_knows_its_bytes():
+    x, router, keys = draw(6, 5, 4, 3, seed=9)
+    selection = select(x, router, keys, 2, 2, True)
+    moved = selection.to(torch.device("meta"))
+    assert {t.device.type for t in (moved.starts, moved.token, moved.neuron, moved.dots)} == {"meta"}
+    assert selection.nbytes() == 8 * (7 + 2 * len(selection.neuron))
+    assert shared_by_all(selection).to(torch.device("cpu")).dots is None

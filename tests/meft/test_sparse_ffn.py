@@ -1,0 +1,310 @@
+"""Outputs and all gradients of the sparse path against autograd through the oracle."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meft import sparse_ffn
+from meft.routing import chosen_neurons, reference
+from meft.row_gradient import RowGradient
+from meft.selection import Selection, select_neurons, shared_by_all, union
+from meft.sparse_ffn import Retrieved, SparseFFN, row_dots, token_sums, weighted_rows
+
+SIZES = {"T": 11, "d": 6, "E": 4, "each": 5, "P": 2, "K": 4}
+
+
+@pytest.fixture(params=["sparse products", "masked products"])
+def products(request, monkeypatch):
+    """Both ways to sum over picks: MKL's sparse products, and dense ones with a mask where there is no MKL."""
+    if request.param == "masked products":
+        monkeypatch.setattr(sparse_ffn, "_has_sparse_products", lambda tensor: False)
+    elif not torch.backends.mkl.is_available():
+        pytest.skip("this torch was built without MKL")
+
+
+class Dense(torch.autograd.Function):
+    """A table unchanged; its gradient of rows becomes a plain tensor on the way to the leaf."""
+
+    @staticmethod
+    def forward(ctx, table):
+        return table.view_as(table)
+
+    @staticmethod
+    def backward(ctx, g):
+        assert isinstance(g, RowGradient)
+        return g.to_dense()
+
+
+def draw(T=11, d=6, E=4, each=5, seed=0, **_):
+    """x, router, keys, values and the gradient of the output."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((T, d), (E, d), (E * each, d), (E * each, d), (T, d))
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def retrieve(selection, keys, values, in_place=True):
+    rows, order = union(selection.neuron, len(keys))
+    if in_place:
+        return Retrieved(selection, keys.detach(), values.detach(), selection.neuron, rows, order, True)
+    return Retrieved(selection, keys.detach()[rows], values.detach()[rows], order, rows, order, False)
+
+
+def sparse(x, router, keys, values, P, K, routing="per_token", factor=True, in_place=True, read=None):
+    """The sparse path as a layer calls it. read: the rows that are read, if they are not the tables."""
+    logits = (x @ router.to(x.dtype).T).detach()
+    key_rows, value_rows = read if read is not None else (keys, values)
+    factor = factor and routing == "per_token"
+    selection = select_neurons(x.detach(), logits, key_rows.detach(), experts_per_token=P, top_k=K, factor=factor)
+    if routing == "union":
+        selection = shared_by_all(selection)
+    found = retrieve(selection, key_rows, value_rows, in_place)
+    return SparseFFN.apply(x, router, keys, values, found, logits if factor else None)
+
+
+def gradients(y, g, inputs):
+    found = torch.autograd.grad(y, inputs, g, allow_unused=True)
+    return [torch.zeros_like(i) if t is None else t for t, i in zip(found, inputs, strict=True)]
+
+
+def dense(t):
+    return t.to_dense() if isinstance(t, RowGradient) else t
+
+
+def assert_equal_to_the_oracle(sizes, seed, routing, factor, in_place):
+    *inputs, g = draw(**sizes, seed=seed)
+    inputs = [t.requires_grad_() for t in inputs]
+    P, K = sizes["P"], sizes["K"]
+    y = sparse(*inputs, P, K, routing, factor, in_place)
+    expected = reference(*inputs, experts_per_token=P, top_k=K, routing=routing, router_factor=factor)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    ours, theirs = gradients(y, g, inputs), gradients(expected, g, inputs)
+    assert [type(t) for t in ours] == [torch.Tensor, torch.Tensor, RowGradient, RowGradient]
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(dense(a), b, rtol=1e-12, atol=1e-12)
+    return ours
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["tables", "copies"])
+@pytest.mark.parametrize("factor", [True, False], ids=["factor", "plain"])
+@pytest.mark.parametrize("routing", ["per_token", "union"])
+def test_float64_equals_the_oracle(products, routing, factor, in_place):
+    *_, dkeys, dvalues = assert_equal_to_the_oracle(SIZES, 0, routing, factor, in_place)
+    assert torch.equal(dkeys.rows, dvalues.rows)
+    assert bool((dkeys.rows.diff() > 0).all())
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data(), st.booleans(), st.booleans(), st.sampled_from(["per_token", "union"]))
+def test_float64_equals_the_oracle_in_any_shape(data, factor, in_place, routing):
+    sizes = {name: data.draw(st.integers(1, most)) for name, most in (("T", 9), ("d", 7), ("E", 6), ("each", 5))}
+    sizes["P"] = data.draw(st.integers(1, sizes["E"]))
+    sizes["K"] = data.draw(st.integers(1, sizes["E"] * sizes["each"]))
+    assert_equal_to_the_oracle(sizes, data.draw(st.integers(0, 2**32)), routing, factor, in_place)
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["tables", "copies"])
+def test_the_dense_configuration_is_a_relu_adapter(products, in_place):
+    x, router, keys, values, g = draw(seed=1)
+    inputs = [t.requires_grad_() for t in (x, router, keys, values)]
+    y = sparse(*inputs, P=4, K=20, factor=False, in_place=in_place)
+    expected = (x @ keys.T).relu() @ values
+    torch.testing.assert_close(y, expected, rtol=1e-13, atol=1e-13)
+    for a, b in zip(gradients(y, g, inputs), gradients(expected, g, inputs), strict=True):
+        torch.testing.assert_close(dense(a), b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["tables", "copies"])
+@pytest.mark.parametrize("T", [0, 3])
+def test_nothing_picked_is_zero_with_zero_gradients(products, T, in_place):
+    x, router, keys, values, g = draw(T=T, seed=2)
+    inputs = [t.requires_grad_() for t in (x, router, keys, values)]
+    none = torch.zeros(0, dtype=torch.int64)
+    nobody = Selection(torch.zeros(T + 1, dtype=torch.int64), none, none, x.new_zeros(0))
+    for selection in (nobody, shared_by_all(nobody)):
+        y = SparseFFN.apply(*inputs, retrieve(selection, keys, values, in_place), (x @ router.T).detach())
+        assert torch.equal(y, torch.zeros(T, 6, dtype=torch.float64))
+        dx, drouter, dkeys, dvalues = gradients(y, g, inputs)
+        assert not dx.any()
+        assert not drouter.any()
+        assert len(dkeys.rows) == len(dvalues.rows) == 0
+        assert dkeys.row_values.shape == (0, 6)
+        assert dkeys.shape == keys.shape
+
+
+def test_some_tokens_without_picks(products):
+    x, router, keys, values, g = draw(seed=3)
+    x = x.clone()
+    x[[0, 4, 10]] = 0
+    inputs = [t.requires_grad_() for t in (x, router, keys, values)]
+    y = sparse(*inputs, P=2, K=3)
+    expected = reference(*inputs, experts_per_token=2, top_k=3)
+    assert not y[[0, 4, 10]].any()
+    for a, b in zip(gradients(y, g, inputs), gradients(expected, g, inputs), strict=True):
+        torch.testing.assert_close(dense(a), b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["tables", "copies"])
+@pytest.mark.parametrize("factor", [True, False], ids=["factor", "plain"])
+def test_gradcheck(products, factor, in_place):
+    x, router, keys, values, _ = draw(T=5, d=3, seed=4)
+    inputs = [t.requires_grad_() for t in (x, router, keys, values)]
+    with torch.no_grad():
+        found = select_neurons(x, x @ router.T, keys, experts_per_token=2, top_k=4, factor=factor)
+
+    def run(x, router, keys, values):
+        read = retrieve(Selection(found.starts, found.token, found.neuron), keys, values, in_place)
+        logits = (x @ router.T).detach() if factor else None
+        return SparseFFN.apply(x, router, Dense.apply(keys), Dense.apply(values), read, logits)
+
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_only_what_is_asked_for_is_computed():
+    x, router, keys, values, g = draw(seed=5)
+    for wanted in range(4):
+        inputs = [t.clone().requires_grad_(i == wanted) for i, t in enumerate((x, router, keys, values))]
+        everything = [t.clone().requires_grad_() for t in (x, router, keys, values)]
+        alone = torch.autograd.grad(sparse(*inputs, P=2, K=4), inputs[wanted], g)[0]
+        together = torch.autograd.grad(sparse(*everything, P=2, K=4), everything, g)[wanted]
+        assert torch.equal(dense(alone), dense(together))
+
+
+# ---------------------------------------------------------------------- float32, and rows in bfloat16
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["tables", "copies"])
+@pytest.mark.parametrize("factor", [True, False], ids=["factor", "plain"])
+@pytest.mark.parametrize(("rows", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+def test_float32_with_injected_picks(products, rows, bound, factor, in_place):
+    """Against float64 with the same picks and the masters, so that the bound of bfloat16 holds the rows' rounding."""
+    sizes = {"T": 64, "d": 32, "E": 8, "each": 16}
+    x, router, keys, values, g = draw(**sizes, seed=6)
+    exact = [t.clone().requires_grad_() for t in (x, router, keys, values)]
+    chosen = chosen_neurons(x, router, keys, experts_per_token=3, top_k=12, router_factor=factor)
+    expected = reference(*exact, experts_per_token=3, top_k=12, router_factor=factor, chosen=chosen)
+
+    inputs = [t.float().requires_grad_() for t in (x, router, keys, values)]
+    token, neuron = chosen.nonzero(as_tuple=True)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), chosen.sum(1).cumsum(0)])
+    found = retrieve(Selection(starts, token, neuron), inputs[2].to(rows), inputs[3].to(rows), in_place)
+    logits = (inputs[0] @ inputs[1].T).detach() if factor else None
+    y = SparseFFN.apply(*inputs, found, logits)
+    assert y.dtype == torch.float32
+    pairs = [(y, expected), *zip(gradients(y, g.float(), inputs), gradients(expected, g, exact), strict=True)]
+    for ours, theirs in pairs:
+        error = dense(ours).double() - theirs
+        assert error.norm() <= bound * theirs.norm()
+        assert error.abs().max() <= 4 * bound * theirs.abs().max()  # no element hides behind the norm
+    assert pairs[3][0].row_values.dtype == torch.float32
+
+
+def test_bfloat16_rows_are_the_only_error():
+    """Against float64 with the same rounded rows the path is as exact as with float32 rows."""
+    x, router, keys, values, g = draw(T=64, d=32, E=8, each=16, seed=7)
+    rounded = [keys.bfloat16(), values.bfloat16()]
+    exact = [t.clone().requires_grad_() for t in (x.float().double(), router.float().double(), *map(_wide, rounded))]
+    inputs = [t.detach().float().requires_grad_() for t in exact]
+    y = sparse(*inputs, P=8, K=128, factor=False, read=rounded)
+    expected = reference(*exact, experts_per_token=8, top_k=128, router_factor=False)
+    pairs = [(y, expected), *zip(gradients(y, g.float(), inputs), gradients(expected, g, exact), strict=True)]
+    for i in (0, 1, 3, 4):  # not the router: it has no gradient here
+        ours, theirs = pairs[i]
+        assert (dense(ours).double() - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+def _wide(t):
+    return t.double()
+
+
+# ---------------------------------------------------------------------- what a backward pass may rely on
+
+
+def test_rows_updated_between_forward_and_backward_are_an_error():
+    for changed in (2, 3):
+        x, router, keys, values, g = draw(seed=8)
+        inputs = [t.requires_grad_() for t in (x, router, keys, values)]
+        y = sparse(*inputs, P=2, K=4)
+        with torch.no_grad():
+            inputs[changed].mul_(1.0)
+        with pytest.raises(RuntimeError, match="rows were updated between this forward pass and its backward pass"):
+            y.backward(g)
+        assert all(t.grad is None for t in inputs)
+
+
+def test_copies_outlive_an_update_of_the_tables():
+    x, router, keys, values, g = draw(seed=8)
+    inputs = [t.requires_grad_() for t in (x, router, keys, values)]
+    expected = gradients(sparse(*inputs, P=2, K=4), g, inputs)
+    y = sparse(*inputs, P=2, K=4, in_place=False)
+    with torch.no_grad():
+        keys.zero_()
+        values.zero_()
+    for a, b in zip(gradients(y, g, inputs), expected, strict=True):
+        torch.testing.assert_close(dense(a), dense(b), rtol=1e-13, atol=1e-13)
+
+
+def test_copies_are_saved_through_autograd_and_whole_tables_are_not():
+    for in_place in (True, False):
+        x, router, keys, values, _ = draw(T=33, E=8, seed=9)
+        inputs = [t.requires_grad_() for t in (x, router, keys, values)]
+        logits = (x @ router.T).detach()
+        found = select_neurons(x.detach(), logits, keys.detach(), experts_per_token=1, top_k=1, factor=True)
+        read = retrieve(found, keys, values, in_place)
+        copy = (len(read.rows), 6)
+        assert copy not in (x.shape, router.shape, keys.shape)
+        seen = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, seen=seen: seen.append(tuple(t.shape)) or t, lambda t: t
+        ):
+            SparseFFN.apply(*inputs, read, logits)
+        assert seen.count(copy) == (0 if in_place else 2)
+        assert tuple(keys.shape) not in seen
+
+
+def test_second_derivatives_are_refused():
+    x, router, keys, values, g = draw(seed=10)
+    inputs = [t.requires_grad_() for t in (x, router, keys, values)]
+    (dx,) = torch.autograd.grad(sparse(*inputs, P=2, K=4), x, g.requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_a_backward_pass_is_announced_once():
+    x, router, keys, values, g = draw(seed=11)
+    inputs = [t.requires_grad_() for t in (x, router, keys, values)]
+    heard = []
+    with torch.no_grad():
+        found = select_neurons(x, x @ router.T, keys, experts_per_token=2, top_k=4, factor=False)
+    y = SparseFFN.apply(*inputs, retrieve(found, keys, values), None, heard.append)
+    assert heard == []
+    y.backward(g)
+    assert heard == [len(retrieve(found, keys, values).rows)]
+
+
+# ---------------------------------------------------------------------- the products
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data(), st.booleans())
+def test_the_products_over_picks_equal_loops(data, masked):
+    T, r, d = (data.draw(st.integers(1, 6)) for _ in range(3))
+    sets = [sorted(data.draw(st.sets(st.integers(0, r - 1)))) for _ in range(T)]
+    starts = torch.tensor([0, *map(len, sets)]).cumsum(0)
+    token = torch.tensor([t for t, s in enumerate(sets) for _ in s], dtype=torch.int64)
+    neuron = torch.tensor([n for s in sets for n in s], dtype=torch.int64)
+    picks = Selection(starts, token, neuron)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    x, rows = (torch.randint(-3, 4, (n, d), generator=generator).double() for n in (T, r))
+    weights = torch.randint(-3, 4, (len(token),), generator=generator).double()
+    pairs = list(zip(token.tolist(), neuron.tolist(), weights.tolist(), strict=True))
+    gathered, sums = torch.zeros(T, d, dtype=torch.float64), torch.zeros(r, d, dtype=torch.float64)
+    for t, n, w in pairs:
+        gathered[t] += w * rows[n]
+        sums[n] += w * x[t]
+    with pytest.MonkeyPatch.context() as patch:
+        if masked:
+            patch.setattr(sparse_ffn, "_has_sparse_products", lambda tensor: False)
+        assert torch.equal(weighted_rows(weights, picks, neuron, rows), gathered)
+        assert row_dots(x, picks, neuron, rows).tolist() == [float(x[t] @ rows[n]) for t, n, _ in pairs]
+        assert torch.equal(token_sums(weights, picks, neuron, x, r), sums)
