@@ -1,7 +1,6 @@
 """Training as users do it: a plain Trainer at its defaults, long runs, and threads that read while steps run."""
 
 import gc
-import importlib.util
 import os
 import threading
 
@@ -9,8 +8,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+import trl
+from datasets import Dataset
 from peft import get_peft_model
-from transformers import Trainer, TrainingArguments
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from meft import RowAdamW, context
 
@@ -82,17 +86,26 @@ def test_a_trainer_with_an_optimizer_that_has_no_rule_stops_before_anything_move
     tiny.assert_equal(tiny.state(model), before)
 
 
-if importlib.util.find_spec("trl"):
-
-    def test_trls_sft_trainer_lowers_the_loss(tiny, tmp_path):
-        import trl
-
-        model = get_peft_model(tiny.base(dtype=torch.float32), tiny.config(init_weights=True, r=128, num_experts=16))
-        args = arguments(tmp_path, trl.SFTConfig, learning_rate=2e-2)
-        trainer = trl.SFTTrainer(model, args=args, train_dataset=dataset(tiny))
-        trainer.train()
-        losses = losses_of(trainer)
-        assert sum(losses[-4:]) < sum(losses[:4]) - 0.5
+def test_trls_sft_trainer_lowers_the_loss_at_its_defaults(tiny, tmp_path):
+    """Its own wrapping of the model, bf16 and gradient checkpointing included."""
+    words = {f"w{i}": i for i in range(tiny.VOCAB)}
+    backend = Tokenizer(WordLevel(words, unk_token="w2"))
+    backend.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", bos_token="w1", eos_token="w3")
+    texts = [" ".join(f"w{token}" for token in row.tolist()) for row in tiny.batch(16, 8, seed=1)]
+    trainer = trl.SFTTrainer(
+        tiny.base(dtype=torch.float32),
+        args=arguments(tmp_path, trl.SFTConfig, learning_rate=2e-2),
+        train_dataset=Dataset.from_dict({"text": texts}),
+        processing_class=tokenizer,
+        peft_config=tiny.config(init_weights=True, r=128, num_experts=16, task_type="CAUSAL_LM"),
+    )
+    assert trainer.args.gradient_checkpointing
+    assert trainer.args.max_grad_norm == 1.0
+    trainer.train()
+    losses = losses_of(trainer)
+    assert sum(losses[-4:]) < sum(losses[:4]) - 0.5
+    assert all(table.moments.step == 20 for table in tiny.tables(trainer.model))
 
 
 # ---------------------------------------------------------------------- threads
