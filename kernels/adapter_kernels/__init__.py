@@ -1,0 +1,24 @@
+"""Triton ops for routing and the sparse FFN, with torch paths for the CPU; they take and return plain tensors."""
+
+from .dispatch import debugging
+from .expert_topk import expert_topk
+from .gather_rows import gather_rows, scatter_rows
+from .launch import override
+from .router_topk import router_topk
+from .row_adamw import row_adamw
+from .row_union import row_union, row_union_window, union_windows
+from .sparse_ffn import sparse_ffn
+
+__all__ = [
+    "debugging",
+    "expert_topk",
+    "gather_rows",
+    "override",
+    "router_topk",
+    "row_adamw",
+    "row_union",
+    "row_union_window",
+    "scatter_rows",
+    "sparse_ffn",
+    "union_windows",
+]

@@ -1,0 +1,168 @@
+"""Compile every variant of every op for each GPU, on a machine that has none, and look at what came out.
+
+    python -m adapter_kernels.aot [--only WORD] [--jobs N]
+
+A variant is accepted when it compiles for sm_80, 86, 89 and 90 with nothing spilled, within the shared memory that a
+block of that GPU may have, and with 16-byte global loads where it promises them. sm_100, sm_120 and gfx942 are
+reported only. Compilers come in Triton's wheel; what was compiled before is taken from Triton's cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from . import jit
+from .expert_topk import variants as expert_topk
+from .gather_rows import variants as gather_rows
+from .router_topk import variants as router_topk
+from .row_adamw import variants as row_adamw
+from .row_union import variants as row_union
+from .sparse_ffn import variants as sparse_ffn
+from .variant import Variant, Variants
+
+OPS: dict[str, Variants] = {
+    "router_topk": router_topk,
+    "expert_topk": expert_topk,
+    "row_union": row_union,
+    "gather_rows": gather_rows,
+    "sparse_ffn": sparse_ffn,
+    "row_adamw": row_adamw,
+}
+# KiB of shared memory a block may opt in to (CUDA programming guide, table of compute capabilities).
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+REQUIRED = (80, 86, 89, 90)
+TARGETS: tuple[int | str, ...] = (*SHARED, "gfx942")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one variant became on one GPU. `problems` is empty where it is accepted."""
+
+    label: str
+    target: str
+    required: bool
+    registers: int = 0
+    spilled: int = 0
+    shared: int = 0
+    wide: bool = False
+    problems: tuple[str, ...] = ()
+
+
+def examine(variant: Variant, target: int | str) -> Row:
+    """Compile a variant for a compute capability or an AMD architecture."""
+    name = f"sm_{target}" if isinstance(target, int) else target
+    required = target in REQUIRED
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as until 3.9 when unset; 3.10 changes it
+    try:
+        compiled = _compile(variant, target)
+    except Exception as error:  # whatever the compilers raise is the finding
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()
+        return Row(variant.label, name, required, problems=(f"does not compile: {reason[0]}",))
+    shared = int(compiled.metadata.shared)
+    if isinstance(target, str):
+        counts = {
+            key: int(n) for key, n in re.findall(r"\.(vgpr_count|vgpr_spill_count): +(\d+)", compiled.asm["amdgcn"])
+        }
+        wide = "dwordx4" in compiled.asm["amdgcn"]
+        return Row(variant.label, name, required, counts["vgpr_count"], counts["vgpr_spill_count"], shared, wide)
+    usage = _resources(compiled.asm["cubin"])
+    spilled = usage["stack"] + usage["local"]
+    wide = _loads_16_bytes(compiled.asm["ptx"])
+    problems = []
+    if spilled:
+        problems.append(f"spills {spilled} bytes")
+    if shared > SHARED[target] * 1024:
+        problems.append(f"{shared} bytes of shared memory, more than {SHARED[target]} KiB")
+    if variant.wide and not wide:
+        problems.append("no 16-byte global load")
+    return Row(variant.label, name, required, usage["reg"], spilled, shared, wide, tuple(problems))
+
+
+def _compile(variant: Variant, target: int | str) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = variant.kernel.arg_names
+    types = {name: variant.types.get(name, "constexpr") for name in names}
+    aligned = [i for i, name in enumerate(names) if types[name].startswith("*") or name in variant.multiples_of_16]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    gpu = GPUTarget("cuda", target, 32) if isinstance(target, int) else GPUTarget("hip", target, 64)
+    source = ASTSource(variant.kernel, types, dict(variant.constants), attributes)
+    return jit.triton.compile(source, target=gpu, options=dict(variant.launch))
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Registers, and bytes of stack and of local memory, as cuobjdump reads them."""
+    tool = Path(jit.triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    return {key.lower(): int(n) for key, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", run.stdout)}
+
+
+def _loads_16_bytes(ptx: str) -> bool:
+    direct = re.search(r"ld\.global[.\w:]*\.(v4\.[bfsu]32|v2\.[bfsu]64|v8\.[bfsu]16)", ptx)
+    return bool(
+        direct or re.search(r"cp\.async\.c[ag]\.shared\.global[.\w:]* \[[^\]]+\], \[[^\]]+\], (0x10|16)\b", ptx)
+    )
+
+
+@cache
+def _variants(op: str, capability: int | None) -> list[Variant]:
+    return OPS[op](capability)
+
+
+def _task(op: str, index: int, target: int | str) -> Row:
+    return examine(_variants(op, target if isinstance(target, int) else None)[index], target)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a line a variant and GPU; 1 where a required one is not accepted."""
+    parser = argparse.ArgumentParser(prog="python -m adapter_kernels.aot", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--only", default="", metavar="WORD", help="variants whose line contains WORD")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
+    options = parser.parse_args(arguments)
+    if jit.INTERPRETED:
+        parser.error("TRITON_INTERPRET=1 leaves nothing to compile")
+    began = time.perf_counter()
+    tasks: list[tuple[str, int, int | str]] = [
+        (op, index, target)
+        for op in OPS
+        for target in TARGETS
+        for index, variant in enumerate(_variants(op, target if isinstance(target, int) else None))
+        if options.only in variant.label
+    ]
+    if not tasks:
+        parser.error(f"no variant contains {options.only!r}")
+    breaches = 0
+    with ProcessPoolExecutor(options.jobs) if options.jobs > 1 else contextlib.nullcontext() as pool:
+        for row in (pool.map if pool else map)(_task, *zip(*tasks, strict=True)):
+            breach = row.required and bool(row.problems)
+            breaches += breach
+            verdict = ("FAILS: " if breach else "reported: ") + "; ".join(row.problems) if row.problems else "ok"
+            print(
+                f"{row.target:7} {row.registers:4} registers {row.spilled:5} B spilled "
+                f"{row.shared / 1024:6.1f} KiB shared {'16-byte loads' if row.wide else '':13}  {row.label}  {verdict}",
+                flush=True,
+            )
+    took = time.perf_counter() - began
+    print(f"triton {jit.triton.__version__}: {len(tasks)} compiled, {breaches} not accepted, {took:.0f} s")
+    return int(breaches > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""What every op's wrapper does around its kernel: choose an implementation, check arguments, allocate, set the device.
+
+The rules: the device of the ids and of the output decides (a table in pinned host memory does not); CUDA and ROCm
+devices run Triton, all others torch; `impl` forces one of the two, which is how tests run Triton's interpreter on
+CPU tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from . import jit
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+INTS = (torch.int32, torch.int64)
+
+_debug = os.environ.get("ADAPTER_KERNELS_DEBUG", "0") not in ("", "0")
+
+
+def use_triton(impl: str | None, device: torch.device) -> bool:
+    """Whether an op whose ids and outputs live on `device` runs its Triton kernel (or else its torch path).
+
+    Raises:
+        ValueError: `impl` is unknown, or asks for Triton where it cannot run.
+    """
+    if impl is None:
+        return device.type == "cuda" and jit.AVAILABLE and not jit.INTERPRETED
+    require(impl in ("triton", "torch"), "impl", f'"triton", "torch" or None is needed, not {impl!r}')
+    if impl == "triton":
+        require(jit.AVAILABLE, "impl", "triton is not installed; leave impl at None")
+        require(
+            jit.INTERPRETED or device.type == "cuda",
+            "impl",
+            f'"triton" needs CUDA tensors, or the interpreter (TRITON_INTERPRET=1); the tensors are on {device}',
+        )
+    return impl == "triton"
+
+
+def require(satisfied: bool, argument: str, message: str) -> None:
+    """Raise a ValueError that names the argument, before anything is launched."""
+    if not satisfied:
+        raise ValueError(f"{argument}: {message}")
+
+
+def require_matrix(tensor: Tensor, argument: str, dtypes: Sequence[torch.dtype], columns: int | None = None) -> None:
+    """Two dimensions, one of the dtypes (float64 too, for the torch path, where the floats are asked for)."""
+    require(tensor.dim() == 2, argument, f"two dimensions are needed, not the shape {tuple(tensor.shape)}")
+    known = (*dtypes, torch.float64) if torch.float32 in dtypes else tuple(dtypes)
+    require(tensor.dtype in known, argument, f"one of {', '.join(map(str, known))} is needed, not {tensor.dtype}")
+    if columns is not None:
+        require(tensor.shape[1] == columns, argument, f"{columns} columns are needed, not {tensor.shape[1]}")
+
+
+def require_same_device(**tensors: Tensor | None) -> None:
+    """All on the device of the first."""
+    (first, head), *rest = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
+    for name, tensor in rest:
+        require(tensor.device == head.device, name, f"is on {tensor.device}, but {first} is on {head.device}")
+
+
+def require_half_or_single(tensor: Tensor, argument: str) -> None:
+    """The dtypes of the kernels: unlike the torch paths they have no float64."""
+    require(tensor.dtype in FLOATS, argument, f"the Triton kernel has no {tensor.dtype}; use one of {FLOATS}")
+
+
+def rows_apart(tensor: Tensor) -> Tensor:
+    """`tensor` itself where each row lies in one piece (any distance between rows), or else a contiguous copy."""
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] < 2 else tensor.contiguous()
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for an output or for scratch. Kernels allocate nowhere else: tests poison it and lay canaries around."""
+    return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Launches go to the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def debug() -> bool:
+    """Whether ops look at values (ids in range, no NaN), which costs a synchronisation with the device each."""
+    return _debug
+
+
+@contextlib.contextmanager
+def debugging(enabled: bool = True) -> Iterator[None]:
+    """Debug mode for a while; ADAPTER_KERNELS_DEBUG=1 sets it for the process."""
+    global _debug
+    before, _debug = _debug, enabled
+    try:
+        yield
+    finally:
+        _debug = before

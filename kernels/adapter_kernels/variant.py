@@ -1,0 +1,50 @@
+"""One way in which an op launches a kernel, as the ahead-of-time check compiles it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+TYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A specialisation of a kernel.
+
+    Attributes:
+        kernel: the `@triton.jit` function.
+        types: type of each runtime argument: "*bf16", "*i32", "i32", "fp32", ...
+        constants: the constexpr arguments.
+        launch: num_warps and num_stages.
+        multiples_of_16: integer arguments that a launch at the usual sizes passes as multiples of 16, as row lengths
+            and strides are; all pointers are taken to be aligned to 16 bytes, as torch allocates them.
+        wide: whether global memory must be read 16 bytes at a time.
+    """
+
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    launch: Mapping[str, int]
+    multiples_of_16: frozenset[str] = frozenset()
+    wide: bool = False
+
+    @property
+    def label(self) -> str:
+        """The kernel, the types of its data and what it is specialised for."""
+        data = sorted({kind[1:] for kind in self.types.values() if kind.startswith("*") and not kind.startswith("*i")})
+        fields = [f"{name}={value}" for name, value in (*self.constants.items(), *self.launch.items())]
+        return " ".join([self.kernel.__name__.strip("_").removesuffix("_kernel"), "/".join(data), *fields])
+
+
+def split(config: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, int]]:
+    """The block sizes of a configuration, and its num_warps and num_stages."""
+    options = {name: value for name, value in config.items() if name in ("num_warps", "num_stages")}
+    return {name: value for name, value in config.items() if name not in options}, options
+
+
+# What an op's module offers to the check: its variants for a compute capability (None: the default configurations).
+Variants = Callable[[int | None], list[Variant]]

@@ -1,0 +1,70 @@
+"""Checks of row_adamw, for any implementation of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adapter_kernels import reference
+from kernel_checks import EPS, Fenced
+from row_checks import same_bits
+from selection_checks import generator
+
+RULE = {"lr": 1e-2, "eps": 1e-8, "weight_decay": 0.1}
+
+
+class Tables:
+    """A table with its moments, counts and perhaps a wire, between fences; some rows were touched before."""
+
+    def __init__(self, r, d, dtype=torch.float32, *, wire=None, seed=0):
+        g = generator(seed)
+        wide = torch.promote_types(dtype, torch.float32)
+        self.fenced = {
+            "table": Fenced((r, d), dtype),
+            "exp_avg": Fenced((r, d), wide),
+            "exp_avg_sq": Fenced((r, d), wide),
+            "count": Fenced((r,), torch.int32),
+        }
+        if wire is not None:
+            self.fenced["wire"] = Fenced((r, d), wire)
+        touched = torch.randint(0, 4, (r,), generator=g)
+        self["table"].copy_(torch.randn(r, d, generator=g))
+        self["exp_avg"].copy_(0.1 * torch.randn(r, d, generator=g) * (touched > 0)[:, None])
+        self["exp_avg_sq"].copy_(0.1 * torch.rand(r, d, generator=g) * (touched > 0)[:, None])
+        self["count"].copy_(touched)
+        if wire is not None:
+            self["wire"].copy_(self["table"])
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.fenced[name].tensor
+
+    def step(self, op, rows, grads, *, betas=(0.9, 0.999), seed=0) -> None:
+        own = [self[name] for name in ("table", "exp_avg", "exp_avg_sq", "count")]
+        op(*own, rows, grads, betas=betas, seed=seed, wire=self["wire"] if "wire" in self.fenced else None, **RULE)
+
+
+def check_adamw(op, tables: Tables, rows: Tensor, grads: Tensor, *, betas=(0.9, 0.999)) -> None:
+    """Touched rows within rounding of the oracle, all else bit by bit."""
+    before = {name: tables[name].clone() for name in tables.fenced}
+    tables.step(op, rows, grads, betas=betas)
+    untouched = torch.ones(len(before["table"]), dtype=torch.bool)
+    untouched[rows.long()] = False
+    for name, fenced in tables.fenced.items():
+        assert fenced.intact(), f"a kernel wrote outside of {name}"
+        if name != "count":
+            assert same_bits(tables[name][untouched], before[name][untouched]), f"another row of {name} has changed"
+    assert torch.equal(tables["count"], before["count"] + (~untouched).int())
+    old = {name: x.double() for name, x in before.items()}
+    for i, grad in zip(rows.tolist(), grads.double(), strict=True):
+        touches = int(before["count"][i]) + 1
+        state = (old["table"][i], old["exp_avg"][i], old["exp_avg_sq"][i])
+        oracle = reference.row_adamw(*state, touches, grad, RULE["lr"], betas, RULE["eps"], RULE["weight_decay"])
+        sizes = (state[0].abs() + RULE["lr"] * 10, state[1].abs() + grad.abs(), oracle[2])
+        for name, exact, size in zip(("table", "exp_avg", "exp_avg_sq"), oracle, sizes, strict=True):
+            out = tables[name][i]
+            # Stochastic rounding goes to one of the neighbours: two halves of a unit in the last place.
+            eps = 2 * EPS[out.dtype] if out.dtype in EPS else 2.0**-53
+            error = (out.double() - exact).abs()
+            assert bool((error <= 4 * eps * exact.abs() + 8 * EPS[torch.float32] * size).all()), f"{name}, row {i}"
+        if "wire" in tables.fenced:
+            assert same_bits(tables["wire"][i], tables["table"][i].to(tables["wire"].dtype))

@@ -1,0 +1,66 @@
+"""The ahead-of-time check accepts what fits a GPU and refuses what does not."""
+
+import dataclasses
+
+import pytest
+
+pytest.importorskip("triton")
+
+from adapter_kernels import aot
+from adapter_kernels.expert_topk import variants as expert_topk
+from adapter_kernels.router_topk import variants as router_topk
+
+
+@pytest.fixture(scope="module")
+def router():
+    return router_topk(80)[0]
+
+
+def test_a_good_variant_is_accepted(router):
+    row = aot.examine(router, 80)
+    assert row.problems == ()
+    assert row.wide
+    assert 0 < row.registers < 128
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"launch": {"num_warps": 1, "maxnreg": 24}, "constants": {"BLOCK_E": 1024}}, "spills"),
+        ({"multiples_of_16": frozenset()}, "no 16-byte global load"),
+        ({"constants": {"BLOCK_E": 300}}, "does not compile: "),
+    ],
+    ids=["spills", "narrow", "not a power of two"],
+)
+def test_a_breach_is_refused(router, change, problem):
+    row = aot.examine(dataclasses.replace(router, **change), 80)
+    assert row.required
+    assert row.problems[0].startswith(problem)
+
+
+def test_too_much_shared_memory_is_refused():
+    dots = next(v for v in expert_topk(80) if v.types.get("x_ptr") == "*fp16")
+    large = dataclasses.replace(dots, constants=dots.constants | {"BM": 64, "BN": 64, "BK": 256})
+    row = aot.examine(dataclasses.replace(large, launch={"num_warps": 8, "num_stages": 4}), 86)
+    assert "bytes of shared memory, more than 99 KiB" in row.problems[-1]
+
+
+def test_the_command_fails_on_a_breach_where_the_gpu_is_required(monkeypatch, capsys, router):
+    narrow = dataclasses.replace(router, multiples_of_16=frozenset())
+    monkeypatch.setattr(aot, "OPS", {"mine": lambda capability: [narrow]})
+    for targets, code in (((80,), 1), ((120,), 0)):
+        aot._variants.cache_clear()
+        monkeypatch.setattr(aot, "TARGETS", targets)
+        assert aot.main(["--jobs", "1"]) == code
+    printed = capsys.readouterr().out
+    assert "FAILS: no 16-byte global load" in printed
+    assert "reported: no 16-byte global load" in printed
+    aot._variants.cache_clear()
+
+
+def test_every_op_has_variants_for_every_dtype():
+    for op, variants in aot.OPS.items():
+        found = variants(90)
+        assert found, op
+        pointers = {kind for v in found for kind in v.types.values() if kind in ("*fp32", "*fp16", "*bf16")}
+        assert op == "row_union" or pointers == {"*fp32", "*fp16", "*bf16"}

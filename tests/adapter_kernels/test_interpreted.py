@@ -1,0 +1,27 @@
+"""The tests below `interpreted/`, in a process where Triton's interpreter runs the kernels on CPU tensors."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+FOLDER = Path(__file__).parent / "interpreted"
+LEAST = 90  # a loss of coverage is a failure too
+
+
+def test_kernels_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=10", str(FOLDER)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=600)
+    assert run.returncode == 0, run.stdout[-12000:] + run.stderr[-4000:]
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed
+    assert int(passed[1]) >= LEAST
+    assert "skipped" not in run.stdout, run.stdout[-4000:]

@@ -1,0 +1,117 @@
+"""row_adamw on the CPU: the torch path against the oracle, torch's AdamW and meft's bits; registration, errors."""
+
+import pytest
+import torch
+
+from adamw_checks import RULE, Tables, check_adamw
+from adapter_kernels import debugging, row_adamw
+from adapter_kernels.row_adamw import _op
+from meft.row_update import StepRule, update_rows
+from row_checks import same_bits
+from selection_checks import generator
+
+
+@pytest.mark.parametrize("table", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.4, 0.9)])
+def test_a_step(table, betas):
+    tables = Tables(200, 1000, table, wire=torch.bfloat16 if table == torch.float32 else None)
+    rows = torch.randperm(200, generator=generator(1))[:150]
+    check_adamw(row_adamw, tables, rows, torch.randn(150, 1000, generator=generator(2)), betas=betas)
+
+
+def test_all_rows_step_as_torch_adamw():
+    tables = Tables(5, 40)
+    for name in ("exp_avg", "exp_avg_sq", "count"):
+        tables[name].zero_()
+    parameter = torch.nn.Parameter(tables["table"].clone())
+    optimizer = torch.optim.AdamW([parameter], **RULE)
+    for step in range(4):
+        parameter.grad = torch.randn(5, 40, generator=generator(step))
+        optimizer.step()
+        tables.step(row_adamw, torch.arange(5), parameter.grad)
+    torch.testing.assert_close(tables["table"], parameter.detach(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("table", [torch.float64, torch.float32, torch.bfloat16])
+def test_same_bits_as_meft(table):
+    wire = torch.bfloat16 if table == torch.float32 else None
+    ours, theirs = Tables(9, 300, table, wire=wire), Tables(9, 300, table, wire=wire)
+    rule = StepRule(RULE["lr"], 0.9, 0.99, RULE["eps"], RULE["weight_decay"], True)
+    for step in range(3):
+        rows = torch.randperm(9, generator=generator(step))[:6].sort().values
+        grads = torch.randn(6, 300, generator=generator(step))
+        ours.step(row_adamw, rows, grads, betas=(0.9, 0.99), seed=7)
+        own = [theirs[name] for name in ("table", "exp_avg", "exp_avg_sq", "count")]
+        exact = grads.to(table) if table == torch.float64 else grads
+        update_rows(*own, rows, exact, rule, wire=theirs["wire"] if wire else None, seed=7)
+    for name in ours.fenced:
+        assert same_bits(ours[name], theirs[name]), name
+
+
+def test_stochastic_rounding_keeps_the_mean():
+    mean = torch.zeros(8, 512)
+    for seed in range(200):
+        table, nothing = torch.full((8, 512), 1 + 2.0**-9, dtype=torch.bfloat16), torch.zeros(8, 512)
+        moments = (nothing.clone(), nothing.clone(), torch.zeros(8, dtype=torch.int32))
+        # A step of lr, as large as a quarter of a unit in the last place.
+        row_adamw(table, *moments, torch.arange(8), torch.ones(8, 512), lr=2.0**-9, eps=0.0, seed=seed)
+        mean += table.float() / 200
+    assert abs(mean.mean().item() - (1 - 2.0**-9)) < 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_registration(dtype):
+    tables = Tables(5, 8, dtype, wire=torch.float16 if dtype == torch.float32 else None)
+    rows, grads = torch.tensor([3, 1]), torch.ones(2, 8)
+    own = [tables[name] if name in tables.fenced else None for name in ("table", "exp_avg", "exp_avg_sq", "count", "wire")]
+    held = [x.clone() if x is not None else None for x in own]
+    torch.library.opcheck(_op, (*held, rows, grads, 1e-2, 0.9, 0.999, 1e-8, 0.1, 0, None))
+    compiled = torch.compile(row_adamw, fullgraph=True, backend="aot_eager")
+    other = Tables(5, 8, dtype, wire=torch.float16 if dtype == torch.float32 else None)
+    tables.step(compiled, rows, grads)
+    other.step(row_adamw, rows, grads)
+    for name in tables.fenced:
+        assert same_bits(tables[name], other[name])
+
+
+T = torch.ones(4, 8)
+GOOD = {
+    "table": T,
+    "exp_avg": T,
+    "exp_avg_sq": T,
+    "count": torch.zeros(4, dtype=torch.int32),
+    "rows": torch.tensor([1, 2]),
+    "grads": T[:2],
+    "lr": 0.1,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"table": T.half()}, "table: one of"),
+        ({"table": T[0]}, "table: two dimensions"),
+        ({"exp_avg": T.bfloat16()}, "exp_avg: one of"),
+        ({"exp_avg_sq": T[:2]}, r"exp_avg_sq: the shape \(4, 8\)"),
+        ({"wire": T}, "wire: one of"),
+        ({"table": T.bfloat16(), "wire": T.half()}, "wire: a bf16 table is narrow itself"),
+        ({"count": torch.zeros(4)}, r"count: int32 \[4\]"),
+        ({"rows": torch.ones(2)}, "rows: int32 or int64"),
+        ({"grads": T[:2, :7]}, "grads: 8 columns are needed"),
+        ({"grads": T[:3]}, "grads: 3 rows for 2 ids"),
+        ({"betas": (0.9, 1.0)}, "betas: from 0 to below 1"),
+        ({"lr": -1.0}, "lr: "),
+        ({"table": torch.ones(8, 4).T}, "table: a contiguous tensor"),
+        ({"exp_avg": T.to("meta")}, "exp_avg: is on meta, but table is on cpu"),
+        ({"rows": torch.ones(2, dtype=torch.int64, device="meta")}, "grads: is on cpu, but rows is on meta"),
+        ({"rows": torch.tensor([1, 4])}, "rows: 0 to 3 are possible, not 1 to 4"),
+    ],
+)
+def test_bad_input(change, message):
+    with pytest.raises(ValueError, match=message):
+        row_adamw(**(GOOD | change))
+
+
+def test_rows_are_looked_at_in_debug_mode():
+    with debugging(), pytest.raises(ValueError, match="rows: a row is there twice"):
+        row_adamw(**(GOOD | {"rows": torch.tensor([1, 1])}))
