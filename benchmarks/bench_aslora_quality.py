@@ -13,13 +13,11 @@ import argparse
 import datetime
 import itertools
 import os
-import platform
 import re
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -39,6 +37,7 @@ from aslora_quality_tasks import (
     score,
     training_batches,
 )
+from environment import environment
 from peft import LoraConfig, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
 
@@ -190,19 +189,6 @@ def run_row(task: Task, method: Method, rate: float, seed: int, steps: int, data
         "exact": "".join(str(exact) for exact, _ in scored),
         "losses": [round(loss, 4) for _, loss in scored],
     }
-
-
-def environment(device: str) -> dict:
-    """What the numbers depend on beside the settings."""
-    processor = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
-    named = {name: version(name) for name in ("torch", "peft", "transformers", "aslora-meft")}
-    gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
-    return (
-        {"processor": processor, "threads": torch.get_num_threads(), "python": platform.python_version()} | named | gpu
-    )
 
 
 def plan(listed: list[Method], tasks: list[Task]) -> list[tuple[Task, Method]]:

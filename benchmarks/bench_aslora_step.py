@@ -15,20 +15,19 @@ import datetime
 import gc
 import json
 import os
-import platform
 import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from environment import environment
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -226,16 +225,6 @@ def measure(model: Model, targets: list[str] | str, pairs: int) -> dict:
         "aslora file limit at the end": finished["limit"],
         "aslora live values": report.trainable_values,
     }
-
-
-def environment() -> dict:
-    """What the numbers depend on beside the settings."""
-    processor = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
-    named = {name: version(name) for name in ("torch", "peft", "transformers", "aslora-meft")}
-    return {"processor": processor, "threads": torch.get_num_threads(), "python": platform.python_version()} | named
 
 
 def line(row: dict) -> str:

@@ -13,16 +13,15 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import random
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median, quantiles
 
 import torch
+from environment import environment
 from torch import Tensor
 
 from meft.row_update import StepRule, native_library, update_rows
@@ -126,22 +125,12 @@ def ratio(above: list[float], below: list[float]) -> dict[str, object]:
     return {"median": median(ratios), "interval": interval(ratios)}
 
 
-def environment() -> dict[str, object]:
-    """What the numbers depend on beside the settings."""
-    processor = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    own = {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    return own | {"load at the start": load, "python": platform.python_version(), "torch": version("torch")}
-
-
 def measure(size: tuple[int, int, int], rounds: int) -> dict:
     """The whole result: checks, times, and ratios."""
     r, n, d = size
     generator = torch.Generator().manual_seed(0)
-    surroundings = environment()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    surroundings = environment() | {"cores": os.cpu_count(), "load at the start": load}
     table, grads = torch.randn(r, d, generator=generator), torch.randn(n, d, generator=generator)
     rows = torch.randperm(r, generator=generator)[:n].sort().values
     checks = check(table, rows, grads)
