@@ -20,15 +20,16 @@ from .config import MEFTConfig
 from .routing import reference
 
 RESIDENT, DENSE = "meft_resident.safetensors", "dense_adapter.safetensors"
-_PREFIX = "base_model.model."
+_PREFIX, _SAVED = "base_model.model.", "modules_to_save."
 _ROUTING = ("num_experts", "experts_per_token", "top_k", "router_factor", "union")
 
 
 class _Saved(NamedTuple):
-    """A saved adapter: its configuration, and path of the FFN -> its keys, values and router."""
+    """A saved adapter: its configuration, path of the FFN -> its keys, values and router, and what else was trained."""
 
     config: MEFTConfig
     layers: dict[str, dict[str, Tensor]]
+    others: dict[str, Tensor]
 
 
 def _load(adapter_dir: str | Path) -> _Saved:
@@ -50,7 +51,8 @@ def _load(adapter_dir: str | Path) -> _Saved:
         if key != storage.DIGEST:
             path_of_ffn, _, part = key.removeprefix(_PREFIX).removesuffix(".rows").rpartition(".meft_")
             layers.setdefault(path_of_ffn, {})[part] = value
-    return _Saved(config, layers)
+    others = {f"{_SAVED}{key.removeprefix(_PREFIX)}": tensors[key] for key in tensors.keys() - own.keys()}
+    return _Saved(config, layers, others)
 
 
 def export_resident(adapter_dir: str | Path, out_dir: str | Path) -> None:
@@ -58,15 +60,17 @@ def export_resident(adapter_dir: str | Path, out_dir: str | Path) -> None:
 
     `meft_resident.safetensors` has for each FFN, after its path in the base model, `.keys` and `.values` [r, d] and
     `.router` [E, d], in the dtype of the masters; and, as int64 scalars under `routing.`, num_experts,
-    experts_per_token, top_k, router_factor (0 or 1) and union (1 for `routing="union"`). `load_resident` reads it.
+    experts_per_token, top_k, router_factor (0 or 1) and union (1 for `routing="union"`). Parameters of
+    `modules_to_save` stand under `modules_to_save.`. `load_resident` reads it.
 
     Raises:
         ValueError: `adapter_dir` holds no MEFT adapter, its file is damaged, or `out_dir` is not empty. Nothing is
             written then.
     """
-    config, layers = _load(adapter_dir)
+    config, layers, others = _load(adapter_dir)
     fields = (config.experts, config.probed, config.top_k, int(config.router_factor), int(config.routing == "union"))
     tensors = {f"routing.{name}": torch.tensor(value) for name, value in zip(_ROUTING, fields, strict=True)}
+    tensors |= others
     tensors |= {f"{path}.{part}": tensor for path, parts in layers.items() for part, tensor in parts.items()}
     with folder_replaced_at_once(out_dir) as draft:
         save_file(tensors, draft / RESIDENT, metadata={"format": "pt"})
@@ -76,19 +80,20 @@ def export_dense(adapter_dir: str | Path, out_dir: str | Path) -> None:
     """Write an adapter that routes nothing as the dense ReLU parallel adapter which it equals.
 
     `dense_adapter.safetensors` has for each FFN, after its path in the base model, `.up.weight` [r, d] and
-    `.down.weight` [d, r], as two `nn.Linear` without bias: FFN(x) + down(relu(up(x))).
+    `.down.weight` [d, r], as two `nn.Linear` without bias: FFN(x) + down(relu(up(x))). Parameters of `modules_to_save`
+    stand under `modules_to_save.`.
 
     Raises:
         ValueError: the adapter is routed, so that no dense adapter equals it; or as in `export_resident`.
     """
-    config, layers = _load(adapter_dir)
+    config, layers, others = _load(adapter_dir)
     if not config.is_dense:
         raise ValueError(
             "No dense adapter equals a routed one: only top_k=r, experts_per_token=num_experts and router_factor=False "
             f"route nothing, and this adapter has top_k={config.top_k}, experts_per_token={config.probed} of "
             f"num_experts={config.experts}, router_factor={config.router_factor}; use --to resident."
         )
-    tensors: dict[str, Tensor] = {}
+    tensors = dict(others)
     for path, parts in layers.items():
         tensors[f"{path}.up.weight"] = parts["keys"]
         tensors[f"{path}.down.weight"] = parts["values"].T.contiguous()
@@ -151,7 +156,8 @@ def load_resident(model: nn.Module, folder: str | Path, device: torch.device | s
     with safe_open(path, framework="pt", device="cpu") as file:
         names = set(file.keys())
         fields = {name: int(file.get_tensor(f"routing.{name}")) for name in _ROUTING}
-        for name in names - {f"routing.{field}" for field in _ROUTING}:
+        others = {name.removeprefix(_SAVED): file.get_tensor(name) for name in names if name.startswith(_SAVED)}
+        for name in names - {f"routing.{field}" for field in _ROUTING} - {_SAVED + other for other in others}:
             ffn, _, part = name.rpartition(".")
             layers.setdefault(ffn, {})[part] = file.get_tensor(name)
     routing = {
@@ -161,7 +167,8 @@ def load_resident(model: nn.Module, folder: str | Path, device: torch.device | s
         "routing": "union" if fields["union"] else "per_token",
     }
     modules = dict(model.named_modules())
-    if missing := sorted(layers.keys() - modules.keys()):
+    owners = {name.rpartition(".")[0] for name in others}
+    if missing := sorted((layers.keys() | owners) - modules.keys()):
         raise ValueError(
             f"The model has no module '{missing[0]}': load the base model that the adapter was trained on."
         )
@@ -170,4 +177,9 @@ def load_resident(model: nn.Module, folder: str | Path, device: torch.device | s
         parent, _, name = ffn.rpartition(".")
         placed = {part: tensor.to(target) for part, tensor in tensors.items()}
         setattr(model.get_submodule(parent), name, ResidentFFN(modules[ffn], placed, routing))
+    for name, tensor in others.items():
+        owner, _, part = name.rpartition(".")
+        place = getattr(modules[owner], part).device if device is None else device
+        # A new parameter: the old one may be tied to another module, which was not trained.
+        setattr(modules[owner], part, nn.Parameter(tensor.to(place), requires_grad=False))
     return model

@@ -205,8 +205,11 @@ def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> li
 
 
 def _real_tokens(mask: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """Places of the tokens that are no padding, int64, among the tokens of an input [batch, length, d]; None: all."""
-    if mask is None or len(shape) != 3 or mask.shape[0] != shape[0] or mask.shape[1] < shape[1]:
+    """Places of the tokens that are no padding, int64, among the tokens of an input [batch, length, d]; None: all.
+
+    An input of another size than the mask is not of the model's tokens (a vision tower's patches).
+    """
+    if mask is None or shape[:-1] != mask.shape:
         return None
-    real = mask[:, mask.shape[1] - shape[1] :].reshape(-1)
+    real = mask.reshape(-1)
     return None if bool(real.all()) else real.nonzero().flatten()

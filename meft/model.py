@@ -231,7 +231,7 @@ class MEFTModel(BaseTuner, RunListener):
         """Open a context for a pass with these arguments; None inside of another pass."""
         self.ranks.note_forward()
         layers = max(1, len(self.steps.tables.get(self.active_adapters[0], [])) // 2) if self.active_adapters else 1
-        return context.begin(_padding_mask(kwargs), layers)
+        return context.begin(_padding_mask(kwargs, getattr(self.model, "config", None)), layers)
 
     def finish_pass(self, opened: context.ForwardContext | None, output: Any) -> None:
         """Tie the context to the output's graph, and the loss to the balance loss where there is one."""
@@ -338,7 +338,16 @@ class MEFTModel(BaseTuner, RunListener):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
 
 
-def _padding_mask(kwargs: dict[str, Any]) -> Tensor | None:
-    """bool [batch, length], False at padding, of a 2-D attention mask; other kinds do not tell what is padding."""
+def _padding_mask(kwargs: dict[str, Any], config: Any) -> Tensor | None:
+    """bool [batch, length] of the tokens of this pass, False at padding; None where it is not known.
+
+    Known from a 2-D attention mask: of a pass with a key/value cache its last columns are the pass's tokens. That of an
+    encoder-decoder model is about the encoder alone, other kinds of mask do not tell what is padding.
+    """
     mask = kwargs.get("attention_mask")
-    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or getattr(config, "is_encoder_decoder", False):
+        return None
+    tokens = kwargs.get("input_ids")
+    tokens = tokens if tokens is not None else kwargs.get("inputs_embeds")
+    length = tokens.shape[1] if isinstance(tokens, Tensor) and tokens.ndim > 1 else mask.shape[1]
+    return mask[:, -length:].bool() if 0 < length <= mask.shape[1] else None

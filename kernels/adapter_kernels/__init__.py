@@ -7,6 +7,7 @@ from .launch import override
 from .router_topk import router_topk
 from .row_adamw import row_adamw
 from .row_union import row_union, row_union_window, union_windows
+from .shared_lora import shared_lora
 from .sparse_ffn import sparse_ffn
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "row_union",
     "row_union_window",
     "scatter_rows",
+    "shared_lora",
     "sparse_ffn",
     "union_windows",
 ]

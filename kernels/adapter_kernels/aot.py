@@ -30,6 +30,7 @@ from .gather_rows import variants as gather_rows
 from .router_topk import variants as router_topk
 from .row_adamw import variants as row_adamw
 from .row_union import variants as row_union
+from .shared_lora import variants as shared_lora
 from .sparse_ffn import variants as sparse_ffn
 from .variant import Variant, Variants
 
@@ -40,6 +41,7 @@ OPS: dict[str, Variants] = {
     "gather_rows": gather_rows,
     "sparse_ffn": sparse_ffn,
     "row_adamw": row_adamw,
+    "shared_lora": shared_lora,
 }
 # KiB of shared memory a block may opt in to (CUDA programming guide, table of compute capabilities).
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}

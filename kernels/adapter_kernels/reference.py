@@ -85,7 +85,15 @@ def sparse_ffn(x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factor
 
 
 def row_adamw(
-    p: Tensor, m: Tensor, v: Tensor, touches: int, g: Tensor, lr: float, betas: tuple[float, float], eps: float, decay: float
+    p: Tensor,
+    m: Tensor,
+    v: Tensor,
+    touches: int,
+    g: Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    decay: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A row and its moments after its touch number `touches`, from 1."""
     m = betas[0] * m + (1 - betas[0]) * g
@@ -93,3 +101,8 @@ def row_adamw(
     p = p * (1 - lr * decay)
     step = lr * (m / (1 - betas[0] ** touches)) / ((v / (1 - betas[1] ** touches)).sqrt() + eps)
     return p - step, m, v
+
+
+def shared_lora(x: Tensor, A: Tensor, base: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """base + scaling * (x A^T) B^T of one projection; autograd makes the gradient."""
+    return base + scaling * (B @ (A @ x.T)).T

@@ -43,7 +43,7 @@ class Case:
         self.factors = torch.where(torch.rand(T, K, generator=g) < 0.5, size, -size) if factor else None
         if narrow and factor:
             self.factors = self.factors.to(dtype)
-        self.narrow = EPS[dtype] if dtype in EPS else 0.0
+        self.narrow = EPS.get(dtype, 0.0)
 
     def run(self, op) -> tuple[Tensor, dict[str, Tensor]]:
         """y and the gradients by name."""

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-
 from adamw_checks import RULE, Tables, check_adamw
+from row_checks import same_bits
+from selection_checks import generator
+
 from adapter_kernels import debugging, row_adamw
 from adapter_kernels.row_adamw import _op
 from meft.row_update import StepRule, update_rows
-from row_checks import same_bits
-from selection_checks import generator
 
 
 @pytest.mark.parametrize("table", [torch.float64, torch.float32, torch.bfloat16])
@@ -63,7 +63,9 @@ def test_stochastic_rounding_keeps_the_mean():
 def test_registration(dtype):
     tables = Tables(5, 8, dtype, wire=torch.float16 if dtype == torch.float32 else None)
     rows, grads = torch.tensor([3, 1]), torch.ones(2, 8)
-    own = [tables[name] if name in tables.fenced else None for name in ("table", "exp_avg", "exp_avg_sq", "count", "wire")]
+    own = [
+        tables[name] if name in tables.fenced else None for name in ("table", "exp_avg", "exp_avg_sq", "count", "wire")
+    ]
     held = [x.clone() if x is not None else None for x in own]
     torch.library.opcheck(_op, (*held, rows, grads, 1e-2, 0.9, 0.999, 1e-8, 0.1, 0, None))
     compiled = torch.compile(row_adamw, fullgraph=True, backend="aot_eager")

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-
-from adapter_kernels import debugging, sparse_ffn
-from adapter_kernels.sparse_ffn import _backward_op, _backward_torch, _forward_torch, _op
 from ffn_checks import Case, check_ffn
 from kernel_checks import LAYOUTS
 from selection_checks import generator
+
+from adapter_kernels import debugging, sparse_ffn
+from adapter_kernels.sparse_ffn import _backward_op, _backward_torch, _forward_torch, _op
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

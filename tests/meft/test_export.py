@@ -65,6 +65,22 @@ def test_the_dense_configuration_is_a_dense_adapter(tiny, saved, tmp_path):
     torch.testing.assert_close(logits(base, ids), logits(model, ids), rtol=1e-5, atol=1e-5)
 
 
+def test_modules_to_save_go_along_and_leave_tied_ones_alone(tiny, tmp_path):
+    fields = {"tie_word_embeddings": True}
+    model = get_peft_model(tiny.base(dtype=torch.float32, **fields), tiny.config(modules_to_save=["lm_head"])).eval()
+    tiny.enlarge(model)
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(-2)
+    model.save_pretrained(tmp_path / "adapter")
+    export_resident(tmp_path / "adapter", tmp_path / "out")
+    base = tiny.base(dtype=torch.float32, **fields).eval()
+    embedding = base.get_input_embeddings().weight.detach().clone()
+    ids = tiny.batch()
+    resident = load_resident(base, tmp_path / "out")
+    torch.testing.assert_close(logits(resident, ids), logits(model, ids), rtol=1e-5, atol=1e-5)
+    assert torch.equal(resident.get_input_embeddings().weight, embedding)
+
+
 @pytest.mark.parametrize("fields", [{"top_k": 47}, {"experts_per_token": 7}, {"router_factor": True}], ids=str)
 def test_a_routed_adapter_is_no_dense_one(saved, tmp_path, fields):
     _, folder = saved(**({"top_k": 48, "experts_per_token": 8, "router_factor": False} | fields))

@@ -18,6 +18,8 @@ from transformers import (
     BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import meft.retrieval
@@ -144,6 +146,21 @@ def test_a_mask_of_a_shape_that_does_not_tell_padding_counts_all_tokens(tiny, ad
     ids = tiny.batch(2, 5)
     mask = torch.ones(5, 5, dtype=torch.bool).tril().expand(2, 1, 5, 5)
     torch.testing.assert_close(run(adapted, ids, None, attention_mask=mask), run(adapted, ids), **EXACT)
+
+
+def test_an_encoders_padding_is_not_the_decoders(tiny):
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_heads": 2, "num_layers": 2}
+    torch.manual_seed(0)
+    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).double().eval()
+    model = get_peft_model(base, tiny.config(master_dtype="float64", target_modules=["DenseReluDense"])).eval()
+    tiny.enlarge(model)
+    ids, said = tiny.batch(1, 4), tiny.batch(1, 6, seed=1)
+    padded = torch.cat([ids, torch.zeros(1, 3, dtype=torch.long)], dim=1)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0]])
+    with torch.no_grad():
+        expected = model(input_ids=ids, decoder_input_ids=said).logits
+        found = model(input_ids=padded, attention_mask=mask, decoder_input_ids=said).logits
+    torch.testing.assert_close(found, expected, **EXACT)
 
 
 def test_an_ffn_that_runs_in_chunks_along_the_length_is_refused(tiny):

@@ -4,11 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-
 from adamw_checks import Tables, check_adamw
-from adapter_kernels import override, row_adamw
 from row_checks import same_bits
 from selection_checks import generator
+
+from adapter_kernels import override, row_adamw
 
 kernel = partial(row_adamw, impl="triton")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -6,16 +6,15 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import kernel_checks
 import pytest
 import torch
-
-import adapter_kernels
-import kernel_checks
 from adamw_checks import Tables, check_adamw
 from ffn_checks import Case, check_ffn
 from row_checks import check_gather, check_scatter, table
 from selection_checks import generator
 
+import adapter_kernels
 
 SOURCE = Path(adapter_kernels.__file__).parent
 numbers = itertools.count()
@@ -51,6 +50,7 @@ def gather(op, module):
 
 def ffn(op, module):
     in_fences(lambda: check_ffn(op, Case(70, 100, 70, 5)))
+    in_fences(lambda: check_ffn(op, Case(20, 24, 7, 2, factor=False)))
 
 
 def token_ffn(op, module):
@@ -69,7 +69,7 @@ def adamw_bits(op, module):
     assert torch.equal(ours["table"], theirs["table"])
 
 
-KERNELS = "sparse_ffn_kernels"
+KERNELS, ADAMW = "sparse_ffn_kernels", "row_adamw_kernels"
 
 
 @pytest.mark.parametrize(
@@ -88,11 +88,11 @@ KERNELS = "sparse_ffn_kernels"
         (KERNELS, ffn, "total.to(out_ptr", "(total + 0.01 * (m == 65)[:, None]).to(out_ptr"),
         (KERNELS, token_ffn, "live & (score > 0)", "live & (score > 0) & (j != 3)"),
         (KERNELS, token_ffn, "active[:, None] * tl.load", "tl.load"),
-        ("row_adamw", adamw, "count_ptr + row, mask=inside, other=0) + 1", "count_ptr + row, mask=inside, other=0) + 2"),
-        ("row_adamw", adamw, "p * decay", "p"),
-        ("row_adamw", adamw, "(item % blocks) * BN", "(item % blocks) * BN + 1"),
-        ("row_adamw", adamw_bits, "(noise >> 15) ^ (key", "(noise >> 14) ^ (key"),
-        ("row_adamw", adamw_bits, "0xBF58476D1CE4E5B9\n", "0\n    key = key + 1\n"),
+        (ADAMW, adamw, "mask=inside, other=0) + 1", "mask=inside, other=0) + 2"),
+        (ADAMW, adamw, "p * decay", "p"),
+        (ADAMW, adamw, "(item % blocks) * BN", "(item % blocks) * BN + 1"),
+        (ADAMW, adamw_bits, "(noise >> 15) ^ (key", "(noise >> 14) ^ (key"),
+        (ADAMW, adamw_bits, "0xBF58476D1CE4E5B9\n", "0\n    key = key + 1\n"),
     ],
     ids=itertools.count(),
 )  # fmt: skip
@@ -103,7 +103,7 @@ def test_a_wrong_kernel_is_noticed(tmp_path, monkeypatch, op, check, before, aft
 
 @pytest.mark.parametrize(
     ("op", "check"),
-    [("gather_rows", gather), (KERNELS, ffn), (KERNELS, token_ffn), ("row_adamw", adamw), ("row_adamw", adamw_bits)],
+    [("gather_rows", gather), (KERNELS, ffn), (KERNELS, token_ffn), (ADAMW, adamw), (ADAMW, adamw_bits)],
 )
 def test_the_right_one_passes(tmp_path, monkeypatch, op, check):
     run(tmp_path, monkeypatch, op, check, "import torch\n", "import torch\n")
@@ -111,10 +111,13 @@ def test_the_right_one_passes(tmp_path, monkeypatch, op, check):
 
 def run(folder, monkeypatch, op, check, before, after):
     module = load(folder, op, before, after)
+    # Where kernels have a module of their own, the op stays and gets others.
     if op == KERNELS:
-        # The op stays and gets other kernels.
         for name in ("forward", "backward"):
             monkeypatch.setattr(adapter_kernels.sparse_ffn_kernels, name, getattr(module, name))
         check(partial(adapter_kernels.sparse_ffn, impl="triton"), module)
+    elif op == ADAMW:
+        monkeypatch.setattr(adapter_kernels.row_adamw_kernels, "step", module.step)
+        check(partial(adapter_kernels.row_adamw, impl="triton"), module)
     else:
         check(partial(getattr(module, op), impl="triton"), module)
