@@ -50,13 +50,13 @@ def test_same_bits_as_meft(table):
 
 def test_stochastic_rounding_keeps_the_mean():
     mean = torch.zeros(8, 512)
-    for seed in range(200):
+    for seed in range(50):
         table, nothing = torch.full((8, 512), 1 + 2.0**-9, dtype=torch.bfloat16), torch.zeros(8, 512)
         moments = (nothing.clone(), nothing.clone(), torch.zeros(8, dtype=torch.int32))
         # A step of lr, as large as a quarter of a unit in the last place.
         row_adamw(table, *moments, torch.arange(8), torch.ones(8, 512), lr=2.0**-9, eps=0.0, seed=seed)
-        mean += table.float() / 200
-    assert abs(mean.mean().item() - (1 - 2.0**-9)) < 2e-5
+        mean += table.float() / 50
+    assert abs(mean.mean().item() - (1 - 2.0**-9)) < 4e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

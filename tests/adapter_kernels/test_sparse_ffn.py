@@ -14,7 +14,7 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("T", "d", "U", "K"), [(1, 576, 40, 40), (37, 100, 90, 9), (20, 33, 1, 1)])
+@pytest.mark.parametrize(("T", "d", "U", "K"), [(1, 576, 40, 40), (37, 100, 90, 9)])
 @pytest.mark.parametrize("factor", [True, False])
 def test_forward_and_backward(dtype, layout, T, d, U, K, factor):
     check_ffn(sparse_ffn, Case(T, d, U, K, dtype, layout=layout, factor=factor, base=factor, narrow=U == 90))
@@ -56,7 +56,7 @@ def test_gradient(factor):
     def run(x, keys, values, base, factors=None):
         return sparse_ffn(x, keys, values, case.position, factors, base=base)
 
-    assert torch.autograd.gradcheck(run, [t.clone().requires_grad_() for t in inputs])
+    assert torch.autograd.gradcheck(run, [t.clone().requires_grad_() for t in inputs], fast_mode=True)
 
 
 def test_gradient_of_a_router_comes_by_way_of_its_logits():
@@ -67,7 +67,7 @@ def test_gradient_of_a_router_comes_by_way_of_its_logits():
     def run(logits):
         return sparse_ffn(case.x, case.keys, case.values, case.position, logits.gather(1, expert))
 
-    assert torch.autograd.gradcheck(run, [logits])
+    assert torch.autograd.gradcheck(run, [logits], fast_mode=True)
 
 
 @pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, True), (torch.bfloat16, False)])

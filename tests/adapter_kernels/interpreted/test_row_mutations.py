@@ -11,6 +11,8 @@ import pytest
 import torch
 from adamw_checks import Tables, check_adamw
 from ffn_checks import Case, check_ffn
+from lora_checks import Case as LoraCase
+from lora_checks import check_lora
 from row_checks import check_gather, check_scatter, table
 from selection_checks import generator
 
@@ -69,6 +71,10 @@ def adamw_bits(op, module):
     assert torch.equal(ours["table"], theirs["table"])
 
 
+def lora(op, module):
+    in_fences(lambda: check_lora(op, LoraCase(20, 300, 5, [140, 7])))
+
+
 KERNELS, ADAMW = "sparse_ffn_kernels", "row_adamw_kernels"
 
 
@@ -93,6 +99,10 @@ KERNELS, ADAMW = "sparse_ffn_kernels", "row_adamw_kernels"
         (ADAMW, adamw, "(item % blocks) * BN", "(item % blocks) * BN + 1"),
         (ADAMW, adamw_bits, "(noise >> 15) ^ (key", "(noise >> 14) ^ (key"),
         (ADAMW, adamw_bits, "0xBF58476D1CE4E5B9\n", "0\n    key = key + 1\n"),
+        ("shared_lora", lora, "range(tl.program_id(1) * BK, D", "range(tl.program_id(1) * BK, D - BK"),
+        ("shared_lora", lora, "+ m)[:, None] * R", "+ tl.maximum(m, 1))[:, None] * R"),
+        ("shared_lora", lora, "range(pieces)", "range(pieces - 1)"),
+        ("shared_lora", lora, "inside = (m < T)[:, None]", "inside = ((m < T) & (m != 19))[:, None]"),
     ],
     ids=itertools.count(),
 )  # fmt: skip
@@ -103,7 +113,14 @@ def test_a_wrong_kernel_is_noticed(tmp_path, monkeypatch, op, check, before, aft
 
 @pytest.mark.parametrize(
     ("op", "check"),
-    [("gather_rows", gather), (KERNELS, ffn), (KERNELS, token_ffn), (ADAMW, adamw), (ADAMW, adamw_bits)],
+    [
+        ("gather_rows", gather),
+        (KERNELS, ffn),
+        (KERNELS, token_ffn),
+        (ADAMW, adamw),
+        (ADAMW, adamw_bits),
+        ("shared_lora", lora),
+    ],
 )
 def test_the_right_one_passes(tmp_path, monkeypatch, op, check):
     run(tmp_path, monkeypatch, op, check, "import torch\n", "import torch\n")

@@ -37,12 +37,12 @@ def test_forward_and_backward(fenced, dtype, T, d, U, K, layout):
     check_ffn(kernel, Case(T, d, U, K, dtype, layout=layout))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tiles_as_they_are_launched(fenced, dtype):
     single = dtype == torch.float32
     names = [f"sparse_ffn.{name}{'_fp32' if single else ''}" for name in ("forward", "backward", "product")]
     with override(names[0], BK=64), override(names[1], BK=64), override(names[2], BN=64, BK=64):
-        check_ffn(kernel, Case(70, 100, 130, 5, dtype, narrow=True))
+        check_ffn(kernel, Case(66, 70, 130, 5, dtype, narrow=True))
     with override("sparse_ffn.token_scores", BR=2, BK=64), override("sparse_ffn.token_values", BR=2, BN=64):
         check_ffn(kernel, Case(2, 100, 6, 5, dtype, narrow=True))
 
@@ -90,7 +90,7 @@ def test_only_what_needs_a_gradient_gets_one(fenced):
         assert torch.equal(leaves[name].grad, whole[name])
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(st.data())
 def test_any_shape(data):
     T, U = data.draw(st.sampled_from([1, 5, 17])), data.draw(st.integers(1, 9))

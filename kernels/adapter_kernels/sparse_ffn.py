@@ -1,0 +1,294 @@
+"""The FFN of the picked neurons, over rows that were brought together: y = base + sum_j ReLU(s_j) v_j.
+
+For token t, its picks j = 0 to K - 1, u = position[t, j] the compact row of a pick (-1: none) and c its router factor
+(1 without factors):
+
+    s_tj = c_tj (x_t . keys_u)                    y_t = base_t + sum_j ReLU(s_tj) values_u
+
+Gradient, with g = dL/dy and ds_tj = (values_u . g_t) 1[s_tj > 0]; sums run over the picks that are not none:
+
+    dx_t = sum_j ds_tj c_tj keys_u                dvalues_u = sum over the tokens that picked u of ReLU(s) g_t
+    dc_tj = ds_tj (x_t . keys_u)                  dkeys_u   = sum over the tokens that picked u of ds c x_t
+    dbase = g
+
+The gradient of an expert's logit, dp_e, is the sum of dc over the picks of e: autograd makes it where `factors` are
+`logits.gather(1, expert of each pick)`. Which rows were picked has no gradient. Scores are computed again backward:
+keeping them would cost a [T, U] tensor a layer.
+
+Kernels (`sparse_ffn_kernels`): a masked form on tensor cores, and for at most TOKEN_FORM tokens, as in decoding, one
+that reads each token's rows. Sums are in fp32; activations and ds c are rounded to x's dtype between two GEMMs, so in
+fp16 a score must stay below 65504. Torch path on the CPU: products with a sparse [T, U] matrix, in fp32 (float64).
+
+Limits: a token's picks are distinct (debug mode looks); K < 32768; T U, T K < 2^30 and U, d < 2^24.
+
+Source: arXiv 2406.04984, section 3.1, algorithm 1; the router's factor as in the authors' repository.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch, sparse_ffn_kernels
+from .sparse_ffn_kernels import variants
+
+__all__ = ["sparse_ffn", "variants"]
+
+MAX_PICKS = 32767  # the int16 of the slots
+_MAX_SIZE = 1 << 24
+_MAX_PAIRS = 1 << 30
+
+Grads = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class _Picks:
+    """The picks that are not none, as the pattern of a sparse [T, U] matrix in rows of tokens."""
+
+    def __init__(self, position: Tensor, rows: int) -> None:
+        self.live = (position >= 0) & (position < rows)
+        self.shape = (len(position), rows)
+        self.starts = torch.zeros(len(position) + 1, dtype=torch.int64, device=position.device)
+        torch.cumsum(self.live.sum(1), 0, out=self.starts[1:])
+        self.row = position[self.live].to(torch.int64)
+        self.token = self.live.nonzero()[:, 0]
+
+    def dots(self, a: Tensor, b: Tensor) -> Tensor:
+        """a_t . b_u of each pick."""
+        if not len(self.row):
+            return a.new_zeros(0)
+        if _has_sparse_products(a):
+            pattern = _csr(self.starts, self.row, a.new_ones(len(self.row)), self.shape[1])
+            return torch.sparse.sampled_addmm(pattern, a, b.T, beta=0.0).values()
+        return (a @ b.T)[self.token, self.row]
+
+    def by_token(self, weights: Tensor, b: Tensor) -> Tensor:
+        """The sum of weight times b_u over each token's picks."""
+        return _product(self.starts, self.row, weights, self.token, b)
+
+    def by_row(self, weights: Tensor, a: Tensor) -> Tensor:
+        """The sum of weight times a_t over each row's picks."""
+        order = self.row.argsort(stable=True)
+        starts = torch.zeros(self.shape[1] + 1, dtype=torch.int64, device=a.device)
+        torch.cumsum(torch.bincount(self.row, minlength=self.shape[1]), 0, out=starts[1:])
+        return _product(starts, self.token[order], weights[order], self.row[order], a)
+
+
+def _has_sparse_products(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and torch.backends.mkl.is_available()
+
+
+def _csr(starts: Tensor, columns: Tensor, weights: Tensor, width: int) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that CSR is in beta, and about its checks
+        return torch.sparse_csr_tensor(starts, columns, weights, (len(starts) - 1, width), check_invariants=False)
+
+
+def _product(starts: Tensor, columns: Tensor, weights: Tensor, line: Tensor, dense: Tensor) -> Tensor:
+    """Sparse times dense; `line` is each entry's line."""
+    lines, width = len(starts) - 1, dense.shape[1]
+    if not len(columns):
+        return dense.new_zeros(lines, width)
+    if _has_sparse_products(dense):
+        # torch.mm would first fill its result with zeros and copy it, which takes longer.
+        result = dense.new_empty(lines, width)
+        return torch.addmm(result, _csr(starts, columns, weights, len(dense)), dense, beta=0.0, out=result)
+    whole = dense.new_zeros(lines, len(dense)).index_put_((line, columns), weights, accumulate=True)
+    return whole @ dense
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In the dtype of sums; in one piece, as the sparse products take it."""
+    return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32).contiguous()
+
+
+def _forward_torch(
+    x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None, base: Tensor | None
+) -> Tensor:
+    picks = _Picks(position, len(keys))
+    scores = picks.dots(_wide(x), _wide(keys))
+    if factors is not None:
+        scores = scores * factors[picks.live].to(scores.dtype)
+    y = picks.by_token(scores.where(scores > 0, 0), _wide(values))
+    return (y.add_(base) if base is not None else y).to(x.dtype)
+
+
+def _backward_torch(
+    g: Tensor, x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None, needs: list[bool]
+) -> tuple[Tensor | None, ...]:
+    picks = _Picks(position, len(keys))
+    wide_x, wide_g, wide_keys = _wide(x), _wide(g), _wide(keys)
+    dots = picks.dots(wide_x, wide_keys)
+    factor = factors[picks.live].to(dots.dtype) if factors is not None else None
+    scores = dots * factor if factor is not None else dots
+    dvalues = picks.by_row(scores.where(scores > 0, 0), wide_g).to(values.dtype) if needs[2] else None
+    if not (needs[0] or needs[1] or needs[3]):
+        return None, None, dvalues, None
+    ds = picks.dots(wide_g, _wide(values)).where(scores > 0, 0)
+    by_key = ds * factor if factor is not None else ds
+    dx = picks.by_token(by_key, wide_keys).to(x.dtype) if needs[0] else None
+    dkeys = picks.by_row(by_key, wide_x).to(keys.dtype) if needs[1] else None
+    dfactors = None
+    if factors is not None and needs[3]:
+        dfactors = torch.zeros_like(factors, memory_format=torch.contiguous_format)
+        dfactors[picks.live] = (ds * dots).to(factors.dtype)
+    return dx, dkeys, dvalues, dfactors
+
+
+def _check_values(position: Tensor, rows: int) -> None:
+    inside = (position >= -1) & (position < rows)
+    dispatch.require(bool(inside.all()), "position", f"rows outside of -1 to {rows - 1}")
+    ordered = position.sort(dim=1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    dispatch.require(not bool(twice.any()), "position", "a token picks a row twice")
+
+
+@torch.library.custom_op("adapter_kernels::sparse_ffn", mutates_args=())
+def _op(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    factors: Tensor | None,
+    base: Tensor | None,
+    impl: str | None,
+) -> Tensor:
+    if dispatch.debug():
+        _check_values(position, len(keys))
+    if not dispatch.use_triton(impl, position.device):
+        return _forward_torch(x, keys, values, position, factors, base)
+    dispatch.require_half_or_single(x, "x")
+    if not (len(x) and len(keys) and position.shape[1]):
+        return base.contiguous().clone() if base is not None else torch.zeros_like(x).contiguous()
+    position, factors = position.to(torch.int32).contiguous(), factors.contiguous() if factors is not None else None
+    base = dispatch.rows_apart(base) if base is not None else None
+    return sparse_ffn_kernels.forward(dispatch.rows_apart(x), keys, values, position, factors, base)
+
+
+@_op.register_fake
+def _(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    factors: Tensor | None,
+    base: Tensor | None,
+    impl: str | None,
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("adapter_kernels::sparse_ffn_backward", mutates_args=())
+def _backward_op(
+    g: Tensor,
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    factors: Tensor | None,
+    needs: list[bool],
+    impl: str | None,
+) -> Grads:
+    """Gradients of x, keys, values and factors; those that are not needed have no elements."""
+    inputs = (x, keys, values, factors)
+    grads: tuple[Tensor | None, ...]
+    if not (len(x) and len(keys) and position.shape[1]):
+        grads = tuple(None if t is None else torch.zeros_like(t).contiguous() for t in inputs)
+    elif dispatch.use_triton(impl, position.device):
+        position, factors = position.to(torch.int32).contiguous(), factors.contiguous() if factors is not None else None
+        g, x = dispatch.rows_apart(g), dispatch.rows_apart(x)
+        grads = sparse_ffn_kernels.backward(g, x, keys, values, position, factors, needs)
+    else:
+        grads = _backward_torch(g, x, keys, values, position, factors, needs)
+    none = x.new_empty(0)
+    first, second, third, fourth = (
+        grad if need and grad is not None else none.clone() for grad, need in zip(grads, needs, strict=True)
+    )
+    return first, second, third, fourth
+
+
+@_backward_op.register_fake
+def _(
+    g: Tensor,
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    factors: Tensor | None,
+    needs: list[bool],
+    impl: str | None,
+) -> Grads:
+    first, second, third, fourth = (
+        t.new_empty(t.shape) if need and t is not None else x.new_empty(0)
+        for t, need in zip((x, keys, values, factors), needs, strict=True)
+    )
+    return first, second, third, fourth
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, _base, ctx.impl = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    x, keys, values, position, factors = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] and t is not None for i, t in ((0, x), (1, keys), (2, values), (4, factors))]
+    grads: list[Tensor | None] = [None] * 4
+    if any(needs):
+        made = _backward_op(g, x, keys, values, position, factors, needs, ctx.impl)
+        grads = [grad if need else None for grad, need in zip(made, needs, strict=True)]
+    return *grads[:3], None, grads[3], g if ctx.needs_input_grad[5] else None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def sparse_ffn(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    factors: Tensor | None = None,
+    *,
+    base: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """base + the sum of ReLU(factor * (x . key)) * value over each token's picks; differentiable but for `position`.
+
+    Args:
+        x: [T, d], fp32, fp16 or bf16, rows at any distance; float64 on the torch path.
+        keys, values: the compact rows, [U, d] of x's dtype, contiguous.
+        position: int32 or int64 [T, K], each pick's compact row, as `row_union` gives it; -1 is none.
+        factors: the router's logit of each pick's expert, [T, K], any float dtype; None: no factor.
+        base: [T, d] of x's dtype, to which the sum is added in fp32; None: zeros.
+        impl: "triton", "torch", or None: by the device of the positions.
+
+    Returns:
+        [T, d] of x's dtype.
+
+    Raises:
+        ValueError: wrong dtype, shape or device, rows that are not contiguous, sizes past a limit; in debug mode
+            positions out of range or twice in a token.
+    """
+    dispatch.require_matrix(x, "x", dispatch.FLOATS)
+    T, D = x.shape
+    for rows, name in ((keys, "keys"), (values, "values")):
+        dispatch.require_matrix(rows, name, (x.dtype,), columns=D)
+        dispatch.require(rows.is_contiguous(), name, "contiguous rows are needed, as gather_rows makes them")
+    dispatch.require(len(values) == len(keys), "values", f"{len(values)} rows, but {len(keys)} keys")
+    dispatch.require(max(D, len(keys)) < _MAX_SIZE, "keys", f"rows and columns must be less than {_MAX_SIZE}")
+    dispatch.require_matrix(position, "position", dispatch.INTS)
+    dispatch.require(len(position) == T, "position", f"{len(position)} rows for {T} tokens")
+    K = position.shape[1]
+    dispatch.require(K <= MAX_PICKS, "position", f"at most {MAX_PICKS} picks a token are possible, not {K}")
+    dispatch.require(T * max(K, len(keys)) < _MAX_PAIRS, "x", f"{T} tokens are too many for 32-bit places; split them")
+    if factors is not None:
+        dispatch.require_matrix(factors, "factors", dispatch.FLOATS, columns=K)
+        dispatch.require(len(factors) == T, "factors", f"{len(factors)} rows for {T} tokens")
+    if base is not None:
+        dispatch.require_matrix(base, "base", (x.dtype,), columns=D)
+        dispatch.require(len(base) == T, "base", f"{len(base)} rows for {T} tokens")
+    dispatch.require_same_device(position=position, x=x, keys=keys, values=values, factors=factors, base=base)
+    return _op(x, keys, values, position, factors, base, impl)
