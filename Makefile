@@ -14,9 +14,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint accept aot
+.PHONY: help setup demo test lint accept aot bench-kernels
 help: ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 setup: $(INSTALLED) $(MODEL) ## virtual environment, packages and model (the others do it by themselves)
 
@@ -36,6 +36,9 @@ accept: $(INSTALLED) ## PEFT's own tests over our methods
 
 aot: $(INSTALLED) ## compile the Triton kernels for each GPU (needs none), with a table of what came out
 	TRITON_CACHE_DIR=$${TRITON_CACHE_DIR:-.cache/triton} $(PY) -m adapter_kernels.aot
+
+bench-kernels: $(INSTALLED) ## measure the kernels on a CUDA GPU, into benchmarks/results (8 minutes)
+	$(PY) benchmarks/bench_kernels.py
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; try make PYTHON=python3.12")'

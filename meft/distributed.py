@@ -43,6 +43,7 @@ class RankAverage:
             return
         ddp = DistributedDataParallel._get_active_ddp_module()
         if ddp is not None and ddp is not self._ddp:
+            check_left_alone(self._tables(), ddp)
             for table in self._tables():
                 broadcast_rows(table, ddp.process_group)
         self._ddp = ddp
@@ -64,6 +65,18 @@ class RankAverage:
         for table in self._tables():
             if table.rows.requires_grad:
                 average_gradient(table, self._ddp.process_group)
+
+
+def check_left_alone(tables: list[RowTable], ddp: DistributedDataParallel) -> None:
+    """Raises: RuntimeError: tables are in DDP's buckets, because it wraps more than the `PeftModel`, or none."""
+    rows = {id(table.rows) for table in tables}
+    taken = [n for n, p in ddp.module.named_parameters() if id(p) in rows and n not in ddp.parameters_to_ignore]
+    if taken:
+        raise RuntimeError(
+            f"DistributedDataParallel holds MEFT's rows ({taken[0]}), because it does not wrap the PeftModel itself: "
+            "set `module._ddp_params_and_buffers_to_ignore` of the module that it wraps to the names of its parameters "
+            "with '.meft_keys.' or '.meft_values.' before wrapping it."
+        )
 
 
 def _device(group: dist.ProcessGroup, tensor: Tensor) -> torch.device:

@@ -175,7 +175,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
                 selection, real = stash.selection, stash.real
                 check_versions(stash.versions, keys.rows, values.rows)
         if selection is None:
-            real = _real_tokens(now.mask if now is not None else None, shape)
+            real = _real_tokens(now.mask if now is not None else None, shape, x.device)
         kept = x if real is None else x.index_select(0, real)
         with torch.no_grad():
             logits = F.linear(kept.detach(), router.detach())
@@ -204,7 +204,7 @@ def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> li
     return [args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names)]
 
 
-def _real_tokens(mask: Tensor | None, shape: torch.Size) -> Tensor | None:
+def _real_tokens(mask: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor | None:
     """Places of the tokens that are no padding, int64, among the tokens of an input [batch, length, d]; None: all.
 
     An input of another size than the mask is not of the model's tokens (a vision tower's patches).
@@ -212,4 +212,4 @@ def _real_tokens(mask: Tensor | None, shape: torch.Size) -> Tensor | None:
     if mask is None or shape[:-1] != mask.shape:
         return None
     real = mask.reshape(-1)
-    return None if bool(real.all()) else real.nonzero().flatten()
+    return None if bool(real.all()) else real.nonzero().flatten().to(device)

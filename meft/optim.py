@@ -8,6 +8,7 @@ rows on the host: arXiv 2406.04984, section 3.3, which leaves both open.)
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -81,6 +82,11 @@ def update_table(table: RowTable, gradient: RowGradient, rule: StepRule, *, mode
     with table.lock, torch.no_grad():
         if table.moments is None or table.moments.dense != (mode == "dense"):
             table.catch_up()
+            if table.moments is not None:
+                warnings.warn(
+                    f"The moments of MEFT's rows were made in the other mode than mode='{mode}' and restart: go on in "
+                    "the mode of the checkpoint to keep them."
+                )
             table.moments = Moments.fresh(table.rows.detach(), dense=mode == "dense", seed=table.seed)
         values = gradient.row_values.to(torch.promote_types(table.rows.dtype, torch.float32)).contiguous()
         if divisor != 1.0:

@@ -8,6 +8,7 @@ Source: arXiv 2406.04984, section 3; ties, which the paper leaves open, go to th
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -21,6 +22,7 @@ def divisors_around(r: int, target: float) -> list[int]:
     return sorted({*below[-1:], *above[:1]})
 
 
+@functools.cache  # read in every forward pass
 def default_num_experts(r: int) -> int:
     """The paper's 4 sqrt(r), moved to the nearest divisor of r (of two equally near ones the lower)."""
     target = 4 * math.sqrt(r)

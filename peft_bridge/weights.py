@@ -51,6 +51,19 @@ def last_loaded_folder() -> str | None:
     return getattr(_here, "folder", None)
 
 
+def _runs(process: str) -> bool:
+    """Whether a process of this machine is alive (another rank may be saving into the same folder)."""
+    if not process.isdigit():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def _saving(save_file: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(save_file)
     def safe_save_file(tensors: dict[str, Tensor], filename: Any, *args: Any, **kwargs: Any) -> None:
@@ -58,13 +71,14 @@ def _saving(save_file: Callable[..., None]) -> Callable[..., None]:
             save_file(tensors, filename, *args, **kwargs)
             return
         path = Path(filename)
-        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        draft = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
         try:
             save_file(tensors, str(draft), *args, **kwargs)
             sync(draft)
             os.replace(draft, path)
-            for left in path.parent.glob(f".{path.name}.*"):  # by saves that were killed
-                left.unlink(missing_ok=True)
+            for left in path.parent.glob(f".{path.name}.*.*"):  # by saves that were killed
+                if not _runs(left.name.split(".")[-2]):
+                    left.unlink(missing_ok=True)
         except BaseException:
             draft.unlink(missing_ok=True)
             raise
