@@ -144,12 +144,21 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, *, gradient_checkpoi
         wanted = getattr(config, field)
         for target in [] if wanted is None or isinstance(wanted, str) else sorted(wanted):
             if not any(name == target or name.endswith(f".{target}") for name in names):
-                linear = {name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)}
-                raise UsageError(f"{field}={target!r} names no module of the model; choose from {_listed(linear)}")
+                choice = _targets(model, config)
+                raise UsageError(f"{field}={target!r} names no module of the model; choose from {_listed(choice)}")
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
     with as_usage_error(ValueError):
         return get_peft_model(model, config)
+
+
+def _targets(model: PreTrainedModel, config: PeftConfig) -> set[str]:
+    """Names that a method can adapt: FFNs with MEFT, else linear layers."""
+    if config.peft_type == "MEFT":
+        from meft.ffn_modules import candidates
+
+        return set(candidates(model))
+    return {name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)}
 
 
 def _is_linear(module: torch.nn.Module) -> bool:

@@ -77,7 +77,8 @@ Step = Callable[[Tensor, Tensor], tuple[float, float, float]]
 
 def sparse_step(layer: MEFTLayer) -> Step:
     """One step of the MEFT layer; returns the seconds of its phases."""
-    tables = layer.tables("default")
+    tables, router = layer.tables("default"), layer.meft_router["default"]
+    optimizer = torch.optim.AdamW([router], lr=RULE.lr, weight_decay=RULE.weight_decay, fused=True)
 
     def step(x: Tensor, g: Tensor) -> tuple[float, float, float]:
         x = x.requires_grad_()
@@ -89,8 +90,9 @@ def sparse_step(layer: MEFTLayer) -> Step:
         for table in tables:
             gradient, table.rows.grad = table.rows.grad, None
             update_table(table, gradient, RULE, mode="lazy")  # type: ignore[arg-type]
+        optimizer.step()
         end = time.perf_counter()
-        x.grad = layer.meft_router["default"].grad = None
+        x.grad = router.grad = None
         return computed - start, differentiated - computed, end - differentiated
 
     return step
@@ -175,11 +177,16 @@ def measure(kind: str, r: int, tokens: int, rounds: int) -> dict[str, object]:
     }
 
 
+def is_main(row: dict) -> bool:
+    """Whether the row has a limit."""
+    return (row["r"], row["tokens"]) == MAIN
+
+
 def line(row: dict) -> str:
     """One row as text."""
     ours, dense = ("/".join(f"{row['milliseconds'][name][p]:.0f}" for p in PHASES) for name in ("meft", "dense"))
     mark = ""
-    if (row["r"], row["tokens"]) == MAIN and row["times as fast"] < LIMITS[row["input"]]:
+    if is_main(row) and row["times as fast"] < LIMITS[row["input"]]:
         mark = f"  BELOW {LIMITS[row['input']]}x"
     return (
         f"{row['input']:<9} r {row['r']:>5}  T {row['tokens']:>4}  |U|/r {row['|U| / r']:.2f}  "
@@ -188,7 +195,11 @@ def line(row: dict) -> str:
 
 
 def main() -> int:
-    """Measure, print and keep the rows."""
+    """Measure, print and keep the rows.
+
+    Returns:
+        The exit code: 1 where a main row is below its limit.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the two main rows, few rounds; keeps no result")
     parser.add_argument("--out", type=Path, default=RESULT, help="file of the result")
@@ -205,8 +216,9 @@ def main() -> int:
         rounds = (3 if args.quick else 15) if main_row else max(3, min(7, 6000 // tokens))
         rows.append(measure(kind, r, tokens, rounds))
         print(line(rows[-1]), flush=True)
+    missed = any(is_main(row) and row["times as fast"] < LIMITS[row["input"]] for row in rows)
     if args.quick:
-        return 0
+        return int(missed)
     result = {
         "command": "python benchmarks/bench_meft_cpu.py",
         "date": datetime.date.today().isoformat(),
@@ -216,7 +228,7 @@ def main() -> int:
         "rows": rows,
     }
     replace_file(args.out, (json.dumps(result, indent=1) + "\n").encode())
-    return 0
+    return int(missed)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class MEFTConfig(PeftConfig):
     )
     experts_per_token: int = field(
         default=8,
-        metadata={"help": "Experts probed per token, P, from 1 to num_experts (paper: 8); lowered to num_experts."},
+        metadata={"help": "Experts probed per token, P, from 1 to num_experts (paper: 8)."},
     )
     top_k: int = field(
         default=64,
@@ -76,7 +76,7 @@ class MEFTConfig(PeftConfig):
         default=True,
         metadata={
             "help": "Multiply x . w_j by the raw router logit of the neuron's expert (paper: yes). Without it the "
-            "router gets no gradient and stays as it was initialised."
+            "router's gradient is zero."
         },
     )
     router_init_scale: float = field(
@@ -125,7 +125,7 @@ class MEFTConfig(PeftConfig):
         metadata={
             "help": "Where neurons are picked: 'host' (the hidden states go to the host, ids and rows come back; the "
             "paper's; needs placement host), 'resident' (on the device; needs placement='device'), 'auto' (where the "
-            "rows live)."
+            "rows live). So far each placement has one way, and naming it only asserts it."
         },
     )
     row_dtype: str = field(
@@ -152,14 +152,16 @@ class MEFTConfig(PeftConfig):
             "help": "How rows are updated. None: lr, betas, eps and weight decay of the Adam or AdamW that holds them, "
             "mode 'lazy'. A dict may set 'mode' ('lazy': a row's moments and bias correction advance only when it is "
             "touched; 'dense': equal to torch's AdamW on the whole matrix), and 'lr', 'betas', 'eps', 'weight_decay' "
-            "in place of the optimizer's; with 'lr' any optimizer will do."
+            "in place of the optimizer's; with 'lr', which no schedule changes, any optimizer will do. meft.RowAdamW "
+            "has all of these itself and does not read this."
         },
     )
     balance_loss_weight: float = field(
         default=0.0,
         metadata={
             "help": "Weight of a loss that evens the experts' load, num_experts * sum_e(share of probes_e * mean "
-            "router probability_e), averaged over layers; 0 is off (paper: off)."
+            "router probability_e), averaged over layers; 0 is off (paper: off). It is scaled as the loss that the "
+            "model returns; of a loss computed outside of the model the scale is not known, and is taken as 1."
         },
     )
 

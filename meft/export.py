@@ -17,6 +17,7 @@ from peft_bridge import folder_replaced_at_once
 
 from . import storage
 from .config import MEFTConfig
+from .ffn_modules import ffn_width
 from .routing import reference
 
 RESIDENT, DENSE = "meft_resident.safetensors", "dense_adapter.safetensors"
@@ -153,7 +154,11 @@ def load_resident(model: nn.Module, folder: str | Path, device: torch.device | s
     if not path.is_file():
         raise ValueError(f"'{folder}' holds no {RESIDENT}: write it with `aslora-meft export DIR --to resident OUT`.")
     layers: dict[str, dict[str, Tensor]] = {}
-    with safe_open(path, framework="pt", device="cpu") as file:
+    try:
+        opened = safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is damaged ({error}): export it again.") from error
+    with opened as file:
         names = set(file.keys())
         fields = {name: int(file.get_tensor(f"routing.{name}")) for name in _ROUTING}
         others = {name.removeprefix(_SAVED): file.get_tensor(name) for name in names if name.startswith(_SAVED)}
@@ -173,6 +178,12 @@ def load_resident(model: nn.Module, folder: str | Path, device: torch.device | s
             f"The model has no module '{missing[0]}': load the base model that the adapter was trained on."
         )
     for ffn, tensors in layers.items():
+        if tensors["keys"].shape[1] != (width := ffn_width(modules[ffn], model)):
+            raise ValueError(
+                f"The rows of '{ffn}' have {tensors['keys'].shape[1]} values where the model's hidden size is {width}: "
+                "load the base model that the adapter was trained on."
+            )
+    for ffn, tensors in layers.items():
         target = device if device is not None else next(modules[ffn].parameters()).device
         parent, _, name = ffn.rpartition(".")
         placed = {part: tensor.to(target) for part, tensor in tensors.items()}
@@ -181,5 +192,7 @@ def load_resident(model: nn.Module, folder: str | Path, device: torch.device | s
         owner, _, part = name.rpartition(".")
         place = getattr(modules[owner], part).device if device is None else device
         # A new parameter: the old one may be tied to another module, which was not trained.
-        setattr(modules[owner], part, nn.Parameter(tensor.to(place), requires_grad=False))
+        new = tensor.to(place)
+        is_parameter = isinstance(getattr(modules[owner], part), nn.Parameter)
+        setattr(modules[owner], part, nn.Parameter(new, requires_grad=False) if is_parameter else new)
     return model

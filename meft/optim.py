@@ -184,6 +184,8 @@ class RowAdamW(Optimizer):
     parameters may be in it too and get AdamW, bfloat16 ones with stochastic rounding. The moments of a table belong to
     the table (`RowTable.moments`) and are in the optimizer's state dict as well.
 
+    What `MEFTConfig.row_optimizer` says is for the automatic way and not read here.
+
     Args:
         params: parameters or groups; a table may be in one optimizer only.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW` (decoupled weight decay), but weight_decay is 0.

@@ -32,11 +32,9 @@ SHARD_BYTES = 5_000_000_000
 
 
 def _tables(model: MEFTModel) -> dict[str, RowTable]:
-    return {
-        name.removesuffix(".rows"): table
-        for name, parameter in model.model.named_parameters()
-        if (table := RowTable.by_parameter().get(id(parameter))) is not None
-    }
+    tables = RowTable.by_parameter()
+    named = ((name, tables.get(id(parameter))) for name, parameter in model.model.named_parameters())
+    return {name.removesuffix(".rows"): table for name, table in named if table is not None}
 
 
 def weights_digest(table: RowTable) -> str:

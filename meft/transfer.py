@@ -18,8 +18,8 @@ class Traffic:
         forwards: forward passes that retrieved rows, recomputations included.
         tokens: tokens of these passes, without padding.
         union_rows: sum over the passes of |U|, the distinct neurons that were used.
-        bytes_to_device: rows, ids and router logits brought to the device.
-        bytes_to_host: hidden states and row gradients brought to the host.
+        bytes_to_device: rows, and the picks' ids and scores, brought to the device.
+        bytes_to_host: hidden states, router logits and row gradients brought to the host.
         expert_load: int64 [E] on the host, picks of neurons of each expert.
     """
 

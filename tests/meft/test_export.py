@@ -2,7 +2,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from meft import export_dense, export_resident, load_resident
 
@@ -132,6 +132,9 @@ def test_damaged_files_are_refused(saved, tmp_path):
 def test_another_base_model_is_refused_and_left_alone(tiny, saved, tmp_path):
     _, folder = saved()
     export_resident(folder, tmp_path / "out")
+    export_resident(folder, tmp_path / "whole")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    wide = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=2, **sizes))
     tensors = load_file(tmp_path / "out" / "meft_resident.safetensors")
     tensors = {name.replace("layers.1.", "layers.9."): value for name, value in tensors.items()}
     save_file(tensors, tmp_path / "out" / "meft_resident.safetensors")
@@ -140,3 +143,9 @@ def test_another_base_model_is_refused_and_left_alone(tiny, saved, tmp_path):
     with pytest.raises(ValueError, match=r"no module 'model\.layers\.9\.mlp'"):
         load_resident(base, tmp_path / "out")
     assert [type(module) for module in base.modules()] == before
+    with pytest.raises(ValueError, match="have 32 values where the model's hidden size is 64"):
+        load_resident(wide, tmp_path / "whole")
+    file = tmp_path / "whole" / "meft_resident.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="is damaged"):
+        load_resident(base, tmp_path / "whole")
