@@ -88,6 +88,21 @@ def end(opened: ForwardContext | None) -> None:
         _here.context = None
 
 
+def padding_mask(kwargs: dict[str, Any], config: Any) -> Tensor | None:
+    """bool [batch, length] of the tokens of this pass, False at padding; None where it is not known.
+
+    Known from a 2-D attention mask: of a pass with a key/value cache its last columns are the pass's tokens. That of an
+    encoder-decoder model is about the encoder alone, other kinds of mask do not tell what is padding.
+    """
+    mask = kwargs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or getattr(config, "is_encoder_decoder", False):
+        return None
+    tokens = kwargs.get("input_ids")
+    tokens = tokens if tokens is not None else kwargs.get("inputs_embeds")
+    length = tokens.shape[1] if isinstance(tokens, Tensor) and tokens.ndim > 1 else mask.shape[1]
+    return mask[:, -length:].bool() if 0 < length <= mask.shape[1] else None
+
+
 class Passes(Protocol):
     """Who knows what a pass means: `MEFTModel`."""
 

@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .config import MEFTConfig
+
 # Model types whose FFN is one module: y = mlp(x), with x after the norm.
 _MLP = [
     "llama",
@@ -93,3 +95,44 @@ def ffn_width(module: nn.Module, model: nn.Module) -> int:
         f"The hidden size of {type(module).__name__} is unknown: the model's config has no hidden_size and the module "
         "no linear layer; change target_modules."
     )
+
+
+def ffn_targets(config: MEFTConfig, model_type: str | None, model: nn.Module) -> set[str] | str:
+    """The default `target_modules` of a model type; takes `layers_to_transform` in where that is an expression.
+
+    Raises:
+        ValueError: the FFN of the model type is not known.
+    """
+    known = FFN_OF.get(model_type or "")
+    if known is None:
+        found = candidates(model)
+        listed = f"candidates in this model: {', '.join(found)}" if found else "no module of this model looks like one"
+        raise ValueError(f"target_modules=None: the FFN of model type '{model_type}' is not known; name it, {listed}.")
+    if not isinstance(known, str):
+        return set(known)
+    if config.layers_to_transform is not None:
+        # PEFT ignores layers_to_transform beside a regular expression.
+        given = config.layers_to_transform
+        layers = "|".join(map(str, [given] if isinstance(given, int) else given))
+        known = known.replace(r"\d+", f"({layers})")
+        config.layers_to_transform = config.layers_pattern = None
+    return known
+
+
+def check_ffn(module: nn.Module, path: str, parent: nn.Module, model: nn.Module) -> None:
+    """Check that an adapter can stand beside a module.
+
+    Raises:
+        ValueError: it is no FFN, or its input comes in pieces.
+    """
+    if is_linear(module) or isinstance(module, nn.Embedding | nn.ModuleList):
+        found = candidates(model)
+        raise ValueError(
+            f"Target module '{path}' ({type(module).__name__}) is no FFN: MEFT stands beside a whole FFN; set "
+            f"target_modules to its name{', one of ' + ', '.join(found) if found else ''}."
+        )
+    if pieces := getattr(parent, "chunk_size_feed_forward", 0):
+        raise ValueError(
+            f"chunk_size_feed_forward={pieces} in the model's config cuts the FFN's input into pieces that the padding "
+            "mask does not fit: set it to 0, which changes no result."
+        )

@@ -24,7 +24,7 @@ from . import context, state, storage
 from .balance import note_loss_scale
 from .config import MEFTConfig
 from .distributed import RankAverage
-from .ffn_modules import FFN_OF, candidates, ffn_width, is_linear
+from .ffn_modules import FFN_OF, check_ffn, ffn_targets, ffn_width
 from .layer import NOT_MERGEABLE, MEFTLayer
 from .optim import RowSteps
 from .report import TransferReport, transfer_report
@@ -110,25 +110,9 @@ class MEFTModel(BaseTuner, RunListener):
             del self._wrapped
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        known = self.target_module_mapping.get(model_config.get("model_type", ""))
-        if peft_config.target_modules is None and known is None:  # type: ignore[attr-defined]
-            found = candidates(self.model)
-            raise ValueError(
-                f"target_modules=None: the FFN of model type '{model_config.get('model_type')}' is not known; name it, "
-                + (
-                    f"candidates in this model: {', '.join(found)}."
-                    if found
-                    else "no module of this model looks like one."
-                )
-            )
-        by_table = peft_config.target_modules is None  # type: ignore[attr-defined]
-        config: Any = super()._prepare_adapter_config(peft_config, model_config)
-        if by_table and isinstance(config.target_modules, str) and config.layers_to_transform is not None:
-            # PEFT ignores layers_to_transform beside a regular expression: the table's takes the layers in.
-            given = config.layers_to_transform
-            layers = "|".join(map(str, [given] if isinstance(given, int) else given))
-            config.target_modules = config.target_modules.replace(r"\d+", f"({layers})")
-            config.layers_to_transform = config.layers_pattern = None
+        config: Any = peft_config
+        if config.target_modules is None:
+            config.target_modules = ffn_targets(config, model_config.get("model_type"), self.model)
         return config
 
     def _create_and_replace(  # type: ignore[override]
@@ -142,17 +126,7 @@ class MEFTModel(BaseTuner, RunListener):
         **optional_kwargs: Any,
     ) -> None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if is_linear(base) or isinstance(base, nn.Embedding | nn.ModuleList):
-            found = candidates(self.model)
-            raise ValueError(
-                f"Target module '{current_key}' ({type(base).__name__}) is no FFN: MEFT stands beside a whole FFN; set "
-                f"target_modules to its name{', one of ' + ', '.join(found) if found else ''}."
-            )
-        if getattr(parent, "chunk_size_feed_forward", 0):
-            raise ValueError(
-                f"chunk_size_feed_forward={parent.chunk_size_feed_forward} in the model's config cuts the FFN's input "
-                "into pieces that the padding mask does not fit: set it to 0, which changes no result."
-            )
+        check_ffn(base, current_key, parent, self.model)
         if isinstance(target, MEFTLayer):
             layer = target
         else:
@@ -231,7 +205,7 @@ class MEFTModel(BaseTuner, RunListener):
         """Open a context for a pass with these arguments; None inside of another pass."""
         self.ranks.note_forward()
         layers = max(1, len(self.steps.tables.get(self.active_adapters[0], [])) // 2) if self.active_adapters else 1
-        return context.begin(_padding_mask(kwargs, getattr(self.model, "config", None)), layers)
+        return context.begin(context.padding_mask(kwargs, getattr(self.model, "config", None)), layers)
 
     def finish_pass(self, opened: context.ForwardContext | None, output: Any) -> None:
         """Tie the context to the output's graph, and the loss to the balance loss where there is one."""
@@ -336,18 +310,3 @@ class MEFTModel(BaseTuner, RunListener):
             tuner.loaded_from[adapter_name] = folder
         rest = {key: value for key, value in state_dict.items() if key != storage.DIGEST}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
-
-
-def _padding_mask(kwargs: dict[str, Any], config: Any) -> Tensor | None:
-    """bool [batch, length] of the tokens of this pass, False at padding; None where it is not known.
-
-    Known from a 2-D attention mask: of a pass with a key/value cache its last columns are the pass's tokens. That of an
-    encoder-decoder model is about the encoder alone, other kinds of mask do not tell what is padding.
-    """
-    mask = kwargs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or getattr(config, "is_encoder_decoder", False):
-        return None
-    tokens = kwargs.get("input_ids")
-    tokens = tokens if tokens is not None else kwargs.get("inputs_embeds")
-    length = tokens.shape[1] if isinstance(tokens, Tensor) and tokens.ndim > 1 else mask.shape[1]
-    return mask[:, -length:].bool() if 0 < length <= mask.shape[1] else None

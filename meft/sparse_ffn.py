@@ -12,7 +12,6 @@ a_j = ReLU(s_j):
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from adapter_kernels.sparse_products import column_sums, entry_dots, line_sums
 
 from .row_gradient import RowGradient
 from .selection import Selection
@@ -47,68 +48,27 @@ class Retrieved:
     in_place: bool
 
 
-def _csr(starts: Tensor, columns: Tensor, weights: Tensor, width: int) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that CSR is in beta, and about its checks
-        return torch.sparse_csr_tensor(
-            starts, columns, weights, (len(starts) - 1, width), check_invariants=False, requires_grad=False
-        )
-
-
-def _product(sparse: Tensor, dense: Tensor) -> Tensor:
-    """Their product; torch.mm would first fill its result with zeros and copy it, which takes longer."""
-    result = dense.new_empty(sparse.shape[0], dense.shape[1])
-    return torch.addmm(result, sparse, dense, beta=0.0, out=result)
-
-
-def _has_sparse_products(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and torch.backends.mkl.is_available()
-
-
-def _masked(selection: Selection, place: Tensor, weights: Tensor, width: int) -> Tensor:
-    whole = weights.new_zeros(selection.tokens, width)
-    return whole.index_put_((selection.token, place), weights)
-
-
-def weighted_rows(weights: Tensor, selection: Selection, place: Tensor, rows: Tensor) -> Tensor:
-    """sum_j weights_j rows[place_j] over the picks of each token: [T, d]."""
-    rows = rows.to(weights.dtype)
-    if not weights.numel():
-        return rows.new_zeros(selection.tokens, rows.shape[1])
-    if _has_sparse_products(rows):
-        return _product(_csr(selection.starts, place, weights, len(rows)), rows)
-    return _masked(selection, place, weights, len(rows)) @ rows
-
-
-def row_dots(x: Tensor, selection: Selection, place: Tensor, rows: Tensor) -> Tensor:
-    """x_t . rows[place_j] for each pick: [n]."""
-    rows = rows.to(x.dtype)
-    if not place.numel():
-        return x.new_zeros(0)
-    if _has_sparse_products(rows):
-        pattern = _csr(selection.starts, place, x.new_ones(len(place)), len(rows))
-        return torch.sparse.sampled_addmm(pattern, x, rows.T, beta=0.0).values()
-    return (x @ rows.T)[selection.token, place]
-
-
-def token_sums(weights: Tensor, selection: Selection, order: Tensor, x: Tensor, rows: int) -> Tensor:
-    """sum of weights_j x_t over the picks of each row: [rows, d]."""
-    if not weights.numel():
-        return x.new_zeros(rows, x.shape[1])
-    if _has_sparse_products(x):
-        by_row = order.argsort(stable=True)
-        starts = order.new_zeros(rows + 1)
-        torch.cumsum(torch.bincount(order, minlength=rows), 0, out=starts[1:])
-        return _product(_csr(starts, selection.token[by_row], weights[by_row], len(x)), x)
-    return _masked(selection, order, weights, rows).T @ x
-
-
 def check_versions(seen: tuple[int, int], keys: Tensor, values: Tensor) -> None:
     """Raises: RuntimeError: the tables were updated since a forward pass read them."""
     if seen != (keys._version, values._version):
         raise RuntimeError(
             "MEFT rows were updated between this forward pass and its backward pass: call backward() before step()."
         )
+
+
+def weighted_rows(weights: Tensor, selection: Selection, place: Tensor, rows: Tensor) -> Tensor:
+    """sum_j weights_j rows[place_j] over the picks of each token: [T, d]."""
+    return line_sums(selection.starts, place, selection.token, weights, rows.to(weights.dtype))
+
+
+def row_dots(x: Tensor, selection: Selection, place: Tensor, rows: Tensor) -> Tensor:
+    """x_t . rows[place_j] for each pick: [n]."""
+    return entry_dots(selection.starts, place, selection.token, x, rows.to(x.dtype))
+
+
+def token_sums(weights: Tensor, selection: Selection, order: Tensor, x: Tensor, rows: int) -> Tensor:
+    """sum of weights_j x_t over the picks of each row: [rows, d]."""
+    return column_sums(order, selection.token, weights, x, rows)
 
 
 class SparseFFN(torch.autograd.Function):

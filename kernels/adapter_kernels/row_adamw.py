@@ -28,7 +28,8 @@ from torch import Tensor
 
 from . import dispatch, row_adamw_kernels
 from .gather_rows import require_reachable, zero_copy
-from .row_adamw_kernels import SPLITMIX, from_grad, signed, variants
+from .row_adamw_kernels import from_grad, variants
+from .stochastic_rounding import round_stochastically
 
 __all__ = ["row_adamw", "variants"]
 
@@ -62,25 +63,10 @@ def _torch(
         scale = root.div_(root2).add_(eps)
         p.mul_(1 - lr * weight_decay).sub_(torch.mul(m, step_size, out=moved).div_(scale))
         if table.dtype == torch.bfloat16:
-            _round_stochastically(p, mine, touches, seed)
+            round_stochastically(p, mine, touches, seed)
         for target, source in ((table, p), (exp_avg, m), (exp_avg_sq, v), (wire, p)):
             if target is not None:
                 target.index_copy_(0, mine, source.to(target.dtype))
-
-
-def _round_stochastically(p: Tensor, rows: Tensor, touches: Tensor, seed: int) -> None:
-    """Round fp32 in place to values of bf16."""
-    first, second, third = map(signed, SPLITMIX)
-    key = rows * first + touches.to(torch.int64) * second + signed(seed * third)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        key = (key ^ ((key >> shift) & ((1 << (64 - shift)) - 1))) * signed(factor)
-    key = key ^ ((key >> 31) & ((1 << 33) - 1))
-    low, high = key.view(torch.int32).reshape(-1, 2, 1).unbind(1)
-    noise = low + torch.arange(p.shape[1], dtype=torch.int32, device=p.device) * -1640531535  # 0x9E3779B1
-    noise = (noise ^ ((noise >> 16) & 0xFFFF)) * 0x7FEB352D
-    noise = (noise ^ ((noise >> 15) & 0x1FFFF) ^ high) * -2073254261  # 0x846CA68B
-    noise = (noise ^ (noise >> 16)) & 0xFFFF
-    p.copy_(torch.where(p.isfinite(), ((p.view(torch.int32) + noise) & ~0xFFFF).view(torch.float32), p))
 
 
 @torch.library.custom_op("adapter_kernels::row_adamw", mutates_args=("table", "exp_avg", "exp_avg_sq", "count", "wire"))

@@ -26,7 +26,6 @@ Source: arXiv 2406.04984, section 3.1, algorithm 1; the router's factor as in th
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from torch import Tensor
 
 from . import dispatch, sparse_ffn_kernels
 from .sparse_ffn_kernels import variants
+from .sparse_products import column_sums, entry_dots, line_sums
 
 __all__ = ["sparse_ffn", "variants"]
 
@@ -49,7 +49,7 @@ class _Picks:
 
     def __init__(self, position: Tensor, rows: int) -> None:
         self.live = (position >= 0) & (position < rows)
-        self.shape = (len(position), rows)
+        self.rows = rows
         self.starts = torch.zeros(len(position) + 1, dtype=torch.int64, device=position.device)
         torch.cumsum(self.live.sum(1), 0, out=self.starts[1:])
         self.row = position[self.live].to(torch.int64)
@@ -57,46 +57,15 @@ class _Picks:
 
     def dots(self, a: Tensor, b: Tensor) -> Tensor:
         """a_t . b_u of each pick."""
-        if not len(self.row):
-            return a.new_zeros(0)
-        if _has_sparse_products(a):
-            pattern = _csr(self.starts, self.row, a.new_ones(len(self.row)), self.shape[1])
-            return torch.sparse.sampled_addmm(pattern, a, b.T, beta=0.0).values()
-        return (a @ b.T)[self.token, self.row]
+        return entry_dots(self.starts, self.row, self.token, a, b)
 
     def by_token(self, weights: Tensor, b: Tensor) -> Tensor:
         """The sum of weight times b_u over each token's picks."""
-        return _product(self.starts, self.row, weights, self.token, b)
+        return line_sums(self.starts, self.row, self.token, weights, b)
 
     def by_row(self, weights: Tensor, a: Tensor) -> Tensor:
         """The sum of weight times a_t over each row's picks."""
-        order = self.row.argsort(stable=True)
-        starts = torch.zeros(self.shape[1] + 1, dtype=torch.int64, device=a.device)
-        torch.cumsum(torch.bincount(self.row, minlength=self.shape[1]), 0, out=starts[1:])
-        return _product(starts, self.token[order], weights[order], self.row[order], a)
-
-
-def _has_sparse_products(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and torch.backends.mkl.is_available()
-
-
-def _csr(starts: Tensor, columns: Tensor, weights: Tensor, width: int) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that CSR is in beta, and about its checks
-        return torch.sparse_csr_tensor(starts, columns, weights, (len(starts) - 1, width), check_invariants=False)
-
-
-def _product(starts: Tensor, columns: Tensor, weights: Tensor, line: Tensor, dense: Tensor) -> Tensor:
-    """Sparse times dense; `line` is each entry's line."""
-    lines, width = len(starts) - 1, dense.shape[1]
-    if not len(columns):
-        return dense.new_zeros(lines, width)
-    if _has_sparse_products(dense):
-        # torch.mm would first fill its result with zeros and copy it, which takes longer.
-        result = dense.new_empty(lines, width)
-        return torch.addmm(result, _csr(starts, columns, weights, len(dense)), dense, beta=0.0, out=result)
-    whole = dense.new_zeros(lines, len(dense)).index_put_((line, columns), weights, accumulate=True)
-    return whole @ dense
+        return column_sums(self.row, self.token, weights, a, self.rows)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meft import sparse_ffn
+from adapter_kernels import sparse_products
 from meft.routing import chosen_neurons, reference
 from meft.row_gradient import RowGradient
 from meft.selection import Selection, select_neurons, shared_by_all, union
@@ -18,7 +18,7 @@ SIZES = {"T": 11, "d": 6, "E": 4, "each": 5, "P": 2, "K": 4}
 def products(request, monkeypatch):
     """Both ways to sum over picks: MKL's sparse products, and dense ones with a mask where there is no MKL."""
     if request.param == "masked products":
-        monkeypatch.setattr(sparse_ffn, "_has_sparse_products", lambda tensor: False)
+        monkeypatch.setattr(sparse_products, "has_sparse_products", lambda tensor: False)
     elif not torch.backends.mkl.is_available():
         pytest.skip("this torch was built without MKL")
 
@@ -304,7 +304,7 @@ def test_the_products_over_picks_equal_loops(data, masked):
         sums[n] += w * x[t]
     with pytest.MonkeyPatch.context() as patch:
         if masked:
-            patch.setattr(sparse_ffn, "_has_sparse_products", lambda tensor: False)
+            patch.setattr(sparse_products, "has_sparse_products", lambda tensor: False)
         assert torch.equal(weighted_rows(weights, picks, neuron, rows), gathered)
         assert row_dots(x, picks, neuron, rows).tolist() == [float(x[t] @ rows[n]) for t, n, _ in pairs]
         assert torch.equal(token_sums(weights, picks, neuron, x, r), sums)
