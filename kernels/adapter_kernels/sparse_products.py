@@ -1,7 +1,7 @@
 """Products of a sparse matrix with a dense one on torch alone: what the sparse FFN does where no kernel runs.
 
-A sparse [T, U] matrix is a ragged list of entries: those of line t are `starts[t]` to `starts[t + 1] - 1`, `column` is each
-entry's column, and `line` its line. On a CPU with MKL its sparse products are used, elsewhere dense ones.
+A sparse [T, U] matrix is a ragged list of entries: those of line t are `starts[t]` to `starts[t + 1] - 1`, `column` is
+each entry's column, and `line` its line. On a CPU with MKL its sparse products are used, elsewhere dense ones.
 """
 
 from __future__ import annotations
