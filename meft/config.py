@@ -18,7 +18,9 @@ from .routing import default_num_experts, divisors_around
 _CHOICES = {
     "routing": ("per_token", "union"),
     "placement": ("auto", "host", "device"),
-    "retrieval": ("auto", "resident", "host"),
+    "retrieval": ("auto", "host", "stream", "device-keys", "device-rows", "resident"),
+    "backward_rows": ("auto", "save", "refetch"),
+    "gradient_dtype": ("auto", "float32"),
     "row_dtype": ("auto", "float64", "float32", "bfloat16", "float16"),
     "master_dtype": ("float32", "float64", "bfloat16"),
 }
@@ -123,9 +125,26 @@ class MEFTConfig(PeftConfig):
     retrieval: str = field(
         default="auto",
         metadata={
-            "help": "Where neurons are picked: 'host' (the hidden states go to the host, ids and rows come back; the "
-            "paper's; needs placement host), 'resident' (on the device; needs placement='device'), 'auto' (where the "
-            "rows live). So far each placement has one way, and naming it only asserts it."
+            "help": "How neurons are picked and their rows come to the device. 'host': the hidden states go to the "
+            "host, ids and rows come back (the paper's); 'stream': the keys pass through the device ahead of their "
+            "use, only values are gathered; 'device-keys', 'device-rows': keys, or keys and values, are on the device "
+            "too, in row_dtype, and the optimizer's changes are brought; 'resident': all is on the device (needs "
+            "placement='device'). 'auto': the one that fits into the device's memory and moves least; a model on the "
+            "CPU reads rows in place."
+        },
+    )
+    backward_rows: str = field(
+        default="auto",
+        metadata={
+            "help": "The rows that a backward pass needs: 'save' keeps those of the forward pass on the device, "
+            "'refetch' brings them again, 'auto' is 'save'. Of no effect where rows are read in place."
+        },
+    )
+    gradient_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Dtype in which row gradients leave the device: 'auto' (the one that they are computed in: "
+            "bfloat16 where hidden states and rows are bfloat16, else float32) or 'float32'. Sums are in float32."
         },
     )
     row_dtype: str = field(
@@ -222,10 +241,10 @@ class MEFTConfig(PeftConfig):
                 f"retrieval='resident' picks among rows on the device, but placement={self.placement!r} keeps them in "
                 "host memory: set placement='device', or retrieval='host'."
             )
-        if self.retrieval == "host" and self.placement == "device":
+        if self.retrieval not in ("auto", "resident") and self.placement == "device":
             raise ValueError(
-                "retrieval='host' picks among rows in host memory, but placement='device' keeps them on the device: "
-                "set placement='host', or retrieval='resident'."
+                f"retrieval='{self.retrieval}' is for rows in host memory, but placement='device' keeps them on the "
+                "device: set placement='host', or retrieval='resident'."
             )
         if self.row_dtype != "auto":
             if getattr(torch, self.row_dtype).itemsize > getattr(torch, self.master_dtype).itemsize:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .carry import Fetched, Picks
 from .selection import Selection
 
 
@@ -24,16 +25,18 @@ class Stash:
     """The picks of one layer in one forward pass.
 
     Attributes:
-        selection: the picks.
+        picks: the picks, in the form of the way in which they were made.
         real: int64 [T], places of the tokens that are no padding; None where all are real.
         probe: [tokens, <= 8], some columns of the layer's input, to tell forward passes apart.
         versions: of keys and values, to tell whether they were updated since.
+        fetched: rows that were kept for the recomputation.
     """
 
-    selection: Selection
+    picks: Selection | Picks
     real: Tensor | None
     probe: Tensor
     versions: tuple[int, int]
+    fetched: Fetched | None = None
 
 
 @dataclass(eq=False)
@@ -72,6 +75,15 @@ def current() -> ForwardContext | None:
 def recomputing() -> bool:
     """Whether this is a recomputation of gradient checkpointing: a forward pass inside of a backward pass."""
     return torch._C._current_graph_task_id() != -1
+
+
+def checkpointed() -> bool:
+    """Whether a running, recorded layer will be recomputed, or its saved tensors are somebody else's to keep.
+
+    True inside of a pass whose layer runs without a graph (reentrant checkpointing) or under hooks on saved tensors.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None or not torch.is_grad_enabled()
 
 
 def begin(mask: Tensor | None, layers: int) -> ForwardContext | None:

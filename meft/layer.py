@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,9 @@ from torch import Tensor, nn
 
 from . import context
 from .balance import attach_balance_loss
+from .carry import Fetched, LayerRows, Picks
 from .config import MEFTConfig
+from .engine import Engine
 from .retrieval import retrieved
 from .selection import Selection
 from .sparse_ffn import SparseFFN, check_versions
@@ -27,6 +28,21 @@ NOT_MERGEABLE = (
 )
 
 
+class Place(NamedTuple):
+    """A layer's rows in one adapter, and the adapter's engine."""
+
+    engine: Engine
+    rows: LayerRows
+
+
+class _Begun(NamedTuple):
+    """An adapter's output that was begun: what ends it, its picks, and rows to keep for a recomputation."""
+
+    finish: Callable[[], Tensor]
+    picks: Selection | Picks
+    kept: Fetched | None
+
+
 class MEFTLayer(nn.Module, BaseTunerLayer):
     """y = FFN(x) + sum over the active adapters of sum_{j in J} ReLU(s_j) v_j.
 
@@ -34,10 +50,11 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         meft_keys, meft_values: adapter -> its `RowTable` [r, d].
         meft_router: adapter -> W_g, [E, d], on the model's device.
         traffic: adapter -> what this layer has moved.
+        places: adapter -> its engine and this layer's part in it.
     """
 
     adapter_layer_names = ("meft_keys", "meft_values", "meft_router")
-    other_param_names = ("configs", "traffic")
+    other_param_names = ("configs", "traffic", "places")
 
     def __init__(self, base_layer: nn.Module, width: int) -> None:
         """Args: width: hidden size d."""
@@ -49,6 +66,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         self.meft_router = nn.ParameterDict()
         self.configs: dict[str, MEFTConfig] = {}
         self.traffic: dict[str, Traffic] = {}
+        self.places: dict[str, Place] = {}
         self.on_backward: Callable[[], None] | None = None  # set by the tuner
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -76,10 +94,22 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         self.traffic[adapter_name] = Traffic()
         self.meft_keys[adapter_name], self.meft_values[adapter_name] = tables
         self.meft_router[adapter_name] = router
+        self.join(adapter_name, 0, None)
         if not tables[0].rows.is_meta:
             self._initialise(adapter_name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def join(self, adapter_name: str, number: int, engine: Engine | None) -> LayerRows:
+        """Take a place among the adapter's layers.
+
+        Args:
+            engine: None: one for this layer alone.
+        """
+        config = self.configs[adapter_name]
+        rows = LayerRows(number, *self.tables(adapter_name), config, self.traffic[adapter_name])
+        self.places[adapter_name] = Place(engine if engine is not None else Engine(config, [rows]), rows)
+        return rows
 
     def _initialise(self, adapter_name: str, config: MEFTConfig) -> None:
         keys, values = self.tables(adapter_name)
@@ -138,64 +168,117 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(*args, **kwargs)
         if self._joins_residual:
             hidden, residual = _arguments(args, kwargs, "hidden_states", "input_tensor")
-            return self.base_layer(hidden, residual + self._contribution(residual, active).to(residual.dtype))
+            added = self._finish(self._begin(residual, active), residual)
+            return self.base_layer(hidden, residual + added.to(residual.dtype))
         x = args[0] if args else kwargs["hidden_states"]
-        added = self._contribution(x, active)
+        begun = self._begin(x, active)  # rows come while the base computes
         output = self.base_layer(*args, **kwargs)
+        added = self._finish(begun, x)
         if isinstance(output, tuple):  # a mixture-of-experts block with its logits
             return (output[0] + added.to(output[0].dtype), *output[1:])
         return output + added.to(output.dtype)
 
     @torch.compiler.disable
-    def _contribution(self, x: Tensor, active: list[str]) -> Tensor:
+    def _begin(self, x: Tensor, active: list[str]) -> list[Callable[[], Tensor]]:
         if x.shape[-1] != self.in_features:
             raise ValueError(
                 f"The FFN's input has {x.shape[-1]} features, MEFT was made for {self.in_features}: target_modules "
                 "must name modules that map hidden states to hidden states."
             )
-        flat = x.reshape(-1, x.shape[-1])
-        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
         # Scores decide: they are computed in full precision whatever autocast says.
         with torch.autocast(x.device.type, enabled=False):
-            return sum(self._one(flat, x.shape, name) for name in active).view(x.shape)  # type: ignore[union-attr]
+            return [self._begin_one(x.reshape(-1, x.shape[-1]), x.shape, name) for name in active]
 
-    def _one(self, x: Tensor, shape: torch.Size, adapter_name: str) -> Tensor:
-        config, traffic = self.configs[adapter_name], self.traffic[adapter_name]
-        keys, values = self.tables(adapter_name)
-        keys.check_whole()
-        values.check_whole()
-        router = self.meft_router[adapter_name].to(x.dtype)
-        now = context.current()
+    @torch.compiler.disable
+    def _finish(self, begun: list[Callable[[], Tensor]], x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return sum(finish() for finish in begun).view(x.shape)  # type: ignore[union-attr]
+
+    def _begin_one(self, x: Tensor, shape: torch.Size, adapter_name: str) -> Callable[[], Tensor]:
+        """Begin with an adapter's output; what is returned ends it: [T, d]."""
+        for table in self.tables(adapter_name):
+            table.check_whole()
+        now, stash = context.current(), None
         key = (id(self), adapter_name)
-        selection: Selection | None = None
         if now is None and context.recomputing():
             found = context.find_stash(key, x)
             if found is not None:
                 now, stash = found
-                selection, real = stash.selection, stash.real
-                check_versions(stash.versions, keys.rows, values.rows)
-        if selection is None:
-            real = _real_tokens(now.mask if now is not None else None, shape, x.device)
+                check_versions(stash.versions, self.places[adapter_name].rows.versions)
+        mask = now.mask if now is not None else None
+        real = stash.real if stash is not None else _real_tokens(mask, shape, x.device)
         kept = x if real is None else x.index_select(0, real)
-        with torch.no_grad():
-            logits = F.linear(kept.detach(), router.detach())
-        with retrieved(kept.detach(), logits, keys, values, config, traffic, selection) as found_rows:
-            factors = logits if config.has_factor else None
-            done = partial(self._note_backward, adapter_name)
-            y = SparseFFN.apply(kept, router, keys.rows, values.rows, found_rows, factors, done)
-        if selection is None and now is not None and now.recorded:
-            versions = (keys.rows._version, values.rows._version)
-            stash = context.Stash(found_rows.selection, real, context.probe_of(x), versions)
-            now.stashes.setdefault(key, []).append(stash)
-        if config.balance_loss_weight and torch.is_grad_enabled():
-            y = attach_balance_loss(y, F.linear(kept, router), config, now)
-        return y if real is None else torch.zeros_like(x).index_copy(0, real, y)
+        wide = kept.to(torch.promote_types(x.dtype, torch.float32))
+        router = self.meft_router[adapter_name].to(wide.dtype)
+        by_engine = self.places[adapter_name].engine.serves(x.device)
+        begin = self._with_engine if by_engine else self._in_place
+        begun = begin(kept, wide, router, adapter_name, stash, now)
+        if stash is None and now is not None and now.recorded:
+            versions = self.places[adapter_name].rows.versions
+            made = context.Stash(begun.picks, real, context.probe_of(x), versions, begun.kept)
+            now.stashes.setdefault(key, []).append(made)
+        if real is None:
+            return begun.finish
+        return lambda: x.new_zeros(x.shape, dtype=(y := begun.finish()).dtype).index_copy(0, real, y)
 
-    def _note_backward(self, adapter_name: str, rows: int) -> None:
-        """Row gradients of so many neurons were made."""
-        traffic, keys = self.traffic[adapter_name], self.meft_keys[adapter_name]
-        if self.configs[adapter_name].on_host:
-            traffic.bytes_to_host += 2 * rows * nbytes(keys.rows[:1])  # type: ignore[index, operator, arg-type]
+    def _with_engine(
+        self,
+        x: Tensor,
+        wide: Tensor,
+        router: Tensor,
+        adapter_name: str,
+        stash: context.Stash | None,
+        now: context.ForwardContext | None,
+    ) -> _Begun:
+        config, place = self.configs[adapter_name], self.places[adapter_name]
+        engine, layer = place.engine, place.rows
+        x = wide.to(engine.compute_dtype(layer, x))
+        logits = F.linear(wide, router)
+        picks, fetched = (stash.picks, stash.fetched) if stash is not None else (None, None)
+        begun = engine.begin(layer, x.detach(), logits.detach(), picks, fetched)  # type: ignore[arg-type]
+        # Of a checkpointed layer the rows are kept for its recomputation, whose graph then has them.
+        refetches, checkpointed = config.backward_rows == "refetch", context.checkpointed()
+        kept = begun.fetched if checkpointed and not refetches else None
+        if stash is not None:
+            stash.fetched = None
+        absent = refetches and torch.is_grad_enabled() and not checkpointed and not context.recomputing()
+
+        def finish() -> Tensor:
+            y = engine.finish(begun, x, logits, absent, self._note_backward)
+            if config.balance_loss_weight and torch.is_grad_enabled():
+                return attach_balance_loss(y, logits, config, now)
+            return y
+
+        return _Begun(finish, begun.picks, kept)
+
+    def _in_place(
+        self,
+        x: Tensor,
+        wide: Tensor,
+        router: Tensor,
+        adapter_name: str,
+        stash: context.Stash | None,
+        now: context.ForwardContext | None,
+    ) -> _Begun:
+        config, layer = self.configs[adapter_name], self.places[adapter_name].rows
+        with torch.no_grad():
+            logits = F.linear(wide.detach(), router.detach())
+        picks = stash.picks if stash is not None else None
+
+        def done(rows: int) -> None:
+            if config.on_host:
+                layer.traffic.bytes_to_host += 2 * rows * nbytes(layer.keys.rows[:1])
+            self._note_backward()
+
+        with retrieved(wide.detach(), logits, layer, picks) as found:  # type: ignore[arg-type]
+            factors = logits if config.has_factor else None
+            y = SparseFFN.apply(wide, router, layer.keys.rows, layer.values.rows, found, factors, done)
+        if config.balance_loss_weight and torch.is_grad_enabled():
+            y = attach_balance_loss(y, F.linear(wide, router), config, now)
+        return _Begun(lambda: y, found.selection, None)
+
+    def _note_backward(self) -> None:
+        """Row gradients were made."""
         if self.on_backward is not None:
             self.on_backward()
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -24,6 +25,7 @@ from . import context, state, storage
 from .balance import note_loss_scale
 from .config import MEFTConfig
 from .distributed import RankAverage
+from .engine import Engine
 from .ffn_modules import FFN_OF, check_ffn, ffn_targets, ffn_width
 from .layer import NOT_MERGEABLE, MEFTLayer
 from .optim import RowSteps
@@ -63,6 +65,7 @@ class MEFTModel(BaseTuner, RunListener):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         # Called once, before the first adapter; later adapters come through inject_adapter alone.
         self.steps = RowSteps()
+        self.engines: dict[str, Engine] = {}
         self.loaded_from: dict[str, str] = {}
         self._follow()
         self.ranks = RankAverage(self.steps)
@@ -157,11 +160,13 @@ class MEFTModel(BaseTuner, RunListener):
         self.steps.routers[adapter_name] = [layer.meft_router for layer in layers]
         for layer in layers:
             layer.on_backward = self.ranks.note_backward
+        engine = self.engines[adapter_name] = Engine(config, [])
+        engine.layers.extend(layer.join(adapter_name, number, engine) for number, layer in enumerate(layers))
         if config.num_experts is None:
             logger.info("MEFT: num_experts=%d for r=%d (4 sqrt(r), rounded to a divisor).", config.experts, config.r)
 
     def _drop(self, adapter_name: str) -> None:
-        for owner in (self.steps.tables, self.steps.configs, self.steps.routers, self.loaded_from):
+        for owner in (self.steps.tables, self.steps.configs, self.steps.routers, self.loaded_from, self.engines):
             owner.pop(adapter_name, None)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -204,6 +209,10 @@ class MEFTModel(BaseTuner, RunListener):
     def begin_pass(self, kwargs: dict[str, Any]) -> context.ForwardContext | None:
         """Open a context for a pass with these arguments; None inside of another pass."""
         self.ranks.note_forward()
+        if context.current() is None and torch.is_grad_enabled():
+            for name in self.active_adapters:
+                if name in self.engines:
+                    self.engines[name].begin_pass()
         layers = max(1, len(self.steps.tables.get(self.active_adapters[0], [])) // 2) if self.active_adapters else 1
         return context.begin(context.padding_mask(kwargs, getattr(self.model, "config", None)), layers)
 

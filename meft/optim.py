@@ -73,26 +73,45 @@ def group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
     return next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
 
 
+def prepare_table(table: RowTable, mode: str) -> None:
+    """Make a table's moments, where there are none of the mode: all that an update allocates for good."""
+    with table.lock, torch.no_grad():
+        moments = table.moments
+        if moments is not None and moments.dense == (mode == "dense"):
+            return
+        table.catch_up()
+        if moments is not None:
+            warnings.warn(
+                f"The moments of MEFT's rows were made in the other mode than mode='{mode}' and restart: go on in "
+                "the mode of the checkpoint to keep them."
+            )
+        table.moments = Moments.fresh(table.rows.detach(), dense=mode == "dense", seed=table.seed)
+
+
 def update_table(table: RowTable, gradient: RowGradient, rule: StepRule, *, mode: str, divisor: float = 1.0) -> None:
-    """One step of a table; its moments are made on the first one.
+    """One step of a table, now or by the thread of `table.updates`.
 
     Args:
         divisor: a loss scale that is still in the gradient.
     """
-    with table.lock, torch.no_grad():
-        if table.moments is None or table.moments.dense != (mode == "dense"):
-            table.catch_up()
-            if table.moments is not None:
-                warnings.warn(
-                    f"The moments of MEFT's rows were made in the other mode than mode='{mode}' and restart: go on in "
-                    "the mode of the checkpoint to keep them."
-                )
-            table.moments = Moments.fresh(table.rows.detach(), dense=mode == "dense", seed=table.seed)
-        values = gradient.row_values.to(torch.promote_types(table.rows.dtype, torch.float32)).contiguous()
-        if divisor != 1.0:
-            values = values / divisor
-        moments, master = table.moments, table.rows.detach()
-        table.writing(lambda wire: moments.update(master, wire, gradient.rows, values, rule))
+    prepare_table(table, mode)
+    rows, values = gradient.rows, gradient.row_values
+
+    def update() -> None:
+        moments = table.moments
+        assert moments is not None
+        wide = values.to(torch.promote_types(table.rows.dtype, torch.float32)).contiguous()
+        wide = wide / divisor if divisor != 1.0 else wide
+        master = table.rows.detach()
+        # In dense mode any row may move: a long history is replayed into all.
+        touched = None if moments.dense else rows
+        table.writing(lambda wire: moments.update(master, wire, rows, wide, rule), rows=touched)
+
+    if table.updates is None:
+        with torch.no_grad():
+            update()
+    else:
+        table.update_later(update)
 
 
 class RowSteps:
@@ -163,9 +182,10 @@ class RowSteps:
             # Of an optimizer that calls its closure several times in a step, the last gradient.
             self._taken = [taken for taken in self._taken if taken[0] is not table]
             self._taken.append((table, as_row_gradient(gradient), rule, config.row_mode, divisor))
+            prepare_table(table, config.row_mode)
 
     def after_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
-        """Update the rows."""
+        """Update the rows, those of the first layer first: the next forward pass reads them first."""
         taken, self._taken = self._taken, []
         for table, gradient, rule, mode, divisor in taken:
             table.follow(optimizer)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,31 +20,77 @@ from torch.utils._pytree import tree_map
 aten = torch.ops.aten
 
 
+@dataclass(frozen=True)
+class Pending:
+    """Rows and values that a thread is bringing.
+
+    Attributes:
+        future: what it will have.
+        thread: does what is queued in its order, so that what builds on `future` can be queued at once.
+    """
+
+    future: Future[tuple[Tensor, Tensor]]
+    thread: Executor
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Raises: RuntimeError: something went wrong on the way."""
+        try:
+            return self.future.result()
+        except Exception as error:
+            raise RuntimeError(f"Gradients of MEFT rows did not arrive: {error}") from error
+
+
+Stored = tuple[Tensor, Tensor] | Pending
+
+
 class RowGradient(torch.Tensor):
     """A gradient of shape [r, d].
 
     Attributes:
         rows: int64 [n], the touched rows, ascending.
-        row_values: [n, d], their gradients, at least in float32.
+        row_values: [n, d], their gradients, at least in float32. Of a gradient that is on its way from a device,
+            whoever reads these waits for its arrival.
         owner: id of the table's parameter.
     """
 
-    rows: Tensor
-    row_values: Tensor
     owner: int
+    _stored: Stored
 
     @staticmethod
     def __new__(cls, rows: Tensor, row_values: Tensor, like: Tensor) -> RowGradient:
         """Args: like: the table; shape, dtype and device are taken from it."""
+        return cls._of((rows, row_values), like)
+
+    @classmethod
+    def arriving(cls, pending: Pending, like: Tensor) -> RowGradient:
+        """A gradient whose rows and values come later."""
+        return cls._of(pending, like)
+
+    @classmethod
+    def _of(cls, stored: Stored, like: Tensor) -> RowGradient:
         self = torch.Tensor._make_wrapper_subclass(
             cls, like.shape, dtype=like.dtype, device=like.device, requires_grad=False
         )
-        self.rows, self.row_values = rows, row_values
+        self._stored = stored
         self.owner = like.owner if isinstance(like, RowGradient) else id(like)
         return self
 
+    @property
+    def rows(self) -> Tensor:
+        return self._arrived()[0]
+
+    @property
+    def row_values(self) -> Tensor:
+        return self._arrived()[1]
+
+    def _arrived(self) -> tuple[Tensor, Tensor]:
+        if isinstance(self._stored, Pending):
+            self._stored = self._stored.result()
+        return self._stored
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"RowGradient(shape={list(self.shape)}, rows={len(self.rows)}, dtype={self.dtype})"
+        rows = "arriving" if isinstance(self._stored, Pending) else len(self.rows)
+        return f"RowGradient(shape={list(self.shape)}, rows={rows}, dtype={self.dtype})"
 
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """The whole gradient, [r, d], zero in the other rows."""
@@ -83,14 +131,27 @@ def _with(gradient: RowGradient, rows: Tensor, values: Tensor) -> RowGradient:
     return RowGradient(rows, values, gradient)
 
 
-def _merged(a: RowGradient, b: RowGradient) -> tuple[Tensor, Tensor]:
-    if torch.equal(a.rows, b.rows):
-        return a.rows, a.row_values + b.row_values
-    rows, place = torch.cat([a.rows, b.rows]).unique(return_inverse=True)
-    values = a.row_values.new_zeros(len(rows), *a.row_values.shape[1:])
-    values.index_copy_(0, place[: len(a.rows)], a.row_values)
-    values.index_add_(0, place[len(a.rows) :], b.row_values)
+def _sum(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    if torch.equal(a[0], b[0]):
+        return a[0], a[1] + b[1]
+    rows, place = torch.cat([a[0], b[0]]).unique(return_inverse=True)
+    values = a[1].new_zeros(len(rows), *a[1].shape[1:])
+    values.index_copy_(0, place[: len(a[0])], a[1])
+    values.index_add_(0, place[len(a[0]) :], b[1])
     return rows, values
+
+
+def _merged(a: RowGradient, b: RowGradient) -> Stored:
+    x, y = a._stored, b._stored
+    pending = next((s for s in (x, y) if isinstance(s, Pending)), None)
+    if pending is None:
+        return _sum(a._arrived(), b._arrived())
+
+    def merge() -> tuple[Tensor, Tensor]:
+        return _sum(*(s.result() if isinstance(s, Pending) else s for s in (x, y)))
+
+    # Behind both in the thread's order, so that micro-batches are added up as they land.
+    return Pending(pending.thread.submit(merge), pending.thread)
 
 
 def _add(func: Any, a: Any, b: Any, *, alpha: float = 1) -> Any:
@@ -99,10 +160,10 @@ def _add(func: Any, a: Any, b: Any, *, alpha: float = 1) -> Any:
     a, b = (as_row_gradient(g, a) for g in (a, b))
     if alpha != 1:
         b = _with(b, b.rows, b.row_values * alpha)
-    rows, values = _merged(a, b)
+    stored = _merged(a, b)
     if func is aten.add.Tensor:
-        return _with(a, rows, values)
-    a.rows, a.row_values = rows, values
+        return RowGradient._of(stored, a)
+    a._stored = stored
     return a
 
 
@@ -170,11 +231,14 @@ def _foreach_norm(func: Any, gradients: list[Tensor], ord: float = 2, dtype: tor
 
 def _nothing(a: RowGradient) -> tuple[Tensor, Tensor]:
     """No rows; not a slice, which would hold on to the memory of all."""
-    return a.rows.new_empty(0), a.row_values.new_empty(0, *a.row_values.shape[1:])
+    waits = isinstance(a._stored, Pending)
+    dtype = torch.promote_types(a.dtype, torch.float32) if waits else a.row_values.dtype
+    none = torch.empty(0, *a.shape[1:], dtype=dtype, device=a.device)
+    return torch.empty(0, dtype=torch.int64, device=a.device), none
 
 
 def _zero(func: Any, a: RowGradient) -> RowGradient:
-    a.rows, a.row_values = _nothing(a)
+    a._stored = _nothing(a)
     return a
 
 
@@ -184,7 +248,7 @@ def _foreach_zero(func: Any, gradients: list[Tensor]) -> None:
 
 
 def _detach(func: Any, a: RowGradient) -> RowGradient:
-    return _with(a, a.rows, a.row_values)
+    return RowGradient._of(a._stored, a)
 
 
 def _copied(func: Any, a: RowGradient, **kwargs: Any) -> RowGradient:
@@ -196,7 +260,8 @@ def _empty(func: Any, a: RowGradient, *args: Any, **kwargs: Any) -> RowGradient:
 
 
 def _copy_from(func: Any, a: RowGradient, b: RowGradient, non_blocking: bool = False) -> RowGradient:
-    a.rows, a.row_values = b.rows, b.row_values.clone()
+    # What is on its way belongs to nobody else: autograd copies it only because the copy is a tensor subclass.
+    a._stored = b._stored if isinstance(b._stored, Pending) else (b.rows, b.row_values.clone())
     return a
 
 

@@ -48,9 +48,9 @@ class Retrieved:
     in_place: bool
 
 
-def check_versions(seen: tuple[int, int], keys: Tensor, values: Tensor) -> None:
-    """Raises: RuntimeError: the tables were updated since a forward pass read them."""
-    if seen != (keys._version, values._version):
+def check_versions(seen: tuple[int, int], now: tuple[int, int]) -> None:
+    """Raises: RuntimeError: keys or values were updated since a forward pass read them."""
+    if seen != now:
         raise RuntimeError(
             "MEFT rows were updated between this forward pass and its backward pass: call backward() before step()."
         )
@@ -127,7 +127,7 @@ class SparseFFN(torch.autograd.Function):
         picks, u = retrieved.selection, len(retrieved.rows)
         keys, values = ctx.tables
         if retrieved.in_place:
-            check_versions(ctx.versions, keys, values)
+            check_versions(ctx.versions, (keys._version, values._version))
         g = g.contiguous().to(x.dtype)
         ds = row_dots(g, picks, retrieved.place, value_rows) * (active > 0)
         by_key = ds * factor if factor is not None else ds

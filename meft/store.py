@@ -15,13 +15,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .lanes import Mark
 from .moments import Moments
 from .transfer import nbytes, page_lock, page_unlock
+from .updates import Ticket, UpdateQueue
 
 logger = logging.getLogger(__name__)
 
 # Rows handled at a time where a whole table is read or written, so that no second table comes into being.
 BLOCK_BYTES = 64 << 20
+
+
+# What a copy or a pickle of a table makes anew.
+_OF_THIS_PROCESS = frozenset(
+    ("_own", "lock", "owner", "_former", "claimed_by", "_wire", "_wire_of", "_locked")
+    + ("updates", "_ticket", "_readers", "_changed", "_changed_of")
+)
 
 
 def row_blocks(table: Tensor) -> Iterator[slice]:
@@ -39,10 +48,10 @@ class RowTable(nn.Module):
 
     Attributes:
         rows: the masters, a parameter [r, d]: what an optimizer holds and what is saved.
-        moments: what the row optimizer remembers; None before the first step.
         seed: of the stochastic rounding of bfloat16 masters.
         owner: the optimizer whose steps `moments` belong to; None where they were just loaded.
         claimed_by: the `RowAdamW` that holds the table.
+        updates: the thread that updates it beside the computation; None: updates happen within the step.
     """
 
     _all: ClassVar[weakref.WeakSet[RowTable]] = weakref.WeakSet()
@@ -53,7 +62,7 @@ class RowTable(nn.Module):
         explicit = "cpu" if on_host and torch.get_default_device().type != "meta" else None
         self.rows = nn.Parameter(torch.empty(shape, dtype=master, device=explicit))
         self.on_host, self.pin = on_host, pin
-        self.moments: Moments | None = None
+        self._moments: Moments | None = None
         self.seed = 0
         self._wire_dtype = wire
         self._made()
@@ -68,10 +77,15 @@ class RowTable(nn.Module):
         self._wire: Tensor | None = None
         self._wire_of: tuple[int, int] | None = None
         self._locked: weakref.finalize | None = None
+        self.updates: UpdateQueue | None = None
+        self._ticket: Ticket | None = None
+        self._readers: list[Mark] = []
+        self._changed: Tensor | None = None
+        self._changed_of: tuple[int, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = ("_own", "lock", "owner", "_former", "claimed_by", "_wire", "_wire_of", "_locked")
-        return {key: value for key, value in self.__dict__.items() if key not in transient}
+        self.settle()
+        return {key: value for key, value in self.__dict__.items() if key not in _OF_THIS_PROCESS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -99,6 +113,71 @@ class RowTable(nn.Module):
         """id of the parameter -> its table, for all tables there are."""
         return {id(table.rows): table for table in list(cls._all)}
 
+    # ------------------------------------------------------------------ updates beside the computation
+
+    @property
+    def moments(self) -> Moments | None:
+        """What the row optimizer remembers; None before the first step."""
+        self.settle()
+        return self._moments
+
+    @moments.setter
+    def moments(self, moments: Moments | None) -> None:
+        self.settle()
+        self._moments = moments
+
+    def update_later(self, update: Callable[[], None]) -> None:
+        """Queue an update: whoever comes to the table waits for it."""
+        self.settle()
+        assert self.updates is not None
+        self._ticket = self.updates.add(update)
+
+    def settle(self) -> None:
+        """Wait for the update that was queued; raises what it raised, once."""
+        ticket = self._ticket
+        if ticket is None or ticket.mine:
+            return
+        try:
+            ticket.wait()
+        finally:
+            if self._ticket is ticket:
+                self._ticket = None
+
+    @property
+    def state(self) -> tuple[int, int]:
+        """Changes with every change of the masters."""
+        self.settle()
+        return self.rows.data_ptr(), self.rows._version
+
+    @property
+    def version(self) -> int:
+        """Changes with every change of the masters that a backward pass must not meet."""
+        self.settle()
+        return self.rows._version
+
+    def read_until(self, mark: Mark) -> None:
+        """What was read under `reading` may be read on, beside the computation, until the mark is reached."""
+        self._readers.append(mark)
+
+    def _wait_for_readers(self) -> None:
+        readers, self._readers = self._readers, []
+        for mark in readers:
+            mark.wait()
+
+    def follow_changes(self) -> None:
+        """Begin to note which rows change; at first all have."""
+        self._changed, self._changed_of = torch.ones(len(self.rows), dtype=torch.bool), None
+
+    def take_changes(self) -> Tensor:
+        """The rows that have changed since the last call, int64 ascending; call it under `reading`."""
+        assert self._changed is not None
+        if self._changed_of != self.state:  # somebody wrote into the masters: loading, the user
+            self._changed.fill_(True)
+        rows = self._changed.nonzero().flatten()
+        self._changed.zero_()
+        self._changed_of = self.state
+        return rows
+
     # ------------------------------------------------------------------ reading
 
     @contextmanager
@@ -108,6 +187,7 @@ class RowTable(nn.Module):
         Args:
             rows: the rows that will be read, None for all; in dense mode they catch up with missed steps first.
         """
+        self.settle()
         with self.lock:
             self.catch_up(rows)
             yield self._current()
@@ -117,14 +197,14 @@ class RowTable(nn.Module):
         if self._wire_dtype.itemsize >= master.dtype.itemsize:
             self._page_lock(master)
             return master
-        state = (master.data_ptr(), self.rows._version)
         if self._wire is None or self._wire.dtype != self._wire_dtype or self._wire.device != master.device:
             with torch.inference_mode(False):  # it outlives the mode
                 self._wire, self._wire_of = torch.empty_like(master, dtype=self._wire_dtype), None
-        if self._wire_of != state:  # somebody wrote into the masters: loading, initialisation, the user
+        if self._wire_of != self.state:  # somebody wrote into the masters: loading, initialisation, the user
+            self._wait_for_readers()
             for block in row_blocks(master):
                 self._wire[block].copy_(master[block])
-            self._wire_of = state
+            self._wire_of = self.state
         self._page_lock(self._wire)
         return self._wire
 
@@ -142,36 +222,57 @@ class RowTable(nn.Module):
             self.pin = False
             logger.warning("%d bytes of MEFT rows could not be page-locked: transfers are slower.", nbytes(tensor))
 
+    @property
+    def wire_dtype(self) -> torch.dtype:
+        """Dtype in which rows are read."""
+        return min(self._wire_dtype, self.rows.dtype, key=lambda dtype: dtype.itemsize)
+
+    @property
+    def lags(self) -> bool:
+        """Whether rows may have missed steps (dense mode)."""
+        return self.moments is not None and self.moments.lags
+
     def catch_up(self, rows: Tensor | None = None) -> None:
         """In dense mode: replay the steps that rows (None: all) have missed."""
-        if self.moments is not None and self.moments.lags:
+        moments = self.moments
+        if moments is not None and moments.lags:
             with self.lock:
                 # Rows that a recorded forward pass has read have caught up already: for autograd nothing changes, so
                 # the masters are written without their version counter (`data`).
-                moments, master = self.moments, self.rows.data
-                self.writing(lambda wire: moments.catch_up(master, wire, rows), changed=False)
+                master = self.rows.data
+                self.writing(lambda wire: moments.catch_up(master, wire, rows), changed=False, rows=rows)
 
     # ------------------------------------------------------------------ writing
 
-    def writing(self, write: Callable[[Tensor | None], None], *, changed: bool = True) -> None:
+    def writing(
+        self, write: Callable[[Tensor | None], None], *, changed: bool = True, rows: Tensor | None = None
+    ) -> None:
         """Call `write` with the narrower copy (None: there is none), which it keeps equal to the masters it changes.
 
         Args:
             changed: whether a backward pass of an earlier forward pass becomes wrong by it.
+            rows: those that it changes; None: all.
         """
+        self.settle()
         with self.lock, torch.no_grad():
             if self.rows.is_meta:
                 raise RuntimeError("MEFT rows have no values yet (meta device): load the adapter first.")
+            self._wait_for_readers()
             self._current()
+            known = self._changed is not None and self._changed_of == self.state
             separate = self._wire if self._wire_dtype.itemsize < self.rows.dtype.itemsize else None
             write(separate)
             if changed:
                 torch.autograd.graph.increment_version(self.rows)
             if separate is not None:
-                self._wire_of = (self.rows.data_ptr(), self.rows._version)
+                self._wire_of = self.state
+            if known and self._changed is not None:
+                self._changed[slice(None) if rows is None else rows] = True
+                self._changed_of = self.state
 
     def follow(self, optimizer: Optimizer) -> None:
         """A step of `optimizer` comes: moments of another optimizer's steps are not its own."""
+        self.settle()
         owner = self.owner() if self.owner is not None else None
         if self.owner is not None and owner is not optimizer:
             self.catch_up()
@@ -197,6 +298,7 @@ class RowTable(nn.Module):
     # ------------------------------------------------------------------ moving, loading, saving
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RowTable:
+        self.settle()
         if not self.on_host:
             super()._apply(fn, recurse)
             if self.moments is not None:

@@ -1,11 +1,17 @@
-"""What moves between the host and the device, and the count of it."""
+"""What moves between the host and the device, the count of it, and page-locked memory."""
 
 from __future__ import annotations
 
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from adapter_kernels import gather_rows
 
 
 @dataclass
@@ -19,8 +25,11 @@ class Traffic:
         tokens: tokens of these passes, without padding.
         union_rows: sum over the passes of |U|, the distinct neurons that were used.
         bytes_to_device: rows, and the picks' ids and scores, brought to the device.
-        bytes_to_host: hidden states, router logits and row gradients brought to the host.
-        expert_load: int64 [E] on the host, picks of neurons of each expert.
+        bytes_to_host: hidden states, router logits, ids and row gradients brought to the host.
+        stall_ms: milliseconds for which the launching thread waited for copies, updates and free staging memory.
+        host_ms: milliseconds of picking on the host.
+        ring_stalls: how often a gradient found no free staging buffer.
+        expert_load: int64 [E], picks of neurons of each expert.
     """
 
     forwards: int = 0
@@ -28,7 +37,40 @@ class Traffic:
     union_rows: int = 0
     bytes_to_device: int = 0
     bytes_to_host: int = 0
+    stall_ms: float = 0.0
+    host_ms: float = 0.0
+    ring_stalls: int = 0
     expert_load: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    @contextmanager
+    def stalled(self) -> Iterator[None]:
+        """The launching thread waits inside of the block."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stall_ms += 1e3 * (time.perf_counter() - began)
+
+    @contextmanager
+    def host_work(self) -> Iterator[None]:
+        """The host picks inside of the block."""
+        began = time.perf_counter()
+        try:
+            with torch.profiler.record_function("meft: pick on the host"):
+                yield
+        finally:
+            self.host_ms += 1e3 * (time.perf_counter() - began)
+
+    def count_experts(self, neuron: Tensor, each: int, experts: int) -> None:
+        """Add picks to the experts' load.
+
+        Args:
+            neuron: int [n], ids; -1 is no pick. each: neurons of an expert.
+        """
+        expert = torch.div(neuron.flatten().to(torch.int64), each, rounding_mode="floor")
+        load = torch.zeros(experts + 1, dtype=torch.int64, device=neuron.device)
+        load.index_add_(0, expert.where(expert >= 0, experts), torch.ones_like(expert))
+        self.expert_load = load[:-1] if not len(self.expert_load) else self.expert_load.to(load.device) + load[:-1]
 
 
 def nbytes(tensor: Tensor) -> int:
@@ -36,12 +78,23 @@ def nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def bring_rows(table: Tensor, rows: Tensor, like: Tensor) -> Tensor:
-    """The named rows of a table, [u, d], with the device and dtype of `like`.
+def bring_rows(rows: Tensor, host_rows: Tensor, tables: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    """Copy rows of tables in host memory into buffers [u, d] on a device.
 
-    They are gathered where the table lies, cross in the table's dtype, and become wider on the other side.
+    Args:
+        rows: int32 [u] on the device, and the same as int64 on the host: `host_rows`.
     """
-    return table.index_select(0, rows).to(like.device).to(like.dtype)
+    if out[0].is_cuda and all(table.is_pinned() for table in tables):
+        gather_rows(rows, tables, out=out)
+        return
+    for table, buffer in zip(tables, out, strict=True):
+        if buffer.device == table.device:
+            torch.index_select(table, 0, host_rows, out=buffer)
+        else:
+            buffer.copy_(table.index_select(0, host_rows))
+
+
+# ------------------------------------------------------------------------------------------------ page-locked memory
 
 
 def page_lock(tensor: Tensor) -> bool:
@@ -60,3 +113,11 @@ def page_lock(tensor: Tensor) -> bool:
 def page_unlock(address: int) -> None:
     """Undo `page_lock` of the memory at an address."""
     torch.cuda.cudart().cudaHostUnregister(address)
+
+
+def page_locked(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A new CPU tensor, page-locked if the driver allows it."""
+    tensor = torch.empty(shape, dtype=dtype)
+    if page_lock(tensor):
+        weakref.finalize(tensor.untyped_storage(), page_unlock, tensor.data_ptr())
+    return tensor

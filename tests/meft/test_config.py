@@ -134,6 +134,8 @@ FULL = {
     "modules_to_save": ["score"],
     "placement": "device",
     "retrieval": "resident",
+    "backward_rows": "refetch",
+    "gradient_dtype": "float32",
     "row_dtype": "bfloat16",
     "master_dtype": "bfloat16",
     "pin_memory": False,

@@ -308,7 +308,7 @@ def test_the_stash_with_the_closest_input_is_found():
     for i, x in enumerate(inputs):
         owner, stash = context.find_stash(key, x + 1e-6)
         assert owner is contexts[i]
-        assert stash.selection.neuron.item() == i
+        assert stash.picks.neuron.item() == i
     assert context.find_stash((2, "default"), inputs[0]) is None
     assert context.find_stash(key, torch.ones(5, 16)) is None  # another number of tokens
     assert context.find_stash(key, inputs[0] + 0.4) is None  # nothing near

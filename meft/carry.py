@@ -1,0 +1,200 @@
+"""What the strategies carry: picks, their rows, and copies of tables on the device.
+
+The order of a hand-over. Host to device: the launching thread takes a table's lock, which waits for its update, queues
+the copy and leaves its mark with the table (`RowTable.read_until`); an update waits for the marks before it writes.
+A copy into memory that was computed with waits for the mark of that computation; the computation joins the copy's mark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from adapter_kernels import expert_topk, router_topk, row_union
+
+from .config import MEFTConfig
+from .lanes import Lanes, Mark
+from .store import RowTable
+from .transfer import Traffic, bring_rows, nbytes
+
+
+@dataclass(eq=False)
+class LayerRows:
+    """An adapter's part in one layer.
+
+    Attributes:
+        number: place of the layer among those of the adapter.
+    """
+
+    number: int
+    keys: RowTable
+    values: RowTable
+    config: MEFTConfig
+    traffic: Traffic
+
+    @property
+    def versions(self) -> tuple[int, int]:
+        """Of keys and values; they change with every update."""
+        return self.keys.version, self.values.version
+
+
+@dataclass(frozen=True)
+class Picks:
+    """The neurons that T tokens use.
+
+    Attributes:
+        rows: int32 [u], the union: distinct neurons, ascending, on the device.
+        position: int32 [T, K], place of each pick in `rows`; -1 is none.
+        host_rows: int64 [u], the union where the tables are.
+    """
+
+    rows: Tensor
+    position: Tensor
+    host_rows: Tensor
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """Rows of a union on their way to the device.
+
+    Attributes:
+        keys, values: [u, d] in the dtype in which rows are read.
+        arrival: the mark after which they are there; None: they are, in the order of the computation.
+    """
+
+    keys: Tensor
+    values: Tensor
+    arrival: Mark | None
+
+
+def picked_neurons(x: Tensor, logits: Tensor, keys: Tensor, config: MEFTConfig) -> Tensor:
+    """Ids of the neurons of each token, int32 [T, K], -1 where there are fewer; computed where the keys are.
+
+    Args:
+        x: [T, d]. logits: W_g x, [T, E]. keys: [r, d].
+    """
+    experts, factors = router_topk(logits, config.probed)
+    return expert_topk(x, keys, experts, factors if config.has_factor else None, config.top_k, E=config.experts)[0]
+
+
+def union_of(ids: Tensor, config: MEFTConfig) -> tuple[Tensor, Tensor]:
+    """The union of some picks, int32 [u], and their places in it, [T, K], or [T, u] where all tokens use all of it."""
+    rows, position = row_union(ids, config.r)
+    if config.routing == "union":
+        position = torch.arange(len(rows), dtype=torch.int32, device=rows.device).repeat(len(ids), 1)
+    return rows, position
+
+
+def gather(lanes: Lanes, layer: LayerRows, tables: Sequence[RowTable], picks: Picks) -> tuple[list[Tensor], Mark]:
+    """Queue the way of a union's rows out of host memory.
+
+    Returns:
+        of each table [u, d] in the dtype in which it is read, and the mark after which they are there.
+    """
+    with ExitStack() as held:
+        wires = [held.enter_context(table.reading(picks.host_rows)) for table in tables]
+        out = [torch.empty(len(picks.rows), w.shape[1], dtype=w.dtype, device=lanes.device) for w in wires]
+        lanes.inbound.after(lanes.here())
+        lanes.inbound.run(partial(bring_rows, picks.rows, picks.host_rows, wires, out), [picks.rows, *out])
+        arrival = lanes.inbound.mark()
+        for table in tables:
+            table.read_until(arrival)
+    layer.traffic.bytes_to_device += sum(map(nbytes, out))
+    return out, arrival
+
+
+class KeyBuffers:
+    """Two buffers on the device through which the keys of all layers pass."""
+
+    def __init__(self, lanes: Lanes, layers: Sequence[LayerRows]) -> None:
+        self.lanes, self._layers = lanes, layers
+        with layers[0].keys.reading() as wire:
+            self._buffers = [torch.empty_like(wire, device=lanes.device) for _ in range(2)]
+        self._holds: list[tuple[int, tuple[int, int]] | None] = [None, None]
+        self._free = [lanes.here()] * 2
+        self._arrival = list(self._free)
+
+    def prefetch(self, layer: LayerRows) -> None:
+        """Queue the copy of a layer's keys, unless they are there."""
+        place = layer.number % 2
+        with layer.keys.reading() as wire:
+            held = (layer.number, layer.keys.state)
+            if self._holds[place] == held:
+                return
+            buffer = self._buffers[place]
+            self.lanes.inbound.after(self._free[place])
+            self.lanes.inbound.run(partial(buffer.copy_, wire, non_blocking=True), [buffer])
+            self._arrival[place] = self.lanes.inbound.mark()
+            layer.keys.read_until(self._arrival[place])
+            self._holds[place] = held
+        layer.traffic.bytes_to_device += nbytes(buffer)
+
+    def take(self, layer: LayerRows) -> Tensor:
+        """The keys of a layer, [r, d], in the order of the computation."""
+        self.prefetch(layer)
+        place = layer.number % 2
+        self.lanes.join(self._arrival[place])
+        return self._buffers[place]
+
+    def done(self, layer: LayerRows) -> None:
+        """The computation has queued its last read of the layer's keys."""
+        self._free[layer.number % 2] = self.lanes.here()
+
+
+class DeviceCopy:
+    """A table's rows on the device; those that change on the host are copied again before they are read."""
+
+    def __init__(self, lanes: Lanes, table: RowTable, traffic: Traffic) -> None:
+        self.lanes, self.table, self.traffic = lanes, table, traffic
+        table.follow_changes()
+        with table.reading() as wire:
+            self._rows = torch.empty_like(wire, device=lanes.device)
+        # Some rows, or all (None), on their way: they join the others when these are read next.
+        self._coming: tuple[Tensor | None, Tensor, Mark] | None = None
+
+    def prefetch(self, rows: Tensor | None = None) -> None:
+        """Queue the copy of what has changed.
+
+        Args:
+            rows: the rows that will be read, None for all; in dense mode they catch up with missed steps first.
+        """
+        with self.table.reading(rows) as wire:
+            changed = self.table.take_changes()
+            if not len(changed):
+                return
+            self._settle()
+            everything = len(changed) == len(wire)
+            near = self._rows
+            uses = [near]
+            if not everything:
+                near = torch.empty(len(changed), wire.shape[1], dtype=wire.dtype, device=self.lanes.device)
+                ids = changed.to(self.lanes.device, torch.int32)
+                uses = [near, ids]
+            self.lanes.inbound.after(self.lanes.here())
+            if everything:
+                self.lanes.inbound.run(partial(near.copy_, wire, non_blocking=True), uses)
+            else:
+                self.lanes.inbound.run(partial(bring_rows, ids, changed, [wire], [near]), uses)
+            arrival = self.lanes.inbound.mark()
+            self.table.read_until(arrival)
+        self._coming = (None if everything else ids, near, arrival)
+        self.traffic.bytes_to_device += nbytes(near)
+
+    def current(self, rows: Tensor | None = None) -> Tensor:
+        """All rows, [r, d], in the order of the computation; of `rows` (None: all) those of now."""
+        self.prefetch(rows)
+        self._settle()
+        return self._rows
+
+    def _settle(self) -> None:
+        if self._coming is None:
+            return
+        (ids, near, arrival), self._coming = self._coming, None
+        self.lanes.join(arrival)
+        if ids is not None:
+            self._rows.index_copy_(0, ids.to(torch.int64), near)

@@ -1,0 +1,231 @@
+"""The engine of one adapter: picks neurons, brings their rows beside the base FFN, and sends their gradients back.
+
+Used where the model computes on a device. A model on the CPU whose rows are there too reads them in place
+(`meft.retrieval`), unless the configuration names another way.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.profiler import record_function
+
+from adapter_kernels import sparse_ffn
+
+from .carry import Fetched, LayerRows, Picks
+from .config import MEFTConfig
+from .gradient_ring import GradientRing
+from .lanes import Lanes, lanes_of
+from .refetch import refetched_in_backward
+from .row_gradient import RowGradient
+from .sparse_ffn import check_versions
+from .strategies import STRATEGIES, Strategy
+from .updates import UpdateQueue
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Begun:
+    """A layer's work that was queued beside the base FFN.
+
+    Attributes:
+        fetched: the rows; None once they were used.
+        versions: of keys and values as they are read.
+    """
+
+    layer: LayerRows
+    picks: Picks
+    fetched: Fetched | None
+    versions: tuple[int, int]
+
+
+class Engine:
+    """Moves the rows of one adapter.
+
+    Args:
+        layers: the adapter's layers, in the order in which they run.
+        lanes: what runs beside the computation; None: what the device of the first input has.
+    """
+
+    def __init__(self, config: MEFTConfig, layers: list[LayerRows], lanes: Lanes | None = None) -> None:
+        self.config, self.layers, self._given = config, layers, lanes
+        self._updates = UpdateQueue()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._for: tuple[Any, ...] | None = None
+        self.lanes: Lanes | None = None
+        self._strategy: Strategy | None = None
+        self._ring: GradientRing | None = None
+        self._below: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self.config, "layers": self.layers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def use(self, lanes: Lanes) -> None:
+        """Take these lanes, whatever the device."""
+        self._forget()
+        self._given = lanes
+
+    def serves(self, device: torch.device) -> bool:
+        """Whether inputs on a device take this way."""
+        home = self.layers[0].keys.rows.device
+        named = self.config.retrieval in ("stream", "device-keys", "device-rows")
+        return self._given is not None or device.type == "cuda" or device != home or named
+
+    @property
+    def strategy_name(self) -> str:
+        """The strategy in use."""
+        if not self.config.on_host:
+            return "resident"
+        return self.config.retrieval if self.config.retrieval != "auto" else "stream"
+
+    def _ready(self, x: Tensor, wire: torch.dtype) -> Strategy:
+        """The strategy for inputs like x; what was made for another device or dtype is made anew."""
+        now = (x.device, wire)
+        if self._strategy is None or self._for != now:
+            self._forget()
+            self._for, self.lanes = now, self._given or lanes_of(x.device)
+            self._strategy = STRATEGIES[self.strategy_name](self.lanes, self.layers)
+            beside = self.config.on_host and (x.device.type != "cpu" or self._given is not None)
+            for layer in self.layers if beside else ():
+                layer.keys.updates = layer.values.updates = self._updates
+        return self._strategy
+
+    # ------------------------------------------------------------------ forward
+
+    def begin_pass(self) -> None:
+        """A pass with a gradient begins."""
+        self._below = None
+        if self._strategy is not None:
+            self._strategy.begin_pass()
+
+    def compute_dtype(self, layer: LayerRows, x: Tensor) -> torch.dtype:
+        """What a layer computes in: the rows' dtype if the input has it too, else float32 or more.
+
+        Scores in float16 can overflow.
+        """
+        wire = layer.keys.wire_dtype
+        if x.dtype == wire and wire != torch.float16:
+            return wire
+        return torch.promote_types(torch.promote_types(x.dtype, wire), torch.float32)
+
+    def begin(self, layer: LayerRows, x: Tensor, logits: Tensor, picks: Picks | None, kept: Fetched | None) -> Begun:
+        """Pick a layer's neurons and queue the way of their rows.
+
+        Args:
+            x: [T, d] in `compute_dtype`, without a graph. logits: W_g x, [T, E], without a graph.
+            picks: picks to use instead of new ones (recomputation). kept: their rows, if they were kept.
+        """
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "MEFT cannot be captured into a CUDA graph: how many rows a pass uses is known only when it runs. "
+                "Train without CUDA graphs (torch.compile: mode='default')."
+            )
+        strategy = self._ready(x, layer.keys.wire_dtype)
+        again = picks is not None
+        versions = layer.versions
+        if picks is None:
+            with record_function("meft: pick"):
+                picks = strategy.pick(layer, x, logits)
+        if kept is None:
+            with record_function("meft: fetch rows"):
+                kept = strategy.fetch(layer, picks, again)
+            if not again:
+                strategy.begun(layer, len(x))
+        traffic = layer.traffic
+        traffic.forwards += 1
+        traffic.tokens += len(x)
+        traffic.union_rows += len(picks.rows)
+        return Begun(layer, picks, kept, versions)
+
+    def finish(self, begun: Begun, x: Tensor, logits: Tensor, refetch: bool, done: Callable[[], None]) -> Tensor:
+        """The adapter's output, [T, d].
+
+        Args:
+            x, logits: as in `begin`, with their graphs.
+            refetch: rows are not kept for the backward pass, which brings them again.
+            done: called when the gradients of the rows have been made.
+        """
+        assert self.lanes is not None
+        layer, picks, fetched = begun.layer, begun.picks, begun.fetched
+        assert fetched is not None
+        begun.fetched = None  # the graph holds `begun`
+        if fetched.arrival is not None:
+            self.lanes.join(fetched.arrival)
+        near = (fetched.keys.detach().to(x.dtype), fetched.values.detach().to(x.dtype))
+        keys, values = _BroughtRows.apply(layer.keys.rows, layer.values.rows, *near, self, begun, done)
+        factors = None
+        if self.config.has_factor:
+            each = self.config.r // self.config.experts
+            neuron = picks.rows[picks.position.clamp(min=0)] if len(picks.rows) else picks.position
+            factors = logits.gather(1, torch.div(neuron.to(torch.int64), each, rounding_mode="floor").clamp(min=0))
+        absent = refetched_in_backward(self, begun, (keys, values), refetch, self._below)
+        with absent as self._below, record_function("meft: sparse FFN"):
+            return sparse_ffn(x, keys, values, picks.position, factors)
+
+    def fetch_again(self, begun: Begun) -> Fetched:
+        """Queue the way of a layer's rows for its backward pass.
+
+        Raises:
+            RuntimeError: the rows were updated since the forward pass.
+        """
+        assert self._strategy is not None
+        check_versions(begun.versions, begun.layer.versions)
+        with record_function("meft: fetch rows again"):
+            return self._strategy.fetch(begun.layer, begun.picks, again=True)
+
+    # ------------------------------------------------------------------ backward
+
+    def send_back(self, begun: Begun, which: int, gradient: Tensor) -> RowGradient:
+        """A gradient of the rows of keys (0) or values (1), [u, d], leaves for its table."""
+        layer, rows = begun.layer, begun.picks.host_rows
+        table = (layer.keys, layer.values)[which].rows
+        if not self.config.on_host:
+            return RowGradient(rows, gradient.to(torch.promote_types(table.dtype, torch.float32)), table)
+        if self._ring is None:
+            assert self.lanes is not None
+            dtype = gradient.dtype if self.config.gradient_dtype == "auto" else torch.float32
+            capacity = min(self.config.r, max(1, 2 * len(gradient)))
+            self._ring = GradientRing(self.lanes, capacity, gradient.shape[1], dtype)
+        with record_function("meft: row gradients"):
+            return self._ring.send(rows, gradient, table, layer.traffic)
+
+
+class _BroughtRows(torch.autograd.Function):
+    """Rows that were brought, as a function of their tables."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        keys: Tensor,
+        values: Tensor,
+        key_rows: Tensor,
+        value_rows: Tensor,
+        engine: Engine,
+        begun: Begun,
+        done: Callable[[], None],
+    ) -> tuple[Tensor, Tensor]:
+        ctx.engine, ctx.begun, ctx.done = engine, begun, done
+        ctx.set_materialize_grads(False)
+        return key_rows.view_as(key_rows), value_rows.view_as(value_rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        made = [
+            ctx.engine.send_back(ctx.begun, i, g) if g is not None and ctx.needs_input_grad[i] else None
+            for i, g in enumerate(gradients)
+        ]
+        ctx.done()
+        return *made, None, None, None, None, None

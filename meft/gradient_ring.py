@@ -1,0 +1,87 @@
+"""The way of row gradients to the host, during the backward pass: a ring of buffers and a thread that drains it."""
+
+from __future__ import annotations
+
+import queue
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .lanes import Lanes, Mark
+from .row_gradient import Pending, RowGradient
+from .transfer import Traffic, nbytes
+
+SLOTS = 4
+
+
+class GradientRing:
+    """Staging buffers that gradients pass through in the order in which they are made.
+
+    A slot goes: free, filled by a copy beside the computation, drained by the thread into memory of the gradient's own,
+    free. Where none is free the launching thread waits, which is counted.
+
+    Args:
+        capacity: rows of a slot; more rows take several slots.
+    """
+
+    def __init__(self, lanes: Lanes, capacity: int, width: int, dtype: torch.dtype) -> None:
+        self.lanes, self.capacity, self.dtype = lanes, capacity, dtype
+        self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+        for _ in range(SLOTS):
+            self._free.put(lanes.staging((capacity, width), dtype))
+        self._thread = ThreadPoolExecutor(1, "meft-gradients")
+        self._end = weakref.finalize(self, self._thread.shutdown, wait=False)
+
+    def send(self, rows: Tensor, gradient: Tensor, table: Tensor, traffic: Traffic) -> RowGradient:
+        """Let a gradient leave for the host.
+
+        Args:
+            rows: int64 [u], ascending, on the host.
+            gradient: [u, d], on the device.
+            table: the parameter.
+
+        Returns:
+            the gradient of the table, whose values arrive later.
+        """
+        gradient = gradient.detach().to(self.dtype)
+        traffic.bytes_to_host += nbytes(gradient)
+        # Its pages are touched by the thread that drains, not by the one that launches.
+        values = torch.empty(gradient.shape, dtype=torch.promote_types(table.dtype, torch.float32))
+        drained = []
+        self.lanes.outbound.after(self.lanes.here())
+        for start in range(0, len(gradient), self.capacity):
+            part = gradient[start : start + self.capacity]
+            slot = self._slot(traffic)
+            try:
+                self.lanes.outbound.run(partial(slot[: len(part)].copy_, part, non_blocking=True), [gradient])
+                mark = self.lanes.outbound.mark()
+            except BaseException:
+                self._free.put(slot)
+                raise
+            drained.append(self._thread.submit(self._drain, slot, mark, values[start : start + len(part)]))
+        return RowGradient.arriving(Pending(self._thread.submit(_whole, drained, rows, values), self._thread), table)
+
+    def _slot(self, traffic: Traffic) -> Tensor:
+        try:
+            return self._free.get_nowait()
+        except queue.Empty:
+            traffic.ring_stalls += 1
+            with traffic.stalled():
+                return self._free.get()
+
+    def _drain(self, slot: Tensor, mark: Mark, target: Tensor) -> None:
+        try:
+            mark.wait()
+            target.copy_(slot[: len(target)])
+        finally:
+            self._free.put(slot)
+
+
+def _whole(drained: list[Future[None]], rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and values; raises what went wrong on their way."""
+    for part in drained:
+        part.result()
+    return rows, values

@@ -1,0 +1,154 @@
+"""Work beside the computation: a lane is an ordered queue of copies, a mark a point of it that others can wait for.
+
+On a CUDA device a lane is a stream and a mark an event. On the CPU work is done where it is asked for. The engine is
+written against these few operations alone, so that tests put threads with random delays in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .transfer import page_locked
+
+
+class Mark(Protocol):
+    """A point in the order of a lane, or of the computation."""
+
+    def wait(self) -> None:
+        """Let the calling thread wait until all work before the mark is done; raises what that work raised."""
+
+
+class Lane(Protocol):
+    """Work that is done in its order, beside the computation."""
+
+    def run(self, work: Callable[[], object], uses: Sequence[Tensor] = ()) -> None:
+        """Queue `work`, which must not allocate on the device.
+
+        Args:
+            uses: tensors of the computation that the work reads or writes.
+        """
+
+    def after(self, mark: Mark) -> None:
+        """What is queued from now on waits for the mark; the calling thread does not."""
+
+    def mark(self) -> Mark:
+        """The point after all that is queued so far."""
+
+
+class Lanes(Protocol):
+    """The lanes of one device.
+
+    Attributes:
+        device: where the computation runs.
+        inbound: to the device. outbound: to the host.
+    """
+
+    device: torch.device
+    inbound: Lane
+    outbound: Lane
+
+    def here(self) -> Mark:
+        """The point after all that the computation has queued so far."""
+
+    def join(self, mark: Mark) -> None:
+        """What the computation queues from now on waits for the mark."""
+
+    def staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Host memory for copies from and to the device."""
+
+
+class _Done:
+    """A mark that has been reached."""
+
+    def wait(self) -> None: ...
+
+
+class _AtOnce:
+    """The lane of a CPU: work is done when it is queued."""
+
+    def run(self, work: Callable[[], object], uses: Sequence[Tensor] = ()) -> None:
+        work()
+
+    def after(self, mark: Mark) -> None:
+        mark.wait()
+
+    def mark(self) -> Mark:
+        return _Done()
+
+
+class HostLanes:
+    """For a model on the CPU: nothing runs beside anything."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.inbound: Lane = _AtOnce()
+        self.outbound: Lane = _AtOnce()
+
+    def here(self) -> Mark:
+        return _Done()
+
+    def join(self, mark: Mark) -> None:
+        mark.wait()
+
+    def staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+
+class _Event:
+    """A CUDA event; waiting for it sleeps and does not spin."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.event = torch.cuda.Event(blocking=True)
+        self.event.record(stream)
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+
+class _Stream:
+    """A CUDA stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+
+    def run(self, work: Callable[[], object], uses: Sequence[Tensor] = ()) -> None:
+        with torch.cuda.stream(self.stream):
+            work()
+        for tensor in uses:
+            if tensor.is_cuda:  # its memory is not given to another tensor before this stream is through
+                tensor.record_stream(self.stream)
+
+    def after(self, mark: Mark) -> None:
+        assert isinstance(mark, _Event)
+        self.stream.wait_event(mark.event)
+
+    def mark(self) -> Mark:
+        return _Event(self.stream)
+
+
+class CudaLanes:
+    """Two streams beside the one that computes: a device has a copy engine each way."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.inbound: Lane = _Stream(device)
+        self.outbound: Lane = _Stream(device)
+
+    def here(self) -> Mark:
+        return _Event(torch.cuda.current_stream(self.device))
+
+    def join(self, mark: Mark) -> None:
+        assert isinstance(mark, _Event)
+        torch.cuda.current_stream(self.device).wait_event(mark.event)
+
+    def staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return page_locked(shape, dtype)
+
+
+def lanes_of(device: torch.device) -> Lanes:
+    """The lanes of a device."""
+    return CudaLanes(device) if device.type == "cuda" else HostLanes()

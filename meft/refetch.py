@@ -1,0 +1,74 @@
+"""Rows that a graph does not keep: its backward pass brings them again, those of the layer below ahead of their use."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .carry import Fetched
+
+if TYPE_CHECKING:
+    from .engine import Begun, Engine
+
+
+class _Absent:
+    """Rows of one layer in one pass that its graph names instead of keeping."""
+
+    def __init__(self, engine: Engine, begun: Begun, dtype: torch.dtype, below: _Absent | None) -> None:
+        self.engine, self.begun, self.dtype = engine, begun, dtype
+        self._below = weakref.ref(below) if below is not None else None
+        self._fetched: Fetched | None = None
+        self._taken = 0
+
+    def bring(self) -> Fetched:
+        """Queue their way, once."""
+        if self._fetched is None:
+            self._fetched = self.engine.fetch_again(self.begun)
+            self._taken = 0
+        return self._fetched
+
+    def take(self, which: int) -> Tensor:
+        """Keys (0) or values (1), [u, d]."""
+        fetched = self.bring()
+        below = self._below() if self._below is not None else None
+        if below is not None:
+            below.bring()
+        if fetched.arrival is not None:
+            assert self.engine.lanes is not None
+            self.engine.lanes.join(fetched.arrival)
+        self._taken += 1
+        if self._taken == 2:  # the backward pass has both
+            self._fetched = None
+        return (fetched.keys, fetched.values)[which].to(self.dtype)
+
+
+@contextmanager
+def refetched_in_backward(
+    engine: Engine, begun: Begun, rows: tuple[Tensor, Tensor], wanted: bool, below: _Absent | None
+) -> Iterator[_Absent | None]:
+    """Let what is recorded in the block not keep `rows`, where that is wanted.
+
+    Args:
+        below: what was yielded for the layer below.
+    """
+    if not wanted or not rows[0].numel():
+        yield None
+        return
+    absent = _Absent(engine, begun, rows[0].dtype, below)
+    addresses = [row.data_ptr() for row in rows]
+
+    def pack(tensor: Tensor) -> Any:
+        if tensor.shape == rows[0].shape and tensor.data_ptr() in addresses:
+            return absent, addresses.index(tensor.data_ptr())
+        return tensor
+
+    def unpack(packed: Any) -> Tensor:
+        return packed if isinstance(packed, Tensor) else packed[0].take(packed[1])
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield absent

@@ -1,0 +1,53 @@
+"""Updates of rows by a thread beside the computation, in the order in which they were queued."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+
+class Ticket:
+    """A queued update, and whoever waits for it."""
+
+    def __init__(self, update: Callable[[], None]) -> None:
+        self._update = update
+        self._thread: int | None = None
+        self.future: Future[None] | None = None
+
+    def run(self) -> None:
+        """Update."""
+        self._thread = threading.get_ident()
+        try:
+            self._update()
+        finally:
+            self._thread = None
+            del self._update  # gradients are let go
+
+    @property
+    def mine(self) -> bool:
+        """Whether the calling thread is the one that updates: it must not wait for itself."""
+        return self._thread == threading.get_ident()
+
+    def wait(self) -> None:
+        """Raises: RuntimeError: the update failed."""
+        assert self.future is not None
+        try:
+            self.future.result()
+        except Exception as error:
+            raise RuntimeError(f"An update of MEFT rows failed: {error}") from error
+
+
+class UpdateQueue:
+    """One thread that updates; its work has threads of its own."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "meft-update")
+        self._end = weakref.finalize(self, self._thread.shutdown, wait=False)
+
+    def add(self, update: Callable[[], None]) -> Ticket:
+        """Queue an update."""
+        ticket = Ticket(update)
+        ticket.future = self._thread.submit(ticket.run)
+        return ticket

@@ -1,0 +1,56 @@
+"""The engine on the CPU, with threads for streams: the same results whichever way the rows take."""
+
+import pytest
+import torch
+from thread_lanes import ThreadLanes
+
+STRATEGIES = ["host", "stream", "device-keys", "device-rows"]
+ROWS = ["save", "refetch"]
+
+
+def on_lanes(model, **fields):
+    """Let the model's engines take fake lanes; updates run beside the computation too, then."""
+    lanes = ThreadLanes(**fields)
+    for engine in model.base_model.engines.values():
+        engine.use(lanes)
+    return lanes
+
+
+def integers(model):
+    """Integer values, so that every sum is exact in whatever order."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_((parameter * 8).round().clamp(-4, 4))
+
+
+def pair(tiny, dtype=torch.float64, layers=3, **fields):
+    """The same model twice: rows read in place, and with an engine."""
+    plain = tiny.adapted(layers=layers, dtype=dtype)
+    engine = tiny.adapted(layers=layers, dtype=dtype, **fields)
+    tiny.assert_equal(tiny.state(engine), tiny.state(plain))
+    return plain, engine
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_training_equals_that_with_rows_in_place(tiny, strategy, rows):
+    plain, ours = pair(tiny, retrieval=strategy, backward_rows=rows)
+    lanes = on_lanes(ours, longest=2e-3)
+    for model in (plain, ours):
+        optimizer = tiny.adamw(model)
+        losses = []
+        for step in range(4):
+            optimizer.zero_grad()
+            for micro in range(2):
+                loss = tiny.loss(model, 2 * step + micro) / 2
+                loss.backward()
+                losses.append(float(loss))
+            torch.nn.utils.clip_grad_norm_(tiny.trainable(model), 0.5)
+            optimizer.step()
+        model.losses = losses
+    assert min(lanes.numbers.values()) > 0
+    assert ours.losses == pytest.approx(plain.losses, rel=1e-10)
+    ours_state, plain_state = tiny.whole_state(ours), tiny.whole_state(plain)
+    assert ours_state.keys() == plain_state.keys()
+    for name, value in plain_state.items():
+        torch.testing.assert_close(ours_state[name], value, rtol=1e-8, atol=1e-10)
