@@ -13,7 +13,7 @@ value. Where a strategy keeps what:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -26,6 +26,7 @@ RING_SLOTS = 3  # page-locked slots through which row gradients leave
 ID = 4  # bytes of the int32 of a neuron or a place
 FP32 = 4
 When = Literal["forward", "backward", "step"]
+Rows = Literal["save", "refetch"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Work:
     tokens: int
     union: int
     accumulation: int = 1
-    rows: Literal["save", "refetch"] = "save"
+    rows: Rows = "save"
     step_union: int | None = None
 
 
@@ -281,22 +282,28 @@ class Plan:
 
 
 def strategies_that_fit(
-    shape: AdapterShape, work: Work, free_device_bytes: int, *, placement: str = "host"
+    shape: AdapterShape,
+    work: Work,
+    free_device_bytes: int,
+    *,
+    placement: str = "host",
+    rows: Sequence[Rows] = ("save", "refetch"),
 ) -> list[Plan]:
     """The plans whose parts on the device fit, the preferred one first: least traffic that must be waited for.
 
-    Rows are saved for backward where that fits, else fetched again. `resident` is for `placement="device"` alone, and
+    Of `rows` each takes the first that fits. `resident` is for `placement="device"` alone, and
     nothing else is.
 
     Args:
         free_device_bytes: what base model and activations leave.
+        rows: what may happen with the rows for backward, the preferred one first.
     """
     found = []
     for strategy in STRATEGIES:
         if (strategy == "resident") != (placement == "device"):
             continue
-        for rows in ("save", "refetch"):
-            plan = Plan(shape, replace(work, rows=rows), strategy)
+        for kept in rows:
+            plan = Plan(shape, replace(work, rows=kept), strategy)
             if sum(plan.device_bytes().values()) <= free_device_bytes:
                 found.append(plan)
                 break
