@@ -15,15 +15,19 @@ Three kernels, and nothing of [T, r]: only [T, P, r/E] of dots in fp32, that is 
    its dot make one int64, and a bitonic top-k of those also breaks the ties.
 
 An expert outside of 0 to E - 1 probes nothing: -1 marks the slots of padding tokens. The experts of a token must be
-distinct. A score that is NaN is not positive. Limits of the kernels: P r/E <= 1024 candidates, K <= 256, r <= 2^20.
+distinct. A score that is NaN is not positive. Limits of the kernels: x and keys of one dtype, no float64, P r/E <= 1024
+candidates, K <= 256, r <= 2^20, E <= 1024. The torch path has none of them, and runs where they are passed.
 
 Source: arXiv 2406.04984, section 3 and algorithm 1; the factor and the positivity from its authors' own runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from . import dispatch, launch, ordering
 from .jit import tl, triton
@@ -146,19 +150,28 @@ def _dots_table(dtype: torch.dtype) -> launch.Table:
     return _DOTS_FP32 if dtype == torch.float32 else _DOTS
 
 
+def _refusals(x: Tensor, keys: Tensor, P: int, K: int, E: int) -> Iterator[tuple[str, str]]:
+    """What the kernels do not take: the argument, and why."""
+    each = len(keys) // E
+    if x.dtype not in dispatch.FLOATS:
+        yield "x", f"the Triton kernel has no {x.dtype}"
+    if keys.dtype != x.dtype:
+        yield "keys", f"{keys.dtype}, but x is {x.dtype}: the Triton kernel multiplies one dtype"
+    if E > MAX_EXPERTS:
+        yield "E", f"the Triton kernel takes 1 to {MAX_EXPERTS}, not {E}"
+    if P * each > MAX_CANDIDATES:
+        yield "experts", f"{P} experts of {each} neurons are more than {MAX_CANDIDATES} candidates"
+    if K > MAX_PICKS:
+        yield "K", f"at most {MAX_PICKS} is possible, not {K}"
+    if len(keys) > MAX_NEURONS:
+        yield "keys", f"{len(keys)} rows are more than {MAX_NEURONS}"
+
+
 def _triton(
     x: Tensor, keys: Tensor, experts: Tensor, factors: Tensor | None, K: int, E: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     (T, D), device = x.shape, x.device
     P, each = experts.shape[1], keys.shape[0] // E
-    dispatch.require_half_or_single(x, "x")
-    dispatch.require(
-        P * each <= MAX_CANDIDATES,
-        "experts",
-        f"{P} experts of {each} neurons are more than {MAX_CANDIDATES} candidates; pass impl='torch'",
-    )
-    dispatch.require(K <= MAX_PICKS, "K", f"at most {MAX_PICKS} is possible, not {K}; pass impl='torch'")
-    dispatch.require(len(keys) <= MAX_NEURONS, "keys", f"{len(keys)} rows are more than {MAX_NEURONS}")
     x, experts = dispatch.rows_apart(x), experts.to(torch.int32).contiguous()
     factors = factors.contiguous() if factors is not None else None
     ids = dispatch.empty((T, K), torch.int32, device)
@@ -189,17 +202,48 @@ def _triton(
 
 
 def _torch(
-    x: Tensor, keys: Tensor, experts: Tensor, factors: Tensor | None, K: int, E: int
+    x: Tensor, keys: Tensor, experts: Tensor, factors: Tensor | None, K: int, E: int, by_neuron: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens grouped by expert, one small GEMM each; half precision is widened block by block, as in the kernel."""
-    (T, P), each = experts.shape, keys.shape[0] // E
+    P, each = experts.shape[1], keys.shape[0] // E
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     x = x.to(wide)
-    experts = experts.to(torch.int64)
-    probed = (experts >= 0) & (experts < E)
     # In ascending order, so that candidates stand in the order of their neurons, to the lower of which ties go.
-    experts, slot = experts.where(probed, E).sort(dim=1)
-    flat = experts.flatten()
+    experts, slot = experts.where((experts >= 0) & (experts < E), E).sort(dim=1)
+    dots = _probed_dots(x, keys, experts, E)
+    scores = dots * factors.to(wide).gather(1, slot)[:, :, None] if factors is not None else dots
+    scores = scores.nan_to_num(0.0, torch.inf, -torch.inf).relu_()
+    neurons = (experts * each)[:, :, None] + torch.arange(each, dtype=experts.dtype, device=x.device)
+    columns = [scores.flatten(1), dots.flatten(1), neurons.flatten(1)]
+    n = min(K, P * each)
+    if not by_neuron or n < P * each:
+        candidate = ordering.largest(columns[0], n)
+        candidate = candidate.sort(dim=1).values if by_neuron else candidate
+        columns = [column.gather(1, candidate) for column in columns]
+    scores, dots, neurons = columns
+    used = scores > 0
+    # x | (1 - 1) is x and x | (0 - 1) is -1: a tenth of what `where` takes.
+    columns = [scores, dots.where(used, 0), (used.to(torch.int32) - 1).bitwise_or_(neurons.to(torch.int32))]
+    if n < K:
+        columns = [pad(column, (0, K - n), value=empty) for column, empty in zip(columns, (0, 0, -1), strict=True)]
+    scores, dots, ids = columns
+    return ids, scores, dots
+
+
+def _probed_dots(x: Tensor, keys: Tensor, experts: Tensor, E: int) -> Tensor:
+    """x . w of all neurons of the experts, ascending (E: of none), [T, P, r/E], in x's dtype.
+
+    Tokens are grouped by expert, a small GEMM each; narrower keys are widened block by block, as in the kernel.
+    """
+    (T, P), each = experts.shape, keys.shape[0] // E
+    if P == E and bool((experts < E).all()):
+        return (x @ keys.to(x.dtype).T).view(T, P, each)
+    if T == 1:  # in decoding, grouping would take as long as the products
+        dots = x.new_zeros(1, P, each)
+        for p, expert in enumerate(experts[0].tolist()):
+            if expert < E:
+                torch.mm(x, keys[expert * each : (expert + 1) * each].to(x.dtype).T, out=dots[:, p])
+        return dots
+    flat = experts.flatten().to(torch.int64)
     order = flat.argsort(stable=True)
     token = order // P
     grouped = x.new_zeros(T * P, each)
@@ -207,30 +251,24 @@ def _torch(
     for expert, count in enumerate(torch.bincount(flat, minlength=E)[:E].tolist()):
         if count:
             mine = slice(start, start + count)
-            block = keys[expert * each : (expert + 1) * each].to(wide)
+            block = keys[expert * each : (expert + 1) * each].to(x.dtype)
             torch.mm(x.index_select(0, token[mine]), block.T, out=grouped[mine])
             start += count
     dots = torch.empty_like(grouped)
     dots[order] = grouped
-    dots = dots.view(T, P, each)
-    scores = dots * factors.to(wide).gather(1, slot)[:, :, None] if factors is not None else dots
-    scores = scores.where((scores > 0) & (experts < E)[:, :, None], 0).flatten(1)
-    n = min(K, P * each)
-    candidate = ordering.largest(scores, n)
-    best = scores.gather(1, candidate)
-    used = best > 0
-    neuron = experts.gather(1, candidate // each) * each + candidate % each
-    ids = torch.full((T, K), -1, dtype=torch.int32, device=x.device)
-    out, picked = x.new_zeros(T, K), x.new_zeros(T, K)
-    ids[:, :n] = neuron.where(used, -1)
-    out[:, :n] = best
-    picked[:, :n] = dots.flatten(1).gather(1, candidate).where(used, 0)
-    return ids, out, picked
+    return dots.view(T, P, each)
 
 
 @torch.library.custom_op("adapter_kernels::expert_topk", mutates_args=())
 def _op(
-    x: Tensor, keys: Tensor, experts: Tensor, factors: Tensor | None, K: int, E: int, impl: str | None
+    x: Tensor,
+    keys: Tensor,
+    experts: Tensor,
+    factors: Tensor | None,
+    K: int,
+    E: int,
+    by_neuron: bool,
+    impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if dispatch.debug():
         dispatch.require(not bool(((experts < -1) | (experts >= E)).any()), "experts", f"ids outside of -1 to {E - 1}")
@@ -239,12 +277,25 @@ def _op(
         dispatch.require(not bool(twice.any()), "experts", "a token probes an expert twice")
         for tensor, name in ((x, "x"), (factors, "factors")):
             dispatch.require(tensor is None or not bool(tensor.isnan().any()), name, "NaN")
-    return (_triton if dispatch.use_triton(impl, experts.device) else _torch)(x, keys, experts, factors, K, E)
+    if not dispatch.use_triton(impl, experts.device, _refusals(x, keys, experts.shape[1], K, E)):
+        return _torch(x, keys, experts, factors, K, E, by_neuron)
+    ids, scores, dots = _triton(x, keys, experts, factors, K, E)
+    if by_neuron:
+        ids, order = ids.sort(dim=1)
+        scores, dots = scores.gather(1, order), dots.gather(1, order)
+    return ids, scores, dots
 
 
 @_op.register_fake
 def _(
-    x: Tensor, keys: Tensor, experts: Tensor, factors: Tensor | None, K: int, E: int, impl: str | None
+    x: Tensor,
+    keys: Tensor,
+    experts: Tensor,
+    factors: Tensor | None,
+    K: int,
+    E: int,
+    by_neuron: bool,
+    impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = (x.shape[0], K)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -252,33 +303,44 @@ def _(
 
 
 def expert_topk(
-    x: Tensor, keys: Tensor, experts: Tensor, factors: Tensor | None, K: int, *, E: int, impl: str | None = None
+    x: Tensor,
+    keys: Tensor,
+    experts: Tensor,
+    factors: Tensor | None,
+    K: int,
+    *,
+    E: int,
+    by_neuron: bool = False,
+    impl: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per token the K largest positive p_e * (x . w) among the neurons of its probed experts.
 
     Args:
         x: [T, d], fp32, fp16 or bf16, any strides; float64 on the torch path.
-        keys: [r, d] of x's dtype, contiguous, on x's device; expert e holds rows e r/E to (e + 1) r/E - 1.
+        keys: [r, d], contiguous, on x's device; expert e holds rows e r/E to (e + 1) r/E - 1. Of x's dtype; on the
+            torch path also of a narrower one than x's fp32 or float64.
         experts: int32 or int64 [T, P], distinct within a token, in any order; -1 probes nothing.
         factors: p_e of each of them, [T, P], any float dtype; None: no factor.
         K: picks a token, at least 1.
         E: number of experts, a divisor of r.
-        impl: "triton", "torch", or None: by the device of the ids.
+        by_neuron: picks in ascending order of neuron, among which any slot may be empty (-1).
+        impl: "triton", "torch", or None: by the device of the ids and the limits of the kernels.
 
     Returns:
         ids: int32 [T, K], in descending order of score, -1 after the last positive one.
-        scores, dots: [T, K], fp32 (float64 from float64), with and without the factor; 0 after the last pick.
+        scores, dots: [T, K], fp32 (float64 from float64), with and without the factor; 0 where there is no pick.
 
     Raises:
-        ValueError: wrong dtype, shape or device, keys that are not contiguous, E that does not divide r, sizes past a
-            limit; in debug mode ids out of range, an expert twice, NaN.
+        ValueError: wrong dtype, shape or device, keys that are not contiguous, E that does not divide r, a limit of
+            the kernels with impl="triton"; in debug mode ids out of range, an expert twice, NaN.
     """
     dispatch.require_matrix(x, "x", dispatch.FLOATS)
     dispatch.require_matrix(keys, "keys", dispatch.FLOATS, columns=x.shape[1])
-    dispatch.require(keys.dtype == x.dtype, "keys", f"{keys.dtype}, but x is {x.dtype}")
+    narrower = x.dtype.itemsize >= 4 and keys.dtype.itemsize < x.dtype.itemsize
+    dispatch.require(keys.dtype == x.dtype or narrower, "keys", f"{keys.dtype}, but x is {x.dtype}")
     dispatch.require_matrix(experts, "experts", dispatch.INTS)
     dispatch.require(keys.is_contiguous(), "keys", "a contiguous table is needed; copying it here would cost its size")
-    dispatch.require(1 <= E <= MAX_EXPERTS, "E", f"1 to {MAX_EXPERTS} is needed, not {E}")
+    dispatch.require(E >= 1, "E", f"at least 1 is needed, not {E}")
     dispatch.require(keys.shape[0] % E == 0, "E", f"{E} does not divide the {keys.shape[0]} rows of keys")
     dispatch.require(keys.shape[0] > 0, "keys", "has no rows")
     dispatch.require(K >= 1, "K", f"at least 1 is needed, not {K}")
@@ -289,7 +351,7 @@ def expert_topk(
         dispatch.require(factors.shape[0] == x.shape[0], "factors", f"{factors.shape[0]} rows for {x.shape[0]} tokens")
         factors = factors.detach()
     dispatch.require_same_device(experts=experts, x=x, keys=keys, factors=factors)
-    return _op(x.detach(), keys.detach(), experts, factors, K, E, impl)
+    return _op(x.detach(), keys.detach(), experts, factors, K, E, by_neuron, impl)
 
 
 def variants(capability: int | None) -> list[Variant]:
