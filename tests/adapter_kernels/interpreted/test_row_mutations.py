@@ -43,6 +43,11 @@ def adamw(op, module):
     check_adamw(op, Tables(9, 33, wire=torch.bfloat16), torch.tensor([8, 0, 3]), torch.ones(3, 33))
 
 
+def adam(op, module):
+    tables = Tables(9, 33)
+    check_adamw(op, tables, torch.tensor([8, 0, 3]), torch.zeros(3, 33), betas=(0.4, 0.9), decoupled=False)
+
+
 def adamw_bits(op, module):
     ours, theirs = Tables(9, 33, torch.bfloat16), Tables(9, 33, torch.bfloat16)
     rows, grads = torch.tensor([8, 0, 3]), torch.ones(3, 33)
@@ -73,6 +78,8 @@ def lora(op, module):
         ("sparse_ffn", token_ffn, "active[:, None] * tl.load", "tl.load"),
         ("row_adamw", adamw, "mask=inside, other=0) + 1", "mask=inside, other=0) + 2"),
         ("row_adamw", adamw, "p * decay", "p"),
+        ("row_adamw", adam, "p * coupled", "m * coupled"),
+        ("row_adamw", adam, "mix <= 0", "mix > 0"),
         ("row_adamw", adamw, "(item % blocks) * BN", "(item % blocks) * BN + 1"),
         ("row_adamw", adamw_bits, "(noise >> 15) ^ (key", "(noise >> 14) ^ (key"),
         ("row_adamw", adamw_bits, "0xBF58476D1CE4E5B9\n", "0\n    key = key + 1\n"),
@@ -95,6 +102,7 @@ def test_a_wrong_kernel_is_noticed(tmp_path, monkeypatch, op, check, before, aft
         ("sparse_ffn", ffn),
         ("sparse_ffn", token_ffn),
         ("row_adamw", adamw),
+        ("row_adamw", adam),
         ("row_adamw", adamw_bits),
         ("shared_lora", lora),
     ],
