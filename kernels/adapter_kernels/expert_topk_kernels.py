@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, launch
-from .jit import tl, triton
+from .jit import kernel, tl, triton
 from .variant import TYPE_NAMES, Variant, split
 
 MAX_CANDIDATES = 1024
@@ -37,7 +37,7 @@ _PICK = launch.Table("expert_topk.pick", {"num_warps": 1, "num_stages": 1})
 _PICK_WIDE = launch.Table("expert_topk.pick_wide", {"num_warps": 4, "num_stages": 1})
 
 
-@triton.jit
+@kernel("n")
 def _group_kernel(experts_ptr, pairs_ptr, spans_ptr, n, BLOCK: tl.constexpr):
     """One program an expert; spans[e] = where its pairs begin and end."""
     e = tl.program_id(0)
@@ -57,7 +57,7 @@ def _group_kernel(experts_ptr, pairs_ptr, spans_ptr, n, BLOCK: tl.constexpr):
     tl.store(spans_ptr + 2 * e + 1, end)
 
 
-@triton.jit
+@kernel("D", "stride_x")
 def _dots_kernel(
     x_ptr, keys_ptr, pairs_ptr, spans_ptr, dots_ptr, D, P, each, stride_x,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
@@ -82,7 +82,7 @@ def _dots_kernel(
         tl.store(out, total, mask=(m < end)[:, None] & (column < each)[None, :])
 
 
-@triton.jit
+@kernel()
 def _pick_kernel(
     dots_ptr, experts_ptr, factors_ptr, ids_ptr, scores_ptr, picked_ptr, E, P, each, K,
     FACTOR: tl.constexpr, CANDIDATES: tl.constexpr, WIDTH: tl.constexpr,
@@ -184,7 +184,7 @@ def variants(capability: int | None) -> list[Variant]:
     found = []
     blocks, options = split(_GROUP.at(capability))
     types = {"experts_ptr": "*i32", "pairs_ptr": "*i32", "spans_ptr": "*i32", "n": "i32"}
-    found.append(Variant(_group_kernel, types, blocks, options, frozenset({"n"}), wide=True))
+    found.append(Variant(_group_kernel, types, blocks, options, wide=True))
     for dtype, name in TYPE_NAMES.items():
         blocks, options = split(_dots_table(dtype).at(capability))
         del blocks["SPLITS"]
@@ -192,7 +192,7 @@ def variants(capability: int | None) -> list[Variant]:
         types |= {"dots_ptr": "*fp32"} | dict.fromkeys(("D", "P", "each", "stride_x"), "i32")
         for block in sorted({_column_block(each, dtype) for each in range(1, MAX_CANDIDATES + 1)}):
             constants = blocks | {"BN": block, "PRECISION": "ieee"}
-            found.append(Variant(_dots_kernel, types, constants, options, frozenset({"D", "stride_x"}), wide=True))
+            found.append(Variant(_dots_kernel, types, constants, options, wide=True))
     picks = {tuple(_pick_config(c, K, capability).items()) for c in (256, MAX_CANDIDATES) for K in range(1, 257)}
     for pick in sorted(picks):
         blocks, options = split(dict(pick))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, launch, ordering
-from .jit import tl, triton
+from .jit import kernel, tl, triton
 from .variant import TYPE_NAMES, Variant, split
 
 MAX_EXPERTS = 1024
@@ -35,7 +35,7 @@ MAX_PICKS = 32
 _TABLE = launch.Table("router_topk", {"num_warps": 1, "num_stages": 1})
 
 
-@triton.jit
+@kernel("E", "stride_t")
 def _router_topk_kernel(logits_ptr, experts_ptr, picked_ptr, E, P, stride_t, BLOCK_E: tl.constexpr):
     """One program a token."""
     t = tl.program_id(0).to(tl.int64)
@@ -159,7 +159,6 @@ def variants(capability: int | None) -> list[Variant]:
             },
             blocks | {"BLOCK_E": block},
             options,
-            frozenset({"E", "stride_t"}),
             wide=True,
         )
         for name in TYPE_NAMES.values()

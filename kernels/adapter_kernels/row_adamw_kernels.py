@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import dispatch, launch
 from .adamw_blocks import StepRule
-from .jit import tl, triton
+from .jit import kernel, tl, triton
 from .variant import TYPE_NAMES, Variant, split
 
 # Derived, not measured: one row a lane; 1,600 rows are 13 programs.
@@ -39,7 +39,7 @@ def _powers(n, high, low):
     return power
 
 
-@triton.jit
+@kernel()
 def _prepare_kernel(
     rows_ptr, count_ptr, keys_ptr, bias_ptr, n, r, lr_high, lr_low, beta1_high, beta1_low, beta2_high, beta2_low, seed,
     C1: tl.constexpr, C2: tl.constexpr, BLOCK: tl.constexpr,
@@ -61,7 +61,7 @@ def _prepare_kernel(
     tl.store(bias_ptr + 2 * i + 1, root2.to(tl.float32), mask=i < n)
 
 
-@triton.jit
+@kernel("D")
 def _step_kernel(
     table_ptr, m_ptr, v_ptr, wire_ptr, rows_ptr, grads_ptr, keys_ptr, bias_ptr, n, r, D,
     mix, beta2, fresh2, eps, decay, coupled,
@@ -157,5 +157,5 @@ def variants(capability: int | None) -> list[Variant]:
         constants = blocks | ({} if wire else {"wire_ptr": None})
         constants |= {"STOCHASTIC": table == "bf16", "WIRE": wire is not None}
         launched = options | {"enable_fp_fusion": False}
-        found.append(Variant(_step_kernel, types, constants, launched, frozenset({"D"}), wide=True))
+        found.append(Variant(_step_kernel, types, constants, launched, wide=True))
     return found
