@@ -99,7 +99,8 @@ def _compile(variant: Variant, target: int | str) -> Any:
 
     names = variant.kernel.arg_names
     types = {name: variant.types.get(name, "constexpr") for name in names}
-    aligned = [i for i, name in enumerate(names) if types[name].startswith("*") or name in variant.multiples_of_16]
+    multiples = variant.specialised if variant.aligned else []
+    aligned = [i for i, name in enumerate(names) if types[name].startswith("*") or name in multiples]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     gpu = GPUTarget("cuda", target, 32) if isinstance(target, int) else GPUTarget("hip", target, 64)
     source = ASTSource(variant.kernel, types, dict(variant.constants), attributes)

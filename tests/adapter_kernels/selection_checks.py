@@ -84,6 +84,22 @@ def check_expert_exactly(op: Op, case: Case) -> None:
         assert torch.equal(out.double(), oracle.double())
 
 
+def check_by_neuron(op: Op, case: Case) -> None:
+    """The same picks, each with its own score and dot, in ascending order with empty slots anywhere."""
+    expected = case.run(op)
+    found = op(case.x, case.keys, case.experts, case.factors, case.K, E=case.E, by_neuron=True)
+    for t in range(len(case.x)):
+        used = found[0][t] >= 0
+        assert bool((found[0][t][used].diff() > 0).all())
+        assert bool((found[0][t][~used] == -1).all() and (found[1][t][~used] == 0).all())
+        assert bool((found[2][t][~used] == 0).all())
+        n = int(used.sum())
+        order = expected[0][t, :n].argsort()
+        for mine, theirs in zip(found, expected, strict=True):
+            assert torch.equal(mine[t][used], theirs[t, :n][order])
+            assert bool((expected[0][t, n:] == -1).all())
+
+
 def check_expert(op: Op, case: Case) -> tuple[int, int]:
     """Scores within their bounds; a pick that the oracle does not have only within the rounding of its rival's.
 
