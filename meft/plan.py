@@ -314,9 +314,9 @@ def largest_that_fits(fits: Callable[[int], bool], limit: int, step: int = 1) ->
     """The largest multiple of `step` up to `limit` for which `fits` is true, 0 if for none.
 
     Args:
-        fits: true up to some number and false above it; it is asked about log2(limit / step) times.
+        fits: true up to some number and false above it; it is asked about 1 + log2(limit / step) times.
     """
-    low, high = 0, limit // step
+    low, high = 0, limit // step if fits(step) else 0  # often nothing does
     while low < high:
         middle = (low + high + 1) // 2
         if fits(middle * step):

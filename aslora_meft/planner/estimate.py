@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -101,12 +100,20 @@ class _Model:
 
     @cached_property
     def shape(self) -> AdapterShape:
-        d = next(iter(self.neurons.values())).in_features
-        return AdapterShape.of(self.config, d=d, layers=len(self.neurons), base_dtype=compute_dtype(self.request.dtype))
+        """Of the adapter as asked."""
+        return self.shape_of(self.request)
 
-    def work(self, request: Request) -> Work:
+    def shape_of(self, request: Request) -> AdapterShape:
+        """Of the adapter with the r of another request."""
+        config: Any = self.config if request.r == self.request.r else method_config("meft", request.r, None)
+        d = next(iter(self.neurons.values())).in_features
+        return AdapterShape.of(config, d=d, layers=len(self.neurons), base_dtype=compute_dtype(request.dtype))
+
+    def work(self, request: Request, shape: AdapterShape | None = None) -> Work:
+        """The step's sizes; a micro-batch cannot use more neurons than its tokens keep."""
+        shape = shape or self.shape
         tokens = request.batch * request.length
-        union = min(round(request.union_share * self.shape.r), tokens * self.shape.top_k)
+        union = min(round(request.union_share * shape.r), tokens * shape.top_k)
         return Work(tokens, max(1, union), request.accumulation)
 
     def trace(self, request: Request, plan: Plan | None) -> Memory:
@@ -120,24 +127,23 @@ class _Model:
         return trace_step(self.model, step, request.method, extra)
 
     def beside(self, request: Request) -> int:
-        """Bytes of base model and activations at the peak, without what MEFT adds."""
-        least = Plan(self.shape, replace(self.work(request), rows="refetch"), "host")
+        """Bytes of base model and activations at the peak, without what MEFT adds: told by the smallest MEFT."""
+        tiny = replace(self.shape, r=1, experts=1, probed=1, top_k=1)
+        least = Plan(tiny, replace(self.work(request), union=1), "host")
         return self.trace(request, least).peak - sum(least.device_bytes().values())
 
     def candidates(self, request: Request) -> list[Plan]:
-        """Plans for MEFT, the preferred one first, as far as the plan's own arithmetic tells; at least one."""
+        """Plans for MEFT, the preferred one first; at least one, the last ones with the least memory."""
         strategy, work = request.strategy, self.work(request)
         if request.gpu is None:
             return [Plan(self.shape, work, "stream" if strategy == "auto" else strategy)]
-        found = self.fitting(self.shape, work, request.gpu - RESERVED - self.beside(request))
-        last = Plan(self.shape, replace(work, rows="refetch"), "stream" if strategy == "auto" else strategy)
-        return [*found, last]
-
-    def fitting(self, shape: AdapterShape, work: Work, free: int) -> list[Plan]:
-        strategy = self.request.strategy
+        free = request.gpu - RESERVED - self.beside(request)
         placement = "device" if strategy == "resident" else "host"
-        found = strategies_that_fit(shape, work, free, placement=placement)
-        return [plan for plan in found if strategy in ("auto", plan.strategy)]
+        found = strategies_that_fit(self.shape, work, free, placement=placement)
+        # The plan's arithmetic adds up what is not live at one time: what it finds too large may fit.
+        refetch = replace(work, rows="refetch")
+        last = ["stream", "host"] if strategy == "auto" else [strategy]
+        return [p for p in found if strategy in ("auto", p.strategy)] + [Plan(self.shape, refetch, s) for s in last]
 
     def speed(self, request: Request) -> BaseModel:
         ffns = [layer.base_layer for layer in self.neurons.values()]
@@ -196,38 +202,21 @@ def _largest(model: _Model, config: Any, request: Request) -> dict[str, int]:
     assert request.gpu is not None
     room = request.gpu - RESERVED
 
-    def small_enough(**changed: Any) -> bool:
-        changed_request = replace(request, **changed)
+    def small_enough(changed: Request) -> bool:
         if request.method != "meft":
-            return model.trace(changed_request, None).peak <= room
-        work = model.work(changed_request)
-        return bool(model.fitting(model.shape, work, room - model.beside(changed_request)))
+            adapted = model if changed.r == request.r else _Model(changed, config)
+            return adapted.trace(changed, None).peak <= room
+        shape = model.shape_of(changed)
+        work = replace(model.work(changed, shape), rows="refetch")
+        plan = Plan(shape, work, "host" if request.strategy == "auto" else request.strategy)
+        return model.trace(changed, plan).peak <= room
 
-    found = {}
-    if request.method == "meft":
-        beside, step = model.beside(request), model.shape.top_k
-
-        def few_enough(r: int) -> bool:
-            shape = AdapterShape.of(
-                method_config("meft", r, None),  # type: ignore[arg-type]
-                d=model.shape.d, layers=model.shape.layers, base_dtype=compute_dtype(request.dtype),
-            )  # fmt: skip
-            tokens = request.batch * request.length
-            union = max(1, min(round(request.union_share * r), tokens * shape.top_k))
-            return bool(model.fitting(shape, replace(model.work(request), union=union), room - beside))
-
-        found["r"] = largest_that_fits(few_enough, model.shape.r, step)
-    elif getattr(model.config, "r", None) is not None:
-
-        def low_enough(r: int) -> bool:
-            smaller = replace(request, r=r)
-            return _Model(smaller, config).trace(smaller, None).peak <= room
-
-        found["r"] = largest_that_fits(low_enough, model.config.r)
-    ask: dict[str, Callable[[int], bool]] = {
-        "batch": lambda n: small_enough(batch=n),
-        "length": lambda n: small_enough(length=n),
-    }
-    found["batch"] = largest_that_fits(ask["batch"], request.batch)
-    found["length"] = largest_that_fits(ask["length"], request.length, max(1, min(64, request.length // 16)))
+    found, r = {}, getattr(model.config, "r", None)
+    if isinstance(r, int):
+        # MEFT's neurons in multiples of what a token keeps, and coarser where there are many.
+        step = model.config.top_k * max(1, r // 4096) if request.method == "meft" else 1
+        found["r"] = largest_that_fits(lambda n: small_enough(replace(request, r=n)), r, step)
+    found["batch"] = largest_that_fits(lambda n: small_enough(replace(request, batch=n)), request.batch)
+    step = max(1, request.length // 16)
+    found["length"] = largest_that_fits(lambda n: small_enough(replace(request, length=n)), request.length, step)
     return found

@@ -7,7 +7,7 @@ import weakref
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
@@ -39,6 +39,8 @@ class LiveStorages(TorchDispatchMode):
 
     def see(self, tensor: Tensor, part: str = "activations", nbytes: int | None = None) -> None:
         """Count a tensor's storage unless it is counted already; nbytes: in place of its own size."""
+        if tensor.layout is not torch.strided:
+            return  # made of tensors that were counted
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live:
@@ -84,6 +86,8 @@ class LiveStorages(TorchDispatchMode):
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(kind not in (Tensor, nn.Parameter) for kind in types):
+            return NotImplemented  # a tensor made of others (`RowGradient`): what it does with them comes here again
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         tree_map_only(Tensor, self.see, out)

@@ -53,7 +53,11 @@ def method_config(method: str, r: int | None, target_modules: list[str] | None) 
     for name in given:
         if name not in names:
             raise UsageError(f"{name}={given[name]!r} has no meaning with method={method}; drop it")
-    with as_usage_error(ValueError, TypeError, ImportError, prefix=f"method={method} cannot be planned: "):
+    with (
+        warnings.catch_warnings(),
+        as_usage_error(ValueError, TypeError, ImportError, prefix=f"method={method} cannot be planned: "),
+    ):
+        warnings.simplefilter("ignore")
         return known[method](**given)
 
 
