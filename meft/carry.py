@@ -15,10 +15,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from adapter_kernels import expert_topk, router_topk, row_union
+from adapter_kernels import row_union
 
 from .config import MEFTConfig
 from .lanes import Lanes, Mark
+from .selection import best_neurons
 from .store import RowTable
 from .transfer import Traffic, bring_rows, nbytes
 
@@ -78,8 +79,7 @@ def picked_neurons(x: Tensor, logits: Tensor, keys: Tensor, config: MEFTConfig) 
     Args:
         x: [T, d]. logits: W_g x, [T, E]. keys: [r, d].
     """
-    experts, factors = router_topk(logits, config.probed)
-    return expert_topk(x, keys, experts, factors if config.has_factor else None, config.top_k, E=config.experts)[0]
+    return best_neurons(x, logits, keys, config.probed, config.top_k, config.has_factor, by_neuron=False)[0]
 
 
 def union_of(ids: Tensor, config: MEFTConfig) -> tuple[Tensor, Tensor]:

@@ -31,8 +31,8 @@ from .engine import Engine
 from .ffn_modules import FFN_OF, check_ffn, ffn_targets, ffn_width
 from .host_memory import require_memory, row_bytes
 from .layer import NOT_MERGEABLE, MEFTLayer
-from .optim import RowSteps
 from .report import TransferReport, transfer_report
+from .row_steps import RowSteps
 
 logger = logging.getLogger(__name__)
 

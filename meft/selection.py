@@ -42,6 +42,24 @@ class Selection:
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def best_neurons(
+    x: Tensor, logits: Tensor, keys: Tensor, experts_per_token: int, top_k: int, factor: bool, *, by_neuron: bool
+) -> tuple[Tensor, Tensor]:
+    """The picks as a table; see `select_neurons`.
+
+    Args:
+        by_neuron: in ascending order within a token, among which any place may be empty.
+
+    Returns:
+        ids, int32 [T, K], -1 where there is none, and their x . w, [T, K]; K is at most top_k.
+    """
+    E = logits.shape[1]
+    experts, factors = router_topk(logits, experts_per_token)
+    most = min(top_k, experts_per_token * len(keys) // E)
+    ids, _, dots = expert_topk(x, keys, experts, factors if factor else None, most, E=E, by_neuron=by_neuron)
+    return ids, dots
+
+
 def select_neurons(
     x: Tensor, logits: Tensor, keys: Tensor, *, experts_per_token: int, top_k: int, factor: bool
 ) -> Selection:
@@ -51,11 +69,8 @@ def select_neurons(
         x: [T, d]. logits: W_g x, [T, E]. keys: [r, d], on x's device, of x's dtype or a narrower one.
         factor: whether scores are multiplied by the logit of the neuron's expert.
     """
-    E = logits.shape[1]
-    experts, factors = router_topk(logits, experts_per_token)
-    most = min(top_k, experts_per_token * len(keys) // E)
-    ids, _, dots = expert_topk(x, keys, experts, factors if factor else None, most, E=E, by_neuron=True)
-    kept = ids >= 0
+    ids, dots = best_neurons(x, logits, keys, experts_per_token, top_k, factor, by_neuron=True)
+    kept, most = ids >= 0, ids.shape[1]
     pick = kept.flatten().nonzero().flatten()
     neuron, dots = (column.flatten().index_select(0, pick) for column in (ids, dots))
     return Selection(_starts(kept.sum(1)), pick // most, neuron.to(torch.int64), dots)
