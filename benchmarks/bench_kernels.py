@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 
 import torch
-from kernel_cases_ffn import gate_ffn, shared, sparse
-from kernel_cases_rows import adamw, gate_rows, gather, scatter
+from kernel_cases_ffn import gate_ffn, gate_lora, shared, sparse
+from kernel_cases_rows import adamw, gate_adamw, gate_rows, gather, scatter
 from kernel_cases_selection import gate_selection, neurons, routing, routing_and_union, union
 from kernel_inputs import FULL, TINY, TOY, Bench, Shapes
 from kernel_report import REHEARSAL, machine, replace, roofline, stem, table
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MINUTES = 7.5  # of 8; the rest is for imports and the plot
 # Each op's function, its gate, and its part of the time.
-OPS: dict[str, tuple[Plan, Gate | None, float]] = {
+OPS: dict[str, tuple[Plan, Gate, float]] = {
     "gather_rows": (gather, gate_rows, 2.0),
     "scatter_rows": (scatter, gate_rows, 1.0),
     "sparse_ffn": (sparse, gate_ffn, 4.0),
@@ -43,8 +43,8 @@ OPS: dict[str, tuple[Plan, Gate | None, float]] = {
     "router_topk + row_union": (routing_and_union, gate_selection, 1.0),
     "router_topk": (routing, gate_selection, 0.5),
     "row_union": (union, gate_selection, 1.0),
-    "row_adamw": (adamw, None, 2.0),
-    "shared_lora": (shared, None, 1.0),
+    "row_adamw": (adamw, gate_adamw, 2.0),
+    "shared_lora": (shared, gate_lora, 1.0),
 }
 
 

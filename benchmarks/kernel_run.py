@@ -119,7 +119,7 @@ def measure(bench: Bench, op: str, planned: Planned, deadline: float) -> list[Ro
     return rows
 
 
-def run_op(bench: Bench, op: str, make_plan: Plan, gate: Gate | None, deadline: float) -> list[Row]:
+def run_op(bench: Bench, op: str, make_plan: Plan, gate: Gate, deadline: float) -> list[Row]:
     """All rows of one op."""
     try:
         plan = make_plan(bench)
@@ -127,8 +127,7 @@ def run_op(bench: Bench, op: str, make_plan: Plan, gate: Gate | None, deadline: 
         return [base_row(bench, op, "", {}, OURS) | {"status": failure(error)}]
     refused = ""
     try:
-        if gate is not None:
-            gate(bench)
+        gate(bench)
     except Exception as error:  # nothing of this op is timed
         refused = failure(error)
     rows: list[Row] = []

@@ -1,6 +1,7 @@
 """The ahead-of-time check accepts what fits a GPU and refuses what does not."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -48,13 +49,14 @@ def test_too_much_shared_memory_is_refused():
 def test_the_command_fails_on_a_breach_where_the_gpu_is_required(monkeypatch, capsys, router):
     narrow = dataclasses.replace(router, aligned=False)
     monkeypatch.setattr(aot, "OPS", {"mine": lambda capability: [narrow]})
-    for targets, code in (((80,), 1), ((120,), 0)):
+    for targets, options, code in (((80,), [], 1), ((120,), [], 0), ((80, 120), ["--required"], 1)):
         aot._variants.cache_clear()
         monkeypatch.setattr(aot, "TARGETS", targets)
-        assert aot.main(["--jobs", "1"]) == code
-    printed = capsys.readouterr().out
-    assert "FAILS: no 16-byte global load" in printed
-    assert "reported: no 16-byte global load" in printed
+        assert aot.main(["--jobs", "1", *options]) == code
+        printed = capsys.readouterr().out
+        assert ("sm_80" in printed, "sm_120" in printed) == (80 in targets, targets == (120,))
+        assert "FAILS: no 16-byte global load" in printed if 80 in targets else "reported: no 16-byte" in printed
+        assert re.search(r"1 compiled, [01] not accepted, \d+ s$", printed)
     aot._variants.cache_clear()
 
 
