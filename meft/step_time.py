@@ -100,7 +100,16 @@ class _Resource:
     def run(self, seconds: float, *after: float) -> float:
         """When work that may begin at the latest of `after` is done."""
         now, left = max(after, default=0.0), seconds
+        if not seconds:
+            return now
         self.busy += seconds
+        if now > self.starts[-1]:  # it leaves a gap before it
+            self.ends[-1] = now
+            self.starts.append(now)
+            self.ends.append(math.inf)
+        if now == self.starts[-1]:  # after all that was given, as most often
+            self.starts[-1] = now + seconds
+            return self.starts[-1]
         i = bisect_right(self.ends, now)
         while left > 0:
             start, end = self.starts[i], self.ends[i]
