@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> None:
     parser = RaisingParser(prog="aslora-meft", description="Fine-tune language models with ASLoRA and MEFT.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,estimate,export}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,estimate,export,doctor}")
     # train has the fields of its dataclasses, which are read in arguments.py.
     commands.add_parser("train", help="fine-tune an adapter and save it", add_help=False)
     commands.add_parser("estimate", help="predict memory, traffic and time without GPU or weights", add_help=False)
@@ -36,6 +36,8 @@ def _run(argv: list[str]) -> None:
         "without routing as the dense adapter it equals",
     )
     export.add_argument("out_dir", metavar="OUT_DIR", help="new or empty folder")
+    doctor = commands.add_parser("doctor", help="what this machine has and reaches")
+    doctor.add_argument("--anew", action="store_true", help="measure again what was measured before")
     options, rest = parser.parse_known_args(argv)
     if options.command == "train":
         # Only here: transformers takes seconds to import.
@@ -48,7 +50,11 @@ def _run(argv: list[str]) -> None:
 
         run(rest)
     elif rest:
-        raise UsageError(f"unknown argument {rest[0]!r} (see aslora-meft export --help)")
+        raise UsageError(f"unknown argument {rest[0]!r} (see aslora-meft {options.command} --help)")
+    elif options.command == "doctor":
+        from aslora_meft.doctor import report
+
+        print(report(anew=options.anew))
     else:
         _export(options.adapter_dir, options.to, options.out_dir)
 
