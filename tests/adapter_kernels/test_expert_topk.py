@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from selection_checks import Case, check_by_neuron, check_expert, check_expert_exactly, generator
+from selection_checks import Case, check_by_neuron, check_expert, check_expert_exactly, check_nan, generator
 
-from adapter_kernels import debugging, expert_topk, router_topk
+from adapter_kernels import debugging, expert_topk, router_topk, row_union
 from adapter_kernels.expert_topk import _op
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -68,6 +68,10 @@ def test_by_neuron(dtype, K):
 
 def test_the_torch_path_has_no_limits():
     check_expert_exactly(expert_topk, Case(3, 4, E=1100, each=2, P=700, K=300, integers=True))
+
+
+def test_nan_leads_to_no_index_that_is_not_there():
+    check_nan(router_topk, expert_topk, row_union)
 
 
 def test_with_router_topk_it_makes_the_picks_of_the_method():

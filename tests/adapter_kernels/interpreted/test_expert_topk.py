@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from selection_checks import Case, check_by_neuron, check_expert, check_expert_exactly, generator
+from selection_checks import Case, check_by_neuron, check_expert, check_expert_exactly, check_nan, generator
 
-from adapter_kernels import expert_topk, override
+from adapter_kernels import expert_topk, override, router_topk, row_union
 
 kernel = partial(expert_topk, impl="triton")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -79,6 +79,10 @@ def test_infinite_and_nan_factors_pick_no_neuron_that_is_not_there(fenced):
     case = Case(6, 8, E=5, each=4, P=3, K=4, integers=True)
     case.factors[:] = torch.tensor([torch.inf, -torch.inf, torch.nan])
     check_expert_exactly(kernel, case)
+
+
+def test_nan_leads_to_no_index_that_is_not_there(fenced):
+    check_nan(*(partial(op, impl="triton") for op in (router_topk, expert_topk, row_union)))
 
 
 def test_by_neuron(fenced):

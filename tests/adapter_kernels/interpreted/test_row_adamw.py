@@ -26,7 +26,12 @@ def long_tiles():
 @pytest.mark.parametrize("table", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("n", "d", "betas", "decoupled"),
-    [(1, 4100, (0.9, 0.999), True), (13, 576, (0.9, 0.95), False), (5, 33, (0.4, 0.9), True), (2, 8, (0.0, 0.9), True)],
+    [
+        (1, 4100, (0.9, 0.999), True),
+        (13, 576, (0.9, 0.95), False),
+        (5, 33, (0.4, 0.9), True),
+        (2, 4096, (0.0, 0.9), True),
+    ],
 )
 def test_a_step(fenced, grads, table, n, d, betas, decoupled):
     narrow = torch.bfloat16 if grads == torch.float32 else grads
@@ -35,6 +40,12 @@ def test_a_step(fenced, grads, table, n, d, betas, decoupled):
     check_adamw(
         kernel, tables, rows, torch.randn(n, d, generator=generator(2)).to(grads), betas=betas, decoupled=decoupled
     )
+
+
+def test_many_rows(fenced):
+    rows = torch.randperm(600, generator=generator(1))[:512]
+    with override("row_adamw.prepare", BLOCK=512):
+        check_adamw(kernel, Tables(600, 8), rows, torch.randn(512, 8, generator=generator(2)))
 
 
 @pytest.mark.parametrize("table", [torch.float32, torch.bfloat16])
