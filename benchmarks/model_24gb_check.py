@@ -190,7 +190,7 @@ def main() -> int:
                 "bound": least,
                 "times the bound": median(slow) / least,
                 "seconds with a free link": median(free),
-            }  # fmt: skip
+            }
         )
         print(
             f"{strategy:<12} |U|/r {union / R:.2f}: {median(slow):.2f} s a step behind the link, bound {least:.2f} s: "
