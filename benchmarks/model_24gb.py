@@ -52,24 +52,29 @@ def cell(
         "kind": MARK, "card": card(name)["name"], "r": r, "micro-batch": f"{batch}x{length}", "|U|/r": share,
         "accumulation": accumulation, "clipping": clipping,
     }  # fmt: skip
-    strategies = {}
-    for strategy in STRATEGIES:
-        time = step_time(
+    times = {
+        strategy: step_time(
             plan_of(strategy, r, batch * length, share, accumulation), base, ceilings(name), clipping=clipping
         )
-        strategies[strategy] = {
-            "seconds at least": round(time.seconds, 4),
-            "tokens/s at most": round(time.tokens_per_second),
-            "of computing alone": round(time.share_of_compute, 3),
-        }
-    return found | {"strategies": strategies}
+        for strategy in STRATEGIES
+    }
+    return found | {
+        "seconds at least": {strategy: round(time.seconds, 4) for strategy, time in times.items()},
+        "of computing alone": {strategy: round(time.share_of_compute, 3) for strategy, time in times.items()},
+    }
+
+
+def tokens_per_second(row: dict, strategy: str) -> float:
+    """At most so many."""
+    batch, length = map(int, row["micro-batch"].split("x"))
+    return row["accumulation"] * batch * length / row["seconds at least"][strategy]
 
 
 def line(row: dict) -> str:
     """One row as text."""
     each = "  ".join(
-        f"{name} {found['seconds at least']:.3f} s ({found['of computing alone']:.0%})"
-        for name, found in row["strategies"].items()
+        f"{strategy} {seconds:.3f} s ({row['of computing alone'][strategy]:.0%})"
+        for strategy, seconds in row["seconds at least"].items()
     )
     clipped = "clipped" if row["clipping"] else "no clip"
     return (
@@ -99,8 +104,7 @@ def markdown(rows: list[dict]) -> str:
         for step, cells in itertools.groupby(group, key=lambda row: (row["accumulation"], row["micro-batch"])):
             listed = list(cells)
             columns = [
-                " / ".join(f"{row['strategies'][strategy]['tokens/s at most']:,}" for row in listed)
-                for strategy in STRATEGIES
+                " / ".join(f"{tokens_per_second(row, strategy):,.0f}" for row in listed) for strategy in STRATEGIES
             ]
             text.append(f"| {step[0]} x {step[1]} | {' | '.join(columns)} |")
     return "\n".join(text) + "\n"

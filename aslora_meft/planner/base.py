@@ -14,6 +14,8 @@ from aslora_meft.planner import attention
 from aslora_meft.planner.quantised import QUANTISED
 from meft.step_time import BaseModel
 
+# Of these, transformers runs the models' own attention code, which keeps [heads, length, length] as plain attention.
+_OWN_ATTENTION = ("falcon", "gpt_neo", "gptj", "mpt")
 DTYPES = ("float32", "bfloat16", "float16", *QUANTISED)
 
 
@@ -39,13 +41,15 @@ def build_base(config: Any, dtype: str) -> PreTrainedModel:
     """A causal language model of these shapes on the meta device.
 
     Raises:
-        UsageError: the config is of no causal language model.
+        UsageError: the config is of no causal language model, or lacks what that needs.
     """
     attention.register()
     config.use_cache = False
-    with torch.device("meta"), as_usage_error(ValueError, prefix="MODEL is no causal language model: "):
+    attending = "eager" if config.model_type in _OWN_ATTENTION else attention.NAME
+    refused = as_usage_error(ValueError, TypeError, prefix="MODEL's config makes no causal language model: ")
+    with torch.device("meta"), refused:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=compute_dtype(dtype), attn_implementation=attention.NAME
+            config, dtype=compute_dtype(dtype), attn_implementation=attending
         )
     return model
 

@@ -148,6 +148,21 @@ def test_other_methods(told, folder, capsys):
     assert wide["trainable_values"] > found["trainable_values"]
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "gptj", "n_embd": 64, "n_head": 4, "n_layer": 2, "rotary_dim": 8, "vocab_size": 128},
+        {"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": 128},
+        TINY | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    ],
+    ids=["attention of its own", "Conv1D", "mixture of experts"],
+)
+def test_other_models(told, config):
+    found = told("--r", 128, "--card", "a10", config=config)
+    assert found["device_bytes"]["router"] == 2 * 32 * 64 * 4
+    assert found["seconds_per_step_at_least"] > 0
+
+
 def test_longer_steps_take_longer(told):
     def seconds(*words):
         return told("--r", 256, "--card", "4090", *words)["seconds_per_step_at_least"]
