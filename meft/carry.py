@@ -79,6 +79,8 @@ def picked_neurons(x: Tensor, logits: Tensor, keys: Tensor, config: MEFTConfig) 
         x: [T, d]. logits: W_g x, [T, E]. keys: [r, d].
     """
     experts, factors = router_topk(logits, config.probed)
+    # Rows that are narrower than hidden states (float16, or a 16-bit copy for a float32 model) score in full precision.
+    keys = keys.to(x.dtype)
     return expert_topk(x, keys, experts, factors if config.has_factor else None, config.top_k, E=config.experts)[0]
 
 
