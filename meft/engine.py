@@ -121,6 +121,7 @@ class Engine:
             beside = self.config.on_host and (x.device.type != "cpu" or self._given is not None)
             for layer in self.layers if beside else ():
                 layer.keys.updates = layer.values.updates = self._updates
+                layer.keys.name, layer.values.name = (f"{part} of layer {layer.number}" for part in ("keys", "values"))
         return self._strategy
 
     # ------------------------------------------------------------------ forward

@@ -69,6 +69,7 @@ def group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
 
 def prepare_table(table: RowTable, mode: str) -> None:
     """Make a table's moments, where there are none of the mode: all that an update allocates for good."""
+    table.settle()  # not under the lock, which the update needs
     with table.lock, torch.no_grad():
         moments = table.moments
         if moments is not None and moments.dense == (mode == "dense"):
