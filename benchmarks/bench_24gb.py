@@ -100,18 +100,17 @@ def run_apart(job: Job, emit: Emit, until: float, start: Start = start_worker) -
                 answered.add(cell)
                 begun = None if begun == cell else begun
                 emit("row", content)
-            elif content["late"]:
-                return
             elif content["code"] and begun is not None:
+                why = "was late and was ended" if content["late"] else f"ended with code {content['code']}"
                 answered.add(begun)
-                emit("row", {**begun.key, "status": f"error: the worker ended with code {content['code']}"})
+                emit("row", {**begun.key, "status": f"error: the worker {why}"})
         if not answered:
             return  # nothing more is to be had: out of time, or it does not even start
         left = [cell for cell in left if cell not in answered]
 
 
 def chosen(group: Group, rows: Rows, only: str, again: bool, fresh: set[Cell]) -> Group:
-    """The cells of a group that are to be measured, and with MEFT's their yardstick, which must be of this invocation.
+    """The cells of a group that are to be measured, and those that they are compared with, of this invocation too.
 
     Args:
         again: rows that are there are measured anew. fresh: cells that this invocation has measured.
@@ -120,12 +119,16 @@ def chosen(group: Group, rows: Rows, only: str, again: bool, fresh: set[Cell]) -
         cell for cell in group.cells
         if re.search(only, cell.title()) and cell not in fresh and (again or not rows.done(cell))
     ]  # fmt: skip
-    routings = {cell.routing for cell in wanted if cell.family == "meft"}
-    yardsticks = [
-        cell for cell in group.cells
-        if cell.contestant == "null" and cell.routing in routings and cell not in wanted and cell not in fresh
-    ]  # fmt: skip
-    return Group((*wanted, *yardsticks))
+    measured = {*wanted, *fresh}
+    peers = any(cell.routing == "-" for cell in wanted)
+    # Peers that come later are compared with auto at the first routing, which then is measured again.
+    auto = [cell for cell in group.cells if cell.contestant == "meft auto"][: int(peers)]
+    added = [cell for cell in auto if cell not in measured]
+    routings = {cell.routing for cell in (*wanted, *added) if cell.family == "meft"}
+    added += [
+        cell for cell in group.cells if cell.contestant == "null" and cell.routing in routings and cell not in measured
+    ]
+    return Group((*wanted, *added))
 
 
 def said(row: dict) -> str:

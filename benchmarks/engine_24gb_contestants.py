@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from engine_24gb_models import frozen_model, require
 from engine_24gb_plan import HOST_STRATEGIES, Cell
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from meft import MEFTConfig
 from meft.lanes import lanes_of
 from meft.store import RowTable
 from meft.transfer import Traffic
-from peft import LoraConfig, get_peft_model
 
 RATE = 1e-4
 LORA_RANK = 64
@@ -76,9 +76,9 @@ def base_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def free(device: torch.device) -> None:
-    """Give back what nobody holds."""
-    gc.collect()
+    """Give back device memory that nobody holds."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
 

@@ -6,10 +6,10 @@ import torch
 from engine_24gb_contestants import meft_config
 from engine_24gb_models import frozen_model
 from engine_24gb_plan import HOST_STRATEGIES
+from peft import get_peft_model
 from torch import Tensor
 
 from meft.lanes import lanes_of
-from peft import get_peft_model
 
 R, STEPS = 64, 2
 # Relative, of float32: products of a GPU add up in another order.

@@ -7,38 +7,35 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-SHAPES: dict[str, tuple[type, type, dict[str, Any]]] = {
-    "llama-2-7b": (
-        LlamaForCausalLM, LlamaConfig,
-        dict(
-            vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=42, num_attention_heads=32,
-            num_key_value_heads=32, max_position_embeddings=4096, rms_norm_eps=1e-5, rope_theta=10000.0,
-        ),
-    ),
-    "mistral-7b": (
-        MistralForCausalLM, MistralConfig,
-        dict(
-            vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=42, num_attention_heads=32,
-            num_key_value_heads=8, max_position_embeddings=32768, rms_norm_eps=1e-5, rope_theta=10000.0,
-            sliding_window=4096,
-        ),
-    ),
+_MISTRAL = (MistralForCausalLM, MistralConfig)
+_LLAMA = (LlamaForCausalLM, LlamaConfig)
+# vocabulary, d, FFN, layers, heads, key/value heads, longest input, window
+SHAPES: dict[str, tuple[tuple[type, type], tuple[int | None, ...]]] = {
+    "llama-2-7b": (_LLAMA, (32000, 4096, 11008, 32, 32, 32, 4096, None)),
+    "mistral-7b": (_MISTRAL, (32000, 4096, 14336, 32, 32, 8, 32768, 4096)),
     # Of a dry run: nothing that is measured on it means anything.
-    "tiny-llama": (
-        LlamaForCausalLM, LlamaConfig,
-        dict(
-            vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=4, max_position_embeddings=128,
-        ),
-    ),
-    "tiny-mistral": (
-        MistralForCausalLM, MistralConfig,
-        dict(
-            vocab_size=128, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=128, sliding_window=64,
-        ),
-    ),
-}  # fmt: skip
+    "tiny-llama": (_LLAMA, (128, 64, 128, 4, 4, 4, 128, None)),
+    "tiny-mistral": (_MISTRAL, (128, 64, 192, 4, 4, 2, 128, 64)),
+}
+
+
+def config_of(name: str) -> Any:
+    """The configuration of a model; rotary base 10,000 and norms' epsilon 1e-5 as published."""
+    (_, kind), (vocabulary, d, ffn, layers, heads, kv_heads, longest, window) = SHAPES[name]
+    fields = {} if window is None else {"sliding_window": window}
+    return kind(
+        vocab_size=vocabulary,
+        hidden_size=d,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=longest,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        use_cache=False,
+        **fields,
+    )
 
 
 class MissingError(RuntimeError):
@@ -59,9 +56,8 @@ def frozen_model(name: str, base: str, device: torch.device, dtype: torch.dtype 
     """
     if base == "nf4":
         require("bitsandbytes")
-    kind, config_kind, fields = SHAPES[name]
     with torch.device("meta"):
-        model = kind(config_kind(**fields, use_cache=False))
+        model = SHAPES[name][0][0](config_of(name))
     torch.manual_seed(0)
     # Module by module: at no time is there more than one weight that is not in its place and form.
     for path, module in list(model.named_modules()):

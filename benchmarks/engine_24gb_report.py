@@ -6,8 +6,10 @@ from pathlib import Path
 
 from engine_24gb_plan import HOST_STRATEGIES, Cell, Group
 from engine_24gb_rows import Rows
-from engine_24gb_targets import CARD_GIB, MEASURED, is_main, reported, targets
+from engine_24gb_targets import CARD_GIB, MEASURED, is_main, reported, targets, traffic_error
 from engine_24gb_worker import DRY, OOM
+
+from peft_bridge import replace_file
 
 UNMEASURED = "not measured"
 HEAD = (
@@ -16,11 +18,11 @@ HEAD = (
 )  # fmt: skip
 NOTES = (
     "`null`: the same engine with bf16 rows on the device and no host optimizer, 100 %. tokens/s is of the median",
-    "step; a step ends when the device is idle, and host updates that run on are in the next one's time. To device, to",
-    "host: bytes a step / elements of two bytes. Formula: counters beside the formula of `engine_24gb_traffic.py`, the",
-    "worse way. \\|U\\|/r is forced, or drawn from a recording (`engine_24gb_routing.py`); random weights route nothing",
-    "here. Ratios compare rows of one invocation only. Device GiB is what the whole device has in use; a peer above",
-    f"{CARD_GIB:g} is outside of a 24 GB card, and not compared with.",
+    "step; a step ends when the device is idle, and host updates that run on are in the next one's time. To device,",
+    "to host: bytes a step / elements of two bytes. Formula: counters beside the formula of `engine_24gb_traffic.py`,",
+    "the worse way. \\|U\\|/r is forced, or drawn from a recording (`engine_24gb_routing.py`); random weights route",
+    "nothing here. Ratios compare rows of one invocation only. Device GiB is what the whole device has in use; a peer",
+    f"above {CARD_GIB:g} is outside of a 24 GB card, and not compared with.",
 )
 
 
@@ -41,8 +43,6 @@ def moved(row: dict | None, way: str) -> str:
 
 def formula(row: dict | None) -> str:
     """How far the counters are from it."""
-    from engine_24gb_targets import traffic_error
-
     error = traffic_error(row) if row else None
     return UNMEASURED if error is None else f"{100 * error:.2f} %"
 
@@ -135,8 +135,6 @@ def plot(rows: Rows, dry: bool) -> bytes | None:
 
 def write(path: Path, rows: Rows, groups: list[Group], dry: bool) -> None:
     """The table and the plot beside the rows."""
-    from peft_bridge import replace_file
-
     replace_file(path.with_suffix(".md"), markdown(rows, groups, dry).encode())
     image = plot(rows, dry)
     if image is None:

@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -148,7 +148,7 @@ class Routing:
         size = self.size(r)
         recorded = Recorded.read() if size is None else None
 
-        @lru_cache(maxsize=None)
+        @cache
         def made(turn: int, layer: int, T: int, K: int) -> Tensor:
             if size is not None:
                 return forced_ids(T, K, r, size, seed=turn)
@@ -157,7 +157,7 @@ class Routing:
             return drawn_ids(recorded, its, batch, length, K, r, seed=layers * turn + layer)
 
         def of(call: int, T: int, K: int) -> Tensor:
-            if T != batch * length:
+            if batch * length != T:
                 raise ValueError(f"The routing was made for {batch} x {length} tokens and not for {T}.")
             if size is not None:
                 return made(call % SUBSETS, 0, T, K)

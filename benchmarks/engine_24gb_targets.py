@@ -123,8 +123,11 @@ def targets(rows: list[Row]) -> list[Target]:
         Target("auto, of the speed without transport", 0.8, True,
                remark="where the bound permits it: on an H200 at T = 512 it does not",
                **taken(rows, lambda row: auto(row) and row["accumulation"] == 1, lambda row: row.get("of_null"))),
-        Target("torch peak at r 6400, 2x256, |U| = 0.26 r", 15.5, False, unit=" GiB", **taken(rows, lean("0.26"), peak)),
-        Target("torch peak at r 6400, 2x256, |U| = 0.6 r", 17.0, False, unit=" GiB", **taken(rows, lean("0.6"), peak)),
+        *(
+            Target(f"torch peak at r 6400, 2x256, |U| = {share} r", limit, False, unit=" GiB",
+                   **taken(rows, lean(share), peak))
+            for share, limit in (("0.26", 15.5), ("0.6", 17.0))
+        ),
         *(
             Target(f"{name}: growth of the peak from r {FLAT_R[0]} to {FLAT_R[-1]} at |U| = {FLAT_ROWS}", 0.03, False,
                    remark="without routers and key buffers, which are predicted", **flatness(rows, name))

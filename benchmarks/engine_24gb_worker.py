@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from engine_24gb_contestants import Contestant, free, make
+from engine_24gb_contestants import NOTES, Contestant, free, make
 from engine_24gb_gate import WrongError, check_strategy
 from engine_24gb_models import MissingError
 from engine_24gb_plan import Cell, rotated
@@ -77,8 +77,6 @@ def failure(error: BaseException) -> str:
 
 def row_of(cell: Cell, blocks: list[Block], contestant: Contestant, dry: bool) -> dict:
     """A row from the blocks that have been measured so far; of a dry run without what would mean something."""
-    from engine_24gb_contestants import NOTES
-
     row: dict = {**cell.key, "status": DRY if dry else MEASURED, "values": contestant.values()}
     row |= {"strategy": contestant.strategy, "note": NOTES.get(cell.contestant, ""), "rounds": len(blocks)}
     row |= blocks[-1].counted
@@ -94,7 +92,7 @@ def row_of(cell: Cell, blocks: list[Block], contestant: Contestant, dry: bool) -
         "peak_gib": max(block.peak_gib for block in blocks), "first_peak_gib": blocks[0].first_peak_gib,
         "device_gib": max(block.device_gib for block in blocks), "host_gib": max(block.host_gib for block in blocks),
     }  # fmt: skip
-    return row | ({name: None for name in measured} if dry else measured)
+    return row | (dict.fromkeys(measured) if dry else measured)
 
 
 class Worker:
@@ -114,7 +112,7 @@ class Worker:
             self._gate(names)
         owner = None
         for turn in range(self.job.settings.rounds):
-            for name in rotated(names, self.job.turn + turn):
+            for name in self._order(names, turn):
                 cells = [c for c in self.job.cells if c.contestant == name and c not in self.failed]
                 if not cells or self._late():
                     continue
@@ -124,6 +122,11 @@ class Worker:
                         return
                 if not self._visit(owner, name, cells):
                     return
+
+    def _order(self, names: list[str], turn: int) -> list[str]:
+        """Rotated; at first the yardstick leads, for without it the others tell less if the time runs out."""
+        order = rotated(names, self.job.turn + turn)
+        return order if turn else sorted(order, key=lambda name: name != "null")
 
     def _late(self) -> bool:
         return time.perf_counter() + self.slowest > self.until

@@ -22,11 +22,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from environment import environment
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import meft.retrieval
 from meft import MEFTConfig
-from peft import get_peft_model
 from peft_bridge import replace_file
 
 ROOT = Path(__file__).resolve().parent.parent
