@@ -1,0 +1,43 @@
+"""What has to cross the link in a step, by formula; the benchmark holds MEFT's counters against it."""
+
+from engine_24gb_plan import Cell
+
+ELEMENT = 2  # bytes of a bf16 value; ids and logits, of four bytes, count as two elements
+
+
+def expected_bytes(
+    strategy: str | None, cell: Cell, *, d: int, layers: int, experts: int, top_k: int, union: float,
+    stepped: float | None,
+) -> tuple[float, float] | None:  # fmt: skip
+    """Bytes to the device and to the host of a step whose rows are saved for backward; None: no formula.
+
+    Per layer and micro-batch, u = |U|, rows of d bf16 values: `host` x and logits down, 2 u rows, ids and places up;
+    `stream` all r keys and u values up, ids down; `device-keys` u values up, ids down; `device-rows` ids down. All: 2 u
+    row gradients down. Once a step `device-keys` brings the keys that the step before has changed, `device-rows` the
+    values too.
+
+    Args:
+        strategy: the one in use. union: mean |U| of a layer and micro-batch. stepped: share of r changed in a step.
+    """
+    T, row = cell.batch * cell.length, ELEMENT * d
+    gradients, ids = 2 * union * row, 4 * union
+    changed = (stepped or 0.0) * cell.r * row
+    if strategy == "resident":
+        return 0.0, 0.0
+    if strategy == "host":
+        up, down, once = 2 * union * row + ids + 4 * T * top_k, T * row + 4 * T * experts, 0.0
+    elif strategy == "stream":
+        up, down, once = (cell.r + union) * row, ids, 0.0
+    elif strategy == "device-keys":
+        up, down, once = union * row, ids, changed
+    elif strategy == "device-rows":
+        up, down, once = 0.0, ids, 2 * changed
+    else:
+        return None
+    passes = layers * cell.accumulation
+    return passes * up + layers * once, passes * (down + gradients)
+
+
+def growing_bytes(strategy: str | None, r: int, d: int, layers: int, experts: int) -> int:
+    """Device memory that grows with r at fixed |U|: fp32 routers, gradients and two moments; `stream`'s two buffers."""
+    return 16 * layers * experts * d + (2 * r * d * ELEMENT if strategy == "stream" else 0)
