@@ -2,7 +2,7 @@
 
 Actors: each host thread, the computation (what the launching thread does with tensors of the device), and both lanes.
 Two accesses to one storage of which one writes must be ordered by a hand-over: a mark, a future, a ring slot. Locks and
-the host's looks at results of the device do not count: the first order nothing for sure, the second happen by chance.
+the host's looks at results of the device do not count: the first order nothing for certain, the second come by chance.
 A hand-over can be dropped: it is made but not counted, so that a race is found if nothing else gives its order.
 """
 

@@ -1,0 +1,153 @@
+"""Losses of a training by the engine beside those of the oracle: with its picks replayed, and with the oracle's own.
+
+    python tests/meft/engine_curves.py [STEPS] [STRATEGY]
+
+trains SmolLM2-135M (from .cache) in float32 and prints both differences, step by step.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from meft import MEFTConfig
+from meft.layer import MEFTLayer
+from meft.routing import reference
+from meft.strategies import Host, Strategy
+
+SMALL = Path(__file__).parents[2] / ".cache" / "SmolLM2-135M-Instruct"
+TEXT = Path(__file__).parents[2] / "README.md"
+
+
+def optimizer_of(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
+
+
+def losses_of(model, batches, parameters):
+    """Loss of each step, with clipping."""
+    optimizer = optimizer_of(parameters)
+    losses = []
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss.backward()
+        clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def by_the_engine(model, batches, lanes):
+    """Losses, and of each pass and layer the picks as bool [T, r]."""
+    model.base_model.engines["default"].use(lanes)
+    masks = []
+
+    def recorded(pick):
+        def record(self, layer, x, logits):
+            picks = pick(self, layer, x, logits)
+            mask = torch.zeros(len(x), layer.config.r + 1, dtype=torch.bool)
+            ids = torch.where(picks.position >= 0, picks.rows[picks.position.clamp(min=0)], layer.config.r)
+            masks.append(mask.scatter_(1, ids.to(torch.int64), True)[:, :-1])
+            return picks
+
+        return record
+
+    kinds = [kind for kind in (*Strategy.__subclasses__(), Strategy) if "pick" in vars(kind)]
+    real = {kind: kind.pick for kind in kinds}
+    try:
+        for kind in kinds:
+            if kind is not Host or model.peft_config["default"].retrieval == "host":
+                kind.pick = recorded(real[kind])
+        losses = losses_of(model, batches, [p for p in model.parameters() if p.requires_grad])
+    finally:
+        for kind in kinds:
+            kind.pick = real[kind]
+    return losses, masks
+
+
+def by_the_oracle(base, adapted, batches, masks=None):
+    """Losses of the base model with plain parameters in the oracle's formula, stepped by torch's AdamW.
+
+    Args:
+        adapted: where it begins. masks: picks to use in the order of the passes; None: the oracle's own.
+    """
+    trained, left = [], iter(masks or ())
+    for path, layer in adapted.base_model.adapted_ffns().items():
+        config = layer.configs["default"]
+        start = (layer.meft_router["default"], *(table.rows for table in layer.tables("default")))
+        own = [nn.Parameter(p.detach().clone()) for p in start]
+        trained += own
+
+        def add(module, args, output, own=own, config=config):
+            x = args[0].reshape(-1, args[0].shape[-1])
+            y = reference(
+                x,
+                *own,
+                experts_per_token=config.probed,
+                top_k=config.top_k,
+                chosen=next(left) if masks is not None else None,
+            )
+            return output + y.view(output.shape)
+
+        base.get_submodule(path).register_forward_hook(add)
+    base.requires_grad_(False)
+    return losses_of(base, batches, trained)
+
+
+def curves(make_base, config, batches, lanes, prepare=lambda model: None):
+    """Losses by the engine, by the oracle with its picks, and by the oracle with its own."""
+
+    def adapted():
+        torch.manual_seed(1)
+        model = get_peft_model(make_base(), config)
+        prepare(model)
+        return model
+
+    engine, masks = by_the_engine(adapted(), batches, lanes)
+    start = adapted()
+    assert len(masks) == len(batches) * sum(isinstance(m, MEFTLayer) for m in start.modules())
+    replayed = by_the_oracle(make_base(), start, batches, masks)
+    return engine, replayed, by_the_oracle(make_base(), start, batches)
+
+
+def smol(steps, strategy, lanes, length=64):
+    """Curves of SmolLM2-135M over this repository's README, a window a step."""
+    tokens = AutoTokenizer.from_pretrained(SMALL)(TEXT.read_text(), return_tensors="pt").input_ids[0]
+    starts = [i * length % (len(tokens) - length) for i in range(steps)]
+    config = MEFTConfig(
+        r=1536,
+        num_experts=128,
+        experts_per_token=8,
+        top_k=64,
+        layers_to_transform=[12, 20, 29],
+        retrieval=strategy,
+        row_optimizer={"mode": "dense"},
+    )
+
+    def base():
+        return AutoModelForCausalLM.from_pretrained(SMALL, dtype=torch.float32)
+
+    return curves(base, config, [tokens[None, s : s + length] for s in starts], lanes)
+
+
+def differences(a, b):
+    return [abs(x - y) for x, y in zip(a, b, strict=True)]
+
+
+def main():
+    from thread_lanes import ThreadLanes
+
+    steps, strategy = int((sys.argv[1:] or ["50"])[0]), (sys.argv[2:] or ["stream"])[0]
+    engine, replayed, free = smol(steps, strategy, ThreadLanes(longest=1e-3))
+    for i, row in enumerate(zip(engine, replayed, free, strict=True)):
+        print(i, *(f"{x:.7f}" for x in row))
+    print(f"replayed: largest difference {max(differences(engine, replayed)):.3g}")
+    print(f"free: largest difference {max(differences(engine, free)):.3g}, at the end {engine[-1] - free[-1]:.3g}")
+
+
+if __name__ == "__main__":
+    main()

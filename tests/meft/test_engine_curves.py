@@ -1,0 +1,25 @@
+"""Training by the engine against training by the oracle; the fifty steps of SmolLM2-135M: engine_curves.py."""
+
+import pytest
+import torch
+from engine_curves import SMALL, curves, differences, smol
+from test_engine import STRATEGIES
+from thread_lanes import ThreadLanes
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_fifty_steps_of_a_small_model(tiny, strategy):
+    batches = [tiny.batch(2, 7, seed % 5) for seed in range(50)]
+    config = tiny.config(retrieval=strategy, row_optimizer={"mode": "dense"})
+    made = curves(lambda: tiny.base(2, torch.float32), config, batches, ThreadLanes(), tiny.enlarge)
+    engine, replayed, free = made
+    assert max(differences(engine, replayed)) < 1e-5
+    assert max(differences(engine, free)) < 1e-2  # a pick that rounding decides may differ
+    assert engine[-1] < engine[0] - 0.1
+
+
+@pytest.mark.skipif(not SMALL.exists(), reason="make demo downloads the model")
+def test_some_steps_of_a_real_model():
+    engine, replayed, free = smol(3, "stream", ThreadLanes(longest=1e-3), length=32)
+    assert max(differences(engine, replayed)) < 1e-5
+    assert max(differences(engine, free)) < 1e-3

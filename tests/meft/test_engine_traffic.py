@@ -1,0 +1,136 @@
+"""What crosses, counted by the copies themselves, is what the formulas say and what the counters have."""
+
+import pytest
+import torch
+from thread_lanes import ThreadLanes
+
+import meft.carry
+import meft.strategies
+
+STRATEGIES = ["host", "stream", "device-keys", "device-rows"]
+LAYERS = 3
+
+
+class CountingLanes(ThreadLanes):
+    """Lanes that add up the bytes of what is copied on them."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = {"inbound": 0, "outbound": 0}
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Count in the copies: their targets, whatever the engine says of them."""
+    lanes = CountingLanes()
+    bring, copy = meft.carry.bring_rows, torch.Tensor.copy_
+
+    def bring_counted(rows, host_rows, tables, out):
+        lanes.bytes["inbound"] += sum(x.numel() * x.element_size() for x in out)
+        bring(rows, host_rows, tables, out)
+
+    def copy_counted(self, source, non_blocking=False):
+        if non_blocking:  # as all copies of the lanes are, and no other
+            staged = any(self.untyped_storage()._cdata == s.untyped_storage()._cdata for s in lanes.staged)
+            lanes.bytes["outbound" if staged else "inbound"] += self.numel() * self.element_size()
+        return copy(self, source, non_blocking)
+
+    monkeypatch.setattr(meft.carry, "bring_rows", bring_counted)
+    monkeypatch.setattr(torch.Tensor, "copy_", copy_counted)
+    yield lanes
+    lanes.close()
+
+
+def build(tiny, lanes, **fields):
+    model = tiny.adapted(layers=LAYERS, dtype=torch.bfloat16, master_dtype="float32", **fields)
+    for engine in model.base_model.engines.values():
+        engine.use(lanes)
+    return model
+
+
+def report(model):
+    return model.base_model.transfer_report().to_dict()
+
+
+def passes(tiny, model, lanes, seeds, backward=True):
+    """Union rows, bytes each way by the copies, and by the counters."""
+    before, copied = report(model), dict(lanes.bytes)
+    for seed in seeds:
+        loss = tiny.loss(model, seed)
+        if backward:
+            loss.backward()
+    for table in tiny.tables(model):
+        if table.rows.grad is not None:
+            table.rows.grad.row_values  # noqa: B018 - waits for it
+    after = report(model)
+    delta = {name: after[name] - before[name] for name in ("union_rows", "bytes_to_device", "bytes_to_host", "tokens")}
+    return delta, {name: lanes.bytes[name] - copied[name] for name in copied}
+
+
+def touched(tiny, model):
+    """|U_step|: rows of both tables that a step will change."""
+    return [len(t.rows.grad.rows) for t in tiny.tables(model)]
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
+@pytest.mark.parametrize("rows", ["save", "refetch"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_formulas(tiny, counted, strategy, rows, checkpointing):
+    model = build(tiny, counted, retrieval=strategy, backward_rows=rows)
+    if checkpointing is not None:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+        model.train()
+    d, r, experts, top_k = tiny.WIDTH, tiny.R, 8, 5
+    row = 2 * d  # bytes of a row in bfloat16
+    optimizer = tiny.adamw(model)
+    passes(tiny, model, counted, [0])  # tables that stay on the device are there now
+    for seed in (1, 2):
+        changed = touched(tiny, model)
+        optimizer.step()
+        optimizer.zero_grad()
+        for micro in (0, 1):
+            delta, copied = passes(tiny, model, counted, [10 * seed + micro])
+            union, tokens = delta["union_rows"], LAYERS * 14
+            if checkpointing is not None:  # the recomputation counts as a pass
+                assert delta["tokens"] == 2 * tokens
+                union //= 2
+            again = union if rows == "refetch" else 0
+            step_keys, step_values = (sum(changed[i::2]) if micro == 0 else 0 for i in (0, 1))
+            inbound = {
+                "host": 2 * union + 2 * again,
+                "stream": LAYERS * r + union + 2 * again,
+                "device-keys": union + again + step_keys,
+                "device-rows": step_keys + step_values,
+            }[strategy] * row
+            if (
+                strategy == "stream" and micro == 1
+            ):  # of three layers through two buffers, the middle one is there still
+                inbound -= r * row
+            outbound = 2 * union * row
+            ids = 4 * union
+            down = tokens * d * 2 + tokens * experts * 4 if strategy == "host" else 0
+            assert copied == {"inbound": inbound, "outbound": outbound + down}
+            up = ids + 4 * tokens * top_k if strategy == "host" else 0
+            told = 0 if strategy == "host" else ids
+            assert delta["bytes_to_device"] == inbound + up
+            assert delta["bytes_to_host"] == outbound + down + told
+
+
+def test_checkpointing_with_kept_rows_gathers_once(tiny, counted, monkeypatch):
+    """Not again for the recomputation, and not again for the backward pass behind it."""
+    calls = []
+    real = meft.carry.gather
+
+    def gather(lanes, layer, tables, picks):
+        calls.append(layer.number)
+        return real(lanes, layer, tables, picks)
+
+    monkeypatch.setattr(meft.strategies, "gather", gather)
+    for rows, expected in (("save", [0, 1, 2]), ("refetch", [0, 0, 1, 1, 2, 2])):
+        model = build(tiny, counted, retrieval="host", backward_rows=rows)
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+        calls.clear()
+        tiny.loss(model.train()).backward()
+        assert sorted(calls) == expected
