@@ -24,7 +24,7 @@ _CHOICES = {
     "row_dtype": ("auto", "float64", "float32", "bfloat16", "float16"),
     "master_dtype": ("float32", "float64", "bfloat16"),
 }
-_ROW_OPTIMIZER_KEYS = ("mode", "lr", "betas", "eps", "weight_decay")
+_ROW_OPTIMIZER_KEYS = ("mode", "in_backward", "lr", "betas", "eps", "weight_decay")
 
 
 def _is_int(value: Any) -> bool:
@@ -170,7 +170,10 @@ class MEFTConfig(PeftConfig):
         metadata={
             "help": "How rows are updated. None: lr, betas, eps and weight decay of the Adam or AdamW that holds them, "
             "mode 'lazy'. A dict may set 'mode' ('lazy': a row's moments and bias correction advance only when it is "
-            "touched; 'dense': equal to torch's AdamW on the whole matrix), and 'lr', 'betas', 'eps', 'weight_decay' "
+            "touched; 'dense': equal to torch's AdamW on the whole matrix), 'in_backward' (True: from the second step "
+            "on, rows of a model on a GPU are updated while the backward pass goes on, as their gradients reach the "
+            "host; clipping, accumulation and GradScaler then raise an error, and a gradient that is not finite stops "
+            "the update of its own rows only), and 'lr', 'betas', 'eps', 'weight_decay' "
             "in place of the optimizer's; with 'lr', which no schedule changes, any optimizer will do. meft.RowAdamW "
             "has all of these itself and does not read this."
         },
@@ -265,6 +268,8 @@ class MEFTConfig(PeftConfig):
             )
         if given.get("mode", "lazy") not in ("lazy", "dense"):
             raise ValueError(f"row_optimizer: mode={given['mode']!r} is unknown: use 'lazy' or 'dense'.")
+        if not isinstance(given.get("in_backward", False), bool):
+            raise ValueError(f"row_optimizer: in_backward={given['in_backward']!r} must be True or False.")
         for name in ("lr", "eps", "weight_decay"):
             if name in given and (not _is_number(given[name]) or given[name] < 0):
                 raise ValueError(f"row_optimizer: {name}={given[name]!r} must be a number of at least 0.")
@@ -309,6 +314,11 @@ class MEFTConfig(PeftConfig):
     def on_host(self) -> bool:
         """Whether rows stay in host memory wherever the model is."""
         return self.placement != "device"
+
+    @property
+    def updates_in_backward(self) -> bool:
+        """Whether rows are updated as their gradients land."""
+        return bool((self.row_optimizer or {}).get("in_backward", False))
 
     @property
     def row_mode(self) -> str:

@@ -26,6 +26,7 @@ from .lanes import Lanes, lanes_of
 from .refetch import refetched_in_backward
 from .row_gradient import RowGradient
 from .sparse_ffn import check_versions
+from .store import RowTable
 from .strategies import STRATEGIES, Strategy
 from .updates import UpdateQueue
 
@@ -50,6 +51,9 @@ class Begun:
 class Engine:
     """Moves the rows of one adapter.
 
+    Attributes:
+        on_gradient: called with a table and its gradient that has left for the host.
+
     Args:
         layers: the adapter's layers, in the order in which they run.
         around: the model around the adapter, by which `retrieval="auto"` chooses.
@@ -59,6 +63,7 @@ class Engine:
         self, config: MEFTConfig, layers: list[LayerRows], around: Callable[[], Surroundings] | None = None
     ) -> None:
         self.config, self.layers, self.around = config, layers, around
+        self.on_gradient: Callable[[RowTable, RowGradient], None] | None = None
         self._given: Lanes | None = None
         self._updates = UpdateQueue()
         self._forget()
@@ -72,10 +77,13 @@ class Engine:
         self._below: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config, "layers": self.layers, "around": self.around}
+        kept = ("config", "layers", "around", "on_gradient")
+        return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        on_gradient = state.pop("on_gradient")
         Engine.__init__(self, **state)
+        self.on_gradient = on_gradient
 
     def use(self, lanes: Lanes) -> None:
         """Take these lanes, whatever the device."""
@@ -212,7 +220,8 @@ class Engine:
     def send_back(self, begun: Begun, which: int, gradient: Tensor) -> RowGradient:
         """A gradient of the rows of keys (0) or values (1), [u, d], leaves for its table."""
         layer, rows = begun.layer, begun.picks.host_rows
-        table = (layer.keys, layer.values)[which].rows
+        owner = (layer.keys, layer.values)[which]
+        table = owner.rows
         if not self.config.on_host:
             return RowGradient(rows, gradient.to(torch.promote_types(table.dtype, torch.float32)), table)
         if self._ring is None:
@@ -221,7 +230,10 @@ class Engine:
             capacity = min(self.config.r, max(1, 2 * len(gradient)))
             self._ring = GradientRing(self.lanes, capacity, gradient.shape[1], dtype)
         with record_function("meft: row gradients"):
-            return self._ring.send(rows, gradient, table, layer.traffic)
+            leaving = self._ring.send(rows, gradient, table, layer.traffic)
+        if self.on_gradient is not None:
+            self.on_gradient(owner, leaving)
+        return leaving
 
 
 class _BroughtRows(torch.autograd.Function):

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,7 @@ class MEFTModel(BaseTuner, RunListener):
         for layer in layers:
             layer.on_backward = self.ranks.note_backward
         engine = self.engines[adapter_name] = Engine(config, [], self._around)
+        engine.on_gradient = partial(self.steps.on_gradient, adapter_name)
         engine.layers.extend(layer.join(adapter_name, number, engine) for number, layer in enumerate(layers))
         if config.num_experts is None:
             logger.info("MEFT: num_experts=%d for r=%d (4 sqrt(r), rounded to a divisor).", config.experts, config.r)

@@ -51,9 +51,11 @@ class RowGradient(torch.Tensor):
         row_values: [n, d], their gradients, at least in float32. Of a gradient that is on its way from a device,
             whoever reads these waits for its arrival.
         owner: id of the table's parameter.
+        spent: whether the rows are being updated with it already, so that it can be read but not changed.
     """
 
     owner: int
+    spent: bool
     _stored: Stored
 
     @staticmethod
@@ -73,17 +75,19 @@ class RowGradient(torch.Tensor):
         )
         self._stored = stored
         self.owner = like.owner if isinstance(like, RowGradient) else id(like)
+        self.spent = isinstance(like, RowGradient) and like.spent
         return self
 
     @property
     def rows(self) -> Tensor:
-        return self._arrived()[0]
+        return self.stored()[0]
 
     @property
     def row_values(self) -> Tensor:
-        return self._arrived()[1]
+        return self.stored()[1]
 
-    def _arrived(self) -> tuple[Tensor, Tensor]:
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Rows and values."""
         if isinstance(self._stored, Pending):
             self._stored = self._stored.result()
         return self._stored
@@ -101,6 +105,8 @@ class RowGradient(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         if func in _HANDLERS:
+            if func in _CHANGES:
+                _check_unspent(args)
             return _HANDLERS[func](func, *args, **kwargs)
         if func._schema.is_mutable:
             raise NotImplementedError(
@@ -145,7 +151,7 @@ def _merged(a: RowGradient, b: RowGradient) -> Stored:
     x, y = a._stored, b._stored
     pending = next((s for s in (x, y) if isinstance(s, Pending)), None)
     if pending is None:
-        return _sum(a._arrived(), b._arrived())
+        return _sum(a.stored(), b.stored())
 
     def merge() -> tuple[Tensor, Tensor]:
         return _sum(*(s.result() if isinstance(s, Pending) else s for s in (x, y)))
@@ -160,6 +166,10 @@ def _add(func: Any, a: Any, b: Any, *, alpha: float = 1) -> Any:
     a, b = (as_row_gradient(g, a) for g in (a, b))
     if alpha != 1:
         b = _with(b, b.rows, b.row_values * alpha)
+    if not isinstance(a._stored, Pending) and not len(a.rows):  # what `zero_grad(set_to_none=False)` leaves
+        a.spent = b.spent
+    elif a.spent or b.spent:
+        raise RuntimeError(SPENT)
     stored = _merged(a, b)
     if func is aten.add.Tensor:
         return RowGradient._of(stored, a)
@@ -238,7 +248,7 @@ def _nothing(a: RowGradient) -> tuple[Tensor, Tensor]:
 
 
 def _zero(func: Any, a: RowGradient) -> RowGradient:
-    a._stored = _nothing(a)
+    a._stored, a.spent = _nothing(a), False
     return a
 
 
@@ -262,7 +272,21 @@ def _empty(func: Any, a: RowGradient, *args: Any, **kwargs: Any) -> RowGradient:
 def _copy_from(func: Any, a: RowGradient, b: RowGradient, non_blocking: bool = False) -> RowGradient:
     # What is on its way belongs to nobody else: autograd copies it only because the copy is a tensor subclass.
     a._stored = b._stored if isinstance(b._stored, Pending) else (b.rows, b.row_values.clone())
+    a.spent = b.spent
     return a
+
+
+SPENT = (
+    "A gradient of MEFT rows that were updated within the backward pass (row_optimizer has in_backward=True) cannot be "
+    "clipped, scaled or added to any more: train without clipping (Trainer: max_grad_norm=0), accumulation and "
+    "GradScaler, or set in_backward=False."
+)
+
+
+def _check_unspent(args: Any) -> None:
+    gradients = args[0] if isinstance(args[0], list | tuple) else [args[0]]
+    if any(isinstance(g, RowGradient) and g.spent for g in gradients):
+        raise RuntimeError(SPENT)
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
@@ -289,4 +313,11 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.clone.default: _copied,
     aten.new_empty_strided.default: _empty,
     aten.copy_.default: _copy_from,
+}
+
+# What changes a gradient otherwise than by zeroing or replacing it.
+_CHANGES = {func for func, handler in _HANDLERS.items() if handler in (_in_place, _clamp, _foreach_in_place)} | {
+    aten._foreach_clamp_min_.Scalar,
+    aten._foreach_clamp_max_.Scalar,
+    aten._amp_foreach_non_finite_check_and_unscale_.default,
 }

@@ -13,7 +13,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from .config import MEFTConfig
 from .moments import Moments
-from .row_gradient import RowGradient, as_row_gradient, overflow_watchers
+from .row_gradient import SPENT, RowGradient, as_row_gradient, overflow_watchers
 from .row_update import StepRule
 from .store import RowTable
 
@@ -83,18 +83,30 @@ def prepare_table(table: RowTable, mode: str) -> None:
         table.moments = Moments.fresh(table.rows.detach(), dense=mode == "dense", seed=table.seed)
 
 
-def update_table(table: RowTable, gradient: RowGradient, rule: StepRule, *, mode: str, divisor: float = 1.0) -> None:
+def update_table(
+    table: RowTable,
+    gradient: RowGradient,
+    rule: StepRule,
+    *,
+    mode: str,
+    divisor: float = 1.0,
+    finite_only: bool = False,
+) -> None:
     """One step of a table, now or by the thread of `table.updates`.
 
     Args:
         divisor: a loss scale that is still in the gradient.
+        finite_only: leave the rows alone if a value of the gradient, which may not have landed yet, is inf or nan.
     """
     prepare_table(table, mode)
-    rows, values = gradient.rows, gradient.row_values
+    if not finite_only:
+        gradient.stored()  # what went wrong on its way shows now
 
     def update() -> None:
-        moments = table.moments
+        moments, (rows, values) = table.moments, gradient.stored()
         assert moments is not None
+        if finite_only and not bool(values.isfinite().all()):
+            return
         wide = values.to(torch.promote_types(table.rows.dtype, torch.float32)).contiguous()
         wide = wide / divisor if divisor != 1.0 else wide
         master = table.rows.detach()
@@ -131,11 +143,12 @@ class RowSteps:
         self.routers: dict[str, list[nn.ParameterDict]] = {}
         self.nonfinite_steps = 0
         self._taken: list[tuple[RowTable, RowGradient, StepRule, str, float]] = []
+        self._stepped_by: weakref.ref[Optimizer] | None = None
         self._overflow: weakref.ref[Tensor] | None = None
         overflow_watchers.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_taken": [], "_overflow": None}
+        return {**self.__dict__, "_taken": [], "_stepped_by": None, "_overflow": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -176,7 +189,7 @@ class RowSteps:
             if table.claimed_by is not None and table.claimed_by() is optimizer:
                 continue
             gradient, table.rows.grad = table.rows.grad, None
-            if gradient is None:
+            if gradient is None or getattr(gradient, "spent", False):
                 continue
             config = self.configs[name]
             rule = rule_of(optimizer, group_of(optimizer, table.rows), config.row_optimizer)
@@ -188,6 +201,23 @@ class RowSteps:
     def after_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         """Update the rows, those of the first layer first: the next forward pass reads them first."""
         taken, self._taken = self._taken, []
+        self._stepped_by = weakref.ref(optimizer)
         for table, gradient, rule, mode, divisor in taken:
             table.follow(optimizer)
             update_table(table, gradient, rule, mode=mode, divisor=divisor)
+
+    def on_gradient(self, adapter_name: str, table: RowTable, gradient: RowGradient) -> None:
+        """A gradient has left for the host: with `in_backward` its rows are updated when it lands.
+
+        By the rule of the optimizer that has stepped last, as it is now: a schedule has set the next step's rate.
+        """
+        config = self.configs[adapter_name]
+        optimizer = self._stepped_by() if self._stepped_by is not None else None
+        if not config.updates_in_backward or optimizer is None or table.updates is None:
+            return
+        if table.rows.grad is not None and len(as_row_gradient(table.rows.grad).rows):
+            raise RuntimeError(SPENT)
+        table.follow(optimizer)
+        rule = rule_of(optimizer, group_of(optimizer, table.rows), config.row_optimizer)
+        gradient.spent = True
+        update_table(table, gradient, rule, mode=config.row_mode, finite_only=True)
