@@ -59,8 +59,8 @@ REFUSED = [
         {"row_dtype": "float16", "master_dtype": "bfloat16"},
         ["row_dtype='float16'", "master_dtype='bfloat16'", "row_dtype='auto'"],
     ),
-    ({"row_optimizer": "adam"}, ["row_optimizer='adam'", "None or a dict", "mode, lr, betas, eps, weight_decay"]),
-    ({"row_optimizer": {"momentum": 1}}, ["row_optimizer={'momentum': 1}", "mode, lr, betas, eps, weight_decay"]),
+    ({"row_optimizer": "adam"}, ["row_optimizer='adam'", "None or a dict", "mode, in_backward, lr, betas, eps, weight_decay"]),
+    ({"row_optimizer": {"momentum": 1}}, ["row_optimizer={'momentum': 1}", "mode, in_backward, lr, betas, eps, weight_decay"]),
     ({"row_optimizer": {"mode": "eager"}}, ["row_optimizer", "mode='eager'", "'lazy' or 'dense'"]),
     *(
         ({"row_optimizer": {name: v}}, ["row_optimizer", f"{name}={v!r}", "a number of at least 0"])
