@@ -165,7 +165,8 @@ class Engine:
         if fetched.arrival is not None:
             self.lanes.join(fetched.arrival)
         near = (fetched.keys.detach().to(x.dtype), fetched.values.detach().to(x.dtype))
-        keys, values = _BroughtRows.apply(layer.keys.rows, layer.values.rows, *near, self, begun, done)
+        idle = None if self.config.has_factor else logits  # its router gets a gradient of zero, as in place
+        keys, values = _BroughtRows.apply(layer.keys.rows, layer.values.rows, *near, idle, self, begun, done)
         factors = None
         if self.config.has_factor:
             each = self.config.r // self.config.experts
@@ -213,11 +214,13 @@ class _BroughtRows(torch.autograd.Function):
         values: Tensor,
         key_rows: Tensor,
         value_rows: Tensor,
+        idle: Tensor | None,
         engine: Engine,
         begun: Begun,
         done: Callable[[], None],
     ) -> tuple[Tensor, Tensor]:
         ctx.engine, ctx.begun, ctx.done = engine, begun, done
+        ctx.zeros = idle.new_zeros(()).expand_as(idle) if idle is not None else None
         ctx.set_materialize_grads(False)
         return key_rows.view_as(key_rows), value_rows.view_as(value_rows)
 
@@ -229,4 +232,4 @@ class _BroughtRows(torch.autograd.Function):
             for i, g in enumerate(gradients)
         ]
         ctx.done()
-        return *made, None, None, None, None, None
+        return *made, None, None, ctx.zeros, None, None, None
