@@ -30,6 +30,8 @@ from .updates import UpdateQueue
 
 logger = logging.getLogger(__name__)
 
+_LEAST_SLOT = 256  # rows of a staging buffer, however few the first gradient has: a batch of padding has none
+
 
 @dataclass(eq=False)
 class Begun:
@@ -63,7 +65,7 @@ class Engine:
         self._for: tuple[Any, ...] | None = None
         self.lanes: Lanes | None = None
         self._strategy: Strategy | None = None
-        self._ring: GradientRing | None = None
+        self._rings: dict[torch.dtype, GradientRing] = {}
         self._below: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -195,13 +197,13 @@ class Engine:
         table = (layer.keys, layer.values)[which].rows
         if not self.config.on_host:
             return RowGradient(rows, gradient.to(torch.promote_types(table.dtype, torch.float32)), table)
-        if self._ring is None:
+        dtype = gradient.dtype if self.config.gradient_dtype == "auto" else torch.float32
+        if dtype not in self._rings:
             assert self.lanes is not None
-            dtype = gradient.dtype if self.config.gradient_dtype == "auto" else torch.float32
-            capacity = min(self.config.r, max(1, 2 * len(gradient)))
-            self._ring = GradientRing(self.lanes, capacity, gradient.shape[1], dtype)
+            capacity = min(self.config.r, max(_LEAST_SLOT, 2 * len(gradient)))
+            self._rings[dtype] = GradientRing(self.lanes, capacity, gradient.shape[1], dtype)
         with record_function("meft: row gradients"):
-            return self._ring.send(rows, gradient, table, layer.traffic)
+            return self._rings[dtype].send(rows, gradient, table, layer.traffic)
 
 
 class _BroughtRows(torch.autograd.Function):

@@ -306,6 +306,20 @@ def test_a_grad_scaler(tiny):
         torch.testing.assert_close(tiny.whole_state(ours)[name], value, rtol=1e-3, atol=1e-5)
 
 
+def test_a_first_gradient_without_rows_makes_no_tiny_slots(tiny):
+    """And gradients of another dtype are not rounded to that of the first."""
+    ours = engine_model(tiny, retrieval="device-rows")
+    ids = tiny.batch(2, 4)
+    ours(input_ids=ids, attention_mask=torch.zeros_like(ids)).logits.nan_to_num().square().sum().backward()
+    engine = ours.base_model.engines["default"]
+    assert [ring.capacity for ring in engine._rings.values()] == [tiny.R]
+    rows = torch.arange(3)
+    begun = type("Begun", (), {"layer": engine.layers[0], "picks": type("Picks", (), {"host_rows": rows})})
+    for dtype in (torch.bfloat16, torch.float32):
+        gradient = torch.full((3, tiny.WIDTH), 1.01, dtype=dtype)
+        assert torch.equal(engine.send_back(begun, 0, gradient).row_values, gradient.to(torch.float64))
+
+
 # ---------------------------------------------------------------------- dtypes
 
 
