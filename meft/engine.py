@@ -147,6 +147,9 @@ class Engine:
             if not again:
                 strategy.begun(layer, len(x))
         traffic = layer.traffic
+        if not again and len(picks.rows):
+            neuron = picks.rows[picks.position.clamp(min=0)].where(picks.position >= 0, -1)
+            traffic.count_experts(neuron, self.config.r // self.config.experts, self.config.experts)
         traffic.forwards += 1
         traffic.tokens += len(x)
         traffic.union_rows += len(picks.rows)
