@@ -32,6 +32,8 @@ from .updates import UpdateQueue
 
 logger = logging.getLogger(__name__)
 
+_LEAST_SLOT = 256  # rows of a staging buffer, however few the first gradient has: a batch of padding has none
+
 
 @dataclass(eq=False)
 class Begun:
@@ -73,7 +75,7 @@ class Engine:
         self.lanes: Lanes | None = None
         self._plan: tuple[str, str] | None = None
         self._strategy: Strategy | None = None
-        self._ring: GradientRing | None = None
+        self._rings: dict[torch.dtype, GradientRing] = {}
         self._below: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -174,6 +176,9 @@ class Engine:
             if not again:
                 strategy.begun(layer, len(x))
         traffic = layer.traffic
+        if not again and len(picks.rows):
+            neuron = picks.rows[picks.position.clamp(min=0)].where(picks.position >= 0, -1)
+            traffic.count_experts(neuron, self.config.r // self.config.experts, self.config.experts)
         traffic.forwards += 1
         traffic.tokens += len(x)
         traffic.union_rows += len(picks.rows)
@@ -194,7 +199,8 @@ class Engine:
         if fetched.arrival is not None:
             self.lanes.join(fetched.arrival)
         near = (fetched.keys.detach().to(x.dtype), fetched.values.detach().to(x.dtype))
-        keys, values = _BroughtRows.apply(layer.keys.rows, layer.values.rows, *near, self, begun, done)
+        idle = None if self.config.has_factor else logits  # its router gets a gradient of zero, as in place
+        keys, values = _BroughtRows.apply(layer.keys.rows, layer.values.rows, *near, idle, self, begun, done)
         factors = None
         if self.config.has_factor:
             each = self.config.r // self.config.experts
@@ -224,13 +230,13 @@ class Engine:
         table = owner.rows
         if not self.config.on_host:
             return RowGradient(rows, gradient.to(torch.promote_types(table.dtype, torch.float32)), table)
-        if self._ring is None:
+        dtype = gradient.dtype if self.config.gradient_dtype == "auto" else torch.float32
+        if dtype not in self._rings:
             assert self.lanes is not None
-            dtype = gradient.dtype if self.config.gradient_dtype == "auto" else torch.float32
-            capacity = min(self.config.r, max(1, 2 * len(gradient)))
-            self._ring = GradientRing(self.lanes, capacity, gradient.shape[1], dtype)
+            capacity = min(self.config.r, max(_LEAST_SLOT, 2 * len(gradient)))
+            self._rings[dtype] = GradientRing(self.lanes, capacity, gradient.shape[1], dtype)
         with record_function("meft: row gradients"):
-            leaving = self._ring.send(rows, gradient, table, layer.traffic)
+            leaving = self._rings[dtype].send(rows, gradient, table, layer.traffic)
         if self.on_gradient is not None:
             self.on_gradient(owner, leaving)
         return leaving
@@ -246,11 +252,13 @@ class _BroughtRows(torch.autograd.Function):
         values: Tensor,
         key_rows: Tensor,
         value_rows: Tensor,
+        idle: Tensor | None,
         engine: Engine,
         begun: Begun,
         done: Callable[[], None],
     ) -> tuple[Tensor, Tensor]:
         ctx.engine, ctx.begun, ctx.done = engine, begun, done
+        ctx.zeros = idle.new_zeros(()).expand_as(idle) if idle is not None else None
         ctx.set_materialize_grads(False)
         return key_rows.view_as(key_rows), value_rows.view_as(value_rows)
 
@@ -262,4 +270,4 @@ class _BroughtRows(torch.autograd.Function):
             for i, g in enumerate(gradients)
         ]
         ctx.done()
-        return *made, None, None, None, None, None
+        return *made, None, None, ctx.zeros, None, None, None

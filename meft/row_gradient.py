@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -149,15 +150,18 @@ def _sum(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Te
 
 def _merged(a: RowGradient, b: RowGradient) -> Stored:
     x, y = a._stored, b._stored
-    pending = next((s for s in (x, y) if isinstance(s, Pending)), None)
-    if pending is None:
+    waits = [s for s in (y, x) if isinstance(s, Pending)]
+    if not waits:
         return _sum(a.stored(), b.stored())
 
     def merge() -> tuple[Tensor, Tensor]:
         return _sum(*(s.result() if isinstance(s, Pending) else s for s in (x, y)))
 
-    # Behind both in the thread's order, so that micro-batches are added up as they land.
-    return Pending(pending.thread.submit(merge), pending.thread)
+    # By the thread of the later one, behind it, so that micro-batches are added up as they land.
+    for pending in waits:
+        with suppress(RuntimeError):  # a thread that has ended with its engine takes no more work
+            return Pending(pending.thread.submit(merge), pending.thread)
+    return merge()
 
 
 def _add(func: Any, a: Any, b: Any, *, alpha: float = 1) -> Any:

@@ -134,3 +134,18 @@ def test_checkpointing_with_kept_rows_gathers_once(tiny, counted, monkeypatch):
         calls.clear()
         tiny.loss(model.train()).backward()
         assert sorted(calls) == expected
+
+
+@pytest.mark.parametrize("routing", ["per_token", "union"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_experts_load(tiny, counted, strategy, routing):
+    models = [tiny.adapted(2, retrieval=strategy, routing=routing), tiny.adapted(2, routing=routing)]
+    models[0].base_model.engines["default"].use(counted)
+    for model in models:
+        ids = tiny.batch()
+        mask = torch.ones_like(ids)
+        mask[0, :3] = 0
+        model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+    ours, plain = ([layer.traffic["default"].expert_load.tolist() for layer in tiny.layers(m)] for m in models)
+    assert ours == plain
+    assert report(models[0])["busiest_expert_share"] == report(models[1])["busiest_expert_share"] > 0

@@ -1,0 +1,338 @@
+"""Graphs, checkpointing, evaluation, saving and other company of the engine: as with rows that are read in place."""
+
+import copy
+import pickle
+import time
+
+import pytest
+import torch
+from test_engine import ROWS, STRATEGIES, on_lanes
+from test_layer import GENERATION, checkpointed
+from thread_lanes import ThreadLanes
+
+import meft.optim
+import meft.row_gradient
+
+EACH = [(strategy, rows) for strategy in STRATEGIES for rows in ROWS]
+CLOSE = {"rtol": 1e-9, "atol": 1e-11}
+
+each = pytest.mark.parametrize(("strategy", "rows"), EACH, ids=[f"{s}-{r}" for s, r in EACH])
+each_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
+checkpointing = pytest.mark.parametrize("how", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
+
+
+def engine_model(tiny, how=None, **fields):
+    model = tiny.adapted(3, **fields) if how is None else checkpointed(tiny, how, **fields)
+    on_lanes(model, longest=1e-3)
+    return model
+
+
+def assert_close(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, **CLOSE, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def ordinary(tiny, model):
+    tiny.loss(model).backward()
+
+
+def in_order(tiny, model, order):
+    losses = [tiny.loss(model, seed) for seed in (1, 2)]
+    for i in order:
+        losses[i].backward()
+
+
+def first_first(tiny, model):
+    in_order(tiny, model, (0, 1))
+
+
+def last_first(tiny, model):
+    in_order(tiny, model, (1, 0))
+
+
+def evaluation_between(tiny, model):
+    loss = tiny.loss(model)
+    with torch.no_grad():
+        model.eval()
+        tiny.loss(model, 8)
+        model.train()
+    loss.backward()
+
+
+def error_between(tiny, model):
+    loss = tiny.loss(model)
+    with pytest.raises(IndexError):
+        model(input_ids=torch.full((2, 7), 9999))
+    loss.backward()
+
+
+def twice(tiny, model):
+    loss = tiny.loss(model)
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def padded(tiny, model):
+    ids = tiny.batch(2, 7)
+    mask = torch.ones_like(ids)
+    mask[0, :3], mask[1, 5:] = 0, 0
+    model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+
+
+def nothing_but_padding(tiny, model):
+    ids = tiny.batch(2, 4)
+    model(input_ids=ids, attention_mask=torch.zeros_like(ids)).logits.nan_to_num().square().sum().backward()
+    ordinary(tiny, model)
+
+
+def a_part_of_the_graph(tiny, model):
+    """The rows of lower layers are brought ahead and never used."""
+    loss = tiny.loss(model)
+    torch.autograd.grad(loss, tiny.layers(model)[2].meft_router["default"])
+    ordinary(tiny, model)
+
+
+SCENES = [
+    ordinary,
+    first_first,
+    last_first,
+    evaluation_between,
+    error_between,
+    twice,
+    padded,
+    nothing_but_padding,
+    a_part_of_the_graph,
+]
+
+
+@checkpointing
+@each
+def test_gradients_are_those_of_rows_in_place(tiny, strategy, rows, how):
+    plain, ours = tiny.adapted(3).train(), engine_model(tiny, how, retrieval=strategy, backward_rows=rows).train()
+    for scene in SCENES:
+        if how and scene is a_part_of_the_graph:  # reentrant checkpointing knows backward() alone
+            continue
+        for model in (plain, ours):
+            model.zero_grad()
+            scene(tiny, model)
+        found, expected = tiny.gradients(ours), tiny.gradients(plain)
+        assert expected, scene
+        assert_close(found, expected)
+
+
+CONFIGS = {
+    "union": {"routing": "union"},
+    "no factor": {"router_factor": False},
+    "dense adapter": {"experts_per_token": 8, "top_k": 48, "router_factor": False},
+    "balance loss": {"balance_loss_weight": 0.1},
+    "dense rows": {"row_optimizer": {"mode": "dense"}},
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@each_strategy
+def test_training_with_each_configuration(tiny, strategy, kind):
+    plain = tiny.adapted(3, **CONFIGS[kind])
+    ours = engine_model(tiny, retrieval=strategy, backward_rows="refetch", **CONFIGS[kind])
+    for model in (plain, ours):
+        tiny.train(model, 3)
+    assert_close(tiny.whole_state(ours), tiny.whole_state(plain))
+
+
+@each_strategy
+def test_two_adapters_and_none(tiny, strategy):
+    def build(**fields):
+        model = tiny.adapted(3, **fields)
+        model.add_adapter("other", tiny.config(r=24, master_dtype="float64", **fields))
+        model.base_model.set_adapter(["default", "other"])
+        return model.train()
+
+    plain, ours = build(), build(retrieval=strategy)
+    on_lanes(ours)
+    for model in (plain, ours):
+        tiny.train(model, 2)
+    assert_close(tiny.state(ours), tiny.state(plain))
+    for adapter in ("default", "other"):
+        assert_close(tiny.whole_state(ours, adapter), tiny.whole_state(plain, adapter))
+    with torch.no_grad(), ours.disable_adapter():
+        torch.testing.assert_close(tiny.loss(ours), tiny.loss(tiny.base(3)))
+
+
+@pytest.mark.parametrize("kind", GENERATION)
+@each_strategy
+def test_generation_with_a_cache(tiny, strategy, kind):
+    plain, ours = tiny.adapted(3).eval(), engine_model(tiny, retrieval=strategy).eval()
+    ids = tiny.batch(2, 6)
+    mask = torch.ones_like(ids)
+    ids[1, :2], mask[1, :2] = 0, 0
+    found = []
+    for model in (plain, ours):
+        torch.manual_seed(3)
+        with torch.no_grad():
+            found.append(model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, **GENERATION[kind]))
+    assert torch.equal(*found)
+
+
+# ---------------------------------------------------------------------- an update that is under way
+
+
+@pytest.fixture
+def slow_updates(monkeypatch):
+    real = meft.optim.Moments.update
+
+    def update(self, *args):
+        time.sleep(0.02)
+        real(self, *args)
+
+    monkeypatch.setattr(meft.optim.Moments, "update", update)
+
+
+def a_state_dict(tiny, model, folder):
+    return {k: v.clone() for k, v in model.state_dict().items() if k.endswith("rows")}
+
+
+def a_copy(tiny, model, folder):
+    return {k: v for k, v in tiny.state(copy.deepcopy(model)).items() if k.endswith("rows")}
+
+
+def a_pickle(tiny, model, folder):
+    return [pickle.loads(pickle.dumps(t)).rows.detach() for t in tiny.tables(model)]
+
+
+def a_checkpoint(tiny, model, folder):
+    model.save_pretrained(folder)
+    model.base_model.save_training_state(folder)
+    other = tiny.adapted(3, seed=5)
+    other.load_adapter(folder, "default")
+    other.base_model.load_training_state(folder)
+    return {k: v for k, v in tiny.whole_state(other).items() if "router" not in k}
+
+
+@pytest.mark.parametrize("what", [a_state_dict, a_copy, a_pickle, a_checkpoint])
+def test_a_pending_update_is_waited_for(tiny, slow_updates, tmp_path, what):
+    ours = engine_model(tiny, retrieval="stream")
+    tiny.train(ours, 1)
+    assert any(t._ticket is not None for t in tiny.tables(ours))
+    taken = what(tiny, ours, tmp_path)
+    now = what(tiny, ours, tmp_path)
+    pairs = zip(taken, now, strict=True) if isinstance(taken, list) else ((taken[k], now[k]) for k in now)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert len(taken) >= 6
+
+
+def test_a_copy_trains_as_the_original(tiny):
+    ours = engine_model(tiny, retrieval="device-rows")
+    optimizer = tiny.train(ours, 2)
+    other = copy.deepcopy(ours)
+    on_lanes(other)
+    second = tiny.adamw(other)
+    second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for model, its in ((ours, optimizer), (other, second)):
+        tiny.train(model, 2, its, first=2)
+    tiny.assert_equal(tiny.whole_state(other), tiny.whole_state(ours))
+
+
+@each
+def test_resuming_is_bit_equal(tiny, tmp_path, strategy, rows):
+    """Rows, moments and routers; the stock optimizer's own state goes along."""
+    fields = {"retrieval": strategy, "backward_rows": rows}
+    ours = engine_model(tiny, **fields)
+    optimizer = tiny.train(ours, 2)
+    ours.save_pretrained(tmp_path)
+    ours.base_model.save_training_state(tmp_path)
+    saved = copy.deepcopy(optimizer.state_dict())
+    other = tiny.adapted(3, seed=0, **fields)
+    other.load_adapter(tmp_path, "default")
+    other.base_model.load_training_state(tmp_path)
+    on_lanes(other)
+    second = tiny.adamw(other)
+    second.load_state_dict(saved)
+    for model, its in ((ours, optimizer), (other, second)):
+        tiny.train(model, 2, its, first=2)
+    tiny.assert_equal(tiny.whole_state(other), tiny.whole_state(ours))
+
+
+# ---------------------------------------------------------------------- gradients
+
+
+def test_micro_batches_are_added_up_by_the_thread(tiny):
+    """Nobody waits for a gradient before the optimizer does."""
+    ours = engine_model(tiny, retrieval="device-rows")
+    lanes = ThreadLanes()
+    ours.base_model.engines["default"].use(lanes)
+    ordinary(tiny, ours)
+    ours.zero_grad()
+    lanes.longest, lanes.random.random = 0.03, lambda: 1.0
+    for seed in range(2):
+        tiny.loss(ours, seed).backward()
+    grads = [t.rows.grad for t in tiny.tables(ours)]
+    assert sum(isinstance(g._stored, meft.row_gradient.Pending) for g in grads) == 6
+    plain = tiny.adapted(3)
+    for seed in range(2):
+        tiny.loss(plain, seed).backward()
+    assert_close(tiny.gradients(ours), tiny.gradients(plain))
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@each_strategy
+def test_gradients_that_are_not_finite_move_nothing(tiny, strategy, bad):
+    ours = engine_model(tiny, retrieval=strategy)
+    optimizer = tiny.train(ours, 1)
+    before = tiny.whole_state(ours)
+    optimizer.zero_grad()
+    (tiny.loss(ours, 1) * bad).backward()
+    with pytest.warns(UserWarning, match="inf or nan"):
+        optimizer.step()
+    assert ours.base_model.nonfinite_steps == 1
+    tiny.assert_equal(tiny.whole_state(ours), before)
+    tiny.train(ours, 1, optimizer, first=2)
+
+
+def test_a_grad_scaler(tiny):
+    plain, ours = (tiny.adapted(3, torch.float32), engine_model(tiny, dtype=torch.float32, retrieval="stream"))
+    for model in (plain, ours):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**7, growth_interval=1)
+        optimizer = tiny.adamw(model)
+        for step in range(3):
+            optimizer.zero_grad()
+            scaler.scale(tiny.loss(model, step) * (float("inf") if step == 1 else 1)).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(tiny.trainable(model), 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+        assert model.base_model.nonfinite_steps == 1
+    for name, value in tiny.whole_state(plain).items():
+        torch.testing.assert_close(tiny.whole_state(ours)[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_first_gradient_without_rows_makes_no_tiny_slots(tiny):
+    """And gradients of another dtype are not rounded to that of the first."""
+    ours = engine_model(tiny, retrieval="device-rows")
+    ids = tiny.batch(2, 4)
+    ours(input_ids=ids, attention_mask=torch.zeros_like(ids)).logits.nan_to_num().square().sum().backward()
+    engine = ours.base_model.engines["default"]
+    assert [ring.capacity for ring in engine._rings.values()] == [tiny.R]
+    rows = torch.arange(3)
+    begun = type("Begun", (), {"layer": engine.layers[0], "picks": type("Picks", (), {"host_rows": rows})})
+    for dtype in (torch.bfloat16, torch.float32):
+        gradient = torch.full((3, tiny.WIDTH), 1.01, dtype=dtype)
+        assert torch.equal(engine.send_back(begun, 0, gradient).row_values, gradient.to(torch.float64))
+
+
+# ---------------------------------------------------------------------- dtypes
+
+
+@pytest.mark.parametrize("base", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("row_dtype", ["auto", "bfloat16", "float16"])
+def test_all_ways_pick_the_same_in_narrow_dtypes(tiny, base, row_dtype):
+    """Also where rows are narrower than hidden states, or not to be scored in."""
+    found = []
+    for strategy in STRATEGIES:
+        model = tiny.adapted(2, base, retrieval=strategy, row_dtype=row_dtype)
+        on_lanes(model)
+        tiny.train(model, 2)
+        found.append((tiny.loss(model).detach(), tiny.whole_state(model)))
+    for loss, state in found[1:]:
+        assert torch.equal(loss, found[0][0])
+        tiny.assert_equal(state, found[0][1])
