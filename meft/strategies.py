@@ -53,7 +53,8 @@ class Strategy:
 
     def _pick_there(self, layer: LayerRows, x: Tensor, logits: Tensor, keys: Tensor) -> Picks:
         """Picks that are made on the device; the host waits for the size of the union."""
-        rows, position = union_of(picked_neurons(x, logits, keys, layer.config), layer.config)
+        ids = picked_neurons(x, logits, keys, layer.config)
+        rows, position = union_of(ids, layer.config)
         with layer.traffic.stalled():
             home = rows.to(layer.keys.rows.device, torch.int64)
         if layer.config.on_host:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -62,7 +62,7 @@ class Traffic:
             self.host_ms += 1e3 * (time.perf_counter() - began)
 
     def count_experts(self, neuron: Tensor, each: int, experts: int) -> None:
-        """Add picks to the experts' load.
+        """Add picks to the experts' load, without waiting for a device.
 
         Args:
             neuron: int [n], ids; -1 is no pick. each: neurons of an expert.
@@ -107,7 +107,11 @@ def page_lock(tensor: Tensor) -> bool:
     """
     if not torch.cuda.is_available() or not tensor.numel():
         return False
-    return int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), nbytes(tensor), 0)) == 0
+    if int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), nbytes(tensor), 0)) == 0:
+        return True
+    with suppress(RuntimeError):  # takes the driver's error up, which the next launch would raise otherwise
+        torch.empty(1, device="cuda").zero_()
+    return False
 
 
 def page_unlock(address: int) -> None:

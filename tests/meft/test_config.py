@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftType
 
 from meft import MEFTConfig
 
+KEYS = "mode, in_backward, lr, betas, eps, weight_decay"
 # What is given -> the parts that the sentence must have: the field, the value, and the remedy.
 REFUSED = [
     *(
@@ -28,7 +29,9 @@ REFUSED = [
         for name, value, choices in (
             ("routing", "token", ["per_token", "union"]),
             ("placement", "gpu", ["auto", "host", "device"]),
-            ("retrieval", "disk", ["auto", "resident", "host"]),
+            ("retrieval", "disk", ["auto", "host", "stream", "device-keys", "device-rows", "resident"]),
+            ("backward_rows", "keep", ["auto", "save", "refetch"]),
+            ("gradient_dtype", "float16", ["auto", "float32"]),
             ("row_dtype", "int8", ["auto", "float64", "float32", "bfloat16", "float16"]),
             ("master_dtype", "float16", ["float32", "float64", "bfloat16"]),
         )
@@ -59,8 +62,8 @@ REFUSED = [
         {"row_dtype": "float16", "master_dtype": "bfloat16"},
         ["row_dtype='float16'", "master_dtype='bfloat16'", "row_dtype='auto'"],
     ),
-    ({"row_optimizer": "adam"}, ["row_optimizer='adam'", "None or a dict", "mode, in_backward, lr, betas, eps, weight_decay"]),
-    ({"row_optimizer": {"momentum": 1}}, ["row_optimizer={'momentum': 1}", "mode, in_backward, lr, betas, eps, weight_decay"]),
+    ({"row_optimizer": "adam"}, ["row_optimizer='adam'", "None or a dict", KEYS]),
+    ({"row_optimizer": {"momentum": 1}}, ["row_optimizer={'momentum': 1}", KEYS]),
     ({"row_optimizer": {"mode": "eager"}}, ["row_optimizer", "mode='eager'", "'lazy' or 'dense'"]),
     *(
         ({"row_optimizer": {name: v}}, ["row_optimizer", f"{name}={v!r}", "a number of at least 0"])

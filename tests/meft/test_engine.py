@@ -54,3 +54,17 @@ def test_training_equals_that_with_rows_in_place(tiny, strategy, rows):
     assert ours_state.keys() == plain_state.keys()
     for name, value in plain_state.items():
         torch.testing.assert_close(ours_state[name], value, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_experts_load_is_that_with_rows_in_place(tiny, strategy):
+    plain, ours = pair(tiny, retrieval=strategy)
+    on_lanes(ours)
+    reports = []
+    for model in (plain, ours):
+        tiny.loss(model).backward()
+        reports.append(model.base_model.transfer_report())
+    for path, traffic in reports[0].layers.items():
+        assert torch.equal(traffic.expert_load, reports[1].layers[path].expert_load)
+    assert reports[1].to_dict()["strategy"] == strategy
+    assert strategy in str(reports[1])
