@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_engine import ROWS, STRATEGIES, on_lanes
+from test_engine import STRATEGIES, on_lanes
 from thread_lanes import CopyFailedError
 
 import meft.row_steps
@@ -50,10 +50,9 @@ def trained(tiny, fields, steps, **lanes):
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("lane", ["inbound", "outbound"])
-@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_failing_copy(tiny, strategy, rows, lane, place):
-    fields = {"retrieval": strategy, "backward_rows": rows}
+def test_a_failing_copy(tiny, strategy, lane, place):
+    fields = {"retrieval": strategy, "backward_rows": "refetch"}
     model, optimizer = trained(tiny, fields, [(0, 2)])
     lanes = model.base_model.engines["default"].lanes
     before, first = snapshot(tiny, model), lanes.numbers[lane]
@@ -171,7 +170,7 @@ def test_an_update_is_waited_for_where_its_lock_is_taken(tiny, how):
     model, optimizer = trained(tiny, {"retrieval": "stream"}, [(0, 2)])
     saved = {name: value.clone() for name, value in model.state_dict().items()}
     gradients = []
-    for i in range(30):
+    for i in range(10):
         for table in tiny.tables(model):
             table.rows.grad = torch.full_like(table.rows, 1e-3 * i)
         optimizer.step()
@@ -181,7 +180,7 @@ def test_an_update_is_waited_for_where_its_lock_is_taken(tiny, how):
     if how == "load":
         held = [value for name, value in saved.items() if name.endswith("rows")]
         assert {x.sum().item() for x in held} == {x.sum().item() for x in gradients}
-    assert all(table.moments.step == 31 for table in tiny.tables(model))
+    assert all(table.moments.step == 11 for table in tiny.tables(model))
 
 
 def test_readers_are_not_collected(tiny):

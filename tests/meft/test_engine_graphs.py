@@ -107,7 +107,8 @@ SCENES = [
 
 
 @checkpointing
-@each
+@each_strategy
+@pytest.mark.parametrize("rows", ROWS)
 def test_gradients_are_those_of_rows_in_place(tiny, strategy, rows, how):
     plain, ours = tiny.adapted(3).train(), engine_model(tiny, how, retrieval=strategy, backward_rows=rows).train()
     for scene in SCENES:
@@ -323,8 +324,17 @@ def test_a_first_gradient_without_rows_makes_no_tiny_slots(tiny):
 # ---------------------------------------------------------------------- dtypes
 
 
-@pytest.mark.parametrize("base", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("row_dtype", ["auto", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("base", "row_dtype"),
+    [
+        (torch.bfloat16, "auto"),
+        (torch.bfloat16, "float16"),
+        (torch.float16, "auto"),
+        (torch.float32, "bfloat16"),
+        (torch.float32, "float16"),
+    ],
+    ids=str,
+)
 def test_all_ways_pick_the_same_in_narrow_dtypes(tiny, base, row_dtype):
     """Also where rows are narrower than hidden states, or not to be scored in."""
     found = []

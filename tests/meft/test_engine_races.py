@@ -38,7 +38,7 @@ def train(tiny, model, clip):
         optimizer.step()
     with torch.no_grad():
         tiny.loss(model)
-    tiny.state(model)
+    model.load_state_dict(tiny.state(model), strict=False)
 
 
 def abandon(tiny, model):
@@ -98,7 +98,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["stream", "device-rows"])
 def test_there_is_no_race_in_a_variant(tiny, monkeypatch, strategy, variant):
     assert_no_race(run(tiny, monkeypatch, retrieval=strategy, **VARIANTS[variant]))
 

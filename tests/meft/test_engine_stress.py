@@ -109,7 +109,7 @@ def test_the_same_bits_in_every_run(tiny, late, strategy, rows):
     model = build(tiny, retrieval=strategy, backward_rows=rows)
     began = time.monotonic()
     for seed in range(RUNS // 8):
-        lanes = late[0] = LateLanes(seed, longest=2e-3)
+        lanes = late[0] = LateLanes(seed, longest=1e-3)
         model.base_model.engines["default"].use(lanes)
         found = run(tiny, model, start)
         assert len(found) == len(expected)
