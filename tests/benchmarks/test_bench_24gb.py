@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import get_peft_model
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -22,11 +23,13 @@ import engine_24gb_plan as plan  # noqa: E402
 import engine_24gb_routing as routing  # noqa: E402
 import engine_24gb_steps as steps  # noqa: E402
 import engine_24gb_worker as work  # noqa: E402
+import record_routing as record  # noqa: E402
 from engine_24gb_rows import Rows, environment  # noqa: E402
 from engine_24gb_targets import MET, MISSED, OPEN, targets  # noqa: E402
 from engine_24gb_traffic import expected_bytes  # noqa: E402
 
 import meft.strategies  # noqa: E402
+from meft import MEFTConfig  # noqa: E402
 
 CELL = plan.Cell("llama-2-7b", "bf16", 2, 256, 1, True, 6400, "meft auto", "0.26")
 CPU = torch.device("cpu")
@@ -489,3 +492,37 @@ def test_flatness_leaves_out_what_has_to_grow():
 def test_environment_says_whether_the_row_update_is_native():
     assert environment(CPU)["native_row_update"] in (True, False)
     assert environment(CPU)["torch"] == torch.__version__
+
+
+def test_a_worker_process_measures_and_traces(tmp_path):
+    """As on a GPU, but on the CPU: a process of its own, a row with times, a profile of a step."""
+    cell = plan.Cell("tiny-llama", "bf16", 2, 16, 1, True, 64, "meft stream", "0.26")
+    some = work.Settings(rounds=1, seconds=0, fewest=1, most=1, trace=str(tmp_path))
+    rows = []
+    bench.run_apart(bench.Job((cell,), some, 300), lambda _, row: rows.append(row), time.perf_counter() + 300)
+    assert [row["status"] for row in rows] == ["measured"]
+    assert rows[0]["tokens_per_s"] > 0
+    assert rows[0]["host_gib"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == [
+        "24gb_trace_tiny_llama_bf16_2x16_x1_clip_r_64_meft_stream_0.26.json.gz"
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------- recording
+
+
+def test_recording_counts_what_a_model_picks(monkeypatch):
+    monkeypatch.setattr(record, "SHAPES", ((1, 8), (2, 8)))
+    torch.manual_seed(0)
+    base = models.frozen_model("tiny-llama", "bf16", CPU, torch.float32)
+    model = get_peft_model(base, MEFTConfig(r=64, top_k=4, experts_per_token=4, task_type="CAUSAL_LM"))
+    ids = torch.randint(128, (64,))
+    losses = record.train(model, record.batches(ids, 2, 8), 3, 1e-2)
+    assert len(losses) == 3
+    counter, shares = record.record(model, ids, 64, 2)
+    assert counter.tokens == 2 * 8 + 2 * 16
+    assert (counter.counts.sum(1) == counter.picks).all()
+    assert (counter.picks <= 4 * counter.tokens).all()
+    assert counter.picks.min() > 0
+    assert {name: len(of) for name, of in shares.items()} == {"1x8": 4, "2x8": 4}
+    assert all(0 < share <= 1 for of in shares.values() for share in of)
