@@ -12,6 +12,8 @@ export HF_HUB_OFFLINE ?= 1
 # Threads that wait asleep: with another program on the cores, waiting awake makes a step several times longer.
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
+# What `make aot` has compiled serves the tests too.
+export TRITON_CACHE_DIR ?= $(CURDIR)/.cache/triton
 
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test lint accept aot bench-kernels
@@ -35,7 +37,7 @@ accept: $(INSTALLED) ## PEFT's own tests over our methods
 	$(PY) tests/accept/run.py
 
 aot: $(INSTALLED) ## compile the Triton kernels for each GPU (needs none), with a table of what came out
-	TRITON_CACHE_DIR=$${TRITON_CACHE_DIR:-.cache/triton} $(PY) -m adapter_kernels.aot
+	$(PY) -m adapter_kernels.aot $(AOT)
 
 bench-kernels: $(INSTALLED) ## measure the kernels on a CUDA GPU, into benchmarks/results (8 minutes)
 	$(PY) benchmarks/bench_kernels.py

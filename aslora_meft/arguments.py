@@ -99,6 +99,12 @@ class NeuronArguments:
     placement: Literal["auto", "host", "device"] = field(
         default="auto", metadata=_doc("Where keys and values live; auto: in host memory.")
     )
+    retrieval: Literal["auto", "host", "stream", "device-keys", "device-rows", "resident"] = field(
+        default="auto", metadata=_doc("How rows come to a GPU. auto: what fits its memory and is fastest there.")
+    )
+    backward_rows: Literal["auto", "save", "refetch"] = field(
+        default="auto", metadata=_doc("Keep a layer's rows on the GPU for its backward pass, or bring them again.")
+    )
     row_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata=_doc("Type in which rows are read. auto: 16 bits for a 16-bit base model.")
     )

@@ -22,9 +22,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> None:
     parser = RaisingParser(prog="aslora-meft", description="Fine-tune language models with ASLoRA and MEFT.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,export}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,estimate,export,doctor}")
     # train has the fields of its dataclasses, which are read in arguments.py.
     commands.add_parser("train", help="fine-tune an adapter and save it", add_help=False)
+    commands.add_parser("estimate", help="predict memory, traffic and time without GPU or weights", add_help=False)
     export = commands.add_parser("export", help="write a saved adapter in another format")
     export.add_argument("adapter_dir", metavar="ADAPTER_DIR", help="folder of a saved ASLoRA or MEFT adapter")
     export.add_argument(
@@ -35,6 +36,8 @@ def _run(argv: list[str]) -> None:
         "without routing as the dense adapter it equals",
     )
     export.add_argument("out_dir", metavar="OUT_DIR", help="new or empty folder")
+    doctor = commands.add_parser("doctor", help="what this machine has and reaches")
+    doctor.add_argument("--anew", action="store_true", help="measure again what was measured before")
     options, rest = parser.parse_known_args(argv)
     if options.command == "train":
         # Only here: transformers takes seconds to import.
@@ -42,8 +45,16 @@ def _run(argv: list[str]) -> None:
         from aslora_meft.train import train
 
         train(parse_train(rest))
+    elif options.command == "estimate":
+        from aslora_meft.planner.command import run
+
+        run(rest)
     elif rest:
-        raise UsageError(f"unknown argument {rest[0]!r} (see aslora-meft export --help)")
+        raise UsageError(f"unknown argument {rest[0]!r} (see aslora-meft {options.command} --help)")
+    elif options.command == "doctor":
+        from aslora_meft.doctor import report
+
+        print(report(anew=options.anew))
     else:
         _export(options.adapter_dir, options.to, options.out_dir)
 

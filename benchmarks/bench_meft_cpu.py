@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from meft import MEFTConfig
 from meft.layer import MEFTLayer
-from meft.optim import update_table
 from meft.routing import default_num_experts, reference
+from meft.row_steps import update_table
 from meft.row_update import StepRule
 from peft_bridge import replace_file
 

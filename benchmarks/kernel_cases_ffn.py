@@ -231,3 +231,26 @@ def gate_ffn(bench: Bench) -> None:
         found = torch.autograd.grad(y, tracked, g)
         gradients = torch.autograd.grad(expected, wide, g.cpu().double())
         check_gradients(list(gradients))(tuple(grad.cpu() for grad in found))
+
+
+def gate_lora(bench: Bench) -> None:
+    """Outputs and gradients on few tokens beside the package's own reference in float64, one and two projections."""
+    from adapter_kernels import reference
+
+    op, (T, d, rank) = find("shared_lora"), (37, 96, 5)
+    for widths in ((56,), (96, 40)):
+        x, A = bench.randn(T, d, seed=1), bench.randn(rank, d, seed=2, scale=0.1)
+        bases = [bench.randn(T, n, seed=3 + n) for n in widths]
+        tensors = [x, A, *bases, *(bench.randn(n, rank, seed=4 + n) for n in widths)]
+        gs = [bench.randn(T, n, seed=5 + n) for n in widths]
+        tracked, wide = leaves(*tensors), leaves(*(tensor.cpu().double() for tensor in tensors))
+        k = len(widths)
+        ys = op(*tracked[:2], list(zip(tracked[2 : 2 + k], tracked[2 + k :], strict=True)), SCALING, impl=bench.impl)
+        pairs = zip(wide[2 : 2 + k], wide[2 + k :], strict=True)
+        expected = [reference.shared_lora(wide[0], wide[1], base, B, SCALING) for base, B in pairs]
+        for y, theirs in zip(ys, expected, strict=True):
+            close(y.detach().cpu(), theirs.detach(), "shared_lora: y")
+        found = torch.autograd.grad(ys, tracked, gs)
+        gradients = torch.autograd.grad(expected, wide, [g.cpu().double() for g in gs])
+        for ours, theirs in zip(found, gradients, strict=True):
+            close(ours.cpu(), theirs, "shared_lora: a gradient", 2e-2 if ours.dtype == torch.bfloat16 else 1e-5)

@@ -242,7 +242,7 @@ def moved_step(table: Tensor, ids: Tensor, grads: Tensor) -> Callable[[], Tensor
 
 
 def gate_rows(bench: Bench) -> None:
-    """Copies and a step on few rows, beside the package's own reference."""
+    """Copies of few rows, beside the package's own reference."""
     from adapter_kernels import reference
 
     gather_op, scatter_op = find("gather_rows"), find("scatter_rows")
@@ -256,3 +256,38 @@ def gate_rows(bench: Bench) -> None:
         scatter_op(ids, [rows], [target], impl=bench.impl)
         bench.clock.wait()
         require(torch.equal(target.cpu(), expected), "scatter_rows: the table differs")
+
+
+def gate_adamw(bench: Bench) -> None:
+    """A later step of few rows on the device and in host memory, beside the package's own reference in float64."""
+    from adapter_kernels import reference
+
+    op, (r, d) = find("row_adamw"), (37, 72)
+    ids = torch.tensor([30, 2, 36, 0], dtype=torch.int32, device=bench.device)
+    rows, rule = ids.cpu().long(), (STEP["lr"], STEP["betas"], STEP["eps"], STEP["weight_decay"])
+    start = [bench.randn(r, d, seed=seed, dtype=torch.float32).cpu() for seed in (1, 2, 3)]
+    start[2].square_()
+    touches, grads = torch.arange(r, dtype=torch.int32), bench.randn(len(ids), d, seed=4)
+    near, far = partial(Tensor.to, device=bench.device, copy=True), bench.pinned
+    single = torch.float32
+    for place, dtype, decoupled in (
+        (near, single, True), (near, single, False), (near, torch.bfloat16, True), (far, single, True)
+    ):  # fmt: skip
+        if place is far:
+            require_zero_copy(bench)
+        table, *moments, count = (place(x) for x in (start[0].to(dtype), *start[1:], touches))
+        before = start[0].to(dtype)
+        op(table, *moments, count, ids, grads, decoupled=decoupled, impl=bench.impl, **STEP)
+        bench.clock.wait()
+        found = [x.cpu()[rows] for x in (table, *moments)]
+        for i, row in enumerate(rows.tolist()):
+            state = (before[row].double(), *(x[row].double() for x in start[1:]))
+            expected = reference.row_adamw(*state, row + 1, grads[i].cpu().double(), *rule, decoupled)
+            for name, ours, theirs in zip(("table", "exp_avg", "exp_avg_sq"), found, expected, strict=True):
+                # Stochastic rounding goes to either neighbour.
+                limit = 2e-2 if ours.dtype == torch.bfloat16 else 2e-6
+                close(ours[i], theirs, f"row_adamw: {name}", limit)
+        others = torch.ones(r, dtype=torch.bool)
+        others[rows] = False
+        require(torch.equal(table.cpu()[others], before[others]), "row_adamw: another row has changed")
+        require(torch.equal(count.cpu(), touches + (~others).int()), "row_adamw: the counts differ")

@@ -119,16 +119,20 @@ def measure(bench: Bench, op: str, planned: Planned, deadline: float) -> list[Ro
     return rows
 
 
-def run_op(bench: Bench, op: str, make_plan: Plan, gate: Gate | None, deadline: float) -> list[Row]:
-    """All rows of one op."""
+def run_op(
+    bench: Bench, op: str, make_plan: Plan, gate: Gate, deadline: float, passed: set[Gate] | None = None
+) -> list[Row]:
+    """All rows of one op; a gate that has been passed, which ops may share, is not tried again."""
+    passed = set() if passed is None else passed
     try:
         plan = make_plan(bench)
     except MissingError as error:
         return [base_row(bench, op, "", {}, OURS) | {"status": failure(error)}]
     refused = ""
     try:
-        if gate is not None:
+        if gate not in passed:
             gate(bench)
+            passed.add(gate)
     except Exception as error:  # nothing of this op is timed
         refused = failure(error)
     rows: list[Row] = []

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapter_kernels import router_topk
+
 from .config import MEFTConfig
 from .context import ForwardContext
-from .selection import largest_experts
 
 
 class _Attached(torch.autograd.Function):
@@ -48,7 +49,7 @@ def balance_loss(logits: Tensor, config: MEFTConfig) -> Tensor:
     Args:
         logits: W_g x, [T, E].
     """
-    experts = largest_experts(logits.detach(), config.probed)
+    experts, _ = router_topk(logits.detach(), config.probed)
     share = torch.bincount(experts.reshape(-1), minlength=config.experts).to(logits.dtype) / max(1, experts.numel())
     return config.experts * (share * logits.softmax(-1).mean(0)).sum()
 

@@ -7,18 +7,19 @@ A copy into memory that was computed with waits for the mark of that computation
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from adapter_kernels import expert_topk, router_topk, row_union
+from adapter_kernels import row_union
 
 from .config import MEFTConfig
 from .lanes import Lanes, Mark
+from .selection import best_neurons
 from .store import RowTable
 from .transfer import Traffic, bring_rows, nbytes
 
@@ -78,8 +79,7 @@ def picked_neurons(x: Tensor, logits: Tensor, keys: Tensor, config: MEFTConfig) 
     Args:
         x: [T, d]. logits: W_g x, [T, E]. keys: [r, d].
     """
-    experts, factors = router_topk(logits, config.probed)
-    return expert_topk(x, keys, experts, factors if config.has_factor else None, config.top_k, E=config.experts)[0]
+    return best_neurons(x, logits, keys, config.probed, config.top_k, config.has_factor, by_neuron=False)[0]
 
 
 def union_of(ids: Tensor, config: MEFTConfig) -> tuple[Tensor, Tensor]:
@@ -103,7 +103,7 @@ def gather(lanes: Lanes, layer: LayerRows, tables: Sequence[RowTable], picks: Pi
         lanes.inbound.run(partial(bring_rows, picks.rows, picks.host_rows, wires, out), [picks.rows, *out])
         arrival = lanes.inbound.mark()
         for table in tables:
-            table.read_until(arrival)
+            table.read_until(lanes.inbound, arrival)
     layer.traffic.bytes_to_device += sum(map(nbytes, out))
     return out, arrival
 
@@ -127,10 +127,11 @@ class KeyBuffers:
             if self._holds[place] == held:
                 return
             buffer = self._buffers[place]
+            self._holds[place] = None  # whatever happens to the copy
             self.lanes.inbound.after(self._free[place])
             self.lanes.inbound.run(partial(buffer.copy_, wire, non_blocking=True), [buffer])
             self._arrival[place] = self.lanes.inbound.mark()
-            layer.keys.read_until(self._arrival[place])
+            layer.keys.read_until(self.lanes.inbound, self._arrival[place])
             self._holds[place] = held
         layer.traffic.bytes_to_device += nbytes(buffer)
 
@@ -138,7 +139,11 @@ class KeyBuffers:
         """The keys of a layer, [r, d], in the order of the computation."""
         self.prefetch(layer)
         place = layer.number % 2
-        self.lanes.join(self._arrival[place])
+        try:
+            self.lanes.join(self._arrival[place])
+        except BaseException:
+            self._holds[place] = None
+            raise
         return self._buffers[place]
 
     def done(self, layer: LayerRows) -> None:
@@ -163,7 +168,7 @@ class DeviceCopy:
         Args:
             rows: the rows that will be read, None for all; in dense mode they catch up with missed steps first.
         """
-        with self.table.reading(rows) as wire:
+        with self.table.reading(rows) as wire, self._or_all_again():
             changed = self.table.take_changes()
             if not len(changed):
                 return
@@ -181,14 +186,25 @@ class DeviceCopy:
             else:
                 self.lanes.inbound.run(partial(bring_rows, ids, changed, [wire], [near]), uses)
             arrival = self.lanes.inbound.mark()
-            self.table.read_until(arrival)
+            self.table.read_until(self.lanes.inbound, arrival)
         self._coming = (None if everything else ids, near, arrival)
         self.traffic.bytes_to_device += nbytes(near)
+
+    @contextmanager
+    def _or_all_again(self) -> Iterator[None]:
+        """If a copy fails, what has changed is not known any more: all rows are copied then."""
+        try:
+            yield
+        except BaseException:
+            self._coming = None
+            self.table.follow_changes()
+            raise
 
     def current(self, rows: Tensor | None = None) -> Tensor:
         """All rows, [r, d], in the order of the computation; of `rows` (None: all) those of now."""
         self.prefetch(rows)
-        self._settle()
+        with self._or_all_again():
+            self._settle()
         return self._rows
 
     def _settle(self) -> None:

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .optim import RowSteps
 from .row_gradient import RowGradient, as_row_gradient
+from .row_steps import RowSteps
 from .store import RowTable, row_blocks
 
 

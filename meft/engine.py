@@ -18,6 +18,7 @@ from torch.profiler import record_function
 
 from adapter_kernels import sparse_ffn
 
+from .auto import Surroundings, chosen
 from .carry import Fetched, LayerRows, Picks
 from .config import MEFTConfig
 from .gradient_ring import GradientRing
@@ -51,26 +52,30 @@ class Engine:
 
     Args:
         layers: the adapter's layers, in the order in which they run.
-        lanes: what runs beside the computation; None: what the device of the first input has.
+        around: the model around the adapter, by which `retrieval="auto"` chooses.
     """
 
-    def __init__(self, config: MEFTConfig, layers: list[LayerRows], lanes: Lanes | None = None) -> None:
-        self.config, self.layers, self._given = config, layers, lanes
+    def __init__(
+        self, config: MEFTConfig, layers: list[LayerRows], around: Callable[[], Surroundings] | None = None
+    ) -> None:
+        self.config, self.layers, self.around = config, layers, around
+        self._given: Lanes | None = None
         self._updates = UpdateQueue()
         self._forget()
 
     def _forget(self) -> None:
         self._for: tuple[Any, ...] | None = None
         self.lanes: Lanes | None = None
+        self._plan: tuple[str, str] | None = None
         self._strategy: Strategy | None = None
         self._ring: GradientRing | None = None
         self._below: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config, "layers": self.layers}
+        return {"config": self.config, "layers": self.layers, "around": self.around}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+        Engine.__init__(self, **state)
 
     def use(self, lanes: Lanes) -> None:
         """Take these lanes, whatever the device."""
@@ -84,11 +89,26 @@ class Engine:
         return self._given is not None or device.type == "cuda" or device != home or named
 
     @property
-    def strategy_name(self) -> str:
-        """The strategy in use."""
-        if not self.config.on_host:
-            return "resident"
-        return self.config.retrieval if self.config.retrieval != "auto" else "stream"
+    def strategy_name(self) -> str | None:
+        """The strategy in use; None before the first pass that needed one, and where rows are read in place."""
+        return self._plan[0] if self._plan is not None else None
+
+    @property
+    def refetches(self) -> bool:
+        """Whether the rows for the backward pass are brought again."""
+        return self._plan is not None and self._plan[1] == "refetch"
+
+    def _planned(self, x: Tensor) -> tuple[str, str]:
+        """Strategy, and what happens with the rows for the backward pass."""
+        config = self.config
+        strategy = config.retrieval if config.on_host else "resident"
+        rows = "save" if config.backward_rows == "auto" else config.backward_rows
+        if strategy != "auto":
+            return strategy, rows
+        if not x.is_cuda:
+            return "host", rows
+        plan = chosen(config, self.layers, x, self.around() if self.around is not None else None)
+        return plan.strategy, plan.work.rows
 
     def _ready(self, x: Tensor, wire: torch.dtype) -> Strategy:
         """The strategy for inputs like x; what was made for another device or dtype is made anew."""
@@ -96,10 +116,12 @@ class Engine:
         if self._strategy is None or self._for != now:
             self._forget()
             self._for, self.lanes = now, self._given or lanes_of(x.device)
-            self._strategy = STRATEGIES[self.strategy_name](self.lanes, self.layers)
+            self._plan = self._planned(x)
+            self._strategy = STRATEGIES[self._plan[0]](self.lanes, self.layers)
             beside = self.config.on_host and (x.device.type != "cpu" or self._given is not None)
             for layer in self.layers if beside else ():
                 layer.keys.updates = layer.values.updates = self._updates
+                layer.keys.name, layer.values.name = (f"{part} of layer {layer.number}" for part in ("keys", "values"))
         return self._strategy
 
     # ------------------------------------------------------------------ forward

@@ -237,7 +237,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         picks, fetched = (stash.picks, stash.fetched) if stash is not None else (None, None)
         begun = engine.begin(layer, x.detach(), logits.detach(), picks, fetched)  # type: ignore[arg-type]
         # Of a checkpointed layer the rows are kept for its recomputation, whose graph then has them.
-        refetches, checkpointed = config.backward_rows == "refetch", context.checkpointed()
+        refetches, checkpointed = engine.refetches, context.checkpointed()
         kept = begun.fetched if checkpointed and not refetches else None
         if stash is not None:
             stash.fetched = None

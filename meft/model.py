@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,23 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _get_tuner_state_dict_key_prefixes,
     _is_key_under_prefixes,
+    check_target_module_exists,
 )
 from torch import Tensor, nn
 
 from peft_bridge import RunListener, last_loaded_folder, watch_runs, watch_steps
 
 from . import context, state, storage
+from .auto import Surroundings, surroundings
 from .balance import note_loss_scale
 from .config import MEFTConfig
 from .distributed import RankAverage
 from .engine import Engine
 from .ffn_modules import FFN_OF, check_ffn, ffn_targets, ffn_width
+from .host_memory import require_memory, row_bytes
 from .layer import NOT_MERGEABLE, MEFTLayer
-from .optim import RowSteps
 from .report import TransferReport, transfer_report
+from .row_steps import RowSteps
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +69,7 @@ class MEFTModel(BaseTuner, RunListener):
         # Called once, before the first adapter; later adapters come through inject_adapter alone.
         self.steps = RowSteps()
         self.engines: dict[str, Engine] = {}
+        self._logged: dict[str, float] = {}
         self.loaded_from: dict[str, str] = {}
         self._follow()
         self.ranks = RankAverage(self.steps)
@@ -118,6 +122,19 @@ class MEFTModel(BaseTuner, RunListener):
             config.target_modules = ffn_targets(config, model_config.get("model_type"), self.model)
         return config
 
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        config: Any = peft_config
+        found = [m for path, m in model.named_modules() if check_target_module_exists(config, path)]
+        ffns = [m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for m in found]
+        if not config.on_host or not ffns or any(p.is_meta for ffn in ffns for p in ffn.parameters()):
+            return
+        wire = min((p.element_size() for ffn in ffns for p in ffn.parameters() if p.is_floating_point()), default=4)
+        if config.row_dtype != "auto":
+            wire = getattr(torch, config.row_dtype).itemsize
+        with suppress(ValueError):  # no FFN of known width: the injection says so
+            wanted = row_bytes(config, ffn_width(ffns[0], model), len(ffns), wire)
+            require_memory(wanted, config, len(ffns))
+
     def _create_and_replace(  # type: ignore[override]
         self,
         config: MEFTConfig,
@@ -160,10 +177,17 @@ class MEFTModel(BaseTuner, RunListener):
         self.steps.routers[adapter_name] = [layer.meft_router for layer in layers]
         for layer in layers:
             layer.on_backward = self.ranks.note_backward
-        engine = self.engines[adapter_name] = Engine(config, [])
+        engine = self.engines[adapter_name] = Engine(config, [], self._around)
         engine.layers.extend(layer.join(adapter_name, number, engine) for number, layer in enumerate(layers))
         if config.num_experts is None:
             logger.info("MEFT: num_experts=%d for r=%d (4 sqrt(r), rounded to a divisor).", config.experts, config.r)
+
+    def _around(self) -> Surroundings:
+        """What the engines have to know of the base model."""
+        layers = self.adapted_ffns().values()
+        own = {id(m) for layer in layers for part in (layer.meft_keys, layer.meft_values) for m in part.modules()}
+        own |= {id(layer) for layer in layers}
+        return surroundings(self.model, [layer.base_layer for layer in layers], lambda module: id(module) in own)
 
     def _drop(self, adapter_name: str) -> None:
         for owner in (self.steps.tables, self.steps.configs, self.steps.routers, self.loaded_from, self.engines):
@@ -272,6 +296,14 @@ class MEFTModel(BaseTuner, RunListener):
             )
         if done_steps:
             state.resume(self)
+
+    def log_scalars(self) -> dict[str, float]:
+        """For a Trainer's logs: what was moved and waited for since the last time."""
+        if not self.active_adapters or self.active_adapters[0] not in self.engines:
+            return {}
+        report = self.transfer_report()
+        last, self._logged = self._logged, report.totals()
+        return report.scalars(last)
 
     def on_checkpoint(self, folder: Path) -> None:
         """A Trainer has written a checkpoint."""

@@ -9,6 +9,17 @@ from typing import Any
 from .layer import MEFTLayer
 from .transfer import Traffic
 
+_SUMS = (
+    "forwards",
+    "tokens",
+    "union_rows",
+    "bytes_to_device",
+    "bytes_to_host",
+    "stall_ms",
+    "host_ms",
+    "ring_stalls",
+)
+
 
 @dataclass(frozen=True)
 class TransferReport:
@@ -17,15 +28,32 @@ class TransferReport:
     Attributes:
         adapter_name: the adapter.
         r: neurons a layer.
+        strategy: the retrieval strategy in use; None where rows are read in place.
         layers: path of the FFN -> its counters.
     """
 
     adapter_name: str
     r: int
+    strategy: str | None
     layers: dict[str, Traffic]
 
-    def _sum(self, name: str) -> int:
+    def _sum(self, name: str) -> float:
         return sum(getattr(traffic, name) for traffic in self.layers.values())
+
+    def totals(self) -> dict[str, float]:
+        """Sums over the layers."""
+        return {name: self._sum(name) for name in _SUMS}
+
+    def scalars(self, before: dict[str, float]) -> dict[str, float]:
+        """What has come since earlier totals, for a log."""
+        new = {name: value - before.get(name, 0) for name, value in self.totals().items()}
+        return {
+            "meft/union_share": new["union_rows"] / max(1, new["forwards"] * self.r),
+            "meft/mib_to_device": new["bytes_to_device"] / 2**20,
+            "meft/mib_to_host": new["bytes_to_host"] / 2**20,
+            "meft/stall_ms": new["stall_ms"],
+            "meft/host_ms": new["host_ms"],
+        }
 
     @property
     def union_share(self) -> float:
@@ -50,21 +78,16 @@ class TransferReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Sums over the layers, and the means above."""
-        sums = {
-            name: self._sum(name) for name in ("forwards", "tokens", "union_rows", "bytes_to_device", "bytes_to_host")
-        }
         shares = ("union_share", "busiest_expert_share", "idle_expert_share")
-        return {
-            "adapter_name": self.adapter_name,
-            "r": self.r,
-            **sums,
-            **{name: getattr(self, name) for name in shares},
-        }
+        head = {"adapter_name": self.adapter_name, "r": self.r, "strategy": self.strategy}
+        return {**head, **self.totals(), **{name: getattr(self, name) for name in shares}}
 
     def __str__(self) -> str:
         lines = [
+            ("retrieval", self.strategy or "in place"),
             ("host to device", f"{self._sum('bytes_to_device') / 2**20:,.1f} MiB"),
             ("device to host", f"{self._sum('bytes_to_host') / 2**20:,.1f} MiB"),
+            ("waited for", f"{self._sum('stall_ms'):,.0f} ms"),
             ("neurons used a pass and layer, |U| / r", f"{self.union_share:.3f}"),
             ("busiest expert's load / even load", f"{self.busiest_expert_share:.2f}"),
             ("experts never used", f"{self.idle_expert_share:.1%}"),
@@ -81,5 +104,7 @@ def transfer_report(adapter_name: str, layers: Mapping[str, MEFTLayer]) -> Trans
     adapted = {path: layer for path, layer in layers.items() if adapter_name in layer.configs}
     if not adapted:
         raise ValueError(f"adapter_name='{adapter_name}' is no MEFT adapter here.")
-    r = next(iter(adapted.values())).configs[adapter_name].r
-    return TransferReport(adapter_name, r, {path: layer.traffic[adapter_name] for path, layer in adapted.items()})
+    first = next(iter(adapted.values()))
+    strategy = first.places[adapter_name].engine.strategy_name
+    counters = {path: layer.traffic[adapter_name] for path, layer in adapted.items()}
+    return TransferReport(adapter_name, first.configs[adapter_name].r, strategy, counters)

@@ -1,8 +1,8 @@
 // AdamW and Adam on scattered rows of a table, over a plain C interface: no Python or torch header, so that one build
 // serves all their versions. Loaded by row_update.py.
 //
-// Each operation rounds by itself (built with -ffp-contract=off), in the order of row_blocks.py, the torch path: both
-// give the same bits, whatever instructions the machine has.
+// Each operation rounds by itself (built with -ffp-contract=off), in the order of adapter_kernels/adamw_blocks.py, the
+// torch path: both give the same bits, whatever instructions the machine has.
 
 #include <algorithm>
 #include <atomic>

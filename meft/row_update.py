@@ -1,7 +1,8 @@
 """AdamW and Adam on rows of tables: `lazy` (touched rows only) and `dense` (missed steps are replayed).
 
 float32 tables on the CPU take a small C++ library, if there was a compiler at installation; all others, and machines
-without it, take torch operations. Both give the same bits: the same operations in the same order, each rounded.
+without it, take `adapter_kernels`: for a `lazy` step of a table on a GPU the kernel of its `row_adamw`, for all else
+torch operations. All give the same bits: the same operations in the same order, each rounded.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from .row_blocks import Block, StepRule, replay
+from adapter_kernels import row_adamw
+from adapter_kernels.adamw_blocks import Block, StepRule
 
 __all__ = ["StepRule", "native_library", "replay_rows", "update_rows"]
 
@@ -47,7 +49,7 @@ def update_rows(
         rows: [n] int64, ascending, each once.
         grads: [n, d] in the table's dtype or float32.
         wire: [r, d], a copy of the table in a narrower dtype, rewritten for the touched rows.
-        native: True takes the C++ library, False the torch path, None (the default) the library where it applies.
+        native: True takes the C++ library, False adapter_kernels, None (the default) the library where it applies.
 
     Raises:
         ValueError: arguments that do not fit together, or `native=True` where the library does not apply.
@@ -57,20 +59,28 @@ def update_rows(
     if not rows.numel():
         return
     with torch.no_grad():
+        if library is None:
+            row_adamw(
+                table,
+                exp_avg,
+                exp_avg_sq,
+                count,
+                rows.contiguous(),
+                grads.contiguous(),
+                lr=rule.lr,
+                betas=(rule.beta1, rule.beta2),
+                eps=rule.eps,
+                weight_decay=rule.weight_decay,
+                decoupled=rule.decoupled,
+                wire=wire,
+                seed=seed,
+            )
+            return
         touches = count.index_select(0, rows) + 1
         n = touches.to(torch.float64)
-        step_size, root2 = rule.lr / (1 - rule.beta1**n), (1 - rule.beta2**n).sqrt()
-        if library:
-            steps = _steps([rule]).expand(len(rows), -1).clone()
-            steps[:, -2], steps[:, -1] = step_size, root2
-            _call(library, table, exp_avg, exp_avg_sq, wire, rows, grads, steps)
-        else:
-            block = Block(table, exp_avg, exp_avg_sq, wire, seed, len(rows))
-            scalars = [x.to(block.dtype).unsqueeze(1) for x in (step_size, root2)]
-            for part in block.parts(len(rows)):
-                block.load(rows[part], grads[part])
-                block.step(rule, scalars[0][part], scalars[1][part], len(block.rows), touches[part])
-                block.store()
+        steps = _steps([rule]).expand(len(rows), -1).clone()
+        steps[:, -2], steps[:, -1] = rule.lr / (1 - rule.beta1**n), (1 - rule.beta2**n).sqrt()
+        _call(library, table, exp_avg, exp_avg_sq, wire, rows, grads, steps)
         count.index_copy_(0, rows, touches)
 
 
@@ -133,8 +143,32 @@ def replay_rows(
             )
         else:
             block = Block(table, exp_avg, exp_avg_sq, wire, seed, len(rows))
-            replay(block, done, rows, grads, history, first_step)
+            _replay(block, done, rows, grads, history, first_step)
         last_step.index_fill_(0, rows, target)
+
+
+def _replay(
+    block: Block, done: Tensor, rows: Tensor, grads: Tensor | None, history: Sequence[StepRule], first_step: int
+) -> None:
+    target = first_step + len(history) - 1
+    if all(rule.weight_decay == 0 and rule.eps > 0 for rule in history):
+        # Rows that were never touched stand still: no step but the one with a gradient.
+        for part in block.parts(len(rows)):
+            if int(done[part].min()) < target - 1:
+                moved = [x.index_select(0, rows[part]).any(dim=1) for x in block.tables[1:]]
+                still = target if grads is None else target - 1
+                done[part] = done[part].where(moved[0] | moved[1], still)
+    # In the order of their last steps, the rows that take a given step are the first ones.
+    done, order = done.sort(stable=True)
+    order = order[: int((done < target).sum())]
+    for part in block.parts(len(order)):
+        chosen, last = order[part], done[part]
+        block.load(rows[chosen], None if grads is None else grads[chosen])
+        for step in range(int(last[0]) + 1, target + 1):
+            rule = history[step - first_step]
+            k = int((last[: len(chosen)] < step).sum())
+            block.step(rule, *rule.bias(step), k, torch.tensor(step), zero=step < target)
+        block.store()
 
 
 def _check(
@@ -163,7 +197,7 @@ def _check(
         raise ValueError(f"grads must be [{len(rows)}, {table.shape[1]}] on {table.device}, not {list(grads.shape)}.")
     if grads is not None and grads.dtype not in (table.dtype, torch.float32):
         raise ValueError(f"grads must be {table.dtype} or float32, not {grads.dtype}.")
-    # On a device the look would wait for it; there, torch's own bounds check serves.
+    # On a device the look would wait for it; there, the kernel leaves such a row out, and torch has its own check.
     if rows.is_cpu and not _ascend(rows, len(table)):
         raise ValueError(f"rows must ascend, each once, from 0 to {len(table) - 1}.")
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adapter_kernels import expert_topk, router_topk
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -40,40 +42,22 @@ class Selection:
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def largest_experts(logits: Tensor, n: int) -> Tensor:
-    """The n experts with the largest logits of each token, int64 [T, n] ascending; ties go to the lower id."""
-    if n == logits.shape[1]:
-        return torch.arange(n, device=logits.device).expand(len(logits), n)
-    return torch.sort(logits, dim=1, descending=True, stable=True).indices[:, :n].sort(dim=1).values
-
-
-def probed_dots(x: Tensor, experts: Tensor, keys: Tensor, num_experts: int) -> Tensor:
-    """x . w of all neurons of the probed experts: tokens are grouped by expert, one small GEMM each.
+def best_neurons(
+    x: Tensor, logits: Tensor, keys: Tensor, experts_per_token: int, top_k: int, factor: bool, *, by_neuron: bool
+) -> tuple[Tensor, Tensor]:
+    """The picks as a table; see `select_neurons`.
 
     Args:
-        x: [T, d]. experts: int64 [T, P] ascending. keys: [r, d], of any floating dtype.
+        by_neuron: in ascending order within a token, among which any place may be empty.
 
     Returns:
-        [T, P, k] of x's dtype, k = r / num_experts.
+        ids, int32 [T, K], -1 where there is none, and their x . w, [T, K]; K is at most top_k.
     """
-    each = len(keys) // num_experts
-    T, P = experts.shape
-    if num_experts == P:
-        return (x @ keys.to(x.dtype).T).view(T, P, each)
-    flat = experts.reshape(-1)
-    order = flat.argsort(stable=True)
-    token = order // P
-    grouped = x.new_empty(T * P, each)
-    start = 0
-    for expert, count in enumerate(torch.bincount(flat, minlength=num_experts).tolist()):
-        if count:
-            stop = start + count
-            block = keys[expert * each : (expert + 1) * each].to(x.dtype)
-            torch.mm(x.index_select(0, token[start:stop]), block.T, out=grouped[start:stop])
-            start = stop
-    dots = torch.empty_like(grouped)
-    dots[order] = grouped
-    return dots.view(T, P, each)
+    E = logits.shape[1]
+    experts, factors = router_topk(logits, experts_per_token)
+    most = min(top_k, experts_per_token * len(keys) // E)
+    ids, _, dots = expert_topk(x, keys, experts, factors if factor else None, most, E=E, by_neuron=by_neuron)
+    return ids, dots
 
 
 def select_neurons(
@@ -82,23 +66,14 @@ def select_neurons(
     """The picks of `routing.chosen_neurons`.
 
     Args:
-        x: [T, d]. logits: W_g x, [T, E]. keys: [r, d], on x's device.
+        x: [T, d]. logits: W_g x, [T, E]. keys: [r, d], on x's device, of x's dtype or a narrower one.
         factor: whether scores are multiplied by the logit of the neuron's expert.
     """
-    num_experts = logits.shape[1]
-    each = len(keys) // num_experts
-    experts = largest_experts(logits, experts_per_token)
-    dots = probed_dots(x, experts, keys, num_experts)
-    scores = dots * logits.gather(1, experts)[:, :, None] if factor else dots
-    # Candidates stand in the order of their neurons, so that a stable sort gives ties to the lower id.
-    scores, dots = scores.flatten(1), dots.flatten(1)
-    kept = scores > 0
-    if top_k < scores.shape[1]:
-        order = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :top_k]
-        kept &= torch.zeros_like(kept).scatter_(1, order, True)
-    token, candidate = kept.nonzero(as_tuple=True)
-    neuron = experts[token, candidate // each] * each + candidate % each
-    return Selection(_starts(kept.sum(1)), token, neuron, dots[kept])
+    ids, dots = best_neurons(x, logits, keys, experts_per_token, top_k, factor, by_neuron=True)
+    kept, most = ids >= 0, ids.shape[1]
+    pick = kept.flatten().nonzero().flatten()
+    neuron, dots = (column.flatten().index_select(0, pick) for column in (ids, dots))
+    return Selection(_starts(kept.sum(1)), pick // most, neuron.to(torch.int64), dots)
 
 
 def _starts(counts: Tensor) -> Tensor:

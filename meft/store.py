@@ -7,7 +7,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .lanes import Mark
+from .lanes import Lane, Mark
 from .moments import Moments
 from .transfer import nbytes, page_lock, page_unlock
 from .updates import Ticket, UpdateQueue
@@ -51,6 +51,7 @@ class RowTable(nn.Module):
         seed: of the stochastic rounding of bfloat16 masters.
         owner: the optimizer whose steps `moments` belong to; None where they were just loaded.
         claimed_by: the `RowAdamW` that holds the table.
+        name: for messages.
         updates: the thread that updates it beside the computation; None: updates happen within the step.
     """
 
@@ -64,6 +65,7 @@ class RowTable(nn.Module):
         self.on_host, self.pin = on_host, pin
         self._moments: Moments | None = None
         self.seed = 0
+        self.name = "rows"
         self._wire_dtype = wire
         self._made()
 
@@ -79,7 +81,7 @@ class RowTable(nn.Module):
         self._locked: weakref.finalize | None = None
         self.updates: UpdateQueue | None = None
         self._ticket: Ticket | None = None
-        self._readers: list[Mark] = []
+        self._readers: dict[Lane, Mark] = {}
         self._changed: Tensor | None = None
         self._changed_of: tuple[int, int] | None = None
 
@@ -130,7 +132,7 @@ class RowTable(nn.Module):
         """Queue an update: whoever comes to the table waits for it."""
         self.settle()
         assert self.updates is not None
-        self._ticket = self.updates.add(update)
+        self._ticket = self.updates.add(update, self.name)
 
     def settle(self) -> None:
         """Wait for the update that was queued; raises what it raised, once."""
@@ -155,14 +157,15 @@ class RowTable(nn.Module):
         self.settle()
         return self.rows._version
 
-    def read_until(self, mark: Mark) -> None:
-        """What was read under `reading` may be read on, beside the computation, until the mark is reached."""
-        self._readers.append(mark)
+    def read_until(self, lane: Lane, mark: Mark) -> None:
+        """What was read under `reading` may be read on by a lane until its mark, the last one so far, is reached."""
+        self._readers[lane] = mark
 
     def _wait_for_readers(self) -> None:
-        readers, self._readers = self._readers, []
-        for mark in readers:
-            mark.wait()
+        readers, self._readers = self._readers, {}
+        for mark in readers.values():
+            with suppress(Exception):  # whoever uses what was read is told; the rows are free either way
+                mark.wait()
 
     def follow_changes(self) -> None:
         """Begin to note which rows change; at first all have."""
@@ -335,8 +338,10 @@ class RowTable(nn.Module):
         if loaded is None or loaded.shape != self.rows.shape:
             super()._load_from_state_dict(state_dict, prefix, *args)  # reports it
             return
+        self.settle()  # not under the lock, which the update needs
         with self.lock, torch.no_grad():
             self.catch_up()
+            self._wait_for_readers()
             if self.rows.is_meta:
                 master = torch.empty(
                     self.rows.shape, dtype=self.rows.dtype, device="cpu" if self.on_host else loaded.device

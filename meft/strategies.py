@@ -76,8 +76,7 @@ class Host(Strategy):
         with layer.traffic.stalled():
             self.lanes.outbound.mark().wait()
         with layer.keys.reading() as wire, layer.traffic.host_work():
-            wide = torch.promote_types(x.dtype, torch.float32)
-            ids = picked_neurons(down[0].to(wide), down[1], wire, layer.config)
+            ids = picked_neurons(down[0], down[1], wire, layer.config)
             rows, position = union_of(ids, layer.config)
         layer.traffic.bytes_to_device += nbytes(rows) + nbytes(position)
         device = self.lanes.device

@@ -11,8 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 class Ticket:
     """A queued update, and whoever waits for it."""
 
-    def __init__(self, update: Callable[[], None]) -> None:
-        self._update = update
+    def __init__(self, update: Callable[[], None], what: str) -> None:
+        self._update, self._what = update, what
         self._thread: int | None = None
         self.future: Future[None] | None = None
 
@@ -36,7 +36,7 @@ class Ticket:
         try:
             self.future.result()
         except Exception as error:
-            raise RuntimeError(f"An update of MEFT rows failed: {error}") from error
+            raise RuntimeError(f"The update of MEFT's {self._what} failed: {error}") from error
 
 
 class UpdateQueue:
@@ -46,8 +46,8 @@ class UpdateQueue:
         self._thread = ThreadPoolExecutor(1, "meft-update")
         self._end = weakref.finalize(self, self._thread.shutdown, wait=False)
 
-    def add(self, update: Callable[[], None]) -> Ticket:
-        """Queue an update."""
-        ticket = Ticket(update)
+    def add(self, update: Callable[[], None], what: str) -> Ticket:
+        """Queue an update of `what`."""
+        ticket = Ticket(update, what)
         ticket.future = self._thread.submit(ticket.run)
         return ticket

@@ -27,6 +27,10 @@ class RunListener:
     def on_checkpoint(self, folder: Path) -> None:
         """The Trainer has written a checkpoint to resume from; called on the main process only."""
 
+    def log_scalars(self) -> dict[str, float]:
+        """Numbers to add to what a Trainer logs."""
+        return {}
+
     def on_run_end(self) -> None:
         """The run has ended."""
 
@@ -73,6 +77,13 @@ class RunEvents(TrainerCallback):
         if _hidden_from_hooks(optimizer):
             for listener in _listeners(model):
                 listener.update_and_allocate(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
+        # The Trainer's defaults come first among the callbacks: whoever reports sees these scalars too.
+        scalars = {name: value for listener in _listeners(model) for name, value in listener.log_scalars().items()}
+        if scalars and logs is not None and "loss" in logs:
+            logs.update(scalars)
+            state.log_history[-1].update(scalars)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if getattr(args, "load_best_model_at_end", False) and state.best_model_checkpoint:

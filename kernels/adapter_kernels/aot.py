@@ -1,10 +1,11 @@
 """Compile every variant of every op for each GPU, on a machine that has none, and look at what came out.
 
-    python -m adapter_kernels.aot [--only WORD] [--jobs N]
+    python -m adapter_kernels.aot [--required] [--only WORD] [--jobs N]
 
 A variant is accepted when it compiles for sm_80, 86, 89 and 90 with nothing spilled, within the shared memory that a
 block of that GPU may have, and with 16-byte global loads where it promises them. sm_100, sm_120 and gfx942 are
-reported only. Compilers come in Triton's wheel; what was compiled before is taken from Triton's cache.
+reported only, and left out with --required. Compilers come in Triton's wheel; what was compiled before is taken from
+Triton's cache.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ def _compile(variant: Variant, target: int | str) -> Any:
 
     names = variant.kernel.arg_names
     types = {name: variant.types.get(name, "constexpr") for name in names}
-    aligned = [i for i, name in enumerate(names) if types[name].startswith("*") or name in variant.multiples_of_16]
+    multiples = variant.specialised if variant.aligned else []
+    aligned = [i for i, name in enumerate(names) if types[name].startswith("*") or name in multiples]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     gpu = GPUTarget("cuda", target, 32) if isinstance(target, int) else GPUTarget("hip", target, 64)
     source = ASTSource(variant.kernel, types, dict(variant.constants), attributes)
@@ -135,6 +137,7 @@ def _task(op: str, index: int, target: int | str) -> Row:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a line a variant and GPU; 1 where a required one is not accepted."""
     parser = argparse.ArgumentParser(prog="python -m adapter_kernels.aot", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--required", action="store_true", help="only the GPUs that decide")
     parser.add_argument("--only", default="", metavar="WORD", help="variants whose line contains WORD")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
     options = parser.parse_args(arguments)
@@ -145,6 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (op, index, target)
         for op in OPS
         for target in TARGETS
+        if target in REQUIRED or not options.required
         for index, variant in enumerate(_variants(op, target if isinstance(target, int) else None))
         if options.only in variant.label
     ]

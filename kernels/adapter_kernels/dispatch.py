@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,14 +22,17 @@ INTS = (torch.int32, torch.int64)
 _debug = os.environ.get("ADAPTER_KERNELS_DEBUG", "0") not in ("", "0")
 
 
-def use_triton(impl: str | None, device: torch.device) -> bool:
+def use_triton(impl: str | None, device: torch.device, refusals: Iterable[tuple[str, str]] = ()) -> bool:
     """Whether an op whose ids and outputs live on `device` runs its Triton kernel (or else its torch path).
+
+    Args:
+        refusals: arguments that the kernel does not take, and why: torch runs, unless `impl` asks for Triton.
 
     Raises:
         ValueError: `impl` is unknown, or asks for Triton where it cannot run.
     """
     if impl is None:
-        return device.type == "cuda" and jit.AVAILABLE and not jit.INTERPRETED
+        return device.type == "cuda" and jit.AVAILABLE and not jit.INTERPRETED and not any(refusals)
     require(impl in ("triton", "torch"), "impl", f'"triton", "torch" or None is needed, not {impl!r}')
     if impl == "triton":
         require(jit.AVAILABLE, "impl", "triton is not installed; leave impl at None")
@@ -38,6 +41,8 @@ def use_triton(impl: str | None, device: torch.device) -> bool:
             "impl",
             f'"triton" needs CUDA tensors, or the interpreter (TRITON_INTERPRET=1); the tensors are on {device}',
         )
+        for argument, why in refusals:
+            require(False, argument, f"{why}; pass impl='torch'")
     return impl == "triton"
 
 
@@ -49,18 +54,22 @@ def require(satisfied: bool, argument: str, message: str) -> None:
 
 def require_matrix(tensor: Tensor, argument: str, dtypes: Sequence[torch.dtype], columns: int | None = None) -> None:
     """Two dimensions, one of the dtypes (float64 too, for the torch path, where the floats are asked for)."""
-    require(tensor.dim() == 2, argument, f"two dimensions are needed, not the shape {tuple(tensor.shape)}")
+    # No message is made up before it is needed: in decoding they would take longer than the checks.
+    if tensor.dim() != 2:
+        require(False, argument, f"two dimensions are needed, not the shape {tuple(tensor.shape)}")
     known = (*dtypes, torch.float64) if torch.float32 in dtypes else tuple(dtypes)
-    require(tensor.dtype in known, argument, f"one of {', '.join(map(str, known))} is needed, not {tensor.dtype}")
-    if columns is not None:
-        require(tensor.shape[1] == columns, argument, f"{columns} columns are needed, not {tensor.shape[1]}")
+    if tensor.dtype not in known:
+        require(False, argument, f"one of {', '.join(map(str, known))} is needed, not {tensor.dtype}")
+    if columns is not None and tensor.shape[1] != columns:
+        require(False, argument, f"{columns} columns are needed, not {tensor.shape[1]}")
 
 
 def require_same_device(**tensors: Tensor | None) -> None:
     """All on the device of the first."""
     (first, head), *rest = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
     for name, tensor in rest:
-        require(tensor.device == head.device, name, f"is on {tensor.device}, but {first} is on {head.device}")
+        if tensor.device != head.device:
+            require(False, name, f"is on {tensor.device}, but {first} is on {head.device}")
 
 
 def require_half_or_single(tensor: Tensor, argument: str) -> None:

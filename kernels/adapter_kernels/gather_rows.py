@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, launch
-from .jit import tl, triton
+from .jit import kernel, tl, triton
 from .variant import TYPE_NAMES, Variant, split
 
 _log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ _COPY = launch.Table(
 )
 
 
-@triton.jit
+@kernel()
 def _copy_rows_kernel(
     ids_ptr, source_ptr, target_ptr, source2_ptr, target2_ptr, n, r, units,
     SCATTER: tl.constexpr, TWO: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_FEW = 2560  # measured on a CPU: 8 rows of 320 take 31 microseconds against 46; 512 rows 6.7 ms against 2.5
+
 
 def largest(values: Tensor, n: int) -> Tensor:
     """Indices, int64 [T, n], of the n largest of each row in descending order.
@@ -13,9 +15,10 @@ def largest(values: Tensor, n: int) -> Tensor:
     that and the reversed index one int64: no two are equal, so a partial sort finds what a stable full one would.
 
     Args:
-        values: [T, m], any float dtype; float64, which does not fit, is sorted in full.
+        values: [T, m], any float dtype; float64, which does not fit, is sorted in full, and so are few values, for
+            which that is one operation in place of nine.
     """
-    if values.dtype == torch.float64:
+    if values.dtype == torch.float64 or (values.is_cpu and values.numel() <= _FEW):
         return torch.sort(values, dim=1, descending=True, stable=True).indices[:, :n]
     m = values.shape[1]
     single = values.to(torch.float32) + 0.0  # -0.0 becomes 0.0

@@ -94,11 +94,13 @@ def row_adamw(
     betas: tuple[float, float],
     eps: float,
     decay: float,
+    decoupled: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A row and its moments after its touch number `touches`, from 1."""
+    g = g if decoupled else g + decay * p
     m = betas[0] * m + (1 - betas[0]) * g
     v = betas[1] * v + (1 - betas[1]) * g * g
-    p = p * (1 - lr * decay)
+    p = p * (1 - lr * decay) if decoupled else p
     step = lr * (m / (1 - betas[0] ** touches)) / ((v / (1 - betas[1] ** touches)).sqrt() + eps)
     return p - step, m, v
 

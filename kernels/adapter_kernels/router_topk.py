@@ -9,21 +9,22 @@ NaN counts as larger than +inf, as in torch.sort, so that it shows in what is co
 (`dispatch.debugging`) raises. -0.0 equals 0.0. Every expert that comes out is one of 0 to E - 1, whatever goes in.
 
 The kernel: one warp a token. A logit becomes an int32 of the same order, that and the reversed expert one int64, so
-that ties break by themselves; then P times the maximum is taken and struck out. Limits: E <= 1024, P <= 32 (of the
-kernel and, so that no program depends on where it runs, of the torch path).
+that ties break by themselves; then P times the maximum is taken and struck out. Limits of the kernel: no float64,
+E <= 1024, P <= 32. The torch path has none of them, and runs where they are passed.
 
 Source: arXiv 2406.04984, section 3; ties, which the paper leaves open, go to the lower expert.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import dispatch, launch, ordering
-from .jit import tl, triton
+from .jit import kernel, tl, triton
 from .variant import TYPE_NAMES, Variant, split
 
 MAX_EXPERTS = 1024
@@ -34,7 +35,7 @@ MAX_PICKS = 32
 _TABLE = launch.Table("router_topk", {"num_warps": 1, "num_stages": 1})
 
 
-@triton.jit
+@kernel("E", "stride_t")
 def _router_topk_kernel(logits_ptr, experts_ptr, picked_ptr, E, P, stride_t, BLOCK_E: tl.constexpr):
     """One program a token."""
     t = tl.program_id(0).to(tl.int64)
@@ -60,8 +61,18 @@ def _block(E: int) -> int:
     return max(256, triton.next_power_of_2(E))
 
 
+def _refusals(logits: Tensor, P: int) -> Iterator[tuple[str, str]]:
+    """What the kernel does not take: the argument, and why."""
+    E = logits.shape[1]
+    if logits.dtype not in dispatch.FLOATS:
+        yield "logits", f"the Triton kernel has no {logits.dtype}"
+    if E > MAX_EXPERTS:
+        yield "logits", f"the Triton kernel takes 1 to {MAX_EXPERTS} experts (columns), not {E}"
+    if P > MAX_PICKS:
+        yield "P", f"the Triton kernel takes 1 to {MAX_PICKS}, not {P}"
+
+
 def _triton(logits: Tensor, P: int) -> tuple[Tensor, Tensor]:
-    dispatch.require_half_or_single(logits, "logits")
     logits = dispatch.rows_apart(logits)
     T, E = logits.shape
     experts = dispatch.empty((T, P), torch.int32, logits.device)
@@ -84,7 +95,7 @@ def _op(logits: Tensor, P: int, impl: str | None) -> tuple[Tensor, Tensor]:
     if dispatch.debug():
         broken = logits.isnan().any(1).nonzero().flatten().tolist()
         dispatch.require(not broken, "logits", f"NaN at {len(broken)} tokens, the first of them {broken[:1]}")
-    return (_triton if dispatch.use_triton(impl, logits.device) else _torch)(logits, P)
+    return (_triton if dispatch.use_triton(impl, logits.device, _refusals(logits, P)) else _torch)(logits, P)
 
 
 @_op.register_fake
@@ -114,19 +125,20 @@ def router_topk(logits: Tensor, P: int, *, impl: str | None = None) -> tuple[Ten
 
     Args:
         logits: [T, E], fp32, fp16 or bf16, any strides; float64 on the torch path.
-        P: 1 to min(E, 32).
-        impl: "triton", "torch", or None: by the device of the logits.
+        P: 1 to E.
+        impl: "triton", "torch", or None: by the device of the logits and the limits of the kernel.
 
     Returns:
         experts, int32 [T, P], and their raw logits, [T, P] of the logits' dtype (differentiable).
 
     Raises:
-        ValueError: wrong dtype or shape, E > 1024, P out of range; in debug mode NaN logits.
+        ValueError: wrong dtype or shape, P out of range, a limit of the kernel with impl="triton"; in debug mode NaN
+            logits.
     """
     dispatch.require_matrix(logits, "logits", dispatch.FLOATS)
     E = logits.shape[1]
-    dispatch.require(1 <= E <= MAX_EXPERTS, "logits", f"1 to {MAX_EXPERTS} experts (columns) are needed, not {E}")
-    dispatch.require(1 <= P <= min(E, MAX_PICKS), "P", f"1 to {min(E, MAX_PICKS)} is needed, not {P}")
+    dispatch.require(E >= 1, "logits", "has no columns")
+    dispatch.require(1 <= P <= E, "P", f"1 to {E} is needed, not {P}")
     picked, experts = _op(logits, P, impl)
     return experts, picked
 
@@ -147,7 +159,6 @@ def variants(capability: int | None) -> list[Variant]:
             },
             blocks | {"BLOCK_E": block},
             options,
-            frozenset({"E", "stride_t"}),
             wide=True,
         )
         for name in TYPE_NAMES.values()

@@ -1,15 +1,17 @@
-"""One AdamW step of touched rows, in place; all other rows, moments and counts keep their bits.
+"""One AdamW or Adam step of touched rows, in place; all other rows, moments and counts keep their bits.
 
 For a row's n-th touch, n = count + 1, with gradient g:
 
     m <- m + (1 - beta1)(g - m)                      p <- (1 - lr weight_decay) p
     v <- beta2 v + (1 - beta2) g g                   p <- p - lr / (1 - beta1^n) m / (sqrt(v / (1 - beta2^n)) + eps)
 
+Adam has g <- g + weight_decay p before it, and 1 in place of (1 - lr weight_decay).
+
 Not differentiable. Sums are in fp32 (float64 of float64 tables on the torch path), each operation rounded by itself in
-the order below, so that the kernel, the torch path and `meft.row_update` give the same bits; the two bias corrections
-are reckoned in float64. bf16 tables are rounded stochastically: the low 16 bits get noise added and are cut off, which
-keeps the mean, and else most steps of a small learning rate would change nothing. The noise is a hash, splitmix64 of
-(seed, row, n) and then lowbias32 over the columns: no state, and the same in any grouping of the rows.
+the order of `adamw_blocks`, so that the kernel, the torch path and `meft.row_update` give the same bits; the two bias
+corrections are reckoned in float64. bf16 tables are rounded stochastically: the low 16 bits get noise added and are cut
+off, which keeps the mean, and else most steps of a small learning rate would change nothing. The noise is a hash,
+splitmix64 of (seed, row, n) and then lowbias32 over the columns: no state, and the same in any grouping of the rows.
 
 Tables lie on the device of the rows, or in page-locked host memory for rows on a CUDA device (zero-copy: table,
 moments, wire and count are each read and written over the link; see `gather_rows` for what the host must wait for).
@@ -27,46 +29,21 @@ import torch
 from torch import Tensor
 
 from . import dispatch, row_adamw_kernels
+from .adamw_blocks import StepRule, step_rows
 from .gather_rows import require_reachable, zero_copy
-from .row_adamw_kernels import from_grad, variants
-from .stochastic_rounding import round_stochastically
+from .row_adamw_kernels import variants
 
 __all__ = ["row_adamw", "variants"]
-
-_CHUNK = 1 << 17  # values of a table in work at a time on the CPU: they stay in the cache
 
 
 def _torch(
     table: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, count: Tensor, wire: Tensor | None, rows: Tensor, grads: Tensor,
-    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, seed: int,
+    rule: StepRule, seed: int,
 ) -> None:  # fmt: skip
-    """In blocks that stay in the cache; fused torch operations would contract on some machines and not on others."""
-    rows, grads, fresh = rows.to(table.device, torch.int64), grads.to(table.device), from_grad(beta1)
+    rows, grads = rows.to(table.device, torch.int64), grads.to(table.device)
     low, high = (int(x) for x in rows.aminmax()) if rows.is_cpu else (0, 0)
     dispatch.require(low >= 0 and high < len(table), "rows", f"0 to {len(table) - 1} are possible, not {low} to {high}")
-    block = max(1, _CHUNK // max(1, table.shape[1]))
-    for start in range(0, len(rows), block):
-        mine = rows[start : start + block]
-        touches = count.index_select(0, mine) + 1
-        count.index_copy_(0, mine, touches)
-        n = touches.to(torch.float64)
-        step_size = (lr / (1 - beta1**n)).to(exp_avg.dtype)[:, None]
-        root2 = (1 - beta2**n).sqrt().to(exp_avg.dtype)[:, None]
-        p = table.index_select(0, mine).to(exp_avg.dtype)
-        m, v = exp_avg.index_select(0, mine), exp_avg_sq.index_select(0, mine)
-        g = grads[start : start + block].to(exp_avg.dtype)
-        moved = torch.sub(g, m).mul_(-beta1 if fresh else 1 - beta1)
-        m = torch.add(g, moved) if fresh else m.add_(moved)
-        v.mul_(beta2).add_(torch.mul(g, 1 - beta2, out=moved).mul_(g))
-        # torch.sqrt of float32 on the CPU can be off by one unit in the last place.
-        root = v.to(torch.float64, copy=True).sqrt_().to(v.dtype) if v.is_cpu else v.sqrt()
-        scale = root.div_(root2).add_(eps)
-        p.mul_(1 - lr * weight_decay).sub_(torch.mul(m, step_size, out=moved).div_(scale))
-        if table.dtype == torch.bfloat16:
-            round_stochastically(p, mine, touches, seed)
-        for target, source in ((table, p), (exp_avg, m), (exp_avg_sq, v), (wire, p)):
-            if target is not None:
-                target.index_copy_(0, mine, source.to(target.dtype))
+    step_rows(table, exp_avg, exp_avg_sq, count, wire, rows, grads, rule, seed)
 
 
 @torch.library.custom_op("adapter_kernels::row_adamw", mutates_args=("table", "exp_avg", "exp_avg_sq", "count", "wire"))
@@ -83,6 +60,7 @@ def _op(
     beta2: float,
     eps: float,
     weight_decay: float,
+    decoupled: bool,
     seed: int,
     impl: str | None,
 ) -> None:
@@ -93,11 +71,10 @@ def _op(
         inside = bool(((rows >= 0) & (rows < len(table))).all())
         dispatch.require(inside, "rows", f"rows outside of 0 to {len(table) - 1}")
         dispatch.require(len(rows.unique()) == len(rows), "rows", "a row is there twice")
-    step = _torch
-    if dispatch.use_triton(impl, rows.device) and reachable:
-        dispatch.require_half_or_single(table, "table")
-        step = row_adamw_kernels.step
-    step(table, exp_avg, exp_avg_sq, count, wire, rows, grads, lr, beta1, beta2, eps, weight_decay, seed)
+    refusals = [("table", f"the Triton kernel has no {table.dtype}")] if table.dtype == torch.float64 else []
+    step = row_adamw_kernels.step if dispatch.use_triton(impl, rows.device, refusals) and reachable else _torch
+    rule = StepRule(lr, beta1, beta2, eps, weight_decay, decoupled)
+    step(table, exp_avg, exp_avg_sq, count, wire, rows, grads, rule, seed)
 
 
 @_op.register_fake
@@ -114,6 +91,7 @@ def _(
     beta2: float,
     eps: float,
     weight_decay: float,
+    decoupled: bool,
     seed: int,
     impl: str | None,
 ) -> None:
@@ -132,6 +110,7 @@ def row_adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    decoupled: bool = True,
     wire: Tensor | None = None,
     seed: int = 0,
     impl: str | None = None,
@@ -145,8 +124,9 @@ def row_adamw(
         count: int32 [r], how often each row was touched, where the table is.
         rows: int32 or int64 [n], distinct, contiguous.
         grads: [n, d], fp32, fp16 or bf16 (float64), contiguous, on the device of the rows.
-        lr, betas, eps, weight_decay: as in torch.optim.AdamW.
-        wire: [r, d] in fp16 or bf16, where the (fp32) table is: a copy of its touched rows, rounded to the nearest.
+        lr, betas, eps, weight_decay: as in torch.optim.AdamW; `decoupled=False`: as in torch.optim.Adam.
+        wire: [r, d] in fp16 or bf16 (fp32 of a float64 table), where the table is: a copy of its touched rows, rounded
+            to the nearest.
         seed: of the stochastic rounding of a bf16 table.
         impl: "triton", "torch", or None: by the device of the rows.
 
@@ -160,7 +140,8 @@ def row_adamw(
     fixed = [(exp_avg, "exp_avg", (wide,)), (exp_avg_sq, "exp_avg_sq", (wide,))]
     if wire is not None:
         dispatch.require(table.dtype != torch.bfloat16, "wire", "a bf16 table is narrow itself")
-        fixed.append((wire, "wire", (torch.float16, torch.bfloat16)))
+        narrow = (torch.float16, torch.bfloat16, *([torch.float32] if wide == torch.float64 else []))
+        fixed.append((wire, "wire", narrow))
     for tensor, name, dtypes in fixed:
         dispatch.require(tensor.dtype in dtypes, name, f"one of {dtypes} is needed, not {tensor.dtype}")
         dispatch.require(tensor.shape == table.shape, name, f"the shape {tuple(table.shape)} is needed")
@@ -186,4 +167,4 @@ def row_adamw(
     dispatch.require_same_device(rows=rows, grads=grads)
     require_reachable(table, "table", rows.device)
     bare = [t.detach() if t is not None else None for t in own.values()]
-    _op(*bare, rows, grads.detach(), lr, beta1, beta2, eps, weight_decay, seed, impl)
+    _op(*bare, rows, grads.detach(), lr, beta1, beta2, eps, weight_decay, decoupled, seed, impl)

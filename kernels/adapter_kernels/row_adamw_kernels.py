@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from . import dispatch, launch
-from .jit import tl, triton
+from .adamw_blocks import StepRule
+from .jit import kernel, tl, triton
 from .variant import TYPE_NAMES, Variant, split
 
 # Derived, not measured: one row a lane; 1,600 rows are 13 programs.
@@ -38,7 +39,7 @@ def _powers(n, high, low):
     return power
 
 
-@triton.jit
+@kernel()
 def _prepare_kernel(
     rows_ptr, count_ptr, keys_ptr, bias_ptr, n, r, lr_high, lr_low, beta1_high, beta1_low, beta2_high, beta2_low, seed,
     C1: tl.constexpr, C2: tl.constexpr, BLOCK: tl.constexpr,
@@ -60,11 +61,11 @@ def _prepare_kernel(
     tl.store(bias_ptr + 2 * i + 1, root2.to(tl.float32), mask=i < n)
 
 
-@triton.jit
+@kernel("D")
 def _step_kernel(
     table_ptr, m_ptr, v_ptr, wire_ptr, rows_ptr, grads_ptr, keys_ptr, bias_ptr, n, r, D,
-    mix, beta2, fresh2, eps, decay,
-    FROM_GRAD: tl.constexpr, STOCHASTIC: tl.constexpr, WIRE: tl.constexpr, BN: tl.constexpr,
+    mix, beta2, fresh2, eps, decay, coupled,
+    STOCHASTIC: tl.constexpr, WIRE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Persistent programs over (row, BN of its columns). Compiled without contraction into fma."""
     blocks = tl.cdiv(D, BN)
@@ -78,8 +79,10 @@ def _step_kernel(
         p = tl.load(table_ptr + at, mask=mask, other=0.0).to(tl.float32)
         m = tl.load(m_ptr + at, mask=mask, other=0.0)
         v = tl.load(v_ptr + at, mask=mask, other=0.0)
+        # Selected and not compiled in: the kernel waits for memory, and there are a quarter as many of it.
+        g = tl.where(coupled != 0, g + p * coupled, g)
         moved = (g - m) * mix
-        m = (g if FROM_GRAD else m) + moved
+        m = tl.where(mix <= 0, g, m) + moved  # from the gradient if 1 - beta1 >= 0.5: mix is -beta1 then, else positive
         v = v * beta2 + (g * fresh2) * g
         step_size = tl.load(bias_ptr + 2 * i)
         root2 = tl.load(bias_ptr + 2 * i + 1)
@@ -107,14 +110,9 @@ def _halves(value: float) -> tuple[float, float]:
     return high, value - high
 
 
-def from_grad(beta1: float) -> bool:
-    """Whether the new first moment is reckoned from the gradient or from the old moment: torch.lerp's rule."""
-    return 1 - beta1 >= 0.5
-
-
 def step(
     table: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, count: Tensor, wire: Tensor | None, rows: Tensor, grads: Tensor,
-    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, seed: int,
+    rule: StepRule, seed: int,
 ) -> None:  # fmt: skip
     """Launch both, for at least one row; all tensors contiguous."""
     n, (r, D) = len(rows), table.shape
@@ -124,18 +122,17 @@ def step(
     rows = rows.to(torch.int32)
     keys = dispatch.empty((n,), torch.int64, rows.device)
     bias = dispatch.empty((n, 2), torch.float32, rows.device)
-    fresh = from_grad(beta1)
     first, second, third = map(signed, SPLITMIX)
     prepare = _PREPARE.on(rows.device)
     with dispatch.on(rows.device):
         _prepare_kernel[(triton.cdiv(n, prepare["BLOCK"]),)](
-            rows, count, keys, bias, n, r, *_halves(lr), *_halves(beta1), *_halves(beta2), signed(seed * third),
-            C1=first, C2=second, **prepare,
+            rows, count, keys, bias, n, r, *_halves(rule.lr), *_halves(rule.beta1), *_halves(rule.beta2),
+            signed(seed * third), C1=first, C2=second, **prepare,
         )  # fmt: skip
         _step_kernel[(programs,)](
             table, exp_avg, exp_avg_sq, wire, rows, grads, keys, bias, n, r, D,
-            -beta1 if fresh else 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay,
-            FROM_GRAD=fresh, STOCHASTIC=table.dtype == torch.bfloat16, WIRE=wire is not None,
+            rule.mix, rule.beta2, 1 - rule.beta2, rule.eps, rule.decay, rule.coupled,
+            STOCHASTIC=table.dtype == torch.bfloat16, WIRE=wire is not None,
             enable_fp_fusion=False, **config,
         )  # fmt: skip
 
@@ -153,13 +150,12 @@ def variants(capability: int | None) -> list[Variant]:
     blocks = {"BN": blocks["BN"]}
     kinds = [("fp32", grads, wire) for grads in TYPE_NAMES.values() for wire in (None, "fp16", "bf16")]
     for table, grads, wire in kinds + [("bf16", grads, None) for grads in TYPE_NAMES.values()]:
-        for fresh in (False, True):
-            types = {"table_ptr": f"*{table}", "m_ptr": "*fp32", "v_ptr": "*fp32", "grads_ptr": f"*{grads}"}
-            types |= {"rows_ptr": "*i32", "keys_ptr": "*i64", "bias_ptr": "*fp32"} | dict.fromkeys("nrD", "i32")
-            types |= dict.fromkeys(("mix", "beta2", "fresh2", "eps", "decay"), "fp32")
-            types |= {"wire_ptr": f"*{wire}"} if wire else {}
-            constants = blocks | ({} if wire else {"wire_ptr": None}) | {"FROM_GRAD": fresh}
-            constants |= {"STOCHASTIC": table == "bf16", "WIRE": wire is not None}
-            launched = options | {"enable_fp_fusion": False}
-            found.append(Variant(_step_kernel, types, constants, launched, frozenset({"D"}), wide=True))
+        types = {"table_ptr": f"*{table}", "m_ptr": "*fp32", "v_ptr": "*fp32", "grads_ptr": f"*{grads}"}
+        types |= {"rows_ptr": "*i32", "keys_ptr": "*i64", "bias_ptr": "*fp32"} | dict.fromkeys("nrD", "i32")
+        types |= dict.fromkeys(("mix", "beta2", "fresh2", "eps", "decay", "coupled"), "fp32")
+        types |= {"wire_ptr": f"*{wire}"} if wire else {}
+        constants = blocks | ({} if wire else {"wire_ptr": None})
+        constants |= {"STOCHASTIC": table == "bf16", "WIRE": wire is not None}
+        launched = options | {"enable_fp_fusion": False}
+        found.append(Variant(_step_kernel, types, constants, launched, wide=True))
     return found

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, launch
-from .jit import tl, triton
+from .jit import kernel, tl, triton
 from .variant import Variant, split
 
 MAX_ROWS = 1 << 20
@@ -39,7 +39,7 @@ _PLACE = launch.Table("row_union.place", {"BLOCK": 1024, "num_warps": 4, "num_st
 _NUMBER = launch.Table("row_union.number", {"BLOCK": 1024, "num_warps": 8, "num_stages": 1})
 
 
-@triton.jit
+@kernel("n")
 def _mark_kernel(ids_ptr, valid_ptr, marks_ptr, n, r, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     """marks[id] = 1; an id outside of 0 to r - 1 is no pick."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -50,7 +50,7 @@ def _mark_kernel(ids_ptr, valid_ptr, marks_ptr, n, r, MASKED: tl.constexpr, BLOC
     tl.store(marks_ptr + row, tl.full((BLOCK,), 1, tl.int8), mask=used)
 
 
-@triton.jit
+@kernel("capacity")
 def _number_kernel(
     marks_ptr, places_ptr, rows_ptr, count_ptr, more_ptr, r, start, capacity, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -74,7 +74,7 @@ def _number_kernel(
             tl.store(rows_ptr + i + b, tl.full((BLOCK,), -1, tl.int32), mask=i + b < capacity)
 
 
-@triton.jit
+@kernel("n")
 def _place_kernel(ids_ptr, valid_ptr, places_ptr, position_ptr, n, r, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     """position[i] = places[ids[i]]."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -252,7 +252,7 @@ def union_windows(
 def variants(capability: int | None) -> list[Variant]:
     """What a launch can be: ids of both widths, with and without a mask."""
     found = []
-    for table, kernel, extra in (
+    for table, function, extra in (
         (_MARK, _mark_kernel, {"marks_ptr": "*i8"}),
         (_PLACE, _place_kernel, {"places_ptr": "*i32", "position_ptr": "*i32"}),
     ):
@@ -261,9 +261,9 @@ def variants(capability: int | None) -> list[Variant]:
             for masked in (False, True):
                 types = {"ids_ptr": ids, "n": "i32", "r": "i32"} | extra | ({"valid_ptr": "*i8"} if masked else {})
                 constants = blocks | {"MASKED": masked} | ({} if masked else {"valid_ptr": None})
-                found.append(Variant(kernel, types, constants, options, frozenset({"n"}), wide=True))
+                found.append(Variant(function, types, constants, options, wide=True))
     blocks, options = split(_NUMBER.at(capability))
     types = {"marks_ptr": "*i8", "places_ptr": "*i32", "rows_ptr": "*i32", "count_ptr": "*i32", "more_ptr": "*i32"}
     types |= dict.fromkeys(("r", "start", "capacity"), "i32")
-    found.append(Variant(_number_kernel, types, blocks, options, frozenset({"capacity"})))
+    found.append(Variant(_number_kernel, types, blocks, options))
     return found

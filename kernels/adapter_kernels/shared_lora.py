@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, launch
-from .jit import tl, triton
+from .jit import kernel, tl, triton
 from .variant import TYPE_NAMES, Variant, split
 
 MAX_RANK = 64
@@ -41,7 +41,7 @@ _UP = launch.Table("shared_lora.up", {"BM": 32, "BN": 128, "num_warps": 4, "num_
 _UP_FP32 = launch.Table("shared_lora.up_fp32", {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 1})
 
 
-@triton.jit
+@kernel("D", "stride_x")
 def _down_kernel(
     x_ptr, w_ptr, h_ptr, T, D, R, stride_x,
     BY_RANK: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
@@ -61,7 +61,7 @@ def _down_kernel(
     tl.store(h, total, mask=(m < T)[:, None] & (r < R)[None, :])
 
 
-@triton.jit
+@kernel("N", "stride_base")
 def _up_kernel(
     h_ptr, w_ptr, base_ptr, y_ptr, T, N, R, pieces, stride_base, scaling,
     BY_RANK: tl.constexpr, BASE: tl.constexpr, PRECISION: tl.constexpr,
@@ -274,13 +274,12 @@ def variants(capability: int | None) -> list[Variant]:
                 types = {"x_ptr": f"*{name}", "w_ptr": f"*{name}", "h_ptr": "*fp32"}
                 types |= dict.fromkeys(("T", "D", "R", "stride_x"), "i32")
                 constants = blocks | {"BY_RANK": not backward, "PRECISION": "ieee", "BR": block}
-                aligned = frozenset({"D", "stride_x"})  # not R: a rank of 8 is usual
-                found.append(Variant(_down_kernel, types, constants, options, aligned, wide=True))
+                found.append(Variant(_down_kernel, types, constants, options, wide=True))
                 blocks, options = split((_UP_FP32 if single else _UP).at(capability))
                 types = {"h_ptr": "*fp32", "w_ptr": f"*{name}", "y_ptr": f"*{name}", "scaling": "fp32"}
                 types |= dict.fromkeys(("T", "N", "R", "pieces", "stride_base"), "i32")
                 types |= {} if backward else {"base_ptr": f"*{name}"}
                 constants = blocks | ({"base_ptr": None} if backward else {})
                 constants |= {"BY_RANK": backward, "BASE": not backward, "PRECISION": "ieee", "BR": block}
-                found.append(Variant(_up_kernel, types, constants, options, aligned | {"N", "stride_base"}, wide=True))
+                found.append(Variant(_up_kernel, types, constants, options, wide=True))
     return found

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, launch
-from .jit import tl, triton
+from .jit import kernel, tl, triton
 from .variant import TYPE_NAMES, Variant, split
 
 # Derived, not measured: tensor cores take 16 tokens at least, and a token's 64 picks read by 32 and 64 programs keep
@@ -53,7 +53,7 @@ _TOKEN_SCORES = launch.Table("sparse_ffn.token_scores", {"BR": 2, "BK": 1024, "n
 _TOKEN_VALUES = launch.Table("sparse_ffn.token_values", {"BR": 32, "BN": 64, "num_warps": 4, "num_stages": 2})
 
 
-@triton.jit
+@kernel("K", "width")
 def _slots_kernel(position_ptr, slots_ptr, U, K, width, BLOCK: tl.constexpr):
     """One program a token; slots are -1 before."""
     t = tl.program_id(0).to(tl.int64)
@@ -63,7 +63,7 @@ def _slots_kernel(position_ptr, slots_ptr, U, K, width, BLOCK: tl.constexpr):
         tl.store(slots_ptr + t * width + row, j.to(tl.int16), mask=(row >= 0) & (row < U))
 
 
-@triton.jit
+@kernel("D", "width", "stride_x", "stride_g")
 def _scores_kernel(
     x_ptr, keys_ptr, g_ptr, values_ptr, slots_ptr, factors_ptr, active_ptr, bykey_ptr, dfactors_ptr,
     T, U, D, K, width, stride_x, stride_g,
@@ -110,7 +110,7 @@ def _scores_kernel(
         tl.store(bykey_ptr + at, ds.to(bykey_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel("N", "width", "stride_base")
 def _product_kernel(
     a_ptr, b_ptr, base_ptr, out_ptr, M, N, K, width, stride_base,
     TRANSPOSED: tl.constexpr, BASE: tl.constexpr, PRECISION: tl.constexpr,
@@ -140,7 +140,7 @@ def _product_kernel(
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel("D", "stride_x")
 def _token_scores_kernel(
     x_ptr, keys_ptr, position_ptr, factors_ptr, active_ptr, U, D, K, stride_x,
     FACTOR: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
@@ -162,7 +162,7 @@ def _token_scores_kernel(
     tl.store(active_ptr + t * K + j, tl.where(live & (score > 0), score, 0.0), mask=j < K)
 
 
-@triton.jit
+@kernel("D", "stride_base")
 def _token_values_kernel(
     active_ptr, values_ptr, position_ptr, base_ptr, out_ptr, U, D, K, stride_base,
     BASE: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
@@ -268,8 +268,7 @@ def variants(capability: int | None) -> list[Variant]:
     blocks, options = split(_SLOTS.at(capability))
     sizes = dict.fromkeys(("T", "U", "D", "K", "width", "stride_x", "stride_g"), "i32")
     types = {"position_ptr": "*i32", "slots_ptr": "*i16", **sizes}
-    found = [Variant(_slots_kernel, types, blocks, options, frozenset({"K", "width"}), wide=True)]
-    aligned = frozenset({"D", "N", "width", "stride_x", "stride_g", "stride_base"})
+    found = [Variant(_slots_kernel, types, blocks, options, wide=True)]
     for dtype, name in TYPE_NAMES.items():
         data = f"*{name}"
         tables = _tables(dtype)
@@ -286,11 +285,11 @@ def variants(capability: int | None) -> list[Variant]:
                 blocks, options = split(tables[backward_too].at(capability))
                 constants = blocks | dict.fromkeys(pointers - types.keys(), None)
                 constants |= {"FACTOR": factor is not None, "BACKWARD": backward_too, "PRECISION": "ieee"}
-                found.append(Variant(_scores_kernel, types, constants, options, aligned, wide=True))
+                found.append(Variant(_scores_kernel, types, constants, options, wide=True))
             blocks, options = split(_TOKEN_SCORES.at(capability))
             types = {"x_ptr": data, "keys_ptr": data, "position_ptr": "*i32", "active_ptr": "*fp32"} | factored | sizes
             constants = blocks | absent | {"FACTOR": factor is not None}
-            found.append(Variant(_token_scores_kernel, types, constants, options, aligned, wide=True))
+            found.append(Variant(_token_scores_kernel, types, constants, options, wide=True))
         for base in (False, True):
             added: dict[str, str] = {"base_ptr": data} if base else {}
             absent = {} if base else {"base_ptr": None}
@@ -299,10 +298,8 @@ def variants(capability: int | None) -> list[Variant]:
                 blocks, options = split(tables[2].at(capability))
                 constants = blocks | absent | {"TRANSPOSED": transposed, "BASE": base, "PRECISION": "ieee"}
                 product = types | {"a_ptr": data, "b_ptr": data}
-                found.append(Variant(_product_kernel, product, constants, options, aligned, wide=True))
+                found.append(Variant(_product_kernel, product, constants, options, wide=True))
             blocks, options = split(_TOKEN_VALUES.at(capability))
             types = types | {"active_ptr": "*fp32", "values_ptr": data, "position_ptr": "*i32"}
-            found.append(
-                Variant(_token_values_kernel, types, blocks | absent | {"BASE": base}, options, aligned, wide=True)
-            )
+            found.append(Variant(_token_values_kernel, types, blocks | absent | {"BASE": base}, options, wide=True))
     return found

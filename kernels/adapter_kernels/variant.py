@@ -20,8 +20,8 @@ class Variant:
         types: type of each runtime argument: "*bf16", "*i32", "i32", "fp32", ...
         constants: the constexpr arguments.
         launch: num_warps and num_stages.
-        multiples_of_16: integer arguments that a launch at the usual sizes passes as multiples of 16, as row lengths
-            and strides are; all pointers are taken to be aligned to 16 bytes, as torch allocates them.
+        aligned: whether the arguments that the kernel names so are multiples of 16, as at the usual sizes; all pointers
+            are taken to be aligned to 16 bytes, as torch allocates them.
         wide: whether global memory must be read 16 bytes at a time.
     """
 
@@ -29,8 +29,14 @@ class Variant:
     types: Mapping[str, str]
     constants: Mapping[str, Any]
     launch: Mapping[str, int]
-    multiples_of_16: frozenset[str] = frozenset()
+    aligned: bool = True
     wide: bool = False
+
+    @property
+    def specialised(self) -> list[str]:
+        """The integer arguments for whose values (multiples of 16; 1) a launch compiles another kernel."""
+        integers = [p for p in self.kernel.params if self.types.get(p.name) in ("i32", "i64")]
+        return [p.name for p in integers if not p.do_not_specialize]
 
     @property
     def label(self) -> str:

@@ -38,15 +38,16 @@ class Tables:
     def __getitem__(self, name: str) -> Tensor:
         return self.fenced[name].tensor
 
-    def step(self, op, rows, grads, *, betas=(0.9, 0.999), seed=0) -> None:
+    def step(self, op, rows, grads, *, betas=(0.9, 0.999), seed=0, decoupled=True) -> None:
         own = [self[name] for name in ("table", "exp_avg", "exp_avg_sq", "count")]
-        op(*own, rows, grads, betas=betas, seed=seed, wire=self["wire"] if "wire" in self.fenced else None, **RULE)
+        wire = self["wire"] if "wire" in self.fenced else None
+        op(*own, rows, grads, betas=betas, seed=seed, wire=wire, decoupled=decoupled, **RULE)
 
 
-def check_adamw(op, tables: Tables, rows: Tensor, grads: Tensor, *, betas=(0.9, 0.999)) -> None:
+def check_adamw(op, tables: Tables, rows: Tensor, grads: Tensor, *, betas=(0.9, 0.999), decoupled=True) -> None:
     """Touched rows within rounding of the oracle, all else bit by bit."""
     before = {name: tables[name].clone() for name in tables.fenced}
-    tables.step(op, rows, grads, betas=betas)
+    tables.step(op, rows, grads, betas=betas, decoupled=decoupled)
     untouched = torch.ones(len(before["table"]), dtype=torch.bool)
     untouched[rows.long()] = False
     for name, fenced in tables.fenced.items():
@@ -58,8 +59,10 @@ def check_adamw(op, tables: Tables, rows: Tensor, grads: Tensor, *, betas=(0.9, 
     for i, grad in zip(rows.tolist(), grads.double(), strict=True):
         touches = int(before["count"][i]) + 1
         state = (old["table"][i], old["exp_avg"][i], old["exp_avg_sq"][i])
-        oracle = reference.row_adamw(*state, touches, grad, RULE["lr"], betas, RULE["eps"], RULE["weight_decay"])
-        sizes = (state[0].abs() + RULE["lr"] * 10, state[1].abs() + grad.abs(), oracle[2])
+        rule = (RULE["lr"], betas, RULE["eps"], RULE["weight_decay"], decoupled)
+        oracle = reference.row_adamw(*state, touches, grad, *rule)
+        size = grad.abs() + (0 if decoupled else RULE["weight_decay"] * state[0].abs())
+        sizes = (state[0].abs() + RULE["lr"] * 10, state[1].abs() + size, oracle[2] + (0 if decoupled else size**2))
         for name, exact, size in zip(("table", "exp_avg", "exp_avg_sq"), oracle, sizes, strict=True):
             out = tables[name][i]
             # Stochastic rounding goes to one of the neighbours: two halves of a unit in the last place.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from kernel_checks import EPS, LAYOUTS
+from kernel_checks import EPS, IN_NORM, LAYOUTS
 from torch import Tensor
 
 from adapter_kernels import reference
@@ -84,6 +84,44 @@ def check_expert_exactly(op: Op, case: Case) -> None:
         assert torch.equal(out.double(), oracle.double())
 
 
+def check_nan(router: Op, op: Op, union: Op) -> None:
+    """Whatever is NaN, every id is one of those that there are, and each op after the other goes through."""
+    E, each, P, K = 5, 4, 3, 6
+    for spoil in ("x", "keys", "logits", "all"):
+        case = Case(6, 8, E=E, each=each, P=P, K=K)
+        logits = torch.randn(6, E, generator=generator(1))
+        for name, tensor in (("x", case.x), ("keys", case.keys), ("logits", logits)):
+            if spoil in (name, "all"):
+                tensor[1], tensor[3, 2] = torch.nan, -torch.nan
+        experts, factors = router(logits, P)
+        assert bool(((experts >= 0) & (experts < E)).all())
+        assert all(len(row.unique()) == P for row in experts)
+        ids, scores, _ = op(case.x, case.keys, experts, factors, K, E=E)
+        assert bool(((ids >= -1) & (ids < E * each)).all())
+        assert not scores.isnan().any()
+        assert bool(
+            (torch.gather(experts, 1, experts.argsort(1))[:, :, None] == ids[:, None] // each).any(1)[ids >= 0].all()
+        )
+        rows, position = union(ids, E * each)
+        assert torch.equal(rows[position[ids >= 0].long()], ids[ids >= 0])
+
+
+def check_by_neuron(op: Op, case: Case) -> None:
+    """The same picks, each with its own score and dot, in ascending order with empty slots anywhere."""
+    expected = case.run(op)
+    found = op(case.x, case.keys, case.experts, case.factors, case.K, E=case.E, by_neuron=True)
+    for t in range(len(case.x)):
+        used = found[0][t] >= 0
+        assert bool((found[0][t][used].diff() > 0).all())
+        assert bool((found[0][t][~used] == -1).all() and (found[1][t][~used] == 0).all())
+        assert bool((found[2][t][~used] == 0).all())
+        n = int(used.sum())
+        order = expected[0][t, :n].argsort()
+        for mine, theirs in zip(found, expected, strict=True):
+            assert torch.equal(mine[t][used], theirs[t, :n][order])
+            assert bool((expected[0][t, n:] == -1).all())
+
+
 def check_expert(op: Op, case: Case) -> tuple[int, int]:
     """Scores within their bounds; a pick that the oracle does not have only within the rounding of its rival's.
 
@@ -101,6 +139,7 @@ def check_expert(op: Op, case: Case) -> tuple[int, int]:
     bound = 4 * EPS[torch.float32] * oracle.abs() + rounding * sizes
     bare_bound = 4 * EPS[torch.float32] * bare.abs() + rounding * bare_sizes
     differing = picks = 0
+    errors, norm = torch.zeros(len(x), dtype=torch.float64), oracle.new_zeros(len(x))
     for t in range(len(x)):
         n = int((ids[t] >= 0).sum())
         mine = ids[t, :n].long()
@@ -111,6 +150,7 @@ def check_expert(op: Op, case: Case) -> tuple[int, int]:
         assert bool(((scores[t, :n].double() - oracle[t, mine]).abs() <= bound[t, mine]).all()), "a score is off"
         assert bool(((dots[t, :n].double() - bare[t, mine]).abs() <= bare_bound[t, mine]).all()), "a dot is off"
         assert bool((scores[t, :n] > 0).all())
+        errors[t], norm[t] = (scores[t, :n].double() - oracle[t, mine]).norm(), oracle[t, mine].norm()
         assert bool((scores[t, : max(0, n - 1)] >= scores[t, 1:n]).all()), "not in descending order"
         theirs = (oracle[t] > 0).nonzero().flatten()
         theirs = theirs[oracle[t, theirs].argsort(descending=True, stable=True)][: case.K]
@@ -126,4 +166,5 @@ def check_expert(op: Op, case: Case) -> tuple[int, int]:
             assert rival - oracle[t, neuron] <= bound[t, neuron] + slack, "a smaller score was picked"
         differing += max(len(missed), len(extra))
         picks += len(theirs)
+    assert errors.norm() <= IN_NORM[torch.float32] * norm.norm(), "scores are off in norm"
     return differing, picks

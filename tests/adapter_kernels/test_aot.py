@@ -1,6 +1,7 @@
 """The ahead-of-time check accepts what fits a GPU and refuses what does not."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -27,7 +28,7 @@ def test_a_good_variant_is_accepted(router):
     ("change", "problem"),
     [
         ({"launch": {"num_warps": 1, "maxnreg": 24}, "constants": {"BLOCK_E": 1024}}, "spills"),
-        ({"multiples_of_16": frozenset()}, "no 16-byte global load"),
+        ({"aligned": False}, "no 16-byte global load"),
         ({"constants": {"BLOCK_E": 300}}, "does not compile: "),
     ],
     ids=["spills", "narrow", "not a power of two"],
@@ -46,15 +47,16 @@ def test_too_much_shared_memory_is_refused():
 
 
 def test_the_command_fails_on_a_breach_where_the_gpu_is_required(monkeypatch, capsys, router):
-    narrow = dataclasses.replace(router, multiples_of_16=frozenset())
+    narrow = dataclasses.replace(router, aligned=False)
     monkeypatch.setattr(aot, "OPS", {"mine": lambda capability: [narrow]})
-    for targets, code in (((80,), 1), ((120,), 0)):
+    for targets, options, code in (((80,), [], 1), ((120,), [], 0), ((80, 120), ["--required"], 1)):
         aot._variants.cache_clear()
         monkeypatch.setattr(aot, "TARGETS", targets)
-        assert aot.main(["--jobs", "1"]) == code
-    printed = capsys.readouterr().out
-    assert "FAILS: no 16-byte global load" in printed
-    assert "reported: no 16-byte global load" in printed
+        assert aot.main(["--jobs", "1", *options]) == code
+        printed = capsys.readouterr().out
+        assert ("sm_80" in printed, "sm_120" in printed) == (80 in targets, targets == (120,))
+        assert "FAILS: no 16-byte global load" in printed if 80 in targets else "reported: no 16-byte" in printed
+        assert re.search(r"1 compiled, [01] not accepted, \d+ s$", printed)
     aot._variants.cache_clear()
 
 
@@ -64,3 +66,29 @@ def test_every_op_has_variants_for_every_dtype():
         assert found, op
         pointers = {kind for v in found for kind in v.types.values() if kind in ("*fp32", "*fp16", "*bf16")}
         assert op == "row_union" or pointers == {"*fp32", "*fp16", "*bf16"}
+
+
+def each_kernel():
+    """A variant of each kernel and combination of its flags."""
+    found = {}
+    for variants in aot.OPS.values():
+        for v in variants(80):
+            flags = {name: value for name, value in v.constants.items() if value is None or isinstance(value, bool)}
+            found.setdefault((v.kernel.__name__, *sorted(flags.items())), v)
+    return found.values()
+
+
+def test_every_integer_argument_can_be_1():
+    """Triton makes a constant of an argument that is 1, unless it is told not to specialise: that too must compile."""
+    kernels = list(each_kernel())
+    assert {v.kernel.__name__ for v in kernels} >= {"_router_topk_kernel", "_copy_rows_kernel", "_product_kernel"}
+    for v in kernels:
+        integers = {name for name, kind in v.types.items() if kind in ("i32", "i64")} & set(v.kernel.arg_names)
+        signature = {p.name for p in v.kernel.params if not p.is_constexpr and not p.name.endswith("_ptr")}
+        floats = {name for name, kind in v.types.items() if kind == "fp32"}
+        assert integers == signature - floats, f"{v.label}: not all integers have a type"
+        if v.specialised:
+            ones = dict.fromkeys(v.specialised, 1)
+            types = {name: kind for name, kind in v.types.items() if name not in ones}
+            one = dataclasses.replace(v, types=types, constants={**v.constants, **ones}, wide=False)
+            assert aot.examine(one, 80).problems == (), v.label

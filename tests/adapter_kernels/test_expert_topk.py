@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from selection_checks import Case, check_expert, check_expert_exactly, generator
+from selection_checks import Case, check_by_neuron, check_expert, check_expert_exactly, check_nan, generator
 
-from adapter_kernels import debugging, expert_topk, router_topk
+from adapter_kernels import debugging, expert_topk, router_topk, row_union
 from adapter_kernels.expert_topk import _op
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -36,6 +36,44 @@ def test_any_shape(T, E, each, K, factor, data):
     check_expert_exactly(expert_topk, case)
 
 
+@pytest.mark.parametrize("T", [1, 40])
+@pytest.mark.parametrize(("x", "keys"), [("float32", "bfloat16"), ("float32", "float16"), ("float64", "float32")])
+def test_narrower_keys_are_widened(x, keys, T):
+    case = Case(T, 24, E=7, each=5, P=3, K=6, dtype=getattr(torch, keys))
+    case.x = case.x.to(getattr(torch, x))
+    differing, picks = check_expert(expert_topk, case)
+    assert differing <= 0.01 * picks
+    for impl in (None, "torch"):
+        ids, scores, dots = expert_topk(case.x, case.keys, case.experts, case.factors, case.K, E=case.E, impl=impl)
+        wide = expert_topk(case.x, case.keys.to(case.x.dtype), case.experts, case.factors, case.K, E=case.E)
+        assert all(map(torch.equal, (ids, scores, dots), wide))
+
+
+@pytest.mark.parametrize("factor", [True, False])
+@pytest.mark.parametrize("T", [0, 1, 30])
+def test_all_experts_probed(T, factor):
+    case = Case(T, 8, E=6, each=5, P=6, K=9, integers=True, factor=factor)  # in any order
+    check_expert_exactly(expert_topk, case)
+    case.K = 50  # more columns than candidates
+    check_expert_exactly(expert_topk, case)
+    case.experts[::3, 2] = -1
+    check_expert_exactly(expert_topk, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("K", [4, 15, 20])
+def test_by_neuron(dtype, K):
+    check_by_neuron(expert_topk, Case(30, 8, E=6, each=5, P=3, K=K, dtype=dtype, integers=True))
+
+
+def test_the_torch_path_has_no_limits():
+    check_expert_exactly(expert_topk, Case(3, 4, E=1100, each=2, P=700, K=300, integers=True))
+
+
+def test_nan_leads_to_no_index_that_is_not_there():
+    check_nan(router_topk, expert_topk, row_union)
+
+
 def test_with_router_topk_it_makes_the_picks_of_the_method():
     routing = pytest.importorskip("meft.routing")
     g = generator()
@@ -49,9 +87,9 @@ def test_with_router_topk_it_makes_the_picks_of_the_method():
 
 def test_registration():
     case = Case(9, 8, E=5, each=4, P=3, K=4)
-    arguments = (case.x, case.keys, case.experts, case.factors, case.K, case.E, None)
+    arguments = (case.x, case.keys, case.experts, case.factors, case.K, case.E, False, None)
     torch.library.opcheck(_op, arguments)
-    torch.library.opcheck(_op, (*arguments[:3], None, *arguments[4:]))
+    torch.library.opcheck(_op, (*arguments[:3], None, *arguments[4:6], True, None))
     compiled = torch.compile(lambda: case.run(expert_topk), fullgraph=True, backend="aot_eager")
     for out, again in zip(compiled(), case.run(expert_topk), strict=True):
         assert torch.equal(out, again)
@@ -75,7 +113,11 @@ def test_no_gradient_passes():
         ({"keys": torch.zeros(20, 8, device="meta")}, "keys: is on meta, but experts is on cpu"),
         ({"keys": torch.zeros(20, 8, dtype=torch.float64)}, "keys: torch.float64, but x is torch.float32"),
         ({"E": 6}, "E: 6 does not divide the 20 rows"),
-        ({"E": 0}, "E: 1 to 1024"),
+        (
+            {"keys": torch.zeros(20, 8, dtype=torch.bfloat16), "x": torch.zeros(3, 8).half()},
+            "keys: torch.bfloat16, but x is",
+        ),
+        ({"E": 0}, "E: at least 1"),
         ({"experts": torch.zeros(3, 3)}, "experts: one of torch.int32, torch.int64"),
         ({"experts": torch.zeros(2, 3, dtype=torch.int32)}, "experts: 2 rows for 3 tokens"),
         ({"experts": torch.zeros(3, 6, dtype=torch.int32)}, "experts: 1 to E = 5 columns"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adapter_kernels import launch
+from adapter_kernels import dispatch, jit, launch
 
 
 @pytest.fixture
@@ -32,3 +32,13 @@ def test_an_override_ends_with_its_block(table):
 def test_an_override_must_exist(table, name, field, message):
     with pytest.raises(ValueError, match=message), launch.override(name, **{field: 1}):
         pass
+
+
+def test_what_a_kernel_does_not_take_goes_to_torch(monkeypatch):
+    for name, value in (("AVAILABLE", True), ("INTERPRETED", False)):
+        monkeypatch.setattr(jit, name, value)
+    device, refusals = torch.device("cuda"), [("K", "too large")]
+    assert dispatch.use_triton(None, device)
+    assert not dispatch.use_triton(None, device, refusals)
+    with pytest.raises(ValueError, match="K: too large; pass impl='torch'"):
+        dispatch.use_triton("triton", device, refusals)

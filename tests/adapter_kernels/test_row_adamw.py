@@ -13,34 +13,39 @@ from meft.row_update import StepRule, update_rows
 
 @pytest.mark.parametrize("table", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.4, 0.9)])
-def test_a_step(table, betas):
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_a_step(table, betas, decoupled):
     tables = Tables(200, 1000, table, wire=torch.bfloat16 if table == torch.float32 else None)
     rows = torch.randperm(200, generator=generator(1))[:150]
-    check_adamw(row_adamw, tables, rows, torch.randn(150, 1000, generator=generator(2)), betas=betas)
+    grads = torch.randn(150, 1000, generator=generator(2))
+    check_adamw(row_adamw, tables, rows, grads, betas=betas, decoupled=decoupled)
 
 
-def test_all_rows_step_as_torch_adamw():
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adam])
+def test_all_rows_step_as_in_torch(optimizer):
+    decoupled = optimizer is torch.optim.AdamW
     tables = Tables(5, 40)
     for name in ("exp_avg", "exp_avg_sq", "count"):
         tables[name].zero_()
     parameter = torch.nn.Parameter(tables["table"].clone())
-    optimizer = torch.optim.AdamW([parameter], **RULE)
+    optimizer = optimizer([parameter], **RULE)
     for step in range(4):
         parameter.grad = torch.randn(5, 40, generator=generator(step))
         optimizer.step()
-        tables.step(row_adamw, torch.arange(5), parameter.grad)
+        tables.step(row_adamw, torch.arange(5), parameter.grad, decoupled=decoupled)
     torch.testing.assert_close(tables["table"], parameter.detach(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("table", [torch.float64, torch.float32, torch.bfloat16])
-def test_same_bits_as_meft(table):
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_same_bits_as_meft(table, decoupled):
     wire = torch.bfloat16 if table == torch.float32 else None
     ours, theirs = Tables(9, 300, table, wire=wire), Tables(9, 300, table, wire=wire)
-    rule = StepRule(RULE["lr"], 0.9, 0.99, RULE["eps"], RULE["weight_decay"], True)
+    rule = StepRule(RULE["lr"], 0.9, 0.99, RULE["eps"], RULE["weight_decay"], decoupled)
     for step in range(3):
         rows = torch.randperm(9, generator=generator(step))[:6].sort().values
         grads = torch.randn(6, 300, generator=generator(step))
-        ours.step(row_adamw, rows, grads, betas=(0.9, 0.99), seed=7)
+        ours.step(row_adamw, rows, grads, betas=(0.9, 0.99), seed=7, decoupled=decoupled)
         own = [theirs[name] for name in ("table", "exp_avg", "exp_avg_sq", "count")]
         exact = grads.to(table) if table == torch.float64 else grads
         update_rows(*own, rows, exact, rule, wire=theirs["wire"] if wire else None, seed=7)
@@ -67,13 +72,18 @@ def test_registration(dtype):
         tables[name] if name in tables.fenced else None for name in ("table", "exp_avg", "exp_avg_sq", "count", "wire")
     ]
     held = [x.clone() if x is not None else None for x in own]
-    torch.library.opcheck(_op, (*held, rows, grads, 1e-2, 0.9, 0.999, 1e-8, 0.1, 0, None))
+    torch.library.opcheck(_op, (*held, rows, grads, 1e-2, 0.9, 0.999, 1e-8, 0.1, True, 0, None))
     compiled = torch.compile(row_adamw, fullgraph=True, backend="aot_eager")
     other = Tables(5, 8, dtype, wire=torch.float16 if dtype == torch.float32 else None)
     tables.step(compiled, rows, grads)
     other.step(row_adamw, rows, grads)
     for name in tables.fenced:
         assert same_bits(tables[name], other[name])
+
+
+def test_a_float64_table_with_a_float32_wire():
+    tables = Tables(9, 40, torch.float64, wire=torch.float32)
+    check_adamw(row_adamw, tables, torch.tensor([8, 0, 3]), torch.ones(3, 40, dtype=torch.float64))
 
 
 T = torch.ones(4, 8)

@@ -7,7 +7,7 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from aslora_meft.cli import main
-from meft import load_resident
+from meft import calibration, load_resident
 
 
 @pytest.fixture
@@ -115,3 +115,21 @@ def test_help(capsys):
             main([*argv, "--help"])
         assert end.value.code == 0
         assert text in capsys.readouterr().out
+
+
+def test_doctor_measures_once_and_prints(monkeypatch, tmp_path, capfd):
+    sizes = calibration.Sizes(copied=1 << 16, on_device=1 << 16, gemm=64, d=64, r=64, updated=16, tokens=4, repeats=1)
+    measured = []
+    measure = calibration.measure
+    monkeypatch.setattr(calibration, "measure", lambda device: measured.append(device) or measure(device, sizes))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert main(["doctor"]) == 0
+    first = capfd.readouterr().out
+    for part in ("torch ", "row optimizer in C++", "host memory available", "picking on the host, Gflop/s"):
+        assert part in first
+    assert main(["doctor"]) == 0
+    assert capfd.readouterr().out.splitlines()[-7:] == first.splitlines()[-7:]
+    assert len(measured) == 1
+    assert main(["doctor", "--anew"]) == 0
+    assert len(measured) == 2
+    assert main(["doctor", "there"]) == 2

@@ -17,9 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import meft.moments
 from meft import MEFTConfig, RowAdamW
 from meft.layer import MEFTLayer
-from meft.optim import RowSteps
 from meft.routing import reference
 from meft.row_gradient import RowGradient
+from meft.row_steps import RowSteps
 from meft.store import RowTable
 from peft_bridge import watch_steps
 

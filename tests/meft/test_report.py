@@ -63,3 +63,13 @@ def test_rows_on_the_device_cross_nothing(tiny):
 def test_an_unknown_adapter_is_an_error(tiny):
     with pytest.raises(ValueError, match="adapter_name='other'"):
         tiny.adapted().base_model.transfer_report("other")
+
+
+def test_a_trainers_logs_hold_what_came_since_the_last_one(tiny):
+    model = tiny.adapted(layers=2).base_model
+    assert model.log_scalars()["meft/mib_to_device"] == 0
+    tiny.loss(model).backward()
+    first = model.log_scalars()
+    assert first["meft/union_share"] == pytest.approx(model.transfer_report().union_share)
+    assert first["meft/mib_to_host"] * 2**20 == model.transfer_report().to_dict()["bytes_to_host"]
+    assert model.log_scalars()["meft/mib_to_host"] == 0

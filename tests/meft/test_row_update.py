@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meft import row_blocks, row_update
+from adapter_kernels import adamw_blocks
+from meft import row_update
 from meft.row_update import StepRule, native_library, replay_rows, update_rows
 
 NEEDS_LIBRARY = pytest.mark.skipif(native_library() is None, reason="the C++ library was not built at installation")
@@ -423,7 +424,7 @@ def test_a_float16_wire_takes_the_torch_path():
 
 def bf16_after(seed, rows=None, steps=1, chunk=None, monkeypatch=None):
     if chunk:
-        monkeypatch.setattr(row_blocks, "_CHUNK", chunk)
+        monkeypatch.setattr(adamw_blocks, "_CHUNK", chunk)
     state = make(64, 96, torch.bfloat16)
     rows = torch.arange(64) if rows is None else rows
     grads = torch.linspace(-1, 1, 64 * 96).view(64, 96)
@@ -459,7 +460,7 @@ def test_stochastic_rounding_keeps_the_mean():
 def test_stochastic_rounding_leaves_values_of_bfloat16_infinities_and_nan():
     values = torch.tensor([[1.0, -0.5, float("inf"), float("-inf"), 0.0]])
     p = torch.cat([values, torch.tensor([[float("nan")]])], dim=1)
-    row_blocks.round_stochastically(p, torch.tensor([2**40]), torch.tensor([9]), seed=-(2**70) + 3)
+    adamw_blocks.round_stochastically(p, torch.tensor([2**40]), torch.tensor([9]), seed=-(2**70) + 3)
     assert torch.equal(p[:, :-1], values)
     assert p[0, -1].isnan()
 

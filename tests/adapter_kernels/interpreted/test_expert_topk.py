@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from selection_checks import Case, check_expert, check_expert_exactly, generator
+from selection_checks import Case, check_by_neuron, check_expert, check_expert_exactly, check_nan, generator
 
-from adapter_kernels import expert_topk, override
+from adapter_kernels import expert_topk, override, router_topk, row_union
 
 kernel = partial(expert_topk, impl="triton")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -81,6 +81,14 @@ def test_infinite_and_nan_factors_pick_no_neuron_that_is_not_there(fenced):
     check_expert_exactly(kernel, case)
 
 
+def test_nan_leads_to_no_index_that_is_not_there(fenced):
+    check_nan(*(partial(op, impl="triton") for op in (router_topk, expert_topk, row_union)))
+
+
+def test_by_neuron(fenced):
+    check_by_neuron(kernel, Case(4, 8, E=5, each=4, P=3, K=9, integers=True))
+
+
 @given(st.data())
 def test_any_shape_with_ties(data):
     E, T = data.draw(st.integers(1, 6)), data.draw(st.integers(0, 4))
@@ -109,10 +117,18 @@ def test_any_shape_with_ties(data):
         (Case(1, 4, E=2, each=600, P=2, K=4), "experts: 2 experts of 600 neurons are more than 1024 candidates"),
         (Case(1, 4, E=2, each=4, P=2, K=257), "K: at most 256 is possible, not 257"),
         (Case(1, 1, E=1024, each=1025, P=1, K=1), "experts: 1 experts of 1025 neurons"),
+        (Case(1, 1, E=1025, each=1, P=1, K=1), "E: the Triton kernel takes 1 to 1024, not 1025"),
         (Case(1, 4, E=2, each=4, P=2, K=4, dtype=torch.float64), "x: the Triton kernel has no torch.float64"),
     ],
-    ids=["candidates", "picks", "candidates of one", "dtype"],
+    ids=["candidates", "picks", "candidates of one", "experts", "dtype"],
 )
 def test_limits_of_the_kernels(case, message):
     with pytest.raises(ValueError, match=message):
+        case.run(kernel)
+
+
+def test_keys_of_another_dtype_are_refused():
+    case = Case(1, 4, E=2, each=4, P=2, K=4)
+    case.keys = case.keys.bfloat16()
+    with pytest.raises(ValueError, match=r"keys: torch\.bfloat16, but x is torch\.float32: the Triton kernel"):
         case.run(kernel)

@@ -41,6 +41,13 @@ def test_more_rows_than_programs_take_at_once(fenced):
         check_gather(gather, torch.arange(19) % 7, [table(7, 40, torch.float16)])
 
 
+def test_many_rows(fenced):
+    with override("gather_rows.copy", BM=256):
+        check_gather(gather, torch.randint(-1, 700, (512,), generator=generator()), [table(700, 24, torch.bfloat16)])
+        ids = torch.randperm(700, generator=generator(1))[:512]
+        check_scatter(scatter, ids, [table(512, 24, torch.bfloat16)], (700, 24))
+
+
 def test_an_id_out_of_range_reads_and_writes_nothing(fenced):
     one = table(4, 16, torch.float32)
     ids = torch.tensor([3, 4, -2, 2**31 - 1])

@@ -1,14 +1,12 @@
 """The checks fail for kernels that are wrong: a line of the source is changed, and its check must notice."""
 
-import importlib.util
 import itertools
-import sys
 from functools import partial
-from pathlib import Path
 
 import kernel_checks
 import pytest
 import torch
+from mutants import mutant
 from selection_checks import (
     Case,
     check_expert,
@@ -20,24 +18,6 @@ from selection_checks import (
 )
 
 import adapter_kernels
-
-SOURCE = Path(adapter_kernels.__file__).parent
-numbers = itertools.count()
-
-
-def load(folder, op, before, after):
-    """The module of an op with one line changed; its torch.library ops get a name space of their own."""
-    text = (SOURCE / f"{op}.py").read_text()
-    assert text.count(before) == 1, f"{before!r} stands {text.count(before)} times in {op}.py"
-    name = f"mutated_{next(numbers)}"
-    file = folder / f"{name}.py"
-    file.write_text(text.replace(before, after).replace('"adapter_kernels::', f'"{name}::'))
-    # Below the package, for its relative imports.
-    spec = importlib.util.spec_from_file_location(f"adapter_kernels.{name}", file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return partial(module.__dict__[op], impl="triton"), module
 
 
 def router(op, module):
@@ -79,13 +59,13 @@ def window(op, module):
     ],
     ids=itertools.count(),
 )
-def test_a_wrong_kernel_is_noticed(tmp_path, op, check, before, after):
+def test_a_wrong_kernel_is_noticed(tmp_path, monkeypatch, op, check, before, after):
     with pytest.raises(AssertionError):
-        check(*load(tmp_path, op, before, after))
+        check(*mutant(tmp_path, monkeypatch, op, before, after))
 
 
 @pytest.mark.parametrize(
     ("op", "check"), [("router_topk", router), ("expert_topk", expert), ("row_union", union), ("row_union", window)]
 )
-def test_the_right_one_passes(tmp_path, op, check):
-    check(*load(tmp_path, op, "from . import dispatch, launch", "from . import dispatch, launch"))
+def test_the_right_one_passes(tmp_path, monkeypatch, op, check):
+    check(*mutant(tmp_path, monkeypatch, op, "import torch\n", "import torch\n"))

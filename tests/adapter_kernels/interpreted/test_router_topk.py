@@ -47,3 +47,16 @@ def test_nan_is_an_error_in_debug_mode():
     logits[1, 2] = torch.nan
     with debugging(), pytest.raises(ValueError, match=r"logits: NaN at 1 tokens, the first of them \[1\]"):
         kernel(logits, 2)
+
+
+@pytest.mark.parametrize(
+    ("logits", "P", "message"),
+    [
+        (torch.zeros(3, 1025), 1, "logits: the Triton kernel takes 1 to 1024 experts .* not 1025; pass impl='torch'"),
+        (torch.zeros(3, 100), 33, "P: the Triton kernel takes 1 to 32, not 33"),
+        (torch.zeros(3, 4).double(), 1, "logits: the Triton kernel has no torch.float64"),
+    ],
+)
+def test_limits_of_the_kernel(logits, P, message):
+    with pytest.raises(ValueError, match=message):
+        kernel(logits, P)

@@ -37,6 +37,13 @@ def test_forward_and_backward(fenced, dtype, T, d, U, K, layout):
     check_ffn(kernel, Case(T, d, U, K, dtype, layout=layout))
 
 
+def test_many_tokens(fenced):
+    with contextlib.ExitStack() as stack:
+        for name in ("forward", "backward", "product"):
+            stack.enter_context(override(f"sparse_ffn.{name}", BM=512))
+        check_ffn(kernel, Case(512, 40, 33, 5, torch.bfloat16))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tiles_as_they_are_launched(fenced, dtype):
     single = dtype == torch.float32

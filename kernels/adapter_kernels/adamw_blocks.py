@@ -1,18 +1,17 @@
 """One optimizer step of AdamW or Adam on gathered rows, in torch operations.
 
-Each operation rounds by itself, in the order of row_adamw.cpp, so that both give the same bits; fused torch operations
-(lerp, addcmul, addcdiv) would contract on some machines and not on others.
+Each operation rounds by itself, in the order of `row_adamw_kernels` and of meft's row_adamw.cpp, so that all give the
+same bits; fused torch operations (lerp, addcmul, addcdiv) would contract on some machines and not on others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from adapter_kernels.stochastic_rounding import round_stochastically
+from .stochastic_rounding import round_stochastically
 
 Scalar = float | Tensor  # one for all rows, or one a row: [n, 1]
 
@@ -117,25 +116,25 @@ def _square_root(x: Tensor, out: Tensor) -> Tensor:
     return out.copy_(x.double().sqrt_()) if x.is_cpu and x.dtype == torch.float32 else torch.sqrt(x, out=out)
 
 
-def replay(
-    block: Block, done: Tensor, rows: Tensor, grads: Tensor | None, history: Sequence[StepRule], first_step: int
+def step_rows(
+    table: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    count: Tensor,
+    wire: Tensor | None,
+    rows: Tensor,
+    grads: Tensor,
+    rule: StepRule,
+    seed: int,
 ) -> None:
-    target = first_step + len(history) - 1
-    if all(rule.weight_decay == 0 and rule.eps > 0 for rule in history):
-        # Rows that were never touched stand still: no step but the one with a gradient.
-        for part in block.parts(len(rows)):
-            if int(done[part].min()) < target - 1:
-                moved = [x.index_select(0, rows[part]).any(dim=1) for x in block.tables[1:]]
-                still = target if grads is None else target - 1
-                done[part] = done[part].where(moved[0] | moved[1], still)
-    # In the order of their last steps, the rows that take a given step are the first ones.
-    done, order = done.sort(stable=True)
-    order = order[: int((done < target).sum())]
-    for part in block.parts(len(order)):
-        chosen, last = order[part], done[part]
-        block.load(rows[chosen], None if grads is None else grads[chosen])
-        for step in range(int(last[0]) + 1, target + 1):
-            rule = history[step - first_step]
-            k = int((last[: len(chosen)] < step).sum())
-            block.step(rule, *rule.bias(step), k, torch.tensor(step), zero=step < target)
+    """One step of distinct rows, at least one, each with the bias correction of its own count of touches."""
+    touches = count.index_select(0, rows) + 1
+    n = touches.to(torch.float64)
+    block = Block(table, exp_avg, exp_avg_sq, wire, seed, len(rows))
+    bias = (rule.lr / (1 - rule.beta1**n), (1 - rule.beta2**n).sqrt())
+    step_size, root2 = (x.to(block.dtype).unsqueeze(1) for x in bias)
+    for part in block.parts(len(rows)):
+        block.load(rows[part], grads[part])
+        block.step(rule, step_size[part], root2[part], len(block.rows), touches[part])
         block.store()
+    count.index_copy_(0, rows, touches)

@@ -1,0 +1,55 @@
+"""``aslora-meft doctor``: what this machine has, and what it reaches."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from adapter_kernels.gather_rows import zero_copy
+from adapter_kernels.jit import AVAILABLE
+from meft.calibration import calibrated
+from meft.host_memory import available_bytes
+from meft.row_update import native_library
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "triton", "bitsandbytes")
+
+
+def report(*, anew: bool = False) -> str:
+    """Versions, devices, and the calibration by which `retrieval="auto"` chooses.
+
+    Args:
+        anew: measure even if that was done before.
+    """
+    lines = [f"{name:<34}{_version(name)}" for name in PACKAGES]
+    library = "built" if native_library() is not None else "not built: torch operations, several times slower"
+    lines.append(f"{'row optimizer in C++':<34}{library}")
+    available = available_bytes()
+    lines.append(f"{'host memory available':<34}{f'{available / 2**30:.1f} GiB' if available else 'unknown'}")
+    lines.append(f"{'threads':<34}{torch.get_num_threads()}")
+    if not torch.cuda.is_available():
+        lines.append(f"{'CUDA':<34}none: MEFT reads rows in place; what follows is of copies in host memory")
+    for device in _devices():
+        if device.type == "cuda":
+            lines.append(f"{device!s:<34}{torch.cuda.get_device_name(device)}")
+            lines.append(f"{'  kernels read host memory':<34}{_reads_host_memory(device)}")
+        lines += ["", str(calibrated(device, anew=anew))]
+    return "\n".join(lines)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[torch.device]:
+    found = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return found or [torch.device("cpu")]
+
+
+def _reads_host_memory(device: torch.device) -> str:
+    if not AVAILABLE:
+        return "no: triton is not installed"
+    return "yes" if zero_copy(device, probe=torch.zeros(1).pin_memory()) else "no: rows are staged"

@@ -1,0 +1,222 @@
+"""The plan of a run: memory by a trace, traffic by arithmetic, seconds by ceilings, and what would fit."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from aslora_meft.planner.base import build_base, compute_dtype, load_config, speed_shape
+from aslora_meft.planner.methods import adapt, method_config
+from aslora_meft.planner.neurons import PlannedFFN, lasting_bytes
+from aslora_meft.planner.quantised import QUANTISED, quantise
+from aslora_meft.planner.rates import GIB, ceilings
+from aslora_meft.planner.trace import Extra, Memory, Step, trace_step
+from meft.plan import AdapterShape, Plan, Work, largest_that_fits, strategies_that_fit
+from meft.step_time import BaseModel, StepTime, step_time
+
+RESERVED = 3 * GIB // 2  # of a GPU, for the CUDA context and fragmentation: an assumption
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be planned; see `command.parse`.
+
+    Attributes:
+        gpu: bytes of the device's memory, None: not said.
+        card: the card whose seconds are predicted, None: none.
+    """
+
+    model: str
+    method: str = "meft"
+    r: int | None = None
+    batch: int = 1
+    length: int = 256
+    dtype: str = "bfloat16"
+    accumulation: int = 1
+    optimizer: str = "adamw"
+    checkpointing: bool = True
+    clipping: bool = True
+    strategy: str = "auto"
+    union_share: float = 0.26
+    target_modules: list[str] | None = None
+    gpu: int | None = None
+    card: str | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A plan; all of it is predicted.
+
+    Attributes:
+        weights: number of the base model's weights.
+        memory: what the device holds at the peak.
+        plan: of MEFT.
+        host: part -> bytes in host memory.
+        seconds: at least so many per optimizer step on the card.
+        compute_seconds: the same without anything moving.
+        largest: 'r', 'batch' and 'length' -> the largest one that fits, all else equal; 0: none does.
+    """
+
+    request: Request
+    weights: int
+    memory: Memory
+    plan: Plan | None
+    host: dict[str, int]
+    seconds: float | None
+    compute_seconds: float | None
+    largest: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the peak leaves `RESERVED` of the GPU; None where its size was not said."""
+        return None if self.request.gpu is None else self.memory.peak <= self.request.gpu - RESERVED
+
+
+class _Model:
+    """The adapted model of a request, for any batch and length."""
+
+    def __init__(self, request: Request, config: Any) -> None:
+        self.request = request
+        self.base: PreTrainedModel = build_base(copy.deepcopy(config), request.dtype)
+        self.weights = sum(p.numel() for p in self.base.parameters())
+        quantised = quantise(self.base, request.dtype) if request.dtype in QUANTISED else {}
+        self.stored = quantised
+        self.weight_bytes = sum(
+            quantised.get(id(p), p.numel() * p.element_size()) for p in self.base.parameters()
+        ) / max(1, self.weights)
+        self.config: Any = method_config(request.method, request.r, request.target_modules)
+        self.model: PeftModel = adapt(self.base, self.config, request.method)
+
+    @cached_property
+    def neurons(self) -> dict[str, Any]:
+        """Path in the base model -> adapted FFN."""
+        tuner: Any = self.model.base_model
+        return dict(tuner.adapted_ffns())
+
+    @cached_property
+    def shape(self) -> AdapterShape:
+        """Of the adapter as asked."""
+        return self.shape_of(self.request)
+
+    def shape_of(self, request: Request) -> AdapterShape:
+        """Of the adapter with the r of another request."""
+        config: Any = self.config if request.r == self.request.r else method_config("meft", request.r, None)
+        d = next(iter(self.neurons.values())).in_features
+        return AdapterShape.of(config, d=d, layers=len(self.neurons), base_dtype=compute_dtype(request.dtype))
+
+    def work(self, request: Request, shape: AdapterShape | None = None) -> Work:
+        """The step's sizes; a micro-batch cannot use more neurons than its tokens keep."""
+        shape = shape or self.shape
+        tokens = request.batch * request.length
+        union = min(round(request.union_share * shape.r), tokens * shape.top_k)
+        return Work(tokens, max(1, union), request.accumulation)
+
+    def trace(self, request: Request, plan: Plan | None) -> Memory:
+        step = Step(request.batch, request.length, request.accumulation, request.optimizer, request.checkpointing)
+        extra = Extra(weights=self.stored)
+        if plan is not None:
+            base: Any = self.model.base_model
+            for path, layer in self.neurons.items():
+                base.model.set_submodule(path, PlannedFFN(layer.base_layer, plan))
+            extra.lasting = lasting_bytes(plan)
+        return trace_step(self.model, step, request.method, extra)
+
+    def beside(self, request: Request) -> int:
+        """Bytes of base model and activations at the peak, without what MEFT adds: told by the smallest MEFT."""
+        tiny = replace(self.shape, r=1, experts=1, probed=1, top_k=1)
+        least = Plan(tiny, replace(self.work(request), union=1), "host")
+        return self.trace(request, least).peak - sum(least.device_bytes().values())
+
+    def candidates(self, request: Request) -> list[Plan]:
+        """Plans for MEFT, the preferred one first; at least one, the last ones with the least memory."""
+        strategy, work = request.strategy, self.work(request)
+        if request.gpu is None:
+            return [Plan(self.shape, work, "stream" if strategy == "auto" else strategy)]
+        free = request.gpu - RESERVED - self.beside(request)
+        placement = "device" if strategy == "resident" else "host"
+        found = strategies_that_fit(self.shape, work, free, placement=placement)
+        # The plan's arithmetic adds up what is not live at one time: what it finds too large may fit.
+        refetch = replace(work, rows="refetch")
+        last = ["stream", "host"] if strategy == "auto" else [strategy]
+        return [p for p in found if strategy in ("auto", p.strategy)] + [Plan(self.shape, refetch, s) for s in last]
+
+    def speed(self, request: Request) -> BaseModel:
+        ffns = [layer.base_layer for layer in self.neurons.values()]
+        return speed_shape(self.base, ffns, request.length, self.weight_bytes)
+
+
+def estimate(request: Request) -> Estimate:
+    """Plan a run.
+
+    Raises:
+        UsageError: a model, method or value that cannot be planned.
+    """
+    config = load_config(request.model)
+    model = _Model(request, config)
+    plan, memory = _best(model, request)
+    host = plan.host_bytes() if plan is not None else {}
+    if memory.paged:
+        host = {**host, "paged optimizer states": memory.paged}
+    time = _seconds(model, request, plan, memory)
+    found = Estimate(request, model.weights, memory, plan, host, *time)
+    return replace(found, largest=_largest(model, config, request)) if found.fits is False else found
+
+
+def _best(model: _Model, request: Request) -> tuple[Plan | None, Memory]:
+    """The first plan whose trace fits, else the last one."""
+    if request.method != "meft":
+        return None, model.trace(request, None)
+    for plan in model.candidates(request):
+        memory = model.trace(request, plan)
+        if request.gpu is None or memory.peak <= request.gpu - RESERVED:
+            break
+    return plan, memory
+
+
+def _seconds(
+    model: _Model, request: Request, plan: Plan | None, memory: Memory
+) -> tuple[float, float] | tuple[None, None]:
+    """At least so many seconds per optimizer step, and so many of computing."""
+    if request.card is None:
+        return None, None
+    at = ceilings(request.card)
+    if plan is not None:
+        time: StepTime = step_time(
+            plan, model.speed(request), at, clipping=request.clipping, checkpointing=request.checkpointing
+        )
+        return time.seconds, time.busy["compute"]
+    passes = 3 if request.checkpointing else 2
+    read = passes * model.weights * model.weight_bytes
+    update = 28 * memory.trainable / at.device_bytes  # AdamW in fp32 reads and writes 28 bytes a value
+    each = max(memory.flops / at.flops, read / at.device_bytes)
+    return request.accumulation * each + update, request.accumulation * each + update
+
+
+def _largest(model: _Model, config: Any, request: Request) -> dict[str, int]:
+    """The largest r, batch and length that fit, each with the others as asked."""
+    assert request.gpu is not None
+    room = request.gpu - RESERVED
+
+    def small_enough(changed: Request) -> bool:
+        if request.method != "meft":
+            adapted = model if changed.r == request.r else _Model(changed, config)
+            return adapted.trace(changed, None).peak <= room
+        shape = model.shape_of(changed)
+        work = replace(model.work(changed, shape), rows="refetch")
+        plan = Plan(shape, work, "host" if request.strategy == "auto" else request.strategy)
+        return model.trace(changed, plan).peak <= room
+
+    found, r = {}, getattr(model.config, "r", None)
+    if isinstance(r, int):
+        # MEFT's neurons in multiples of what a token keeps, and coarser where there are many.
+        step = model.config.top_k * max(1, r // 4096) if request.method == "meft" else 1
+        found["r"] = largest_that_fits(lambda n: small_enough(replace(request, r=n)), r, step)
+    found["batch"] = largest_that_fits(lambda n: small_enough(replace(request, batch=n)), request.batch)
+    step = max(1, request.length // 16)
+    found["length"] = largest_that_fits(lambda n: small_enough(replace(request, length=n)), request.length, step)
+    return found

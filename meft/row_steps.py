@@ -1,0 +1,193 @@
+"""Updates of the touched rows at the steps of whichever optimizer holds them; `meft.optim` says by which rule."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, AdamW, Optimizer
+
+from .config import MEFTConfig
+from .moments import Moments
+from .row_gradient import RowGradient, as_row_gradient, overflow_watchers
+from .row_update import StepRule
+from .store import RowTable
+
+_BNB_ADAM = {"Adam", "AdamW", "Adam8bit", "AdamW8bit", "Adam32bit", "AdamW32bit"}
+
+
+def _is_bitsandbytes_adam(optimizer: Optimizer) -> bool:
+    kind = type(optimizer)
+    return kind.__module__.startswith("bitsandbytes.") and kind.__name__.removeprefix("Paged") in _BNB_ADAM
+
+
+def rule_of(optimizer: Optimizer, group: dict[str, Any], given: dict[str, Any] | None) -> StepRule:
+    """The row rule of one step.
+
+    Args:
+        optimizer: who steps.
+        group: its parameter group with the rows.
+        given: `MEFTConfig.row_optimizer`.
+
+    Raises:
+        ValueError: the optimizer is no Adam or AdamW whose rule is known, and `given` has no lr.
+    """
+    given = given or {}
+    # By exact type: a subclass may step by another rule.
+    torch_adam, bnb_adam = type(optimizer) in (Adam, AdamW), _is_bitsandbytes_adam(optimizer)
+    if not (torch_adam or bnb_adam) and "lr" not in given:
+        raise ValueError(
+            f"MEFT's rows are updated by the rule of Adam or AdamW, and {type(optimizer).__name__} is neither: use "
+            "one of these, give the rows to meft.RowAdamW, or set row_optimizer=dict(lr=..., betas=...) in MEFTConfig."
+        )
+    for name in ("amsgrad", "maximize"):
+        if (torch_adam or bnb_adam) and group.get(name):
+            raise ValueError(
+                f"{type(optimizer).__name__} has {name}=True, which MEFT's rows do not support: set it to False."
+            )
+    known = group if torch_adam or bnb_adam else {}
+    beta1, beta2 = given.get("betas", known.get("betas", (0.9, 0.999)))
+    return StepRule(
+        lr=float(given.get("lr", known.get("lr", 0.0))),
+        beta1=float(beta1),
+        beta2=float(beta2),
+        eps=float(given.get("eps", known.get("eps", 1e-8))),
+        weight_decay=float(given.get("weight_decay", known.get("weight_decay", 0.0))),
+        # Decoupled: AdamW, and all of bitsandbytes' Adams; coupled is torch's Adam alone.
+        decoupled=not torch_adam or bool(group.get("decoupled_weight_decay", type(optimizer) is AdamW)),
+    )
+
+
+def group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    """The parameter group that holds a parameter."""
+    return next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+
+
+def prepare_table(table: RowTable, mode: str) -> None:
+    """Make a table's moments, where there are none of the mode: all that an update allocates for good."""
+    table.settle()  # not under the lock, which the update needs
+    with table.lock, torch.no_grad():
+        moments = table.moments
+        if moments is not None and moments.dense == (mode == "dense"):
+            return
+        table.catch_up()
+        if moments is not None:
+            warnings.warn(
+                f"The moments of MEFT's rows were made in the other mode than mode='{mode}' and restart: go on in "
+                "the mode of the checkpoint to keep them."
+            )
+        table.moments = Moments.fresh(table.rows.detach(), dense=mode == "dense", seed=table.seed)
+
+
+def update_table(table: RowTable, gradient: RowGradient, rule: StepRule, *, mode: str, divisor: float = 1.0) -> None:
+    """One step of a table, now or by the thread of `table.updates`.
+
+    Args:
+        divisor: a loss scale that is still in the gradient.
+    """
+    prepare_table(table, mode)
+    rows, values = gradient.rows, gradient.row_values
+
+    def update() -> None:
+        moments = table.moments
+        assert moments is not None
+        wide = values.to(torch.promote_types(table.rows.dtype, torch.float32)).contiguous()
+        wide = wide / divisor if divisor != 1.0 else wide
+        master = table.rows.detach()
+        # In dense mode any row may move: a long history is replayed into all.
+        touched = None if moments.dense else rows
+        table.writing(lambda wire: moments.update(master, wire, rows, wide, rule), rows=touched)
+
+    if table.updates is None:
+        with torch.no_grad():
+            update()
+    else:
+        table.update_later(update)
+
+
+TWO_OPTIMIZERS = (
+    "A table of MEFT rows is in two optimizers, a meft.RowAdamW and another one: leave it out of one of them."
+)
+
+
+class RowSteps:
+    """A `peft_bridge.StepListener`: updates the touched rows at the steps of the optimizer that holds them.
+
+    Attributes:
+        tables: adapter -> its tables.
+        configs: adapter -> its configuration.
+        routers: adapter -> of each layer, the adapters' routers.
+        nonfinite_steps: steps that changed nothing because a gradient was inf or nan, those that a GradScaler
+            skipped included.
+    """
+
+    def __init__(self) -> None:
+        self.tables: dict[str, list[RowTable]] = {}
+        self.configs: dict[str, MEFTConfig] = {}
+        self.routers: dict[str, list[nn.ParameterDict]] = {}
+        self.nonfinite_steps = 0
+        self._taken: list[tuple[RowTable, RowGradient, StepRule, str, float]] = []
+        self._overflow: weakref.ref[Tensor] | None = None
+        overflow_watchers.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_taken": [], "_overflow": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        overflow_watchers.add(self)
+
+    def note_overflow(self, owners: set[int], found_inf: Tensor) -> None:
+        """A GradScaler has found inf or nan and will skip the step; it may look at several lists of gradients."""
+        mine = any(id(table.rows) in owners for tables in self.tables.values() for table in tables)
+        if mine and (self._overflow is None or self._overflow() is not found_inf):
+            self._overflow = weakref.ref(found_inf)
+            self.nonfinite_steps += 1
+
+    def _of(self, parameters: Iterable[nn.Parameter]) -> list[tuple[str, RowTable]]:
+        wanted = {id(p) for p in parameters}
+        return [(name, t) for name, tables in self.tables.items() for t in tables if id(t.rows) in wanted]
+
+    def watched_parameters(self) -> Iterable[nn.Parameter]:
+        """All tables, and the routers, so that a step is taken or skipped as a whole."""
+        tables = [table.rows for tables in self.tables.values() for table in tables]
+        return [*tables, *(owner[name] for name, owners in self.routers.items() for owner in owners)]
+
+    def before_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+        """Refuse an optimizer whose rule is unknown, before anything moves."""
+        self._taken = []
+        for name, table in self._of(parameters):
+            owner = table.claimed_by() if table.claimed_by is not None else None
+            if owner is optimizer:  # a RowAdamW, which updates by itself
+                continue
+            if owner is not None:
+                raise ValueError(TWO_OPTIMIZERS)
+            rule_of(optimizer, group_of(optimizer, table.rows), self.configs[name].row_optimizer)
+
+    def gradients_ready(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+        """Take the row gradients away, so that the optimizer leaves the tables alone and makes no state for them."""
+        scaler = getattr(optimizer, "grad_scale", None)  # of a fused step under a GradScaler: not yet unscaled
+        divisor = float(scaler) if scaler is not None else 1.0
+        for name, table in self._of(parameters):
+            if table.claimed_by is not None and table.claimed_by() is optimizer:
+                continue
+            gradient, table.rows.grad = table.rows.grad, None
+            if gradient is None:
+                continue
+            config = self.configs[name]
+            rule = rule_of(optimizer, group_of(optimizer, table.rows), config.row_optimizer)
+            # Of an optimizer that calls its closure several times in a step, the last gradient.
+            self._taken = [taken for taken in self._taken if taken[0] is not table]
+            self._taken.append((table, as_row_gradient(gradient), rule, config.row_mode, divisor))
+            prepare_table(table, config.row_mode)
+
+    def after_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+        """Update the rows, those of the first layer first: the next forward pass reads them first."""
+        taken, self._taken = self._taken, []
+        for table, gradient, rule, mode, divisor in taken:
+            table.follow(optimizer)
+            update_table(table, gradient, rule, mode=mode, divisor=divisor)

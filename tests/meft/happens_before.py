@@ -1,0 +1,334 @@
+"""A checker of hand-overs: lanes that do everything at once and note with vector clocks what would be ordered.
+
+Actors: each host thread, the computation (what the launching thread does with tensors of the device), and both lanes.
+Two accesses to one storage of which one writes must be ordered by a hand-over: a mark, a future, a ring slot. Locks and
+the host's looks at results of the device do not count: the first order nothing for sure, the second happen by chance.
+A hand-over can be dropped: it is made but not counted, so that a race is found if nothing else gives its order.
+"""
+
+import functools
+import os
+import queue
+import sys
+import threading
+import weakref
+from collections import defaultdict
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import meft.carry
+import meft.gradient_ring
+import meft.row_update
+import meft.strategies
+from meft.row_gradient import RowGradient
+from meft.store import RowTable
+
+# What these files allocate is host memory; what the others allocate is of the device.
+HOST_FILES = {"store.py", "moments.py", "optim.py", "row_update.py", "row_blocks.py", "row_gradient.py"}
+HOST_FILES |= {"gradient_ring.py", "steps.py"}
+ALLOCATIONS = ("aten::empty", "aten::zeros", "aten::ones", "aten::full", "aten::arange", "aten::new_", "aten::scalar")
+
+
+def caller():
+    """Name of the first function of the engine on the call stack."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        name = engine_file(frame.f_code.co_filename)
+        if name:
+            return name, frame.f_code.co_qualname.replace(".<locals>", "")
+        frame = frame.f_back
+    return "", "outside"
+
+
+@functools.cache
+def engine_file(path):
+    folder, name = os.path.split(path)
+    ours = os.path.basename(folder) in ("meft", "peft_bridge") and "tests" not in folder
+    return name if ours else ""
+
+
+class State:
+    """Who has touched a storage: its last write, and the last read of each actor since."""
+
+    def __init__(self, host):
+        self.host = host
+        self.write = None
+        self.reads = {}
+        self.by_lane = {}
+        self.given = set()  # lanes that the allocator was told of
+
+
+class Watch:
+    """Clocks, storages and what was found.
+
+    Args:
+        dropped: (kind, function of the engine) of hand-overs that do not count.
+    """
+
+    def __init__(self, dropped=()):
+        self.dropped, self.seen, self.races = set(dropped), set(), {}
+        self.clocks = defaultdict(lambda: defaultdict(int))
+        self.states = {}
+        self.lock = threading.RLock()
+        self.main = threading.get_ident()
+        self.lane = None  # whose work the launching thread is doing
+
+    # ---------------------------------------------------------------- order
+
+    def thread(self):
+        return f"thread {threading.get_ident()}" if threading.get_ident() != self.main else "launching thread"
+
+    def stamp(self, actor):
+        with self.lock:
+            self.clocks[actor][actor] += 1
+            return dict(self.clocks[actor])
+
+    def order(self, actor, stamp, kind=None, where=None):
+        """What `actor` does from now on comes after the stamp."""
+        with self.lock:
+            if kind is not None:
+                self.seen.add((kind, where))
+                if (kind, where) in self.dropped:
+                    return
+            for other, time in stamp.items():
+                self.clocks[actor][other] = max(self.clocks[actor][other], time)
+
+    # ---------------------------------------------------------------- accesses
+
+    def state(self, storage, host):
+        key = storage._cdata
+        if key not in self.states:
+            self.states[key] = State(host)
+            weakref.finalize(storage, self.freed, key).atexit = False
+        return self.states[key]
+
+    def freed(self, key):
+        """Its memory goes to whatever the computation allocates next."""
+        with self.lock:
+            state = self.states.pop(key)
+            for lane, (time, where) in state.by_lane.items():
+                if lane not in state.given and not state.host and self.clocks["computation"][lane] < time:
+                    self.races[("freed", where)] = f"memory is freed while the {lane} lane may use it ({where})"
+
+    def touch(self, state, actor, writes, where):
+        clock = self.clocks[actor]
+        others = [state.write, *(state.reads.values() if writes else ())]
+        for other in others:
+            if other is not None and other[0] != actor and clock[other[0]] < other[1]:
+                what = f"{where} ({actor}) is not ordered after {other[2]} ({other[0]})"
+                self.races.setdefault((other[2], where), what)
+        mine = (actor, clock[actor], where)
+        if writes:
+            state.write, state.reads = mine, {}
+        else:
+            state.reads[actor] = mine
+        if actor in ("inbound", "outbound"):
+            state.by_lane[actor] = (clock[actor], where)
+
+    def accesses(self, reads, writes, made, where, host_made):
+        """An operation of the calling thread."""
+        with self.lock:
+            thread = self.thread()
+            if self.lane is not None and thread == "launching thread":
+                actors = (self.lane, self.lane)
+            elif thread == "launching thread":
+                self.order("computation", self.stamp(thread))
+                actors = (thread, "computation")
+            else:
+                actors = (thread, thread)
+            for actor in set(actors):
+                self.stamp(actor)
+            old = {t.untyped_storage()._cdata for t in [*reads, *writes]}
+            for tensors, kind in ((reads, False), (writes, True), (made, True)):
+                for tensor in tensors:
+                    storage = tensor.untyped_storage()
+                    if storage.nbytes() and (tensors is not made or storage._cdata not in old):
+                        state = self.state(storage, host_made or actors[0] == actors[1])
+                        self.touch(state, actors[0] if state.host else actors[1], kind, where)
+
+    def is_host(self, tensor):
+        state = self.states.get(tensor.untyped_storage()._cdata)
+        return state is not None and state.host
+
+    def at_home(self, *tensors):
+        """These are in host memory, brought there by the calling thread, which waited."""
+        with self.lock:
+            self.stamp(self.thread())
+            for tensor in tensors:
+                if tensor is not None and tensor.untyped_storage().nbytes():
+                    state = self.state(tensor.untyped_storage(), True)
+                    state.host, state.write, state.reads = True, None, {}
+                    self.touch(state, self.thread(), True, caller()[1])
+
+
+class Operations(TorchDispatchMode):
+    """Tells the watch what each operation of the thread touches."""
+
+    def __init__(self, watch):
+        super().__init__()
+        self.watch = watch
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if RowGradient in types:
+            with self:
+                return RowGradient.__torch_dispatch__(func, types, args, kwargs)
+        result = func(*args, **kwargs)
+        schema = func._schema
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+        if view:
+            return result
+        reads, writes = [], []
+        for i, argument in enumerate(schema.arguments):
+            value = kwargs.get(argument.name) if i >= len(args) or argument.kwarg_only else args[i]
+            found = [t for t in tree_leaves(value) if isinstance(t, torch.Tensor)]
+            (writes if argument.alias_info is not None and argument.alias_info.is_write else reads).extend(found)
+        made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        file, where = caller()
+        if func._schema.name.startswith(ALLOCATIONS):
+            reads, host = [], file in HOST_FILES
+        elif where == "DeviceCopy.prefetch":  # ids that go to the device
+            host = False
+        else:
+            host = bool(reads or writes) and all(map(self.watch.is_host, [*reads, *writes]))
+        self.watch.accesses(reads, writes, made, where, host)
+        return result
+
+
+class Mark:
+    def __init__(self, watch, stamp):
+        self.watch, self.stamp = watch, stamp
+
+    def wait(self):
+        self.watch.order(self.watch.thread(), self.stamp, "wait", caller()[1])
+
+
+class Lane:
+    def __init__(self, watch, name):
+        self.watch, self.name = watch, name
+
+    def run(self, work, uses=()):
+        watch, where = self.watch, caller()[1]
+        watch.order(self.name, watch.stamp(watch.thread()))
+        watch.lane = self.name
+        try:
+            work()
+        finally:
+            watch.lane = None
+        for i, tensor in enumerate(uses):
+            with watch.lock:
+                watch.seen.add(("uses", f"{where} {i}"))
+                if tensor.untyped_storage().nbytes() and ("uses", f"{where} {i}") not in watch.dropped:
+                    watch.state(tensor.untyped_storage(), False).given.add(self.name)
+
+    def after(self, mark):
+        self.watch.order(self.name, mark.stamp, "after", caller()[1])
+
+    def mark(self):
+        return Mark(self.watch, self.watch.stamp(self.name))
+
+
+class WatchedLanes:
+    def __init__(self, watch):
+        self.watch, self.device = watch, torch.device("cpu")
+        self.inbound, self.outbound = Lane(watch, "inbound"), Lane(watch, "outbound")
+
+    def here(self):
+        self.watch.order("computation", self.watch.stamp(self.watch.thread()))
+        return Mark(self.watch, self.watch.stamp("computation"))
+
+    def join(self, mark):
+        self.watch.order("computation", mark.stamp, "join", caller()[1])
+
+    def staging(self, shape, dtype):
+        made = torch.empty(shape, dtype=dtype)
+        self.watch.at_home(made)
+        return made
+
+
+class Slots(queue.Queue):
+    """A queue whose items bring the order of who has put them."""
+
+    watch = None
+
+    def put(self, item):  # type: ignore[override]
+        super().put((item, self.watch.stamp(self.watch.thread())))
+
+    def _taken(self, pair):
+        self.watch.order(self.watch.thread(), pair[1], "slot", caller()[1])
+        return pair[0]
+
+    def get(self):  # type: ignore[override]
+        return self._taken(super().get(timeout=60))
+
+    def get_nowait(self):
+        return self._taken(super().get(block=False))
+
+
+@contextmanager
+def watched(monkeypatch, dropped=()):
+    """Note what happens inside of the block; what runs before it must be over."""
+    watch = Watch(dropped)
+    submit, result, update, pick = (
+        ThreadPoolExecutor.submit,
+        Future.result,
+        meft.row_update._call,
+        meft.strategies.Strategy._pick_there,
+    )
+
+    def submit_watched(self, work, *args):
+        stamp, made = watch.stamp(watch.thread()), []
+
+        def run():
+            with Operations(watch):
+                watch.order(watch.thread(), stamp)
+                try:
+                    return work(*args)
+                finally:
+                    made.append(watch.stamp(watch.thread()))
+
+        future = submit(self, run)
+        future.stamps = made
+        return future
+
+    def result_watched(self, timeout=60):
+        try:
+            return result(self, timeout)
+        finally:
+            for stamp in getattr(self, "stamps", ()):
+                watch.order(watch.thread(), stamp, "future", caller()[1])
+
+    def update_watched(library, table, m, v, wire, rows, grads, *rest):
+        some = [t for t in (table, m, v, wire) if t is not None]
+        watch.accesses([t for t in (rows, grads) if t is not None], some, [], "row_adamw", True)
+        return update(library, table, m, v, wire, rows, grads, *rest)
+
+    def picked_watched(*args):
+        picks = pick(*args)
+        watch.at_home(picks.host_rows)
+        return picks
+
+    def bring(rows, host_rows, tables, out):
+        # As a gather on the device does it: ids that are there, tables in host memory.
+        for table, buffer in zip(tables, out, strict=True):
+            watch.accesses([table, rows], [buffer], [], caller()[1], False)
+            with torch.utils._python_dispatch._disable_current_modes():
+                torch.index_select(table, 0, host_rows, out=buffer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ThreadPoolExecutor, "submit", submit_watched)
+        patch.setattr(Future, "result", result_watched)
+        patch.setattr(meft.row_update, "_call", update_watched)
+        patch.setattr(meft.strategies.Strategy, "_pick_there", picked_watched)
+        patch.setattr(meft.carry, "bring_rows", bring)
+        slots = SimpleNamespace(SimpleQueue=type("WatchedSlots", (Slots,), {"watch": watch}), Empty=queue.Empty)
+        patch.setattr(meft.gradient_ring, "queue", slots)
+        for table in list(RowTable._all):
+            watch.at_home(table.rows, table._wire)
+        with Operations(watch):
+            yield watch

@@ -1,0 +1,215 @@
+"""Copies and updates that fail, and too little memory: told at once, nothing moved, and training goes on."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_engine import ROWS, STRATEGIES, on_lanes
+from thread_lanes import CopyFailedError
+
+import meft.row_steps
+
+PLACES = ["first", "middle", "last"]
+
+
+def causes(error):
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def step(tiny, model, optimizer, seed, rows=2):
+    """Two micro-batches with clipping."""
+    optimizer.zero_grad()
+    for micro in range(2):
+        (tiny.loss(model, 2 * seed + micro, rows=rows) / 2).backward()
+    torch.nn.utils.clip_grad_norm_(tiny.trainable(model), 0.5)
+    optimizer.step()
+
+
+def snapshot(tiny, model):
+    """Masters, moments, counts, routers and what is read."""
+    state = tiny.whole_state(model)
+    for i, table in enumerate(tiny.tables(model)):
+        with table.reading() as wire:
+            state[f"{i}.wire"] = wire.detach().clone()
+    return state
+
+
+def trained(tiny, fields, steps, **lanes):
+    model = tiny.adapted(layers=3, dtype=torch.float32, row_dtype="bfloat16", **fields)
+    on_lanes(model, **lanes)
+    optimizer = tiny.adamw(model)
+    for seed, rows in steps:
+        step(tiny, model, optimizer, seed, rows)
+    return model, optimizer
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("lane", ["inbound", "outbound"])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_failing_copy(tiny, strategy, rows, lane, place):
+    fields = {"retrieval": strategy, "backward_rows": rows}
+    model, optimizer = trained(tiny, fields, [(0, 2)])
+    lanes = model.base_model.engines["default"].lanes
+    before, first = snapshot(tiny, model), lanes.numbers[lane]
+    other, _ = trained(tiny, fields, [(0, 2)])
+    other_lanes = other.base_model.engines["default"].lanes
+    start = other_lanes.numbers[lane]
+    snapshot(tiny, other)
+    step(tiny, other, _, 1)
+    count = other_lanes.numbers[lane] - start
+    lanes.failing = {(lane, first + {"first": 0, "middle": count // 2, "last": count - 1}[place])}
+    with pytest.raises(RuntimeError) as failed:
+        step(tiny, model, optimizer, 1)
+    assert any(isinstance(error, CopyFailedError) for error in causes(failed.value))
+    optimizer.zero_grad()
+    tiny.assert_equal(snapshot(tiny, model), before)
+    for seed in (1, 2):
+        step(tiny, model, optimizer, seed)
+    step(tiny, other, _, 2)
+    tiny.assert_equal(snapshot(tiny, model), snapshot(tiny, other))
+    ring = model.base_model.engines["default"]._ring
+    assert ring._free.qsize() == 4  # no slot is lost
+
+
+def test_a_failing_update_is_told_at_the_next_use(tiny, monkeypatch):
+    model, optimizer = trained(tiny, {"retrieval": "stream"}, [(0, 2)])
+    before = snapshot(tiny, model)
+    real, calls = meft.row_steps.Moments.update, []
+
+    def update(self, *args):
+        calls.append(self)
+        if len(calls) == 4:
+            raise ValueError("what an update may raise")
+        return real(self, *args)
+
+    monkeypatch.setattr(meft.row_steps.Moments, "update", update)
+    step(tiny, model, optimizer, 1)
+    with pytest.raises(RuntimeError, match=r"The update of MEFT's values of layer 1 failed: what an update"):
+        tiny.loss(model)
+    after = snapshot(tiny, model)
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert {name for name in same if name[:2] == "3."} == {n for n in before if n[:2] == "3."}
+    assert not {name for name in same if name.endswith("exp_avg") and name[:2] != "3."}
+    step(tiny, model, optimizer, 2)
+    tiny.loss(model)
+
+
+class Full:
+    """A hook that finds no memory, once."""
+
+    def __init__(self, times=1):
+        self.times = times
+
+    def __call__(self, *args):
+        if self.times:
+            self.times -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def forward_hook(tiny, model, monkeypatch):
+    tiny.layers(model)[1].base_layer.register_forward_pre_hook(Full())
+
+
+def backward_hook(tiny, model, monkeypatch):
+    """In the backward pass of the lowest layer, when those above have sent their gradients."""
+    full = Full()
+    layer = tiny.layers(model)[0]
+
+    def watch(module, args, output):
+        if output.requires_grad:
+            output.register_hook(full)
+
+    layer.register_forward_hook(watch)
+
+
+def fetch(tiny, model, monkeypatch):
+    """At the second allocation of a fetch."""
+    real, full = torch.empty, Full()
+    count = []
+
+    def empty(*args, **kwargs):
+        if kwargs.get("device") is not None:
+            count.append(1)
+            if len(count) == 2:
+                full()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+@pytest.mark.parametrize("where", [forward_hook, backward_hook, fetch])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_too_little_memory(tiny, monkeypatch, strategy, where):
+    """The next, smaller batch trains on as if the larger one had never been tried."""
+    fields = {"retrieval": strategy, "backward_rows": "refetch"}
+    expected, _ = trained(tiny, fields, [(0, 2), (1, 1), (2, 2)])
+    model, optimizer = trained(tiny, fields, [(0, 2)])
+    before = snapshot(tiny, model) if strategy != "device-rows" else None  # once with rows that wait to be copied
+    where(tiny, model, monkeypatch)
+    with pytest.raises(torch.OutOfMemoryError):
+        step(tiny, model, optimizer, 5, rows=4)
+    monkeypatch.undo()
+    optimizer.zero_grad()
+    if before is not None:
+        tiny.assert_equal(snapshot(tiny, model), before)
+    step(tiny, model, optimizer, 1, rows=1)
+    step(tiny, model, optimizer, 2)
+    tiny.assert_equal(snapshot(tiny, model), snapshot(tiny, expected))
+
+
+@pytest.mark.parametrize("how", ["load", "step"])
+def test_an_update_is_waited_for_where_its_lock_is_taken(tiny, how):
+    """A load, or a second step, right behind a step."""
+    model, optimizer = trained(tiny, {"retrieval": "stream"}, [(0, 2)])
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    gradients = []
+    for i in range(30):
+        for table in tiny.tables(model):
+            table.rows.grad = torch.full_like(table.rows, 1e-3 * i)
+        optimizer.step()
+        if how == "load":
+            model.load_state_dict(saved)
+            gradients = [table.rows.detach().clone() for table in tiny.tables(model)]
+    if how == "load":
+        held = [value for name, value in saved.items() if name.endswith("rows")]
+        assert {x.sum().item() for x in held} == {x.sum().item() for x in gradients}
+    assert all(table.moments.step == 31 for table in tiny.tables(model))
+
+
+def test_readers_are_not_collected(tiny):
+    """Marks of a generation that nothing is ever updated behind."""
+    model = tiny.adapted(layers=2, retrieval="stream")
+    on_lanes(model)
+    with torch.no_grad():
+        for seed in range(5):
+            tiny.loss(model, seed)
+    assert all(len(table._readers) == 1 for table in tiny.tables(model))
+
+
+EXIT = """
+import sys; sys.path.insert(0, {folder!r})
+import torch
+from conftest import Tiny
+from test_engine import on_lanes
+model = Tiny.adapted(layers=2, retrieval="stream")
+lanes = on_lanes(model, longest=0.02)
+optimizer = Tiny.adamw(model)
+Tiny.loss(model).backward()
+optimizer.step()
+Tiny.loss(model).backward()  # gradients and an update are under way
+lanes.failing = {{("outbound", lanes.numbers["outbound"])}}
+Tiny.loss(model).backward()
+print("end")
+"""
+
+
+def test_no_thread_holds_the_interpreter(tiny):
+    code = EXIT.format(folder=str(Path(__file__).parent))
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert "end" in ended.stdout
