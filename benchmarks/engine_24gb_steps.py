@@ -178,6 +178,7 @@ def _counted(contestant: Contestant, cell: Cell, moved: dict[str, float], noted:
     expected = expected_bytes(
         contestant.strategy, cell, d=model.hidden_size, layers=contestant.layers, experts=config.experts,
         top_k=config.top_k, union=union, stepped=noted.get("stepped_share"),
+        refetch=contestant.refetches,
     )  # fmt: skip
     return {
         "union_share": round(union / cell.r, 4),
@@ -189,6 +190,7 @@ def _counted(contestant: Contestant, cell: Cell, moved: dict[str, float], noted:
         "formula_to_device": expected and round(expected[0]),
         "formula_to_host": expected and round(expected[1]),
         "ring_stalls": moved["ring_stalls"],
+        "refetch": contestant.refetches,
         "row_values": 2 * contestant.layers * model.hidden_size * cell.r,
         "growing_gib": growing_bytes(contestant.strategy, cell.r, model.hidden_size, contestant.layers, config.experts)
         / 2**30,

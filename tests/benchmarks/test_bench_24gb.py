@@ -17,18 +17,21 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import bench_24gb as bench  # noqa: E402
+import engine_24gb_bound as bound  # noqa: E402
 import engine_24gb_gate as gate  # noqa: E402
 import engine_24gb_models as models  # noqa: E402
 import engine_24gb_plan as plan  # noqa: E402
 import engine_24gb_routing as routing  # noqa: E402
 import engine_24gb_steps as steps  # noqa: E402
 import engine_24gb_worker as work  # noqa: E402
+import model_24gb  # noqa: E402
 import record_routing as record  # noqa: E402
 from engine_24gb_rows import Rows, environment  # noqa: E402
 from engine_24gb_targets import MET, MISSED, OPEN, targets  # noqa: E402
 from engine_24gb_traffic import expected_bytes  # noqa: E402
 
 import meft.strategies  # noqa: E402
+from aslora_meft.planner.rates import ceilings  # noqa: E402
 from meft import MEFTConfig  # noqa: E402
 
 CELL = plan.Cell("llama-2-7b", "bf16", 2, 256, 1, True, 6400, "meft auto", "0.26")
@@ -51,7 +54,7 @@ def dry(tmp_path_factory):
     """The folder of one whole dry run, its rows, and what lay in the results before and after."""
     out = tmp_path_factory.mktemp("dry") / "new"
     results = {path: path.stat().st_mtime_ns for path in bench.RESULTS.iterdir()}
-    bench.main(["--dry-run", "--out", str(out)])
+    assert bench.main(["--dry-run", "--out", str(out)]) == 0
     assert results == {path: path.stat().st_mtime_ns for path in bench.RESULTS.iterdir()}
     return out, json.loads((out / "dry_run_24gb.json").read_text())["rows"]
 
@@ -62,14 +65,7 @@ def test_every_contestant_runs(dry):
     assert {plan.Cell(**{name: row[name] for name in CELL.key}) for row in rows} == set(planned)
     for row in rows:
         missing = row["contestant"] == "dense torchao" and row["status"] == "not installed: torchao"
-        # Where rows are bf16 `host` refuses its own picks; a test of its own says so.
-        refused = row["contestant"] == "meft host" and row["status"].startswith("error: ValueError: keys")
-        assert row["status"] == work.DRY or missing or refused, row
-
-
-@pytest.mark.xfail(reason="retrieval='host' widens hidden states but not bf16 rows, which expert_topk refuses")
-def test_host_runs(dry):
-    assert {row["status"] for row in dry[1] if row["contestant"] == "meft host"} == {work.DRY}
+        assert row["status"] == work.DRY or missing, row
 
 
 def test_counters_are_the_formula(dry):
@@ -235,6 +231,11 @@ def test_formula(strategy, elements):
     )  # fmt: skip
     small = {"host": 4 * 1664 + 4 * 512 * 64 + 4 * 512 * 320}.get(strategy, 4 * 1664)
     assert sum(ways) == 32 * (2 * 4096 * elements + small)
+    again = expected_bytes(
+        strategy, CELL, d=4096, layers=32, experts=320, top_k=64, union=1664, stepped=1664 / 6400, refetch=True
+    )
+    brought = {"device-keys": 1, "device-rows": 0}.get(strategy, 2)
+    assert again == (ways[0] + 32 * 2 * 4096 * brought * 1664, ways[1])
     assert expected_bytes("resident", CELL, d=1, layers=1, experts=1, top_k=1, union=1, stepped=None) == (0, 0)
     assert expected_bytes(None, CELL, d=1, layers=1, experts=1, top_k=1, union=1, stepped=None) is None
 
@@ -469,6 +470,7 @@ def test_targets():
     assert verdict([lean[0], row(replace(CELL, contestant="meft stream"), status="OOM")], "|U| = 0.26 r") == OPEN
     assert verdict([row(of_null=0.79)], "without transport") == MISSED
     assert verdict([row(of_null=0.81)], "without transport") == MET
+    assert verdict([row(of_null=0.81), row(of_null=0.5, bound_of_null=0.6)], "without transport") == MET
     ways = {"bytes_to_device": 100, "formula_to_device": 100, "bytes_to_host": 102, "formula_to_host": 100}
     assert verdict([row(**ways)], "traffic") == MISSED
     assert verdict([row(**ways | {"bytes_to_host": 101})], "traffic") == MET
@@ -526,3 +528,20 @@ def test_recording_counts_what_a_model_picks(monkeypatch):
     assert counter.picks.min() > 0
     assert {name: len(of) for name, of in shares.items()} == {"1x8": 4, "2x8": 4}
     assert all(0 < share <= 1 for of in shares.values() for share in of)
+
+
+# -------------------------------------------------------------------------------------------------------------- bound
+
+
+def test_a_row_is_held_against_the_model_of_a_step():
+    """The same number as `model_24gb.py` predicts, from what a row says."""
+    at = ceilings("3090")
+    config = MEFTConfig(r=6400, row_dtype="bfloat16")
+    said = {"strategy": "stream", "union_share": 0.26, "stepped_share": 0.26, "refetch": False}
+    predicted = model_24gb.cell("3090", 6400, (2, 256), 0.26, 1, True)["seconds at least"]["stream"]
+    base = models.config_of("llama-2-7b")
+    assert bound.bound_of(at, CELL, base, config, said).seconds == pytest.approx(predicted, rel=1e-3)
+    assert bound.bound_of(at, CELL, base, config, said | {"stepped_share": None}) is None
+    slow = replace(at, to_device=2e9)
+    kept, again = (bound.bound_of(slow, CELL, base, config, said | {"refetch": r}).seconds for r in (False, True))
+    assert again > kept
