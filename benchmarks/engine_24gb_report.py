@@ -7,7 +7,7 @@ from pathlib import Path
 from engine_24gb_plan import HOST_STRATEGIES, Cell, Group
 from engine_24gb_rows import Rows
 from engine_24gb_targets import CARD_GIB, MEASURED, is_main, reported, targets, traffic_error
-from engine_24gb_worker import DRY, OOM
+from engine_24gb_worker import DRY
 
 from peft_bridge import replace_file
 
@@ -54,7 +54,7 @@ def fits(row: dict | None) -> str:
         return UNMEASURED
     if row["status"] == MEASURED:
         return "yes" if row["device_gib"] <= CARD_GIB else f"above {CARD_GIB:g} GiB in all"
-    return OOM if row["status"] == OOM else UNMEASURED if row["status"] == DRY else row["status"].replace("|", "/")
+    return UNMEASURED if row["status"] == DRY else row["status"].replace("|", "/")
 
 
 def line(cell: Cell, row: dict | None) -> str:

@@ -63,7 +63,7 @@ class Rows:
     def done(self, cell: Cell) -> bool:
         """Whether a cell has a row that stands: errors and wrong results are tried again."""
         row = self.find(cell)
-        return row is not None and (row["status"] in (MEASURED, OOM, DRY) or row["status"].startswith("not installed"))
+        return row is not None and row["status"].startswith((MEASURED, OOM, DRY, "not installed"))
 
     def add(self, row: dict, environment: dict, invocation: str) -> None:
         """Add a row, in place of that of the same cell."""

@@ -28,7 +28,7 @@ from meft.step_time import Ceilings
 
 CAP_GIB = 22.5
 LEAK_BYTES = 64 << 20
-MEASURED, OOM, DRY = "measured", "OOM", "dry run"
+MEASURED, OOM, OOM_HOST, DRY = "measured", "OOM", "OOM on the host", "dry run"
 Emit = Callable[[str, dict], None]
 
 
@@ -71,6 +71,8 @@ def failure(error: BaseException) -> str:
     """A row's status where nothing could be measured."""
     if isinstance(error, torch.OutOfMemoryError):
         return OOM
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return OOM_HOST
     if isinstance(error, WrongError):
         return f"wrong: {error}"
     if isinstance(error, MissingError):
@@ -122,10 +124,8 @@ class Worker:
         """Measure what the time allows."""
         names = list(dict.fromkeys(cell.contestant for cell in self.job.cells))
         if self.job.cells[0].family == "meft":
+            self._calibrate()
             self._gate(names)
-            if self.device.type == "cuda":  # kept too, so that auto chooses by the same ones
-                self.ceilings = calibrated(self.device, anew=True).alone
-                free(self.device)
         owner = None
         for turn in range(self.job.settings.rounds):
             for name in self._order(names, turn):
@@ -151,6 +151,16 @@ class Worker:
         for cell in cells:
             self.failed[cell] = status
             self.emit("row", {**cell.key, "status": status})
+
+    def _calibrate(self) -> None:
+        """The machine's ceilings, which are kept as well, so that auto chooses by the same ones."""
+        if self.device.type != "cuda":
+            return
+        try:
+            self.ceilings = calibrated(self.device, anew=True).alone
+        except Exception as error:  # then rows have no bound
+            print(f"no ceilings: {failure(error)}", flush=True)
+        free(self.device)
 
     def _gate(self, names: list[str]) -> None:
         for name in names:
