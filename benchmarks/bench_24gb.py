@@ -30,6 +30,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import engine_24gb_report as report
@@ -147,6 +148,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="after the plan, every combination of all settings")
     parser.add_argument("--only", default="", help="cells whose title this pattern finds")
     parser.add_argument("--redo", action="store_true", help="measure rows anew that are there")
+    parser.add_argument("--trace", action="store_true", help="profile a step of each cell too, into --out; with --only")
     parser.add_argument("--report", action="store_true", help="only write table and plot, and judge the targets")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, into --out; measures nothing")
     args = parser.parse_args(arguments)
@@ -173,6 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = Rows(args.out / f"{stem}.json")
     groups = list(dry_plan() if args.dry_run else quick_plan() if args.quick else plan(args.full))
     settings = DRY if args.dry_run else QUICK if args.quick else Settings()
+    settings = replace(settings, trace=str(args.out)) if args.trace else settings
     invocation = f"{datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')} {os.getpid()}"
     until = began + 60 * args.minutes
     fresh: set[Cell] = set()

@@ -43,6 +43,7 @@ class Contestant:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    refetches = False  # whether the engine brings rows again for the backward pass
     traffic: list[Traffic]
     strategy: str | None = None
 
@@ -129,6 +130,10 @@ class MeftContestants(Contestant):
     @property
     def strategy(self) -> str | None:  # type: ignore[override]
         return self.model.base_model.engines[self.adapter].strategy_name
+
+    @property
+    def refetches(self) -> bool:  # type: ignore[override]
+        return self.model.base_model.engines[self.adapter].refetches
 
     def leave(self) -> None:
         self.optimizer.zero_grad()

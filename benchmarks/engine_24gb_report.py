@@ -7,19 +7,20 @@ from pathlib import Path
 from engine_24gb_plan import HOST_STRATEGIES, Cell, Group
 from engine_24gb_rows import Rows
 from engine_24gb_targets import CARD_GIB, MEASURED, is_main, reported, targets, traffic_error
-from engine_24gb_worker import DRY, OOM
+from engine_24gb_worker import DRY
 
 from peft_bridge import replace_file
 
 UNMEASURED = "not measured"
 HEAD = (
-    "contestant", "routing", "fits", "tokens/s", "of null", "step ms (0.2, 0.5, 0.8)", "stall ms", "torch peak GiB",
-    "device GiB", "host GiB", "to device", "to host", "formula", "\\|U\\|/r",
+    "contestant", "routing", "fits", "tokens/s", "of null", "step ms (0.2, 0.5, 0.8)", "bound ms", "stall ms",
+    "torch peak GiB", "device GiB", "host GiB", "to device", "to host", "formula", "\\|U\\|/r",
 )  # fmt: skip
 NOTES = (
     "`null`: the same engine with bf16 rows on the device and no host optimizer, 100 %. tokens/s is of the median",
     "step; a step ends when the device is idle, and host updates that run on are in the next one's time. To device,",
-    "to host: bytes a step / elements of two bytes. Formula: counters beside the formula of `engine_24gb_traffic.py`,",
+    "to host: bytes a step / elements of two bytes. Bound: `meft.step_time` with the ceilings of the same worker.",
+    "Formula: counters beside the formula of `engine_24gb_traffic.py`,",
     "the worse way. \\|U\\|/r is forced, or drawn from a recording (`engine_24gb_routing.py`); random weights route",
     "nothing here. Ratios compare rows of one invocation only. Device GiB is what the whole device has in use; a peer",
     f"above {CARD_GIB:g} is outside of a 24 GB card, and not compared with.",
@@ -53,7 +54,7 @@ def fits(row: dict | None) -> str:
         return UNMEASURED
     if row["status"] == MEASURED:
         return "yes" if row["device_gib"] <= CARD_GIB else f"above {CARD_GIB:g} GiB in all"
-    return OOM if row["status"] == OOM else UNMEASURED if row["status"] == DRY else row["status"].replace("|", "/")
+    return UNMEASURED if row["status"] == DRY else row["status"].replace("|", "/")
 
 
 def line(cell: Cell, row: dict | None) -> str:
@@ -61,7 +62,8 @@ def line(cell: Cell, row: dict | None) -> str:
     fields = [
         cell.contestant + (f" ({row['strategy']})" if row and cell.contestant == "meft auto" else ""), cell.routing,
         fits(row), cell_text(row, "tokens_per_s", form=".0f"), cell_text(row, "of_null", form=".0f", scale=100),
-        cell_text(row, "ms_q20", "ms_q50", "ms_q80", form=".0f"), cell_text(row, "stall_ms", form=".1f"),
+        cell_text(row, "ms_q20", "ms_q50", "ms_q80", form=".0f"),
+        cell_text(row, "bound_ms", form=".0f"), cell_text(row, "stall_ms", form=".1f"),
         cell_text(row, "peak_gib"), cell_text(row, "device_gib"),
         cell_text(row, "host_gib"), moved(row, "device"), moved(row, "host"), formula(row),
         cell_text(row, "union_share", form=".3f"),

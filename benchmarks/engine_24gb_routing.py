@@ -145,29 +145,34 @@ class Routing:
 
     def ids(self, r: int, layers: int, batch: int, length: int) -> Ids:
         """The ids of the n-th call, layers being called in turn; the same for the same arguments, on any machine."""
-        size = self.size(r)
-        recorded = Recorded.read() if size is None else None
-
-        @cache
-        def made(turn: int, layer: int, T: int, K: int) -> Tensor:
-            if size is not None:
-                return forced_ids(T, K, r, size, seed=turn)
-            assert recorded is not None
-            its = len(recorded.counts) * layer // layers
-            return drawn_ids(recorded, its, batch, length, K, r, seed=layers * turn + layer)
-
-        def of(call: int, T: int, K: int) -> Tensor:
-            if batch * length != T:
-                raise ValueError(f"The routing was made for {batch} x {length} tokens and not for {T}.")
-            if size is not None:
-                return made(call % SUBSETS, 0, T, K)
-            return made(call // layers % DRAWS, call % layers, T, K)
-
-        return of
+        return _ids(self, r, layers, batch, length)
 
     def calls(self, layers: int) -> int:
         """After how many calls ids repeat."""
         return SUBSETS if self.name != "recorded" else DRAWS * layers
+
+
+@cache  # all contestants of a worker get the same ones, drawn once
+def _ids(routing: Routing, r: int, layers: int, batch: int, length: int) -> Ids:
+    size = routing.size(r)
+    recorded = Recorded.read() if size is None else None
+
+    @cache
+    def made(turn: int, layer: int, T: int, K: int) -> Tensor:
+        if size is not None:
+            return forced_ids(T, K, r, size, seed=turn)
+        assert recorded is not None
+        its = len(recorded.counts) * layer // layers
+        return drawn_ids(recorded, its, batch, length, K, r, seed=layers * turn + layer)
+
+    def of(call: int, T: int, K: int) -> Tensor:
+        if batch * length != T:
+            raise ValueError(f"The routing was made for {batch} x {length} tokens and not for {T}.")
+        if size is not None:
+            return made(call % SUBSETS, 0, T, K)
+        return made(call // layers % DRAWS, call % layers, T, K)
+
+    return of
 
 
 @contextmanager
@@ -175,20 +180,20 @@ def forced_picks(ids: Ids, calls: int, T: int, K: int) -> Iterator[None]:
     """Let the engine's strategies pick these ids in the block; their own picks are made first, so that they cost time.
 
     Args:
-        calls: after how many ids repeat; they are all made here, and moved to a device when it first asks for them.
+        calls: after how many ids repeat; they are all made here, and all moved to a device when it first asks for one.
     """
     original = meft.strategies.picked_neurons
-    there: dict[tuple[int, torch.device], Tensor] = {(i, torch.device("cpu")): ids(i, T, K) for i in range(calls)}
+    here = [ids(i, T, K) for i in range(calls)]
+    there = {torch.device("cpu"): here}
     call = 0
 
     def picked(x, logits, keys, config):
         nonlocal call
         own = original(x, logits, keys, config)
-        key = (call % calls, own.device)
+        if own.device not in there:
+            there[own.device] = [some.to(own.device) for some in here]
         call += 1
-        if key not in there:
-            there[key] = there[key[0], torch.device("cpu")].to(own.device)
-        return there[key]
+        return there[own.device][(call - 1) % calls]
 
     meft.strategies.picked_neurons = picked
     try:

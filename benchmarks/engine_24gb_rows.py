@@ -32,10 +32,12 @@ def environment(device: torch.device) -> dict[str, object]:
         "allocator": os.environ.get("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")),
     }  # fmt: skip
     if device.type == "cuda":
-        total = torch.cuda.mem_get_info(device)[1] / 2**30
+        # Not by what would make a context, which takes room that workers then see in use.
+        properties = torch.cuda.get_device_properties(device)
+        total = properties.total_memory / 2**30
         found |= {
-            "gpu": torch.cuda.get_device_name(device), "driver": driver(), "cuda": torch.version.cuda,
-            "capability": list(torch.cuda.get_device_capability(device)), "device_total_gib": round(total, 2),
+            "gpu": properties.name, "driver": driver(), "cuda": torch.version.cuda,
+            "capability": [properties.major, properties.minor], "device_total_gib": round(total, 2),
             "allocator_cap_gib": min(CAP_GIB, round(total, 2)),
         }  # fmt: skip
     return found
@@ -61,7 +63,7 @@ class Rows:
     def done(self, cell: Cell) -> bool:
         """Whether a cell has a row that stands: errors and wrong results are tried again."""
         row = self.find(cell)
-        return row is not None and (row["status"] in (MEASURED, OOM, DRY) or row["status"].startswith("not installed"))
+        return row is not None and row["status"].startswith((MEASURED, OOM, DRY, "not installed"))
 
     def add(self, row: dict, environment: dict, invocation: str) -> None:
         """Add a row, in place of that of the same cell."""

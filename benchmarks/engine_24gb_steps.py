@@ -1,5 +1,6 @@
 """Training steps of a contestant, timed and counted."""
 
+import re
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ class Settings:
     Attributes:
         seconds: of timed steps, beyond the fewest.
         warm: steps before them, one more in a contestant's first block of a cell.
+        trace: folder for a profile of one more step of each block; None: no profile.
     """
 
     rounds: int = 2
@@ -31,6 +33,7 @@ class Settings:
     fewest: int = 3
     most: int = 12
     warm: int = 1
+    trace: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,16 @@ def train_step(contestant: Contestant, batches: list[Tensor], clip: bool, look: 
     contestant.optimizer.step()
     contestant.optimizer.zero_grad()
     return losses, noted
+
+
+def write_trace(contestant: Contestant, cell: Cell, batches: list[Tensor], folder: str, cuda: bool) -> None:
+    """Profile one step, for a trace viewer."""
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+    with torch.profiler.profile(activities=activities) as profile:
+        train_step(contestant, batches, cell.clip)
+        if cuda:
+            torch.cuda.synchronize()
+    profile.export_chrome_trace(str(Path(folder) / f"24gb_trace_{re.sub('[^a-z0-9.]+', '_', cell.title())}.json.gz"))
 
 
 def counters(contestant: Contestant) -> dict[str, float]:
@@ -138,6 +151,8 @@ def measure_block(contestant: Contestant, cell: Cell, settings: Settings, device
             peak = torch.cuda.max_memory_allocated(device) / 2**30
             spare, total = torch.cuda.mem_get_info(device)
             in_use = (total - spare) / 2**30
+        if settings.trace is not None:
+            write_trace(contestant, cell, batches, settings.trace, cuda)
     values = torch.stack(losses).float()
     if not bool(values.isfinite().all()):
         raise WrongError("a loss is not finite")
@@ -163,6 +178,7 @@ def _counted(contestant: Contestant, cell: Cell, moved: dict[str, float], noted:
     expected = expected_bytes(
         contestant.strategy, cell, d=model.hidden_size, layers=contestant.layers, experts=config.experts,
         top_k=config.top_k, union=union, stepped=noted.get("stepped_share"),
+        refetch=contestant.refetches,
     )  # fmt: skip
     return {
         "union_share": round(union / cell.r, 4),
@@ -174,6 +190,7 @@ def _counted(contestant: Contestant, cell: Cell, moved: dict[str, float], noted:
         "formula_to_device": expected and round(expected[0]),
         "formula_to_host": expected and round(expected[1]),
         "ring_stalls": moved["ring_stalls"],
+        "refetch": contestant.refetches,
         "row_values": 2 * contestant.layers * model.hidden_size * cell.r,
         "growing_gib": growing_bytes(contestant.strategy, cell.r, model.hidden_size, contestant.layers, config.experts)
         / 2**30,

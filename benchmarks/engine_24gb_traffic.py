@@ -7,14 +7,14 @@ ELEMENT = 2  # bytes of a bf16 value; ids and logits, of four bytes, count as tw
 
 def expected_bytes(
     strategy: str | None, cell: Cell, *, d: int, layers: int, experts: int, top_k: int, union: float,
-    stepped: float | None,
+    stepped: float | None, refetch: bool = False,
 ) -> tuple[float, float] | None:  # fmt: skip
-    """Bytes to the device and to the host of a step whose rows are saved for backward; None: no formula.
+    """Bytes to the device and to the host of a step; None: no formula.
 
     Per layer and micro-batch, u = |U|, rows of d bf16 values: `host` x and logits down, 2 u rows, ids and places up;
     `stream` all r keys and u values up, ids down; `device-keys` u values up, ids down; `device-rows` ids down. All: 2 u
     row gradients down. Once a step `device-keys` brings the keys that the step before has changed, `device-rows` the
-    values too.
+    values too. With `refetch`, rows that are not on the device are brought once more.
 
     Args:
         strategy: the one in use. union: mean |U| of a layer and micro-batch. stepped: share of r changed in a step.
@@ -34,6 +34,8 @@ def expected_bytes(
         up, down, once = 0.0, ids, 2 * changed
     else:
         return None
+    if refetch:
+        up += {"device-keys": 1, "device-rows": 0}.get(strategy, 2) * union * row
     passes = layers * cell.accumulation
     return passes * up + layers * once, passes * (down + gradients)
 

@@ -11,20 +11,24 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
 import torch
+from engine_24gb_bound import bound_of
 from engine_24gb_contestants import NOTES, Contestant, free, make
 from engine_24gb_gate import WrongError, check_strategy
 from engine_24gb_models import MissingError
 from engine_24gb_plan import Cell, rotated
 from engine_24gb_steps import Block, Settings, measure_block
 
+from meft.calibration import calibrated
+from meft.step_time import Ceilings
+
 CAP_GIB = 22.5
 LEAK_BYTES = 64 << 20
-MEASURED, OOM, DRY = "measured", "OOM", "dry run"
+MEASURED, OOM, OOM_HOST, DRY = "measured", "OOM", "OOM on the host", "dry run"
 Emit = Callable[[str, dict], None]
 
 
@@ -67,6 +71,8 @@ def failure(error: BaseException) -> str:
     """A row's status where nothing could be measured."""
     if isinstance(error, torch.OutOfMemoryError):
         return OOM
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return OOM_HOST
     if isinstance(error, WrongError):
         return f"wrong: {error}"
     if isinstance(error, MissingError):
@@ -75,7 +81,9 @@ def failure(error: BaseException) -> str:
     return f"error: {type(error).__name__}: {first[:200]}"
 
 
-def row_of(cell: Cell, blocks: list[Block], contestant: Contestant, dry: bool) -> dict:
+def row_of(
+    cell: Cell, blocks: list[Block], contestant: Contestant, dry: bool, ceilings: Ceilings | None = None
+) -> dict:
     """A row from the blocks that have been measured so far; of a dry run without what would mean something."""
     row: dict = {**cell.key, "status": DRY if dry else MEASURED, "values": contestant.values()}
     row |= {"strategy": contestant.strategy, "note": NOTES.get(cell.contestant, ""), "rounds": len(blocks)}
@@ -92,6 +100,12 @@ def row_of(cell: Cell, blocks: list[Block], contestant: Contestant, dry: bool) -
         "peak_gib": max(block.peak_gib for block in blocks), "first_peak_gib": blocks[0].first_peak_gib,
         "device_gib": max(block.device_gib for block in blocks), "host_gib": max(block.host_gib for block in blocks),
     }  # fmt: skip
+    if ceilings is not None:
+        config = contestant.model.peft_config["default"]
+        measured["ceilings"] = asdict(ceilings)
+        bound = bound_of(ceilings, cell, contestant.model.config, config, row)
+        if bound is not None:
+            measured |= {"bound_ms": 1e3 * bound.seconds, "bound_of_null": bound.share_of_compute}
     return row | (dict.fromkeys(measured) if dry else measured)
 
 
@@ -104,11 +118,13 @@ class Worker:
         self.blocks: dict[Cell, list[Block]] = {}
         self.failed: dict[Cell, str] = {}
         self.slowest = 0.0  # seconds of a contestant's block
+        self.ceilings: Ceilings | None = None
 
     def run(self) -> None:
         """Measure what the time allows."""
         names = list(dict.fromkeys(cell.contestant for cell in self.job.cells))
         if self.job.cells[0].family == "meft":
+            self._calibrate()
             self._gate(names)
         owner = None
         for turn in range(self.job.settings.rounds):
@@ -135,6 +151,16 @@ class Worker:
         for cell in cells:
             self.failed[cell] = status
             self.emit("row", {**cell.key, "status": status})
+
+    def _calibrate(self) -> None:
+        """The machine's ceilings, which are kept as well, so that auto chooses by the same ones."""
+        if self.device.type != "cuda":
+            return
+        try:
+            self.ceilings = calibrated(self.device, anew=True).alone
+        except Exception as error:  # then rows have no bound
+            print(f"no ceilings: {failure(error)}", flush=True)
+        free(self.device)
 
     def _gate(self, names: list[str]) -> None:
         for name in names:
@@ -173,7 +199,7 @@ class Worker:
                     entered = True
                 block = measure_block(owner, cell, self.job.settings, self.device, first=cell not in self.blocks)
                 self.blocks.setdefault(cell, []).append(block)
-                self.emit("row", row_of(cell, self.blocks[cell], owner, self.job.dry))
+                self.emit("row", row_of(cell, self.blocks[cell], owner, self.job.dry, self.ceilings))
             except Exception as error:
                 status = failure(error)  # the error itself would hold what it was working on
             self.slowest = max(self.slowest, time.perf_counter() - began)

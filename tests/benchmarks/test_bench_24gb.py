@@ -1,4 +1,4 @@
-"""The 24 GB benchmark's own logic: a dry run from end to end, forced routing, workers that fail, files and verdicts."""
+"""The 24 GB benchmark: a dry run from end to end, the check before any speed, and workers that fail."""
 
 import json
 import subprocess
@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -22,11 +20,6 @@ import engine_24gb_plan as plan  # noqa: E402
 import engine_24gb_routing as routing  # noqa: E402
 import engine_24gb_steps as steps  # noqa: E402
 import engine_24gb_worker as work  # noqa: E402
-from engine_24gb_rows import Rows, environment  # noqa: E402
-from engine_24gb_targets import MET, MISSED, OPEN, targets  # noqa: E402
-from engine_24gb_traffic import expected_bytes  # noqa: E402
-
-import meft.strategies  # noqa: E402
 
 CELL = plan.Cell("llama-2-7b", "bf16", 2, 256, 1, True, 6400, "meft auto", "0.26")
 CPU = torch.device("cpu")
@@ -48,7 +41,7 @@ def dry(tmp_path_factory):
     """The folder of one whole dry run, its rows, and what lay in the results before and after."""
     out = tmp_path_factory.mktemp("dry") / "new"
     results = {path: path.stat().st_mtime_ns for path in bench.RESULTS.iterdir()}
-    bench.main(["--dry-run", "--out", str(out)])
+    assert bench.main(["--dry-run", "--out", str(out)]) == 0
     assert results == {path: path.stat().st_mtime_ns for path in bench.RESULTS.iterdir()}
     return out, json.loads((out / "dry_run_24gb.json").read_text())["rows"]
 
@@ -59,14 +52,7 @@ def test_every_contestant_runs(dry):
     assert {plan.Cell(**{name: row[name] for name in CELL.key}) for row in rows} == set(planned)
     for row in rows:
         missing = row["contestant"] == "dense torchao" and row["status"] == "not installed: torchao"
-        # Where rows are bf16 `host` refuses its own picks; a test of its own says so.
-        refused = row["contestant"] == "meft host" and row["status"].startswith("error: ValueError: keys")
-        assert row["status"] == work.DRY or missing or refused, row
-
-
-@pytest.mark.xfail(reason="retrieval='host' widens hidden states but not bf16 rows, which expert_topk refuses")
-def test_host_runs(dry):
-    assert {row["status"] for row in dry[1] if row["contestant"] == "meft host"} == {work.DRY}
+        assert row["status"] == work.DRY or missing, row
 
 
 def test_counters_are_the_formula(dry):
@@ -108,132 +94,6 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
     assert bench.main(["--out", str(tmp_path)]) == 2
     assert "No CUDA device" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
-
-
-# ------------------------------------------------------------------------------------------------------------ routing
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    T=st.integers(1, 60), K=st.integers(1, 16), r=st.integers(1, 300), part=st.floats(0.001, 1), seed=st.integers(0, 9)
-)
-def test_forced_ids(T, K, r, part, seed):
-    """Exactly the subset, distinct within a token, the same each time."""
-    size = max(1, round(part * r))
-    ids = routing.forced_ids(T, K, r, size, seed)
-    assert ids.shape == (T, K)
-    assert torch.equal(ids, routing.forced_ids(T, K, r, size, seed))
-    used = ids[ids >= 0]
-    assert int(used.max()) < r
-    assert all(len(set(row)) == min(K, size) for row in (line[line >= 0].tolist() for line in ids))
-    assert len(used.unique()) == min(size, T * min(K, size))
-
-
-@pytest.mark.parametrize("size", [0, 11])
-def test_a_subset_that_is_none(size):
-    with pytest.raises(ValueError, match="size"):
-        routing.forced_ids(4, 2, 10, size, 0)
-
-
-def test_own_picks_are_made_and_replaced(monkeypatch):
-    asked = []
-
-    def original(x, *_):
-        asked.append(len(x))
-        return torch.zeros(len(x), 2, dtype=torch.int32)
-
-    monkeypatch.setattr(meft.strategies, "picked_neurons", original)
-    ids = routing.Routing("0.5").ids(8, 3, 1, 4)
-    with routing.forced_picks(ids, routing.SUBSETS, 4, 2):
-        found = [
-            meft.strategies.picked_neurons(torch.zeros(4, 1), None, None, None) for _ in range(routing.SUBSETS + 1)
-        ]
-    assert asked == [4] * (routing.SUBSETS + 1)
-    assert all(len(some.unique()) == 4 for some in found)
-    assert torch.equal(found[0], found[-1])
-    assert not all(torch.equal(found[0], some) for some in found)
-    assert meft.strategies.picked_neurons is original
-
-
-def test_other_tokens_than_announced_are_refused():
-    with pytest.raises(ValueError, match="and not for 5"):
-        routing.Routing("0.5").ids(8, 3, 1, 4)(0, 5, 2)
-
-
-@pytest.fixture(scope="module")
-def recorded():
-    return routing.Recorded.read()
-
-
-def test_recording_is_small_and_whole(recorded):
-    assert routing.RECORD.stat().st_size < 300_000
-    assert recorded.counts.shape == (30, 6400)
-    assert (recorded.counts[:, :-1] >= recorded.counts[:, 1:]).all()
-    assert {f"{b}x{n}" for b, n in plan.SHAPES} <= recorded.about["union_share"].keys()
-    picks = recorded.about["picks_a_token"]
-    total = recorded.counts.sum(1) / recorded.about["recorded_tokens"]
-    assert total == pytest.approx(picks, abs=0.01)
-
-
-@pytest.mark.parametrize("layer", [0, 29])
-def test_draws_use_as_many_neurons_as_the_recording(recorded, layer):
-    ids = routing.drawn_ids(recorded, layer, 2, 256, 64, 6400, seed=3)
-    assert torch.equal(ids, routing.drawn_ids(recorded, layer, 2, 256, 64, 6400, seed=3))
-    assert all(len(set(row.tolist())) == 64 for row in ids)
-    assert len(ids.unique()) / 6400 == pytest.approx(recorded.share(layer, 2, 256), rel=0.1)
-    smaller = routing.drawn_ids(recorded, layer, 2, 256, 64, 3072, seed=3)
-    assert int(smaller.max()) < 3072
-
-
-def test_inclusion_adds_up(recorded):
-    weights = recorded.weights(5, 6400)
-    assert routing.inclusion(weights, 64).sum() == pytest.approx(64)
-    assert routing.inclusion(weights[:10], 64).sum() == 10
-
-
-# --------------------------------------------------------------------------------------------------- plan and formula
-
-
-def test_plan_has_what_the_issue_asks():
-    groups = list(plan.plan())
-    first = groups[0].cells
-    assert {c.contestant for c in first} == {
-        *(f"meft {name}" for name in ("host", "stream", "device-keys", "device-rows", "auto")), "null", "lora", "qlora",
-        *(f"dense {name}" for name in ("adamw", "adamw8bit", "paged", "torchao")),
-    }  # fmt: skip
-    assert {c.routing for c in first} == {"-", "0.1", "0.26", "0.6", "1.0", "recorded"}
-    everything = {cell for group in plan.plan(full=True) for cell in group.cells}
-    for field, values in {
-        "model": {"llama-2-7b", "mistral-7b"}, "base": {"bf16", "nf4"}, "accumulation": {1, 16}, "clip": {True, False},
-    }.items():  # fmt: skip
-        assert {getattr(cell, field) for cell in everything} == values
-    assert {(c.batch, c.length) for c in everything} == {(1, 256), (2, 256), (4, 256), (8, 256), (1, 2048)}
-    assert {3072, 6400, 8464} <= {c.r for c in everything}
-    for group in groups:
-        assert len(set(group.cells)) == len(group.cells)
-        assert sorted(c.title() for job in group.jobs() for c in job) == sorted(c.title() for c in group.cells)
-
-
-@pytest.mark.parametrize(("name", "billions"), [("llama-2-7b", 6.738), ("mistral-7b", 7.242)])
-def test_shapes_are_the_published_ones(name, billions):
-    with torch.device("meta"):
-        model = models.SHAPES[name][0][0](models.config_of(name))
-    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=5e-4)
-
-
-@pytest.mark.parametrize(
-    ("strategy", "elements"),
-    # In elements of two bytes, as the issue has them: 4 d|U| + T d, r d + 3 d|U|, 4 d|U|, 4 d|U|.
-    [("host", 4 * 1664 + 512), ("stream", 6400 + 3 * 1664), ("device-keys", 4 * 1664), ("device-rows", 4 * 1664)],
-)
-def test_formula(strategy, elements):
-    ways = expected_bytes(
-        strategy, CELL, d=4096, layers=32, experts=320, top_k=64, union=1664, stepped=1664 / 6400
-    )  # fmt: skip
-    small = {"host": 4 * 1664 + 4 * 512 * 64 + 4 * 512 * 320}.get(strategy, 4 * 1664)
-    assert sum(ways) == 32 * (2 * 4096 * elements + small)
-    assert expected_bytes("resident", CELL, d=1, layers=1, experts=1, top_k=1, union=1, stepped=None) == (0, 0)
-    assert expected_bytes(None, CELL, d=1, layers=1, experts=1, top_k=1, union=1, stepped=None) is None
 
 
 # ----------------------------------------------------------------------------------------------------------- the gate
@@ -327,6 +187,18 @@ def test_out_of_memory_is_a_row(monkeypatch):
     assert len(order) == 5  # what has failed is not tried again
 
 
+def test_a_worker_that_cannot_clean_up_ends(monkeypatch):
+    """The parent starts another one for the cells without a row."""
+    cells = [replace(CELL, routing=share) for share in ("1.0", "0.26")]
+
+    def block(cell):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Fake, "leave", lambda self: 1 / 0)
+    rows, order = run_worker(monkeypatch, cells, block)
+    assert (list(rows), len(order)) == (cells[:1], 1)
+
+
 def test_a_package_that_is_missing_is_a_row(monkeypatch):
     cell = replace(CELL, contestant="dense torchao", routing="-")
     found = []
@@ -337,6 +209,7 @@ def test_a_package_that_is_missing_is_a_row(monkeypatch):
 
 def test_a_failure_tells_its_kind():
     assert work.failure(torch.OutOfMemoryError("x")) == "OOM"
+    assert work.failure(MemoryError("r=16384 takes more")) == "OOM on the host"
     assert work.failure(RuntimeError("first\nsecond")) == "error: RuntimeError: first"
 
 
@@ -390,102 +263,3 @@ def test_a_job_goes_through_its_file(tmp_path):
     job = work.Job((CELL, replace(CELL, clip=False)), work.Settings(rounds=3), 12.5, 4, True)
     job.write(tmp_path / "job.json")
     assert work.Job.read(tmp_path / "job.json") == job
-
-
-# ---------------------------------------------------------------------------------------------------- rows and targets
-
-
-def row(cell=CELL, **fields):
-    base = {"status": "measured", "ms_of_rounds": [100.0, 120.0], "ms_q50": 110.0, "device_gib": 20.0}
-    return {**cell.key, **base, **fields}
-
-
-def test_rows_are_kept_replaced_and_tried_again(tmp_path):
-    rows = Rows(tmp_path / "new" / "rows.json")
-    for status, done in (("error: x", False), ("wrong: y", False), ("OOM", True), ("measured", True)):
-        rows.add(row(status=status), {"gpu": "one"}, "a")
-        rows = Rows(rows.path)
-        assert len(rows.rows) == 1
-        assert rows.done(CELL) is done
-    assert not rows.done(replace(CELL, clip=False))
-    assert [path.name for path in rows.path.parent.iterdir()] == ["rows.json"]
-    rows.add(row(replace(CELL, r=3072)), {"gpu": "two"}, "b")
-    assert [r["environment"] for r in rows.rows] == [0, 1]
-
-
-def test_ratios_are_of_one_invocation(tmp_path):
-    rows = Rows(tmp_path / "rows.json")
-    null = replace(CELL, contestant="null")
-    rows.add(row(null, ms_of_rounds=[80.0, 90.0]), {}, "old")
-    rows.add(row(), {}, "new")
-    rows.compare("new")
-    assert "of_null" not in rows.find(CELL)
-    rows.add(row(null, ms_of_rounds=[80.0, 90.0]), {}, "new")
-    peer = replace(CELL, contestant="dense paged", routing="-")
-    rows.add(row(peer, ms_of_rounds=[210.0]), {}, "new")
-    rows.add(row(replace(peer, contestant="dense adamw"), device_gib=30.0), {}, "new")
-    rows.add(row(replace(peer, contestant="qlora", base="nf4", r=64), ms_of_rounds=[50.0]), {}, "new")
-    rows.compare("new")
-    found = Rows(rows.path).find(CELL)
-    assert found["of_null"] == pytest.approx((0.8 + 0.75) / 2)
-    assert found["times_peers"] == {"dense paged": 2.1, "qlora": 0.5}
-
-
-def test_a_rerun_measures_what_is_missing_and_what_it_is_compared_with(tmp_path):
-    group = plan.quick_plan().__next__()
-    rows = Rows(tmp_path / "rows.json")
-    for cell in group.cells:
-        rows.add(row(cell), {}, "a")
-    assert not bench.chosen(group, rows, "", False, set()).cells
-    assert bench.chosen(group, rows, "", True, set()) == group
-    rows.add(row(replace(CELL, contestant="meft stream"), status="error: x"), {}, "a")
-    found = bench.chosen(group, rows, "", False, set()).cells
-    assert [(c.contestant, c.routing) for c in found] == [("meft stream", "0.26"), ("null", "0.26")]
-    assert len(bench.chosen(group, rows, "", False, {replace(CELL, contestant="null")}).cells) == 1
-    peer = next(cell for cell in group.cells if cell.contestant == "dense paged")
-    rows.add(row(peer, status="error: x"), {}, "a")
-    found = bench.chosen(group, rows, "paged", False, set()).cells
-    assert [(c.contestant, c.routing) for c in found] == [
-        ("dense paged", "-"), ("meft auto", "0.26"), ("null", "0.26")
-    ]  # fmt: skip
-
-
-def verdict(rows, name):
-    return next(target for target in targets(rows) if name in target.name).verdict
-
-
-def test_targets():
-    assert {target.verdict for target in targets([])} == {OPEN}
-    lean = [
-        row(replace(CELL, contestant=f"meft {name}"), peak_gib=peak)
-        for name, peak in (("host", 15.0), ("stream", 15.5))
-    ]
-    assert verdict(lean, "|U| = 0.26 r") == MET
-    assert verdict(lean, "|U| = 0.6 r") == OPEN
-    assert verdict([lean[0], row(replace(CELL, contestant="meft stream"), peak_gib=15.6)], "|U| = 0.26 r") == MISSED
-    assert verdict([lean[0], row(replace(CELL, contestant="meft stream"), status="OOM")], "|U| = 0.26 r") == OPEN
-    assert verdict([row(of_null=0.79)], "without transport") == MISSED
-    assert verdict([row(of_null=0.81)], "without transport") == MET
-    ways = {"bytes_to_device": 100, "formula_to_device": 100, "bytes_to_host": 102, "formula_to_host": 100}
-    assert verdict([row(**ways)], "traffic") == MISSED
-    assert verdict([row(**ways | {"bytes_to_host": 101})], "traffic") == MET
-    omega = {"elements_to_device": 40, "elements_to_host": 16, "row_values": 100}
-    small = replace(CELL, contestant="meft host", r=6144)
-    assert verdict([row(small, **omega)], "r 6144") == MET
-    assert verdict([row(small, **omega | {"elements_to_host": 17})], "r 6144") == MISSED
-    assert verdict([row(times_peers={"dense paged": 1.5, "dense torchao": 0.9, "lora": 0.5})], "peer") == MISSED
-    assert verdict([row(times_peers={"dense paged": 1.5, "lora": 0.5})], "peer") == MET
-    assert verdict([row(bound_ms=100.0)], "bound") == MET
-
-
-def test_flatness_leaves_out_what_has_to_grow():
-    cells = [replace(CELL, contestant="meft host", routing="rows:1024", r=r) for r in plan.FLAT_R]
-    rows = [row(cell, peak_gib=10 + cell.r / 1e4, growing_gib=cell.r / 1e4) for cell in cells]
-    assert verdict(rows, "meft host: growth") == MET
-    assert verdict(rows[:-1], "meft host: growth") == OPEN
-    assert verdict([*rows[:-1], rows[-1] | {"peak_gib": 13.0}], "meft host: growth") == MISSED
-
-
-def test_environment_says_whether_the_row_update_is_native():
-    assert environment(CPU)["native_row_update"] in (True, False)
-    assert environment(CPU)["torch"] == torch.__version__
