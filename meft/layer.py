@@ -131,11 +131,13 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
     # ------------------------------------------------------------------ PEFT's frame
 
     def _base_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        """Of the FFN's first floating-point parameter; float32 where all are packed (4 bit)."""
+        """Of the FFN's first floating-point parameter; where all are packed (4 bit), what they are computed in."""
         parameters = list(self.base_layer.parameters())
         floating = [p.dtype for p in parameters if p.is_floating_point()]
         device = parameters[0].device if parameters else torch.device("cpu")
-        return device, floating[0] if floating else torch.get_default_dtype()
+        computed = [getattr(module, "compute_dtype", None) for module in self.base_layer.modules()]
+        known = [dtype for dtype in (*floating, *computed) if isinstance(dtype, torch.dtype)]
+        return device, known[0] if known else torch.get_default_dtype()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Rows stay where they are (on_host) and in their dtype; the inherited one would cast all to the base's dtype.

@@ -5,10 +5,12 @@ import gc
 import itertools
 import weakref
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from accelerate import Accelerator
 from peft import PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -727,3 +729,12 @@ def test_a_layer_is_found_and_says_what_it_is(tiny):
         assert not layer.supports_lora_conversion()
         assert layer.merged_adapters == []
         layer.unmerge()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_beside_packed_weights_are_read_in_the_dtype_of_the_computation(dtype):
+    ffn = nn.Sequential(bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=dtype))
+    ffn[0].weight.data = torch.zeros(2048, 1, dtype=torch.uint8)
+    layer = MEFTLayer(ffn, 64)
+    layer.update_layer("default", MEFTConfig(r=64, num_experts=8))
+    assert layer.tables("default")[0].wire_dtype == dtype
