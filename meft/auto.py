@@ -36,24 +36,37 @@ class Surroundings:
     activations: Callable[[int], int]
 
 
-def surroundings(model: nn.Module, ffns: Sequence[nn.Module], own: Callable[[nn.Module], bool]) -> Surroundings:
-    """Of a transformers model.
+def decoder_shape(
+    model: nn.Module, ffns: Sequence[nn.Module], own: Callable[[nn.Module], bool], length: int, weight_bytes: float
+) -> BaseModel:
+    """What the step-time model asks for; layers without an adapter are shared out among those with one.
 
     Args:
-        ffns: the adapted FFNs without their adapters. own: whether a module is an adapter's, which does not count.
+        model: a transformers model. ffns: its adapted FFNs without their adapters, at least one.
+        own: whether a module is an adapter's, which does not count.
+        weight_bytes: of a weight as it is stored.
     """
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    layers, d = len(ffns), int(getattr(text, "hidden_size", 0) or 1)
-    vocabulary = int(getattr(text, "vocab_size", 0) or 0)
-    inside = {id(m) for ffn in ffns for m in ffn.modules()}
-    others = [m for m in model.modules() if id(m) not in inside and not own(m) and not isinstance(m, nn.Embedding)]
+    config = _text_config(model)
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    used = min(1.0, (getattr(config, "num_experts_per_tok", None) or experts) / experts)
+    heads, d = getattr(config, "num_attention_heads", None) or 1, getattr(config, "hidden_size", None) or 1
+    ends = [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
+    apart = {id(m) for ffn in ffns for m in ffn.modules()} | {id(m) for m in ends}
+    rest = sum(_weights(m) for m in model.modules() if id(m) not in apart and not own(m))
     ffn = sum(_weights(m) for module in ffns for m in module.modules())
-    rest = max(0, sum(map(_weights, others)) - vocabulary * d)
-    frozen = [p for module in (*others, *ffns) for p in module.parameters(recurse=module in ffns)]
-    itemsize = min((p.element_size() for p in frozen if p.is_floating_point()), default=4)
+    attended = heads * (getattr(config, "head_dim", None) or d // heads)
+    head = _weights(ends[1]) if ends[1] is not None else 0
+    return BaseModel(length, rest // len(ffns), int(ffn * used) // len(ffns), attended, head, weight_bytes)
+
+
+def surroundings(model: nn.Module, ffns: Sequence[nn.Module], own: Callable[[nn.Module], bool]) -> Surroundings:
+    """Of a transformers model; arguments as in `decoder_shape`."""
+    frozen = [p for ffn in ffns for p in ffn.parameters()]
+    itemsize = min((p.element_size() for p in frozen if p.is_floating_point()), default=2)
     packed = any(not p.is_floating_point() for p in frozen)
-    base = BaseModel(512, rest // layers, ffn // layers, d, vocabulary * d, 0.52 if packed else itemsize)
+    base = decoder_shape(model, ffns, own, 512, 0.52 if packed else itemsize)
+    layers, d = len(ffns), getattr(_text_config(model), "hidden_size", None) or 1
+    vocabulary = base.head // d
 
     def activations(tokens: int) -> int:
         saved = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
@@ -63,6 +76,11 @@ def surroundings(model: nn.Module, ffns: Sequence[nn.Module], own: Callable[[nn.
         return (layers * tokens * d * itemsize + layer if saved else layers * layer) + tokens * vocabulary * 10
 
     return Surroundings(base, activations)
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _weights(module: nn.Module) -> int:

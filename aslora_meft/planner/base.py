@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from aslora_meft.errors import UsageError, as_usage_error
 from aslora_meft.planner import attention
 from aslora_meft.planner.quantised import QUANTISED
-from meft.step_time import BaseModel
 
 # Of these, transformers runs the models' own attention code, which keeps [heads, length, length] as plain attention.
 _OWN_ATTENTION = ("falcon", "gpt_neo", "gptj", "mpt")
@@ -52,23 +50,3 @@ def build_base(config: Any, dtype: str) -> PreTrainedModel:
             config, dtype=compute_dtype(dtype), attn_implementation=attending
         )
     return model
-
-
-def speed_shape(model: PreTrainedModel, ffns: list[nn.Module], length: int, weight_bytes: float) -> BaseModel:
-    """What the step-time model asks for; layers without an adapter are shared out among those with one.
-
-    Args:
-        ffns: the adapted FFNs' own modules, at least one.
-        weight_bytes: of a weight as it is stored.
-    """
-    config: Any = model.config.get_text_config()
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
-    used = min(1.0, (getattr(config, "num_experts_per_tok", None) or experts) / experts)
-    head, embedding = (cast(Any, m).weight for m in (model.get_output_embeddings(), model.get_input_embeddings()))
-    outside = {id(head), id(embedding)}
-    ffn = sum(p.numel() for module in ffns for p in module.parameters())
-    rest = sum(p.numel() for p in model.parameters() if id(p) not in outside) - ffn
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    layers = len(ffns)
-    return BaseModel(length, rest // layers, int(ffn * used) // layers, heads * size, head.numel(), weight_bytes)

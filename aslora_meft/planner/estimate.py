@@ -10,12 +10,13 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from aslora_meft.planner.base import build_base, compute_dtype, load_config, speed_shape
+from aslora_meft.planner.base import build_base, compute_dtype, load_config
 from aslora_meft.planner.methods import adapt, method_config
 from aslora_meft.planner.neurons import PlannedFFN, lasting_bytes
 from aslora_meft.planner.quantised import QUANTISED, quantise
 from aslora_meft.planner.rates import GIB, ceilings
 from aslora_meft.planner.trace import Extra, Memory, Step, trace_step
+from meft.auto import decoder_shape
 from meft.plan import AdapterShape, Plan, Work, largest_that_fits, strategies_that_fit
 from meft.step_time import BaseModel, StepTime, step_time
 
@@ -147,7 +148,7 @@ class _Model:
 
     def speed(self, request: Request) -> BaseModel:
         ffns = [layer.base_layer for layer in self.neurons.values()]
-        return speed_shape(self.base, ffns, request.length, self.weight_bytes)
+        return decoder_shape(self.base, ffns, lambda module: False, request.length, self.weight_bytes)
 
 
 def estimate(request: Request) -> Estimate:
