@@ -313,6 +313,7 @@ class RowTable(nn.Module):
         cast = next((new.dtype for probe, new in zip(probes, told, strict=True) if new.dtype != probe.dtype), None)
         with self.lock, torch.no_grad():
             if cast is not None:
+                self._wait_for_readers()  # memory that they read is given back
                 if cast.itemsize >= 4:  # to 16 bits, what is read becomes narrower; what is trained does not
                     self._cast_masters(cast)
                 self._wire_dtype = cast

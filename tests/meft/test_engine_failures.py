@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,6 +182,17 @@ def test_an_update_is_waited_for_where_its_lock_is_taken(tiny, how):
         held = [value for name, value in saved.items() if name.endswith("rows")]
         assert {x.sum().item() for x in held} == {x.sum().item() for x in gradients}
     assert all(table.moments.step == 11 for table in tiny.tables(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_cast_waits_for_readers(tiny, dtype):
+    """They read memory that it gives back."""
+    model = tiny.adapted(layers=1, dtype=torch.float32)
+    waited = []
+    for table in tiny.tables(model):
+        table.read_until(object(), SimpleNamespace(wait=lambda: waited.append(1)))
+    model.to(dtype)
+    assert len(waited) == 2
 
 
 def test_readers_are_not_collected(tiny):

@@ -4,6 +4,7 @@ import queue
 import random
 import threading
 import time
+import weakref
 
 import torch
 
@@ -28,18 +29,21 @@ class Mark:
             raise self.error
 
 
+def serve(work):
+    """Do what comes until there comes None; hold on to nothing in between."""
+    while (each := work.get()) is not None:
+        each()
+        del each
+
+
 class ThreadLane:
     """Work in the order in which it was queued, each after a delay that `lanes.delay` gives."""
 
     def __init__(self, lanes, name):
         self.lanes, self.name, self.error = lanes, name, None
         self.work = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._loop, daemon=True)
-        self.thread.start()
-
-    def _loop(self):
-        while (work := self.work.get()) is not None:
-            work()
+        threading.Thread(target=serve, args=(self.work,), name="fake lane", daemon=True).start()
+        weakref.finalize(self, self.work.put, None).atexit = False
 
     def run(self, work, uses=()):
         number = self.lanes.count(self.name)
