@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .changes import Changes
 from .lanes import Lane, Mark
 from .moments import Moments
-from .transfer import nbytes, page_lock, page_unlock
+from .transfer import PageLock
 from .updates import Ticket, UpdateQueue
 
 logger = logging.getLogger(__name__)
@@ -28,8 +29,8 @@ BLOCK_BYTES = 64 << 20
 
 # What a copy or a pickle of a table makes anew.
 _OF_THIS_PROCESS = frozenset(
-    ("_own", "lock", "owner", "_former", "claimed_by", "_wire", "_wire_of", "_locked")
-    + ("updates", "_ticket", "_readers", "_changed", "_changed_of")
+    ("_own", "lock", "owner", "_former", "claimed_by", "_wire", "_wire_of", "_pages")
+    + ("updates", "_ticket", "_readers", "_changes")
 )
 
 
@@ -78,12 +79,11 @@ class RowTable(nn.Module):
         self.lock = threading.RLock()
         self._wire: Tensor | None = None
         self._wire_of: tuple[int, int] | None = None
-        self._locked: weakref.finalize | None = None
+        self._pages = PageLock()
         self.updates: UpdateQueue | None = None
         self._ticket: Ticket | None = None
         self._readers: dict[Lane, Mark] = {}
-        self._changed: Tensor | None = None
-        self._changed_of: tuple[int, int] | None = None
+        self._changes: Changes | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
@@ -169,17 +169,12 @@ class RowTable(nn.Module):
 
     def follow_changes(self) -> None:
         """Begin to note which rows change; at first all have."""
-        self._changed, self._changed_of = torch.ones(len(self.rows), dtype=torch.bool), None
+        self._changes = Changes(len(self.rows))
 
     def take_changes(self) -> Tensor:
         """The rows that have changed since the last call, int64 ascending; call it under `reading`."""
-        assert self._changed is not None
-        if self._changed_of != self.state:  # somebody wrote into the masters: loading, the user
-            self._changed.fill_(True)
-        rows = self._changed.nonzero().flatten()
-        self._changed.zero_()
-        self._changed_of = self.state
-        return rows
+        assert self._changes is not None
+        return self._changes.take(self.state)
 
     # ------------------------------------------------------------------ reading
 
@@ -212,18 +207,8 @@ class RowTable(nn.Module):
         return self._wire
 
     def _page_lock(self, tensor: Tensor) -> None:
-        if not self.pin or tensor.device.type != "cpu" or not torch.cuda.is_available():
-            return
-        address = tensor.data_ptr()
-        if self._locked is not None and self._locked.alive and self._locked.peek()[2] == (address,):  # type: ignore[index]
-            return
-        if self._locked is not None:
-            self._locked()
-        if page_lock(tensor):
-            self._locked = weakref.finalize(tensor.untyped_storage(), page_unlock, address)
-        else:
-            self.pin = False
-            logger.warning("%d bytes of MEFT rows could not be page-locked: transfers are slower.", nbytes(tensor))
+        if self.pin and tensor.device.type == "cpu" and torch.cuda.is_available():
+            self.pin = self._pages.hold(tensor)
 
     @property
     def wire_dtype(self) -> torch.dtype:
@@ -262,16 +247,15 @@ class RowTable(nn.Module):
                 raise RuntimeError("MEFT rows have no values yet (meta device): load the adapter first.")
             self._wait_for_readers()
             self._current()
-            known = self._changed is not None and self._changed_of == self.state
+            before = self.state
             separate = self._wire if self._wire_dtype.itemsize < self.rows.dtype.itemsize else None
             write(separate)
             if changed:
                 torch.autograd.graph.increment_version(self.rows)
             if separate is not None:
                 self._wire_of = self.state
-            if known and self._changed is not None:
-                self._changed[slice(None) if rows is None else rows] = True
-                self._changed_of = self.state
+            if self._changes is not None:
+                self._changes.note(rows, before, self.state)
 
     def follow(self, optimizer: Optimizer) -> None:
         """A step of `optimizer` comes: moments of another optimizer's steps are not its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from adapter_kernels import gather_rows
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -117,6 +120,26 @@ def page_lock(tensor: Tensor) -> bool:
 def page_unlock(address: int) -> None:
     """Undo `page_lock` of the memory at an address."""
     torch.cuda.cudart().cudaHostUnregister(address)
+
+
+class PageLock:
+    """Keeps one tensor's memory page-locked, until another tensor takes its place or its memory is freed."""
+
+    def __init__(self) -> None:
+        self._held: weakref.finalize | None = None
+
+    def hold(self, tensor: Tensor) -> bool:
+        """Page-lock a CPU tensor, if it is not yet; False, with a warning, where the driver refuses."""
+        address = tensor.data_ptr()
+        if self._held is not None and self._held.alive and self._held.peek()[2] == (address,):  # type: ignore[index]
+            return True
+        if self._held is not None:
+            self._held()
+        if not page_lock(tensor):
+            logger.warning("%d bytes of MEFT rows could not be page-locked: transfers are slower.", nbytes(tensor))
+            return False
+        self._held = weakref.finalize(tensor.untyped_storage(), page_unlock, address)
+        return True
 
 
 def page_locked(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
