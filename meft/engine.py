@@ -67,7 +67,7 @@ class Engine:
         self.config, self.layers, self.around = config, layers, around
         self.on_gradient: Callable[[RowTable, RowGradient], None] | None = None
         self._given: Lanes | None = None
-        self._updates = UpdateQueue()
+        self._updates: UpdateQueue | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -129,6 +129,8 @@ class Engine:
             self._plan = self._planned(x)
             self._strategy = STRATEGIES[self._plan[0]](self.lanes, self.layers)
             beside = self.config.on_host and (x.device.type != "cpu" or self._given is not None)
+            if beside and self._updates is None:
+                self._updates = UpdateQueue(x.device)
             for layer in self.layers if beside else ():
                 layer.keys.updates = layer.values.updates = self._updates
                 layer.keys.name, layer.values.name = (f"{part} of layer {layer.number}" for part in ("keys", "values"))

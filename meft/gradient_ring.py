@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .lanes import Lanes, Mark
+from .near import stay_near
 from .row_gradient import Pending, RowGradient
 from .transfer import Traffic, nbytes
 
@@ -32,7 +33,7 @@ class GradientRing:
         self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         for _ in range(SLOTS):
             self._free.put(lanes.staging((capacity, width), dtype))
-        self._thread = ThreadPoolExecutor(1, "meft-gradients")
+        self._thread = ThreadPoolExecutor(1, "meft-gradients", partial(stay_near, lanes.device))
         self._end = weakref.finalize(self, self._thread.shutdown, wait=False)
 
     def send(self, rows: Tensor, gradient: Tensor, table: Tensor, traffic: Traffic) -> RowGradient:

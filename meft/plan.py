@@ -20,9 +20,9 @@ from typing import Literal
 import torch
 
 from .config import MEFTConfig
+from .gradient_ring import SLOTS
 
 STRATEGIES = ("resident", "device-rows", "device-keys", "stream", "host")  # in order of preference
-RING_SLOTS = 3  # page-locked slots through which row gradients leave
 ID = 4  # bytes of the int32 of a neuron or a place
 FP32 = 4
 When = Literal["forward", "backward", "step"]
@@ -224,7 +224,7 @@ class Plan:
             "masters" if separate else "masters, page-locked": master,
             "moments": 2 * s.values * s.moment,
             "gradient store": 2 * s.layers * s.d * self.step_union * FP32,
-            "gradient ring, page-locked": RING_SLOTS * self.union_values * s.gradient,
+            "gradient ring, page-locked": SLOTS * self.union_values * s.gradient,
         }
 
     # ------------------------------------------------------------------ link

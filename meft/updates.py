@@ -6,6 +6,11 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+import torch
+
+from .near import stay_near
 
 
 class Ticket:
@@ -40,10 +45,14 @@ class Ticket:
 
 
 class UpdateQueue:
-    """One thread that updates; its work has threads of its own."""
+    """One thread that updates; its work has threads of its own.
 
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "meft-update")
+    Args:
+        device: whose rows they are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._thread = ThreadPoolExecutor(1, "meft-update", partial(stay_near, device))
         self._end = weakref.finalize(self, self._thread.shutdown, wait=False)
 
     def add(self, update: Callable[[], None], what: str) -> Ticket:
