@@ -17,10 +17,8 @@ def cores_near(device: torch.device) -> set[int]:
     if device.type != "cuda":
         return set()
     of = torch.cuda.get_device_properties(device)
-    place = [getattr(of, name, None) for name in ("pci_domain_id", "pci_bus_id", "pci_device_id")]
-    if None in place:
-        return set()
-    return _cores_of("{:04x}:{:02x}:{:02x}.0".format(*place))
+    place = [getattr(of, name, -1) for name in ("pci_domain_id", "pci_bus_id", "pci_device_id")]
+    return _cores_of("{:04x}:{:02x}:{:02x}.0".format(*place)) if min(place) >= 0 else set()
 
 
 def _cores_of(address: str) -> set[int]:
