@@ -152,7 +152,7 @@ def picks_of_a_layer(layer, x, mask=None):
         context.end(opened)
     picks = torch.zeros(x.shape[0] * x.shape[1], 32, dtype=torch.bool)
     real = stash.real if stash.real is not None else torch.arange(len(picks))
-    picks[real[stash.picks.token], stash.selection.neuron] = True
+    picks[real[stash.picks.token], stash.picks.neuron] = True
     return picks.view(*x.shape[:2], 32), y.detach()
 
 
