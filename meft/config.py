@@ -137,14 +137,16 @@ class MEFTConfig(PeftConfig):
         default="auto",
         metadata={
             "help": "The rows that a backward pass needs: 'save' keeps those of the forward pass on the device, "
-            "'refetch' brings them again, 'auto' is 'save'. Of no effect where rows are read in place."
+            "'refetch' brings them again, 'auto' is 'save', and what fits where retrieval='auto' chooses for a GPU. Of "
+            "no effect where rows are read in place."
         },
     )
     gradient_dtype: str = field(
         default="auto",
         metadata={
             "help": "Dtype in which row gradients leave the device: 'auto' (the one that they are computed in: "
-            "bfloat16 where hidden states and rows are bfloat16, else float32) or 'float32'. Sums are in float32."
+            "bfloat16 where hidden states and rows are bfloat16, else float32) or 'float32' (of gradients that are "
+            "computed in bfloat16: the same values in twice the bytes). Sums are in float32."
         },
     )
     row_dtype: str = field(

@@ -29,7 +29,8 @@ class Stash:
         real: int64 [T], places of the tokens that are no padding; None where all are real.
         probe: [tokens, <= 8], some columns of the layer's input, to tell forward passes apart.
         versions: of keys and values, to tell whether they were updated since.
-        fetched: rows that were kept for the recomputation.
+        fetched: rows that were kept, or brought, for the recomputation.
+        refetched: whether they are to be brought again for it.
     """
 
     picks: Selection | Picks
@@ -37,6 +38,7 @@ class Stash:
     probe: Tensor
     versions: tuple[int, int]
     fetched: Fetched | None = None
+    refetched: bool = False
 
 
 @dataclass(eq=False)
@@ -48,6 +50,7 @@ class ForwardContext:
         recorded: whether autograd records the pass, so that a backward pass may recompute layers of it.
         layers: number of adapted layers.
         number: later passes have higher ones.
+        real: device -> places of the mask's tokens that are no padding, None where all are; found by the first layer.
         stashes: (layer, adapter) -> its picks, in the order of the calls.
         loss_scale: dL/d(loss that the model returned), known in the backward pass; None where it returned none.
     """
@@ -56,6 +59,7 @@ class ForwardContext:
     recorded: bool
     layers: int
     number: int
+    real: dict[torch.device, Tensor | None] = field(default_factory=dict)
     stashes: dict[tuple[int, str], list[Stash]] = field(default_factory=dict)
     loss_scale: Tensor | None = None
 
@@ -203,12 +207,18 @@ def find_stash(key: tuple[int, str], x: Tensor) -> tuple[ForwardContext, Stash] 
     with _alive_lock:
         contexts = sorted(_alive, key=lambda context: -context.number)
     probe = probe_of(x).float()
-    nearest = float(probe.abs().sum()) * _CLOSE
+    candidates = [
+        (context, stash)
+        for context in contexts
+        for stash in context.stashes.get(key, [])
+        if stash.probe.shape == probe.shape
+    ]
+    if not candidates:
+        return None
+    sums = [probe.abs().sum() * _CLOSE, *((stash.probe.float() - probe).abs().sum() for _, stash in candidates)]
+    nearest, *distances = torch.stack(sums).tolist()  # the host waits for the device, once
     found: tuple[ForwardContext, Stash] | None = None
-    for context in contexts:
-        for stash in context.stashes.get(key, []):
-            if stash.probe.shape == probe.shape:
-                distance = float((stash.probe.float() - probe).abs().sum())
-                if distance < nearest or (distance == nearest and found is None):
-                    nearest, found = distance, (context, stash)
+    for candidate, distance in zip(candidates, distances, strict=True):
+        if distance < nearest or (distance == nearest and found is None):
+            nearest, found = distance, candidate
     return found

@@ -42,12 +42,14 @@ class Begun:
     Attributes:
         fetched: the rows; None once they were used.
         versions: of keys and values as they are read.
+        again: whether this is a recomputation.
     """
 
     layer: LayerRows
     picks: Picks
     fetched: Fetched | None
     versions: tuple[int, int]
+    again: bool
 
 
 class Engine:
@@ -74,6 +76,7 @@ class Engine:
         self._for: tuple[Any, ...] | None = None
         self.lanes: Lanes | None = None
         self._plan: tuple[str, str] | None = None
+        self._planned_tokens: int | None = None  # by `auto`
         self._strategy: Strategy | None = None
         self._rings: dict[torch.dtype, GradientRing] = {}
         self._below: Any = None
@@ -118,22 +121,31 @@ class Engine:
         if not x.is_cuda:
             return "host", rows
         plan = chosen(config, self.layers, x, self.around() if self.around is not None else None)
+        self._planned_tokens = len(x)
         return plan.strategy, plan.work.rows
 
-    def _ready(self, x: Tensor, wire: torch.dtype) -> Strategy:
+    def _ready(self, layer: LayerRows, x: Tensor) -> Strategy:
         """The strategy for inputs like x; what was made for another device or dtype is made anew."""
-        now = (x.device, wire)
+        now = (x.device, layer.keys.wire_dtype)
         if self._strategy is None or self._for != now:
+            moved = self._for is not None and self._for[0] != x.device
+            if moved and layer.number and self.config.on_host:
+                assert self._for is not None
+                raise RuntimeError(
+                    f"MEFT's layers are on {self._for[0]} and {x.device}: rows in host memory are brought to one "
+                    "device only; put the model on one GPU (device_map={'': 0}), or set placement='device'."
+                )
             self._forget()
             self._for, self.lanes = now, self._given or lanes_of(x.device)
             self._plan = self._planned(x)
-            self._strategy = STRATEGIES[self._plan[0]](self.lanes, self.layers)
+            with torch.inference_mode(False):  # its buffers outlive the mode
+                self._strategy = STRATEGIES[self._plan[0]](self.lanes, self.layers)
             beside = self.config.on_host and (x.device.type != "cpu" or self._given is not None)
             if beside and self._updates is None:
                 self._updates = UpdateQueue(x.device)
-            for layer in self.layers if beside else ():
-                layer.keys.updates = layer.values.updates = self._updates
-                layer.keys.name, layer.values.name = (f"{part} of layer {layer.number}" for part in ("keys", "values"))
+            for each in self.layers if beside else ():
+                each.keys.updates = each.values.updates = self._updates
+                each.keys.name, each.values.name = (f"{part} of layer {each.number}" for part in ("keys", "values"))
         return self._strategy
 
     # ------------------------------------------------------------------ forward
@@ -166,17 +178,18 @@ class Engine:
                 "MEFT cannot be captured into a CUDA graph: how many rows a pass uses is known only when it runs. "
                 "Train without CUDA graphs (torch.compile: mode='default')."
             )
-        strategy = self._ready(x, layer.keys.wire_dtype)
+        if picks is None and not layer.number and self._planned_tokens is not None and len(x) > self._planned_tokens:
+            self._forget()  # what fits beside fewer tokens (an evaluation, a short batch) may not fit beside these
+        strategy = self._ready(layer, x)
         again = picks is not None
-        versions = layer.versions
+        with layer.traffic.stalled():  # for the updates of these rows
+            versions = layer.versions
         if picks is None:
             with record_function("meft: pick"):
                 picks = strategy.pick(layer, x, logits)
         if kept is None:
             with record_function("meft: fetch rows"):
                 kept = strategy.fetch(layer, picks, again)
-            if not again:
-                strategy.begun(layer, len(x))
         traffic = layer.traffic
         if not again and len(picks.rows):
             neuron = picks.rows[picks.position.clamp(min=0)].where(picks.position >= 0, -1)
@@ -184,7 +197,7 @@ class Engine:
         traffic.forwards += 1
         traffic.tokens += len(x)
         traffic.union_rows += len(picks.rows)
-        return Begun(layer, picks, kept, versions)
+        return Begun(layer, picks, kept, versions, again)
 
     def finish(self, begun: Begun, x: Tensor, logits: Tensor, refetch: bool, done: Callable[[], None]) -> Tensor:
         """The adapter's output, [T, d].
@@ -198,6 +211,9 @@ class Engine:
         layer, picks, fetched = begun.layer, begun.picks, begun.fetched
         assert fetched is not None
         begun.fetched = None  # the graph holds `begun`
+        if not begun.again and self._strategy is not None:
+            # Now that the base FFN is queued: the next layer's rows may have to wait for their update.
+            self._strategy.begun(layer, len(x))
         if fetched.arrival is not None:
             self.lanes.join(fetched.arrival)
         near = (fetched.keys.detach().to(x.dtype), fetched.values.detach().to(x.dtype))
@@ -222,6 +238,12 @@ class Engine:
         check_versions(begun.versions, begun.layer.versions)
         with record_function("meft: fetch rows again"):
             return self._strategy.fetch(begun.layer, begun.picks, again=True)
+
+    def fetch_below(self, layer: LayerRows, picks: Picks) -> Fetched:
+        """Queue the way of the rows of the layer below for its recomputation."""
+        assert self._strategy is not None
+        with record_function("meft: fetch rows again"):
+            return self._strategy.fetch(self.layers[layer.number - 1], picks, again=True)
 
     # ------------------------------------------------------------------ backward
 

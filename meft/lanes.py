@@ -113,14 +113,17 @@ class _Stream:
     """A CUDA stream."""
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)
+        # Before the computation: a gather's few programs need not wait until a GEMM has placed all of its own.
+        self.stream = torch.cuda.Stream(device, priority=-1)
 
     def run(self, work: Callable[[], object], uses: Sequence[Tensor] = ()) -> None:
-        with torch.cuda.stream(self.stream):
-            work()
-        for tensor in uses:
-            if tensor.is_cuda:  # its memory is not given to another tensor before this stream is through
-                tensor.record_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                work()
+        finally:  # also where some of the work was queued before it failed
+            for tensor in uses:
+                if tensor.is_cuda:  # its memory is not given to another tensor before this stream is through
+                    tensor.record_stream(self.stream)
 
     def after(self, mark: Mark) -> None:
         assert isinstance(mark, _Event)

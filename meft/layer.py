@@ -41,6 +41,7 @@ class _Begun(NamedTuple):
     finish: Callable[[], Tensor]
     picks: Selection | Picks
     kept: Fetched | None
+    refetched: bool = False
 
 
 class MEFTLayer(nn.Module, BaseTunerLayer):
@@ -207,17 +208,18 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             if found is not None:
                 now, stash = found
                 check_versions(stash.versions, self.places[adapter_name].rows.versions)
-        mask = now.mask if now is not None else None
-        real = stash.real if stash is not None else _real_tokens(mask, shape, x.device)
+        real = stash.real if stash is not None else _real_tokens(now, shape, x.device)
         kept = x if real is None else x.index_select(0, real)
         wide = kept.to(torch.promote_types(x.dtype, torch.float32))
         router = self.meft_router[adapter_name].to(wide.dtype)
         by_engine = self.places[adapter_name].engine.serves(x.device)
         begin = self._with_engine if by_engine else self._in_place
         begun = begin(kept, wide, router, adapter_name, stash, now)
+        if stash is not None and stash.refetched and now is not None:
+            self._bring_below(now, key)
         if stash is None and now is not None and now.recorded:
             versions = self.places[adapter_name].rows.versions
-            made = context.Stash(begun.picks, real, context.probe_of(x), versions, begun.kept)
+            made = context.Stash(begun.picks, real, context.probe_of(x), versions, begun.kept, begun.refetched)
             now.stashes.setdefault(key, []).append(made)
         if real is None:
             return begun.finish
@@ -251,7 +253,16 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
                 return attach_balance_loss(y, logits, config, now)
             return y
 
-        return _Begun(finish, begun.picks, kept)
+        return _Begun(finish, begun.picks, kept, checkpointed and refetches)
+
+    def _bring_below(self, now: context.ForwardContext, key: tuple[int, str]) -> None:
+        """Queue the way of the rows that the recomputation of the layer below will read."""
+        place = self.places[key[1]]
+        calls = [of for of in now.stashes if of[1] == key[1]]
+        below = now.stashes[calls[calls.index(key) - 1]] if place.rows.number else []
+        if len(below) == 1 and below[0].refetched and below[0].fetched is None:
+            below[0].refetched = False  # once
+            below[0].fetched = place.engine.fetch_below(place.rows, below[0].picks)  # type: ignore[arg-type]
 
     def _in_place(
         self,
@@ -289,12 +300,14 @@ def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> li
     return [args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names)]
 
 
-def _real_tokens(mask: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor | None:
+def _real_tokens(now: context.ForwardContext | None, shape: torch.Size, device: torch.device) -> Tensor | None:
     """Places of the tokens that are no padding, int64, among the tokens of an input [batch, length, d]; None: all.
 
     An input of another size than the mask is not of the model's tokens (a vision tower's patches).
     """
-    if mask is None or shape[:-1] != mask.shape:
+    if now is None or now.mask is None or shape[:-1] != now.mask.shape:
         return None
-    real = mask.reshape(-1)
-    return None if bool(real.all()) else real.nonzero().flatten().to(device)
+    if device not in now.real:  # the host waits for the device: once a pass, not once a layer
+        real = now.mask.reshape(-1)
+        now.real[device] = None if bool(real.all()) else real.nonzero().flatten().to(device)
+    return now.real[device]

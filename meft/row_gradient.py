@@ -138,9 +138,14 @@ def _with(gradient: RowGradient, rows: Tensor, values: Tensor) -> RowGradient:
     return RowGradient(rows, values, gradient)
 
 
-def _sum(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    if torch.equal(a[0], b[0]):
+def _sum(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], in_place: bool) -> tuple[Tensor, Tensor]:
+    if not in_place and torch.equal(a[0], b[0]):
         return a[0], a[1] + b[1]
+    if in_place and len(a[0]) >= len(b[0]) and a[1] is not b[1]:
+        place = torch.searchsorted(a[0], b[0]).clamp_(max=len(a[0]) - 1)
+        if torch.equal(a[0][place], b[0]):  # no new row: the memory of all need not be taken anew
+            a[1].index_add_(0, place, b[1])
+            return a
     rows, place = torch.cat([a[0], b[0]]).unique(return_inverse=True)
     values = a[1].new_zeros(len(rows), *a[1].shape[1:])
     values.index_copy_(0, place[: len(a[0])], a[1])
@@ -148,14 +153,15 @@ def _sum(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Te
     return rows, values
 
 
-def _merged(a: RowGradient, b: RowGradient) -> Stored:
+def _merged(a: RowGradient, b: RowGradient, in_place: bool) -> Stored:
     x, y = a._stored, b._stored
     waits = [s for s in (y, x) if isinstance(s, Pending)]
     if not waits:
-        return _sum(a.stored(), b.stored())
+        return _sum(a.stored(), b.stored(), in_place)
 
     def merge() -> tuple[Tensor, Tensor]:
-        return _sum(*(s.result() if isinstance(s, Pending) else s for s in (x, y)))
+        first, second = (s.result() if isinstance(s, Pending) else s for s in (x, y))
+        return _sum(first, second, in_place)
 
     # By the thread of the later one, behind it, so that micro-batches are added up as they land.
     for pending in waits:
@@ -174,7 +180,7 @@ def _add(func: Any, a: Any, b: Any, *, alpha: float = 1) -> Any:
         a.spent = b.spent
     elif a.spent or b.spent:
         raise RuntimeError(SPENT)
-    stored = _merged(a, b)
+    stored = _merged(a, b, func is aten.add_.Tensor)
     if func is aten.add.Tensor:
         return RowGradient._of(stored, a)
     a._stored = stored

@@ -53,9 +53,12 @@ class Strategy:
 
     def _pick_there(self, layer: LayerRows, x: Tensor, logits: Tensor, keys: Tensor) -> Picks:
         """Picks that are made on the device; the host waits for the size of the union."""
+        if keys.is_cuda and keys.dtype != x.dtype:
+            # The kernel multiplies one dtype; the torch path would launch some products an expert and wait for counts.
+            keys = keys.to(x.dtype)
         ids = picked_neurons(x, logits, keys, layer.config)
-        rows, position = union_of(ids, layer.config)
-        with layer.traffic.stalled():
+        with layer.traffic.stalled():  # for the number of rows, that is for all that is queued on the device
+            rows, position = union_of(ids, layer.config)
             home = rows.to(layer.keys.rows.device, torch.int64)
         if layer.config.on_host:
             layer.traffic.bytes_to_host += nbytes(rows)
@@ -87,7 +90,8 @@ class Host(Strategy):
         """Host memory for a copy of `like`; there is one of a name, and what was in it is done with by now."""
         key = (name, like.dtype)
         if key not in self._staged or self._staged[key].numel() < like.numel():
-            self._staged[key] = self.lanes.staging((like.numel(),), like.dtype)
+            with torch.inference_mode(False):  # it outlives the mode
+                self._staged[key] = self.lanes.staging((like.numel(),), like.dtype)
         return self._staged[key][: like.numel()].view(like.shape)
 
     def fetch(self, layer: LayerRows, picks: Picks, again: bool = False) -> Fetched:
