@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .lanes import Lanes, Mark
 from .near import stay_near
-from .row_gradient import Pending, RowGradient
+from .row_gradient import RowGradient
+from .row_sums import Pending
 from .transfer import Traffic, nbytes
 
 SLOTS = 4
@@ -30,6 +31,7 @@ class GradientRing:
 
     def __init__(self, lanes: Lanes, capacity: int, width: int, dtype: torch.dtype) -> None:
         self.lanes, self.capacity, self.dtype = lanes, capacity, dtype
+        self._failed: tuple[int, Exception] | None = None  # the backward pass, and what went wrong in it
         self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         for _ in range(SLOTS):
             self._free.put(lanes.staging((capacity, width), dtype))
@@ -47,6 +49,9 @@ class GradientRing:
         Returns:
             the gradient of the table, whose values arrive later.
         """
+        backward = torch._C._current_graph_task_id()
+        if self._failed is not None and self._failed[0] == backward:  # not only when that gradient is looked at
+            raise RuntimeError(f"Gradients of MEFT rows did not arrive: {self._failed[1]}") from self._failed[1]
         gradient = gradient.detach().to(self.dtype)
         traffic.bytes_to_host += nbytes(gradient)
         # Its pages are touched by the thread that drains, not by the one that launches.
@@ -62,7 +67,7 @@ class GradientRing:
             except BaseException:
                 self._free.put(slot)
                 raise
-            drained.append(self._thread.submit(self._drain, slot, mark, values[start : start + len(part)]))
+            drained.append(self._thread.submit(self._drain, backward, slot, mark, values[start : start + len(part)]))
         return RowGradient.arriving(Pending(self._thread.submit(_whole, drained, rows, values), self._thread), table)
 
     def _slot(self, traffic: Traffic) -> Tensor:
@@ -73,10 +78,13 @@ class GradientRing:
             with traffic.stalled():
                 return self._free.get()
 
-    def _drain(self, slot: Tensor, mark: Mark, target: Tensor) -> None:
+    def _drain(self, backward: int, slot: Tensor, mark: Mark, target: Tensor) -> None:
         try:
             mark.wait()
             target.copy_(slot[: len(target)])
+        except Exception as error:
+            self._failed = backward, error
+            raise
         finally:
             self._free.put(slot)
 

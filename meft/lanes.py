@@ -81,10 +81,10 @@ class _AtOnce:
 
 
 class HostLanes:
-    """For a model on the CPU: nothing runs beside anything."""
+    """For a model on the CPU, or on a device without streams: nothing runs beside anything."""
 
-    def __init__(self) -> None:
-        self.device = torch.device("cpu")
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.inbound: Lane = _AtOnce()
         self.outbound: Lane = _AtOnce()
 
@@ -154,4 +154,4 @@ class CudaLanes:
 
 def lanes_of(device: torch.device) -> Lanes:
     """The lanes of a device."""
-    return CudaLanes(device) if device.type == "cuda" else HostLanes()
+    return CudaLanes(device) if device.type == "cuda" else HostLanes(device)

@@ -9,39 +9,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from .row_sums import Landed, Pending, RowSums, whole_of
+
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class Pending:
-    """Rows and values that a thread is bringing.
-
-    Attributes:
-        future: what it will have.
-        thread: does what is queued in its order, so that what builds on `future` can be queued at once.
-    """
-
-    future: Future[tuple[Tensor, Tensor]]
-    thread: Executor
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """Raises: RuntimeError: something went wrong on the way."""
-        try:
-            return self.future.result()
-        except Exception as error:
-            raise RuntimeError(f"Gradients of MEFT rows did not arrive: {error}") from error
-
-
-Stored = tuple[Tensor, Tensor] | Pending
+Stored = Landed | Pending
 
 
 class RowGradient(torch.Tensor):
@@ -138,14 +118,9 @@ def _with(gradient: RowGradient, rows: Tensor, values: Tensor) -> RowGradient:
     return RowGradient(rows, values, gradient)
 
 
-def _sum(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], in_place: bool) -> tuple[Tensor, Tensor]:
-    if not in_place and torch.equal(a[0], b[0]):
+def _sum(a: Landed, b: Landed) -> Landed:
+    if torch.equal(a[0], b[0]):
         return a[0], a[1] + b[1]
-    if in_place and len(a[0]) >= len(b[0]) and a[1] is not b[1]:
-        place = torch.searchsorted(a[0], b[0]).clamp_(max=len(a[0]) - 1)
-        if torch.equal(a[0][place], b[0]):  # no new row: the memory of all need not be taken anew
-            a[1].index_add_(0, place, b[1])
-            return a
     rows, place = torch.cat([a[0], b[0]]).unique(return_inverse=True)
     values = a[1].new_zeros(len(rows), *a[1].shape[1:])
     values.index_copy_(0, place[: len(a[0])], a[1])
@@ -157,17 +132,21 @@ def _merged(a: RowGradient, b: RowGradient, in_place: bool) -> Stored:
     x, y = a._stored, b._stored
     waits = [s for s in (y, x) if isinstance(s, Pending)]
     if not waits:
-        return _sum(a.stored(), b.stored(), in_place)
+        return _sum(a.stored(), b.stored())
+    most = len(a)
 
-    def merge() -> tuple[Tensor, Tensor]:
-        first, second = (s.result() if isinstance(s, Pending) else s for s in (x, y))
-        return _sum(first, second, in_place)
+    def merge() -> Landed | RowSums:
+        first, second = (s.landed() if isinstance(s, Pending) else s for s in (x, y))
+        if not in_place:
+            return _sum(whole_of(first), whole_of(second))
+        sums = first if isinstance(first, RowSums) else RowSums(first, most)
+        return sums.add(whole_of(second))
 
     # By the thread of the later one, behind it, so that micro-batches are added up as they land.
     for pending in waits:
         with suppress(RuntimeError):  # a thread that has ended with its engine takes no more work
             return Pending(pending.thread.submit(merge), pending.thread)
-    return merge()
+    return whole_of(merge())
 
 
 def _add(func: Any, a: Any, b: Any, *, alpha: float = 1) -> Any:

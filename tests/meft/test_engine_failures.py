@@ -12,6 +12,8 @@ from test_engine import STRATEGIES, on_lanes
 from thread_lanes import CopyFailedError
 
 import meft.row_steps
+from meft.gradient_ring import GradientRing
+from meft.transfer import Traffic
 
 PLACES = ["first", "middle", "last"]
 
@@ -242,3 +244,14 @@ def test_no_thread_holds_the_interpreter(tiny):
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     assert "end" in ended.stdout
+
+
+def test_a_gradient_that_did_not_arrive_ends_the_backward_pass_at_the_next_layer():
+    lanes = ThreadLanes(failing=[("outbound", 0)])
+    ring = GradientRing(lanes, 4, 3, torch.float32)
+    table, rows, gradient = torch.zeros(8, 3), torch.arange(4), torch.ones(4, 3)
+    ring.send(rows, gradient, table, Traffic())
+    ring._thread.submit(lambda: None).result()  # it has been drained
+    with pytest.raises(RuntimeError, match="did not arrive: copy 0 of the outbound lane"):
+        ring.send(rows, gradient, table, Traffic())
+    lanes.close()

@@ -1,0 +1,89 @@
+"""Row gradients that land on the host while the backward pass goes on, and sums of them over micro-batches."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Landed = tuple[Tensor, Tensor]  # int64 [n], rows, ascending; [n, d], their values
+
+
+class RowSums:
+    """Sums in memory with room for rows to come, so that a micro-batch costs its own rows and not those of all.
+
+    Args:
+        first: rows and values; new memory is taken for them with the first row that is not among them.
+        most: rows of the table.
+    """
+
+    def __init__(self, first: Landed, most: int) -> None:
+        rows, self._values = first
+        self._rows = [rows]
+        self._count, self._most = len(rows), most
+        self._place = torch.full((most,), -1, dtype=torch.int64)
+        self._place[rows] = torch.arange(len(rows))
+
+    def add(self, landed: Landed) -> RowSums:
+        """Add the gradients of some rows."""
+        rows, values = landed
+        place = self._place[rows]
+        new = place < 0
+        if not bool(new.any()):
+            self._values[: self._count].index_add_(0, place, values)
+            return self
+        known, fresh = (~new).nonzero().flatten(), new.nonzero().flatten()
+        self._make_room(self._count + len(fresh))
+        self._values.index_add_(0, place[known], values[known])
+        end = self._count + len(fresh)
+        torch.index_select(values, 0, fresh, out=self._values[self._count : end])
+        self._place[rows[fresh]] = torch.arange(self._count, end)
+        self._rows.append(rows[fresh])
+        self._count = end
+        return self
+
+    def _make_room(self, rows: int) -> None:
+        if rows <= len(self._values):
+            return
+        larger = self._values.new_empty(min(self._most, max(rows, 2 * self._count)), *self._values.shape[1:])
+        larger[: self._count] = self._values[: self._count]
+        self._values = larger
+
+    def whole(self) -> Landed:
+        """All rows in ascending order, and their sums."""
+        rows, values = torch.cat(self._rows), self._values[: self._count]
+        if len(self._rows) == 1:
+            return rows, values
+        rows, order = rows.sort()
+        return rows, values.index_select(0, order)
+
+
+def whole_of(stored: Landed | RowSums) -> Landed:
+    """Rows and values, of sums too."""
+    return stored.whole() if isinstance(stored, RowSums) else stored
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Rows and values that a thread is bringing.
+
+    Attributes:
+        future: what it will have.
+        thread: does what is queued in its order, so that what builds on `future` can be queued at once.
+    """
+
+    future: Future[Landed] | Future[Landed | RowSums]
+    thread: Executor
+
+    def landed(self) -> Landed | RowSums:
+        """Raises: RuntimeError: something went wrong on the way."""
+        try:
+            return self.future.result()
+        except Exception as error:
+            raise RuntimeError(f"Gradients of MEFT rows did not arrive: {error}") from error
+
+    def result(self) -> Landed:
+        """As `landed`, in ascending order of the rows."""
+        return whole_of(self.landed())
