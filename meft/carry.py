@@ -98,7 +98,8 @@ def gather(lanes: Lanes, layer: LayerRows, tables: Sequence[RowTable], picks: Pi
     """
     with ExitStack() as held:
         wires = [held.enter_context(table.reading(picks.host_rows)) for table in tables]
-        out = [torch.empty(len(picks.rows), w.shape[1], dtype=w.dtype, device=lanes.device) for w in wires]
+        with torch.inference_mode(False):  # a lane, which may be a thread, writes into them
+            out = [torch.empty(len(picks.rows), w.shape[1], dtype=w.dtype, device=lanes.device) for w in wires]
         lanes.inbound.after(lanes.here())
         lanes.inbound.run(partial(bring_rows, picks.rows, picks.host_rows, wires, out), [picks.rows, *out])
         arrival = lanes.inbound.mark()
@@ -177,7 +178,8 @@ class DeviceCopy:
             near = self._rows
             uses = [near]
             if not everything:
-                near = torch.empty(len(changed), wire.shape[1], dtype=wire.dtype, device=self.lanes.device)
+                with torch.inference_mode(False):  # as in `gather`
+                    near = torch.empty(len(changed), wire.shape[1], dtype=wire.dtype, device=self.lanes.device)
                 ids = changed.to(self.lanes.device, torch.int32)
                 uses = [near, ids]
             self.lanes.inbound.after(self.lanes.here())

@@ -68,3 +68,40 @@ def test_the_experts_load_is_that_with_rows_in_place(tiny, strategy):
         assert torch.equal(traffic.expert_load, reports[1].layers[path].expert_load)
     assert reports[1].to_dict()["strategy"] == strategy
     assert strategy in str(reports[1])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_a_pass_without_autograd_has_made_serves_training(tiny, strategy):
+    """Buffers that were made in inference mode cannot be written outside of it."""
+    plain, ours = pair(tiny, retrieval=strategy)
+    on_lanes(ours)
+    with torch.inference_mode():
+        tiny.loss(ours)
+    for model in (plain, ours):
+        tiny.train(model, 2)
+    for name, value in tiny.state(plain).items():
+        torch.testing.assert_close(tiny.state(ours)[name], value, rtol=1e-8, atol=1e-10)
+
+
+def test_a_model_on_several_devices_is_refused(tiny):
+    _, ours = pair(tiny, retrieval="stream")
+    on_lanes(ours)
+    tiny.loss(ours)
+    engine = ours.base_model.engines["default"]
+    layer, x = engine.layers[1], torch.zeros(1, tiny.WIDTH, device="meta")
+    with pytest.raises(RuntimeError, match=r"layers are on cpu and meta.*placement='device'"):
+        engine._ready(layer, x)
+
+
+def test_auto_plans_again_when_more_tokens_come(tiny):
+    _, ours = pair(tiny, retrieval="auto")
+    on_lanes(ours)
+    tiny.loss(ours, length=4)
+    engine = ours.base_model.engines["default"]
+    first = engine._strategy
+    engine._planned_tokens = 8  # as on a GPU
+    tiny.loss(ours, length=3)
+    assert engine._strategy is first
+    tiny.loss(ours, length=5)
+    assert engine._strategy is not first
+    assert engine.strategy_name == "host"

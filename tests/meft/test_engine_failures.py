@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_engine import STRATEGIES, on_lanes
-from thread_lanes import CopyFailedError
+from thread_lanes import CopyFailedError, ThreadLanes
 
 import meft.row_steps
 from meft.gradient_ring import GradientRing

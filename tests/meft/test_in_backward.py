@@ -111,3 +111,15 @@ def test_a_copy_of_the_model_updates_its_own_rows(tiny):
 def test_another_value_is_refused(tiny):
     with pytest.raises(ValueError, match="in_backward='yes' must be True or False"):
         tiny.config(row_optimizer={"in_backward": "yes"})
+
+
+def test_of_several_ranks_rows_move_within_the_step(tiny, monkeypatch):
+    model, _ = adapted(tiny)
+    run(tiny, model, steps=1)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(model.base_model.ranks, "note_forward", lambda: None)
+    before = [table.version for table in tiny.tables(model)]
+    tiny.loss(model).backward()
+    assert [table.version for table in tiny.tables(model)] == before
+    assert not any(table.rows.grad.spent for table in tiny.tables(model))
