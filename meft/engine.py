@@ -27,7 +27,7 @@ from .refetch import refetched_in_backward
 from .row_gradient import RowGradient
 from .sparse_ffn import check_versions
 from .store import RowTable
-from .strategies import STRATEGIES, Strategy
+from .strategies import STRATEGIES, Strategy, capturing
 from .updates import UpdateQueue
 
 logger = logging.getLogger(__name__)
@@ -173,10 +173,11 @@ class Engine:
             x: [T, d] in `compute_dtype`, without a graph. logits: W_g x, [T, E], without a graph.
             picks: picks to use instead of new ones (recomputation). kept: their rows, if they were kept.
         """
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        if capturing(x) and (self.config.on_host or torch.is_grad_enabled() or self.config.routing == "union"):
             raise RuntimeError(
-                "MEFT cannot be captured into a CUDA graph: how many rows a pass uses is known only when it runs. "
-                "Train without CUDA graphs (torch.compile: mode='default')."
+                "MEFT cannot be captured into this CUDA graph: how many rows a pass uses is known only when it runs. "
+                "Do without CUDA graphs (torch.compile: mode='default'), or set placement='device' and routing="
+                "'per_token', and capture a pass under torch.no_grad()."
             )
         if picks is None and not layer.number and self._planned_tokens is not None and len(x) > self._planned_tokens:
             self._forget()  # what fits beside fewer tokens (an evaluation, a short batch) may not fit beside these

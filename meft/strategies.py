@@ -19,6 +19,11 @@ from .lanes import Lanes
 from .transfer import nbytes
 
 
+def capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured on x's device."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class Strategy:
     """Picks, and the way of the picked rows.
 
@@ -179,7 +184,11 @@ class Resident(Strategy):
 
     def pick(self, layer: LayerRows, x: Tensor, logits: Tensor) -> Picks:
         with layer.keys.reading() as keys:
-            return self._pick_there(layer, x, logits, keys)
+            if not capturing(x):
+                return self._pick_there(layer, x, logits, keys)
+            # A graph has fixed sizes and does not wait: all rows stand for the union.
+            rows = torch.arange(layer.config.r, device=x.device)
+            return Picks(rows.to(torch.int32), picked_neurons(x, logits, keys, layer.config), rows)
 
     def fetch(self, layer: LayerRows, picks: Picks, again: bool = False) -> Fetched:
         with layer.keys.reading() as keys, layer.values.reading(picks.host_rows) as values:

@@ -4,6 +4,9 @@ import pytest
 import torch
 from thread_lanes import ThreadLanes
 
+import meft.engine
+import meft.strategies
+
 STRATEGIES = ["host", "stream", "device-keys", "device-rows"]
 ROWS = ["save", "refetch"]
 
@@ -105,3 +108,34 @@ def test_auto_plans_again_when_more_tokens_come(tiny):
     tiny.loss(ours, length=5)
     assert engine._strategy is not first
     assert engine.strategy_name == "host"
+
+
+def captured(monkeypatch):
+    for module in (meft.engine, meft.strategies):
+        monkeypatch.setattr(module, "capturing", lambda x: True)
+
+
+def test_a_captured_pass_over_rows_on_the_device_equals_another(tiny, monkeypatch):
+    plain, ours = pair(tiny, placement="device")
+    on_lanes(ours)
+    captured(monkeypatch)
+    with torch.no_grad():
+        torch.testing.assert_close(tiny.loss(ours), tiny.loss(plain), rtol=1e-12, atol=0)
+    assert ours.base_model.transfer_report().union_share == 1  # nothing has looked how many there are
+
+
+@pytest.mark.parametrize("fields", [{"retrieval": "stream"}, {"placement": "device", "routing": "union"}])
+def test_other_passes_are_not_captured(tiny, monkeypatch, fields):
+    _, ours = pair(tiny, **fields)
+    on_lanes(ours)
+    captured(monkeypatch)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"CUDA graph.*placement='device'"):
+        tiny.loss(ours)
+
+
+def test_training_is_not_captured(tiny, monkeypatch):
+    _, ours = pair(tiny, placement="device")
+    on_lanes(ours)
+    captured(monkeypatch)
+    with pytest.raises(RuntimeError, match=r"under torch\.no_grad"):
+        tiny.loss(ours)

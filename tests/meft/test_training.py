@@ -65,6 +65,22 @@ def test_a_plain_trainer_lowers_the_loss_with_the_adapter_alone(tiny, tmp_path, 
     assert len(trainer.optimizer.state) == 2
 
 
+@pytest.mark.parametrize("retrieval", ["auto", "stream"])
+def test_a_trainers_logs_tell_what_was_moved(tiny, tmp_path, retrieval):
+    model = get_peft_model(tiny.base(dtype=torch.float32), tiny.config(retrieval=retrieval))
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=dataset(tiny))
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 20
+    for entry in logged:
+        assert 0 < entry["meft/union_share"] <= 1
+        assert entry["meft/mib_to_device"] > 0
+        assert entry["meft/mib_to_host"] > 0
+    total = model.base_model.transfer_report().to_dict()["bytes_to_host"] / 2**20
+    assert sum(entry["meft/mib_to_host"] for entry in logged) == pytest.approx(total)
+    assert "meft/union_share" not in trainer.state.log_history[-1]  # the run's summary, which has no loss
+
+
 def test_the_schedules_learning_rate_is_the_rows(tiny, tmp_path):
     """At a learning rate of zero nothing moves, weight decay included."""
     model = tiny.adapted(dtype=torch.float32)
