@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from torch import nn
+
 from .config import MEFTConfig
+from .ffn_modules import ffn_width
 
 
 def available_bytes() -> int | None:
@@ -39,3 +45,16 @@ def require_memory(wanted: int, config: MEFTConfig, layers: int) -> None:
         f"MemAvailable is {available:,} ({available / 2**30:.1f} GiB): {remedy}, adapt fewer layers "
         "(layers_to_transform), or set master_dtype='bfloat16'."
     )
+
+
+def require_memory_for(config: MEFTConfig, model: nn.Module) -> None:
+    """Raises: MemoryError: the rows of an adapter of this model want more host memory than there is."""
+    found = [module for path, module in model.named_modules() if check_target_module_exists(config, path)]
+    ffns: list[nn.Module] = [m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for m in found]
+    if not config.on_host or not ffns or any(p.is_meta for ffn in ffns for p in ffn.parameters()):
+        return
+    wire = min((p.element_size() for ffn in ffns for p in ffn.parameters() if p.is_floating_point()), default=4)
+    if config.row_dtype != "auto":
+        wire = getattr(torch, config.row_dtype).itemsize
+    with suppress(ValueError):  # no FFN of known width: the injection says so
+        require_memory(row_bytes(config, ffn_width(ffns[0], model), len(ffns), wire), config, len(ffns))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _get_tuner_state_dict_key_prefixes,
     _is_key_under_prefixes,
-    check_target_module_exists,
 )
 from torch import Tensor, nn
 
@@ -30,7 +29,7 @@ from .config import MEFTConfig
 from .distributed import RankAverage
 from .engine import Engine
 from .ffn_modules import FFN_OF, check_ffn, ffn_targets, ffn_width
-from .host_memory import require_memory, row_bytes
+from .host_memory import require_memory_for
 from .layer import NOT_MERGEABLE, MEFTLayer
 from .report import TransferReport, transfer_report
 from .row_steps import RowSteps
@@ -124,17 +123,7 @@ class MEFTModel(BaseTuner, RunListener):
         return config
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
-        config: Any = peft_config
-        found = [m for path, m in model.named_modules() if check_target_module_exists(config, path)]
-        ffns = [m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for m in found]
-        if not config.on_host or not ffns or any(p.is_meta for ffn in ffns for p in ffn.parameters()):
-            return
-        wire = min((p.element_size() for ffn in ffns for p in ffn.parameters() if p.is_floating_point()), default=4)
-        if config.row_dtype != "auto":
-            wire = getattr(torch, config.row_dtype).itemsize
-        with suppress(ValueError):  # no FFN of known width: the injection says so
-            wanted = row_bytes(config, ffn_width(ffns[0], model), len(ffns), wire)
-            require_memory(wanted, config, len(ffns))
+        require_memory_for(peft_config, model)  # type: ignore[arg-type]
 
     def _create_and_replace(  # type: ignore[override]
         self,
