@@ -93,6 +93,26 @@ def test_bad_rows():
         scatter_rows(torch.tensor([1, 1]), [ONE[:2]], [ONE.clone()])
 
 
+@pytest.mark.parametrize("error", [RuntimeError("no"), ValueError("Pointer argument cannot be accessed from Triton")])
+def test_a_probe_that_fails_leads_to_staging(monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
+    monkeypatch.setattr(MODULE, "_launch", fail)
+    monkeypatch.setattr(MODULE.jit, "AVAILABLE", True)
+    assert not _host_memory_reachable.__wrapped__(torch.device("cpu"))
+
+
+def test_without_triton_rows_are_staged(monkeypatch, caplog):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
+    monkeypatch.setattr(MODULE.jit, "AVAILABLE", False)
+    assert not _host_memory_reachable.__wrapped__(torch.device("cpu"))
+    assert "triton is not installed" in caplog.text
+
+
 def test_pageable_memory_is_refused_and_page_locked_memory_is_tried(monkeypatch):
     cuda = torch.device("cuda", 0)
     with pytest.raises(ValueError, match="master: is in pageable host memory"):
