@@ -172,8 +172,7 @@ def _copy(ids: Tensor, sources: list[Tensor], targets: list[Tensor], scatter: bo
         used = ids[ids >= 0]
         distinct = not scatter or len(used.unique()) == len(used)
         dispatch.require(distinct, "ids", "a row is written twice; which one stays is not defined")
-    if dispatch.use_triton(impl, ids.device) and reachable:
-        dispatch.require_half_or_single(tables[0], "tables[0]")
+    if dispatch.use_triton(impl, ids.device, dispatch.half_or_single(**{"tables[0]": tables[0]})) and reachable:
         if len(ids) and tables[0].shape[1]:
             _launch(ids, sources, targets, len(tables[0]), scatter)
         return
