@@ -78,6 +78,11 @@ def half_or_single(**tensors: Tensor | None) -> list[tuple[str, str]]:
             if t is not None and t.dtype not in FLOATS]  # fmt: skip
 
 
+def int32(ids: Tensor) -> Tensor:
+    """Ids as the kernels take them; those that do not fit stay out of range instead of wrapping around into it."""
+    return ids if ids.dtype == torch.int32 else ids.clamp(-1, 2**31 - 1).to(torch.int32)
+
+
 def rows_apart(tensor: Tensor) -> Tensor:
     """`tensor` itself where each row lies in one piece (any distance between rows), or else a contiguous copy."""
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] < 2 else tensor.contiguous()

@@ -88,7 +88,7 @@ def _launch(ids: Tensor, sources: Sequence[Tensor], targets: Sequence[Tensor], r
     second = (sources[1], targets[1]) if len(sources) > 1 else (None, None)
     with dispatch.on(ids.device):
         _copy_rows_kernel[(min(most, triton.cdiv(len(ids), config["BM"])),)](
-            ids.to(torch.int32), sources[0], targets[0], *second, len(ids), r, sources[0].shape[1] // unit,
+            dispatch.int32(ids), sources[0], targets[0], *second, len(ids), r, sources[0].shape[1] // unit,
             SCATTER=scatter, TWO=len(sources) > 1, UNIT=unit, **config,
         )  # fmt: skip
 
