@@ -9,7 +9,14 @@ from row_checks import check_gather, check_scatter, same_bits, table
 from selection_checks import generator
 
 from adapter_kernels import debugging, gather_rows, scatter_rows
-from adapter_kernels.gather_rows import _gather_op, _gather_torch, _host_memory_reachable, _scatter_op, zero_copy
+from adapter_kernels.gather_rows import (
+    _gather_op,
+    _gather_torch,
+    _host_memory_reachable,
+    _scatter_op,
+    _scatter_torch,
+    zero_copy,
+)
 
 MODULE = sys.modules["adapter_kernels.gather_rows"]  # the package has the function of that name
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -134,11 +141,22 @@ def test_a_device_that_cannot_reach_host_memory_is_named_once(caplog):
     _host_memory_reachable.cache_clear()
 
 
+class Elsewhere(torch.Tensor):
+    """Ids that say they are on a GPU."""
+
+    @property
+    def device(self):
+        return torch.device("cuda", 0)
+
+    def to(self, *_):
+        return self.as_subclass(torch.Tensor)
+
+
 def test_staged_rows():
     ids, one = torch.tensor([2, -1]), table(3, 8, torch.bfloat16)
-    # A device that is another and yet can be read: rows go by way of a buffer on the table's device.
     out = torch.empty(2, 8, dtype=torch.bfloat16)
-    staged = torch.empty_like(out)
-    _gather_torch(ids, one, staged)
-    out.copy_(staged)
+    _gather_torch(ids.as_subclass(Elsewhere), one, out)
     assert same_bits(out, torch.cat([one[2:], torch.zeros(1, 8, dtype=torch.bfloat16)]))
+    target = torch.zeros_like(one)
+    _scatter_torch(ids.as_subclass(Elsewhere), out, target)
+    assert same_bits(target, torch.cat([torch.zeros_like(one[:2]), one[2:]]))
