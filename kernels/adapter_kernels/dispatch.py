@@ -72,9 +72,15 @@ def require_same_device(**tensors: Tensor | None) -> None:
             require(False, name, f"is on {tensor.device}, but {first} is on {head.device}")
 
 
-def require_half_or_single(tensor: Tensor, argument: str) -> None:
-    """The dtypes of the kernels: unlike the torch paths they have no float64."""
-    require(tensor.dtype in FLOATS, argument, f"the Triton kernel has no {tensor.dtype}; use one of {FLOATS}")
+def half_or_single(**tensors: Tensor | None) -> list[tuple[str, str]]:
+    """What the kernels refuse: unlike the torch paths they have no float64."""
+    return [(f"{name}", f"the Triton kernel has no {t.dtype}") for name, t in tensors.items()
+            if t is not None and t.dtype not in FLOATS]  # fmt: skip
+
+
+def int32(ids: Tensor) -> Tensor:
+    """Ids as the kernels take them; those that do not fit stay out of range instead of wrapping around into it."""
+    return ids if ids.dtype == torch.int32 else ids.clamp(-1, 2**31 - 1).to(torch.int32)
 
 
 def rows_apart(tensor: Tensor) -> Tensor:

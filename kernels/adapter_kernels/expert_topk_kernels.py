@@ -150,7 +150,7 @@ def select(
 ) -> tuple[Tensor, Tensor, Tensor]:
     (T, D), device = x.shape, x.device
     P, each = experts.shape[1], keys.shape[0] // E
-    x, experts = dispatch.rows_apart(x), experts.to(torch.int32).contiguous()
+    x, experts = dispatch.rows_apart(x), dispatch.int32(experts).contiguous()
     factors = factors.contiguous() if factors is not None else None
     ids = dispatch.empty((T, K), torch.int32, device)
     scores = dispatch.empty((T, K), torch.float32, device)

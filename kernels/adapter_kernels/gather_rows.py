@@ -27,7 +27,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import dispatch, launch
+from . import dispatch, jit, launch
 from .jit import kernel, tl, triton
 from .variant import TYPE_NAMES, Variant, split
 
@@ -88,7 +88,7 @@ def _launch(ids: Tensor, sources: Sequence[Tensor], targets: Sequence[Tensor], r
     second = (sources[1], targets[1]) if len(sources) > 1 else (None, None)
     with dispatch.on(ids.device):
         _copy_rows_kernel[(min(most, triton.cdiv(len(ids), config["BM"])),)](
-            ids.to(torch.int32), sources[0], targets[0], *second, len(ids), r, sources[0].shape[1] // unit,
+            dispatch.int32(ids), sources[0], targets[0], *second, len(ids), r, sources[0].shape[1] // unit,
             SCATTER=scatter, TWO=len(sources) > 1, UNIT=unit, **config,
         )  # fmt: skip
 
@@ -97,6 +97,8 @@ def _launch(ids: Tensor, sources: Sequence[Tensor], targets: Sequence[Tensor], r
 def _host_memory_reachable(device: torch.device) -> bool:
     """Whether kernels on a CUDA device can read and write page-locked host memory; tried with one row, once."""
     try:
+        if not jit.AVAILABLE:
+            raise RuntimeError("triton is not installed")
         table = torch.arange(64, dtype=torch.float32).view(1, 64).pin_memory()
         if table.is_pinned():
             ids = torch.zeros(1, dtype=torch.int32, device=device)
@@ -107,7 +109,7 @@ def _host_memory_reachable(device: torch.device) -> bool:
             if torch.equal(out.cpu() + 1, table):
                 return True
         reason = "memory cannot be page-locked, or not be read back"
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # Triton's launcher raises ValueError where the driver has no address
         reason = str(error).splitlines()[0]
     _log.warning("%s cannot reach host memory (%s): rows are staged in page-locked buffers instead.", device, reason)
     return False
@@ -170,8 +172,7 @@ def _copy(ids: Tensor, sources: list[Tensor], targets: list[Tensor], scatter: bo
         used = ids[ids >= 0]
         distinct = not scatter or len(used.unique()) == len(used)
         dispatch.require(distinct, "ids", "a row is written twice; which one stays is not defined")
-    if dispatch.use_triton(impl, ids.device) and reachable:
-        dispatch.require_half_or_single(tables[0], "tables[0]")
+    if dispatch.use_triton(impl, ids.device, dispatch.half_or_single(**{"tables[0]": tables[0]})) and reachable:
         if len(ids) and tables[0].shape[1]:
             _launch(ids, sources, targets, len(tables[0]), scatter)
         return

@@ -119,7 +119,7 @@ def step(
     config = _STEP.on(rows.device)
     on_host, on_device = config.pop("HOST_PROGRAMS"), config.pop("DEVICE_PROGRAMS")
     programs = min(on_device if table.device == rows.device else on_host, n * triton.cdiv(D, config["BN"]))
-    rows = rows.to(torch.int32)
+    rows = dispatch.int32(rows)
     keys = dispatch.empty((n,), torch.int64, rows.device)
     bias = dispatch.empty((n, 2), torch.float32, rows.device)
     first, second, third = map(signed, SPLITMIX)

@@ -88,7 +88,6 @@ def _place_kernel(ids_ptr, valid_ptr, places_ptr, position_ptr, n, r, MASKED: tl
 def _triton(
     ids: Tensor, valid: Tensor | None, r: int, start: int, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dispatch.require(r <= MAX_ROWS, "r", f"at most {MAX_ROWS} rows are possible, not {r}; pass impl='torch'")
     device, n = ids.device, ids.numel()
     ids = ids.contiguous()
     mask = valid.contiguous().view(torch.int8) if valid is not None else None
@@ -112,6 +111,10 @@ def _triton(
                 ids, mask, places, position, n, r, MASKED=mask is not None, **place
             )
     return rows, count, more, position
+
+
+def _refusals(r: int) -> list[tuple[str, str]]:
+    return [("r", f"at most {MAX_ROWS} rows are possible, not {r}")] if r > MAX_ROWS else []
 
 
 def _torch(
@@ -147,7 +150,7 @@ def _window_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if dispatch.debug():
         _check_values(ids, valid, r)
-    return (_triton if dispatch.use_triton(impl, ids.device) else _torch)(ids, valid, r, start, capacity)
+    return (_triton if dispatch.use_triton(impl, ids.device, _refusals(r)) else _torch)(ids, valid, r, start, capacity)
 
 
 @_window_op.register_fake
@@ -167,7 +170,7 @@ def _(
 def _op(ids: Tensor, valid: Tensor | None, r: int, impl: str | None) -> tuple[Tensor, Tensor]:
     if dispatch.debug():
         _check_values(ids, valid, r)
-    implementation = _triton if dispatch.use_triton(impl, ids.device) else _torch
+    implementation = _triton if dispatch.use_triton(impl, ids.device, _refusals(r)) else _torch
     rows, count, _, position = implementation(ids, valid, r, 0, min(r, ids.numel()))
     return rows[: int(count)], position
 

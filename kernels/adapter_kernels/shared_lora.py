@@ -120,6 +120,12 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
 
 
+def _refusals(x: Tensor, A: Tensor) -> list[tuple[str, str]]:
+    """What the kernels do not take: the argument, and why."""
+    too_large = [("A", f"rank {len(A)} is more than {MAX_RANK}")] if len(A) > MAX_RANK else []
+    return dispatch.half_or_single(x=x) + too_large
+
+
 def _projections(x: Tensor, *pairs: tuple[Tensor | None, Tensor | None]) -> list[tuple[Tensor, Tensor]]:
     """Those that are there: the second may be absent."""
     return [(a, b) for a, b in pairs if a is not None and b is not None]
@@ -138,11 +144,9 @@ def _op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, y2 (of no columns where there is no second projection) and h, in the dtype of sums."""
     found = _projections(x, (base, B), (base2, B2))
-    if dispatch.use_triton(impl, x.device):
-        dispatch.require_half_or_single(x, "x")
-        dispatch.require(len(A) <= MAX_RANK, "A", f"rank {len(A)} is more than {MAX_RANK}; pass impl='torch'")
+    triton_runs = dispatch.use_triton(impl, x.device, _refusals(x, A))
     ys = []
-    if not (len(x) and len(A) and dispatch.use_triton(impl, x.device)):
+    if not (len(x) and len(A) and triton_runs):
         h = _wide(x) @ _wide(A).T
         ys = [torch.addmm(_wide(b), h, _wide(w).T, alpha=scaling).to(x.dtype) for b, w in found]
     else:
@@ -184,7 +188,7 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dA, dB and dB2 (of no rows where there is no second projection)."""
     found = _projections(x, (g, B), (g2, B2))
-    if not (len(x) and len(A) and dispatch.use_triton(impl, x.device)):
+    if not (len(x) and len(A) and dispatch.use_triton(impl, x.device, _refusals(x, A))):
         dh = torch.stack([_wide(grad) @ _wide(w) for grad, w in found]).sum(0) * scaling
         dx, dA = (dh @ _wide(A)).to(x.dtype), (dh.T @ _wide(x)).to(A.dtype)
         dBs = [(_wide(grad).T @ h * scaling).to(w.dtype) for grad, w in found]

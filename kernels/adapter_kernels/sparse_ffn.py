@@ -126,12 +126,11 @@ def _op(
 ) -> Tensor:
     if dispatch.debug():
         _check_values(position, len(keys))
-    if not dispatch.use_triton(impl, position.device):
+    if not dispatch.use_triton(impl, position.device, dispatch.half_or_single(x=x, factors=factors)):
         return _forward_torch(x, keys, values, position, factors, base)
-    dispatch.require_half_or_single(x, "x")
     if not (len(x) and len(keys) and position.shape[1]):
         return base.contiguous().clone() if base is not None else torch.zeros_like(x).contiguous()
-    position, factors = position.to(torch.int32).contiguous(), factors.contiguous() if factors is not None else None
+    position, factors = dispatch.int32(position).contiguous(), factors.contiguous() if factors is not None else None
     base = dispatch.rows_apart(base) if base is not None else None
     return sparse_ffn_kernels.forward(dispatch.rows_apart(x), keys, values, position, factors, base)
 
@@ -165,8 +164,8 @@ def _backward_op(
     grads: tuple[Tensor | None, ...]
     if not (len(x) and len(keys) and position.shape[1]):
         grads = tuple(None if t is None else torch.zeros_like(t).contiguous() for t in inputs)
-    elif dispatch.use_triton(impl, position.device):
-        position, factors = position.to(torch.int32).contiguous(), factors.contiguous() if factors is not None else None
+    elif dispatch.use_triton(impl, position.device, dispatch.half_or_single(x=x, factors=factors)):
+        position, factors = dispatch.int32(position).contiguous(), factors.contiguous() if factors is not None else None
         g, x = dispatch.rows_apart(g), dispatch.rows_apart(x)
         grads = sparse_ffn_kernels.backward(g, x, keys, values, position, factors, needs)
     else:

@@ -9,7 +9,14 @@ from row_checks import check_gather, check_scatter, same_bits, table
 from selection_checks import generator
 
 from adapter_kernels import debugging, gather_rows, scatter_rows
-from adapter_kernels.gather_rows import _gather_op, _gather_torch, _host_memory_reachable, _scatter_op, zero_copy
+from adapter_kernels.gather_rows import (
+    _gather_op,
+    _gather_torch,
+    _host_memory_reachable,
+    _scatter_op,
+    _scatter_torch,
+    zero_copy,
+)
 
 MODULE = sys.modules["adapter_kernels.gather_rows"]  # the package has the function of that name
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -93,6 +100,26 @@ def test_bad_rows():
         scatter_rows(torch.tensor([1, 1]), [ONE[:2]], [ONE.clone()])
 
 
+@pytest.mark.parametrize("error", [RuntimeError("no"), ValueError("Pointer argument cannot be accessed from Triton")])
+def test_a_probe_that_fails_leads_to_staging(monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
+    monkeypatch.setattr(MODULE, "_launch", fail)
+    monkeypatch.setattr(MODULE.jit, "AVAILABLE", True)
+    assert not _host_memory_reachable.__wrapped__(torch.device("cpu"))
+
+
+def test_without_triton_rows_are_staged(monkeypatch, caplog):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
+    monkeypatch.setattr(MODULE.jit, "AVAILABLE", False)
+    assert not _host_memory_reachable.__wrapped__(torch.device("cpu"))
+    assert "triton is not installed" in caplog.text
+
+
 def test_pageable_memory_is_refused_and_page_locked_memory_is_tried(monkeypatch):
     cuda = torch.device("cuda", 0)
     with pytest.raises(ValueError, match="master: is in pageable host memory"):
@@ -114,11 +141,22 @@ def test_a_device_that_cannot_reach_host_memory_is_named_once(caplog):
     _host_memory_reachable.cache_clear()
 
 
+class Elsewhere(torch.Tensor):
+    """Ids that say they are on a GPU."""
+
+    @property
+    def device(self):
+        return torch.device("cuda", 0)
+
+    def to(self, *_):
+        return self.as_subclass(torch.Tensor)
+
+
 def test_staged_rows():
     ids, one = torch.tensor([2, -1]), table(3, 8, torch.bfloat16)
-    # A device that is another and yet can be read: rows go by way of a buffer on the table's device.
     out = torch.empty(2, 8, dtype=torch.bfloat16)
-    staged = torch.empty_like(out)
-    _gather_torch(ids, one, staged)
-    out.copy_(staged)
+    _gather_torch(ids.as_subclass(Elsewhere), one, out)
     assert same_bits(out, torch.cat([one[2:], torch.zeros(1, 8, dtype=torch.bfloat16)]))
+    target = torch.zeros_like(one)
+    _scatter_torch(ids.as_subclass(Elsewhere), out, target)
+    assert same_bits(target, torch.cat([torch.zeros_like(one[:2]), one[2:]]))

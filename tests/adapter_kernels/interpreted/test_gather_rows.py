@@ -57,6 +57,14 @@ def test_an_id_out_of_range_reads_and_writes_nothing(fenced):
     )
 
 
+def test_an_id_of_64_bits_does_not_wrap_around(fenced):
+    one, ids = table(4, 16, torch.float32), torch.tensor([2**32 + 1])
+    assert same_bits(gather(ids, [one])[0], torch.zeros(1, 16))
+    target = one.clone()
+    scatter(ids, [torch.ones(1, 16)], [target])
+    assert same_bits(target, one)
+
+
 def test_given_buffers_are_filled():
     out = [kernel_checks.Fenced((2, 24), torch.float32) for _ in range(2)]
     both = [table(5, 24, torch.float32, seed) for seed in range(2)]

@@ -117,3 +117,11 @@ def test_any_shape(data):
     oracle, oracles = case.oracle()
     for out, exact in [(y, oracle)] + [(grads[name], oracles[name]) for name in grads]:
         assert (out.double() - exact).norm() <= 10 * kernel_checks.IN_NORM[case.x.dtype] * (1 + exact.norm())
+
+
+def test_what_the_kernels_do_not_take_is_named():
+    case = Case(3, 24, 5, 3)
+    with pytest.raises(ValueError, match=r"x: the Triton kernel has no torch\.float64; pass impl='torch'"):
+        kernel(case.x.double(), case.keys.double(), case.values.double(), case.position)
+    with pytest.raises(ValueError, match=r"factors: the Triton kernel has no torch\.float64"):
+        kernel(case.x, case.keys, case.values, case.position, case.factors.double())
