@@ -11,32 +11,25 @@ from kernel_inputs import OURS, Bench, Case, Planned, close, find, forced_picks,
 from kernel_timing import Contestant
 from torch import Tensor
 
+from adapter_kernels import plain_ffn
+
 YARDSTICK, BARE, DENSE = "torch, mask and ReLU apart", "the bare GEMMs", "dense adapter of all r"
 TOKEN, MASKED = "ours, token form", "ours, masked form"
 SEPARATE, TOGETHER = "torch, each projection by itself", "torch, x A once"
 RANK, SCALING = 16, 2.0
 
 
-def factor_matrix(position: Tensor, factors: Tensor, U: int) -> Tensor:
-    """Each picked pair's router factor, [T, U]; 0 where a row is not picked, which is the mask."""
-    return torch.zeros(len(position), U, dtype=factors.dtype, device=factors.device).scatter_(1, position, factors)
-
-
 def plain_forward(x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor) -> Tensor:
     """The yardstick: two GEMMs over the compact rows, the mask and ReLU as operations of their own."""
-    return ((x @ keys.T) * factor_matrix(position, factors, len(keys))).relu() @ values
+    return plain_ffn.forward(x, keys, values, position, factors, None)
 
 
 def plain_backward(
     g: Tensor, x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Its gradient, five GEMMs: the scores are computed again."""
-    factor = factor_matrix(position, factors, len(keys))
-    dots = x @ keys.T
-    scores = dots * factor
-    ds = (g @ values.T) * (scores > 0)
-    by_key = ds * factor
-    return by_key @ keys, by_key.T @ x, scores.relu().T @ g, (ds * dots).gather(1, position)
+    made = plain_ffn.backward(g, x, keys, values, position, factors, [True] * 4)
+    return tuple(grad for grad in made if grad is not None)
 
 
 def check_gradients(expected: list[Tensor]) -> Callable[[tuple[Tensor, ...]], None]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import dispatch, launch
 from .jit import kernel, tl, triton
-from .variant import TYPE_NAMES, Variant, split
+from .variant import KINDS_OF_ROWS, TYPE_NAMES, Variant, odd, split, with_odd_rows
 
 MAX_CANDIDATES = 1024
 MAX_PICKS = 256
@@ -29,6 +29,9 @@ _DOTS = launch.Table(
     {"BM": 16, "BK": 128, "SPLITS": 8, "num_warps": 4, "num_stages": 4},
     {80: {"BK": 256, "num_stages": 3}, 90: {"BK": 256, "num_stages": 4}},
 )
+# Derived, not measured: rows that are no multiples of 16 values are read value by value, each at an address of its own:
+# a short BK avoids spills, and what is read so is not staged.
+_DOTS_ODD = launch.Table("expert_topk.dots_odd", {"BM": 16, "BK": 64, "SPLITS": 8, "num_warps": 4, "num_stages": 2})
 # Derived, not measured: fp32 products run on the ordinary cores ("ieee": tf32 would round the inputs to 10 bits and so
 # change picks), which keep operands in registers: a short BK avoids spills.
 _DOTS_FP32 = launch.Table("expert_topk.dots_fp32", {"BM": 16, "BK": 32, "SPLITS": 8, "num_warps": 4, "num_stages": 3})
@@ -124,8 +127,10 @@ def _pick_config(candidates: int, K: int, capability: int | None) -> launch.Conf
     return table.at(capability) | {"CANDIDATES": MAX_CANDIDATES if wide else 256, "WIDTH": width}
 
 
-def _dots_table(dtype: torch.dtype) -> launch.Table:
-    return _DOTS_FP32 if dtype == torch.float32 else _DOTS
+def _dots_table(dtype: torch.dtype, odd_rows: bool) -> launch.Table:
+    if dtype == torch.float32:
+        return _DOTS_FP32
+    return _DOTS_ODD if odd_rows else _DOTS
 
 
 def refusals(x: Tensor, keys: Tensor, P: int, K: int, E: int) -> Iterator[tuple[str, str]]:
@@ -160,7 +165,7 @@ def select(
     pairs = dispatch.empty((T * P,), torch.int32, device)
     spans = dispatch.empty((E, 2), torch.int32, device)
     dots = dispatch.empty((T * P, each), torch.float32, device)
-    config = _dots_table(x.dtype).on(device)
+    config = _dots_table(x.dtype, odd(D, x.stride(0))).on(device)
     splits = min(config.pop("SPLITS"), triton.cdiv(T, config["BM"]))
     block = _column_block(each, x.dtype)
     pick = _pick_config(P * each, K, launch.capability(device))
@@ -181,18 +186,18 @@ def select(
 
 def variants(capability: int | None) -> list[Variant]:
     """What a launch can be: every dtype, block and width."""
-    found = []
+    found: list[Variant] = []
     blocks, options = split(_GROUP.at(capability))
     types = {"experts_ptr": "*i32", "pairs_ptr": "*i32", "spans_ptr": "*i32", "n": "i32"}
-    found.append(Variant(_group_kernel, types, blocks, options, wide=True))
-    for dtype, name in TYPE_NAMES.items():
-        blocks, options = split(_dots_table(dtype).at(capability))
+    found += with_odd_rows([Variant(_group_kernel, types, blocks, options, wide=True)])
+    for dtype, name, odd_rows in KINDS_OF_ROWS:
+        blocks, options = split(_dots_table(dtype, odd_rows).at(capability))
         del blocks["SPLITS"]
         types = {"x_ptr": f"*{name}", "keys_ptr": f"*{name}", "pairs_ptr": "*i32", "spans_ptr": "*i32"}
         types |= {"dots_ptr": "*fp32"} | dict.fromkeys(("D", "P", "each", "stride_x"), "i32")
         for block in sorted({_column_block(each, dtype) for each in range(1, MAX_CANDIDATES + 1)}):
             constants = blocks | {"BN": block, "PRECISION": "ieee"}
-            found.append(Variant(_dots_kernel, types, constants, options, wide=True))
+            found.append(Variant(_dots_kernel, types, constants, options, aligned=not odd_rows, wide=not odd_rows))
     picks = {tuple(_pick_config(c, K, capability).items()) for c in (256, MAX_CANDIDATES) for K in range(1, 257)}
     for pick in sorted(picks):
         blocks, options = split(dict(pick))

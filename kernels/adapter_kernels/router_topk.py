@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import dispatch, launch, ordering
 from .jit import kernel, tl, triton
-from .variant import TYPE_NAMES, Variant, split
+from .variant import TYPE_NAMES, Variant, split, with_odd_rows
 
 MAX_EXPERTS = 1024
 MAX_PICKS = 32
@@ -146,21 +146,23 @@ def router_topk(logits: Tensor, P: int, *, impl: str | None = None) -> tuple[Ten
 def variants(capability: int | None) -> list[Variant]:
     """What a launch can be: every dtype and block."""
     blocks, options = split(_TABLE.at(capability))
-    return [
-        Variant(
-            _router_topk_kernel,
-            {
-                "logits_ptr": f"*{name}",
-                "experts_ptr": "*i32",
-                "picked_ptr": f"*{name}",
-                "E": "i32",
-                "P": "i32",
-                "stride_t": "i32",
-            },
-            blocks | {"BLOCK_E": block},
-            options,
-            wide=True,
-        )
-        for name in TYPE_NAMES.values()
-        for block in sorted({_block(E) for E in range(1, MAX_EXPERTS + 1)})
-    ]
+    return with_odd_rows(
+        [
+            Variant(
+                _router_topk_kernel,
+                {
+                    "logits_ptr": f"*{name}",
+                    "experts_ptr": "*i32",
+                    "picked_ptr": f"*{name}",
+                    "E": "i32",
+                    "P": "i32",
+                    "stride_t": "i32",
+                },
+                blocks | {"BLOCK_E": block},
+                options,
+                wide=True,
+            )
+            for name in TYPE_NAMES.values()
+            for block in sorted({_block(E) for E in range(1, MAX_EXPERTS + 1)})
+        ]
+    )

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import dispatch, launch
 from .adamw_blocks import StepRule
 from .jit import kernel, tl, triton
-from .variant import TYPE_NAMES, Variant, split
+from .variant import TYPE_NAMES, Variant, split, with_odd_rows
 
 # Derived, not measured: one row a lane; 1,600 rows are 13 programs.
 _PREPARE = launch.Table("row_adamw.prepare", {"BLOCK": 128, "num_warps": 4, "num_stages": 1})
@@ -145,7 +145,9 @@ def variants(capability: int | None) -> list[Variant]:
     types |= {f"{name}_{part}": "fp32" for name in ("lr", "beta1", "beta2") for part in ("high", "low")} | {
         "seed": "i64"
     }
-    found = [Variant(_prepare_kernel, types, blocks | {"C1": first, "C2": second}, options)]
+    # A seed that fits 32 bits, as the 0 of fp32 tables does, comes as an i32.
+    seeds = [types | {"seed": kind} for kind in ("i32", "i64")]
+    found = [Variant(_prepare_kernel, types, blocks | {"C1": first, "C2": second}, options) for types in seeds]
     blocks, options = split(_STEP.at(capability))
     blocks = {"BN": blocks["BN"]}
     kinds = [("fp32", grads, wire) for grads in TYPE_NAMES.values() for wire in (None, "fp16", "bf16")]
@@ -158,4 +160,4 @@ def variants(capability: int | None) -> list[Variant]:
         constants |= {"STOCHASTIC": table == "bf16", "WIRE": wire is not None}
         launched = options | {"enable_fp_fusion": False}
         found.append(Variant(_step_kernel, types, constants, launched, wide=True))
-    return found
+    return with_odd_rows(found)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import dispatch, launch
 from .jit import kernel, tl, triton
-from .variant import Variant, split
+from .variant import Variant, split, with_odd_rows
 
 MAX_ROWS = 1 << 20
 
@@ -269,4 +269,4 @@ def variants(capability: int | None) -> list[Variant]:
     types = {"marks_ptr": "*i8", "places_ptr": "*i32", "rows_ptr": "*i32", "count_ptr": "*i32", "more_ptr": "*i32"}
     types |= dict.fromkeys(("r", "start", "capacity"), "i32")
     found.append(Variant(_number_kernel, types, blocks, options))
-    return found
+    return with_odd_rows(found)

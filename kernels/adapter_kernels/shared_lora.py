@@ -27,13 +27,16 @@ from torch import Tensor
 
 from . import dispatch, launch
 from .jit import kernel, tl, triton
-from .variant import TYPE_NAMES, Variant, split
+from .variant import KINDS_OF_ROWS, Variant, odd, split
 
 MAX_RANK = 64
 
 # Derived, not measured. T 512 makes 32 programs of 16 tokens; 4 pieces of the columns make them 128, about one a
 # multiprocessor. At rank 64 two copies of (16 + 64) 128 values are 40 KiB: two blocks in the 100 KiB of sm_86/89.
 _DOWN = launch.Table("shared_lora.down", {"BM": 16, "BK": 128, "PIECES": 4, "num_warps": 4, "num_stages": 3})
+# Derived, not measured: rows that are no multiples of 16 values are read value by value, each at an address of its own:
+# a short BK avoids spills, and what is read so is not staged.
+_DOWN_ODD = launch.Table("shared_lora.down_odd", {"BM": 16, "BK": 64, "PIECES": 4, "num_warps": 4, "num_stages": 2})
 # Derived, not measured: fp32 products run on the ordinary cores ("ieee"), which keep operands in registers.
 _DOWN_FP32 = launch.Table("shared_lora.down_fp32", {"BM": 16, "BK": 32, "PIECES": 4, "num_warps": 4, "num_stages": 2})
 # Derived, not measured: bound by reading base and writing y, 8 KiB of each a tile; no loop, so nothing to stage.
@@ -90,10 +93,16 @@ def _rank_block(R: int) -> int:
     return 16 if R <= 16 else MAX_RANK
 
 
+def _down_table(dtype: torch.dtype, odd_rows: bool) -> launch.Table:
+    if dtype == torch.float32:
+        return _DOWN_FP32
+    return _DOWN_ODD if odd_rows else _DOWN
+
+
 def _down(pairs: list[tuple[Tensor, Tensor]], R: int, by_rank: bool) -> Tensor:
     """Pieces of the sum of x w over the pairs, fp32 [pieces, T, R]."""
     first = pairs[0][0]
-    config = (_DOWN_FP32 if first.dtype == torch.float32 else _DOWN).on(first.device)
+    config = _down_table(first.dtype, any(odd(x.shape[1], x.stride(0)) for x, _ in pairs)).on(first.device)
     pieces = config.pop("PIECES")
     h = dispatch.empty((len(pairs) * pieces, len(first), R), torch.float32, first.device)
     for i, (x, w) in enumerate(pairs):
@@ -269,21 +278,21 @@ def shared_lora(
 def variants(capability: int | None) -> list[Variant]:
     """What a launch can be: forward and backward, every dtype and block of ranks."""
     found = []
-    for dtype, name in TYPE_NAMES.items():
-        single = dtype == torch.float32
+    for dtype, name, odd_rows in KINDS_OF_ROWS:
+        single, rows = dtype == torch.float32, {"aligned": not odd_rows, "wide": not odd_rows}
         for block in (16, MAX_RANK):
             for backward in (False, True):
-                blocks, options = split((_DOWN_FP32 if single else _DOWN).at(capability))
+                blocks, options = split(_down_table(dtype, odd_rows).at(capability))
                 del blocks["PIECES"]
                 types = {"x_ptr": f"*{name}", "w_ptr": f"*{name}", "h_ptr": "*fp32"}
                 types |= dict.fromkeys(("T", "D", "R", "stride_x"), "i32")
                 constants = blocks | {"BY_RANK": not backward, "PRECISION": "ieee", "BR": block}
-                found.append(Variant(_down_kernel, types, constants, options, wide=True))
+                found.append(Variant(_down_kernel, types, constants, options, **rows))
                 blocks, options = split((_UP_FP32 if single else _UP).at(capability))
                 types = {"h_ptr": "*fp32", "w_ptr": f"*{name}", "y_ptr": f"*{name}", "scaling": "fp32"}
                 types |= dict.fromkeys(("T", "N", "R", "pieces", "stride_base"), "i32")
                 types |= {} if backward else {"base_ptr": f"*{name}"}
                 constants = blocks | ({"base_ptr": None} if backward else {})
                 constants |= {"BY_RANK": backward, "BASE": not backward, "PRECISION": "ieee", "BR": block}
-                found.append(Variant(_up_kernel, types, constants, options, wide=True))
+                found.append(Variant(_up_kernel, types, constants, options, **rows))
     return found

@@ -18,6 +18,7 @@ keeping them would cost a [T, U] tensor a layer.
 Kernels (`sparse_ffn_kernels`): a masked form on tensor cores, and for at most TOKEN_FORM tokens, as in decoding, one
 that reads each token's rows. Sums are in fp32; activations and ds c are rounded to x's dtype between two GEMMs, so in
 fp16 a score must stay below 65504. Torch path on the CPU: products with a sparse [T, U] matrix, in fp32 (float64).
+A launch table can have plain GEMMs run instead (`plain_ffn`), which round factors and scores to x's dtype too.
 
 Limits: a token's picks are distinct (debug mode looks); K < 32768; T U, T K < 2^30 and U, d < 2^24.
 
@@ -31,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, sparse_ffn_kernels
+from . import dispatch, plain_ffn, sparse_ffn_kernels
 from .sparse_ffn_kernels import variants
 from .sparse_products import column_sums, entry_dots, line_sums
 
@@ -126,6 +127,8 @@ def _op(
 ) -> Tensor:
     if dispatch.debug():
         _check_values(position, len(keys))
+    if impl is None and plain_ffn.chosen(x):
+        return plain_ffn.forward(x, keys, values, position, factors, base)
     if not dispatch.use_triton(impl, position.device, dispatch.half_or_single(x=x, factors=factors)):
         return _forward_torch(x, keys, values, position, factors, base)
     if not (len(x) and len(keys) and position.shape[1]):
@@ -164,6 +167,8 @@ def _backward_op(
     grads: tuple[Tensor | None, ...]
     if not (len(x) and len(keys) and position.shape[1]):
         grads = tuple(None if t is None else torch.zeros_like(t).contiguous() for t in inputs)
+    elif impl is None and plain_ffn.chosen(x):
+        grads = plain_ffn.backward(g, x, keys, values, position, factors, needs)
     elif dispatch.use_triton(impl, position.device, dispatch.half_or_single(x=x, factors=factors)):
         position, factors = dispatch.int32(position).contiguous(), factors.contiguous() if factors is not None else None
         g, x = dispatch.rows_apart(g), dispatch.rows_apart(x)

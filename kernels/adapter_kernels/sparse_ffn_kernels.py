@@ -5,6 +5,9 @@ cores. What is between them is [T, U]: `slots` (int16: which of the token's pick
 pick's factor in one), the activations and, backward, the key-side factors. Their rows are padded to 64 values, of which
 the last are zeros, so that they too can be read 16 bytes at a time.
 
+Rows whose length is no multiple of 16 are copied for it into rows that are, which end in zeros: tiles of single values,
+at an address each, would take several times as long to read, and the registers of two more tables.
+
 Few tokens, the token form: a program reads the rows of one token's picks, with ordinary arithmetic.
 """
 
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from . import dispatch, launch
 from .jit import kernel, tl, triton
-from .variant import TYPE_NAMES, Variant, split
+from .variant import TYPE_NAMES, Variant, odd, split, with_odd_rows
 
 # Derived, not measured: tensor cores take 16 tokens at least, and a token's 64 picks read by 32 and 64 programs keep
 # more of the memory busy than the few tiles of a GEMM with so few rows.
@@ -190,6 +193,17 @@ def _tables(dtype: torch.dtype) -> tuple[launch.Table, launch.Table, launch.Tabl
     return (_FORWARD_FP32, _BACKWARD_FP32, _PRODUCT_FP32) if single else (_FORWARD, _BACKWARD, _PRODUCT)
 
 
+def _in_even_rows(tensor: Tensor) -> Tensor:
+    """The tensor itself where its rows are multiples of 16 values long and apart, or else a copy that ends in zeros."""
+    rows, D = tensor.shape
+    if not odd(D, tensor.stride(0)):
+        return tensor
+    copy = dispatch.empty((rows, triton.cdiv(D, 16) * 16), tensor.dtype, tensor.device)
+    copy[:, :D] = tensor
+    copy[:, D:] = 0
+    return copy
+
+
 def _make_slots(position: Tensor, U: int) -> Tensor:
     T, K = position.shape
     slots = dispatch.empty((T, triton.cdiv(U, 64) * 64), torch.int16, position.device).fill_(-1)
@@ -228,8 +242,10 @@ def forward(
             return out
         slots = _make_slots(position, U)
         active = dispatch.empty(slots.shape, x.dtype, x.device)
+        x, keys, values = map(_in_even_rows, (x, keys, values))
+        base = _in_even_rows(base) if base is not None else None
         _scores(x, keys, None, None, slots, factors, active, None, None, K)
-        return _product(active, values, T, base=base)
+        return _product(active, values, T, base=base)[:, :D].contiguous()
 
 
 def _scores(
@@ -249,7 +265,9 @@ def backward(
     g: Tensor, x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dkeys, dvalues and dfactors, of which only those that are needed are sure to be made."""
+    D = x.shape[1]
     with dispatch.on(x.device):
+        g, x, keys, values = map(_in_even_rows, (g, x, keys, values))
         slots = _make_slots(position, len(keys))
         active = dispatch.empty(slots.shape, x.dtype, x.device)
         bykey = dispatch.empty(slots.shape, x.dtype, x.device)
@@ -260,15 +278,20 @@ def backward(
         dx = _product(bykey, keys, len(x)) if needs[0] else None
         dkeys = _product(bykey, x.contiguous(), len(keys), transposed=True) if needs[1] else None
         dvalues = _product(active, g.contiguous(), len(keys), transposed=True) if needs[2] else None
+        dx, dkeys, dvalues = (t[:, :D].contiguous() if t is not None else None for t in (dx, dkeys, dvalues))
         return dx, dkeys, dvalues, dfactors
 
 
 def variants(capability: int | None) -> list[Variant]:
-    """What a launch can be: both forms, both directions, every dtype; factors in the dtype of x or in fp32."""
+    """What a launch can be: both forms, both directions, every dtype; factors in the dtype of x or in fp32.
+
+    Odd rows are there for the token form alone.
+    """
     blocks, options = split(_SLOTS.at(capability))
     sizes = dict.fromkeys(("T", "U", "D", "K", "width", "stride_x", "stride_g"), "i32")
     types = {"position_ptr": "*i32", "slots_ptr": "*i16", **sizes}
-    found = [Variant(_slots_kernel, types, blocks, options, wide=True)]
+    found: list[Variant] = []
+    direct = [Variant(_slots_kernel, types, blocks, options, wide=True)]
     for dtype, name in TYPE_NAMES.items():
         data = f"*{name}"
         tables = _tables(dtype)
@@ -289,7 +312,7 @@ def variants(capability: int | None) -> list[Variant]:
             blocks, options = split(_TOKEN_SCORES.at(capability))
             types = {"x_ptr": data, "keys_ptr": data, "position_ptr": "*i32", "active_ptr": "*fp32"} | factored | sizes
             constants = blocks | absent | {"FACTOR": factor is not None}
-            found.append(Variant(_token_scores_kernel, types, constants, options, wide=True))
+            direct.append(Variant(_token_scores_kernel, types, constants, options, wide=True))
         for base in (False, True):
             added: dict[str, str] = {"base_ptr": data} if base else {}
             absent = {} if base else {"base_ptr": None}
@@ -301,5 +324,5 @@ def variants(capability: int | None) -> list[Variant]:
                 found.append(Variant(_product_kernel, product, constants, options, wide=True))
             blocks, options = split(_TOKEN_VALUES.at(capability))
             types = types | {"active_ptr": "*fp32", "values_ptr": data, "position_ptr": "*i32"}
-            found.append(Variant(_token_values_kernel, types, blocks | absent | {"BASE": base}, options, wide=True))
-    return found
+            direct.append(Variant(_token_values_kernel, types, blocks | absent | {"BASE": base}, options, wide=True))
+    return found + with_odd_rows(direct)

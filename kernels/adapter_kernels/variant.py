@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 TYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+# A dtype, its name and whether rows are odd: see `odd`. Odd rows in fp16 are not compiled, for time: the addresses and
+# registers are those of bf16.
+KINDS_OF_ROWS = [(dtype, name, False) for dtype, name in TYPE_NAMES.items()] + [
+    (dtype, TYPE_NAMES[dtype], True) for dtype in (torch.float32, torch.bfloat16)
+]
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,22 @@ class Variant:
         """The kernel, the types of its data and what it is specialised for."""
         data = sorted({kind[1:] for kind in self.types.values() if kind.startswith("*") and not kind.startswith("*i")})
         fields = [f"{name}={value}" for name, value in (*self.constants.items(), *self.launch.items())]
-        return " ".join([self.kernel.__name__.strip("_").removesuffix("_kernel"), "/".join(data), *fields])
+        odd = [] if self.aligned else ["odd rows"]
+        return " ".join([self.kernel.__name__.strip("_").removesuffix("_kernel"), "/".join(data), *fields, *odd])
+
+
+def with_odd_rows(found: list[Variant]) -> list[Variant]:
+    """The variants and, of those that are compiled anew for them, the ones for sizes that are no multiples of 16.
+
+    Those in fp16 are left out, as in KINDS_OF_ROWS.
+    """
+    again = [v for v in found if v.specialised and "*fp16" not in v.types.values()]
+    return found + [replace(v, aligned=False, wide=False) for v in again]
+
+
+def odd(*sizes: int) -> bool:
+    """Whether rows of these lengths and distances cannot be read 16 bytes at a time."""
+    return any(size % 16 for size in sizes)
 
 
 def split(config: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, int]]:

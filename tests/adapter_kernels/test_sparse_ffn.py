@@ -1,12 +1,14 @@
 """sparse_ffn on the CPU: the torch path against the oracle, its gradient, its registration, its errors."""
 
+import sys
+
 import pytest
 import torch
 from ffn_checks import Case, check_ffn
 from kernel_checks import LAYOUTS
 from selection_checks import generator
 
-from adapter_kernels import debugging, sparse_ffn
+from adapter_kernels import debugging, override, plain_ffn, sparse_ffn
 from adapter_kernels.sparse_ffn import _backward_op, _backward_torch, _forward_torch, _op
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -24,6 +26,31 @@ def test_forward_and_backward(dtype, layout, T, d, U, K, factor):
 def test_without_sparse_products(monkeypatch, dtype):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     check_ffn(sparse_ffn, Case(37, 100, 90, 9, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "d", "U", "K"), [(1, 576, 40, 40), (37, 100, 90, 9), (5, 48, 7, 12)])
+@pytest.mark.parametrize("factor", [True, False])
+def test_plain_products(monkeypatch, dtype, T, d, U, K, factor):
+    case = Case(T, d, U, K, dtype, layout="strided", factor=factor, base=factor, narrow=True)
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(sys.modules["adapter_kernels.sparse_ffn"], f"_{name}_torch", None)  # not called
+    with override("sparse_ffn.plain", TOKENS=T):
+        check_ffn(sparse_ffn, case)
+        assert not plain_ffn.chosen(case.x[1:])
+        case.position[:, 0] = U  # out of range: none
+        y = case.run(sparse_ffn)[0]
+        case.position[:, 0] = -1
+        assert torch.equal(y, case.run(sparse_ffn)[0])
+    assert not plain_ffn.chosen(case.x)
+
+
+def test_plain_products_of_no_rows_or_picks():
+    x, none, some = torch.ones(2, 8), torch.empty(0, 8), torch.ones(3, 8)
+    position = torch.zeros(2, 4, dtype=torch.int32)
+    with override("sparse_ffn.plain", TOKENS=1):
+        assert torch.equal(sparse_ffn(x, none, none, position), torch.zeros(2, 8))
+        assert torch.equal(sparse_ffn(x, some, some, position[:, :0], base=x), x)
 
 
 def test_none():

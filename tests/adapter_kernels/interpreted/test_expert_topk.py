@@ -1,5 +1,6 @@
 """expert_topk's kernels against the oracle in float64, in poisoned memory."""
 
+import contextlib
 from functools import partial
 
 import kernel_checks
@@ -18,7 +19,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 @pytest.fixture(autouse=True)
 def long_tiles():
     """The interpreter's cost is by the operation, not by its size."""
-    with override("expert_topk.dots", BK=1024), override("expert_topk.dots_fp32", BK=1024):
+    with contextlib.ExitStack() as stack:
+        for suffix in ("", "_odd", "_fp32"):
+            stack.enter_context(override(f"expert_topk.dots{suffix}", BK=1024))
         yield
 
 
@@ -46,8 +49,9 @@ def test_exact_on_integers_with_ties(fenced, dtype):
 
 
 def test_tiles_as_they_are_launched(fenced):
-    with override("expert_topk.dots", BK=128):
-        check_expert_exactly(kernel, Case(20, 300, E=2, each=3, P=1, K=3, dtype=torch.float16, integers=True))
+    with override("expert_topk.dots", BK=128), override("expert_topk.dots_odd", BK=64):
+        for d in (304, 300):
+            check_expert_exactly(kernel, Case(20, d, E=2, each=3, P=1, K=3, dtype=torch.float16, integers=True))
     with override("expert_topk.dots_fp32", BK=32):
         check_expert_exactly(kernel, Case(20, 100, E=2, each=3, P=1, K=3, integers=True))
 

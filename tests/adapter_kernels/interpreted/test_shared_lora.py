@@ -20,8 +20,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 def long_tiles():
     """The interpreter's cost is by the operation, not by its size."""
     with contextlib.ExitStack() as stack:
-        for suffix in ("", "_fp32"):
+        for suffix in ("", "_odd", "_fp32"):
             stack.enter_context(override(f"shared_lora.down{suffix}", BM=64, BK=1024))
+        for suffix in ("", "_fp32"):
             stack.enter_context(override(f"shared_lora.up{suffix}", BM=64, BN=1024))
         yield
 
@@ -42,6 +43,7 @@ def test_forward_and_backward(fenced, long_tiles, dtype, T, d, r, out, layout):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tiles_as_they_are_launched(fenced, dtype):
     check_lora(kernel, Case(40, 200, 9, [140, 70], dtype))
+    check_lora(kernel, Case(40, 208, 9, [144], dtype))
 
 
 def test_many_tokens_and_none(fenced, long_tiles):
