@@ -60,6 +60,16 @@ def test_the_command_fails_on_a_breach_where_the_gpu_is_required(monkeypatch, ca
     aot._variants.cache_clear()
 
 
+def test_the_command_fails_when_it_takes_too_long(monkeypatch, capsys, router):
+    monkeypatch.setattr(aot, "OPS", {"mine": lambda capability: [router]})
+    monkeypatch.setattr(aot, "TARGETS", (80,))
+    for seconds, code in (("0", 1), ("600", 0)):
+        aot._variants.cache_clear()
+        assert aot.main(["--jobs", "1", "--seconds", seconds]) == code
+        assert ("FAILS: longer than 0 s" in capsys.readouterr().out) == bool(code)
+    aot._variants.cache_clear()
+
+
 def test_every_op_has_variants_for_every_dtype():
     for op, variants in aot.OPS.items():
         found = variants(90)
