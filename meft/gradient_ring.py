@@ -31,7 +31,8 @@ class GradientRing:
 
     def __init__(self, lanes: Lanes, capacity: int, width: int, dtype: torch.dtype) -> None:
         self.lanes, self.capacity, self.dtype = lanes, capacity, dtype
-        self._failed: tuple[int, Exception] | None = None  # the backward pass, and what went wrong in it
+        # Of one backward pass; weak, as errors hold on to the frames that they came through, and these to graphs.
+        self._backward, self._sent = -1, list[weakref.ref[Pending]]()
         self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         for _ in range(SLOTS):
             self._free.put(lanes.staging((capacity, width), dtype))
@@ -49,9 +50,7 @@ class GradientRing:
         Returns:
             the gradient of the table, whose values arrive later.
         """
-        backward = torch._C._current_graph_task_id()
-        if self._failed is not None and self._failed[0] == backward:  # not only when that gradient is looked at
-            raise RuntimeError(f"Gradients of MEFT rows did not arrive: {self._failed[1]}") from self._failed[1]
+        self._check_earlier()
         gradient = gradient.detach().to(self.dtype)
         traffic.bytes_to_host += nbytes(gradient)
         # Its pages are touched by the thread that drains, not by the one that launches.
@@ -67,8 +66,19 @@ class GradientRing:
             except BaseException:
                 self._free.put(slot)
                 raise
-            drained.append(self._thread.submit(self._drain, backward, slot, mark, values[start : start + len(part)]))
-        return RowGradient.arriving(Pending(self._thread.submit(_whole, drained, rows, values), self._thread), table)
+            drained.append(self._thread.submit(self._drain, slot, mark, values[start : start + len(part)]))
+        pending = Pending(self._thread.submit(_whole, drained, rows, values), self._thread)
+        self._sent.append(weakref.ref(pending))
+        return RowGradient.arriving(pending, table)
+
+    def _check_earlier(self) -> None:
+        """Raises: RuntimeError: a gradient of this backward pass did not arrive; not only when it is looked at."""
+        backward = torch._C._current_graph_task_id()
+        if self._backward != backward:
+            self._backward, self._sent = backward, []
+        for pending in [reference() for reference in self._sent]:
+            if pending is not None and pending.future.done():
+                pending.landed()
 
     def _slot(self, traffic: Traffic) -> Tensor:
         try:
@@ -78,13 +88,10 @@ class GradientRing:
             with traffic.stalled():
                 return self._free.get()
 
-    def _drain(self, backward: int, slot: Tensor, mark: Mark, target: Tensor) -> None:
+    def _drain(self, slot: Tensor, mark: Mark, target: Tensor) -> None:
         try:
             mark.wait()
             target.copy_(slot[: len(target)])
-        except Exception as error:
-            self._failed = backward, error
-            raise
         finally:
             self._free.put(slot)
 

@@ -250,8 +250,9 @@ def test_a_gradient_that_did_not_arrive_ends_the_backward_pass_at_the_next_layer
     lanes = ThreadLanes(failing=[("outbound", 0)])
     ring = GradientRing(lanes, 4, 3, torch.float32)
     table, rows, gradient = torch.zeros(8, 3), torch.arange(4), torch.ones(4, 3)
-    ring.send(rows, gradient, table, Traffic())
+    first = ring.send(rows, gradient, table, Traffic())
     ring._thread.submit(lambda: None).result()  # it has been drained
     with pytest.raises(RuntimeError, match="did not arrive: copy 0 of the outbound lane"):
         ring.send(rows, gradient, table, Traffic())
+    assert "arriving" in repr(first)
     lanes.close()

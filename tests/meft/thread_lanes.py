@@ -25,8 +25,8 @@ class Mark:
     def wait(self):
         if not self.reached.wait(TIMEOUT):
             raise AssertionError("deadlock: a mark is never reached")
-        if self.error is not None:
-            raise self.error
+        if self.error is not None:  # a new one each time: it holds on to the frames that it comes through
+            raise CopyFailedError(str(self.error)) from self.error
 
 
 def serve(work):
