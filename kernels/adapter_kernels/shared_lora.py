@@ -41,6 +41,8 @@ _DOWN_ODD = launch.Table("shared_lora.down_odd", {"BM": 16, "BK": 64, "PIECES": 
 _DOWN_FP32 = launch.Table("shared_lora.down_fp32", {"BM": 16, "BK": 32, "PIECES": 4, "num_warps": 4, "num_stages": 2})
 # Derived, not measured: bound by reading base and writing y, 8 KiB of each a tile; no loop, so nothing to stage.
 _UP = launch.Table("shared_lora.up", {"BM": 32, "BN": 128, "num_warps": 4, "num_stages": 1})
+# Derived, not measured: addresses of single values need registers; four warps spill on sm_90 with triton 3.6.
+_UP_ODD = launch.Table("shared_lora.up_odd", {"BM": 32, "BN": 128, "num_warps": 8, "num_stages": 1})
 _UP_FP32 = launch.Table("shared_lora.up_fp32", {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 1})
 
 
@@ -113,11 +115,15 @@ def _down(pairs: list[tuple[Tensor, Tensor]], R: int, by_rank: bool) -> Tensor:
     return h
 
 
+def _up_table(dtype: torch.dtype, odd_rows: bool) -> launch.Table:
+    return _UP_FP32 if dtype == torch.float32 else _UP_ODD if odd_rows else _UP
+
+
 def _up(h: Tensor, w: Tensor, base: Tensor | None, dtype: torch.dtype, scaling: float, by_rank: bool) -> Tensor:
     pieces, T, R = h.shape
     N = w.shape[1] if by_rank else w.shape[0]
     y = dispatch.empty((T, N), dtype, h.device)
-    config = (_UP_FP32 if dtype == torch.float32 else _UP).on(h.device)
+    config = _up_table(dtype, odd(N, base.stride(0) if base is not None else 0)).on(h.device)
     _up_kernel[(triton.cdiv(T, config["BM"]), triton.cdiv(N, config["BN"]))](
         h, w, base, y, T, N, R, pieces, base.stride(0) if base is not None else 0, scaling,
         BY_RANK=by_rank, BASE=base is not None, PRECISION="ieee", BR=_rank_block(R), **config,
@@ -279,7 +285,7 @@ def variants(capability: int | None) -> list[Variant]:
     """What a launch can be: forward and backward, every dtype and block of ranks."""
     found = []
     for dtype, name, odd_rows in KINDS_OF_ROWS:
-        single, rows = dtype == torch.float32, {"aligned": not odd_rows, "wide": not odd_rows}
+        rows = {"aligned": not odd_rows, "wide": not odd_rows}
         for block in (16, MAX_RANK):
             for backward in (False, True):
                 blocks, options = split(_down_table(dtype, odd_rows).at(capability))
@@ -288,7 +294,7 @@ def variants(capability: int | None) -> list[Variant]:
                 types |= dict.fromkeys(("T", "D", "R", "stride_x"), "i32")
                 constants = blocks | {"BY_RANK": not backward, "PRECISION": "ieee", "BR": block}
                 found.append(Variant(_down_kernel, types, constants, options, **rows))
-                blocks, options = split((_UP_FP32 if single else _UP).at(capability))
+                blocks, options = split(_up_table(dtype, odd_rows).at(capability))
                 types = {"h_ptr": "*fp32", "w_ptr": f"*{name}", "y_ptr": f"*{name}", "scaling": "fp32"}
                 types |= dict.fromkeys(("T", "N", "R", "pieces", "stride_base"), "i32")
                 types |= {} if backward else {"base_ptr": f"*{name}"}
