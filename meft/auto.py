@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from .calibration import Calibration, calibrated
 from .carry import LayerRows
 from .config import MEFTConfig
-from .plan import AdapterShape, Plan, Rows, Work, strategies_that_fit
+from .plan import AdapterShape, Plan, Rows, Work
 from .step_time import BaseModel, step_time
+from .what_fits import strategies_that_fit
 
 logger = logging.getLogger(__name__)
 

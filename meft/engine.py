@@ -156,15 +156,15 @@ class Engine:
         if self._strategy is not None:
             self._strategy.begin_pass()
 
-    def compute_dtype(self, layer: LayerRows, x: Tensor) -> torch.dtype:
-        """What a layer computes in: the rows' dtype if the input has it too, else float32 or more.
+    def compute_dtype(self, layer: LayerRows, given: torch.dtype) -> torch.dtype:
+        """What a layer computes in: the rows' dtype if the input is given in it too, else float32 or more.
 
         Scores in float16 can overflow.
         """
         wire = layer.keys.wire_dtype
-        if x.dtype == wire and wire != torch.float16:
+        if given == wire and wire != torch.float16:
             return wire
-        return torch.promote_types(torch.promote_types(x.dtype, wire), torch.float32)
+        return torch.promote_types(torch.promote_types(given, wire), torch.float32)
 
     def begin(self, layer: LayerRows, x: Tensor, logits: Tensor, picks: Picks | None, kept: Fetched | None) -> Begun:
         """Pick a layer's neurons and queue the way of their rows.

@@ -35,6 +35,24 @@ class Place(NamedTuple):
     rows: LayerRows
 
 
+class _Call(NamedTuple):
+    """What an adapter's output begins with.
+
+    Attributes:
+        dtype: of the FFN's input.
+        wide: [T, d], the tokens that are no padding, float32 or float64. router: W_g, [E, d], of wide's dtype.
+        stash: what the pass that is being recomputed has picked; None in other passes.
+        now: the forward pass; None where there is none.
+    """
+
+    dtype: torch.dtype
+    wide: Tensor
+    router: Tensor
+    adapter_name: str
+    stash: context.Stash | None
+    now: context.ForwardContext | None
+
+
 class _Begun(NamedTuple):
     """An adapter's output that was begun: what ends it, its picks, and rows to keep for a recomputation."""
 
@@ -214,7 +232,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         router = self.meft_router[adapter_name].to(wide.dtype)
         by_engine = self.places[adapter_name].engine.serves(x.device)
         begin = self._with_engine if by_engine else self._in_place
-        begun = begin(kept, wide, router, adapter_name, stash, now)
+        begun = begin(_Call(kept.dtype, wide, router, adapter_name, stash, now))
         if stash is not None and stash.refetched and now is not None:
             self._bring_below(now, key)
         if stash is None and now is not None and now.recorded:
@@ -225,19 +243,10 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             return begun.finish
         return lambda: x.new_zeros(x.shape, dtype=(y := begun.finish()).dtype).index_copy(0, real, y)
 
-    def _with_engine(
-        self,
-        x: Tensor,
-        wide: Tensor,
-        router: Tensor,
-        adapter_name: str,
-        stash: context.Stash | None,
-        now: context.ForwardContext | None,
-    ) -> _Begun:
-        config, place = self.configs[adapter_name], self.places[adapter_name]
-        engine, layer = place.engine, place.rows
-        x = wide.to(engine.compute_dtype(layer, x))
-        logits = F.linear(wide, router)
+    def _with_engine(self, call: _Call) -> _Begun:
+        config, (engine, layer) = self.configs[call.adapter_name], self.places[call.adapter_name]
+        stash, x = call.stash, call.wide.to(engine.compute_dtype(layer, call.dtype))
+        logits = F.linear(call.wide, call.router)
         picks, fetched = (stash.picks, stash.fetched) if stash is not None else (None, None)
         begun = engine.begin(layer, x.detach(), logits.detach(), picks, fetched)  # type: ignore[arg-type]
         # Of a checkpointed layer the rows are kept for its recomputation, whose graph then has them.
@@ -250,7 +259,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         def finish() -> Tensor:
             y = engine.finish(begun, x, logits, absent, self._note_backward)
             if config.balance_loss_weight and torch.is_grad_enabled():
-                return attach_balance_loss(y, logits, config, now)
+                return attach_balance_loss(y, logits, config, call.now)
             return y
 
         return _Begun(finish, begun.picks, kept, checkpointed and refetches)
@@ -264,16 +273,9 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             below[0].refetched = False  # once
             below[0].fetched = place.engine.fetch_below(place.rows, below[0].picks)  # type: ignore[arg-type]
 
-    def _in_place(
-        self,
-        x: Tensor,
-        wide: Tensor,
-        router: Tensor,
-        adapter_name: str,
-        stash: context.Stash | None,
-        now: context.ForwardContext | None,
-    ) -> _Begun:
-        config, layer = self.configs[adapter_name], self.places[adapter_name].rows
+    def _in_place(self, call: _Call) -> _Begun:
+        config, layer = self.configs[call.adapter_name], self.places[call.adapter_name].rows
+        wide, router, stash = call.wide, call.router, call.stash
         with torch.no_grad():
             logits = F.linear(wide.detach(), router.detach())
         picks = stash.picks if stash is not None else None
@@ -287,7 +289,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             factors = logits if config.has_factor else None
             y = SparseFFN.apply(wide, router, layer.keys.rows, layer.values.rows, found, factors, done)
         if config.balance_loss_weight and torch.is_grad_enabled():
-            y = attach_balance_loss(y, F.linear(wide, router), config, now)
+            y = attach_balance_loss(y, F.linear(wide, router), config, call.now)
         return _Begun(lambda: y, found.selection, None)
 
     def _note_backward(self) -> None:

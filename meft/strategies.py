@@ -8,6 +8,7 @@ do the values. `resident`: the tables themselves are on the device. (arXiv 2406.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
 
@@ -24,7 +25,7 @@ def capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-class Strategy:
+class Strategy(ABC):
     """Picks, and the way of the picked rows.
 
     Args:
@@ -34,27 +35,27 @@ class Strategy:
     def __init__(self, lanes: Lanes, layers: Sequence[LayerRows]) -> None:
         self.lanes, self.layers = lanes, layers
 
-    def begin_pass(self) -> None:
+    def begin_pass(self) -> None:  # noqa: B027 - most have nothing to bring
         """A pass of many tokens begins: what its first layer needs may be brought."""
 
-    def begun(self, layer: LayerRows, tokens: int) -> None:
+    def begun(self, layer: LayerRows, tokens: int) -> None:  # noqa: B027 - as above
         """All that a layer needs is queued: what the next one needs may be brought."""
 
+    @abstractmethod
     def pick(self, layer: LayerRows, x: Tensor, logits: Tensor) -> Picks:
         """The picks of a layer.
 
         Args:
             x: [T, d]. logits: W_g x, [T, E], float32 or float64; both on the device.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def fetch(self, layer: LayerRows, picks: Picks, again: bool = False) -> Fetched:
         """Queue the way of a union's rows.
 
         Args:
             again: for a backward pass; `pick` was not called before.
         """
-        raise NotImplementedError
 
     def _pick_there(self, layer: LayerRows, x: Tensor, logits: Tensor, keys: Tensor) -> Picks:
         """Picks that are made on the device; the host waits for the size of the union."""

@@ -17,8 +17,9 @@ from aslora_meft.planner.quantised import QUANTISED, quantise
 from aslora_meft.planner.rates import GIB, ceilings
 from aslora_meft.planner.trace import Extra, Memory, Step, trace_step
 from meft.auto import decoder_shape
-from meft.plan import AdapterShape, Plan, Work, largest_that_fits, strategies_that_fit
+from meft.plan import AdapterShape, Plan, Work
 from meft.step_time import BaseModel, StepTime, step_time
+from meft.what_fits import largest_that_fits, strategies_that_fit
 
 RESERVED = 3 * GIB // 2  # of a GPU, for the CUDA context and fragmentation: an assumption
 

@@ -5,32 +5,20 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
+import bench_24gb as bench
+import engine_24gb_gate as gate
+import engine_24gb_models as models
+import engine_24gb_plan as plan
+import engine_24gb_routing as routing
+import engine_24gb_steps as steps
+import engine_24gb_worker as work
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import bench_24gb as bench  # noqa: E402
-import engine_24gb_gate as gate  # noqa: E402
-import engine_24gb_models as models  # noqa: E402
-import engine_24gb_plan as plan  # noqa: E402
-import engine_24gb_routing as routing  # noqa: E402
-import engine_24gb_steps as steps  # noqa: E402
-import engine_24gb_worker as work  # noqa: E402
-
 CELL = plan.Cell("llama-2-7b", "bf16", 2, 256, 1, True, 6400, "meft auto", "0.26")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---------------------------------------------------------------------------------------------------------- a dry run

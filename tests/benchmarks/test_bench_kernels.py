@@ -39,12 +39,8 @@ USERS = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
+def compiled(monkeypatch, one_thread):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

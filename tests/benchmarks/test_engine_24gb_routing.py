@@ -1,34 +1,20 @@
 """The 24 GB benchmark's routing: forced shares, draws from the recording, and the recording itself."""
 
-import sys
-from pathlib import Path
-
+import engine_24gb_models as models
+import engine_24gb_plan as plan
+import engine_24gb_routing as routing
 import pytest
+import record_routing as record
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import engine_24gb_models as models  # noqa: E402
-import engine_24gb_plan as plan  # noqa: E402
-import engine_24gb_routing as routing  # noqa: E402
-import record_routing as record  # noqa: E402
-
-import meft.strategies  # noqa: E402
-from meft import MEFTConfig  # noqa: E402
+import meft.strategies
+from meft import MEFTConfig
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ------------------------------------------------------------------------------------------------------------ routing

@@ -1,39 +1,26 @@
 """What the 24 GB benchmark plans, counts, keeps and judges."""
 
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
+import bench_24gb as bench
+import engine_24gb_bound as bound
+import engine_24gb_models as models
+import engine_24gb_plan as plan
+import engine_24gb_worker as work
+import model_24gb
 import pytest
 import torch
+from engine_24gb_rows import Rows, environment
+from engine_24gb_targets import MET, MISSED, OPEN, targets
+from engine_24gb_traffic import expected_bytes
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import bench_24gb as bench  # noqa: E402
-import engine_24gb_bound as bound  # noqa: E402
-import engine_24gb_models as models  # noqa: E402
-import engine_24gb_plan as plan  # noqa: E402
-import engine_24gb_worker as work  # noqa: E402
-import model_24gb  # noqa: E402
-from engine_24gb_rows import Rows, environment  # noqa: E402
-from engine_24gb_targets import MET, MISSED, OPEN, targets  # noqa: E402
-from engine_24gb_traffic import expected_bytes  # noqa: E402
-
-from aslora_meft.planner.rates import ceilings  # noqa: E402
-from meft import MEFTConfig  # noqa: E402
+from aslora_meft.planner.rates import ceilings
+from meft import MEFTConfig
 
 CELL = plan.Cell("llama-2-7b", "bf16", 2, 256, 1, True, 6400, "meft auto", "0.26")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --------------------------------------------------------------------------------------------------- plan and formula
