@@ -77,7 +77,7 @@ class GradientRing:
         if self._backward != backward:
             self._backward, self._sent = backward, []
         for pending in [reference() for reference in self._sent]:
-            if pending is not None and pending.future.done():
+            if pending is not None and pending.future.done() and pending.future.exception() is not None:
                 pending.landed()
 
     def _slot(self, traffic: Traffic) -> Tensor:
