@@ -103,7 +103,7 @@ class MeftContestants(Contestant):
         self.device, self.r, self.tiny = device, cell.r, cell.model.startswith("tiny")
         base = frozen_model(cell.model, cell.base, device)
         with torch.device(device):  # where routers, and the second adapter's rows, are made
-            early = {"in_backward": cell.accumulation == 1 and not cell.clip}
+            early = {"in_backward": not cell.clip}
             given = meft_config(self.r, self.tiny, retrieval="host", row_optimizer=early)
             self.model: Any = get_peft_model(base, given)
         self.hosts = self.optimizer = torch.optim.AdamW(self.parameters(), lr=RATE, weight_decay=0.0)

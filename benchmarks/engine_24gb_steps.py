@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from accelerate import Accelerator
 from engine_24gb_contestants import Contestant
 from engine_24gb_gate import WrongError
 from engine_24gb_plan import Cell
@@ -74,9 +75,11 @@ def train_step(contestant: Contestant, batches: list[Tensor], clip: bool, look: 
         the micro-batches' losses, and what was noted.
     """
     losses, noted = [], {}
+    accelerator = Accelerator(gradient_accumulation_steps=len(batches))  # tells which micro-batch is the last
     for ids in batches:
-        loss = contestant.model(input_ids=ids, labels=ids).loss
-        (loss / len(batches)).backward()
+        with accelerator.accumulate(contestant.model):
+            loss = contestant.model(input_ids=ids, labels=ids).loss
+            accelerator.backward(loss)  # a share of it
         losses.append(loss.detach())
     if clip:
         torch.nn.utils.clip_grad_norm_(contestant.parameters(), 1.0)

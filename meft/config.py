@@ -174,8 +174,9 @@ class MEFTConfig(PeftConfig):
             "mode 'lazy'. A dict may set 'mode' ('lazy': a row's moments and bias correction advance only when it is "
             "touched; 'dense': equal to torch's AdamW on the whole matrix), 'in_backward' (True: from the second step "
             "on, rows of a model on a GPU are updated while the backward pass goes on, as their gradients reach the "
-            "host; clipping, accumulation and GradScaler then raise an error, and a gradient that is not finite stops "
-            "the update of its own rows only), and 'lr', 'betas', 'eps', 'weight_decay' "
+            "host, with accumulation by accelerate or a Trainer in that of the last micro-batch; clipping, GradScaler "
+            "and other accumulation then raise an error, and a gradient that is not finite stops the update of its "
+            "own rows only), and 'lr', 'betas', 'eps', 'weight_decay' "
             "in place of the optimizer's; with 'lr', which no schedule changes, any optimizer will do. meft.RowAdamW "
             "has all of these itself and does not read this."
         },

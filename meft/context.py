@@ -25,7 +25,8 @@ class Stash:
     """The picks of one layer in one forward pass.
 
     Attributes:
-        picks: the picks, in the form of the way in which they were made.
+        number: of the layer, among those of its adapter.
+        picks: the picks, in the form of the way in which they were made; None once the layer's backward pass is over.
         real: int64 [T], places of the tokens that are no padding; None where all are real.
         probe: [tokens, <= 8], some columns of the layer's input, to tell forward passes apart.
         versions: of keys and values, to tell whether they were updated since.
@@ -33,7 +34,8 @@ class Stash:
         refetched: whether they are to be brought again for it.
     """
 
-    picks: Selection | Picks
+    number: int
+    picks: Selection | Picks | None
     real: Tensor | None
     probe: Tensor
     versions: tuple[int, int]
@@ -53,6 +55,8 @@ class ForwardContext:
         real: device -> places of the mask's tokens that are no padding, None where all are; found by the first layer.
         stashes: (layer, adapter) -> its picks, in the order of the calls.
         loss_scale: dL/d(loss that the model returned), known in the backward pass; None where it returned none.
+        in_backward: whether a backward pass has come to an output of this one, and is not over.
+        graph_kept: whether that backward pass keeps the graph, so that there may be another one.
     """
 
     mask: Tensor | None
@@ -62,6 +66,22 @@ class ForwardContext:
     real: dict[torch.device, Tensor | None] = field(default_factory=dict)
     stashes: dict[tuple[int, str], list[Stash]] = field(default_factory=dict)
     loss_scale: Tensor | None = None
+    in_backward: bool = False
+    graph_kept: bool = False
+
+    def begin_backward(self, _gradients: object) -> None:
+        """A hook before the nodes of the outputs."""
+        self.in_backward = True
+        self.graph_kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)  # not called after an error
+
+    def _end_backward(self) -> None:
+        self.in_backward = False
+
+    def let_go(self, stash: Stash) -> None:
+        """The backward pass of the layer that made the stash is over."""
+        if not self.graph_kept:
+            stash.picks = stash.fetched = None
 
 
 _here = threading.local()
@@ -177,7 +197,7 @@ def keep_with_graph(context: ForwardContext, output: Any) -> None:
         return
     for tensor in _tensors(output):
         if tensor.grad_fn is not None:
-            tensor.grad_fn.metadata["meft"] = context  # type: ignore[index]
+            tensor.grad_fn.register_prehook(context.begin_backward)  # which holds the context
             with _alive_lock:
                 _alive.add(context)
 
@@ -201,20 +221,23 @@ def probe_of(x: Tensor) -> Tensor:
 def find_stash(key: tuple[int, str], x: Tensor) -> tuple[ForwardContext, Stash] | None:
     """The picks that a layer made for the input x [T, d] in the pass that is being recomputed.
 
-    Of several passes whose graphs are alive, the one whose input was closest, and of these the last: a recomputation's
-    input is equal to it up to the rounding of its device. None if there is none so close.
+    That pass is the one whose backward pass is going on. Where this is not known (a loss that was made from a hook's
+    tensors), where several are, or where the layer was called several times, it is the call whose input was closest,
+    and of these the last: a recomputation's input is equal to it up to the rounding of its device. None if none is so
+    close.
     """
     with _alive_lock:
         contexts = sorted(_alive, key=lambda context: -context.number)
+    going_on = [context for context in contexts if context.in_backward]
     probe = probe_of(x).float()
     candidates = [
         (context, stash)
-        for context in contexts
+        for context in going_on or contexts
         for stash in context.stashes.get(key, [])
         if stash.probe.shape == probe.shape
     ]
-    if not candidates:
-        return None
+    if not candidates or (going_on and len(candidates) == 1):
+        return candidates[0] if candidates else None
     sums = [probe.abs().sum() * _CLOSE, *((stash.probe.float() - probe).abs().sum() for _, stash in candidates)]
     nearest, *distances = torch.stack(sums).tolist()  # the host waits for the device, once
     found: tuple[ForwardContext, Stash] | None = None

@@ -56,7 +56,7 @@ class Engine:
     """Moves the rows of one adapter.
 
     Attributes:
-        on_gradient: called with a table and its gradient that has left for the host.
+        on_gradient: called with a table and its gradient that has left for the host; returns what its table gets.
 
     Args:
         layers: the adapter's layers, in the order in which they run.
@@ -67,7 +67,7 @@ class Engine:
         self, config: MEFTConfig, layers: list[LayerRows], around: Callable[[], Surroundings] | None = None
     ) -> None:
         self.config, self.layers, self.around = config, layers, around
-        self.on_gradient: Callable[[RowTable, RowGradient], None] | None = None
+        self.on_gradient: Callable[[RowTable, RowGradient], RowGradient] | None = None
         self._given: Lanes | None = None
         self._updates: UpdateQueue | None = None
         self._forget()
@@ -262,9 +262,7 @@ class Engine:
             self._rings[dtype] = GradientRing(self.lanes, capacity, gradient.shape[1], dtype)
         with record_function("meft: row gradients"):
             leaving = self._rings[dtype].send(rows, gradient, table, layer.traffic)
-        if self.on_gradient is not None:
-            self.on_gradient(owner, leaving)
-        return leaving
+        return self.on_gradient(owner, leaving) if self.on_gradient is not None else leaving
 
 
 class _BroughtRows(torch.autograd.Function):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,7 @@ class _Call(NamedTuple):
         wide: [T, d], the tokens that are no padding, float32 or float64. router: W_g, [E, d], of wide's dtype.
         stash: what the pass that is being recomputed has picked; None in other passes.
         now: the forward pass; None where there is none.
+        done: called when gradients of the rows were made.
     """
 
     dtype: torch.dtype
@@ -51,6 +53,7 @@ class _Call(NamedTuple):
     adapter_name: str
     stash: context.Stash | None
     now: context.ForwardContext | None
+    done: Callable[[], None]
 
 
 class _Begun(NamedTuple):
@@ -232,13 +235,15 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         router = self.meft_router[adapter_name].to(wide.dtype)
         by_engine = self.places[adapter_name].engine.serves(x.device)
         begin = self._with_engine if by_engine else self._in_place
-        begun = begin(_Call(kept.dtype, wide, router, adapter_name, stash, now))
+        stashed = [] if stash is None else [stash]
+        begun = begin(_Call(kept.dtype, wide, router, adapter_name, stash, now, partial(self._done, now, stashed)))
         if stash is not None and stash.refetched and now is not None:
             self._bring_below(now, key)
-        if stash is None and now is not None and now.recorded:
-            versions = self.places[adapter_name].rows.versions
-            made = context.Stash(begun.picks, real, context.probe_of(x), versions, begun.kept, begun.refetched)
+        if stash is None and now is not None and now.recorded and context.checkpointed():
+            rows, probe = self.places[adapter_name].rows, context.probe_of(x)
+            made = context.Stash(rows.number, begun.picks, real, probe, rows.versions, begun.kept, begun.refetched)
             now.stashes.setdefault(key, []).append(made)
+            stashed.append(made)
         if real is None:
             return begun.finish
         return lambda: x.new_zeros(x.shape, dtype=(y := begun.finish()).dtype).index_copy(0, real, y)
@@ -257,7 +262,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         absent = refetches and torch.is_grad_enabled() and not checkpointed and not context.recomputing()
 
         def finish() -> Tensor:
-            y = engine.finish(begun, x, logits, absent, self._note_backward)
+            y = engine.finish(begun, x, logits, absent, call.done)
             if config.balance_loss_weight and torch.is_grad_enabled():
                 return attach_balance_loss(y, logits, config, call.now)
             return y
@@ -267,9 +272,9 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
     def _bring_below(self, now: context.ForwardContext, key: tuple[int, str]) -> None:
         """Queue the way of the rows that the recomputation of the layer below will read."""
         place = self.places[key[1]]
-        calls = [of for of in now.stashes if of[1] == key[1]]
-        below = now.stashes[calls[calls.index(key) - 1]] if place.rows.number else []
-        if len(below) == 1 and below[0].refetched and below[0].fetched is None:
+        wanted = (key[1], place.rows.number - 1)
+        below = [s for (_, name), stashes in now.stashes.items() for s in stashes if (name, s.number) == wanted]
+        if len(below) == 1 and below[0].refetched and below[0].picks is not None and below[0].fetched is None:
             below[0].refetched = False  # once
             below[0].fetched = place.engine.fetch_below(place.rows, below[0].picks)  # type: ignore[arg-type]
 
@@ -283,7 +288,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         def done(rows: int) -> None:
             if config.on_host:
                 layer.traffic.bytes_to_host += 2 * rows * nbytes(layer.keys.rows[:1])
-            self._note_backward()
+            call.done()
 
         with retrieved(wide.detach(), logits, layer, picks) as found:  # type: ignore[arg-type]
             factors = logits if config.has_factor else None
@@ -292,8 +297,11 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             y = attach_balance_loss(y, F.linear(wide, router), config, call.now)
         return _Begun(lambda: y, found.selection, None)
 
-    def _note_backward(self) -> None:
-        """Row gradients were made."""
+    def _done(self, now: context.ForwardContext | None, stashed: list[context.Stash]) -> None:
+        """Row gradients were made, by the backward pass that something was stashed for."""
+        if now is not None:
+            for stash in stashed:
+                now.let_go(stash)
         if self.on_backward is not None:
             self.on_backward()
 

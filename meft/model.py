@@ -278,6 +278,16 @@ class MEFTModel(BaseTuner, RunListener):
         name = adapter_name or self.active_adapters[0]
         return transfer_report(name, self.adapted_ffns())
 
+    def check_run(self, arguments: Any) -> None:
+        """Raises: ValueError: the run clips gradients, and an adapter's are used up before that."""
+        early = any(self.configs[name].updates_in_backward for name in self.active_adapters if name in self.configs)
+        clips = getattr(arguments, "max_grad_norm", None)
+        if early and clips:
+            raise ValueError(
+                f"max_grad_norm={clips} clips gradients when the backward pass is over, and row_optimizer has "
+                "in_backward=True: set max_grad_norm=0, or in_backward=False."
+            )
+
     def on_run_begin(self, total_steps: int, done_steps: int = 0, steps_seen: bool = True) -> None:
         """A Trainer's run begins: resume the training state, if the weights came from a checkpoint."""
         if not steps_seen:

@@ -86,8 +86,12 @@ class RowGradient(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         if func in _HANDLERS:
-            if func in _CHANGES:
-                _check_unspent(args)
+            if func in _CHANGES and _spent(args[0]):
+                if func not in _PRODUCTS or float(args[1]) != 1.0:  # by 1: a Trainer that only asks for the norm
+                    raise RuntimeError(SPENT)
+                if not isinstance(args[0], list | tuple):
+                    return args[0]
+                args = ([g for g in args[0] if not _spent(g)], *args[1:])
             return _HANDLERS[func](func, *args, **kwargs)
         if func._schema.is_mutable:
             raise NotImplementedError(
@@ -267,15 +271,15 @@ def _copy_from(func: Any, a: RowGradient, b: RowGradient, non_blocking: bool = F
 
 SPENT = (
     "A gradient of MEFT rows that were updated within the backward pass (row_optimizer has in_backward=True) cannot be "
-    "clipped, scaled or added to any more: train without clipping (Trainer: max_grad_norm=0), accumulation and "
-    "GradScaler, or set in_backward=False."
+    "clipped, scaled or added to any more: train without clipping (Trainer: max_grad_norm=0) and GradScaler, "
+    "accumulate by accelerate (a Trainer does), or set in_backward=False."
 )
 
 
-def _check_unspent(args: Any) -> None:
-    gradients = args[0] if isinstance(args[0], list | tuple) else [args[0]]
-    if any(isinstance(g, RowGradient) and g.spent for g in gradients):
-        raise RuntimeError(SPENT)
+def _spent(gradients: Any) -> bool:
+    """Whether a gradient, or one of several, is spent."""
+    some = gradients if isinstance(gradients, list | tuple) else [gradients]
+    return any(isinstance(g, RowGradient) and g.spent for g in some)
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
@@ -310,3 +314,4 @@ _CHANGES = {func for func, handler in _HANDLERS.items() if handler in (_in_place
     aten._foreach_clamp_max_.Scalar,
     aten._amp_foreach_non_finite_check_and_unscale_.default,
 }
+_PRODUCTS = {aten.mul_.Tensor, aten.mul_.Scalar, aten._foreach_mul_.Tensor, aten._foreach_mul_.Scalar}

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from .config import MEFTConfig
 from .moments import Moments
-from .row_gradient import SPENT, RowGradient, as_row_gradient, overflow_watchers
+from .row_gradient import RowGradient, as_row_gradient, overflow_watchers
 from .row_update import StepRule
 from .store import RowTable
 
@@ -207,20 +208,29 @@ class RowSteps:
             table.follow(optimizer)
             update_table(table, gradient, rule, mode=mode, divisor=divisor)
 
-    def on_gradient(self, adapter_name: str, table: RowTable, gradient: RowGradient) -> None:
+    def on_gradient(self, adapter_name: str, table: RowTable, gradient: RowGradient) -> RowGradient:
         """A gradient has left for the host: with `in_backward` its rows are updated when it lands.
 
-        By the rule of the optimizer that has stepped last, as it is now: a schedule has set the next step's rate.
+        By the rule of the optimizer that has stepped last, as it is now: a schedule has set the next step's rate. With
+        accumulation, which accelerate (a Trainer too) tells of, by the sum when that of the last micro-batch lands.
+
+        Returns:
+            what autograd shall put into `.grad`.
         """
         config = self.configs[adapter_name]
         optimizer = self._stepped_by() if self._stepped_by is not None else None
         if not config.updates_in_backward or optimizer is None or table.updates is None:
-            return
+            return gradient
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            return  # ranks average at the end of the backward pass: rows are updated within the step
-        if table.rows.grad is not None and len(as_row_gradient(table.rows.grad).rows):
-            raise RuntimeError(SPENT)
+            return gradient  # ranks average at the end of the backward pass: rows are updated within the step
+        if not GradientState().sync_gradients:
+            return gradient
+        if table.rows.grad is not None:
+            earlier, table.rows.grad = as_row_gradient(table.rows.grad), None
+            earlier.add_(gradient)
+            gradient = earlier
         table.follow(optimizer)
         rule = rule_of(optimizer, group_of(optimizer, table.rows), config.row_optimizer)
         gradient.spent = True
         update_table(table, gradient, rule, mode=config.row_mode, finite_only=True)
+        return gradient

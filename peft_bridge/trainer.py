@@ -16,6 +16,9 @@ class RunListener:
     A base class and not a protocol: PEFT's wrappers forward unknown attributes, so all of them would seem to comply.
     """
 
+    def check_run(self, arguments: Any) -> None:
+        """Refuse a run with these `transformers.TrainingArguments`, before it begins."""
+
     def on_run_begin(self, total_steps: int, done_steps: int, steps_seen: bool) -> None:
         """A run of `total_steps` optimizer steps begins.
 
@@ -62,6 +65,8 @@ class RunEvents(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
+        for listener in _listeners(model):
+            listener.check_run(args)
         for listener in _listeners(model):
             listener.on_run_begin(state.max_steps, state.global_step, not _hidden_from_hooks(optimizer))
 

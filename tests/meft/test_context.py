@@ -134,10 +134,15 @@ def test_the_context_has_the_mask_and_the_number_of_layers(monkeypatch):
     model(input_ids=ids(), attention_mask=mask)
     assert torch.equal(seen[0].mask, mask.bool())
     assert (seen[0].layers, seen[0].recorded) == (2, True)
-    assert [len(s) for s in seen[0].stashes.values()] == [1, 1]
     with torch.no_grad():
         model(input_ids=ids())
-    assert (seen[1].mask, seen[1].recorded, seen[1].stashes) == (None, False, {})
+    assert (seen[1].mask, seen[1].recorded) == (None, False)
+    checkpointed(model, False)
+    model(input_ids=ids())
+    with torch.no_grad():
+        model(input_ids=ids())
+    # Only what a recomputation will ask for is kept.
+    assert [[len(s) for s in each.stashes.values()] for each in seen] == [[], [], [1, 1], []]
 
 
 def test_a_pass_inside_another_shares_its_context():
@@ -234,6 +239,31 @@ def test_a_recomputation_makes_no_picks_of_its_own(monkeypatch, reentrant):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("retain", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["checkpoint", "reentrant"])
+def test_picks_are_let_go_when_the_layers_backward_pass_is_over(monkeypatch, reentrant, retain):
+    model, opened, seen = checkpointed(adapted(), reentrant), recorded(monkeypatch), []
+
+    def left():
+        return [stash.picks is not None for stashes in opened[0]().stashes.values() for stash in stashes]
+
+    layers = [m for m in model.modules() if isinstance(m, MEFTLayer)]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda *_: seen.append(left()) if context.recomputing() else None)
+    loss = model(input_ids=ids(), labels=ids()).loss
+    assert left() == [True, True]
+    loss.backward(retain_graph=retain)
+    assert seen == [[True, True], [True, retain]]
+    assert left() == [retain, retain]
+    if retain:  # a second pass goes through the same picks, and leaves none
+        first = [g.clone() for g in gradients(model)]
+        model.zero_grad()
+        loss.backward()
+        assert left() == [False, False]
+        for a, b in zip(gradients(model), first, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("reentrant", [False, True], ids=["checkpoint", "reentrant"])
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
 def test_passes_that_are_alive_together_get_their_own_picks(order, reentrant):
@@ -291,7 +321,7 @@ def test_a_layer_that_is_used_twice_in_a_pass_gets_the_picks_of_each_use():
 
 def stash_of(x, neuron):
     one = torch.tensor([neuron])
-    return context.Stash(Selection(torch.tensor([0, 1]), torch.tensor([0]), one), None, context.probe_of(x), (0, 0))
+    return context.Stash(0, Selection(torch.tensor([0, 1]), torch.tensor([0]), one), None, context.probe_of(x), (0, 0))
 
 
 def test_the_stash_with_the_closest_input_is_found():
@@ -314,6 +344,46 @@ def test_the_stash_with_the_closest_input_is_found():
     assert context.find_stash(key, inputs[0] + 0.4) is None  # nothing near
     del outputs[1], contexts[1], opened, owner, stash
     assert context.find_stash(key, inputs[1]) is None
+
+
+def test_the_stash_of_the_pass_whose_backward_pass_goes_on_is_found_whatever_the_input():
+    """Dropout that a recomputation draws anew changes its input; a closer one of another pass is not looked at."""
+    key, far, near, found = (1, "default"), torch.ones(4, 16), torch.zeros(4, 16), []
+
+    def recorded_pass(x, neuron, then):
+        opened = context.begin(None, 1)
+        opened.stashes[key] = [stash_of(x, neuron)]
+        source = torch.ones((), requires_grad=True) * 3
+        source.register_hook(then)
+        output = source * 2
+        context.keep_with_graph(opened, output)
+        context.end(opened)
+        return output
+
+    def recompute(_):
+        found.append(context.find_stash(key, near))
+
+    first, second = recorded_pass(far, 0, recompute), recorded_pass(near, 1, lambda _: None)
+    first.backward()
+    assert found.pop()[1].picks.neuron.item() == 0
+    recompute(None)  # outside of all backward passes: the closest
+    assert found.pop()[1].picks.neuron.item() == 1
+    third = recorded_pass(far, 2, recompute)
+    (second + third).backward()  # both go on, or have not begun
+    assert found.pop()[1].picks.neuron.item() in (1, 2)
+
+
+def test_a_backward_pass_that_ends_in_an_error_spoils_no_other_one():
+    plain, model = adapted(), checkpointed(adapted(), False)
+    failing = model(input_ids=ids(1), labels=ids(1))
+    handle = failing.logits.grad_fn.register_prehook(lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        failing.loss.backward()
+    handle.remove()
+    for m in (plain, model):
+        m(input_ids=ids(), labels=ids()).loss.backward()
+    for a, b in zip(gradients(model), gradients(plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["checkpoint", "reentrant"])

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
 from test_engine import STRATEGIES, on_lanes
+from transformers import Trainer, TrainingArguments
 
 
 def adapted(tiny, in_backward=True, strategy="stream", **fields):
@@ -51,6 +53,68 @@ def test_rows_have_moved_before_the_step(tiny):
     assert moments == [4] * len(moments)
 
 
+def test_accumulated_gradients_are_used_with_the_last_micro_batch(tiny):
+    """To the bit as within the step, and not before the last backward pass."""
+    states, moved = [], []
+    for in_backward in (False, True):
+        model, _ = adapted(tiny, in_backward)
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+        optimizer = tiny.adamw(model, lr=2e-2)
+        prepared = accelerator.prepare(optimizer)
+        for micro in range(9):
+            versions = [table.version for table in tiny.tables(model)]
+            with accelerator.accumulate(model):
+                accelerator.backward(tiny.loss(model, micro))
+                now = [table.version for table in tiny.tables(model)]
+                moved.append([a > b for a, b in zip(now, versions, strict=True)])
+                prepared.step()
+                prepared.zero_grad()
+        states.append(tiny.whole_state(model))
+    tiny.assert_equal(*states)
+    tables = len(moved[0])
+    # The first step shows by which rule.
+    assert moved == [[False] * tables] * 14 + [[True] * tables, *[[False] * tables] * 2, [True] * tables]
+
+
+def trainer(tiny, folder, model, **fields):
+    data = [{"input_ids": row, "labels": row} for seed in range(7) for row in tiny.batch(2, 6, seed)]
+    fields = {"max_grad_norm": 0.0, "gradient_accumulation_steps": 2, "num_train_epochs": 2} | fields
+    return Trainer(
+        model,
+        TrainingArguments(str(folder), report_to=[], save_strategy="no", use_cpu=True, learning_rate=1e-2, **fields),
+        train_dataset=data,
+    )
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_trainer_trains_to_the_same_bits_and_logs_the_same_norms(tiny, tmp_path, accumulation):
+    states, norms = [], []
+    for in_backward in (False, True):
+        model, _ = adapted(tiny, in_backward)
+        run = trainer(
+            tiny,
+            tmp_path,
+            model,
+            gradient_accumulation_steps=accumulation,
+            per_device_train_batch_size=2,
+            logging_steps=1,
+        )
+        run.train()
+        states.append(tiny.whole_state(model))
+        norms.append([float(log["grad_norm"]) for log in run.state.log_history if "grad_norm" in log])
+    tiny.assert_equal(*states)
+    assert norms[0] == norms[1]
+    assert len(norms[0]) == 2 * (7 if accumulation == 1 else 4)
+
+
+def test_a_trainer_that_would_clip_is_refused_before_it_begins(tiny, tmp_path):
+    model, _ = adapted(tiny)
+    before = tiny.whole_state(model)
+    with pytest.raises(ValueError, match=r"max_grad_norm=1.0 clips .* set max_grad_norm=0"):
+        trainer(tiny, tmp_path, model, max_grad_norm=1.0).train()
+    tiny.assert_equal(tiny.whole_state(model), before)
+
+
 @pytest.mark.parametrize("how", ["norm", "value", "accumulation", "unscale"])
 def test_what_would_change_a_gradient_afterwards_is_an_error(tiny, how):
     model, _ = adapted(tiny)
@@ -60,7 +124,7 @@ def test_what_would_change_a_gradient_afterwards_is_an_error(tiny, how):
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.ones(()))
     change = {
-        "norm": lambda: torch.nn.utils.clip_grad_norm_(tiny.trainable(model), 1.0),
+        "norm": lambda: torch.nn.utils.clip_grad_norm_(tiny.trainable(model), 1e-3),
         "value": lambda: torch.nn.utils.clip_grad_value_(tiny.trainable(model), 1.0),
         "accumulation": lambda: tiny.loss(model).backward(),
         "unscale": lambda: scaler.unscale_(optimizer),
@@ -71,6 +135,23 @@ def test_what_would_change_a_gradient_afterwards_is_an_error(tiny, how):
     optimizer.zero_grad()
     tiny.loss(model).backward()
     optimizer.step()
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_the_norm_may_be_asked_for(tiny, foreach):
+    """Clipping to a norm that is not reached changes nothing."""
+    states, norms = [], []
+    for in_backward in (False, True):
+        model, _ = adapted(tiny, in_backward)
+
+        def ask(model=model):
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, float("inf"), foreach=foreach)))
+
+        run(tiny, model, steps=3, between=ask)
+        states.append(tiny.whole_state(model))
+    tiny.assert_equal(*states)
+    assert norms[:3] == norms[3:]
 
 
 def test_gradients_that_are_zeroed_in_place_do_not_count_as_accumulation(tiny):

@@ -148,6 +148,21 @@ def test_a_resumed_run_tells_the_steps_that_were_done():
         assert listener.events == [("begin", 7, done, True)]
 
 
+def test_a_run_is_checked_before_anybody_hears_of_its_begin():
+    class Strict(Careful):
+        def check_run(self, arguments):
+            if arguments.max_grad_norm:
+                raise ValueError("no")
+
+    model = nn.Sequential(Careful(), Strict())
+    state = SimpleNamespace(max_steps=7, global_step=0)
+    with pytest.raises(ValueError, match="no"):
+        RunEvents().on_train_begin(SimpleNamespace(max_grad_norm=1.0), state, None, model=model)
+    assert [each.events for each in model] == [[], []]
+    RunEvents().on_train_begin(SimpleNamespace(max_grad_norm=0.0), state, None, model=model)
+    assert [each.events for each in model] == [[("begin", 7, 0, True)]] * 2
+
+
 def test_whether_the_optimizer_hooks_see_the_steps():
     listener = Careful()
     deepspeed = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})()
