@@ -8,8 +8,10 @@ do the values. `resident`: the tables themselves are on the device. (arXiv 2406.
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from .carry import DeviceCopy, Fetched, KeyBuffers, LayerRows, Picks, gather, picked_neurons, union_of
 from .lanes import Lanes
+from .near import stay_near
 from .transfer import nbytes
 
 
@@ -77,6 +80,9 @@ class Host(Strategy):
     def __init__(self, lanes: Lanes, layers: Sequence[LayerRows]) -> None:
         super().__init__(lanes, layers)
         self._staged: dict[tuple[str, torch.dtype], Tensor] = {}
+        # A thread of its own, which starts those that score with it, can be kept near the device.
+        self._thread = ThreadPoolExecutor(1, "meft-pick", partial(stay_near, lanes.device))
+        self._end = weakref.finalize(self, self._thread.shutdown, wait=False)
 
     def pick(self, layer: LayerRows, x: Tensor, logits: Tensor) -> Picks:
         down = [self._stage("x", x), self._stage("logits", logits)]
@@ -85,9 +91,8 @@ class Host(Strategy):
         layer.traffic.bytes_to_host += nbytes(x) + nbytes(logits)
         with layer.traffic.stalled():
             self.lanes.outbound.mark().wait()
-        with layer.keys.reading() as wire, layer.traffic.host_work():
-            ids = picked_neurons(down[0], down[1], wire, layer.config)
-            rows, position = union_of(ids, layer.config)
+        with layer.traffic.host_work():
+            rows, position = self._thread.submit(_picked, layer, *down).result()
         layer.traffic.bytes_to_device += nbytes(rows) + nbytes(position)
         device = self.lanes.device
         return Picks(rows.to(device), position.to(device), rows.to(torch.int64))
@@ -103,6 +108,12 @@ class Host(Strategy):
     def fetch(self, layer: LayerRows, picks: Picks, again: bool = False) -> Fetched:
         (keys, values), arrival = gather(self.lanes, layer, [layer.keys, layer.values], picks)
         return Fetched(keys, values, arrival)
+
+
+@torch.no_grad()
+def _picked(layer: LayerRows, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    with layer.keys.reading() as wire:
+        return union_of(picked_neurons(x, logits, wire, layer.config), layer.config)
 
 
 def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from meft import near
+from meft.gradient_ring import GradientRing
+from meft.strategies import Host
+from meft.updates import UpdateQueue
 
 CUDA = torch.device("cuda", 0)
 
@@ -69,3 +72,19 @@ def test_a_thread_that_may_use_none_of_them_is_left_alone(system):
     before = os.sched_getaffinity(0)
     near.stay_near(CUDA)
     assert os.sched_getaffinity(0) == before
+
+
+WORKERS = {
+    "gradients": lambda lanes: GradientRing(lanes, 1, 1, torch.float32),
+    "picks": lambda lanes: Host(lanes, []),
+    "updates": lambda lanes: UpdateQueue(lanes.device),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot tie threads to cores")
+@pytest.mark.parametrize("worker", WORKERS)
+def test_the_threads_of_an_engine_stay_near_its_device(system, worker):
+    last = max(os.sched_getaffinity(0))
+    system(0, node0=str(last))
+    made = WORKERS[worker](SimpleNamespace(device=CUDA, staging=lambda shape, dtype: torch.empty(shape, dtype=dtype)))
+    assert made._thread.submit(os.sched_getaffinity, 0).result() == {last}
