@@ -28,7 +28,7 @@ def plain_backward(
     g: Tensor, x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor
 ) -> tuple[Tensor, ...]:
     """Its gradient, five GEMMs: the scores are computed again."""
-    made = plain_ffn.backward(g, x, keys, values, position, factors, [True] * 4)
+    made = plain_ffn.backward(g, x, keys, values, position, factors, [True] * 4, keys.dtype)
     return tuple(grad for grad in made if grad is not None)
 
 

@@ -144,9 +144,10 @@ class MEFTConfig(PeftConfig):
     gradient_dtype: str = field(
         default="auto",
         metadata={
-            "help": "Dtype in which row gradients leave the device: 'auto' (the one that they are computed in: "
-            "bfloat16 where hidden states and rows are bfloat16, else float32) or 'float32' (of gradients that are "
-            "computed in bfloat16: the same values in twice the bytes). Sums are in float32."
+            "help": "Dtype in which row gradients are stored and leave the device: 'auto' (the one that the FFN is "
+            "computed in: bfloat16 where hidden states and rows are bfloat16, else float32) or 'float32' (twice the "
+            "bytes of bfloat16, and the sums over tokens are not rounded to it; on a GPU their terms are, as tensor "
+            "cores take them). Sums are in float32."
         },
     )
     row_dtype: str = field(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
-from adapter_kernels import sparse_ffn
+from adapter_kernels import sparse_ffn, sparse_ffn_backward
 
 from .auto import Surroundings, chosen
 from .carry import Fetched, LayerRows, Picks
@@ -219,15 +219,17 @@ class Engine:
             self.lanes.join(fetched.arrival)
         near = (fetched.keys.detach().to(x.dtype), fetched.values.detach().to(x.dtype))
         idle = None if self.config.has_factor else logits  # its router gets a gradient of zero, as in place
-        keys, values = _BroughtRows.apply(layer.keys.rows, layer.values.rows, *near, idle, self, begun, done)
+        wide = self.config.gradient_dtype == "float32"
+        dtype = torch.promote_types(x.dtype, torch.float32) if wide else x.dtype
+        rows = _BroughtRows.apply(layer.keys.rows, layer.values.rows, near[0], dtype, idle, self, begun, done)
         factors = None
         if self.config.has_factor:
             each = self.config.r // self.config.experts
             neuron = picks.rows[picks.position.clamp(min=0)] if len(picks.rows) else picks.position
             factors = logits.gather(1, torch.div(neuron.to(torch.int64), each, rounding_mode="floor").clamp(min=0))
-        absent = refetched_in_backward(self, begun, (keys, values), refetch, self._below)
+        absent = refetched_in_backward(self, begun, near, refetch, self._below)
         with absent as self._below, record_function("meft: sparse FFN"):
-            return sparse_ffn(x, keys, values, picks.position, factors)
+            return _FFN.apply(x, *rows, factors, *near, picks.position)
 
     def fetch_again(self, begun: Begun) -> Fetched:
         """Queue the way of a layer's rows for its backward pass.
@@ -255,7 +257,7 @@ class Engine:
         table = owner.rows
         if not self.config.on_host:
             return RowGradient(rows, gradient.to(torch.promote_types(table.dtype, torch.float32)), table)
-        dtype = gradient.dtype if self.config.gradient_dtype == "auto" else torch.float32
+        dtype = gradient.dtype if self.config.gradient_dtype == "auto" else torch.float32  # float64 is narrowed
         if dtype not in self._rings:
             assert self.lanes is not None
             capacity = min(self.config.r, max(_LEAST_SLOT, 2 * len(gradient)))
@@ -266,7 +268,11 @@ class Engine:
 
 
 class _BroughtRows(torch.autograd.Function):
-    """Rows that were brought, as a function of their tables."""
+    """Rows that were brought, as a function of their tables.
+
+    What stands for the rows in the graph, [u, d], has the dtype of their gradients and no memory: autograd rounds a
+    gradient to the dtype of what it is the gradient of.
+    """
 
     @staticmethod
     def forward(
@@ -274,7 +280,7 @@ class _BroughtRows(torch.autograd.Function):
         keys: Tensor,
         values: Tensor,
         key_rows: Tensor,
-        value_rows: Tensor,
+        dtype: torch.dtype,
         idle: Tensor | None,
         engine: Engine,
         begun: Begun,
@@ -283,7 +289,8 @@ class _BroughtRows(torch.autograd.Function):
         ctx.engine, ctx.begun, ctx.done = engine, begun, done
         ctx.zeros = idle.new_zeros(()).expand_as(idle) if idle is not None else None
         ctx.set_materialize_grads(False)
-        return key_rows.view_as(key_rows), value_rows.view_as(value_rows)
+        first, second = (key_rows.new_empty((), dtype=dtype).expand_as(key_rows) for _ in range(2))
+        return first, second
 
     @staticmethod
     @once_differentiable
@@ -294,3 +301,29 @@ class _BroughtRows(torch.autograd.Function):
         ]
         ctx.done()
         return *made, None, None, ctx.zeros, None, None, None
+
+
+class _FFN(torch.autograd.Function):
+    """`sparse_ffn` of rows; their gradients go to what stands for them, in its dtype."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        factors: Tensor | None,
+        key_rows: Tensor,
+        value_rows: Tensor,
+        position: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x, key_rows, value_rows, position, factors)
+        ctx.row_gradients = keys.dtype
+        return sparse_ffn(x, key_rows, value_rows, position, factors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        needs = ctx.needs_input_grad[:4]
+        grads = sparse_ffn_backward(g, *ctx.saved_tensors, needs=needs, row_gradients=ctx.row_gradients)
+        return *grads, None, None, None

@@ -8,7 +8,7 @@ from .router_topk import router_topk
 from .row_adamw import row_adamw
 from .row_union import row_union, row_union_window, union_windows
 from .shared_lora import shared_lora
-from .sparse_ffn import sparse_ffn
+from .sparse_ffn import sparse_ffn, sparse_ffn_backward
 
 __all__ = [
     "debugging",
@@ -22,5 +22,6 @@ __all__ = [
     "scatter_rows",
     "shared_lora",
     "sparse_ffn",
+    "sparse_ffn_backward",
     "union_windows",
 ]

@@ -31,6 +31,14 @@ def _factor_matrix(x: Tensor, columns: Tensor, factors: Tensor | None, U: int) -
     return x.new_zeros(len(x), U + 1).scatter_(1, columns, picked)[:, :U]
 
 
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b, whose sums are not rounded to the dtype of a and b if another one is asked for."""
+    if dtype == a.dtype:
+        return a @ b
+    # On the CPU torch has no GEMM with an output that is wider than its inputs.
+    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.to(dtype) @ b.to(dtype)
+
+
 def forward(
     x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None, base: Tensor | None
 ) -> Tensor:
@@ -41,8 +49,9 @@ def forward(
 
 
 def backward(
-    g: Tensor, x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None, needs: list[bool]
-) -> tuple[Tensor | None, ...]:
+    g: Tensor, x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None, needs: list[bool],
+    row_gradients: torch.dtype,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """dx, dkeys, dvalues and dfactors, of which only those that are needed are made: at most five GEMMs."""
     columns = _columns(position, len(keys))
     factor = _factor_matrix(x, columns, factors, len(keys))
@@ -56,7 +65,7 @@ def backward(
         dfactors = padded.gather(1, columns).to(factors.dtype)
     return (
         by_key @ keys if needs[0] else None,
-        by_key.T @ x if needs[1] else None,
-        scores.relu().T @ g if needs[2] else None,
+        _product(by_key.T, x, row_gradients) if needs[1] else None,
+        _product(scores.relu().T, g, row_gradients) if needs[2] else None,
         dfactors,
     )

@@ -20,6 +20,8 @@ that reads each token's rows. Sums are in fp32; activations and ds c are rounded
 fp16 a score must stay below 65504. Torch path on the CPU: products with a sparse [T, U] matrix, in fp32 (float64).
 A launch table can have plain GEMMs run instead (`plain_ffn`), which round factors and scores to x's dtype too.
 
+Autograd rounds dkeys and dvalues to the dtype of the rows; `sparse_ffn_backward` can give the sums as they are.
+
 Limits: a token's picks are distinct (debug mode looks); K < 32768; T U, T K < 2^30 and U, d < 2^24.
 
 Source: arXiv 2406.04984, section 3.1, algorithm 1; the router's factor as in the authors' repository.
@@ -27,6 +29,7 @@ Source: arXiv 2406.04984, section 3.1, algorithm 1; the router's factor as in th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,7 +39,7 @@ from . import dispatch, plain_ffn, sparse_ffn_kernels
 from .sparse_ffn_kernels import variants
 from .sparse_products import column_sums, entry_dots, line_sums
 
-__all__ = ["sparse_ffn", "variants"]
+__all__ = ["sparse_ffn", "sparse_ffn_backward", "variants"]
 
 MAX_PICKS = 32767  # the int16 of the slots
 _MAX_SIZE = 1 << 24
@@ -86,20 +89,21 @@ def _forward_torch(
 
 
 def _backward_torch(
-    g: Tensor, x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None, needs: list[bool]
-) -> tuple[Tensor | None, ...]:
+    g: Tensor, x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None, needs: list[bool],
+    row_gradients: torch.dtype,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     picks = _Picks(position, len(keys))
     wide_x, wide_g, wide_keys = _wide(x), _wide(g), _wide(keys)
     dots = picks.dots(wide_x, wide_keys)
     factor = factors[picks.live].to(dots.dtype) if factors is not None else None
     scores = dots * factor if factor is not None else dots
-    dvalues = picks.by_row(scores.where(scores > 0, 0), wide_g).to(values.dtype) if needs[2] else None
+    dvalues = picks.by_row(scores.where(scores > 0, 0), wide_g).to(row_gradients) if needs[2] else None
     if not (needs[0] or needs[1] or needs[3]):
         return None, None, dvalues, None
     ds = picks.dots(wide_g, _wide(values)).where(scores > 0, 0)
     by_key = ds * factor if factor is not None else ds
     dx = picks.by_token(by_key, wide_keys).to(x.dtype) if needs[0] else None
-    dkeys = picks.by_row(by_key, wide_x).to(keys.dtype) if needs[1] else None
+    dkeys = picks.by_row(by_key, wide_x).to(row_gradients) if needs[1] else None
     dfactors = None
     if factors is not None and needs[3]:
         dfactors = torch.zeros_like(factors, memory_format=torch.contiguous_format)
@@ -160,21 +164,23 @@ def _backward_op(
     position: Tensor,
     factors: Tensor | None,
     needs: list[bool],
+    row_gradients: torch.dtype,
     impl: str | None,
 ) -> Grads:
     """Gradients of x, keys, values and factors; those that are not needed have no elements."""
-    inputs = (x, keys, values, factors)
     grads: tuple[Tensor | None, ...]
     if not (len(x) and len(keys) and position.shape[1]):
-        grads = tuple(None if t is None else torch.zeros_like(t).contiguous() for t in inputs)
+        dtypes = (x.dtype, row_gradients, row_gradients, None)
+        inputs = zip((x, keys, values, factors), dtypes, strict=True)
+        grads = tuple(None if t is None else t.new_zeros(t.shape, dtype=dtype) for t, dtype in inputs)
     elif impl is None and plain_ffn.chosen(x):
-        grads = plain_ffn.backward(g, x, keys, values, position, factors, needs)
+        grads = plain_ffn.backward(g, x, keys, values, position, factors, needs, row_gradients)
     elif dispatch.use_triton(impl, position.device, dispatch.half_or_single(x=x, factors=factors)):
         position, factors = dispatch.int32(position).contiguous(), factors.contiguous() if factors is not None else None
         g, x = dispatch.rows_apart(g), dispatch.rows_apart(x)
-        grads = sparse_ffn_kernels.backward(g, x, keys, values, position, factors, needs)
+        grads = sparse_ffn_kernels.backward(g, x, keys, values, position, factors, needs, row_gradients)
     else:
-        grads = _backward_torch(g, x, keys, values, position, factors, needs)
+        grads = _backward_torch(g, x, keys, values, position, factors, needs, row_gradients)
     none = x.new_empty(0)
     first, second, third, fourth = (
         grad if need and grad is not None else none.clone() for grad, need in zip(grads, needs, strict=True)
@@ -191,11 +197,13 @@ def _(
     position: Tensor,
     factors: Tensor | None,
     needs: list[bool],
+    row_gradients: torch.dtype,
     impl: str | None,
 ) -> Grads:
+    dtypes = (x.dtype, row_gradients, row_gradients, None)
     first, second, third, fourth = (
-        t.new_empty(t.shape) if need and t is not None else x.new_empty(0)
-        for t, need in zip((x, keys, values, factors), needs, strict=True)
+        t.new_empty(t.shape, dtype=dtype) if need and t is not None else x.new_empty(0)
+        for t, dtype, need in zip((x, keys, values, factors), dtypes, needs, strict=True)
     )
     return first, second, third, fourth
 
@@ -207,15 +215,25 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, keys, values, position, factors = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[i] and t is not None for i, t in ((0, x), (1, keys), (2, values), (4, factors))]
-    grads: list[Tensor | None] = [None] * 4
-    if any(needs):
-        made = _backward_op(g, x, keys, values, position, factors, needs, ctx.impl)
-        grads = [grad if need else None for grad, need in zip(made, needs, strict=True)]
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
+    grads = _gradients(g, x, keys, values, position, factors, needs, keys.dtype, ctx.impl)
     return *grads[:3], None, grads[3], g if ctx.needs_input_grad[5] else None, None
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _gradients(
+    g: Tensor, x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None,
+    needs: Sequence[bool], row_gradients: torch.dtype, impl: str | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """As the op's, None for those that are not needed."""
+    wanted = [*needs[:3], needs[3] and factors is not None]
+    if not any(wanted):
+        return None, None, None, None
+    made = _backward_op(g, x, keys, values, position, factors, wanted, row_gradients, impl)
+    first, second, third, fourth = (grad if need else None for grad, need in zip(made, wanted, strict=True))
+    return first, second, third, fourth
 
 
 def sparse_ffn(
@@ -245,6 +263,50 @@ def sparse_ffn(
         ValueError: wrong dtype, shape or device, rows that are not contiguous, sizes past a limit; in debug mode
             positions out of range or twice in a token.
     """
+    _check(x, keys, values, position, factors)
+    if base is not None:
+        _check_tokens(base, "base", x)
+    return _op(x, keys, values, position, factors, base, impl)
+
+
+def sparse_ffn_backward(
+    g: Tensor,
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    factors: Tensor | None = None,
+    *,
+    needs: Sequence[bool] = (True, True, True, True),
+    row_gradients: torch.dtype | None = None,
+    impl: str | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of `sparse_ffn`, for an autograd function of the caller's: its own are rounded to the rows' dtype.
+
+    Args:
+        g: dL/dy, [T, d] of x's dtype, rows at any distance.
+        x, keys, values, position, factors, impl: as in `sparse_ffn`.
+        needs: which of the four are wanted.
+        row_gradients: dtype of dkeys and dvalues: the rows', or float32, in which sums of half precision then leave
+            without being rounded; None: the rows'.
+
+    Returns:
+        dx [T, d] of x's dtype, dkeys and dvalues [U, d], dfactors [T, K] of the factors' dtype; None for what is not
+        wanted, and for dfactors without factors.
+
+    Raises:
+        ValueError: as `sparse_ffn`; another dtype of `row_gradients`, a narrower one too.
+    """
+    _check(x, keys, values, position, factors)
+    _check_tokens(g, "g", x)
+    known = dict.fromkeys((keys.dtype, torch.promote_types(keys.dtype, torch.float32)))
+    if row_gradients is not None and row_gradients not in known:
+        of = " or ".join(map(str, known))
+        dispatch.require(False, "row_gradients", f"of rows of {keys.dtype} None or {of} is needed, not {row_gradients}")
+    return _gradients(g, x, keys, values, position, factors, needs, row_gradients or keys.dtype, impl)
+
+
+def _check(x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None) -> None:
     dispatch.require_matrix(x, "x", dispatch.FLOATS)
     T, D = x.shape
     for rows, name in ((keys, "keys"), (values, "values")):
@@ -260,8 +322,11 @@ def sparse_ffn(
     if factors is not None:
         dispatch.require_matrix(factors, "factors", dispatch.FLOATS, columns=K)
         dispatch.require(len(factors) == T, "factors", f"{len(factors)} rows for {T} tokens")
-    if base is not None:
-        dispatch.require_matrix(base, "base", (x.dtype,), columns=D)
-        dispatch.require(len(base) == T, "base", f"{len(base)} rows for {T} tokens")
-    dispatch.require_same_device(position=position, x=x, keys=keys, values=values, factors=factors, base=base)
-    return _op(x, keys, values, position, factors, base, impl)
+    dispatch.require_same_device(position=position, x=x, keys=keys, values=values, factors=factors)
+
+
+def _check_tokens(tensor: Tensor, argument: str, x: Tensor) -> None:
+    """As many tokens as x has, as wide, of its dtype and device."""
+    dispatch.require_matrix(tensor, argument, (x.dtype,), columns=x.shape[1])
+    dispatch.require(len(tensor) == len(x), argument, f"{len(tensor)} rows for {len(x)} tokens")
+    dispatch.require_same_device(x=x, **{argument: tensor})

@@ -211,9 +211,11 @@ def _make_slots(position: Tensor, U: int) -> Tensor:
     return slots
 
 
-def _product(a: Tensor, b: Tensor, rows: int, *, transposed: bool = False, base: Tensor | None = None) -> Tensor:
+def _product(
+    a: Tensor, b: Tensor, rows: int, dtype: torch.dtype, *, transposed: bool = False, base: Tensor | None = None
+) -> Tensor:
     """`rows` rows of a b, or of a^T b."""
-    out = dispatch.empty((rows, b.shape[1]), b.dtype, b.device)
+    out = dispatch.empty((rows, b.shape[1]), dtype, b.device)
     config = _tables(b.dtype)[2].on(b.device)
     _product_kernel[(triton.cdiv(rows, config["BM"]), triton.cdiv(b.shape[1], config["BN"]))](
         a, b, base, out, rows, b.shape[1], b.shape[0], a.shape[1], base.stride(0) if base is not None else 0,
@@ -245,7 +247,7 @@ def forward(
         x, keys, values = map(_in_even_rows, (x, keys, values))
         base = _in_even_rows(base) if base is not None else None
         _scores(x, keys, None, None, slots, factors, active, None, None, K)
-        return _product(active, values, T, base=base)[:, :D].contiguous()
+        return _product(active, values, T, x.dtype, base=base)[:, :D].contiguous()
 
 
 def _scores(
@@ -262,9 +264,14 @@ def _scores(
 
 
 def backward(
-    g: Tensor, x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None, needs: list[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dkeys, dvalues and dfactors, of which only those that are needed are sure to be made."""
+    g: Tensor, x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None, needs: list[bool],
+    row_gradients: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """dx, dkeys, dvalues and dfactors, of which only those that are needed are sure to be made.
+
+    Args:
+        row_gradients: dtype of dkeys and dvalues.
+    """
     D = x.shape[1]
     with dispatch.on(x.device):
         g, x, keys, values = map(_in_even_rows, (g, x, keys, values))
@@ -275,9 +282,9 @@ def backward(
         if factors is not None:
             dfactors = dispatch.empty(factors.shape, factors.dtype, x.device).zero_()  # where a pick is none
         _scores(x, keys, g, values, slots, factors, active, bykey, dfactors, position.shape[1])
-        dx = _product(bykey, keys, len(x)) if needs[0] else None
-        dkeys = _product(bykey, x.contiguous(), len(keys), transposed=True) if needs[1] else None
-        dvalues = _product(active, g.contiguous(), len(keys), transposed=True) if needs[2] else None
+        dx = _product(bykey, keys, len(x), x.dtype) if needs[0] else None
+        dkeys = _product(bykey, x.contiguous(), len(keys), row_gradients, transposed=True) if needs[1] else None
+        dvalues = _product(active, g.contiguous(), len(keys), row_gradients, transposed=True) if needs[2] else None
         dx, dkeys, dvalues = (t[:, :D].contiguous() if t is not None else None for t in (dx, dkeys, dvalues))
         return dx, dkeys, dvalues, dfactors
 
@@ -317,10 +324,12 @@ def variants(capability: int | None) -> list[Variant]:
             added: dict[str, str] = {"base_ptr": data} if base else {}
             absent = {} if base else {"base_ptr": None}
             types = dict.fromkeys(("M", "N", "K", "U", "D", "width", "stride_base"), "i32") | added | {"out_ptr": data}
-            for transposed in (False, True)[: 1 if base else 2]:
+            # The products with a transpose are the row gradients, which float32 can be asked of.
+            outs = [(False, data)] + [(True, out) for out in dict.fromkeys((data, "*fp32")) if not base]
+            for transposed, out in outs:
                 blocks, options = split(tables[2].at(capability))
                 constants = blocks | absent | {"TRANSPOSED": transposed, "BASE": base, "PRECISION": "ieee"}
-                product = types | {"a_ptr": data, "b_ptr": data}
+                product = types | {"a_ptr": data, "b_ptr": data, "out_ptr": out}
                 found.append(Variant(_product_kernel, product, constants, options, wide=True))
             blocks, options = split(_TOKEN_VALUES.at(capability))
             types = types | {"active_ptr": "*fp32", "values_ptr": data, "position_ptr": "*i32"}

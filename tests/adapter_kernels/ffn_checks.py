@@ -7,7 +7,7 @@ from kernel_checks import EPS, IN_NORM, LAYOUTS, in_poison
 from selection_checks import generator
 from torch import Tensor
 
-from adapter_kernels import reference
+from adapter_kernels import reference, sparse_ffn_backward
 
 
 class Case:
@@ -103,3 +103,24 @@ def check_ffn(op, case: Case) -> None:
         assert error.norm() <= IN_NORM.get(out.dtype, 1e-12) * exact.norm(), (
             f"{name}: relative error in norm {error.norm() / exact.norm():.1e}"
         )
+
+
+def check_wide_row_gradients(impl, case: Case) -> None:
+    """Sums that half precision cannot hold, of integers that it can, are those of float64 in float32, and not without.
+
+    `case` gets these integers. It needs 24 to 32 columns and some hundred tokens, each with most of the rows.
+    """
+    for name, size in (("x", 8), ("g", 8), ("values", 1)):
+        tensor = getattr(case, name)
+        tensor.copy_((2 * tensor.float().abs()).round().clamp(max=size))
+    case.keys.copy_(case.keys.float().sign())
+    if case.factors is not None:
+        case.factors.copy_(torch.where(case.factors.abs() > 1, 2, 1))
+    arguments = (case.g, case.x, case.keys, case.values, case.position, case.factors)
+    _, dkeys, dvalues, _ = sparse_ffn_backward(*arguments, row_gradients=torch.float32, impl=impl)
+    _, narrow_dkeys, narrow_dvalues, _ = sparse_ffn_backward(*arguments, impl=impl)
+    _, oracles = case.oracle()
+    for name, wide, narrow in (("keys", dkeys, narrow_dkeys), ("values", dvalues, narrow_dvalues)):
+        assert (wide.dtype, narrow.dtype) == (torch.float32, case.x.dtype)
+        assert torch.equal(wide.double(), oracles[name]), f"{name}: rounded, or wrong"
+        assert not torch.equal(narrow.double(), oracles[name]), f"{name}: the case tells nothing"

@@ -4,11 +4,11 @@ import sys
 
 import pytest
 import torch
-from ffn_checks import Case, check_ffn
+from ffn_checks import Case, check_ffn, check_wide_row_gradients
 from kernel_checks import LAYOUTS
 from selection_checks import generator
 
-from adapter_kernels import debugging, override, plain_ffn, sparse_ffn
+from adapter_kernels import debugging, override, plain_ffn, sparse_ffn, sparse_ffn_backward
 from adapter_kernels.sparse_ffn import _backward_op, _backward_torch, _forward_torch, _op
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -51,6 +51,49 @@ def test_plain_products_of_no_rows_or_picks():
     with override("sparse_ffn.plain", TOKENS=1):
         assert torch.equal(sparse_ffn(x, none, none, position), torch.zeros(2, 8))
         assert torch.equal(sparse_ffn(x, some, some, position[:, :0], base=x), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("factor", [True, False])
+@pytest.mark.parametrize("plain", [True, False])
+def test_row_gradients_in_float32(dtype, factor, plain):
+    with override("sparse_ffn.plain", TOKENS=int(plain)):
+        check_wide_row_gradients(None, Case(600, 24, 9, 9, dtype, layout="strided", factor=factor, narrow=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_row_gradients_are_never_narrowed(dtype):
+    case = Case(5, 24, 7, 3, dtype)
+    arguments = (case.g, case.x, case.keys, case.values, case.position, case.factors)
+    grads = sparse_ffn_backward(*arguments, row_gradients=dtype)
+    _, oracles = case.run(sparse_ffn)
+    for name, grad in zip(("x", "keys", "values", "factors"), grads, strict=True):
+        assert torch.equal(grad, oracles[name])
+
+
+@pytest.mark.parametrize(("T", "U", "K"), [(0, 5, 3), (4, 0, 3), (4, 5, 0)])
+def test_row_gradients_in_float32_of_no_tokens_rows_or_picks(T, U, K):
+    case = Case(T, 24, U, K, torch.bfloat16)
+    arguments = (case.g, case.x, case.keys, case.values, case.position, case.factors)
+    dx, *rows, dfactors = sparse_ffn_backward(*arguments, row_gradients=torch.float32)
+    assert torch.equal(dx, torch.zeros_like(case.x))
+    assert torch.equal(dfactors, torch.zeros_like(case.factors))
+    for grad in rows:
+        assert grad.dtype == torch.float32
+        assert torch.equal(grad, torch.zeros(U, 24))
+
+
+def test_only_what_is_needed_is_given():
+    case = Case(5, 24, 7, 3, factor=False)
+    arguments = (case.g, case.x, case.keys, case.values, case.position, case.factors)
+    whole = sparse_ffn_backward(*arguments)
+    assert whole[3] is None
+    for i in range(3):
+        needs = [j == i for j in range(4)]
+        made = sparse_ffn_backward(*arguments, needs=needs)
+        assert torch.equal(made[i], whole[i])
+        assert [grad is not None for grad in made] == needs
+    assert sparse_ffn_backward(*arguments, needs=[False, False, False, True]) == (None,) * 4
 
 
 def test_none():
@@ -103,10 +146,14 @@ def test_registration(dtype, factor):
     tensors = [case.x, case.keys, case.values, case.position, case.factors]
     leaves = [t.clone().requires_grad_() if t is not None and t.is_floating_point() else t for t in tensors]
     torch.library.opcheck(_op, (*leaves, case.base, None))
-    torch.library.opcheck(_backward_op, (case.g, *tensors, [True, True, False, factor], None))
+    for row_gradients in {dtype, torch.float32}:
+        torch.library.opcheck(_backward_op, (case.g, *tensors, [True, True, False, factor], row_gradients, None))
     compiled = torch.compile(sparse_ffn, fullgraph=True, backend="aot_eager")
     for out, oracle in zip(case.run(compiled), case.run(sparse_ffn), strict=True):
         torch.testing.assert_close(out, oracle, rtol=0, atol=0)
+    backward = torch.compile(sparse_ffn_backward, fullgraph=True, backend="aot_eager")
+    made, oracles = (f(case.g, *tensors, row_gradients=torch.float32) for f in (backward, sparse_ffn_backward))
+    torch.testing.assert_close(made, oracles, rtol=0, atol=0)
 
 
 def test_nothing_of_tokens_by_rows_is_made():
@@ -115,7 +162,7 @@ def test_nothing_of_tokens_by_rows_is_made():
     sizes: list[int] = []
     with _Sizes(sizes):
         _forward_torch(*arguments, case.base)
-        _backward_torch(case.g, *arguments, [True] * 4)
+        _backward_torch(case.g, *arguments, [True] * 4, torch.float32)
     assert len(sizes) > 20
     assert max(sizes) < 50 * 400 // 2
 
@@ -165,6 +212,32 @@ GOOD = {"x": X, "keys": ROWS, "values": ROWS, "position": POSITION}
 def test_bad_input(change, message):
     with pytest.raises(ValueError, match=message):
         sparse_ffn(**(GOOD | change))
+
+
+HALF = {name: value.bfloat16() if value.is_floating_point() else value for name, value in GOOD.items()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (GOOD | {"g": X[:2]}, "g: 2 rows for 3 tokens"),
+        (GOOD | {"g": X[:, :7]}, "g: 8 columns are needed, not 7"),
+        (GOOD | {"g": X.half()}, "g: one of torch.float32"),
+        (GOOD | {"g": X.to("meta")}, "g: is on meta, but x is on cpu"),
+        (GOOD | {"g": X, "values": ROWS[:4]}, "values: 4 rows, but 5 keys"),
+        (
+            HALF | {"g": X.bfloat16(), "row_gradients": torch.float16},
+            r"row_gradients: .* None or torch\.bfloat16 or torch\.float32 is needed, not torch\.float16",
+        ),
+        (
+            GOOD | {"g": X, "row_gradients": torch.bfloat16},
+            r"row_gradients: of rows of torch\.float32 None or torch\.float32 is needed, not torch\.bfloat16",
+        ),
+    ],
+)
+def test_bad_input_backward(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sparse_ffn_backward(**arguments)
 
 
 def test_positions_are_looked_at_in_debug_mode():

@@ -6,6 +6,7 @@ from thread_lanes import ThreadLanes
 
 import meft.engine
 import meft.strategies
+from meft.routing import reference
 
 STRATEGIES = ["host", "stream", "device-keys", "device-rows"]
 ROWS = ["save", "refetch"]
@@ -84,6 +85,64 @@ def test_what_a_pass_without_autograd_has_made_serves_training(tiny, strategy):
         tiny.train(model, 2)
     for name, value in tiny.state(plain).items():
         torch.testing.assert_close(tiny.state(ours)[name], value, rtol=1e-8, atol=1e-10)
+
+
+def error_of_row_gradients(tiny, **fields):
+    """The largest and the least, in norm, of keys and values of one layer in bfloat16, and what has crossed."""
+    model = tiny.adapted(layers=1, dtype=torch.bfloat16, **fields)
+    on_lanes(model)
+    (layer,) = tiny.layers(model)
+    generator = torch.Generator().manual_seed(0)
+    x, g = torch.randn(2, 40, tiny.WIDTH, generator=generator).bfloat16()
+    layer(x.requires_grad_()).backward(g)
+    config, traffic = layer.configs["default"], layer.traffic["default"]
+    rows = [table.rows.detach().bfloat16().double().requires_grad_() for table in layer.tables("default")]
+    router = layer.meft_router["default"].detach().double()
+    picks = {"experts_per_token": config.probed, "top_k": config.top_k}
+    reference(x.detach().double(), router, *rows, **picks).backward(g.double())
+    found = [table.rows.grad for table in layer.tables("default")]
+    for gradient, row in zip(found, rows, strict=True):
+        assert torch.equal(gradient.rows, row.grad.any(1).nonzero()[:, 0])
+        assert gradient.row_values.dtype == torch.float32
+    errors = [(a.to_dense() - b.grad).norm() / b.grad.norm() for a, b in zip(found, rows, strict=True)]
+    return float(max(errors)), float(min(errors)), traffic
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    "way", [{"retrieval": s} for s in STRATEGIES] + [{"placement": "device"}], ids=[*STRATEGIES, "resident"]
+)
+def test_row_gradients_in_float32_were_never_rounded_to_bfloat16(tiny, way, rows):
+    most, _, wide = error_of_row_gradients(tiny, gradient_dtype="float32", backward_rows=rows, **way)
+    _, least, narrow = error_of_row_gradients(tiny, backward_rows=rows, **way)
+    assert most < 1e-6
+    assert least > 1e-3
+    crossed = 2 * 2 * wide.union_rows * tiny.WIDTH if "retrieval" in way else 0  # two bytes more a value
+    assert wide.bytes_to_host - narrow.bytes_to_host == crossed
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("rows", ROWS)
+def test_row_gradients_in_float32_are_those_of_a_checkpointed_layer(tiny, rows, reentrant):
+    fields = {"dtype": torch.bfloat16, "retrieval": "stream", "gradient_dtype": "float32", "backward_rows": rows}
+    found = []
+    for checkpointed in (False, True):
+        model = tiny.adapted(**fields)
+        on_lanes(model)
+        if checkpointed:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.train()
+        loss = tiny.loss(model)
+        loss.backward(retain_graph=not checkpointed)
+        found.append(tiny.gradients(model))
+        if not checkpointed:
+            loss.backward()
+            twice = tiny.gradients(model)
+    tiny.assert_equal(found[1], found[0])
+    for name, gradient in found[0].items():
+        assert torch.equal(twice[name], 2 * gradient)
+        assert "router" in name or not torch.equal(gradient, gradient.bfloat16().float())
 
 
 def test_a_model_on_several_devices_is_refused(tiny):

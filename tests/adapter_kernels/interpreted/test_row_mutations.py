@@ -7,7 +7,7 @@ import kernel_checks
 import pytest
 import torch
 from adamw_checks import Tables, check_adamw
-from ffn_checks import Case, check_ffn
+from ffn_checks import Case, check_ffn, check_wide_row_gradients
 from lora_checks import Case as LoraCase
 from lora_checks import check_lora
 from mutants import mutant
@@ -37,6 +37,10 @@ def ffn(op, module):
 
 def token_ffn(op, module):
     in_fences(lambda: check_ffn(op, Case(2, 100, 9, 5)))
+
+
+def wide_ffn(op, module):
+    in_fences(lambda: check_wide_row_gradients("triton", Case(600, 24, 9, 9, torch.bfloat16)))
 
 
 def adamw(op, module):
@@ -74,6 +78,7 @@ def lora(op, module):
         ("sparse_ffn", ffn, "inside = (m < M)", "inside = (m < M - 1)"),
         ("sparse_ffn", ffn, "range(0, K, BK):\n        k =", "range(0, K - BK, BK):\n        k ="),
         ("sparse_ffn", ffn, "total.to(out_ptr", "(total + 0.01 * (m == 65)[:, None]).to(out_ptr"),
+        ("sparse_ffn", wide_ffn, "total.to(out_ptr", "total.to(b_ptr.dtype.element_ty).to(out_ptr"),
         ("sparse_ffn", token_ffn, "live & (score > 0)", "live & (score > 0) & (j != 3)"),
         ("sparse_ffn", token_ffn, "active[:, None] * tl.load", "tl.load"),
         ("row_adamw", adamw, "mask=inside, other=0) + 1", "mask=inside, other=0) + 2"),
@@ -100,6 +105,7 @@ def test_a_wrong_kernel_is_noticed(tmp_path, monkeypatch, op, check, before, aft
     [
         ("gather_rows", gather),
         ("sparse_ffn", ffn),
+        ("sparse_ffn", wide_ffn),
         ("sparse_ffn", token_ffn),
         ("row_adamw", adamw),
         ("row_adamw", adam),

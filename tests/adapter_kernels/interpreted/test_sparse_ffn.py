@@ -6,7 +6,7 @@ from functools import partial
 import kernel_checks
 import pytest
 import torch
-from ffn_checks import Case, check_ffn
+from ffn_checks import Case, check_ffn, check_wide_row_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,6 +35,14 @@ def long_tiles():
 )
 def test_forward_and_backward(fenced, dtype, T, d, U, K, layout):
     check_ffn(kernel, Case(T, d, U, K, dtype, layout=layout))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("d", "layout", "factor"), [(32, "contiguous", True), (24, "strided", False)], ids=["factor", "odd rows, no factor"]
+)
+def test_row_gradients_in_float32(fenced, dtype, d, layout, factor):
+    check_wide_row_gradients("triton", Case(600, d, 9, 9, dtype, layout=layout, factor=factor))
 
 
 def test_many_tokens(fenced):
