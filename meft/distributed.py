@@ -26,7 +26,8 @@ class RankAverage:
         self._forget()
 
     def _forget(self) -> None:
-        self._ddp: DistributedDataParallel | None = None
+        self._shared: DistributedDataParallel | None = None  # the wrapper whose ranks have the same rows
+        self._ddp: DistributedDataParallel | None = None  # that of the last forward pass with a graph
         self._synchronises = False
         self._queued = -1
 
@@ -38,16 +39,21 @@ class RankAverage:
         self._forget()
 
     def note_forward(self) -> None:
-        """A forward pass begins: whether it runs inside of DDP, and whether its gradients are to be averaged."""
-        if not torch.is_grad_enabled() or not dist.is_available() or not dist.is_initialized():
+        """A forward pass begins: whether it runs inside of DDP, and whether its gradients are to be averaged.
+
+        The first one inside of a wrapper, be it an evaluation, gives all ranks the first rank's rows.
+        """
+        if not dist.is_available() or not dist.is_initialized():
             return
         ddp = DistributedDataParallel._get_active_ddp_module()
-        if ddp is not None and ddp is not self._ddp:
+        if ddp is not None and ddp is not self._shared:
             check_left_alone(self._tables(), ddp)
             for table in self._tables():
                 broadcast_rows(table, ddp.process_group)
-        self._ddp = ddp
-        self._synchronises = ddp is not None and ddp.require_backward_grad_sync
+            self._shared = ddp
+        if torch.is_grad_enabled():
+            self._ddp = ddp
+            self._synchronises = ddp is not None and ddp.require_backward_grad_sync
 
     def note_backward(self) -> None:
         """Row gradients were made: average them when this backward pass is through."""

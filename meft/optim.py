@@ -93,8 +93,11 @@ class RowAdamW(Optimizer):
                     continue
                 table = tables.get(id(parameter))
                 if table is not None:
+                    gradient = as_row_gradient(parameter.grad)
+                    if table.updates is not None:  # its thread reads it after the step: nobody else may zero it
+                        parameter.grad = None
                     table.follow(self)
-                    update_table(table, as_row_gradient(parameter.grad), rule, mode=self.mode)
+                    update_table(table, gradient, rule, mode=self.mode)
                 else:
                     self._step_whole(parameter, rule)
         return loss

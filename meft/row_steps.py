@@ -221,6 +221,8 @@ class RowSteps:
         optimizer = self._stepped_by() if self._stepped_by is not None else None
         if not config.updates_in_backward or optimizer is None or table.updates is None:
             return gradient
+        if table.claimed_by is not None and table.claimed_by() is not None:
+            return gradient  # a RowAdamW updates by its own rule
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             return gradient  # ranks average at the end of the backward pass: rows are updated within the step
         if not GradientState().sync_gradients:

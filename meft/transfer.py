@@ -118,8 +118,26 @@ def page_lock(tensor: Tensor) -> bool:
 
 
 def page_unlock(address: int) -> None:
-    """Undo `page_lock` of the memory at an address."""
-    torch.cuda.cudart().cudaHostUnregister(address)
+    """Undo `page_lock` of the memory at an address; copies from or to it are through by then.
+
+    A finalizer: it raises nothing.
+    """
+    if not torch.cuda.is_initialized():  # a forked child, which has inherited the finalizer but not the lock
+        return
+    # CUDA does not promise that unregistering waits for copies (HIP's does), and no finalizer knows their streams.
+    with suppress(Exception):  # a device that has failed: nothing runs there any more
+        _wait_for_devices()
+    with suppress(Exception):
+        torch.cuda.cudart().cudaHostUnregister(address)
+
+
+def _wait_for_devices() -> None:
+    """Wait for all that is queued on the devices that this process uses."""
+    if torch.cuda.is_current_stream_capturing():  # waiting would break the capture, which began with a wait
+        return
+    for device in range(torch.cuda.device_count()):
+        if torch._C._cuda_hasPrimaryContext(device):  # type: ignore[attr-defined] # else the wait would make one
+            torch.cuda.synchronize(device)
 
 
 class PageLock:

@@ -1,11 +1,10 @@
 """Losses of a training by the engine beside those of the oracle: with its picks replayed, and with the oracle's own.
 
-    python tests/meft/engine_curves.py [STEPS] [STRATEGY]
-
-trains SmolLM2-135M (from .cache) in float32 and prints both differences, step by step.
+The long run, SmolLM2-135M with all of its layers, is benchmarks/bench_engine_curves.py.
 """
 
-import sys
+import logging
+import math
 from pathlib import Path
 
 import torch
@@ -21,6 +20,9 @@ from meft.strategies import Host, Strategy
 
 SMALL = Path(__file__).parents[2] / ".cache" / "SmolLM2-135M-Instruct"
 TEXT = Path(__file__).parents[2] / "README.md"
+SMOL = {"r": 1536, "num_experts": 128, "experts_per_token": 8, "top_k": 64, "layers_to_transform": [12, 20, 29]}
+
+logger = logging.getLogger(__name__)
 
 
 def optimizer_of(parameters):
@@ -31,13 +33,14 @@ def losses_of(model, batches, parameters):
     """Loss of each step, with clipping."""
     optimizer = optimizer_of(parameters)
     losses = []
-    for batch in batches:
+    for step, batch in enumerate(batches):
         optimizer.zero_grad()
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         losses.append(float(loss.detach()))
+        logger.info("step %d: %.7f", step, losses[-1])
     return losses
 
 
@@ -114,19 +117,15 @@ def curves(make_base, config, batches, lanes, prepare=lambda model: None):
     return engine, replayed, by_the_oracle(make_base(), start, batches)
 
 
-def smol(steps, strategy, lanes, length=64):
-    """Curves of SmolLM2-135M over this repository's README, a window a step."""
+def smol(steps, strategy, lanes, length=64, **fields):
+    """Curves of SmolLM2-135M over this repository's README in float32, a window a step.
+
+    Args:
+        fields: of the configuration, in place of those of `SMOL`.
+    """
     tokens = AutoTokenizer.from_pretrained(SMALL)(TEXT.read_text(), return_tensors="pt").input_ids[0]
     starts = [i * length % (len(tokens) - length) for i in range(steps)]
-    config = MEFTConfig(
-        r=1536,
-        num_experts=128,
-        experts_per_token=8,
-        top_k=64,
-        layers_to_transform=[12, 20, 29],
-        retrieval=strategy,
-        row_optimizer={"mode": "dense"},
-    )
+    config = MEFTConfig(**(SMOL | fields), retrieval=strategy, row_optimizer={"mode": "dense"})
 
     def base():
         return AutoModelForCausalLM.from_pretrained(SMALL, dtype=torch.float32)
@@ -135,19 +134,5 @@ def smol(steps, strategy, lanes, length=64):
 
 
 def differences(a, b):
-    return [abs(x - y) for x, y in zip(a, b, strict=True)]
-
-
-def main():
-    from thread_lanes import ThreadLanes
-
-    steps, strategy = int((sys.argv[1:] or ["50"])[0]), (sys.argv[2:] or ["stream"])[0]
-    engine, replayed, free = smol(steps, strategy, ThreadLanes(longest=1e-3))
-    for i, row in enumerate(zip(engine, replayed, free, strict=True)):
-        print(i, *(f"{x:.7f}" for x in row))
-    print(f"replayed: largest difference {max(differences(engine, replayed)):.3g}")
-    print(f"free: largest difference {max(differences(engine, free)):.3g}, at the end {engine[-1] - free[-1]:.3g}")
-
-
-if __name__ == "__main__":
-    main()
+    """Of each step; inf where a loss is not finite."""
+    return [abs(x - y) if math.isfinite(x - y) else math.inf for x, y in zip(a, b, strict=True)]

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -18,12 +20,30 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.meft.conftest import Tiny
+from tests.meft.thread_lanes import ThreadLanes
 
 WORLD, STEPS, ROWS, LENGTH = 2, 5, 2, 6
+ENGINES = {
+    "stream refetch": {"retrieval": "stream", "backward_rows": "refetch"},
+    "device-rows save": {"retrieval": "device-rows", "backward_rows": "save"},
+}
 
 
-def adapted(seed=0, **fields):
-    return Tiny.adapted(2, torch.float64, seed=seed, **fields)
+def adapted(seed=0, delay=None, **fields):
+    """Args: delay: longest, in seconds, of the copies by fake lanes; None: rows are in place."""
+    model = Tiny.adapted(2, torch.float64, seed=seed, **fields)
+    if delay is not None:
+        model.base_model.engines["default"].use(ThreadLanes(seed, delay))
+    return model
+
+
+def with_rows_of_its_own(rank, **fields):
+    """The same base on all ranks, adapters of other seeds."""
+    model = adapted(seed=rank, **fields)
+    base = {k: v for k, v in adapted().get_base_model().state_dict().items() if ".meft_" not in k}
+    model.get_base_model().load_state_dict(base, strict=False)
+    assert rank == 0 or not torch.equal(Tiny.tables(model)[0].rows, Tiny.tables(adapted())[0].rows)
+    return model
 
 
 def joint(step):
@@ -56,9 +76,7 @@ def train(model, rank=None, optimizer=None, steps=range(STEPS), clip=False):
 
 
 def run_ddp(rank, clip=False, **fields):
-    model = adapted(seed=rank, **fields)  # DDP brings the first rank's weights to all, and the rows come too
-    base = adapted(seed=0).get_base_model()
-    model.get_base_model().load_state_dict(base.state_dict(), strict=False)
+    model = with_rows_of_its_own(rank, **fields)  # DDP brings the first rank's weights to all, and the rows come too
     wrapped = DistributedDataParallel(model)
     names = {n for b in [wrapped.parameters_to_ignore] for n in b}
     in_buckets = {name for name, p in wrapped.module.named_parameters() if p.requires_grad and name not in names}
@@ -67,33 +85,61 @@ def run_ddp(rank, clip=False, **fields):
     return {"state": Tiny.whole_state(model), "buckets": in_buckets, "ignored": names, "norms": norms}
 
 
-def run_checkpointed(rank, reentrant):
-    model = adapted().train()
+def run_checkpointed(rank, reentrant, **fields):
+    model = adapted(**fields).train()
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     train(DistributedDataParallel(model), rank)
     return {"state": Tiny.whole_state(model)}
 
 
-def run_accumulation(rank):
-    """Two backward passes a step, the first without synchronising."""
-    model = adapted()
-    wrapped = DistributedDataParallel(model)
-    optimizer = Tiny.adamw(model)
+def accumulate(model, backward, clip=False):
+    """Two backward passes a step, the first without synchronising; returns the norms."""
+    optimizer, norms = Tiny.adamw(model), []
     for step in range(3):
-        with wrapped.no_sync():
-            batch = mine(2 * step, rank)
-            (wrapped(input_ids=batch, labels=batch).loss / 2).backward()
-        batch = mine(2 * step + 1, rank)
-        (wrapped(input_ids=batch, labels=batch).loss / 2).backward()
+        backward(2 * step, False)
+        backward(2 * step + 1, True)
+        if clip:
+            norms.append(float(clipped(model)))
         optimizer.step()
         optimizer.zero_grad()
-    return {"state": Tiny.whole_state(model)}
+    return norms
 
 
-def run_lengths(rank):
+def run_accumulation(rank, clip=False, **fields):
+    model = adapted(**fields)
+    wrapped = DistributedDataParallel(model)
+
+    def backward(number, synchronise):
+        batch = mine(number, rank)
+        with nullcontext() if synchronise else wrapped.no_sync():
+            (wrapped(input_ids=batch, labels=batch).loss / 2).backward()
+
+    norms = accumulate(model, backward, clip)
+    return {"state": Tiny.whole_state(model), "norms": norms}
+
+
+def run_in_backward(rank, in_backward):
+    """Returns also whether rows moved before the optimizer's step."""
+    rule = {"in_backward": in_backward}
+    model = adapted(delay=2e-3, retrieval="stream", row_optimizer=rule)
+    wrapped, optimizer, early = DistributedDataParallel(model), Tiny.adamw(model), []
+    for step in range(STEPS):
+        batch = mine(step, rank)
+        loss = wrapped(input_ids=batch, labels=batch).loss
+        before = [table.version for table in Tiny.tables(model)]
+        loss.backward()
+        early.append([table.version for table in Tiny.tables(model)] != before)
+        clipped(model)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(table.updates is not None for table in Tiny.tables(model))
+    return {"state": Tiny.whole_state(model), "early": early}
+
+
+def run_lengths(rank, **fields):
     """Ranks with batches of other sizes; the second one's is padding alone in one step."""
-    model = adapted()
+    model = adapted(**fields)
     wrapped = DistributedDataParallel(model)
     optimizer = Tiny.adamw(model)
     for step in range(3):
@@ -107,17 +153,16 @@ def run_lengths(rank):
     return {"state": Tiny.whole_state(model)}
 
 
-def run_evaluation_first(rank):
+def run_evaluation_first(rank, **fields):
     """The rows of rank 0 also count in an evaluation before the first training step."""
-    model = adapted(seed=rank)
-    model.get_base_model().load_state_dict(adapted(seed=0).get_base_model().state_dict(), strict=False)
-    wrapped = DistributedDataParallel(model)
+    model = with_rows_of_its_own(rank, **fields)
     with torch.no_grad():
-        return {"logits": wrapped(input_ids=joint(0)).logits}
+        model(input_ids=joint(0))  # with its own rows, of which the engine may hold copies
+        return {"logits": DistributedDataParallel(model)(input_ids=joint(0)).logits}
 
 
-def run_nonfinite(rank):
-    model = adapted()
+def run_nonfinite(rank, **fields):
+    model = adapted(**fields)
     wrapped = DistributedDataParallel(model)
     optimizer, _ = train(wrapped, rank, steps=range(2))
     before = Tiny.whole_state(model)
@@ -177,11 +222,25 @@ TASKS = {
     "lengths": run_lengths,
     "evaluation first": run_evaluation_first,
     "nonfinite": run_nonfinite,
+    "in backward": lambda rank: run_in_backward(rank, True),
+    "within the step": lambda rank: run_in_backward(rank, False),
     "fsdp2": lambda rank: run_fsdp2(rank, True),
     "fsdp2 layers": lambda rank: run_fsdp2(rank, False),
     "fsdp1": lambda rank: run_fsdp1(rank, False),
     "fsdp1 original": lambda rank: run_fsdp1(rank, True),
 }
+
+for _name, _fields in ENGINES.items():
+    _fields = {"delay": 2e-3, **_fields}
+    TASKS |= {
+        f"ddp, {_name}": partial(run_ddp, clip=True, **_fields),
+        f"accumulation, {_name}": partial(run_accumulation, clip=True, **_fields),
+        f"lengths, {_name}": partial(run_lengths, **_fields),
+        f"evaluation first, {_name}": partial(run_evaluation_first, **_fields),
+        f"nonfinite, {_name}": partial(run_nonfinite, **_fields),
+        f"checkpointed, {_name}": partial(run_checkpointed, reentrant=False, **_fields),
+        f"checkpointed reentrant, {_name}": partial(run_checkpointed, reentrant=True, **_fields),
+    }
 
 
 def worker(rank, folder):
@@ -195,10 +254,12 @@ def worker(rank, folder):
     )
     results = {}
     for name, task in TASKS.items():
+        began = time.perf_counter()
         try:
             results[name] = task(rank)
         except Exception as error:  # the other tests still have something to say; both ranks fail alike
             results[name] = repr(error)
+        print(f"{name}: {time.perf_counter() - began:.2f} s", flush=True)
         torch.save(results, folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -285,48 +346,72 @@ def test_the_rows_of_the_first_rank_count_and_both_end_equal(ranks, alone):
     assert_close(assert_bit_equal(ranks, "ddp")["state"], alone()[0])
 
 
-def test_clipping_counts_the_same_norm_as_one_process(ranks, alone):
+@pytest.mark.parametrize("name", ["clipping", *(f"ddp, {name}" for name in ENGINES)])
+def test_clipping_counts_the_same_norm_as_one_process(ranks, alone, name):
     expected, norms = alone(clip=True)
-    for entry in result(ranks, "clipping"):
+    for entry in result(ranks, name):
         assert entry["norms"] == pytest.approx(norms, rel=1e-9)
         assert min(entry["norms"]) > 0.05
-    assert_close(assert_bit_equal(ranks, "clipping")["state"], expected)
+    assert_close(assert_bit_equal(ranks, name)["state"], expected)
 
 
 def test_dense_mode(ranks, alone):
     assert_close(assert_bit_equal(ranks, "dense")["state"], alone(row_optimizer={"mode": "dense"})[0])
 
 
-@pytest.mark.parametrize("name", ["checkpointed", "checkpointed reentrant"])
+def each(name):
+    """A task with rows in place, and by the engine."""
+    return [name, *(f"{name}, {engine}" for engine in ENGINES)]
+
+
+@pytest.mark.parametrize("name", [*each("checkpointed"), *each("checkpointed reentrant")])
 def test_gradient_checkpointing(ranks, alone, name):
     assert_close(assert_bit_equal(ranks, name)["state"], alone()[0])
 
 
-def test_accumulation_with_no_sync(ranks):
+@pytest.mark.parametrize("name", each("accumulation"))
+def test_accumulation_with_no_sync(ranks, name):
+    clip = "," in name
     model = adapted()
-    optimizer = Tiny.adamw(model)
-    for step in range(3):
-        for half in (2 * step, 2 * step + 1):
-            (model(input_ids=joint(half), labels=joint(half)).loss / 2).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert_close(assert_bit_equal(ranks, "accumulation")["state"], Tiny.whole_state(model))
+
+    def backward(number, synchronise):
+        (model(input_ids=joint(number), labels=joint(number)).loss / 2).backward()
+
+    norms = accumulate(model, backward, clip)
+    for entry in result(ranks, name):
+        assert entry["norms"] == pytest.approx(norms, rel=1e-9)
+    assert all(norm > 0.05 for norm in norms)
+    assert_close(assert_bit_equal(ranks, name)["state"], Tiny.whole_state(model))
 
 
-def test_ranks_with_other_lengths_and_padding_alone(ranks):
-    assert_bit_equal(ranks, "lengths")
+@pytest.mark.parametrize("name", each("lengths"))
+def test_ranks_with_other_lengths_and_padding_alone(ranks, name):
+    assert_close(assert_bit_equal(ranks, name)["state"], result(ranks, "lengths")[0]["state"])
 
 
-def test_an_evaluation_before_the_first_step_sees_the_first_ranks_rows(ranks):
-    first, second = result(ranks, "evaluation first")
-    assert torch.equal(first["logits"], second["logits"])
+@pytest.mark.parametrize("name", each("evaluation first"))
+def test_an_evaluation_before_the_first_step_sees_the_first_ranks_rows(ranks, name):
+    with torch.no_grad():
+        expected = adapted()(input_ids=joint(0)).logits
+    for entry in result(ranks, name):
+        torch.testing.assert_close(entry["logits"], expected, rtol=1e-10, atol=1e-12)
 
 
-def test_a_nonfinite_row_gradient_on_one_rank_skips_the_step_on_all(ranks, alone):
-    for entry in result(ranks, "nonfinite"):
+@pytest.mark.parametrize("name", each("nonfinite"))
+def test_a_nonfinite_row_gradient_on_one_rank_skips_the_step_on_all(ranks, alone, name):
+    for entry in result(ranks, name):
         assert entry["same"]
         assert entry["skipped"] == 1
-    assert_close(assert_bit_equal(ranks, "nonfinite")["state"], alone()[0])
+    assert_close(assert_bit_equal(ranks, name)["state"], alone()[0])
+
+
+def test_updates_in_the_backward_pass_wait_for_the_step(ranks, alone):
+    """Only then are the ranks' gradients averaged; they may be clipped, too."""
+    for entry in result(ranks, "in backward"):
+        assert not any(entry["early"])
+    state = assert_bit_equal(ranks, "in backward")["state"]
+    Tiny.assert_equal(state, assert_bit_equal(ranks, "within the step")["state"])
+    assert_close(state, alone(clip=True)[0])
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "fsdp2 layers", "fsdp1", "fsdp1 original"])

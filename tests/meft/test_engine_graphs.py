@@ -12,6 +12,7 @@ from thread_lanes import ThreadLanes
 
 import meft.optim
 import meft.row_gradient
+from meft import RowAdamW
 
 EACH = [(strategy, rows) for strategy in STRATEGIES for rows in ROWS]
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
@@ -220,6 +221,24 @@ def test_a_pending_update_is_waited_for(tiny, slow_updates, tmp_path, what):
     pairs = zip(taken, now, strict=True) if isinstance(taken, list) else ((taken[k], now[k]) for k in now)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert len(taken) >= 6
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_gradients_are_zeroed_while_row_adamw_updates(tiny, slow_updates, set_to_none, plain):
+    """Also plain ones, as a penalty on the rows makes them."""
+    states = []
+    for model in (tiny.adapted(3), engine_model(tiny, retrieval="stream")):
+        optimizer = RowAdamW(tiny.trainable(model), lr=1e-2)
+        for step in range(3):
+            loss = tiny.loss(model, step)
+            if plain:
+                loss = loss + sum(table.rows.square().sum() for table in tiny.tables(model))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=set_to_none)
+        states.append(tiny.whole_state(model))
+    assert_close(*states)
 
 
 def test_a_copy_trains_as_the_original(tiny):

@@ -8,6 +8,8 @@ from accelerate import Accelerator
 from test_engine import STRATEGIES, on_lanes
 from transformers import Trainer, TrainingArguments
 
+from meft import RowAdamW
+
 
 def adapted(tiny, in_backward=True, strategy="stream", **fields):
     rule = {"in_backward": in_backward} | fields.pop("row_optimizer", {})
@@ -39,6 +41,25 @@ def test_the_result_is_the_same_to_the_bit(tiny, strategy, mode, checkpointing):
             model.enable_input_require_grads()
             model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
         run(tiny, model)
+        states.append(tiny.whole_state(model))
+    tiny.assert_equal(*states)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_row_adamw_updates_by_itself(tiny, alone):
+    states = []
+    for in_backward in (False, True):
+        model, _ = adapted(tiny, in_backward)
+        tables = [table.rows for table in tiny.tables(model)]
+        optimizers = [RowAdamW(tables, lr=2e-2)]
+        if not alone:
+            others = {id(rows) for rows in tables}
+            optimizers.append(torch.optim.AdamW([p for p in tiny.trainable(model) if id(p) not in others]))
+        for step in range(3):
+            tiny.loss(model, step).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
         states.append(tiny.whole_state(model))
     tiny.assert_equal(*states)
 
