@@ -13,13 +13,13 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from aslora_meft.demo import LEARNT, bible
 from meft import MEFTConfig
 from meft.layer import MEFTLayer
 from meft.routing import reference
 from meft.strategies import Host, Strategy
 
 SMALL = Path(__file__).parents[2] / ".cache" / "SmolLM2-135M-Instruct"
-TEXT = Path(__file__).parents[2] / "README.md"
 SMOL = {"r": 1536, "num_experts": 128, "experts_per_token": 8, "top_k": 64, "layers_to_transform": [12, 20, 29]}
 
 logger = logging.getLogger(__name__)
@@ -118,12 +118,12 @@ def curves(make_base, config, batches, lanes, prepare=lambda model: None):
 
 
 def smol(steps, strategy, lanes, length=64, **fields):
-    """Curves of SmolLM2-135M over this repository's README in float32, a window a step.
+    """Curves of SmolLM2-135M over the text of `make demo` in float32, a window a step.
 
     Args:
         fields: of the configuration, in place of those of `SMOL`.
     """
-    tokens = AutoTokenizer.from_pretrained(SMALL)(TEXT.read_text(), return_tensors="pt").input_ids[0]
+    tokens = AutoTokenizer.from_pretrained(SMALL)(bible()[LEARNT], return_tensors="pt").input_ids[0]
     starts = [i * length % (len(tokens) - length) for i in range(steps)]
     config = MEFTConfig(**(SMOL | fields), retrieval=strategy, row_optimizer={"mode": "dense"})
 

@@ -146,7 +146,8 @@ def picks_of_a_layer(layer, x, mask=None):
     """bool [batch, length, r], and the output."""
     opened = context.begin(mask, layers=1)
     try:
-        y = layer(x)
+        with torch.no_grad():  # as reentrant checkpointing calls it: picks are kept for the recomputation
+            y = layer(x)
         stash = opened.stashes[id(layer), "default"][0]
     finally:
         context.end(opened)
