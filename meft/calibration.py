@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -22,14 +23,16 @@ from peft_bridge.files import replace_file
 
 from .carry import picked_neurons
 from .config import MEFTConfig
+from .lanes import lanes_of
 from .moments import Moments
-from .row_update import StepRule
+from .row_update import StepRule, update_rows
 from .step_time import Ceilings
-from .transfer import nbytes, page_locked
+from .transfer import Traffic, nbytes, page_locked
+from .zero_copy import ZeroCopySteps
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1  # of the file
+_VERSION = 2  # of the file
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,14 @@ class Calibration:
     Attributes:
         machine: what they were measured on.
         alone: with nothing beside. contended: with the row optimizer's threads at work.
+        zero_copy: bytes/s of the row optimizer by a kernel of the device, of the same bytes as `host_bytes`; None where
+            there is no such device, or it cannot reach the host's memory.
     """
 
     machine: str
     alone: Ceilings
     contended: Ceilings
+    zero_copy: float | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.machine}", f"{'':<34}{'alone':>12}{'beside updates':>18}"]
@@ -79,6 +85,8 @@ class Calibration:
         for name, (label, unit) in names.items():
             pair = getattr(self.alone, name) / unit, getattr(self.contended, name) / unit
             lines.append(f"{label:<34}{pair[0]:>12.1f}{pair[1]:>18.1f}")
+        if self.zero_copy is not None:
+            lines.append(f"{'row optimizer, zero_copy, GB/s':<34}{self.zero_copy / 1e9:>12.1f}")
         return "\n".join(lines)
 
 
@@ -109,8 +117,9 @@ class _Machine:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def update(self) -> None:
-        self.moments.update(self.table, self.wire, self.rows, self.gradient, StepRule(0.0, 0.9, 0.999, 1e-8, 0.0, True))
+    def update(self, step: Callable[..., None] = update_rows) -> None:
+        rule = StepRule(0.0, 0.9, 0.999, 1e-8, 0.0, True)
+        self.moments.update(self.table, self.wire, self.rows, self.gradient, rule, step)
 
     @contextmanager
     def updates_beside(self) -> Iterator[None]:
@@ -153,13 +162,25 @@ class _Machine:
         product, copy = self.seconds(lambda: torch.mm(a, b, out=c)), self.seconds(lambda: target.copy_(source))
         return 2 * side**3 / product, 2 * n / copy
 
-    def host_rates(self) -> tuple[float, float]:
-        """Bytes/s that a row update reads and writes, flop/s of picking on the host."""
-        moved = nbytes(self.gradient) + self.sizes.updated * sum(
+    @property
+    def updated_bytes(self) -> int:
+        """What a row update reads and writes."""
+        return nbytes(self.gradient) + self.sizes.updated * sum(
             factor * nbytes(t[:1])
             for factor, t in ((2, self.table), (2, self.moments.exp_avg), (2, self.moments.exp_avg_sq), (1, self.wire))
         )
-        return moved / self.seconds(self.update), self.picking()
+
+    def host_rates(self) -> tuple[float, float]:
+        """Bytes/s of a row update, flop/s of picking on the host."""
+        return self.updated_bytes / self.seconds(self.update), self.picking()
+
+    def zero_copy(self) -> float | None:
+        """Bytes/s of a row update by the device; the tables are page-locked by it."""
+        if self.device.type != "cuda":
+            return None
+        steps = ZeroCopySteps(lanes_of(self.device), self.sizes.d)
+        seconds = self.seconds(partial(self.update, partial(steps, Traffic())))
+        return None if steps.refused else self.updated_bytes / seconds
 
     def picking(self) -> float:
         """Flop/s of picking on the host."""
@@ -180,7 +201,8 @@ def measure(device: torch.device, sizes: Sizes | None = None) -> Calibration:
     alone = Ceilings(flops, device_bytes, *machine.link(), host_bytes, picking)
     with machine.updates_beside():
         link, beside = machine.link(), machine.picking()
-    return Calibration(name_of(device), alone, Ceilings(flops, device_bytes, *link, host_bytes, beside))
+    contended = Ceilings(flops, device_bytes, *link, host_bytes, beside)
+    return Calibration(name_of(device), alone, contended, machine.zero_copy())
 
 
 def name_of(device: torch.device) -> str:
@@ -219,6 +241,6 @@ def _read(path: Path) -> Calibration | None:
         data = json.loads(path.read_text())
         if data["version"] != _VERSION:
             return None
-        return Calibration(data["machine"], Ceilings(**data["alone"]), Ceilings(**data["contended"]))
+        return Calibration(data["machine"], Ceilings(**data["alone"]), Ceilings(**data["contended"]), data["zero_copy"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

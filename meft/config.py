@@ -24,7 +24,7 @@ _CHOICES = {
     "row_dtype": ("auto", "float64", "float32", "bfloat16", "float16"),
     "master_dtype": ("float32", "float64", "bfloat16"),
 }
-_ROW_OPTIMIZER_KEYS = ("mode", "in_backward", "lr", "betas", "eps", "weight_decay")
+_ROW_OPTIMIZER_KEYS = ("mode", "in_backward", "zero_copy", "lr", "betas", "eps", "weight_decay")
 
 
 def _is_int(value: Any) -> bool:
@@ -177,9 +177,11 @@ class MEFTConfig(PeftConfig):
             "on, rows of a model on a GPU are updated while the backward pass goes on, as their gradients reach the "
             "host, with accumulation by accelerate or a Trainer in that of the last micro-batch; clipping, GradScaler "
             "and other accumulation then raise an error, and a gradient that is not finite stops the update of its "
-            "own rows only), and 'lr', 'betas', 'eps', 'weight_decay' "
-            "in place of the optimizer's; with 'lr', which no schedule changes, any optimizer will do. meft.RowAdamW "
-            "has all of these itself and does not read this."
+            "own rows only), 'zero_copy' (True: a kernel on the GPU steps the rows over PCIe in place of the host's "
+            "threads, for hosts with few cores: `aslora-meft doctor` measures both; masters and moments are "
+            "page-locked for it, and neither retrieval='auto' nor `aslora-meft estimate` reckons with it), and 'lr', "
+            "'betas', 'eps', 'weight_decay' in place of the optimizer's; with 'lr', which no schedule changes, any "
+            "optimizer will do. meft.RowAdamW has these four itself and reads 'zero_copy' alone."
         },
     )
     balance_loss_weight: float = field(
@@ -272,8 +274,11 @@ class MEFTConfig(PeftConfig):
             )
         if given.get("mode", "lazy") not in ("lazy", "dense"):
             raise ValueError(f"row_optimizer: mode={given['mode']!r} is unknown: use 'lazy' or 'dense'.")
-        if not isinstance(given.get("in_backward", False), bool):
-            raise ValueError(f"row_optimizer: in_backward={given['in_backward']!r} must be True or False.")
+        for name in ("in_backward", "zero_copy"):
+            if not isinstance(given.get(name, False), bool):
+                raise ValueError(f"row_optimizer: {name}={given[name]!r} must be True or False.")
+        if given.get("zero_copy", False):
+            self._check_zero_copy(given)
         for name in ("lr", "eps", "weight_decay"):
             if name in given and (not _is_number(given[name]) or given[name] < 0):
                 raise ValueError(f"row_optimizer: {name}={given[name]!r} must be a number of at least 0.")
@@ -282,6 +287,17 @@ class MEFTConfig(PeftConfig):
             good = isinstance(betas, list | tuple) and len(betas) == 2
             if not good or not all(_is_number(b) and 0 <= b < 1 for b in betas):
                 raise ValueError(f"row_optimizer: betas={betas!r} must be two numbers in [0, 1), e.g. (0.9, 0.999).")
+
+    def _check_zero_copy(self, given: Mapping[str, Any]) -> None:
+        needs = "row_optimizer: zero_copy=True needs"
+        if given.get("mode", "lazy") != "lazy":
+            raise ValueError(f"{needs} mode='lazy': steps that rows have missed are replayed on the host.")
+        if self.master_dtype == "float64":
+            raise ValueError(f"{needs} master_dtype='float32' or 'bfloat16': the GPU's kernel has no float64.")
+        if not (self.on_host and self.pin_memory):
+            raise ValueError(
+                f"{needs} rows in page-locked host memory: leave placement='host' and pin_memory=True, or leave it out."
+            )
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
@@ -323,6 +339,11 @@ class MEFTConfig(PeftConfig):
     def updates_in_backward(self) -> bool:
         """Whether rows are updated as their gradients land."""
         return bool((self.row_optimizer or {}).get("in_backward", False))
+
+    @property
+    def zero_copy(self) -> bool:
+        """Whether the GPU steps rows in host memory."""
+        return bool((self.row_optimizer or {}).get("zero_copy", False))
 
     @property
     def row_mode(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from .sparse_ffn import check_versions
 from .store import RowTable
 from .strategies import STRATEGIES, Strategy, capturing
 from .updates import UpdateQueue
+from .zero_copy import ZeroCopySteps
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +148,15 @@ class Engine:
             for each in self.layers if beside else ():
                 each.keys.updates = each.values.updates = self._updates
                 each.keys.name, each.values.name = (f"{part} of layer {each.number}" for part in ("keys", "values"))
+            if beside and self.config.zero_copy:
+                self._step_by_device(self.lanes)
         return self._strategy
+
+    def _step_by_device(self, lanes: Lanes) -> None:
+        with torch.inference_mode(False):  # as above
+            steps = ZeroCopySteps(lanes, self.layers[0].keys.rows.shape[1])
+        for layer in self.layers:
+            layer.keys.step = layer.values.step = partial(steps, layer.traffic)
 
     # ------------------------------------------------------------------ forward
 

@@ -26,7 +26,7 @@ class Lane(Protocol):
     """Work that is done in its order, beside the computation."""
 
     def run(self, work: Callable[[], object], uses: Sequence[Tensor] = ()) -> None:
-        """Queue `work`, which must not allocate on the device.
+        """Queue `work`; of the device's memory it takes none that leaves the lane.
 
         Args:
             uses: tensors of the computation that the work reads or writes.
@@ -44,12 +44,13 @@ class Lanes(Protocol):
 
     Attributes:
         device: where the computation runs.
-        inbound: to the device. outbound: to the host.
+        inbound: to the device. outbound: to the host. updating: both ways, for steps of rows by the device.
     """
 
     device: torch.device
     inbound: Lane
     outbound: Lane
+    updating: Lane
 
     def here(self) -> Mark:
         """The point after all that the computation has queued so far."""
@@ -87,6 +88,7 @@ class HostLanes:
         self.device = device
         self.inbound: Lane = _AtOnce()
         self.outbound: Lane = _AtOnce()
+        self.updating: Lane = _AtOnce()
 
     def here(self) -> Mark:
         return _Done()
@@ -134,12 +136,13 @@ class _Stream:
 
 
 class CudaLanes:
-    """Two streams beside the one that computes: a device has a copy engine each way."""
+    """Streams beside the one that computes: a device has a copy engine each way."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.inbound: Lane = _Stream(device)
         self.outbound: Lane = _Stream(device)
+        self.updating: Lane = _Stream(device)
 
     def here(self) -> Mark:
         return _Event(torch.cuda.current_stream(self.device))

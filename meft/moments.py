@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,13 +48,23 @@ class Moments:
         """Whether there may be rows that have missed steps."""
         return bool(self.history)
 
-    def update(self, table: Tensor, wire: Tensor | None, rows: Tensor, gradients: Tensor, rule: StepRule) -> None:
-        """One optimizer step with the gradients [n, d] of the rows [n]; zero elsewhere."""
+    def update(
+        self,
+        table: Tensor,
+        wire: Tensor | None,
+        rows: Tensor,
+        gradients: Tensor,
+        rule: StepRule,
+        step: Callable[..., None] = update_rows,
+    ) -> None:
+        """One optimizer step with the gradients [n, d] of the rows [n]; zero elsewhere.
+
+        Args:
+            step: who steps the rows in lazy mode.
+        """
         self.step += 1
         if not self.dense:
-            update_rows(
-                table, self.exp_avg, self.exp_avg_sq, self.counts, rows, gradients, rule, wire=wire, seed=self.seed
-            )
+            step(table, self.exp_avg, self.exp_avg_sq, self.counts, rows, gradients, rule, wire=wire, seed=self.seed)
             return
         self.history.append(rule)
         self._replay(table, wire, rows, gradients)

@@ -15,6 +15,7 @@ _SUMS = (
     "union_rows",
     "bytes_to_device",
     "bytes_to_host",
+    "bytes_zero_copy",
     "stall_ms",
     "host_ms",
     "ring_stalls",

@@ -114,7 +114,7 @@ def update_table(
         master = table.rows.detach()
         # In dense mode any row may move: a long history is replayed into all.
         touched = None if moments.dense else rows
-        table.writing(lambda wire: moments.update(master, wire, rows, wide, rule), rows=touched)
+        table.writing(lambda wire: moments.update(master, wire, rows, wide, rule, table.step), rows=touched)
 
     if table.updates is None:
         with torch.no_grad():

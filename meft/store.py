@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from .changes import Changes
 from .lanes import Lane, Mark
 from .moments import Moments
+from .row_update import update_rows
 from .transfer import PageLock
 from .updates import Ticket, UpdateQueue
 
@@ -30,7 +31,7 @@ BLOCK_BYTES = 64 << 20
 # What a copy or a pickle of a table makes anew.
 _OF_THIS_PROCESS = frozenset(
     ("_own", "lock", "owner", "_former", "claimed_by", "_wire", "_wire_of", "_pages")
-    + ("updates", "_ticket", "_readers", "_changes")
+    + ("updates", "step", "_ticket", "_readers", "_changes")
 )
 
 
@@ -54,6 +55,7 @@ class RowTable(nn.Module):
         claimed_by: the `RowAdamW` that holds the table.
         name: for messages.
         updates: the thread that updates it beside the computation; None: updates happen within the step.
+        step: steps its touched rows in lazy mode.
     """
 
     _all: ClassVar[weakref.WeakSet[RowTable]] = weakref.WeakSet()
@@ -81,6 +83,7 @@ class RowTable(nn.Module):
         self._wire_of: tuple[int, int] | None = None
         self._pages = PageLock()
         self.updates: UpdateQueue | None = None
+        self.step: Callable[..., None] = update_rows
         self._ticket: Ticket | None = None
         self._readers: dict[Lane, Mark] = {}
         self._changes: Changes | None = None

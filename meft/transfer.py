@@ -29,6 +29,7 @@ class Traffic:
         union_rows: sum over the passes of |U|, the distinct neurons that were used.
         bytes_to_device: rows, and the picks' ids and scores, brought to the device.
         bytes_to_host: hidden states, router logits, ids and row gradients brought to the host.
+        bytes_zero_copy: rows, moments and gradients that steps by the device moved, both ways (`zero_copy`).
         stall_ms: milliseconds for which the launching thread waited for copies, updates and free staging memory.
         host_ms: milliseconds of picking on the host.
         ring_stalls: how often a gradient found no free staging buffer.
@@ -40,6 +41,7 @@ class Traffic:
     union_rows: int = 0
     bytes_to_device: int = 0
     bytes_to_host: int = 0
+    bytes_zero_copy: int = 0
     stall_ms: float = 0.0
     host_ms: float = 0.0
     ring_stalls: int = 0

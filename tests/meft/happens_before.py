@@ -1,6 +1,6 @@
 """A checker of hand-overs: lanes that do everything at once and note with vector clocks what would be ordered.
 
-Actors: each host thread, the computation (what the launching thread does with tensors of the device), and both lanes.
+Actors: each host thread, the computation (what the launching thread does with tensors of the device), and the lanes.
 Two accesses to one storage of which one writes must be ordered by a hand-over: a mark, a future, a ring slot. Locks and
 the host's looks at results of the device do not count: the first order nothing for certain, the second come by chance.
 A hand-over can be dropped: it is made but not counted, so that a race is found if nothing else gives its order.
@@ -31,6 +31,7 @@ from meft.store import RowTable
 # What these files allocate is host memory; what the others allocate is of the device.
 HOST_FILES = {"store.py", "changes.py", "moments.py", "row_steps.py", "row_update.py", "adamw_blocks.py"}
 HOST_FILES |= {"row_gradient.py", "row_sums.py", "gradient_ring.py", "steps.py"}
+LANES = ("inbound", "outbound", "updating")
 ALLOCATIONS = ("aten::empty", "aten::zeros", "aten::ones", "aten::full", "aten::arange", "aten::new_", "aten::scalar")
 
 
@@ -76,7 +77,7 @@ class Watch:
         self.states = {}
         self.lock = threading.RLock()
         self.main = threading.get_ident()
-        self.lane = None  # whose work the launching thread is doing
+        self.doing = threading.local()  # the lane whose work a thread is doing
 
     # ---------------------------------------------------------------- order
 
@@ -127,15 +128,16 @@ class Watch:
             state.write, state.reads = mine, {}
         else:
             state.reads[actor] = mine
-        if actor in ("inbound", "outbound"):
+        if actor in LANES:
             state.by_lane[actor] = (clock[actor], where)
 
     def accesses(self, reads, writes, made, where, host_made):
         """An operation of the calling thread."""
         with self.lock:
             thread = self.thread()
-            if self.lane is not None and thread == "launching thread":
-                actors = (self.lane, self.lane)
+            lane = getattr(self.doing, "lane", None)
+            if lane is not None:
+                actors = (lane, lane)
             elif thread == "launching thread":
                 self.order("computation", self.stamp(thread))
                 actors = (thread, "computation")
@@ -215,11 +217,11 @@ class Lane:
     def run(self, work, uses=()):
         watch, where = self.watch, caller()[1]
         watch.order(self.name, watch.stamp(watch.thread()))
-        watch.lane = self.name
+        watch.doing.lane = self.name
         try:
             work()
         finally:
-            watch.lane = None
+            watch.doing.lane = None
         for i, tensor in enumerate(uses):
             with watch.lock:
                 watch.seen.add(("uses", f"{where} {i}"))
@@ -236,7 +238,7 @@ class Lane:
 class WatchedLanes:
     def __init__(self, watch):
         self.watch, self.device = watch, torch.device("cpu")
-        self.inbound, self.outbound = Lane(watch, "inbound"), Lane(watch, "outbound")
+        self.inbound, self.outbound, self.updating = (Lane(watch, name) for name in LANES)
 
     def here(self):
         self.watch.order("computation", self.watch.stamp(self.watch.thread()))

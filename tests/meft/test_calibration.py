@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -28,6 +28,9 @@ def test_every_ceiling_is_measured():
         assert all(math.isfinite(rate) and rate > 0 for rate in asdict(ceilings).values())
     assert found.contended.host_flops != found.alone.host_flops  # measured anew beside the updates
     assert "row optimizer, GB/s" in str(found)
+    assert found.zero_copy is None  # a CPU is no device that would do it
+    assert "zero_copy" not in str(found)
+    assert "row optimizer, zero_copy, GB/s            12.5" in str(replace(found, zero_copy=12.5e9))
 
 
 def test_it_is_measured_once_and_kept(quick):
@@ -39,7 +42,9 @@ def test_it_is_measured_once_and_kept(quick):
     assert len(quick) == 2
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"version": 0}', '{"version": 1, "machine": "x", "alone": {}}', "[1]"])
+@pytest.mark.parametrize(
+    "text", ["", "{}", '{"version": 0}', '{"version": 1}', '{"version": 2, "machine": "x", "alone": {}}', "[1]"]
+)
 def test_a_file_that_does_not_fit_is_measured_anew(quick, text):
     cache_file(CPU).parent.mkdir(parents=True)
     cache_file(CPU).write_text(text)

@@ -98,6 +98,7 @@ VARIANTS = {
     "dense": {"dense": True},
     "no clipping, masters are read": {"clip": False, "dtype": torch.float32, "backward_rows": "refetch"},
     "all tokens use the union": {"routing": "union"},
+    "steps by the device": {"row_optimizer": {"zero_copy": True}},
 }
 
 
@@ -110,7 +111,8 @@ def test_there_is_no_race_in_a_variant(tiny, monkeypatch, strategy, variant):
 def test_without_a_hand_over_there_is_one(tiny, monkeypatch):
     """Each of them, in one of the ways that rows take."""
     found, silent = set(), set()
-    for fields in ({"retrieval": s, "backward_rows": r} for s in STRATEGIES for r in reversed(ROWS)):
+    ways: list[dict] = [{"retrieval": s, "backward_rows": r} for s in STRATEGIES for r in reversed(ROWS)]
+    for fields in (*ways, ways[0] | VARIANTS["steps by the device"]):
         for over in sorted(run(tiny, monkeypatch, **fields).seen - found - NEEDLESS.keys()):
             (found if run(tiny, monkeypatch, [over], **fields).races else silent).add(over)
     assert silent <= found

@@ -91,8 +91,8 @@ class ThreadLanes:
         self.device = torch.device("cpu")
         self.random, self.longest = random.Random(seed), longest
         self.failing, self.dropped = set(failing), set(dropped)
-        self.numbers = {"inbound": 0, "outbound": 0}
-        self.inbound, self.outbound = ThreadLane(self, "inbound"), ThreadLane(self, "outbound")
+        self.numbers = {"inbound": 0, "outbound": 0, "updating": 0}
+        self.inbound, self.outbound, self.updating = (ThreadLane(self, name) for name in self.numbers)
         self.staged = []
 
     def count(self, name):
@@ -118,9 +118,10 @@ class ThreadLanes:
             mark.wait()
 
     def staging(self, shape, dtype):
-        self.staged.append(torch.full(shape, float("nan"), dtype=dtype))
+        poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+        self.staged.append(torch.full(shape, poison, dtype=dtype))
         return self.staged[-1]
 
     def close(self):
-        for lane in (self.inbound, self.outbound):
+        for lane in (self.inbound, self.outbound, self.updating):
             lane.work.put(None)
