@@ -14,12 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
-from adapter_kernels import sparse_ffn, sparse_ffn_backward
-
 from .auto import Surroundings, chosen
+from .brought import BroughtFFN, BroughtRows
 from .carry import Fetched, LayerRows, Picks
 from .config import MEFTConfig
 from .gradient_ring import GradientRing
@@ -231,7 +229,7 @@ class Engine:
         idle = None if self.config.has_factor else logits  # its router gets a gradient of zero, as in place
         wide = self.config.gradient_dtype == "float32"
         dtype = torch.promote_types(x.dtype, torch.float32) if wide else x.dtype
-        rows = _BroughtRows.apply(layer.keys.rows, layer.values.rows, near[0], dtype, idle, self, begun, done)
+        rows = BroughtRows.apply(layer.keys.rows, layer.values.rows, near[0], dtype, idle, self, begun, done)
         factors = None
         if self.config.has_factor:
             each = self.config.r // self.config.experts
@@ -239,7 +237,7 @@ class Engine:
             factors = logits.gather(1, torch.div(neuron.to(torch.int64), each, rounding_mode="floor").clamp(min=0))
         absent = refetched_in_backward(self, begun, near, refetch, self._below)
         with absent as self._below, record_function("meft: sparse FFN"):
-            return _FFN.apply(x, *rows, factors, *near, picks.position)
+            return BroughtFFN.apply(x, *rows, factors, *near, picks.position)
 
     def fetch_again(self, begun: Begun) -> Fetched:
         """Queue the way of a layer's rows for its backward pass.
@@ -275,65 +273,3 @@ class Engine:
         with record_function("meft: row gradients"):
             leaving = self._rings[dtype].send(rows, gradient, table, layer.traffic)
         return self.on_gradient(owner, leaving) if self.on_gradient is not None else leaving
-
-
-class _BroughtRows(torch.autograd.Function):
-    """Rows that were brought, as a function of their tables.
-
-    What stands for the rows in the graph, [u, d], has the dtype of their gradients and no memory: autograd rounds a
-    gradient to the dtype of what it is the gradient of.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        keys: Tensor,
-        values: Tensor,
-        key_rows: Tensor,
-        dtype: torch.dtype,
-        idle: Tensor | None,
-        engine: Engine,
-        begun: Begun,
-        done: Callable[[], None],
-    ) -> tuple[Tensor, Tensor]:
-        ctx.engine, ctx.begun, ctx.done = engine, begun, done
-        ctx.zeros = idle.new_zeros(()).expand_as(idle) if idle is not None else None
-        ctx.set_materialize_grads(False)
-        first, second = (key_rows.new_empty((), dtype=dtype).expand_as(key_rows) for _ in range(2))
-        return first, second
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        made = [
-            ctx.engine.send_back(ctx.begun, i, g) if g is not None and ctx.needs_input_grad[i] else None
-            for i, g in enumerate(gradients)
-        ]
-        ctx.done()
-        return *made, None, None, ctx.zeros, None, None, None
-
-
-class _FFN(torch.autograd.Function):
-    """`sparse_ffn` of rows; their gradients go to what stands for them, in its dtype."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        factors: Tensor | None,
-        key_rows: Tensor,
-        value_rows: Tensor,
-        position: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(x, key_rows, value_rows, position, factors)
-        ctx.row_gradients = keys.dtype
-        return sparse_ffn(x, key_rows, value_rows, position, factors)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        needs = ctx.needs_input_grad[:4]
-        grads = sparse_ffn_backward(g, *ctx.saved_tensors, needs=needs, row_gradients=ctx.row_gradients)
-        return *grads, None, None, None
