@@ -37,7 +37,7 @@ def late(monkeypatch):
         some_delay(lanes[0])
         drain(self, *args)
 
-    def late_update(self, table, wire, rows, gradients, rule):
+    def late_update(self, table, wire, rows, gradients, rule, step):
         """One step down the sign of the gradient: integers stay integers, as with AdamW's they would not."""
         some_delay(lanes[0])
         self.step += 1
