@@ -52,7 +52,7 @@ def test_training_equals_that_with_rows_in_place(tiny, strategy, rows):
             torch.nn.utils.clip_grad_norm_(tiny.trainable(model), 0.5)
             optimizer.step()
         model.losses = losses
-    assert lanes.numbers["inbound"] and lanes.numbers["outbound"]
+    assert min(lanes.numbers["inbound"], lanes.numbers["outbound"]) > 0
     assert ours.losses == pytest.approx(plain.losses, rel=1e-10)
     ours_state, plain_state = tiny.whole_state(ours), tiny.whole_state(plain)
     assert ours_state.keys() == plain_state.keys()
