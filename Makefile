@@ -26,7 +26,7 @@ demo: setup ## fine-tune SmolLM2-135M with ASLoRA (or METHOD=meft), export it, c
 	$(PY) -W ignore::FutureWarning -m aslora_meft.demo $(MODEL) $(METHOD)
 
 test: setup ## the whole test suite
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n 2
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n 2 --dist worksteal
 
 lint: $(INSTALLED) ## ruff, ruff format, mypy
 	$(PY) -m ruff check .

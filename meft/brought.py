@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from adapter_kernels import sparse_ffn, sparse_ffn_backward
 
+from .context import graph_kept
+
 if TYPE_CHECKING:
     from .engine import Begun, Engine
 
@@ -48,6 +50,8 @@ class BroughtRows(torch.autograd.Function):
             for i, g in enumerate(gradients)
         ]
         ctx.done()
+        if not graph_kept():  # picks go now, however long somebody holds the loss
+            ctx.begun = None
         return *made, None, None, ctx.zeros, None, None, None
 
 

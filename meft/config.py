@@ -175,13 +175,14 @@ class MEFTConfig(PeftConfig):
             "mode 'lazy'. A dict may set 'mode' ('lazy': a row's moments and bias correction advance only when it is "
             "touched; 'dense': equal to torch's AdamW on the whole matrix), 'in_backward' (True: from the second step "
             "on, rows of a model on a GPU are updated while the backward pass goes on, as their gradients reach the "
-            "host, with accumulation by accelerate or a Trainer in that of the last micro-batch; clipping, GradScaler "
-            "and other accumulation then raise an error, and a gradient that is not finite stops the update of its "
-            "own rows only), 'zero_copy' (True: a kernel on the GPU steps the rows over PCIe in place of the host's "
-            "threads, for hosts with few cores: `aslora-meft doctor` measures both; masters and moments are "
-            "page-locked for it, and neither retrieval='auto' nor `aslora-meft estimate` reckons with it), and 'lr', "
-            "'betas', 'eps', 'weight_decay' in place of the optimizer's; with 'lr', which no schedule changes, any "
-            "optimizer will do. meft.RowAdamW has these four itself and reads 'zero_copy' alone."
+            "host, with accumulation by accelerate or a Trainer in that of the last micro-batch; clipping, GradScaler, "
+            "other accumulation and two forward passes in a backward pass then raise an error, and a gradient that is "
+            "not finite stops the update of its own rows only), 'zero_copy' (True: a kernel on the GPU steps the rows "
+            "over PCIe in place of the host's threads, for hosts with few cores: `aslora-meft doctor` measures both; "
+            "masters and moments are page-locked for it, and neither retrieval='auto' nor `aslora-meft estimate` "
+            "reckons with it), and 'lr', 'betas', 'eps', 'weight_decay' in place of the optimizer's; with 'lr', which "
+            "no schedule changes, any optimizer will do. meft.RowAdamW has these four itself and reads 'zero_copy' "
+            "alone."
         },
     )
     balance_loss_weight: float = field(

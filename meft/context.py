@@ -7,8 +7,9 @@ import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType
 from typing import Any, Protocol
 
@@ -55,8 +56,7 @@ class ForwardContext:
         real: device -> places of the mask's tokens that are no padding, None where all are; found by the first layer.
         stashes: (layer, adapter) -> its picks, in the order of the calls.
         loss_scale: dL/d(loss that the model returned), known in the backward pass; None where it returned none.
-        in_backward: whether a backward pass has come to an output of this one, and is not over.
-        graph_kept: whether that backward pass keeps the graph, so that there may be another one.
+        graph_kept: whether the backward pass that has come to an output keeps the graph, so that there may be another.
     """
 
     mask: Tensor | None
@@ -66,22 +66,37 @@ class ForwardContext:
     real: dict[torch.device, Tensor | None] = field(default_factory=dict)
     stashes: dict[tuple[int, str], list[Stash]] = field(default_factory=dict)
     loss_scale: Tensor | None = None
-    in_backward: bool = False
     graph_kept: bool = False
+    _running: Callable[[], object] = field(default=lambda: None, repr=False)
 
+    @property
+    def in_backward(self) -> bool:
+        """Whether a backward pass has come to an output, and is neither over nor has failed."""
+        return self._running() is not None
+
+    @torch.compiler.disable
     def begin_backward(self, _gradients: object) -> None:
         """A hook before the nodes of the outputs."""
-        self.in_backward = True
-        self.graph_kept = torch._C._autograd._get_current_graph_task_keep_graph()
-        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)  # not called after an error
-
-    def _end_backward(self) -> None:
-        self.in_backward = False
+        if not recomputing():  # compiled autograd, which has no backward pass that a callback can be queued for
+            return
+        token = _Token()
+        self._running = weakref.ref(token)
+        self.graph_kept = graph_kept()
+        # The engine holds the callback, and with it the token, until the backward pass is over or has failed.
+        torch.autograd.Variable._execution_engine.queue_callback(partial(_nothing, token))
 
     def let_go(self, stash: Stash) -> None:
         """The backward pass of the layer that made the stash is over."""
-        if not self.graph_kept:
+        if self.in_backward and not self.graph_kept:
             stash.picks = stash.fetched = None
+
+
+class _Token:
+    """Lives as long as a backward pass."""
+
+
+def _nothing(_token: _Token) -> None:
+    pass
 
 
 _here = threading.local()
@@ -99,6 +114,11 @@ def current() -> ForwardContext | None:
 def recomputing() -> bool:
     """Whether this is a recomputation of gradient checkpointing: a forward pass inside of a backward pass."""
     return torch._C._current_graph_task_id() != -1
+
+
+def graph_kept() -> bool:
+    """Whether the backward pass that runs keeps its graph, so that there may be another one."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def checkpointed() -> bool:
@@ -221,27 +241,24 @@ def probe_of(x: Tensor) -> Tensor:
 def find_stash(key: tuple[int, str], x: Tensor) -> tuple[ForwardContext, Stash] | None:
     """The picks that a layer made for the input x [T, d] in the pass that is being recomputed.
 
-    That pass is the one whose backward pass is going on. Where this is not known (a loss that was made from a hook's
-    tensors), where several are, or where the layer was called several times, it is the call whose input was closest,
-    and of these the last: a recomputation's input is equal to it up to the rounding of its device. None if none is so
-    close.
+    Where one call alone can be meant, its picks are found without a look at the input. Of several it is the one whose
+    input was closest, and of these the last: a recomputation's input is equal to it up to the rounding of its device.
+    Passes whose backward pass goes on come first, but may not be all: a loss can be made from a hook's tensors. None if
+    no input is so close, unless there is but one pass that goes on.
     """
     with _alive_lock:
         contexts = sorted(_alive, key=lambda context: -context.number)
-    going_on = [context for context in contexts if context.in_backward]
     probe = probe_of(x).float()
-    candidates = [
-        (context, stash)
-        for context in going_on or contexts
-        for stash in context.stashes.get(key, [])
-        if stash.probe.shape == probe.shape
-    ]
-    if not candidates or (going_on and len(candidates) == 1):
+    fitting = [(c, s) for c in contexts for s in c.stashes.get(key, []) if s.probe.shape == probe.shape]
+    candidates = [each for each in fitting if each[1].picks is not None] or fitting
+    going_on = [each for each in candidates if each[0].in_backward]
+    if not candidates or (len(candidates) == len(going_on) == 1):
         return candidates[0] if candidates else None
     sums = [probe.abs().sum() * _CLOSE, *((stash.probe.float() - probe).abs().sum() for _, stash in candidates)]
-    nearest, *distances = torch.stack(sums).tolist()  # the host waits for the device, once
-    found: tuple[ForwardContext, Stash] | None = None
-    for candidate, distance in zip(candidates, distances, strict=True):
-        if distance < nearest or (distance == nearest and found is None):
-            nearest, found = distance, candidate
-    return found
+    limit, *distances = torch.stack(sums).tolist()  # the host waits for the device, once
+    far = dict(zip(map(id, (s for _, s in candidates)), distances, strict=True))
+    for some in (going_on, candidates):
+        close = [each for each in some if far[id(each[1])] <= limit]
+        if close:
+            return min(close, key=lambda each: far[id(each[1])])
+    return going_on[0] if len(going_on) == 1 else None

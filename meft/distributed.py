@@ -6,6 +6,7 @@ over it, so that clipping sees the same gradients on all ranks.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class RankAverage:
         self._forget()
 
     def _forget(self) -> None:
-        self._shared: DistributedDataParallel | None = None  # the wrapper whose ranks have the same rows
+        self._shared: weakref.ref[DistributedDataParallel] | None = None  # the wrapper whose ranks have the same rows
         self._ddp: DistributedDataParallel | None = None  # that of the last forward pass with a graph
         self._synchronises = False
         self._queued = -1
@@ -46,11 +47,11 @@ class RankAverage:
         if not dist.is_available() or not dist.is_initialized():
             return
         ddp = DistributedDataParallel._get_active_ddp_module()
-        if ddp is not None and ddp is not self._shared:
+        if ddp is not None and (self._shared is None or self._shared() is not ddp):
             check_left_alone(self._tables(), ddp)
             for table in self._tables():
                 broadcast_rows(table, ddp.process_group)
-            self._shared = ddp
+            self._shared = weakref.ref(ddp)
         if torch.is_grad_enabled():
             self._ddp = ddp
             self._synchronises = ddp is not None and ddp.require_backward_grad_sync

@@ -101,6 +101,10 @@ class Engine:
         named = self.config.retrieval in ("stream", "device-keys", "device-rows")
         return self._given is not None or device.type == "cuda" or device != home or named
 
+    def updates_beside(self, device: torch.device) -> bool:
+        """Whether rows are updated beside the computation of inputs on a device."""
+        return self.config.on_host and (device.type != "cpu" or self._given is not None)
+
     @property
     def strategy_name(self) -> str | None:
         """The strategy in use; None before the first pass that needed one, and where rows are read in place."""
@@ -140,7 +144,7 @@ class Engine:
             self._plan = self._planned(x)
             with torch.inference_mode(False):  # its buffers outlive the mode
                 self._strategy = STRATEGIES[self._plan[0]](self.lanes, self.layers)
-            beside = self.config.on_host and (x.device.type != "cpu" or self._given is not None)
+            beside = self.updates_beside(x.device)
             if beside and self._updates is None:
                 self._updates = UpdateQueue(x.device)
             for each in self.layers if beside else ():

@@ -161,9 +161,14 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         known = [dtype for dtype in (*floating, *computed) if isinstance(dtype, torch.dtype)]
         return device, known[0] if known else torch.get_default_dtype()
 
+    @property
+    def device(self) -> torch.device:
+        """Of the FFN's parameters."""
+        return self._base_device_and_dtype()[0]
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Rows stay where they are (on_host) and in their dtype; the inherited one would cast all to the base's dtype.
-        target = device if device is not None else self._base_device_and_dtype()[0]
+        target = device if device is not None else self.device
         if target.type == "meta" or any(
             p.is_meta for p in (self.meft_router[adapter_name], *self.meft_keys[adapter_name].parameters())
         ):

@@ -7,6 +7,7 @@ and step works on it and treats the other rows as the zeros that they are: accum
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -87,7 +88,7 @@ class RowGradient(torch.Tensor):
         kwargs = kwargs or {}
         if func in _HANDLERS:
             if func in _CHANGES and _spent(args[0]):
-                if func not in _PRODUCTS or float(args[1]) != 1.0:  # by 1: a Trainer that only asks for the norm
+                if func not in _PRODUCTS or not _changes_nothing(args[1]):
                     raise RuntimeError(SPENT)
                 if not isinstance(args[0], list | tuple):
                     return args[0]
@@ -271,9 +272,16 @@ def _copy_from(func: Any, a: RowGradient, b: RowGradient, non_blocking: bool = F
 
 SPENT = (
     "A gradient of MEFT rows that were updated within the backward pass (row_optimizer has in_backward=True) cannot be "
-    "clipped, scaled or added to any more: train without clipping (Trainer: max_grad_norm=0) and GradScaler, "
-    "accumulate by accelerate (a Trainer does), or set in_backward=False."
+    "clipped, scaled or added to any more: train without clipping (Trainer: max_grad_norm=0) and GradScaler, with one "
+    "forward pass in a backward pass, accumulate by accelerate (a Trainer does), or set in_backward=False."
 )
+
+
+def _changes_nothing(factor: Any) -> bool:
+    """By 1, or by nan where the norm is not finite: what comes of a Trainer that only asks for the norm."""
+    if isinstance(factor, Tensor) and factor.numel() != 1:
+        return False
+    return float(factor) == 1.0 or math.isnan(float(factor))
 
 
 def _spent(gradients: Any) -> bool:

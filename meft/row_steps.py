@@ -128,6 +128,11 @@ TWO_OPTIMIZERS = (
 )
 
 
+def several_ranks() -> bool:
+    """Whether other processes train too."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 class RowSteps:
     """A `peft_bridge.StepListener`: updates the touched rows at the steps of the optimizer that holds them.
 
@@ -223,14 +228,14 @@ class RowSteps:
             return gradient
         if table.claimed_by is not None and table.claimed_by() is not None:
             return gradient  # a RowAdamW updates by its own rule
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if several_ranks():
             return gradient  # ranks average at the end of the backward pass: rows are updated within the step
         if not GradientState().sync_gradients:
             return gradient
         if table.rows.grad is not None:
-            earlier, table.rows.grad = as_row_gradient(table.rows.grad), None
+            earlier = as_row_gradient(table.rows.grad, table.rows)
             earlier.add_(gradient)
-            gradient = earlier
+            gradient, table.rows.grad = earlier, None
         table.follow(optimizer)
         rule = rule_of(optimizer, group_of(optimizer, table.rows), config.row_optimizer)
         gradient.spent = True

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from adapter_kernels.sparse_products import column_sums, entry_dots, line_sums
 
+from .context import graph_kept
 from .row_gradient import RowGradient
 from .selection import Selection
 
@@ -147,6 +148,8 @@ class SparseFFN(torch.autograd.Function):
             dvalues = _row_gradient(token_sums(active, picks, retrieved.order, g, u), retrieved.rows, values)
         if ctx.on_backward is not None:
             ctx.on_backward(u)
+        if not graph_kept():  # picks go now, however long somebody holds the loss
+            ctx.retrieved = None
         return dx, drouter, dkeys, dvalues, None, None, None
 
 

@@ -91,8 +91,8 @@ class Host(Strategy):
         layer.traffic.bytes_to_host += nbytes(x) + nbytes(logits)
         with layer.traffic.stalled():
             self.lanes.outbound.mark().wait()
-        with layer.traffic.host_work():
-            rows, position = self._thread.submit(_picked, layer, *down).result()
+        with layer.keys.reading() as wire, layer.traffic.host_work():  # the lock is this thread's, as everywhere
+            rows, position = self._thread.submit(_picked, layer, wire, *down).result()
         layer.traffic.bytes_to_device += nbytes(rows) + nbytes(position)
         device = self.lanes.device
         return Picks(rows.to(device), position.to(device), rows.to(torch.int64))
@@ -111,9 +111,8 @@ class Host(Strategy):
 
 
 @torch.no_grad()
-def _picked(layer: LayerRows, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    with layer.keys.reading() as wire:
-        return union_of(picked_neurons(x, logits, wire, layer.config), layer.config)
+def _picked(layer: LayerRows, wire: Tensor, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    return union_of(picked_neurons(x, logits, wire, layer.config), layer.config)
 
 
 def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:

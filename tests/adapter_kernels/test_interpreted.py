@@ -16,6 +16,7 @@ FOLDER = Path(__file__).parent / "interpreted"
 LEAST = 226  # a loss of coverage is a failure too
 
 
+@pytest.mark.long
 def test_kernels_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=10", str(FOLDER)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}

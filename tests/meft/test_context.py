@@ -255,6 +255,8 @@ def test_picks_are_let_go_when_the_layers_backward_pass_is_over(monkeypatch, ree
     loss.backward(retain_graph=retain)
     assert seen == [[True, True], [True, retain]]
     assert left() == [retain, retain]
+    gc.collect()
+    assert (len([o for o in gc.get_objects() if type(o) is Selection]) > 0) == retain  # in the graph neither
     if retain:  # a second pass goes through the same picks, and leaves none
         first = [g.clone() for g in gradients(model)]
         model.zero_grad()
@@ -346,31 +348,81 @@ def test_the_stash_with_the_closest_input_is_found():
     assert context.find_stash(key, inputs[1]) is None
 
 
-def test_the_stash_of_the_pass_whose_backward_pass_goes_on_is_found_whatever_the_input():
-    """Dropout that a recomputation draws anew changes its input; a closer one of another pass is not looked at."""
-    key, far, near, found = (1, "default"), torch.ones(4, 16), torch.zeros(4, 16), []
+def recorded_pass(key, x, neuron, then=lambda _: None):
+    """A forward pass that has stashed a pick for x, and calls `then` in its backward pass."""
+    opened = context.begin(None, 1)
+    opened.stashes[key] = [stash_of(x, neuron)]
+    source = torch.ones((), requires_grad=True) * 3
+    source.register_hook(then)
+    output = source * 2
+    context.keep_with_graph(opened, output)
+    context.end(opened)
+    return output
 
-    def recorded_pass(x, neuron, then):
-        opened = context.begin(None, 1)
-        opened.stashes[key] = [stash_of(x, neuron)]
-        source = torch.ones((), requires_grad=True) * 3
-        source.register_hook(then)
-        output = source * 2
-        context.keep_with_graph(opened, output)
-        context.end(opened)
-        return output
 
-    def recompute(_):
-        found.append(context.find_stash(key, near))
+def test_which_of_several_passes_is_recomputed():
+    """Dropout that a recomputation draws anew changes its input."""
+    key, found = (1, "default"), []
+    inputs = [torch.full((4, 16), float(i)) for i in (1, 2, 3)]
 
-    first, second = recorded_pass(far, 0, recompute), recorded_pass(near, 1, lambda _: None)
-    first.backward()
-    assert found.pop()[1].picks.neuron.item() == 0
-    recompute(None)  # outside of all backward passes: the closest
-    assert found.pop()[1].picks.neuron.item() == 1
-    third = recorded_pass(far, 2, recompute)
-    (second + third).backward()  # both go on, or have not begun
-    assert found.pop()[1].picks.neuron.item() in (1, 2)
+    def recompute(x):
+        match = context.find_stash(key, x)
+        found.append(match[1].picks.neuron.item() if match is not None else None)
+
+    recompute(inputs[0])
+    assert found.pop() is None
+    alone = recorded_pass(key, inputs[0], 0, lambda _: recompute(inputs[0] + 0.4))
+    alone.backward()
+    assert found.pop() == 0  # the only one, whatever the input
+    recompute(inputs[0] + 0.4)
+    assert found.pop() is None  # outside of its backward pass
+    other = recorded_pass(key, inputs[1], 1)
+    again = recorded_pass(key, inputs[0], 2, lambda _: list(map(recompute, inputs)) and None)
+    again.backward()
+    # Of equal ones that whose backward pass goes on; another one that is closer (its graph hangs on a hook's tensor);
+    # of none that is close that whose backward pass goes on.
+    assert found == [2, 1, 2]
+    assert other.grad_fn is not None
+
+
+def both_graphs(model):
+    """A loss of one pass's output and of a tensor that a hook has kept from another one, padded in another way."""
+    kept = []
+    handle = model.get_base_model().model.norm.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+    mask = torch.ones(2, 7, dtype=torch.int64)
+    mask[1, 4:] = 0
+    other = model(input_ids=ids(2), attention_mask=mask)
+    handle.remove()
+    loss = model(input_ids=ids(1), labels=ids(1)).loss + kept[0].square().mean()
+    return loss, other
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["checkpoint", "reentrant"])
+def test_a_backward_pass_through_an_output_and_a_hooks_tensor_of_another_pass(reentrant):
+    plain, model = adapted(), checkpointed(adapted(), reentrant)
+    for m in (plain, model):
+        loss, _other = both_graphs(m)
+        loss.backward()
+    for a, b in zip(gradients(model), gradients(plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["checkpoint", "reentrant"])
+def test_a_failed_backward_pass_that_somebody_holds_is_not_going_on(reentrant, same):
+    plain, model = adapted(), checkpointed(adapted(), reentrant)
+    failing = (model if same else checkpointed(adapted(), reentrant))(input_ids=ids(5))
+    failing.logits.grad_fn.register_prehook(lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        failing.logits.sum().backward()
+    model.zero_grad()
+    gc.collect()
+    assert not any(each.in_backward for each in context._alive)
+    for m in (plain, model):
+        loss, _other = both_graphs(m)
+        loss.backward()
+    for a, b in zip(gradients(model), gradients(plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
 def test_a_backward_pass_that_ends_in_an_error_spoils_no_other_one():

@@ -1,6 +1,7 @@
 """Rows that are updated within the backward pass, as their gradients land."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,9 +132,62 @@ def test_a_trainer_trains_to_the_same_bits_and_logs_the_same_norms(tiny, tmp_pat
 def test_a_trainer_that_would_clip_is_refused_before_it_begins(tiny, tmp_path):
     model, _ = adapted(tiny)
     before = tiny.whole_state(model)
-    with pytest.raises(ValueError, match=r"max_grad_norm=1.0 clips .* set max_grad_norm=0"):
+    with pytest.raises(ValueError, match=r"max_grad_norm=1.0 would change gradients .* set max_grad_norm=0"):
         trainer(tiny, tmp_path, model, max_grad_norm=1.0).train()
+    with pytest.raises(ValueError, match=r"fp16=True would change gradients .* bf16 in place of fp16"):
+        model.base_model.check_run(SimpleNamespace(max_grad_norm=0, fp16=True))
     tiny.assert_equal(tiny.whole_state(model), before)
+
+
+@pytest.mark.parametrize("why", ["rows in place", "RowAdamW", "ranks"])
+def test_a_run_whose_rows_are_updated_within_the_step_may_clip(tiny, monkeypatch, why):
+    model, _ = adapted(tiny) if why != "rows in place" else (tiny.adapted(row_optimizer={"in_backward": True}), None)
+    if why == "RowAdamW":
+        held = RowAdamW(model.parameters())
+        assert held is not None
+    if why == "ranks":
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    model.base_model.check_run(SimpleNamespace(max_grad_norm=1.0, fp16=False))
+
+
+def test_a_trainer_goes_on_after_a_gradient_that_is_not_finite(tiny, tmp_path):
+    """It asks for the norm, which is nan then, and multiplies by it."""
+    model, _ = adapted(tiny)
+    run = trainer(tiny, tmp_path, model, gradient_accumulation_steps=1, per_device_train_batch_size=2)
+    compute, calls = run.compute_loss, []
+
+    def once_infinite(*args, **kwargs):
+        calls.append(1)
+        return compute(*args, **kwargs) * (float("inf") if len(calls) == 3 else 1)
+
+    run.compute_loss = once_infinite
+    with pytest.warns(UserWarning, match="inf or nan"):
+        run.train()
+    assert all(bool(value.isfinite().all()) for value in tiny.whole_state(model).values())
+    assert model.base_model.nonfinite_steps == 1
+    assert len(calls) == 14
+
+
+def test_a_spent_gradient_is_not_changed_element_by_element(tiny):
+    model, _ = adapted(tiny)
+    optimizer = run(tiny, model, steps=1)
+    tiny.loss(model).backward()
+    gradient = tiny.tables(model)[0].rows.grad
+    with pytest.raises(RuntimeError, match="in_backward=True"):
+        gradient.mul_(torch.ones(gradient.shape))
+    optimizer.zero_grad()
+
+
+def test_an_accumulated_gradient_stays_where_adding_to_it_fails(tiny):
+    model, _ = adapted(tiny)
+    optimizer = run(tiny, model, steps=1)
+    tiny.loss(model).backward()
+    before = [table.rows.grad for table in tiny.tables(model)]
+    with pytest.raises(RuntimeError, match="in_backward=True"):
+        tiny.loss(model, 1).backward()
+    assert all(a is table.rows.grad for a, table in zip(before, tiny.tables(model), strict=True))
+    optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("how", ["norm", "value", "accumulation", "unscale"])
