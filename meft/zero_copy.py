@@ -28,6 +28,7 @@ class _Buffer:
         self._lane = lanes.updating
         self._here = [lanes.staging((CAPACITY,), torch.int32), lanes.staging((CAPACITY, d), torch.float32)]
         self._there = [torch.empty_like(here, device=lanes.device) for here in self._here]
+        self._lane.after(lanes.here())  # the computation may still use what this memory was before
         self._free: Mark | None = None
 
     def step(self, kernel: Callable[[Tensor, Tensor], None], rows: Tensor, grads: Tensor) -> None:

@@ -53,11 +53,11 @@ def require(satisfied: bool, argument: str, message: str) -> None:
 
 
 def require_matrix(tensor: Tensor, argument: str, dtypes: Sequence[torch.dtype], columns: int | None = None) -> None:
-    """Two dimensions, one of the dtypes (float64 too, for the torch path, where the floats are asked for)."""
+    """Two dimensions, one of the dtypes (float64 too, for the torch path, where several floats are asked for)."""
     # No message is made up before it is needed: in decoding they would take longer than the checks.
     if tensor.dim() != 2:
         require(False, argument, f"two dimensions are needed, not the shape {tuple(tensor.shape)}")
-    known = (*dtypes, torch.float64) if torch.float32 in dtypes else tuple(dtypes)
+    known = (*dtypes, torch.float64) if torch.float32 in dtypes and len(dtypes) > 1 else tuple(dtypes)
     if tensor.dtype not in known:
         require(False, argument, f"one of {', '.join(map(str, known))} is needed, not {tensor.dtype}")
     if columns is not None and tensor.shape[1] != columns:
