@@ -7,13 +7,14 @@ A copy into memory that was computed with waits for the mark of that computation
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from adapter_kernels import row_union
 
@@ -130,7 +131,8 @@ class KeyBuffers:
             buffer = self._buffers[place]
             self._holds[place] = None  # whatever happens to the copy
             self.lanes.inbound.after(self._free[place])
-            self.lanes.inbound.run(partial(buffer.copy_, wire, non_blocking=True), [buffer])
+            with record_function("meft: bring keys"):
+                self.lanes.inbound.run(partial(buffer.copy_, wire, non_blocking=True), [buffer])
             self._arrival[place] = self.lanes.inbound.mark()
             layer.keys.read_until(self.lanes.inbound, self._arrival[place])
             self._holds[place] = held
@@ -177,16 +179,15 @@ class DeviceCopy:
             everything = len(changed) == len(wire)
             near = self._rows
             uses = [near]
+            work: Callable[[], object] = partial(near.copy_, wire, non_blocking=True)
             if not everything:
                 with torch.inference_mode(False):  # as in `gather`
                     near = torch.empty(len(changed), wire.shape[1], dtype=wire.dtype, device=self.lanes.device)
                 ids = changed.to(self.lanes.device, torch.int32)
-                uses = [near, ids]
+                uses, work = [near, ids], partial(bring_rows, ids, changed, [wire], [near])
             self.lanes.inbound.after(self.lanes.here())
-            if everything:
-                self.lanes.inbound.run(partial(near.copy_, wire, non_blocking=True), uses)
-            else:
-                self.lanes.inbound.run(partial(bring_rows, ids, changed, [wire], [near]), uses)
+            with record_function("meft: bring changed rows"):
+                self.lanes.inbound.run(work, uses)
             arrival = self.lanes.inbound.mark()
             self.table.read_until(self.lanes.inbound, arrival)
         self._coming = (None if everything else ids, near, arrival)

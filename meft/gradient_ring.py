@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from .lanes import Lanes, Mark
 from .near import stay_near
@@ -91,7 +92,8 @@ class GradientRing:
     def _drain(self, slot: Tensor, mark: Mark, target: Tensor) -> None:
         try:
             mark.wait()
-            target.copy_(slot[: len(target)])
+            with record_function("meft: drain row gradients"):
+                target.copy_(slot[: len(target)])
         finally:
             self._free.put(slot)
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
+from torch.profiler import record_function
 
 from .config import MEFTConfig
 from .moments import Moments
@@ -114,7 +115,8 @@ def update_table(
         master = table.rows.detach()
         # In dense mode any row may move: a long history is replayed into all.
         touched = None if moments.dense else rows
-        table.writing(lambda wire: moments.update(master, wire, rows, wide, rule, table.step), rows=touched)
+        with record_function("meft: update rows"):
+            table.writing(lambda wire: moments.update(master, wire, rows, wide, rule, table.step), rows=touched)
 
     if table.updates is None:
         with torch.no_grad():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from thread_lanes import ThreadLanes
+from torch._C._profiler import _ExperimentalConfig
 
 import meft.engine
 import meft.strategies
@@ -198,3 +199,25 @@ def test_training_is_not_captured(tiny, monkeypatch):
     captured(monkeypatch)
     with pytest.raises(RuntimeError, match=r"under torch\.no_grad"):
         tiny.loss(ours)
+
+
+PHASES = {"pick", "fetch rows", "sparse FFN", "row gradients", "drain row gradients", "update rows"}
+OWN_PHASES = {
+    "host": {"pick on the host"},
+    "stream": {"bring keys"},
+    "device-keys": {"bring changed rows"},
+    "device-rows": {"bring changed rows"},
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_profile_names_the_phases(tiny, strategy):
+    model = tiny.adapted(layers=2, retrieval=strategy, backward_rows="refetch")
+    on_lanes(model)
+    optimizer = tiny.train(model, 1)
+    with torch.profiler.profile(experimental_config=_ExperimentalConfig(profile_all_threads=True)) as profile:
+        tiny.train(model, 2, optimizer)
+        for table in tiny.tables(model):
+            table.settle()
+    named = {event.key.removeprefix("meft: ") for event in profile.key_averages() if event.key.startswith("meft: ")}
+    assert named == PHASES | OWN_PHASES[strategy] | {"fetch rows again"}
