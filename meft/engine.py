@@ -143,7 +143,7 @@ class Engine:
             self._for, self.lanes = now, self._given or lanes_of(x.device)
             self._plan = self._planned(x)
             with torch.inference_mode(False):  # its buffers outlive the mode
-                self._strategy = STRATEGIES[self._plan[0]](self.lanes, self.layers)
+                strategy = STRATEGIES[self._plan[0]](self.lanes, self.layers)
             beside = self.updates_beside(x.device)
             if beside and self._updates is None:
                 self._updates = UpdateQueue(x.device)
@@ -152,6 +152,7 @@ class Engine:
                 each.keys.name, each.values.name = (f"{part} of layer {each.number}" for part in ("keys", "values"))
             if beside and self.config.zero_copy:
                 self._step_by_device(self.lanes)
+            self._strategy = strategy  # last: what fails for want of memory is made anew with a smaller batch
         return self._strategy
 
     def _step_by_device(self, lanes: Lanes) -> None:

@@ -155,6 +155,9 @@ class PageLock:
             return True
         if self._held is not None:
             self._held()
+        if tensor.is_pinned():  # locked by somebody else, for as long as its memory lives
+            self._held = None
+            return True
         if not page_lock(tensor):
             logger.warning("%d bytes of MEFT rows could not be page-locked: transfers are slower.", nbytes(tensor))
             return False

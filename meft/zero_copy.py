@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from adapter_kernels import row_adamw
+from adapter_kernels import dispatch, row_adamw
 from adapter_kernels.gather_rows import zero_copy
 
 from .lanes import Lanes, Mark
@@ -18,7 +18,7 @@ from .transfer import PageLock, Traffic, nbytes
 
 logger = logging.getLogger(__name__)
 
-CAPACITY = 1024  # rows of a buffer
+CAPACITY = 256  # rows of a buffer: some milliseconds over PCIe, many of its launch
 
 
 class _Buffer:
@@ -43,8 +43,10 @@ class _Buffer:
                 there[:n].copy_(here[:n], non_blocking=True)
             kernel(*(there[:n] for there in self._there))
 
-        self._lane.run(work, self._there)
-        self._free = self._lane.mark()
+        try:
+            self._lane.run(work, self._there)
+        finally:  # also where some of it was queued
+            self._free = self._lane.mark()
 
     def wait(self) -> None:
         """Raises what the work raised."""
@@ -90,9 +92,27 @@ class ZeroCopySteps:
             table, ..., seed: as in `update_rows`.
         """
         tensors = {"table": table, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "count": count, "wire": wire}
-        if not self._reaches({name: tensor for name, tensor in tensors.items() if tensor is not None}):
-            update_rows(table, exp_avg, exp_avg_sq, count, rows, grads, rule, wire=wire, seed=seed)
-            return
+        # The thread that updates has a current device of its own.
+        with dispatch.on(self._device):
+            there = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+            if table.dtype == torch.float64 or not self._reaches(there):  # the kernel has no float64
+                update_rows(table, exp_avg, exp_avg_sq, count, rows, grads, rule, wire=wire, seed=seed)
+                return
+            self._step(traffic, table, exp_avg, exp_avg_sq, count, rows, grads, rule, wire, seed)
+
+    def _step(
+        self,
+        traffic: Traffic,
+        table: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        count: Tensor,
+        rows: Tensor,
+        grads: Tensor,
+        rule: StepRule,
+        wire: Tensor | None,
+        seed: int,
+    ) -> None:
         kernel = partial(
             row_adamw,
             table,
@@ -126,10 +146,11 @@ class ZeroCopySteps:
 
     def _reaches(self, tensors: dict[str, Tensor]) -> bool:
         """Whether the device reads and writes them where they are; they are page-locked for it."""
-        if self.refused or self._device.type != "cuda":
+        if self.refused or self._device.type == "cpu":
             return not self.refused
-        locked = all(tensor.is_pinned() or PageLock().hold(tensor) for tensor in tensors.values())
+        cuda = self._device.type == "cuda"
+        locked = cuda and all(tensor.is_pinned() or PageLock().hold(tensor) for tensor in tensors.values())
         self.refused = not (locked and zero_copy(self._device, **tensors))
         if self.refused:
-            logger.warning("MEFT: zero_copy=True, but the GPU cannot reach the rows' memory: the host updates them.")
+            logger.warning("MEFT: the device cannot step rows in host memory (zero_copy): the host does.")
         return not self.refused

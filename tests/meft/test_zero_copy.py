@@ -1,6 +1,7 @@
 """Steps of rows in host memory by the device; the device here is the CPU, and its lane a thread with delays."""
 
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -103,6 +104,42 @@ def test_any_number_of_rows(n):
     assert traffic.bytes_zero_copy == n * (6 * (4 * 4 + 3 * 4 + 2) + 3 * 4)
 
 
+def test_a_model_that_was_made_float64_steps_on_the_host(tiny):
+    states = []
+    for zero_copy in (False, True):
+        model, lanes = trained(tiny, zero_copy, steps=1)
+        model.double()
+        before = lanes.numbers["updating"]
+        optimizer = tiny.adamw(model)
+        tiny.loss(model).backward()
+        optimizer.step()
+        states.append(tiny.whole_state(model))
+        assert lanes.numbers["updating"] == before
+    tiny.assert_equal(*states)
+
+
+def test_what_was_queued_before_a_failure_is_waited_for():
+    lanes, waited = ThreadLanes(), []
+
+    class Mark:
+        def wait(self):
+            waited.append(1)
+
+    class Lane:
+        def after(self, mark): ...
+
+        def run(self, work, uses=()):
+            raise ZeroDivisionError
+
+        def mark(self):
+            return Mark()
+
+    lanes.updating = Lane()
+    with pytest.raises(ZeroDivisionError):
+        step_of(lanes)
+    assert waited == [1]
+
+
 def test_both_buffers_are_waited_for_when_a_step_fails(tiny):
     model, lanes = trained(tiny, True, steps=1)
     for table in tiny.tables(model):
@@ -125,11 +162,12 @@ def test_both_buffers_are_waited_for_when_a_step_fails(tiny):
     assert any(not torch.equal(after[name], before[name]) for name in before if "keys" in name)
 
 
-@pytest.mark.parametrize("refusal", ["pages", "probe"])
+@pytest.mark.parametrize("refusal", ["pages", "probe", "other device"])
 def test_where_the_device_cannot_reach_the_memory_the_host_steps(monkeypatch, caplog, refusal):
     lanes = ThreadLanes()
     steps, held = ZeroCopySteps(lanes, 6), []
-    steps._device = torch.device("cuda")
+    steps._device = torch.device("mps" if refusal == "other device" else "cuda")
+    monkeypatch.setattr(meft.zero_copy.dispatch, "on", lambda device: nullcontext())
     monkeypatch.setattr(meft.zero_copy.PageLock, "hold", lambda self, t: held.append(t) or refusal != "pages")
     monkeypatch.setattr(meft.zero_copy, "zero_copy", lambda device, **tensors: refusal != "probe")
     monkeypatch.setattr(meft.zero_copy, "ZeroCopySteps", lambda lanes, d: steps)
@@ -139,10 +177,10 @@ def test_where_the_device_cannot_reach_the_memory_the_host_steps(monkeypatch, ca
         step_of(lanes, seed=1)
     assert steps.refused
     assert lanes.numbers["updating"] == 0
-    assert [record.message for record in caplog.records if "zero_copy=True" in record.message] == [
-        "MEFT: zero_copy=True, but the GPU cannot reach the rows' memory: the host updates them."
+    assert [record.message for record in caplog.records if "zero_copy" in record.message] == [
+        "MEFT: the device cannot step rows in host memory (zero_copy): the host does."
     ]
-    assert len(held) == (1 if refusal == "pages" else 5)  # table, two moments, count, wire
+    assert len(held) == {"pages": 1, "probe": 5, "other device": 0}[refusal]  # table, two moments, count, wire
 
 
 def test_the_memory_is_locked_once(monkeypatch):
