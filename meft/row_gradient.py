@@ -10,19 +10,15 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .row_sums import Landed, Pending, RowSums, whole_of
+from .row_sums import Pending, Stored, merged
 
 aten = torch.ops.aten
-
-
-Stored = Landed | Pending
 
 
 class RowGradient(torch.Tensor):
@@ -123,37 +119,6 @@ def _with(gradient: RowGradient, rows: Tensor, values: Tensor) -> RowGradient:
     return RowGradient(rows, values, gradient)
 
 
-def _sum(a: Landed, b: Landed) -> Landed:
-    if torch.equal(a[0], b[0]):
-        return a[0], a[1] + b[1]
-    rows, place = torch.cat([a[0], b[0]]).unique(return_inverse=True)
-    values = a[1].new_zeros(len(rows), *a[1].shape[1:])
-    values.index_copy_(0, place[: len(a[0])], a[1])
-    values.index_add_(0, place[len(a[0]) :], b[1])
-    return rows, values
-
-
-def _merged(a: RowGradient, b: RowGradient, in_place: bool) -> Stored:
-    x, y = a._stored, b._stored
-    waits = [s for s in (y, x) if isinstance(s, Pending)]
-    if not waits:
-        return _sum(a.stored(), b.stored())
-    most = len(a)
-
-    def merge() -> Landed | RowSums:
-        first, second = (s.landed() if isinstance(s, Pending) else s for s in (x, y))
-        if not in_place:
-            return _sum(whole_of(first), whole_of(second))
-        sums = first if isinstance(first, RowSums) else RowSums(first, most)
-        return sums.add(whole_of(second))
-
-    # By the thread of the later one, behind it, so that micro-batches are added up as they land.
-    for pending in waits:
-        with suppress(RuntimeError):  # a thread that has ended with its engine takes no more work
-            return Pending(pending.thread.submit(merge), pending.thread)
-    return whole_of(merge())
-
-
 def _add(func: Any, a: Any, b: Any, *, alpha: float = 1) -> Any:
     if func is aten.add_.Tensor and not isinstance(a, RowGradient):  # a plain tensor stays one
         return a.index_add_(0, b.rows, b.row_values.to(a.dtype), alpha=alpha)
@@ -164,7 +129,7 @@ def _add(func: Any, a: Any, b: Any, *, alpha: float = 1) -> Any:
         a.spent = b.spent
     elif a.spent or b.spent:
         raise RuntimeError(SPENT)
-    stored = _merged(a, b, func is aten.add_.Tensor)
+    stored = merged(a._stored, b._stored, len(a), in_place=func is aten.add_.Tensor)
     if func is aten.add.Tensor:
         return RowGradient._of(stored, a)
     a._stored = stored

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Executor, Future
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -87,3 +88,41 @@ class Pending:
     def result(self) -> Landed:
         """As `landed`, in ascending order of the rows."""
         return whole_of(self.landed())
+
+
+Stored = Landed | Pending
+
+
+def merged(a: Stored, b: Stored, most: int, *, in_place: bool) -> Stored:
+    """The sum of two gradients of a table, of which either may be on its way.
+
+    Args:
+        most: rows of the table.
+        in_place: whether nobody else has `a`, so that its memory may take the sum.
+    """
+    waits = [s for s in (b, a) if isinstance(s, Pending)]
+    if not waits:
+        return _sum(a, b)  # type: ignore[arg-type]
+
+    def merge() -> Landed | RowSums:
+        first, second = (s.landed() if isinstance(s, Pending) else s for s in (a, b))
+        if not in_place:
+            return _sum(whole_of(first), whole_of(second))
+        sums = first if isinstance(first, RowSums) else RowSums(first, most)
+        return sums.add(whole_of(second))
+
+    # By the thread of the later one, behind it, so that micro-batches are added up as they land.
+    for pending in waits:
+        with suppress(RuntimeError):  # a thread that has ended with its engine takes no more work
+            return Pending(pending.thread.submit(merge), pending.thread)
+    return whole_of(merge())
+
+
+def _sum(a: Landed, b: Landed) -> Landed:
+    if torch.equal(a[0], b[0]):
+        return a[0], a[1] + b[1]
+    rows, place = torch.cat([a[0], b[0]]).unique(return_inverse=True)
+    values = a[1].new_zeros(len(rows), *a[1].shape[1:])
+    values.index_copy_(0, place[: len(a[0])], a[1])
+    values.index_add_(0, place[len(a[0]) :], b[1])
+    return rows, values

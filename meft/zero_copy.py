@@ -98,41 +98,26 @@ class ZeroCopySteps:
             if table.dtype == torch.float64 or not self._reaches(there):  # the kernel has no float64
                 update_rows(table, exp_avg, exp_avg_sq, count, rows, grads, rule, wire=wire, seed=seed)
                 return
-            self._step(traffic, table, exp_avg, exp_avg_sq, count, rows, grads, rule, wire, seed)
-
-    def _step(
-        self,
-        traffic: Traffic,
-        table: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        count: Tensor,
-        rows: Tensor,
-        grads: Tensor,
-        rule: StepRule,
-        wire: Tensor | None,
-        seed: int,
-    ) -> None:
-        kernel = partial(
-            row_adamw,
-            table,
-            exp_avg,
-            exp_avg_sq,
-            count,
-            lr=rule.lr,
-            betas=(rule.beta1, rule.beta2),
-            eps=rule.eps,
-            weight_decay=rule.weight_decay,
-            decoupled=rule.decoupled,
-            wire=wire,
-            seed=seed,
-        )
-        try:
-            for i, start in enumerate(range(0, len(rows), CAPACITY)):
-                part = slice(start, start + CAPACITY)
-                self._buffers[i % 2].step(kernel, rows[part], grads[part])
-        finally:
-            self._finish()
+            kernel = partial(
+                row_adamw,
+                table,
+                exp_avg,
+                exp_avg_sq,
+                count,
+                lr=rule.lr,
+                betas=(rule.beta1, rule.beta2),
+                eps=rule.eps,
+                weight_decay=rule.weight_decay,
+                decoupled=rule.decoupled,
+                wire=wire,
+                seed=seed,
+            )
+            try:
+                for i, start in enumerate(range(0, len(rows), CAPACITY)):
+                    part = slice(start, start + CAPACITY)
+                    self._buffers[i % 2].step(kernel, rows[part], grads[part])
+            finally:
+                self._finish()
         twice = sum(nbytes(t[:1]) for t in (table, exp_avg, exp_avg_sq, count))
         once = sum(nbytes(t[:1]) for t in (grads, wire) if t is not None) + torch.int32.itemsize
         traffic.bytes_zero_copy += len(rows) * (2 * twice + once)
