@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -14,6 +12,7 @@ from peft.utils import PeftType
 from peft_bridge import save_config_at_once
 
 from .routing import default_num_experts, divisors_around
+from .row_options import check_row_optimizer, is_number
 
 _CHOICES = {
     "routing": ("per_token", "union"),
@@ -24,15 +23,10 @@ _CHOICES = {
     "row_dtype": ("auto", "float64", "float32", "bfloat16", "float16"),
     "master_dtype": ("float32", "float64", "bfloat16"),
 }
-_ROW_OPTIMIZER_KEYS = ("mode", "in_backward", "zero_copy", "lr", "betas", "eps", "weight_decay")
 
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass
@@ -211,12 +205,12 @@ class MEFTConfig(PeftConfig):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(choices)}.")
-        if not _is_number(self.router_init_scale) or self.router_init_scale <= 0:
+        if not is_number(self.router_init_scale) or self.router_init_scale <= 0:
             raise ValueError(f"router_init_scale={self.router_init_scale!r} must be a number above 0 (paper: 50).")
-        if not _is_number(self.balance_loss_weight) or self.balance_loss_weight < 0:
+        if not is_number(self.balance_loss_weight) or self.balance_loss_weight < 0:
             raise ValueError(f"balance_loss_weight={self.balance_loss_weight!r} must be a number of at least 0.")
         self._check_placement()
-        self._check_row_optimizer()
+        check_row_optimizer(self)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} is only read together with layers_to_transform: set that too."
@@ -264,41 +258,6 @@ class MEFTConfig(PeftConfig):
                 )
             if (self.row_dtype, self.master_dtype) == ("float16", "bfloat16"):
                 raise ValueError("row_dtype='float16' cannot hold master_dtype='bfloat16': use row_dtype='auto'.")
-
-    def _check_row_optimizer(self) -> None:
-        given = self.row_optimizer
-        if given is None:
-            return
-        if not isinstance(given, Mapping) or set(given) - set(_ROW_OPTIMIZER_KEYS):
-            raise ValueError(
-                f"row_optimizer={given!r} must be None or a dict with some of {', '.join(_ROW_OPTIMIZER_KEYS)}."
-            )
-        if given.get("mode", "lazy") not in ("lazy", "dense"):
-            raise ValueError(f"row_optimizer: mode={given['mode']!r} is unknown: use 'lazy' or 'dense'.")
-        for name in ("in_backward", "zero_copy"):
-            if not isinstance(given.get(name, False), bool):
-                raise ValueError(f"row_optimizer: {name}={given[name]!r} must be True or False.")
-        if given.get("zero_copy", False):
-            self._check_zero_copy(given)
-        for name in ("lr", "eps", "weight_decay"):
-            if name in given and (not _is_number(given[name]) or given[name] < 0):
-                raise ValueError(f"row_optimizer: {name}={given[name]!r} must be a number of at least 0.")
-        if "betas" in given:
-            betas = given["betas"]
-            good = isinstance(betas, list | tuple) and len(betas) == 2
-            if not good or not all(_is_number(b) and 0 <= b < 1 for b in betas):
-                raise ValueError(f"row_optimizer: betas={betas!r} must be two numbers in [0, 1), e.g. (0.9, 0.999).")
-
-    def _check_zero_copy(self, given: Mapping[str, Any]) -> None:
-        needs = "row_optimizer: zero_copy=True needs"
-        if given.get("mode", "lazy") != "lazy":
-            raise ValueError(f"{needs} mode='lazy': steps that rows have missed are replayed on the host.")
-        if self.master_dtype == "float64":
-            raise ValueError(f"{needs} master_dtype='float32' or 'bfloat16': the GPU's kernel has no float64.")
-        if not (self.on_host and self.pin_memory):
-            raise ValueError(
-                f"{needs} rows in page-locked host memory: leave placement='host' and pin_memory=True, or leave it out."
-            )
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
