@@ -61,7 +61,7 @@ def export_resident(adapter_dir: str | Path, out_dir: str | Path) -> None:
 
     `meft_resident.safetensors` has for each FFN, after its path in the base model, `.keys` and `.values` [r, d] and
     `.router` [E, d], in the dtype of the masters; and, as int64 scalars under `routing.`, num_experts,
-    experts_per_token, top_k, router_factor (0 or 1) and union (1 for `routing="union"`). Parameters of
+    experts_per_token, top_k, router_factor (0 or 1) and union (always 0). Parameters of
     `modules_to_save` stand under `modules_to_save.`. `load_resident` reads it.
 
     Raises:
@@ -69,7 +69,7 @@ def export_resident(adapter_dir: str | Path, out_dir: str | Path) -> None:
             written then.
     """
     config, layers, others = _load(adapter_dir)
-    fields = (config.experts, config.probed, config.top_k, int(config.router_factor), int(config.routing == "union"))
+    fields = (config.experts, config.probed, config.top_k, int(config.router_factor), 0)
     tensors = {f"routing.{name}": torch.tensor(value) for name, value in zip(_ROUTING, fields, strict=True)}
     tensors |= others
     tensors |= {f"{path}.{part}": tensor for path, parts in layers.items() for part, tensor in parts.items()}

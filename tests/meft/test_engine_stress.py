@@ -71,7 +71,7 @@ def run(tiny, model, start):
         seen += tiny.gradients(model).values()
         for table in tiny.tables(model):
             gradient, table.rows.grad = table.rows.grad, None
-            meft.optim.update_table(table, meft.optim.as_row_gradient(gradient), RULE, mode="lazy")
+            meft.optim.update_table(table, meft.optim.as_row_gradient(gradient), RULE)
         optimizer.step()
     return [*seen, *tiny.whole_state(model).values()]
 
