@@ -79,6 +79,7 @@ def sparse_step(layer: MEFTLayer) -> Step:
     """One step of the MEFT layer; returns the seconds of its phases."""
     tables, router = layer.tables("default"), layer.meft_router["default"]
     optimizer = torch.optim.AdamW([router], lr=RULE.lr, weight_decay=RULE.weight_decay, fused=True)
+    holder = torch.optim.AdamW([table.rows for table in tables])  # has the moments; the rows are stepped below
 
     def step(x: Tensor, g: Tensor) -> tuple[float, float, float]:
         x = x.requires_grad_()
@@ -89,7 +90,7 @@ def sparse_step(layer: MEFTLayer) -> Step:
         differentiated = time.perf_counter()
         for table in tables:
             gradient, table.rows.grad = table.rows.grad, None
-            update_table(table, gradient, RULE)  # type: ignore[arg-type]
+            update_table(table, table.moments_in(holder), gradient, RULE)  # type: ignore[arg-type]
         optimizer.step()
         end = time.perf_counter()
         x.grad = router.grad = None
@@ -102,6 +103,7 @@ def dense_step(r: int) -> Step:
     """One step of the dense adapter."""
     up, down = nn.Parameter(torch.randn(r, D) * 0.02), nn.Parameter(torch.randn(D, r) * 0.02)
     optimizer = torch.optim.AdamW([up, down], lr=RULE.lr, weight_decay=RULE.weight_decay, fused=True)
+    holder = torch.optim.AdamW([table.rows for table in tables])  # has the moments; the rows are stepped below
 
     def step(x: Tensor, g: Tensor) -> tuple[float, float, float]:
         x = x.requires_grad_()

@@ -195,6 +195,10 @@ def moments_of(
     entry = RowMoments(moments, settle)
     entry.owner = weakref.ref(optimizer)
     # Some optimizers of torch look for a step in each entry when they load one.
-    state.setdefault("step", torch.zeros(()))
-    state[KEY] = entry
+    state["step"], state[KEY] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32), entry
     return entry
+
+
+def count_step(optimizer: Optimizer, parameter: Tensor) -> None:
+    """Note that a parameter was stepped, as the optimizers of torch do; the rule goes by the counts of the rows."""
+    optimizer.state[parameter]["step"] += 1

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .moments import KEY, RowMoments, moments_of, moments_of_0_1
+from .moments import KEY, RowMoments, count_step, moments_of, moments_of_0_1
 from .row_gradient import as_row_gradient
 from .row_steps import TWO_OPTIMIZERS, update_table
 from .row_update import StepRule
@@ -86,7 +86,9 @@ class RowAdamW(Optimizer):
                 table = tables.get(id(parameter))
                 if table is not None:
                     gradient = as_row_gradient(parameter.grad, parameter)
-                    update_table(table, table.moments_in(self), gradient, rule)
+                    entry = table.moments_in(self)
+                    count_step(self, parameter)
+                    update_table(table, entry, gradient, rule)
                 else:
                     self._step_whole(parameter, rule)
         return loss
@@ -97,6 +99,7 @@ class RowAdamW(Optimizer):
             return
         flat = parameter.detach().reshape(len(parameter) if parameter.ndim else 1, -1).contiguous()
         moments = moments_of(self, parameter, rows=flat).exclusive(flat.device)
+        count_step(self, parameter)
         gradient = parameter.grad.reshape(flat.shape)  # type: ignore[union-attr]
         moments.update(flat, None, torch.arange(len(flat), device=flat.device), gradient, rule, 0)
         if flat.data_ptr() != parameter.data_ptr():  # of a parameter that is not contiguous: a copy

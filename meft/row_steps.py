@@ -15,7 +15,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from torch.profiler import record_function
 
 from .config import MEFTConfig
-from .moments import KEY, RowMoments
+from .moments import KEY, RowMoments, count_step
 from .row_gradient import RowGradient, as_row_gradient, overflow_watchers
 from .row_update import StepRule
 from .store import RowTable
@@ -207,6 +207,7 @@ class RowSteps:
         for table, _, gradient, _ in taken:
             table.rows.grad = gradient  # to be looked at until zero_grad, as any other
         for table, entry, gradient, rule in taken:
+            count_step(optimizer, table.rows)
             update_table(table, entry, gradient, rule)
 
     def on_gradient(self, adapter_name: str, table: RowTable, gradient: RowGradient) -> RowGradient:
@@ -235,5 +236,7 @@ class RowSteps:
             gradient, table.rows.grad = earlier, None
         rule = rule_of(optimizer, group_of(optimizer, table.rows), config.row_optimizer)
         gradient.spent = True
-        update_table(table, table.moments_in(optimizer), gradient, rule, finite_only=True)
+        entry = table.moments_in(optimizer)
+        count_step(optimizer, table.rows)
+        update_table(table, entry, gradient, rule, finite_only=True)
         return gradient

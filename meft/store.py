@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from .changes import Changes
 from .lanes import Lane, Mark
-from .moments import RowMoments, moments_of
+from .moments import Moments, RowMoments, moments_of
 from .row_update import update_rows
 from .transfer import PageLock
 from .updates import Ticket, UpdateQueue
@@ -124,6 +124,12 @@ class RowTable(nn.Module):
         if self.restored is not None:
             return self.restored
         return self._stepped_with() if self._stepped_with is not None else None
+
+    @property
+    def moments(self) -> Moments | None:
+        """The moments of `entry`, after all updates that are queued."""
+        entry = self.entry
+        return entry.moments if entry is not None else None
 
     @property
     def stepped_by(self) -> Optimizer | None:
