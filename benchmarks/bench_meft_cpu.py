@@ -78,8 +78,8 @@ Step = Callable[[Tensor, Tensor], tuple[float, float, float]]
 def sparse_step(layer: MEFTLayer) -> Step:
     """One step of the MEFT layer; returns the seconds of its phases."""
     tables, router = layer.tables("default"), layer.meft_router["default"]
-    optimizer = torch.optim.AdamW([router], lr=RULE.lr, weight_decay=RULE.weight_decay, fused=True)
     holder = torch.optim.AdamW([table.rows for table in tables])  # has the moments; the rows are stepped below
+    optimizer = torch.optim.AdamW([router], lr=RULE.lr, weight_decay=RULE.weight_decay, fused=True)
 
     def step(x: Tensor, g: Tensor) -> tuple[float, float, float]:
         x = x.requires_grad_()
@@ -103,7 +103,6 @@ def dense_step(r: int) -> Step:
     """One step of the dense adapter."""
     up, down = nn.Parameter(torch.randn(r, D) * 0.02), nn.Parameter(torch.randn(D, r) * 0.02)
     optimizer = torch.optim.AdamW([up, down], lr=RULE.lr, weight_decay=RULE.weight_decay, fused=True)
-    holder = torch.optim.AdamW([table.rows for table in tables])  # has the moments; the rows are stepped below
 
     def step(x: Tensor, g: Tensor) -> tuple[float, float, float]:
         x = x.requires_grad_()

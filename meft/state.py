@@ -32,7 +32,8 @@ from .store import RowTable, row_blocks
 INDEX = "meft_state.json"
 SHARD_BYTES = 5_000_000_000
 _VERSION = 2
-_SHARD = re.compile(r"meft_state-(?:(?P<process>\d+)-)?[0-9a-f]{8}-\d{5}-of-\d{5}\.safetensors")
+_SHARD = re.compile(r"meft_state-(?:(?P<process>\d+)-)?(?P<id>[0-9a-f]{8})-\d{5}-of-\d{5}\.safetensors")
+_running: set[str] = set()  # saves of this process
 _PARTS = {"exp_avg", "exp_avg_sq", "counts"}
 _DAMAGED = "The training state in '{folder}' is damaged ({what}): restore it, or remove {index} to go on without it."
 
@@ -93,13 +94,14 @@ def save(tables: Mapping[str, RowTable], folder: str | os.PathLike, optimizer: O
         if entry is not None:
             # Nothing is copied: safetensors writes host tensors from where they are.
             tensors |= {f"{name}.{part}": t.detach().cpu().contiguous() for part, t in entry.moments.tensors().items()}
-    identity = f"{os.getpid()}-{os.urandom(4).hex()}"
+    identity = os.urandom(4).hex()
     shards = list(_shards(tensors))
     before = _named_files(folder)
     files: dict[str, dict[str, Any]] = {}
+    _running.add(identity)
     try:
         for i, shard in enumerate(shards, 1):
-            path = folder / f"meft_state-{identity}-{i:05}-of-{len(shards):05}.safetensors"
+            path = folder / f"meft_state-{os.getpid()}-{identity}-{i:05}-of-{len(shards):05}.safetensors"
             files[path.name] = {}
             save_file(shard, path)
             sync(path)
@@ -107,10 +109,11 @@ def save(tables: Mapping[str, RowTable], folder: str | os.PathLike, optimizer: O
         index = {"version": _VERSION, "files": files, "weights": weights}
         replace_file(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
     finally:
+        _running.discard(identity)
         # Also where it was stopped: before the index was replaced the new files go, after that the old ones.
         now = _named_files(folder)
         if now is not None:
-            _remove(folder, files.keys() | (before or ()), now)
+            _remove(folder, before or set(), now)
 
 
 def _named_files(folder: Path) -> set[str] | None:
@@ -123,17 +126,21 @@ def _named_files(folder: Path) -> set[str] | None:
         return None
 
 
-def _remove(folder: Path, candidates: Iterable[str], named: set[str]) -> None:
-    """Remove shards of this save and the one before, and of savers that do not run any more, but for those named."""
-    left = set(candidates)
+def _remove(folder: Path, before: set[str], named: set[str]) -> None:
+    """Remove the shards of the state before and of savers that do not run any more, but for those that are named."""
     for path in folder.glob("meft_state-*.safetensors"):
         found = _SHARD.fullmatch(path.name)
-        if found and not (found["process"] and process_runs(found["process"])):
-            left.add(path.name)
-    for name in left - named:
-        if _SHARD.fullmatch(name):
-            with suppress(OSError):
-                (folder / name).unlink(missing_ok=True)
+        if found is None or path.name in named or (path.name not in before and _is_written(found)):
+            continue
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _is_written(shard: re.Match[str]) -> bool:
+    """Whether a save that still runs has made a shard."""
+    if shard["process"] == str(os.getpid()):
+        return shard["id"] in _running
+    return bool(shard["process"]) and process_runs(shard["process"])
 
 
 # ---------------------------------------------------------------------------------------------------------------- load

@@ -73,7 +73,7 @@ class RowTable(nn.Module):
 
     def _made(self) -> None:
         self._own = weakref.ref(self.rows)
-        self._stepped_with: weakref.ref[RowMoments] | None = None
+        self._stepped_with: RowMoments | None = None
         self.claimed_by: weakref.ref[Optimizer] | None = None
         RowTable._all.add(self)
         self.lock = threading.RLock()
@@ -121,9 +121,7 @@ class RowTable(nn.Module):
     @property
     def entry(self) -> RowMoments | None:
         """The moments of the last step, those of its optimizer, or those that were `restored` since; None: none."""
-        if self.restored is not None:
-            return self.restored
-        return self._stepped_with() if self._stepped_with is not None else None
+        return self.restored if self.restored is not None else self._stepped_with
 
     @property
     def moments(self) -> Moments | None:
@@ -133,7 +131,7 @@ class RowTable(nn.Module):
 
     @property
     def stepped_by(self) -> Optimizer | None:
-        """The optimizer of the last step, while it has the moments of that step."""
+        """The optimizer of the last step; None where it is gone, or others' moments were `restored` since."""
         entry = self.entry
         return entry.owner() if entry is not None and entry.owner is not None else None
 
@@ -145,7 +143,7 @@ class RowTable(nn.Module):
         """
         self.settle()
         entry = moments_of(optimizer, self.rows, settle=self.settle, given=self.restored)
-        self.restored, self._stepped_with = None, weakref.ref(entry)
+        self.restored, self._stepped_with = None, entry
         return entry
 
     def update_later(self, update: Callable[[], None]) -> None:

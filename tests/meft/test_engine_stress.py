@@ -9,8 +9,8 @@ import torch
 from test_engine import STRATEGIES, integers
 from thread_lanes import ThreadLanes
 
-import meft.gradient_ring
 import meft
+import meft.gradient_ring
 from meft.moments import Moments
 
 RUNS = 200  # in all
@@ -76,8 +76,6 @@ def run(tiny, model, start):
 def weights(out):
     """Small integers that depend on nothing."""
     return torch.arange(out.numel()).reshape(out.shape).remainder(5).double() - 2
-
-
 
 
 def forward(tiny, model, x):

@@ -1,4 +1,4 @@
-"""Moments of rows in an optimizer's state: the rule against a plain oracle, and every way of saving and restoring them."""
+"""Moments of rows in an optimizer's state: the rule against a plain oracle, and the ways of saving and restoring."""
 
 import copy
 import io
@@ -385,6 +385,7 @@ measure(lambda: torch.save(optimizer.state_dict(), sys.argv[1] + "/optimizer.pt"
 measure(lambda: state.save({"rows": table}, sys.argv[1] + "/state"))
 del moments, tensor
 optimizer.state.clear()
+table._stepped_with = None
 measure(load)
 """
 
