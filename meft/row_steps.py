@@ -170,6 +170,9 @@ class RowSteps:
 
     def before_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         """Refuse an optimizer whose rule is unknown, before anything moves."""
+        for table, _, gradient, _ in self._taken:  # by a step that raised
+            if table.rows.grad is None:
+                table.rows.grad = gradient
         self._taken = []
         for name, table in self._of(parameters):
             owner = table.claimed_by() if table.claimed_by is not None else None
@@ -186,20 +189,22 @@ class RowSteps:
         if optimizer not in self._seen:
             self._seen.add(optimizer)
             warn_of_lost_moments(optimizer, [table for _, table in self._of(parameters)])
+        found = []
         for name, table in self._of(parameters):
             if table.claimed_by is not None and table.claimed_by() is optimizer:
                 continue
-            gradient, table.rows.grad = table.rows.grad, None
-            if gradient is None or getattr(gradient, "spent", False):
+            if table.rows.grad is None or getattr(table.rows.grad, "spent", False):
+                table.rows.grad = None
                 continue
-            config = self.configs[name]
-            rule = rule_of(optimizer, group_of(optimizer, table.rows), config.row_optimizer)
-            gradient = as_row_gradient(gradient, table.rows)
+            rule = rule_of(optimizer, group_of(optimizer, table.rows), self.configs[name].row_optimizer)
+            found.append((table, table.moments_in(optimizer), as_row_gradient(table.rows.grad, table.rows), rule))
+        for table, entry, gradient, rule in found:  # nothing fails from here on
+            table.rows.grad = None
             if divisor != 1.0:
                 gradient.div_(divisor)
             # Of an optimizer that calls its closure several times in a step, the last gradient.
             self._taken = [taken for taken in self._taken if taken[0] is not table]
-            self._taken.append((table, table.moments_in(optimizer), gradient, rule))
+            self._taken.append((table, entry, gradient, rule))
 
     def after_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         """Update the rows, those of the first layer first: the next forward pass reads them first."""
