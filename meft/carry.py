@@ -126,6 +126,9 @@ class KeyBuffers:
             if self._holds[place] == held:
                 return
             buffer = self._buffers[place]
+            if buffer.dtype != wire.dtype:  # rows of another dtype were assigned
+                with torch.inference_mode(False):  # as in `gather`
+                    buffer = self._buffers[place] = torch.empty_like(wire, device=self.lanes.device)
             self._holds[place] = None  # whatever happens to the copy
             self.lanes.inbound.after(self._free[place])
             with record_function("meft: bring keys"):
@@ -169,6 +172,11 @@ class DeviceCopy:
             rows: the rows that will be read, None for all.
         """
         with self.table.reading(rows) as wire, self._or_all_again():
+            if self._rows.dtype != wire.dtype:  # rows of another dtype were assigned
+                self._coming = None
+                self.table.follow_changes()
+                with torch.inference_mode(False):  # as in `gather`
+                    self._rows = torch.empty_like(wire, device=self.lanes.device)
             changed = self.table.take_changes()
             if not len(changed):
                 return

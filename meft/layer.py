@@ -17,6 +17,7 @@ from .balance import attach_balance_loss
 from .carry import Fetched, LayerRows, Picks
 from .config import MEFTConfig
 from .engine import Engine
+from .offload_hooks import parameters_here
 from .retrieval import retrieved
 from .selection import Selection
 from .sparse_ffn import SparseFFN, check_versions
@@ -234,10 +235,14 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             if found is not None:
                 now, stash = found
                 check_versions(stash.versions, self.places[adapter_name].rows.versions)
+        if stash is None:
+            for table in self.tables(adapter_name):
+                table.look()
         real = stash.real if stash is not None else _real_tokens(now, shape, x.device)
         kept = x if real is None else x.index_select(0, real)
         wide = kept.to(torch.promote_types(x.dtype, torch.float32))
-        router = self.meft_router[adapter_name].to(wide.dtype)
+        with parameters_here(self.meft_router):
+            router = self.meft_router[adapter_name].to(wide.dtype)
         by_engine = self.places[adapter_name].engine.serves(x.device)
         begin = self._with_engine if by_engine else self._in_place
         stashed = [] if stash is None else [stash]

@@ -268,6 +268,17 @@ class MEFTModel(BaseTuner, RunListener):
         """
         state.load(self, folder)
 
+    def rows_changed(self) -> None:
+        """Say that rows were written in a way that nobody can see: the next forward pass reads all of them again.
+
+        What is written by torch, through a parameter, its `.data`, its views and its numpy arrays, and what others
+        write into tensors and arrays that share its memory, is seen without this call. It is needed after writing to
+        an address (`data_ptr()`) that was kept, from a library that was given one, or from another process.
+        """
+        for tables in self.steps.tables.values():
+            for table in tables:
+                table.note_change()
+
     @property
     def nonfinite_steps(self) -> int:
         """Optimizer steps that changed nothing because a gradient of an adapter was inf or nan."""

@@ -74,7 +74,7 @@ def prepare_table(table: RowTable) -> None:
     table.settle()  # not under the lock, which the update needs
     with table.lock, torch.no_grad():
         if table.moments is None:
-            table.moments = Moments.fresh(table.rows.detach())
+            table.moments = Moments.fresh(table.masters)
 
 
 def update_table(
@@ -102,7 +102,7 @@ def update_table(
             return
         wide = values.to(torch.promote_types(table.rows.dtype, torch.float32)).contiguous()
         wide = wide / divisor if divisor != 1.0 else wide
-        master = table.rows.detach()
+        master = table.masters
         with record_function("meft: update rows"):
             table.writing(
                 lambda wire: moments.update(master, wire, rows, wide, rule, table.seed, table.step), rows=rows
