@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .offload_hooks import HOOK
+from .offload_hooks import KeptParameters
 from .tensor_private import without_torch_function
 from .watched_rows import Watch, WatchedRows, put, watch
 
@@ -21,19 +20,7 @@ SHARDED = (
 )
 
 
-class _Slot(dict[str, Any]):
-    """A module's parameters; what is put in the place of its rows is the module's to judge."""
-
-    def __init__(self, owner: KeptRows) -> None:
-        super().__init__()
-        self._owner = weakref.ref(owner)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        owner = self._owner()
-        super().__setitem__(name, owner._placed(value) if owner is not None and name == "rows" else value)
-
-
-class KeptRows(nn.Module):
+class KeptRows(KeptParameters):
     """Holds one parameter, `rows` [r, d].
 
     Another parameter of that shape in its place (by loading, by assignment, by `torch.utils.swap_tensors`) is taken: it
@@ -48,37 +35,26 @@ class KeptRows(nn.Module):
     def __init__(self, rows: Tensor, *, read_as: torch.dtype, on_host: bool) -> None:
         super().__init__()
         self.on_host, self._dtype, self._shape = on_host, rows.dtype, rows.shape
-        self._moving, self._foreign = False, False
-        self.__dict__["_parameters"] = _Slot(self)
+        self._foreign = False
         parameter = nn.Parameter(rows)
         self._adopt(parameter, read_as)
         self.rows = parameter
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {key: value for key, value in self.__dict__.items() if key != "_watch"}
-        return {**state, "_parameters": dict(self._parameters), "_read_as": self._watch.read_as}
+        state = {key: value for key, value in super().__getstate__().items() if key != "_watch"}
+        return {**state, "_read_as": self._watch.read_as}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        read_as, parameters = state.pop("_read_as"), state.pop("_parameters")
-        super().__setstate__(state)
-        self.__dict__["_parameters"] = _Slot(self)
-        self._adopt(parameters["rows"], read_as)
-        self.rows = parameters["rows"]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Without it accelerate leaves the module alone: its hook would bring rows that were saved before.
-        if name != HOOK:
-            super().__setattr__(name, value)
+        super().__setstate__({key: value for key, value in state.items() if key != "_read_as"})
+        self._adopt(self.rows, state["_read_as"])
 
     # ------------------------------------------------------------------ whose place is it
 
-    def _placed(self, value: Any) -> Any:
-        """What stands for the rows when somebody puts `value` in their place."""
+    def _placed(self, name: str, value: Any) -> Any:
+        value = super()._placed(name, value)
         rows = self._parameters.get("rows")
         if rows is None or value is rows or self._moving:
             return value
-        if isinstance(value, Tensor) and value.is_meta and not rows.is_meta:
-            return rows  # accelerate empties what it offloads
         # One of several processes may have got its part of them.
         self._foreign = not self._fits(value) or (dist.is_available() and dist.is_initialized())
         if not self._foreign:
@@ -117,16 +93,12 @@ class KeptRows(nn.Module):
 
     def _apply_to_rows(self, fn: Any, recurse: bool) -> None:
         """As `nn.Module._apply`: the rows get the dtype and the device that `fn` gives them."""
-        self._moving = True
-        try:
-            self._watch.forget_plain()
-            with without_torch_function():
-                super()._apply(fn, recurse)
-            self._dtype = self.rows.dtype
-            self._adopt(self.rows, self._watch.read_as)
-            self._watch.note()
-        finally:
-            self._moving = False
+        self._watch.forget_plain()
+        with without_torch_function():
+            super()._apply(fn, recurse)
+        self._dtype = self.rows.dtype
+        self._adopt(self.rows, self._watch.read_as)
+        self._watch.note()
 
     def check_whole(self) -> None:
         """Raises: RuntimeError: an engine that shards parameters has put another one in the place of the rows."""

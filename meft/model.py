@@ -31,6 +31,7 @@ from .engine import Engine
 from .ffn_modules import FFN_OF, check_ffn, ffn_targets, ffn_width
 from .host_memory import require_memory_for
 from .layer import NOT_MERGEABLE, MEFTLayer
+from .offload_hooks import find_wrapped_weights
 from .report import TransferReport, transfer_report
 from .row_steps import RowSteps, several_ranks
 
@@ -367,5 +368,6 @@ class MEFTModel(BaseTuner, RunListener):
         tuner = getattr(model, "base_model", None)
         if isinstance(tuner, MEFTModel) and (folder := last_loaded_folder()) is not None:
             tuner.loaded_from[adapter_name] = folder
+        find_wrapped_weights(model)
         rest = {key: value for key, value in state_dict.items() if key != storage.DIGEST}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
