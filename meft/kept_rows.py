@@ -39,6 +39,7 @@ class KeptRows(KeptParameters):
         parameter = nn.Parameter(rows)
         self._adopt(parameter, read_as)
         self.rows = parameter
+        self._adopt(self.rows, read_as)  # under accelerate's `init_empty_weights` another one
 
     def __getstate__(self) -> dict[str, Any]:
         state = {key: value for key, value in super().__getstate__().items() if key != "_watch"}

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 HOOK = "_hf_hook"  # the attribute under which accelerate keeps its hook
+_REGISTER = nn.Module.register_parameter
 
 
 class _Slots(dict[str, Any]):
@@ -56,7 +57,9 @@ class KeptParameters(nn.Module):
         """What stands for a parameter when somebody puts `value` in its place."""
         here = self._parameters.get(name)
         emptied = here is not None and isinstance(value, Tensor) and value.is_meta and not here.is_meta
-        return here if emptied and not self._moving else value
+        # accelerate's `init_empty_weights` puts a function of its own there, and means it.
+        meant = self._moving or nn.Module.register_parameter is not _REGISTER
+        return here if emptied and not meant else value
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._moving = True  # to("meta") is meant

@@ -92,11 +92,12 @@ class WatchedRows(torch.Tensor):
     watch: Watch
 
     @staticmethod
-    def __new__(cls, data: Tensor, requires_grad: bool = False) -> Any:
+    def __new__(cls, data: Tensor, requires_grad: bool = False, **attributes: Any) -> Any:
         """A plain parameter: accelerate makes one in the place of another by calling its class."""
         return nn.Parameter(unwatched(data), requires_grad)
 
     @classmethod
+    @torch.compiler.disable  # compiled, it would call itself
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == SET_DATA:
             return assign(args[0], args[1])
@@ -105,7 +106,7 @@ class WatchedRows(torch.Tensor):
             if isinstance(result, _HARMLESS) or func == GET_GRAD:
                 return result
             for source in _watched(args, kwargs):
-                _hand_out(source, result, func, sys._getframe(1).f_globals.get("__name__"))
+                _hand_out(source, result, func)
         return result
 
     def as_subclass(self, cls: Any) -> Any:
@@ -145,7 +146,15 @@ def _watched(args: Any, kwargs: Any) -> list[WatchedRows]:
     return found
 
 
-def _hand_out(source: WatchedRows, result: Any, func: Any, caller: str | None) -> None:
+def _caller() -> str:
+    """The module that has called a function of torch with watched rows."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith((__name__, "torch._dynamo.")):
+        frame = frame.f_back
+    return str(frame.f_globals["__name__"])
+
+
+def _hand_out(source: WatchedRows, result: Any, func: Any) -> None:
     """Watch a result that is an alias of `source`, or note what cannot be watched."""
     if isinstance(result, Tensor):
         if type(result) is not Tensor or storage_address(result) != storage_address(source):
@@ -158,8 +167,8 @@ def _hand_out(source: WatchedRows, result: Any, func: Any, caller: str | None) -
     elif isinstance(result, list | tuple):
         for each in result:
             if isinstance(each, Tensor):
-                _hand_out(source, each, func, caller)
-    elif caller not in _READERS:
+                _hand_out(source, each, func)
+    elif _caller() not in _READERS:
         source.watch.note()
 
 
