@@ -19,6 +19,7 @@ from torch.profiler import record_function
 from adapter_kernels import row_union
 
 from .config import MEFTConfig
+from .kept_rows import State
 from .lanes import Lanes, Mark
 from .selection import best_neurons
 from .store import RowTable
@@ -114,7 +115,7 @@ class KeyBuffers:
         self.lanes, self._layers = lanes, layers
         with layers[0].keys.reading() as wire:
             self._buffers = [torch.empty_like(wire, device=lanes.device) for _ in range(2)]
-        self._holds: list[tuple[int, tuple[int, int]] | None] = [None, None]
+        self._holds: list[tuple[int, State] | None] = [None, None]
         self._free = [lanes.here()] * 2
         self._arrival = list(self._free)
 

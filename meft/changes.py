@@ -8,7 +8,6 @@ from torch import Tensor
 from .kept_rows import State
 
 
-
 class Changes:
     """The rows that a copy lacks; at first all.
 

@@ -83,7 +83,7 @@ def find_wrapped_weights(model: nn.Module) -> None:
     PEFT looks for wrapped layers that have a weight of their own, not for modules inside of them.
     """
     if isinstance(model, PeftModel) and _has_disk_parts(model):
-        model._update_offload = lambda index, _: _rename(model, index)  # type: ignore[method-assign]
+        model._update_offload = lambda index, _: _rename(model, index)  # type: ignore[method-assign, assignment]
 
 
 def _rename(model: PeftModel, index: dict[str, dict[str, str]] | None) -> None:

@@ -1,4 +1,4 @@
-"""Names of torch that its documentation leaves out, each once; `tests/meft/test_tensor_private.py` says what they do."""
+"""Names of torch that its documentation leaves out; `tests/meft/test_tensor_private.py` says what they do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 without_torch_function = torch._C.DisableTorchFunctionSubclass
 GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
-GET_GRAD = torch.Tensor.grad.__get__  # type: ignore[attr-defined]
+GET_GRAD = torch.Tensor.grad.__get__  # type: ignore[union-attr]
 
 
 def become(tensor: Tensor, kind: type[Tensor], is_parameter: bool) -> None:

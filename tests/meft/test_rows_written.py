@@ -381,8 +381,6 @@ def test_files_hold_plain_tensors(tiny, tmp_path):
     assert torch.equal(loaded["row"], p[1])
 
 
-
-
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_sees_its_own_writes(tiny, how):
     model = make(tiny, torch.bfloat16)
