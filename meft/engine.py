@@ -97,7 +97,7 @@ class Engine:
 
     def serves(self, device: torch.device) -> bool:
         """Whether inputs on a device take this way."""
-        home = self.layers[0].keys.rows.device
+        home = self.layers[0].keys.masters.device
         named = self.config.retrieval in ("stream", "device-keys", "device-rows")
         return self._given is not None or device.type == "cuda" or device != home or named
 

@@ -104,8 +104,9 @@ class KeptRows(KeptParameters):
     def check_whole(self) -> None:
         """Raises: RuntimeError: an engine that shards parameters has put another one in the place of the rows."""
         rows = self._known_rows()
-        if not isinstance(rows, WatchedRows) or rows.watch is not self._watch or rows.shape != self._shape:
-            raise RuntimeError(SHARDED)
+        with without_torch_function():
+            if not isinstance(rows, WatchedRows) or rows.watch is not self._watch or rows.shape != self._shape:
+                raise RuntimeError(SHARDED)
 
     # ------------------------------------------------------------------ what was written
 
@@ -129,8 +130,12 @@ class KeptRows(KeptParameters):
     def look(self) -> None:
         """A forward pass comes: while others share the rows' memory, all may have changed."""
         self.check_whole()
-        if not self.rows.is_meta:
-            self._watch.look(self.rows)
+        self._watch.look(self.rows)  # type: ignore[arg-type]
+
+    @property
+    def _version(self) -> int:
+        with without_torch_function():
+            return int(self.rows._version)
 
     def _state(self) -> State:
         rows = self._known_rows()

@@ -226,8 +226,6 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
 
     def _begin_one(self, x: Tensor, shape: torch.Size, adapter_name: str) -> Callable[[], Tensor]:
         """Begin with an adapter's output; what is returned ends it: [T, d]."""
-        for table in self.tables(adapter_name):
-            table.check_whole()
         now, stash = context.current(), None
         key = (id(self), adapter_name)
         if now is None and context.recomputing():
@@ -235,11 +233,10 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             if found is not None:
                 now, stash = found
                 check_versions(stash.versions, self.places[adapter_name].rows.versions)
-        if stash is None:
-            for table in self.tables(adapter_name):
-                table.look()
-                if not table.on_host and table.rows.device != x.device:  # as the router
-                    table.to(x.device)
+        for table in self.tables(adapter_name) if stash is None else ():
+            table.look()
+            if not table.on_host and table.masters.device != x.device:  # as the router
+                table.to(x.device)
         real = stash.real if stash is not None else _real_tokens(now, shape, x.device)
         kept = x if real is None else x.index_select(0, real)
         wide = kept.to(torch.promote_types(x.dtype, torch.float32))

@@ -138,7 +138,7 @@ class RowTable(KeptRows):
     def version(self) -> int:
         """Changes with every change of the masters that a backward pass must not meet."""
         self.settle()
-        return self.rows._version
+        return self._version
 
     def read_until(self, lane: Lane, mark: Mark) -> None:
         """What was read under `reading` may be read on by a lane until its mark, the last one so far, is reached."""
@@ -214,12 +214,12 @@ class RowTable(KeptRows):
         """
         self.settle()
         with self.lock, torch.no_grad():
-            if self.rows.is_meta:
+            if self.masters.is_meta:
                 raise RuntimeError("MEFT rows have no values yet (meta device): load the adapter first.")
             self._wait_for_readers()
             self._current()
             before = self.state
-            separate = self._wire if self.wire_dtype != self.rows.dtype else None
+            separate = self._wire if self.wire_dtype != self._dtype else None
             write(separate)
             torch.autograd.graph.increment_version(self.rows)
             if separate is not None:

@@ -57,16 +57,9 @@ class Watch:
     def plain(self, rows: Tensor) -> Tensor:
         """The parameter's values as one tensor without a watch, for our own reading and writing."""
         with without_torch_function():
-            made = self._plain
-            same = made is not None and (made.data_ptr(), made.dtype, made.shape) == (
-                rows.data_ptr(),
-                rows.dtype,
-                rows.shape,
-            )
-            if not same or made.device != rows.device:  # type: ignore[union-attr]
+            if self._plain is None or self._plain.data_ptr() != rows.data_ptr():  # `set_` and swaps are not told
                 self._plain = unwatched(rows)
-        assert self._plain is not None
-        return self._plain
+            return self._plain
 
     def forget_plain(self) -> None:
         """The parameter gets other memory: this one goes."""
@@ -75,6 +68,8 @@ class Watch:
     def look(self, rows: Tensor) -> None:
         """A pass comes: what somebody else holds, or held until now, may have been written through."""
         with without_torch_function():
+            if rows.is_meta:
+                return
             own = 0 if self._plain is None else 1
             shared = other_users(rows) > own or (rows.is_cpu and rows.is_shared())
         if shared or self._shared:
