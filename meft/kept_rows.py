@@ -132,8 +132,7 @@ class KeptRows(KeptParameters):
         self.check_whole()
         self._watch.look(self.rows)  # type: ignore[arg-type]
 
-    @property
-    def _version(self) -> int:
+    def _writes(self) -> int:
         with without_torch_function():
             return int(self.rows._version)
 

@@ -138,7 +138,7 @@ class RowTable(KeptRows):
     def version(self) -> int:
         """Changes with every change of the masters that a backward pass must not meet."""
         self.settle()
-        return self._version
+        return self._writes()
 
     def read_until(self, lane: Lane, mark: Mark) -> None:
         """What was read under `reading` may be read on by a lane until its mark, the last one so far, is reached."""
