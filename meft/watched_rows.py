@@ -200,7 +200,8 @@ def assign(target: WatchedRows, values: Tensor) -> None:
     if values.shape != target.shape or not values.is_floating_point():
         raise ValueError(
             f"MEFT rows have shape {list(target.shape)} and floating-point values: `.data` cannot become "
-            f"{list(values.shape)} {values.dtype}; engines that shard or flatten parameters are not supported."
+            f"{list(values.shape)} {values.dtype}. Engines that shard or flatten parameters (FSDP, DeepSpeed) are not "
+            "supported yet: train with one process or with DistributedDataParallel."
         )
     if values.is_meta and not target.is_meta:
         raise ValueError("MEFT rows cannot be emptied by assigning a meta tensor to `.data`: delete the adapter.")
