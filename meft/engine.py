@@ -97,7 +97,7 @@ class Engine:
 
     def serves(self, device: torch.device) -> bool:
         """Whether inputs on a device take this way."""
-        home = self.layers[0].keys.rows.device
+        home = self.layers[0].keys.masters.device
         named = self.config.retrieval in ("stream", "device-keys", "device-rows")
         return self._given is not None or device.type == "cuda" or device != home or named
 
@@ -130,7 +130,8 @@ class Engine:
 
     def _ready(self, layer: LayerRows, x: Tensor) -> Strategy:
         """The strategy for inputs like x; what was made for another device or dtype is made anew."""
-        now = (x.device, layer.keys.wire_dtype)
+        # Of one layer, so that layers of several dtypes do not make it anew in turn.
+        now = (x.device, self.layers[0].keys.wire_dtype)
         if self._strategy is None or self._for != now:
             moved = self._for is not None and self._for[0] != x.device
             if moved and layer.number and self.config.on_host:

@@ -17,6 +17,7 @@ from .balance import attach_balance_loss
 from .carry import Fetched, LayerRows, Picks
 from .config import MEFTConfig
 from .engine import Engine
+from .offload_hooks import KeptParameterDict
 from .retrieval import retrieved
 from .selection import Selection
 from .sparse_ffn import SparseFFN, check_versions
@@ -85,7 +86,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         self.in_features = self.out_features = width
         self.meft_keys = nn.ModuleDict()
         self.meft_values = nn.ModuleDict()
-        self.meft_router = nn.ParameterDict()
+        self.meft_router = KeptParameterDict()
         self.configs: dict[str, MEFTConfig] = {}
         self.traffic: dict[str, Traffic] = {}
         self.places: dict[str, Place] = {}
@@ -225,8 +226,6 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
 
     def _begin_one(self, x: Tensor, shape: torch.Size, adapter_name: str) -> Callable[[], Tensor]:
         """Begin with an adapter's output; what is returned ends it: [T, d]."""
-        for table in self.tables(adapter_name):
-            table.check_whole()
         now, stash = context.current(), None
         key = (id(self), adapter_name)
         if now is None and context.recomputing():
@@ -234,10 +233,14 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             if found is not None:
                 now, stash = found
                 check_versions(stash.versions, self.places[adapter_name].rows.versions)
+        for table in self.tables(adapter_name) if stash is None else ():
+            table.look()
+            if not table.on_host and table.masters.device != x.device:  # as the router
+                table.to(x.device)
         real = stash.real if stash is not None else _real_tokens(now, shape, x.device)
         kept = x if real is None else x.index_select(0, real)
         wide = kept.to(torch.promote_types(x.dtype, torch.float32))
-        router = self.meft_router[adapter_name].to(wide.dtype)
+        router = self.meft_router[adapter_name].to(wide)  # under offloading it may be elsewhere
         by_engine = self.places[adapter_name].engine.serves(x.device)
         begin = self._with_engine if by_engine else self._in_place
         stashed = [] if stash is None else [stash]

@@ -87,7 +87,7 @@ def update_table(
         if finite_only and not bool(values.isfinite().all()):
             return
         wide = values.to(torch.promote_types(table.rows.dtype, torch.float32)).contiguous()
-        master = table.rows.detach()
+        master = table.masters
         moments = entry.exclusive(master.device)
         with record_function("meft: update rows"):
             table.writing(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .config import MEFTConfig
 from .store import row_blocks
+from .watched_rows import unwatched
 
 DIGEST = "base_model.meft_digest"
 _PARTS = (".meft_keys.rows", ".meft_values.rows", ".meft_router")
@@ -35,7 +36,7 @@ def digest(tensors: Mapping[str, Tensor], config: MEFTConfig) -> Tensor:
     tied = [config.r, config.experts, config.probed, config.top_k, "per_token", config.router_factor]
     sha = hashlib.sha256(json.dumps([*tied, config.master_dtype]).encode())
     for key in sorted(k for k in tensors if owns(k) and k != DIGEST):
-        tensor = tensors[key].detach()
+        tensor = unwatched(tensors[key])
         sha.update(f"{key}|{tensor.dtype}|{list(tensor.shape)}|".encode())
         for block in row_blocks(tensor):
             sha.update(tensor[block].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
