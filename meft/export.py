@@ -165,11 +165,15 @@ def load_resident(model: nn.Module, folder: str | Path, device: torch.device | s
         for name in names - {f"routing.{field}" for field in _ROUTING} - {_SAVED + other for other in others}:
             ffn, _, part = name.rpartition(".")
             layers.setdefault(ffn, {})[part] = file.get_tensor(name)
+    if fields["union"]:
+        raise ValueError(
+            f"'{folder}' was exported from an adapter with routing='union', an option of aslora-meft 0.1 that this "
+            "version does not have: use it with aslora-meft 0.1."
+        )
     routing = {
         "experts_per_token": fields["experts_per_token"],
         "top_k": fields["top_k"],
         "router_factor": bool(fields["router_factor"]),
-        "routing": "union" if fields["union"] else "per_token",
     }
     modules = dict(model.named_modules())
     owners = {name.rpartition(".")[0] for name in others}

@@ -37,10 +37,9 @@ def late(monkeypatch):
         some_delay(lanes[0])
         drain(self, *args)
 
-    def late_update(self, table, wire, rows, gradients, rule, step):
+    def late_update(self, table, wire, rows, gradients, rule, seed, step):
         """One step down the sign of the gradient: integers stay integers, as with AdamW's they would not."""
         some_delay(lanes[0])
-        self.step += 1
         self.counts[rows] += 1
         for x in (table, wire):
             x[rows] -= gradients.sign().to(x.dtype)
