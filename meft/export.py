@@ -46,11 +46,14 @@ def _load(adapter_dir: str | Path) -> _Saved:
     except SafetensorError as error:
         raise ValueError(f"'{path}' is damaged ({error}): restore it from a good save.") from error
     own = {key: value for key, value in tensors.items() if storage.owns(key)}
-    storage.check(own, {key: value.shape for key, value in own.items() if key != storage.DIGEST}, config)
+    named = storage.with_names_of_today(own)
+    storage.check(own, {key: value.shape for key, value in named.items() if key != storage.DIGEST}, config)
     layers: dict[str, dict[str, Tensor]] = {}
-    for key, value in own.items():
+    for key, value in named.items():
         if key != storage.DIGEST:
-            path_of_ffn, _, part = key.removeprefix(_PREFIX).removesuffix(".rows").rpartition(".meft_")
+            path_of_ffn, _, part = (
+                key.removeprefix(_PREFIX).removesuffix(".rows").removesuffix(".weight").rpartition(".meft_")
+            )
             layers.setdefault(path_of_ffn, {})[part] = value
     others = {f"{_SAVED}{key.removeprefix(_PREFIX)}": tensors[key] for key in tensors.keys() - own.keys()}
     return _Saved(config, layers, others)

@@ -145,7 +145,7 @@ class Tiny:
         flat = x.reshape(-1, x.shape[-1])
         y = reference(
             flat,
-            layer.meft_router[adapter].detach().to(flat.dtype),
+            layer.router(adapter).detach().to(flat.dtype),
             keys.rows.detach().to(flat.dtype),
             values.rows.detach().to(flat.dtype),
             experts_per_token=config.probed,

@@ -101,7 +101,7 @@ def by_the_oracle(base, adapted, batches, masks=None):
     routers, tables, left = [], [], iter(masks or ())
     for number, (path, layer) in enumerate(adapted.base_model.adapted_ffns().items()):
         config = layer.configs["default"]
-        start = (layer.meft_router["default"], *(table.rows for table in layer.tables("default")))
+        start = (layer.router("default"), *(table.rows for table in layer.tables("default")))
         own = [nn.Parameter(p.detach().clone()) for p in start]
         routers.append(own[0])
         tables += own[1:]

@@ -98,7 +98,7 @@ def error_of_row_gradients(tiny, **fields):
     layer(x.requires_grad_()).backward(g)
     config, traffic = layer.configs["default"], layer.traffic["default"]
     rows = [table.rows.detach().bfloat16().double().requires_grad_() for table in layer.tables("default")]
-    router = layer.meft_router["default"].detach().double()
+    router = layer.router("default").detach().double()
     picks = {"experts_per_token": config.probed, "top_k": config.top_k}
     reference(x.detach().double(), router, *rows, **picks).backward(g.double())
     found = [table.rows.grad for table in layer.tables("default")]

@@ -90,7 +90,7 @@ def nothing_but_padding(tiny, model):
 def a_part_of_the_graph(tiny, model):
     """The rows of lower layers are brought ahead and never used."""
     loss = tiny.loss(model)
-    torch.autograd.grad(loss, tiny.layers(model)[2].meft_router["default"])
+    torch.autograd.grad(loss, tiny.layers(model)[2].router("default"))
     ordinary(tiny, model)
 
 

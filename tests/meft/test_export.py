@@ -47,7 +47,7 @@ def test_the_layout_is_the_documented_one(tiny, saved, tmp_path):
         path = f"model.layers.{i}.mlp"
         assert torch.equal(tensors.pop(f"{path}.keys"), keys.rows)
         assert torch.equal(tensors.pop(f"{path}.values"), values.rows)
-        assert torch.equal(tensors.pop(f"{path}.router"), layer.meft_router["default"])
+        assert torch.equal(tensors.pop(f"{path}.router"), layer.router("default"))
     assert all(name.startswith("routing.") for name in tensors)
 
 

@@ -712,7 +712,7 @@ def test_autocast_leaves_the_picks_in_full_precision(tiny, picks):
     keys, _ = layer.tables("default")
     chosen = chosen_neurons(
         x.float().reshape(-1, x.shape[-1]),
-        layer.meft_router["default"],
+        layer.router("default"),
         keys.rows,
         experts_per_token=3,
         top_k=5,

@@ -256,7 +256,7 @@ def test_a_token_costs_e_plus_p_k_dot_products(T, P, monkeypatch):
     layer = layer_of(experts_per_token=P)
     x = torch.randn(T, d, dtype=torch.float64)
     with FlopCounterMode(display=False) as counter:
-        logits = x @ layer.meft_router["default"].detach().T
+        logits = x @ layer.router("default").detach().T
         select_neurons(x, logits, layer.meft_keys["default"].rows.detach(), experts_per_token=P, top_k=5, factor=True)
     assert counter.get_total_flops() == 2 * d * T * (E + P * each)
 

@@ -222,8 +222,8 @@ def test_each_missing_tensor_is_an_error(tiny, loaded, damaged, good, missing):
 
 
 def test_a_tensor_too_many(tiny, loaded, damaged):
-    rewrite(damaged, lambda t: t.update({"base_model.model.model.layers.7.mlp.meft_router": torch.zeros(8, 32)}))
-    refuses(tiny, loaded, damaged, r"layers\.7\.mlp\.meft_router is in the file but not in this model")
+    rewrite(damaged, lambda t: t.update({"base_model.model.model.layers.7.mlp.meft_router.weight": torch.zeros(8, 32)}))
+    refuses(tiny, loaded, damaged, r"layers\.7\.mlp\.meft_router.weight is in the file but not in this model")
 
 
 @pytest.mark.parametrize(("layers", "fields"), [(3, {}), (2, {"hidden": 64})])
@@ -239,7 +239,7 @@ def test_a_state_dict_by_hand_is_checked_too(tiny, good):
     model = make(tiny, seed=4)
     tensors = load_file(good / WEIGHTS)
     set_peft_model_state_dict(model, dict(tensors))
-    tensors["base_model.model.model.layers.0.mlp.meft_router"][0, 0] += 1
+    tensors["base_model.model.model.layers.0.mlp.meft_router.weight"][0, 0] += 1
     before = tiny.state(model)
     with pytest.raises(ValueError, match="digest"):
         set_peft_model_state_dict(model, tensors)
