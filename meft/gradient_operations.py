@@ -155,7 +155,8 @@ def _detach(func: Any, a: StoredRows) -> StoredRows:
 def _seen_whole(func: Any, a: StoredRows, *args: Any) -> StoredRows:
     """A view of all of it."""
     if func is aten.slice.Tensor:
-        dim, start, end, step = [*args, *[0, None, None, 1][len(args) :]]
+        given: list[Any] = [*args, *[0, None, None, 1][len(args) :]]
+        dim, start, end, step = given
         same = start in (None, 0) and (end is None or end >= a.shape[dim]) and step == 1
     else:
         size = list(args[0]) if args else list(a.shape)

@@ -19,6 +19,7 @@ from .config import MEFTConfig
 from .engine import Engine
 from .retrieval import retrieved
 from .router import Router, Routers
+from .second_order import check_not_transformed
 from .selection import Selection
 from .sparse_ffn import SparseFFN, check_versions
 from .store import RowTable
@@ -218,6 +219,8 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
                 f"The FFN's input has {x.shape[-1]} features, MEFT was made for {self.in_features}: target_modules "
                 "must name modules that map hidden states to hidden states."
             )
+        for name in active:
+            check_not_transformed(x, self.router(name), *(table.rows for table in self.tables(name)))
         # Scores decide: they are computed in full precision whatever autocast says.
         with torch.autocast(x.device.type, enabled=False):
             return [self._begin_one(x.reshape(-1, x.shape[-1]), x.shape, name) for name in active]
