@@ -24,6 +24,7 @@ from .gradient_ring import GradientRing
 from .lanes import Lanes, lanes_of
 from .refetch import refetched_in_backward
 from .row_gradient import RowGradient
+from .second_order import AsRowGradient
 from .sparse_ffn import check_versions
 from .store import RowTable
 from .strategies import STRATEGIES, Strategy, capturing
@@ -263,6 +264,11 @@ class Engine:
             return self._strategy.fetch(self.layers[layer.number - 1], picks, again=True)
 
     # ------------------------------------------------------------------ backward
+
+    def keep_graph(self, begun: Begun, which: int, gradient: Tensor) -> RowGradient:
+        """As `send_back`, with a graph, and at once."""
+        table = (begun.layer.keys, begun.layer.values)[which].rows
+        return AsRowGradient.apply(gradient, begun.picks.host_rows, table)
 
     def send_back(self, begun: Begun, which: int, gradient: Tensor) -> RowGradient:
         """A gradient of the rows of keys (0) or values (1), [u, d], leaves for its table."""

@@ -379,5 +379,5 @@ class MEFTModel(BaseTuner, RunListener):
         if isinstance(tuner, MEFTModel) and (folder := last_loaded_folder()) is not None:
             tuner.loaded_from[adapter_name] = folder
         find_wrapped_weights(model)
-        rest = {key: value for key, value in state_dict.items() if key != storage.DIGEST}
+        rest = storage.with_names_of_today({k: value for k, value in state_dict.items() if k != storage.DIGEST})
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)

@@ -69,10 +69,6 @@ class KeptParameters(nn.Module):
             self._moving = False
 
 
-class KeptParameterDict(KeptParameters, nn.ParameterDict):
-    """A `ParameterDict` that accelerate does not empty."""
-
-
 def _has_disk_parts(model: nn.Module) -> bool:
     return "disk" in (getattr(model, "hf_device_map", None) or {}).values()
 

@@ -137,7 +137,7 @@ class RowSteps:
     def __init__(self) -> None:
         self.tables: dict[str, list[RowTable]] = {}
         self.configs: dict[str, MEFTConfig] = {}
-        self.routers: dict[str, list[nn.ParameterDict]] = {}
+        self.routers: dict[str, list[nn.ModuleDict]] = {}
         self.nonfinite_steps = 0
         self._taken: list[tuple[RowTable, RowMoments, RowGradient, StepRule]] = []
         self._overflow: weakref.ref[Tensor] | None = None
@@ -166,7 +166,10 @@ class RowSteps:
     def watched_parameters(self) -> Iterable[nn.Parameter]:
         """All tables, and the routers, so that a step is taken or skipped as a whole."""
         tables = [table.rows for tables in self.tables.values() for table in tables]
-        return [*tables, *(owner[name] for name, owners in self.routers.items() for owner in owners)]
+        return [
+            *tables,
+            *(p for name, owners in self.routers.items() for owner in owners for p in owner[name].parameters()),
+        ]
 
     def before_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         """Refuse an optimizer whose rule is unknown, before anything moves."""
