@@ -32,7 +32,7 @@ from .ffn_modules import FFN_OF, check_ffn, ffn_targets, ffn_width
 from .host_memory import require_memory_for
 from .layer import NOT_MERGEABLE, MEFTLayer
 from .report import TransferReport, transfer_report
-from .row_steps import RowSteps, several_ranks
+from .row_steps import RowSteps
 
 logger = logging.getLogger(__name__)
 
@@ -282,7 +282,9 @@ class MEFTModel(BaseTuner, RunListener):
         """Raises: ValueError: the run clips or scales gradients, and an adapter's are used up before that."""
         wrong = {name: getattr(arguments, name, None) for name in ("max_grad_norm", "fp16")}
         found = [f"{name}={value}" for name, value in wrong.items() if value]
-        if found and any(self._updates_in_backward(name) for name in self.active_adapters if name in self.configs):
+        # A Trainer of several ranks averages gradients when the backward pass is over, so rows are updated after that.
+        alone = getattr(arguments, "world_size", 1) == 1
+        if found and alone and any(self._updates_in_backward(name) for name in self.active_adapters if name in self.configs):
             raise ValueError(
                 f"{' and '.join(found)} would change gradients when the backward pass is over, and row_optimizer has "
                 "in_backward=True: set max_grad_norm=0 and bf16 in place of fp16, or in_backward=False."
@@ -292,7 +294,7 @@ class MEFTModel(BaseTuner, RunListener):
         layer = next(layer for layer in self.adapted_ffns().values() if adapter_name in layer.configs)
         beside = self.engines[adapter_name].updates_beside(layer.device)
         free = any(t.claimed_by is None or t.claimed_by() is None for t in self.steps.tables[adapter_name])
-        return self.configs[adapter_name].updates_in_backward and beside and free and not several_ranks()
+        return self.configs[adapter_name].updates_in_backward and beside and free
 
     def on_run_begin(self, total_steps: int, done_steps: int = 0, steps_seen: bool = True) -> None:
         """A Trainer's run begins: resume the training state, if the weights came from a checkpoint."""
