@@ -3,14 +3,16 @@
 Importing this package makes PEFT know the method: `get_peft_model(model, MEFTConfig(...))`.
 """
 
-from peft_bridge import register_method, write_weights_at_once
+from peft_bridge import check_native_loads, register_method, write_weights_at_once
 
+from . import storage
 from .config import MEFTConfig
 from .export import export_dense, export_resident, load_resident
-from .model import MEFTModel
+from .model import MEFTModel, take_back
 from .optim import RowAdamW
 
 register_method(name="meft", config_cls=MEFTConfig, model_cls=MEFTModel, prefix="meft_")
 write_weights_at_once("meft_", load_on_host=True)
+check_native_loads("meft_", storage.checked, take_back)
 
 __all__ = ["MEFTConfig", "MEFTModel", "RowAdamW", "export_dense", "export_resident", "load_resident"]

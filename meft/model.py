@@ -102,19 +102,23 @@ class MEFTModel(BaseTuner, RunListener):
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except Exception:
-            for path, layer in self._wrapped:
-                layer.delete_adapter(adapter_name)
-                if not layer.configs:
-                    parent, _, name = path.rpartition(".")
-                    setattr(self.model.get_submodule(parent), name, layer.base_layer)
-            self._drop(adapter_name)
-            if not self.steps.configs:
-                self._unhook()
+            self.take_back(adapter_name)
             for parameter, flag in flags:
                 parameter.requires_grad = flag
             raise
         finally:
             del self._wrapped
+
+    def take_back(self, adapter_name: str) -> None:
+        """Remove an adapter with all that was wrapped for it."""
+        for path, layer in self.adapted_ffns().items():
+            layer.delete_adapter(adapter_name)
+            if not layer.configs:
+                parent, _, name = path.rpartition(".")
+                setattr(self.model.get_submodule(parent), name, layer.base_layer)
+        self._drop(adapter_name)
+        if not self.steps.configs:
+            self._unhook()
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         config: Any = peft_config
@@ -338,7 +342,10 @@ class MEFTModel(BaseTuner, RunListener):
         """Select an adapter's tensors and add their digest."""
         own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if own:
-            named = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in own.items()}
+            named = {
+                storage.file_key(cls._remove_adapter_name_from_key(key, adapter_name)): value
+                for key, value in own.items()
+            }
             own[storage.DIGEST] = storage.digest(named, config)
         return own
 
@@ -349,14 +356,22 @@ class MEFTModel(BaseTuner, RunListener):
         """Check a file's tensors and put the adapter's name into their keys."""
         prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
         shapes = {
-            cls._remove_adapter_name_from_key(key, adapter_name): value.shape
+            storage.file_key(cls._remove_adapter_name_from_key(key, adapter_name)): value.shape
             for key, value in model.state_dict().items()
             if _is_key_under_prefixes(key, prefixes)
         }
-        own = {key: value for key, value in state_dict.items() if storage.owns(key)}
+        own = {storage.file_key(key): value for key, value in state_dict.items() if storage.owns(key)}
         storage.check(own, shapes, config)
         tuner = getattr(model, "base_model", None)
         if isinstance(tuner, MEFTModel) and (folder := last_loaded_folder()) is not None:
             tuner.loaded_from[adapter_name] = folder
-        rest = {key: value for key, value in state_dict.items() if key != storage.DIGEST}
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
+        del own[storage.DIGEST]
+        others = {key: value for key, value in state_dict.items() if not storage.owns(key)}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, own | others)
+
+
+def take_back(model: nn.Module, adapter_name: str) -> None:
+    """Remove an adapter from a model whose FFNs were wrapped without a `PeftModel`, as if it had not been added."""
+    for tuner in context.watching(model):
+        if isinstance(tuner, MEFTModel) and adapter_name in tuner.steps.configs:
+            tuner.take_back(adapter_name)

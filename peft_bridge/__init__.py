@@ -1,6 +1,7 @@
 """What every PEFT method outside PEFT needs: registration, optimizer-step events, run events, atomic files."""
 
 from .files import folder_replaced_at_once, replace_file
+from .native import check_native_loads
 from .registration import register_method
 from .steps import StepListener, watch_steps
 from .trainer import RunListener, watch_runs
@@ -9,6 +10,7 @@ from .weights import last_loaded_folder, save_config_at_once, write_weights_at_o
 __all__ = [
     "RunListener",
     "StepListener",
+    "check_native_loads",
     "folder_replaced_at_once",
     "last_loaded_folder",
     "register_method",
