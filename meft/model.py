@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import (
-    BaseTuner,
     BaseTunerLayer,
     _get_tuner_state_dict_key_prefixes,
     _is_key_under_prefixes,
 )
 from torch import Tensor, nn
 
-from peft_bridge import RunListener, last_loaded_folder, watch_runs, watch_steps
+from peft_bridge import RunListener, TiesSavedModules, last_loaded_folder, watch_runs, watch_steps
 
 from . import context, state, storage
 from .auto import Surroundings, surroundings
@@ -37,7 +36,7 @@ from .row_steps import RowSteps
 logger = logging.getLogger(__name__)
 
 
-class MEFTModel(BaseTuner, RunListener):
+class MEFTModel(TiesSavedModules, RunListener):
     """MEFT in PEFT's frame; made by `get_peft_model(model, MEFTConfig(...))` and reached as `model.base_model`.
 
     Rows are updated by themselves: torch's global optimizer hooks show each step of the Adam or AdamW that was made
@@ -288,7 +287,11 @@ class MEFTModel(BaseTuner, RunListener):
         found = [f"{name}={value}" for name, value in wrong.items() if value]
         # A Trainer of several ranks averages gradients when the backward pass is over, so rows are updated after that.
         alone = getattr(arguments, "world_size", 1) == 1
-        if found and alone and any(self._updates_in_backward(name) for name in self.active_adapters if name in self.configs):
+        if (
+            found
+            and alone
+            and any(self._updates_in_backward(name) for name in self.active_adapters if name in self.configs)
+        ):
             raise ValueError(
                 f"{' and '.join(found)} would change gradients when the backward pass is over, and row_optimizer has "
                 "in_backward=True: set max_grad_norm=0 and bf16 in place of fp16, or in_backward=False."
