@@ -10,9 +10,18 @@ from .config import MEFTConfig
 from .export import export_dense, export_resident, load_resident
 from .model import MEFTModel, take_back
 from .optim import RowAdamW
+from .state import check_training_state
 
 register_method(name="meft", config_cls=MEFTConfig, model_cls=MEFTModel, prefix="meft_")
 write_weights_at_once("meft_", load_on_host=True)
 check_native_loads("meft_", storage.checked, take_back)
 
-__all__ = ["MEFTConfig", "MEFTModel", "RowAdamW", "export_dense", "export_resident", "load_resident"]
+__all__ = [
+    "MEFTConfig",
+    "MEFTModel",
+    "RowAdamW",
+    "check_training_state",
+    "export_dense",
+    "export_resident",
+    "load_resident",
+]

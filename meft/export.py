@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -33,12 +34,20 @@ class _Saved(NamedTuple):
     others: dict[str, Tensor]
 
 
-def _load(adapter_dir: str | Path) -> _Saved:
+def load_adapter(adapter_dir: str | Path) -> _Saved:
+    """Read and check a saved MEFT adapter.
+
+    Raises:
+        ValueError: one sentence: the folder holds none, or a file is damaged.
+    """
     folder = Path(adapter_dir)
     path = folder / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file() or not (folder / "adapter_config.json").is_file():
-        raise ValueError(f"'{adapter_dir}' holds no saved adapter ({path.name} and adapter_config.json).")
-    config = PeftConfig.from_pretrained(str(folder))
+    if not path.is_file() or not (folder / CONFIG_NAME).is_file():
+        raise ValueError(f"'{adapter_dir}' holds no saved adapter ({path.name} and {CONFIG_NAME}).")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (KeyError, TypeError, AttributeError, JSONDecodeError) as error:
+        raise ValueError(f"'{folder / CONFIG_NAME}' is damaged ({error!r}): restore it from a good save.") from error
     if not isinstance(config, MEFTConfig):
         raise ValueError(f"'{adapter_dir}' holds an adapter of type {config.peft_type}, not MEFT.")
     try:
@@ -68,7 +77,7 @@ def export_resident(adapter_dir: str | Path, out_dir: str | Path) -> None:
         ValueError: `adapter_dir` holds no MEFT adapter, its file is damaged, or `out_dir` is not empty. Nothing is
             written then.
     """
-    config, layers, others = _load(adapter_dir)
+    config, layers, others = load_adapter(adapter_dir)
     fields = (config.experts, config.probed, config.top_k, int(config.router_factor), int(config.routing == "union"))
     tensors = {f"routing.{name}": torch.tensor(value) for name, value in zip(_ROUTING, fields, strict=True)}
     tensors |= others
@@ -87,7 +96,7 @@ def export_dense(adapter_dir: str | Path, out_dir: str | Path) -> None:
     Raises:
         ValueError: the adapter is routed, so that no dense adapter equals it; or as in `export_resident`.
     """
-    config, layers, others = _load(adapter_dir)
+    config, layers, others = load_adapter(adapter_dir)
     if not config.is_dense:
         raise ValueError(
             "No dense adapter equals a routed one: only top_k=r, experts_per_token=num_experts and router_factor=False "

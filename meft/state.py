@@ -136,6 +136,16 @@ def load(model: MEFTModel, folder: str | os.PathLike) -> None:
             table.moments.move(table.rows.device)
 
 
+def check_training_state(folder: str | os.PathLike) -> None:
+    """Check that a folder holds a whole training state, as a checkpoint of a MEFT adapter does.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged.
+    """
+    _read_index(Path(folder))
+
+
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     if not path.is_file():
