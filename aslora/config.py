@@ -40,7 +40,8 @@ def _is_number(value: Any) -> bool:
 @known_keywords(_REMEDIES)
 @dataclass
 class ASLoRAConfig(PeftConfig):
-    """Configuration of ASLoRA, adaptive sharing low-rank adaptation across layers (Hu et al., arXiv 2412.10135).
+    """Configuration of ASLoRA, adaptive sharing low-rank adaptation across layers
+    (Hu et al., https://huggingface.co/papers/2412.10135).
 
     One matrix A (shape [r, in_features]) serves every layer of a projection; each layer starts with a B of its own
     (shape [out_features, r]). While training goes on, the two layers whose B have been most similar so far are given

@@ -40,7 +40,8 @@ def _is_int(value: Any) -> bool:
 @known_keywords(_REMEDIES)
 @dataclass
 class MEFTConfig(PeftConfig):
-    """Configuration of MEFT, memory-efficient fine-tuning through a sparse adapter (Hao et al., arXiv 2406.04984).
+    """Configuration of MEFT, memory-efficient fine-tuning through a sparse adapter
+    (Hao et al., https://huggingface.co/papers/2406.04984).
 
     Beside each transformer FFN stand r neurons, each a key and a value of the hidden size d; they are kept and updated
     in host memory. Per token, a router picks `experts_per_token` of `num_experts` groups of neurons, and the `top_k`
