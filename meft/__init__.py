@@ -3,7 +3,7 @@
 Importing this package makes PEFT know the method: `get_peft_model(model, MEFTConfig(...))`.
 """
 
-from peft_bridge import check_native_loads, register_method, write_weights_at_once
+from peft_bridge import check_native_loads, refuse_lora_optimizer, register_method, write_weights_at_once
 
 from . import storage
 from .config import MEFTConfig
@@ -15,6 +15,15 @@ from .state import check_training_state
 register_method(name="meft", config_cls=MEFTConfig, model_cls=MEFTModel, prefix="meft_")
 write_weights_at_once("meft_", load_on_host=True)
 check_native_loads("meft_", storage.checked, take_back)
+refuse_lora_optimizer(
+    "LoRA+",
+    "meft_",
+    "it raises the learning rate of LoRA's B alone, and MEFT has none; use AdamW, with a parameter group of its own "
+    "for the values ('.meft_values.' in their names) where these shall learn faster.",
+)
+refuse_lora_optimizer(
+    "LoRA-FA", "meft_", "MEFT's rows are updated by the rule of Adam or AdamW; use one of these, or meft.RowAdamW."
+)
 
 __all__ = [
     "MEFTConfig",

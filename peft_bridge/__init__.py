@@ -2,6 +2,7 @@
 
 from .config_fields import known_keywords
 from .files import folder_replaced_at_once, replace_file
+from .lora_optimizers import refuse_lora_optimizer
 from .native import check_native_loads
 from .registration import register_method
 from .steps import StepListener, watch_steps
@@ -17,6 +18,7 @@ __all__ = [
     "folder_replaced_at_once",
     "known_keywords",
     "last_loaded_folder",
+    "refuse_lora_optimizer",
     "register_method",
     "replace_file",
     "save_config_at_once",
