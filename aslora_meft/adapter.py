@@ -113,7 +113,6 @@ def _meft_config(adapter: AdapterArguments, neurons: NeuronArguments, modules: d
     from meft import MEFTConfig
 
     fields = dataclasses.asdict(neurons)
-    mode = fields.pop("row_mode")
     if adapter.r is not None:
         fields["r"] = adapter.r
     with as_usage_error(ValueError):
@@ -121,7 +120,6 @@ def _meft_config(adapter: AdapterArguments, neurons: NeuronArguments, modules: d
             **modules,
             **fields,
             target_modules=adapter.target_modules,
-            row_optimizer={"mode": mode} if mode != "lazy" else None,
         )
 
 

@@ -93,9 +93,6 @@ class NeuronArguments:
     )
     experts_per_token: int = field(default=8, metadata=_doc("Groups that the router probes for a token."))
     top_k: int = field(default=64, metadata=_doc("Most neurons that a token uses."))
-    routing: Literal["per_token", "union"] = field(
-        default="per_token", metadata=_doc("Whether a token uses its own neurons or those of all (not causal).")
-    )
     placement: Literal["auto", "host", "device"] = field(
         default="auto", metadata=_doc("Where keys and values live; auto: in host memory.")
     )
@@ -107,12 +104,6 @@ class NeuronArguments:
     )
     row_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata=_doc("Type in which rows are read. auto: 16 bits for a 16-bit base model.")
-    )
-    row_mode: Literal["lazy", "dense"] = field(
-        default="lazy",
-        metadata=_doc(
-            "lazy: a row's moments advance when it is touched; dense: as AdamW on the whole matrix (slower)."
-        ),
     )
 
 

@@ -134,7 +134,7 @@ def _check_folders(args: TrainerArguments, config: Any) -> tuple[Path | None, di
     saved = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
     wanted: dict[str, Any] = {"method": config.peft_type.lower()}
     there: dict[str, Any] = {"method": str(saved.get("peft_type")).lower()}
-    for name in ("r", "lora_alpha", "use_rslora", "share_a", "num_experts", "experts_per_token", "top_k", "routing"):
+    for name in ("r", "lora_alpha", "use_rslora", "share_a", "num_experts", "experts_per_token", "top_k"):
         if hasattr(config, name):
             wanted[name], there[name] = getattr(config, name), saved.get(name)
     if isinstance(config.target_modules, set):

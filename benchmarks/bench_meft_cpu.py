@@ -89,7 +89,7 @@ def sparse_step(layer: MEFTLayer) -> Step:
         differentiated = time.perf_counter()
         for table in tables:
             gradient, table.rows.grad = table.rows.grad, None
-            update_table(table, gradient, RULE, mode="lazy")  # type: ignore[arg-type]
+            update_table(table, gradient, RULE)  # type: ignore[arg-type]
         optimizer.step()
         end = time.perf_counter()
         x.grad = router.grad = None

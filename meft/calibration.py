@@ -98,7 +98,7 @@ class _Machine:
         self.half = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.table = torch.zeros(sizes.r, sizes.d)
         self.wire = torch.zeros(sizes.r, sizes.d, dtype=torch.bfloat16)
-        self.moments = Moments.fresh(self.table, dense=False, seed=0)
+        self.moments = Moments.fresh(self.table)
         self.rows = torch.randperm(sizes.r, generator=torch.Generator().manual_seed(0))[: sizes.updated].sort().values
         self.gradient = torch.full((sizes.updated, sizes.d), 1e-3)
 
@@ -119,7 +119,7 @@ class _Machine:
 
     def update(self, step: Callable[..., None] = update_rows) -> None:
         rule = StepRule(0.0, 0.9, 0.999, 1e-8, 0.0, True)
-        self.moments.update(self.table, self.wire, self.rows, self.gradient, rule, step)
+        self.moments.update(self.table, self.wire, self.rows, self.gradient, rule, 0, step)
 
     @contextmanager
     def updates_beside(self) -> Iterator[None]:

@@ -80,15 +80,12 @@ def picked_neurons(x: Tensor, logits: Tensor, keys: Tensor, config: MEFTConfig) 
     Args:
         x: [T, d]. logits: W_g x, [T, E]. keys: [r, d].
     """
-    return best_neurons(x, logits, keys, config.probed, config.top_k, config.has_factor, by_neuron=False)[0]
+    return best_neurons(x, logits, keys, config.probed, config.top_k, config.router_factor, by_neuron=False)[0]
 
 
 def union_of(ids: Tensor, config: MEFTConfig) -> tuple[Tensor, Tensor]:
-    """The union of some picks, int32 [u], and their places in it, [T, K], or [T, u] where all tokens use all of it."""
-    rows, position = row_union(ids, config.r)
-    if config.routing == "union":
-        position = torch.arange(len(rows), dtype=torch.int32, device=rows.device).repeat(len(ids), 1)
-    return rows, position
+    """The union of some picks, int32 [u], and their places in it, int32 [T, K]."""
+    return row_union(ids, config.r)
 
 
 def gather(lanes: Lanes, layer: LayerRows, tables: Sequence[RowTable], picks: Picks) -> tuple[list[Tensor], Mark]:
@@ -169,7 +166,7 @@ class DeviceCopy:
         """Queue the copy of what has changed.
 
         Args:
-            rows: the rows that will be read, None for all; in dense mode they catch up with missed steps first.
+            rows: the rows that will be read, None for all.
         """
         with self.table.reading(rows) as wire, self._or_all_again():
             changed = self.table.take_changes()

@@ -11,11 +11,11 @@ from peft.utils import PeftType
 
 from peft_bridge import known_keywords, save_config_at_once
 
+from .fields_of_0_1 import without_fields_of_0_1
 from .routing import default_num_experts, divisors_around
 from .row_options import check_row_optimizer, is_number
 
 _CHOICES = {
-    "routing": ("per_token", "union"),
     "placement": ("auto", "host", "device"),
     "retrieval": ("auto", "host", "stream", "device-keys", "device-rows", "resident"),
     "backward_rows": ("auto", "save", "refetch"),
@@ -37,7 +37,7 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-@known_keywords(_REMEDIES)
+@known_keywords(_REMEDIES, upgrade=without_fields_of_0_1)
 @dataclass
 class MEFTConfig(PeftConfig):
     """Configuration of MEFT, memory-efficient fine-tuning through a sparse adapter
@@ -69,14 +69,6 @@ class MEFTConfig(PeftConfig):
     top_k: int = field(
         default=64,
         metadata={"help": "Most neurons kept per token, K, from 1 to r (paper: 64); only positive scores are kept."},
-    )
-    routing: str = field(
-        default="per_token",
-        metadata={
-            "help": "'per_token': each token uses its own neurons (causal; what the paper's quality runs used). "
-            "'union': every token uses the neurons of all tokens of the micro-batch, without the router's factor "
-            "(Algorithm 1 as printed; not causal and the router is not trained; for comparison only)."
-        },
     )
     router_factor: bool = field(
         default=True,
@@ -189,13 +181,13 @@ class MEFTConfig(PeftConfig):
     row_optimizer: dict[str, Any] | None = field(
         default=None,
         metadata={
-            "help": "How rows are updated. None: lr, betas, eps and weight decay of the Adam or AdamW that holds them, "
-            "mode 'lazy'. A dict may set 'mode' ('lazy': a row's moments and bias correction advance only when it is "
-            "touched; 'dense': equal to torch's AdamW on the whole matrix), 'in_backward' (True: from the second step "
-            "on, rows of a model on a GPU are updated while the backward pass goes on, as their gradients reach the "
-            "host, with accumulation by accelerate or a Trainer in that of the last micro-batch; clipping, GradScaler, "
-            "other accumulation and two forward passes in a backward pass then raise an error, and a gradient that is "
-            "not finite stops the update of its own rows only), 'zero_copy' (True: a kernel on the GPU steps the rows "
+            "help": "How rows are updated. None: lr, betas, eps and weight decay of the Adam or AdamW that holds them; "
+            "a row's moments and bias correction advance only when it is touched. A dict may set 'in_backward' (True: "
+            "from the second step on, rows of a model on a GPU are updated while the backward pass goes on, as their "
+            "gradients reach the host, with accumulation by accelerate or a Trainer in that of the last micro-batch; "
+            "clipping, GradScaler, other accumulation and two forward passes in a backward pass then raise an error, "
+            "and a gradient that is not finite stops the update of its own rows only), 'zero_copy' (True: a kernel on "
+            "the GPU steps the rows "
             "over PCIe in place of the host's threads, for hosts with few cores: `aslora-meft doctor` measures both; "
             "masters and moments are page-locked for it, and neither retrieval='auto' nor `aslora-meft estimate` "
             "reckons with it), and 'lr', 'betas', 'eps', 'weight_decay' in place of the optimizer's; with 'lr', which "
@@ -298,14 +290,9 @@ class MEFTConfig(PeftConfig):
         return min(self.experts_per_token, self.experts)
 
     @property
-    def has_factor(self) -> bool:
-        """Whether scores carry the router's factor: not in `routing="union"`."""
-        return self.router_factor and self.routing == "per_token"
-
-    @property
     def is_dense(self) -> bool:
         """Whether the adapter equals a dense ReLU parallel adapter."""
-        return self.top_k == self.r and self.probed == self.experts and not self.has_factor
+        return self.top_k == self.r and self.probed == self.experts and not self.router_factor
 
     @property
     def on_host(self) -> bool:
@@ -321,8 +308,3 @@ class MEFTConfig(PeftConfig):
     def zero_copy(self) -> bool:
         """Whether the GPU steps rows in host memory."""
         return bool((self.row_optimizer or {}).get("zero_copy", False))
-
-    @property
-    def row_mode(self) -> str:
-        """'lazy' or 'dense'."""
-        return (self.row_optimizer or {}).get("mode", "lazy")

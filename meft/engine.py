@@ -186,11 +186,11 @@ class Engine:
             x: [T, d] in `compute_dtype`, without a graph. logits: W_g x, [T, E], without a graph.
             picks: picks to use instead of new ones (recomputation). kept: their rows, if they were kept.
         """
-        if capturing(x) and (self.config.on_host or torch.is_grad_enabled() or self.config.routing == "union"):
+        if capturing(x) and (self.config.on_host or torch.is_grad_enabled()):
             raise RuntimeError(
                 "MEFT cannot be captured into this CUDA graph: how many rows a pass uses is known only when it runs. "
-                "Do without CUDA graphs (torch.compile: mode='default'), or set placement='device' and routing="
-                "'per_token', and capture a pass under torch.no_grad()."
+                "Do without CUDA graphs (torch.compile: mode='default'), or set placement='device' and capture a pass "
+                "under torch.no_grad()."
             )
         if picks is None and not layer.number and self._planned_tokens is not None and len(x) > self._planned_tokens:
             self._forget()  # what fits beside fewer tokens (an evaluation, a short batch) may not fit beside these
@@ -231,12 +231,12 @@ class Engine:
         if fetched.arrival is not None:
             self.lanes.join(fetched.arrival)
         near = (fetched.keys.detach().to(x.dtype), fetched.values.detach().to(x.dtype))
-        idle = None if self.config.has_factor else logits  # its router gets a gradient of zero, as in place
+        idle = None if self.config.router_factor else logits  # its router gets a gradient of zero, as in place
         wide = self.config.gradient_dtype == "float32"
         dtype = torch.promote_types(x.dtype, torch.float32) if wide else x.dtype
         rows = BroughtRows.apply(layer.keys.rows, layer.values.rows, near[0], dtype, idle, self, begun, done)
         factors = None
-        if self.config.has_factor:
+        if self.config.router_factor:
             each = self.config.r // self.config.experts
             neuron = picks.rows[picks.position.clamp(min=0)] if len(picks.rows) else picks.position
             factors = logits.gather(1, torch.div(neuron.to(torch.int64), each, rounding_mode="floor").clamp(min=0))

@@ -84,7 +84,7 @@ def export_resident(adapter_dir: str | Path, out_dir: str | Path) -> None:
 
     `meft_resident.safetensors` has for each FFN, after its path in the base model, `.keys` and `.values` [r, d] and
     `.router` [E, d], in the dtype of the masters; and, as int64 scalars under `routing.`, num_experts,
-    experts_per_token, top_k, router_factor (0 or 1) and union (1 for `routing="union"`). Parameters of
+    experts_per_token, top_k, router_factor (0 or 1) and union (always 0). Parameters of
     `modules_to_save` stand under `modules_to_save.`. The file's metadata has the SHA-256 of all of them as `sha256`.
     `load_resident` reads it.
 
@@ -93,7 +93,7 @@ def export_resident(adapter_dir: str | Path, out_dir: str | Path) -> None:
             written then.
     """
     config, layers, others = load_adapter(adapter_dir)
-    fields = (config.experts, config.probed, config.top_k, int(config.router_factor), int(config.routing == "union"))
+    fields = (config.experts, config.probed, config.top_k, int(config.router_factor), 0)
     tensors = {f"routing.{name}": torch.tensor(value) for name, value in zip(_ROUTING, fields, strict=True)}
     tensors |= others
     tensors |= {f"{path}.{part}": tensor for path, parts in layers.items() for part, tensor in parts.items()}
@@ -196,7 +196,7 @@ def _read_resident(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tens
             raise ValueError(f"'{path}' is wrong for '{ffn}' ({problem}): {again}.")
     del routing["num_experts"]
     routing["router_factor"] = bool(routing["router_factor"])
-    routing["routing"] = "union" if routing.pop("union") else "per_token"
+    del routing["union"]
     return routing, layers, others
 
 
@@ -213,8 +213,8 @@ def _problem(parts: dict[str, Tensor], routing: dict[str, int]) -> str | None:
         return f"the shapes do not fit each other and num_experts={experts}: {shapes}"
     if not 1 <= routing["experts_per_token"] <= experts or not 1 <= routing["top_k"] <= r or r % experts:
         return ", ".join(f"{name}={routing[name]}" for name in _ROUTING[:3]) + f" are impossible with r={r}"
-    if not {routing["router_factor"], routing["union"]} <= {0, 1}:
-        return "router_factor and union must be 0 or 1"
+    if routing["router_factor"] not in (0, 1) or routing["union"]:
+        return f"router_factor={routing['router_factor']} must be 0 or 1, and union={routing['union']} must be 0"
     return None
 
 

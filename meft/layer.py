@@ -288,7 +288,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             call.done()
 
         with retrieved(wide.detach(), logits, layer, picks) as found:  # type: ignore[arg-type]
-            factors = logits if config.has_factor else None
+            factors = logits if config.router_factor else None
             y = SparseFFN.apply(wide, router, layer.keys.rows, layer.values.rows, found, factors, done)
         if config.balance_loss_weight and torch.is_grad_enabled():
             y = attach_balance_loss(y, F.linear(wide, router), config, call.now)

@@ -256,7 +256,7 @@ class MEFTModel(TiesSavedModules, RunListener):
     # ------------------------------------------------------------------ training state and runs
 
     def save_training_state(self, folder: str | os.PathLike) -> None:
-        """Write moments, counts and, in dense mode, the missed steps to `meft_state-*.safetensors`; see `meft.state`.
+        """Write moments and counts to `meft_state-*.safetensors`; see `meft.state`.
 
         The files appear together or not at all. Of a distributed run one process calls this.
         """

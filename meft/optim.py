@@ -1,9 +1,8 @@
 """Row-wise AdamW: by itself under a stock Adam or AdamW, or as `RowAdamW`.
 
-Two modes. `lazy`: on a row's n-th touch its moments decay once, bias correction uses that row's own n, decoupled decay
-is applied once; rows that are not touched do not change at all. `dense`: every row equals that of torch's AdamW over
-the whole matrix before it is read; the steps that it has missed are replayed one by one. (AdamW: arXiv 1711.05101;
-rows on the host: arXiv 2406.04984, section 3.3, which leaves both open.)
+On a row's n-th touch its moments decay once, bias correction uses that row's own n, decoupled decay is applied once;
+rows that are not touched do not change at all. (AdamW: arXiv 1711.05101; rows on the host: arXiv 2406.04984, section
+3.3, which leaves the rule open.)
 """
 
 from __future__ import annotations
@@ -35,7 +34,6 @@ class RowAdamW(Optimizer):
     Args:
         params: parameters or groups; a table may be in one optimizer only.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW` (decoupled weight decay), but weight_decay is 0.
-        mode: "lazy" or "dense", see `meft.optim`.
 
     Raises:
         ValueError: a hyper-parameter is out of range, or a table is in another RowAdamW.
@@ -48,17 +46,12 @@ class RowAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        *,
-        mode: str = "lazy",
     ) -> None:
-        if mode not in ("lazy", "dense"):
-            raise ValueError(f"mode={mode!r} is unknown: use 'lazy' or 'dense'.")
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if float(value) < 0:
                 raise ValueError(f"{name}={value} must be at least 0.")
         if not all(0 <= float(b) < 1 for b in betas):
             raise ValueError(f"betas={betas} must be in [0, 1).")
-        self.mode = mode
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -97,7 +90,7 @@ class RowAdamW(Optimizer):
                     if table.updates is not None:  # its thread reads it after the step: nobody else may zero it
                         parameter.grad = None
                     table.follow(self)
-                    update_table(table, gradient, rule, mode=self.mode)
+                    update_table(table, gradient, rule)
                 else:
                     self._step_whole(parameter, rule)
         return loss
@@ -109,9 +102,9 @@ class RowAdamW(Optimizer):
         flat = parameter.detach().reshape(len(parameter) if parameter.ndim else 1, -1).contiguous()
         state = self.state[parameter]
         if not state:
-            state["moments"] = Moments.fresh(flat, dense=False, seed=0)
+            state["moments"] = Moments.fresh(flat)
         gradient = parameter.grad.reshape(flat.shape)  # type: ignore[union-attr]
-        state["moments"].update(flat, None, torch.arange(len(flat), device=flat.device), gradient, rule)
+        state["moments"].update(flat, None, torch.arange(len(flat), device=flat.device), gradient, rule, 0)
         if flat.data_ptr() != parameter.data_ptr():  # of a parameter that is not contiguous: a copy
             parameter.copy_(flat.view(parameter.shape))
 
@@ -122,12 +115,10 @@ class RowAdamW(Optimizer):
         states: dict[int, Any] = {}
         for i, parameter in enumerate(p for g in self.param_groups for p in g["params"]):
             table = tables.get(id(parameter))
-            if table is not None:
-                table.catch_up()  # as the model's state dict does: the two fit together whichever is taken first
             moments = table.moments if table is not None else self.state.get(parameter, {}).get("moments")
             if moments is not None:
                 states[i] = moments.tensors()
-        return {**saved, "state": states, "mode": self.mode}
+        return {**saved, "state": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore hyper-parameters and moments; the moments are copied.
@@ -146,7 +137,6 @@ class RowAdamW(Optimizer):
                 )
             restored[i] = moments
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        self.mode = state_dict.get("mode", self.mode)
         tables = RowTable.by_parameter()
         for i, moments in restored.items():
             parameter = parameters[i]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .carry import LayerRows
 from .config import MEFTConfig
-from .selection import Selection, select_neurons, shared_by_all, union
+from .selection import Selection, select_neurons, union
 from .sparse_ffn import Retrieved
 from .transfer import Traffic, nbytes
 
@@ -30,10 +30,8 @@ def retrieved(x: Tensor, logits: Tensor, layer: LayerRows, selection: Selection 
     with layer.keys.reading() as keys:
         if selection is None:
             selection = select_neurons(
-                x, logits, keys, experts_per_token=config.probed, top_k=config.top_k, factor=config.has_factor
+                x, logits, keys, experts_per_token=config.probed, top_k=config.top_k, factor=config.router_factor
             )
-            if config.routing == "union":
-                selection = shared_by_all(selection)
             _count_picks(traffic, selection, config, nbytes(x) + nbytes(logits))
         rows, order = union(selection.neuron, len(keys))
         with layer.values.reading(rows) as values:

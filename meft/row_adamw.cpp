@@ -62,13 +62,13 @@ struct Step {
 };
 static_assert(sizeof(Step) == 9 * sizeof(float), "Step is handed over as nine floats");
 
-template <bool HAS_GRAD, bool COUPLED, bool FROM_GRAD>
+template <bool COUPLED, bool FROM_GRAD>
 INLINE void step_as(float* RESTRICT p, float* RESTRICT m, float* RESTRICT v, const float* RESTRICT grad,
                     int64_t width, const Step& s) {
     const float mix = s.mix, beta2 = s.beta2, fresh2 = s.fresh2, eps = s.eps, decay = s.decay;
     const float coupled = s.coupled, step_size = s.step_size, root2 = s.root2;
     for (int64_t i = 0; i < width; ++i) {
-        float g = HAS_GRAD ? grad[i] : 0.0f;
+        float g = grad[i];
         if (COUPLED) g = g + coupled * p[i];
         const float moved = mix * (g - m[i]);
         const float m_new = (FROM_GRAD ? g : m[i]) + moved;
@@ -79,25 +79,20 @@ INLINE void step_as(float* RESTRICT p, float* RESTRICT m, float* RESTRICT v, con
     }
 }
 
-template <bool HAS_GRAD, bool COUPLED>
+template <bool COUPLED>
 INLINE void step_from(float* p, float* m, float* v, const float* grad, int64_t width, const Step& s) {
     if (s.from_grad != 0.0f)
-        step_as<HAS_GRAD, COUPLED, true>(p, m, v, grad, width, s);
+        step_as<COUPLED, true>(p, m, v, grad, width, s);
     else
-        step_as<HAS_GRAD, COUPLED, false>(p, m, v, grad, width, s);
+        step_as<COUPLED, false>(p, m, v, grad, width, s);
 }
 
 FOR_EACH_VECTOR_WIDTH
 void step_block(float* p, float* m, float* v, const float* grad, int64_t width, const Step& s) {
-    const bool coupled = s.coupled != 0.0f;
-    if (grad && coupled)
-        step_from<true, true>(p, m, v, grad, width, s);
-    else if (grad)
-        step_from<true, false>(p, m, v, grad, width, s);
-    else if (coupled)
-        step_from<false, true>(p, m, v, nullptr, width, s);
+    if (s.coupled != 0.0f)
+        step_from<true>(p, m, v, grad, width, s);
     else
-        step_from<false, false>(p, m, v, nullptr, width, s);
+        step_from<false>(p, m, v, grad, width, s);
 }
 
 // float32 to bfloat16, to the nearest, ties to even; NaN stays NaN.
@@ -111,19 +106,13 @@ void round_block(uint16_t* RESTRICT wire, const float* RESTRICT p, int64_t width
     }
 }
 
-bool all_zero(const float* row, int64_t width) {
-    return std::all_of(row, row + width, [](float value) { return value == 0.0f; });
-}
-
 struct Job {
     float *table, *exp_avg, *exp_avg_sq;
     uint16_t* wire;
     const float* grads;
     const int64_t* rows;
     const Step* steps;
-    const int64_t *begin, *end;
     int64_t count, width;
-    bool quiet; // no step moves a row whose moments and gradient are zero
 
     // The processor's own prefetch ends with the row and with each page: touch those of the next row. More costs time.
     void look_ahead(int64_t next) const {
@@ -135,23 +124,10 @@ struct Job {
     }
 
     void row(int64_t i) const {
-        int64_t first = begin ? begin[i] : i;
-        const int64_t last = end ? end[i] - 1 : i;
-        if (first > last) return;
         const int64_t at = rows[i] * width;
-        if (quiet && first < last && all_zero(exp_avg_sq + at, width) && all_zero(exp_avg + at, width)) first = last;
-        constexpr int64_t BLOCK = 1024; // p, m, v and the gradient of a block stay in the first-level cache over steps
-        const int64_t block = first == last ? width : BLOCK;
         if (i + 1 < count) look_ahead(rows[i + 1] * width);
-        for (int64_t from = 0; from < width; from += block) {
-            const int64_t n = std::min(block, width - from);
-            float* p = table + at + from;
-            for (int64_t s = first; s <= last; ++s) {
-                const float* grad = grads && s == last ? grads + i * width + from : nullptr;
-                step_block(p, exp_avg + at + from, exp_avg_sq + at + from, grad, n, steps[s]);
-            }
-            if (wire) round_block(wire + at + from, p, n);
-        }
+        step_block(table + at, exp_avg + at, exp_avg_sq + at, grads + i * width, width, steps[i]);
+        if (wire) round_block(wire + at, table + at, width);
     }
 };
 
@@ -226,7 +202,7 @@ private:
 } // namespace
 
 // Changes with the arguments below or with Step, so that a stale build is not called.
-EXPORT int meft_row_adamw_version() { return 2; }
+EXPORT int meft_row_adamw_version() { return 3; }
 
 // Whether rows ascend, each once, from 0 to limit - 1.
 EXPORT int meft_rows_ascend(const int64_t* rows, int64_t count, int64_t limit) {
@@ -236,17 +212,11 @@ EXPORT int meft_rows_ascend(const int64_t* rows, int64_t count, int64_t limit) {
     return 1;
 }
 
-// Row rows[i] takes steps[begin[i]] to steps[end[i] - 1] in turn; the last of them with grads[i] (null: a gradient of
-// zero), the others with a gradient of zero; without begin and end (null), each row takes the one step of its place.
-// Rows must be distinct and in range. `wire` (bfloat16) may be null.
+// Row rows[i] takes steps[i] with grads[i]. Rows must be distinct and in range. `wire` (bfloat16) may be null.
 EXPORT void meft_row_adamw(float* table, float* exp_avg, float* exp_avg_sq, uint16_t* wire, const float* grads,
-                           const int64_t* rows, int64_t count, int64_t width, const float* steps, int64_t step_count,
-                           const int64_t* begin, const int64_t* end, int threads) {
+                           const int64_t* rows, int64_t count, int64_t width, const float* steps, int threads) {
     static_assert(alignof(Step) == alignof(float), "steps are read in place");
-    Job job{table, exp_avg, exp_avg_sq, wire, grads, rows, reinterpret_cast<const Step*>(steps), begin, end, count,
-            width, true};
-    for (int64_t s = 0; s < step_count; ++s)
-        job.quiet = job.quiet && job.steps[s].decay == 1.0f && job.steps[s].coupled == 0.0f && job.steps[s].eps > 0.0f;
+    const Job job{table, exp_avg, exp_avg_sq, wire, grads, rows, reinterpret_cast<const Step*>(steps), count, width};
 
     const int64_t share = std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, width)); // rows taken at a time
     std::atomic<int64_t> next{0};

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import MEFTConfig
 
-_KEYS = ("mode", "in_backward", "zero_copy", "lr", "betas", "eps", "weight_decay")
+_KEYS = ("in_backward", "zero_copy", "lr", "betas", "eps", "weight_decay")
 
 
 def is_number(value: Any) -> bool:
@@ -24,13 +24,11 @@ def check_row_optimizer(config: MEFTConfig) -> None:
         return
     if not isinstance(given, Mapping) or set(given) - set(_KEYS):
         raise ValueError(f"row_optimizer={given!r} must be None or a dict with some of {', '.join(_KEYS)}.")
-    if given.get("mode", "lazy") not in ("lazy", "dense"):
-        raise ValueError(f"row_optimizer: mode={given['mode']!r} is unknown: use 'lazy' or 'dense'.")
     for name in ("in_backward", "zero_copy"):
         if not isinstance(given.get(name, False), bool):
             raise ValueError(f"row_optimizer: {name}={given[name]!r} must be True or False.")
     if given.get("zero_copy", False):
-        _check_zero_copy(given, config)
+        _check_zero_copy(config)
     for name in ("lr", "eps", "weight_decay"):
         if name in given and (not is_number(given[name]) or given[name] < 0):
             raise ValueError(f"row_optimizer: {name}={given[name]!r} must be a number of at least 0.")
@@ -41,10 +39,8 @@ def check_row_optimizer(config: MEFTConfig) -> None:
             raise ValueError(f"row_optimizer: betas={betas!r} must be two numbers in [0, 1), e.g. (0.9, 0.999).")
 
 
-def _check_zero_copy(given: Mapping[str, Any], config: MEFTConfig) -> None:
+def _check_zero_copy(config: MEFTConfig) -> None:
     needs = "row_optimizer: zero_copy=True needs"
-    if given.get("mode", "lazy") != "lazy":
-        raise ValueError(f"{needs} mode='lazy': steps that rows have missed are replayed on the host.")
     if config.master_dtype == "float64":
         raise ValueError(f"{needs} master_dtype='float32' or 'bfloat16': the GPU's kernel has no float64.")
     if not (config.on_host and config.pin_memory):

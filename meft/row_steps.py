@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -69,20 +68,12 @@ def group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
     return next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
 
 
-def prepare_table(table: RowTable, mode: str) -> None:
-    """Make a table's moments, where there are none of the mode: all that an update allocates for good."""
+def prepare_table(table: RowTable) -> None:
+    """Make a table's moments, where there are none: all that an update allocates for good."""
     table.settle()  # not under the lock, which the update needs
     with table.lock, torch.no_grad():
-        moments = table.moments
-        if moments is not None and moments.dense == (mode == "dense"):
-            return
-        table.catch_up()
-        if moments is not None:
-            warnings.warn(
-                f"The moments of MEFT's rows were made in the other mode than mode='{mode}' and restart: go on in "
-                "the mode of the checkpoint to keep them."
-            )
-        table.moments = Moments.fresh(table.rows.detach(), dense=mode == "dense", seed=table.seed)
+        if table.moments is None:
+            table.moments = Moments.fresh(table.rows.detach())
 
 
 def update_table(
@@ -90,7 +81,6 @@ def update_table(
     gradient: RowGradient,
     rule: StepRule,
     *,
-    mode: str,
     divisor: float = 1.0,
     finite_only: bool = False,
 ) -> None:
@@ -100,7 +90,7 @@ def update_table(
         divisor: a loss scale that is still in the gradient.
         finite_only: leave the rows alone if a value of the gradient, which may not have landed yet, is inf or nan.
     """
-    prepare_table(table, mode)
+    prepare_table(table)
     if not finite_only:
         gradient.stored()  # what went wrong on its way shows now
 
@@ -112,10 +102,10 @@ def update_table(
         wide = values.to(torch.promote_types(table.rows.dtype, torch.float32)).contiguous()
         wide = wide / divisor if divisor != 1.0 else wide
         master = table.rows.detach()
-        # In dense mode any row may move: a long history is replayed into all.
-        touched = None if moments.dense else rows
         with record_function("meft: update rows"):
-            table.writing(lambda wire: moments.update(master, wire, rows, wide, rule, table.step), rows=touched)
+            table.writing(
+                lambda wire: moments.update(master, wire, rows, wide, rule, table.seed, table.step), rows=rows
+            )
 
     if table.updates is None:
         with torch.no_grad():
@@ -147,7 +137,7 @@ class RowSteps:
         self.routers: dict[str, list[nn.ParameterDict]] = {}
         self.nonfinite_steps = 0
         self.averaged = False
-        self._taken: list[tuple[RowTable, RowGradient, StepRule, str, float]] = []
+        self._taken: list[tuple[RowTable, RowGradient, StepRule, float]] = []
         self._stepped_by: weakref.ref[Optimizer] | None = None
         self._overflow: weakref.ref[Tensor] | None = None
         overflow_watchers.add(self)
@@ -200,16 +190,16 @@ class RowSteps:
             rule = rule_of(optimizer, group_of(optimizer, table.rows), config.row_optimizer)
             # Of an optimizer that calls its closure several times in a step, the last gradient.
             self._taken = [taken for taken in self._taken if taken[0] is not table]
-            self._taken.append((table, as_row_gradient(gradient), rule, config.row_mode, divisor))
-            prepare_table(table, config.row_mode)
+            self._taken.append((table, as_row_gradient(gradient), rule, divisor))
+            prepare_table(table)
 
     def after_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         """Update the rows, those of the first layer first: the next forward pass reads them first."""
         taken, self._taken = self._taken, []
         self._stepped_by = weakref.ref(optimizer)
-        for table, gradient, rule, mode, divisor in taken:
+        for table, gradient, rule, divisor in taken:
             table.follow(optimizer)
-            update_table(table, gradient, rule, mode=mode, divisor=divisor)
+            update_table(table, gradient, rule, divisor=divisor)
 
     def on_gradient(self, adapter_name: str, table: RowTable, gradient: RowGradient) -> RowGradient:
         """A gradient has left for the host: with `in_backward` its rows are updated when it lands.
@@ -237,5 +227,5 @@ class RowSteps:
         table.follow(optimizer)
         rule = rule_of(optimizer, group_of(optimizer, table.rows), config.row_optimizer)
         gradient.spent = True
-        update_table(table, gradient, rule, mode=config.row_mode, finite_only=True)
+        update_table(table, gradient, rule, finite_only=True)
         return gradient

@@ -1,26 +1,25 @@
-"""AdamW and Adam on rows of tables: `lazy` (touched rows only) and `dense` (missed steps are replayed).
+"""AdamW and Adam on the touched rows of tables.
 
 float32 tables on the CPU take a small C++ library, if there was a compiler at installation; all others, and machines
-without it, take `adapter_kernels`: for a `lazy` step of a table on a GPU the kernel of its `row_adamw`, for all else
-torch operations. All give the same bits: the same operations in the same order, each rounded.
+without it, take `adapter_kernels`: for a table on a GPU the kernel of its `row_adamw`, for all else torch operations.
+All give the same bits: the same operations in the same order, each rounded.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from adapter_kernels import row_adamw
-from adapter_kernels.adamw_blocks import Block, StepRule
+from adapter_kernels.adamw_blocks import StepRule
 
-__all__ = ["StepRule", "native_library", "replay_rows", "update_rows"]
+__all__ = ["StepRule", "native_library", "update_rows"]
 
-_VERSION = 2  # of the library's arguments
+_VERSION = 3  # of the library's arguments
 _COLUMNS = ("mix", "from_grad", "beta2", "fresh2", "eps", "decay", "coupled", "step_size", "root2")  # `Step` there
 
 
@@ -37,7 +36,7 @@ def update_rows(
     seed: int = 0,
     native: bool | None = None,
 ) -> None:
-    """Take one step of the touched rows, in place; all other rows, moments and counts keep their bits (`lazy`).
+    """Take one step of the touched rows, in place; all other rows, moments and counts keep their bits.
 
     On a row's n-th touch its moments decay once and the bias correction uses that row's own n.
 
@@ -78,97 +77,10 @@ def update_rows(
             return
         touches = count.index_select(0, rows) + 1
         n = touches.to(torch.float64)
-        steps = _steps([rule]).expand(len(rows), -1).clone()
+        steps = _scalars(rule).expand(len(rows), -1).clone()
         steps[:, -2], steps[:, -1] = rule.lr / (1 - rule.beta1**n), (1 - rule.beta2**n).sqrt()
         _call(library, table, exp_avg, exp_avg_sq, wire, rows, grads, steps)
         count.index_copy_(0, rows, touches)
-
-
-def replay_rows(
-    table: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    last_step: Tensor,
-    rows: Tensor,
-    grads: Tensor | None,
-    history: Sequence[StepRule],
-    *,
-    first_step: int,
-    wire: Tensor | None = None,
-    seed: int = 0,
-    native: bool | None = None,
-) -> None:
-    """Bring rows to the last step of the history, in place, as torch AdamW or Adam on the whole table (`dense`).
-
-    Each missed step is taken with its own rule and global bias correction and a gradient of zero; the last one with
-    `grads`. bfloat16 tables are rounded after each step, so that a row does not depend on when it was caught up.
-
-    Args:
-        last_step: [r] int32, the global step (from 1) up to which each row is done; rewritten for `rows`.
-        grads: [n, d] of the history's last step, in the table's dtype or float32; None is a gradient of zero.
-        history: the rules of the global steps from `first_step` on, without a gap.
-        table, exp_avg, exp_avg_sq, rows, wire, seed, native: as in `update_rows`; the generator takes the step for the
-            count.
-
-    Raises:
-        ValueError: as `update_rows`; a row that needs steps before the history or has gone past its end.
-    """
-    _check(table, exp_avg, exp_avg_sq, last_step, rows, grads, wire)
-    library = _choose(native, table, wire)
-    target = first_step + len(history) - 1
-    if not rows.numel():
-        return
-    with torch.no_grad():
-        done = last_step.index_select(0, rows).to(torch.int64)
-        low, high = (int(x) for x in done.aminmax())
-        if low + 1 < first_step:
-            raise ValueError(f"a row was last stepped at {low}, but the history begins with step {first_step}.")
-        if high > (target if grads is None else target - 1):
-            raise ValueError(f"a row was already stepped at {high}, and the history ends with step {target}.")
-        if low == target:
-            return
-        if library:
-            steps = _steps(history[low + 1 - first_step :], low + 1)
-            _call(
-                library,
-                table,
-                exp_avg,
-                exp_avg_sq,
-                wire,
-                rows,
-                grads,
-                steps,
-                done - low,
-                torch.full_like(rows, len(steps)),
-            )
-        else:
-            block = Block(table, exp_avg, exp_avg_sq, wire, seed, len(rows))
-            _replay(block, done, rows, grads, history, first_step)
-        last_step.index_fill_(0, rows, target)
-
-
-def _replay(
-    block: Block, done: Tensor, rows: Tensor, grads: Tensor | None, history: Sequence[StepRule], first_step: int
-) -> None:
-    target = first_step + len(history) - 1
-    if all(rule.weight_decay == 0 and rule.eps > 0 for rule in history):
-        # Rows that were never touched stand still: no step but the one with a gradient.
-        for part in block.parts(len(rows)):
-            if int(done[part].min()) < target - 1:
-                moved = [x.index_select(0, rows[part]).any(dim=1) for x in block.tables[1:]]
-                still = target if grads is None else target - 1
-                done[part] = done[part].where(moved[0] | moved[1], still)
-    # In the order of their last steps, the rows that take a given step are the first ones.
-    done, order = done.sort(stable=True)
-    order = order[: int((done < target).sum())]
-    for part in block.parts(len(order)):
-        chosen, last = order[part], done[part]
-        block.load(rows[chosen], None if grads is None else grads[chosen])
-        for step in range(int(last[0]) + 1, target + 1):
-            rule = history[step - first_step]
-            k = int((last[: len(chosen)] < step).sum())
-            block.step(rule, *rule.bias(step), k, torch.tensor(step), zero=step < target)
-        block.store()
 
 
 def _check(
@@ -177,7 +89,7 @@ def _check(
     exp_avg_sq: Tensor,
     counter: Tensor,
     rows: Tensor,
-    grads: Tensor | None,
+    grads: Tensor,
     wire: Tensor | None,
 ) -> None:
     wide = torch.promote_types(table.dtype, torch.float32)
@@ -190,12 +102,12 @@ def _check(
     if exp_avg.dtype != wide or exp_avg_sq.dtype != wide:
         raise ValueError(f"the moments of a {table.dtype} table are {wide}.")
     if counter.shape != table.shape[:1] or counter.dtype != torch.int32 or counter.device != table.device:
-        raise ValueError(f"the rows' counts or steps must be int32 [{len(table)}] on {table.device}.")
+        raise ValueError(f"the rows' counts must be int32 [{len(table)}] on {table.device}.")
     if rows.dim() != 1 or rows.dtype != torch.int64 or rows.device != table.device:
         raise ValueError(f"rows must be int64 [n] on {table.device}.")
-    if grads is not None and (grads.shape != (len(rows), table.shape[1]) or grads.device != table.device):
+    if grads.shape != (len(rows), table.shape[1]) or grads.device != table.device:
         raise ValueError(f"grads must be [{len(rows)}, {table.shape[1]}] on {table.device}, not {list(grads.shape)}.")
-    if grads is not None and grads.dtype not in (table.dtype, torch.float32):
+    if grads.dtype not in (table.dtype, torch.float32):
         raise ValueError(f"grads must be {table.dtype} or float32, not {grads.dtype}.")
     # On a device the look would wait for it; there, the kernel leaves such a row out, and torch has its own check.
     if rows.is_cpu and not _ascend(rows, len(table)):
@@ -216,7 +128,7 @@ def native_library() -> ctypes.CDLL | None:
     except (ImportError, OSError, AttributeError):
         return None
     p, i = ctypes.c_void_p, ctypes.c_int64
-    library.meft_row_adamw.argtypes = [p, p, p, p, p, p, i, i, p, i, p, p, ctypes.c_int]
+    library.meft_row_adamw.argtypes = [p, p, p, p, p, p, i, i, p, ctypes.c_int]
     library.meft_row_adamw.restype = None
     library.meft_rows_ascend.argtypes = [p, i, i]
     return library
@@ -231,14 +143,10 @@ def _choose(native: bool | None, table: Tensor, wire: Tensor | None) -> ctypes.C
     return library
 
 
-def _steps(history: Sequence[StepRule], first_step: int = 1) -> Tensor:
-    """[len(history), 9] float32: the scalars of each global step, reckoned in double as torch does."""
-    table = []
-    for step, rule in enumerate(history, first_step):
-        bias = rule.bias(step)
-        own = (rule.mix, float(rule.from_grad), rule.beta2, 1 - rule.beta2, rule.eps, rule.decay, rule.coupled)
-        table.append((*own, *bias))
-    return torch.tensor(table, dtype=torch.float64).to(torch.float32)
+def _scalars(rule: StepRule) -> Tensor:
+    """[9] float32: the scalars of a step, reckoned in double as torch does; the last two depend on the row's count."""
+    own = (rule.mix, float(rule.from_grad), rule.beta2, 1 - rule.beta2, rule.eps, rule.decay, rule.coupled, 0.0, 0.0)
+    return torch.tensor(own, dtype=torch.float64).to(torch.float32)
 
 
 def _address(x: Tensor | None) -> int | None:
@@ -260,15 +168,12 @@ def _call(
     exp_avg_sq: Tensor,
     wire: Tensor | None,
     rows: Tensor,
-    grads: Tensor | None,
+    grads: Tensor,
     steps: Tensor,
-    begin: Tensor | None = None,
-    end: Tensor | None = None,
 ) -> None:
     held = [None if x is None else x.contiguous() for x in (table, exp_avg, exp_avg_sq, wire, grads, rows)]
     pointers = [_address(x) for x in held]
-    sizes = (*pointers, len(rows), table.shape[1], steps.data_ptr(), len(steps), _address(begin), _address(end))
-    library.meft_row_adamw(*sizes, torch.get_num_threads())
+    library.meft_row_adamw(*pointers, len(rows), table.shape[1], steps.data_ptr(), torch.get_num_threads())
     for changed in (table, exp_avg, exp_avg_sq, wire):
         if changed is not None and not changed.is_inference():
             torch.autograd.graph.increment_version(changed)

@@ -82,14 +82,6 @@ def _starts(counts: Tensor) -> Tensor:
     return starts
 
 
-def shared_by_all(selection: Selection) -> Selection:
-    """Every token uses what any token has picked (`routing="union"`)."""
-    rows = selection.neuron.unique()
-    T, n = selection.tokens, len(rows)
-    token = torch.arange(T, device=rows.device).repeat_interleave(n)
-    return Selection(torch.arange(T + 1, device=rows.device) * n, token, rows.repeat(T))
-
-
 def union(neuron: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """The distinct ones of some neurons, and where each is among them.
 

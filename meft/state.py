@@ -1,4 +1,4 @@
-"""The training state of a model's MEFT adapters: moments, counts and missed steps, tied to the weights.
+"""The training state of a model's MEFT adapters: moments and counts, tied to the weights.
 
 In a folder: `meft_state-<id>-00001-of-0000n.safetensors` and, written last, `meft_state.json`, which names them with
 their sizes and digests. A reader sees one whole state, the old or the new one, wherever a writer was stopped.
@@ -39,7 +39,7 @@ def _tables(model: MEFTModel) -> dict[str, RowTable]:
 
 def weights_digest(table: RowTable) -> str:
     """SHA-256 of a table's masters with dtype and shape, as hexadecimal digits."""
-    table.catch_up()
+    table.settle()
     rows = table.rows.detach()
     sha = hashlib.sha256(f"{rows.dtype}|{list(rows.shape)}|".encode())
     for block in row_blocks(rows):
@@ -70,7 +70,7 @@ def save(model: MEFTModel, folder: str | os.PathLike) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tables = _tables(model)
-    weights = {name: weights_digest(table) for name, table in tables.items()}  # catches up, too
+    weights = {name: weights_digest(table) for name, table in tables.items()}
     tensors = {
         f"{name}.{part}": tensor.detach().cpu().contiguous()
         for name, table in tables.items()
@@ -186,7 +186,6 @@ def resume(model: MEFTModel) -> None:
     else:
         for name in model.active_adapters:
             for table in model.steps.tables.get(name, []):
-                table.catch_up()
                 table.moments = None
         warnings.warn(
             "The checkpoint has no training state of MEFT (meft_state.json): the moments of its rows restart."

@@ -31,7 +31,8 @@ def owns(key: str) -> bool:
 def digest(tensors: Mapping[str, Tensor], config: MEFTConfig) -> Tensor:
     """SHA-256, uint8 [32], of an adapter's tensors with names, dtypes and shapes, and of what the config adds."""
     # What, besides the tensors, decides on the adapter's output: this ties the file to its adapter_config.json.
-    tied = [config.r, config.experts, config.probed, config.top_k, config.routing, config.router_factor]
+    # "per_token" stands for an option of 0.1, so that its files keep their digests.
+    tied = [config.r, config.experts, config.probed, config.top_k, "per_token", config.router_factor]
     sha = hashlib.sha256(json.dumps([*tied, config.master_dtype]).encode())
     for key in sorted(k for k in tensors if owns(k) and k != DIGEST):
         tensor = tensors[key].detach()

@@ -55,7 +55,7 @@ class RowTable(nn.Module):
         claimed_by: the `RowAdamW` that holds the table.
         name: for messages.
         updates: the thread that updates it beside the computation; None: updates happen within the step.
-        step: steps its touched rows in lazy mode.
+        step: steps its touched rows.
     """
 
     _all: ClassVar[weakref.WeakSet[RowTable]] = weakref.WeakSet()
@@ -186,11 +186,10 @@ class RowTable(nn.Module):
         """Yield the rows as they are read, [r, d] in the wire dtype, held still until the block ends.
 
         Args:
-            rows: the rows that will be read, None for all; in dense mode they catch up with missed steps first.
+            rows: the rows that will be read, None for all.
         """
         self.settle()
         with self.lock:
-            self.catch_up(rows)
             yield self._current()
 
     def _current(self) -> Tensor:
@@ -218,30 +217,12 @@ class RowTable(nn.Module):
         """Dtype in which rows are read."""
         return min(self._wire_dtype, self.rows.dtype, key=lambda dtype: dtype.itemsize)
 
-    @property
-    def lags(self) -> bool:
-        """Whether rows may have missed steps (dense mode)."""
-        return self.moments is not None and self.moments.lags
-
-    def catch_up(self, rows: Tensor | None = None) -> None:
-        """In dense mode: replay the steps that rows (None: all) have missed."""
-        moments = self.moments
-        if moments is not None and moments.lags:
-            with self.lock:
-                # Rows that a recorded forward pass has read have caught up already: for autograd nothing changes, so
-                # the masters are written without their version counter (`data`).
-                master = self.rows.data
-                self.writing(lambda wire: moments.catch_up(master, wire, rows), changed=False, rows=rows)
-
     # ------------------------------------------------------------------ writing
 
-    def writing(
-        self, write: Callable[[Tensor | None], None], *, changed: bool = True, rows: Tensor | None = None
-    ) -> None:
+    def writing(self, write: Callable[[Tensor | None], None], *, rows: Tensor | None = None) -> None:
         """Call `write` with the narrower copy (None: there is none), which it keeps equal to the masters it changes.
 
         Args:
-            changed: whether a backward pass of an earlier forward pass becomes wrong by it.
             rows: those that it changes; None: all.
         """
         self.settle()
@@ -253,8 +234,7 @@ class RowTable(nn.Module):
             before = self.state
             separate = self._wire if self._wire_dtype.itemsize < self.rows.dtype.itemsize else None
             write(separate)
-            if changed:
-                torch.autograd.graph.increment_version(self.rows)
+            torch.autograd.graph.increment_version(self.rows)
             if separate is not None:
                 self._wire_of = self.state
             if self._changes is not None:
@@ -265,7 +245,6 @@ class RowTable(nn.Module):
         self.settle()
         owner = self.owner() if self.owner is not None else None
         if self.owner is not None and owner is not optimizer:
-            self.catch_up()
             self.moments = None
             if optimizer in self._former:
                 warnings.warn(
@@ -311,14 +290,13 @@ class RowTable(nn.Module):
     def _cast_masters(self, dtype: torch.dtype) -> None:
         if dtype == self.rows.dtype:
             return
-        self.catch_up()
         converted = torch.empty(self.rows.shape, dtype=dtype, device=self.rows.device)
         for block in row_blocks(converted):
             converted[block].copy_(self.rows[block])
         self.rows.data = converted
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.catch_up()
+        self.settle()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
@@ -328,7 +306,6 @@ class RowTable(nn.Module):
             return
         self.settle()  # not under the lock, which the update needs
         with self.lock, torch.no_grad():
-            self.catch_up()
             self._wait_for_readers()
             if self.rows.is_meta:
                 master = torch.empty(

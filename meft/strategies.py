@@ -182,7 +182,7 @@ class DeviceRows(DeviceKeys):
 
     def begun(self, layer: LayerRows, tokens: int) -> None:
         super().begun(layer, tokens)
-        if layer.number + 1 < len(self.layers) and not layer.values.lags:
+        if layer.number + 1 < len(self.layers):
             self._values[layer.number + 1].prefetch()
 
     def fetch(self, layer: LayerRows, picks: Picks, again: bool = False) -> Fetched:

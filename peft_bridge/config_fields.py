@@ -12,7 +12,9 @@ from typing import Any
 from peft import LoraConfig, PeftConfig
 
 
-def known_keywords(remedies: Mapping[str, str]) -> Callable[[type], type]:
+def known_keywords(
+    remedies: Mapping[str, str], upgrade: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
+) -> Callable[[type], type]:
     """Decorate a dataclass that is a `PeftConfig`, with a class attribute `foreign_fields`.
 
     A keyword that is no field raises a TypeError with a remedy. An `adapter_config.json` (which is told by its
@@ -21,6 +23,7 @@ def known_keywords(remedies: Mapping[str, str]) -> Callable[[type], type]:
 
     Args:
         remedies: for keywords that users of `LoraConfig` pass by habit, what to do instead, as an imperative.
+        upgrade: takes the fields of a file to those of this version, or raises ValueError.
     """
 
     def decorate(cls: type) -> type:
@@ -30,8 +33,11 @@ def known_keywords(remedies: Mapping[str, str]) -> Callable[[type], type]:
         @functools.wraps(init)
         def initialise(self: PeftConfig, *args: Any, **kwargs: Any) -> None:
             known = {f.name for f in fields(own) if f.init}
+            saved = "peft_type" in kwargs
+            if saved:
+                kwargs = upgrade(kwargs)
             unknown = sorted(kwargs.keys() - known)
-            if unknown and "peft_type" not in kwargs:
+            if unknown and not saved:
                 raise TypeError(f"{own.__name__} has no field '{unknown[0]}': {_remedy(unknown[0], known, remedies)}.")
             init(self, *args, **{name: value for name, value in kwargs.items() if name in known})
             if unknown:

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .stochastic_rounding import round_stochastically
 
-Scalar = float | Tensor  # one for all rows, or one a row: [n, 1]
-
 _CHUNK = 1 << 17  # values of a table in work at a time: they stay in the cache
 
 
@@ -48,10 +46,6 @@ class StepRule:
     def mix(self) -> float:
         return -self.beta1 if self.from_grad else 1 - self.beta1
 
-    def bias(self, step: int) -> tuple[float, float]:
-        """lr / (1 - beta1^step) and sqrt(1 - beta2^step)."""
-        return self.lr / (1 - self.beta1**step), (1 - self.beta2**step) ** 0.5
-
 
 class Block:
     """Some rows of a table and its moments, gathered into buffers that stay in the cache, and stepped there."""
@@ -64,45 +58,37 @@ class Block:
         self.size = min(most, max(1, _CHUNK // max(1, table.shape[1])))
         self.buffers = torch.empty(6, self.size, table.shape[1], dtype=self.dtype, device=table.device)
         self.rows = torch.empty(0, dtype=torch.int64)
-        self.grad: Tensor | None = None
 
     def parts(self, count: int) -> list[slice]:
         """Slices of at most a block's rows that cover `count` rows."""
         return [slice(i, min(i + self.size, count)) for i in range(0, count, self.size)]
 
-    def load(self, rows: Tensor, grads: Tensor | None) -> None:
+    def load(self, rows: Tensor, grads: Tensor) -> None:
         self.rows = rows
         for source, buffer in zip(self.tables, self.buffers, strict=False):
             if source.dtype == buffer.dtype:
                 torch.index_select(source, 0, rows, out=buffer[: len(rows)])
             else:
                 buffer[: len(rows)].copy_(source.index_select(0, rows))
-        self.grad = None if grads is None else self.buffers[3, : len(rows)].copy_(grads)
+        self.buffers[3, : len(rows)].copy_(grads)
 
-    def step(
-        self, rule: StepRule, step_size: Scalar, root2: Scalar, k: int, number: Tensor, zero: bool = False
-    ) -> None:
-        """Step the first k rows; `zero`: with a gradient of zero. `number` [k] or []: the generator's count."""
-        p, m, v, _, a, b = self.buffers[:, :k]
-        grad = None if zero or self.grad is None else self.grad[:k]
+    def step(self, rule: StepRule, step_size: Tensor, root2: Tensor, touches: Tensor) -> None:
+        """Step the rows; `step_size`, `root2` [n, 1]: bias corrections; `touches` [n]: the rows' counts."""
+        p, m, v, grad, a, b = self.buffers[:, : len(self.rows)]
         if rule.coupled:
-            torch.mul(p, rule.coupled, out=b)
-            grad = b if grad is None else b.add_(grad)
+            grad = torch.mul(p, rule.coupled, out=b).add_(grad)
         if rule.decay != 1:
             p.mul_(rule.decay)
-        torch.neg(m, out=a) if grad is None else torch.sub(grad, m, out=a)
-        a.mul_(rule.mix)
+        torch.sub(grad, m, out=a).mul_(rule.mix)
         if rule.from_grad:
-            m.copy_(a) if grad is None else torch.add(grad, a, out=m)
+            torch.add(grad, a, out=m)
         else:
             m.add_(a)
-        v.mul_(rule.beta2)
-        if grad is not None:
-            v.add_(torch.mul(grad, 1 - rule.beta2, out=a).mul_(grad))
+        v.mul_(rule.beta2).add_(torch.mul(grad, 1 - rule.beta2, out=a).mul_(grad))
         _square_root(v, a).div_(root2).add_(rule.eps)
         p.sub_(torch.mul(m, step_size, out=b).div_(a))
         if self.tables[0].dtype == torch.bfloat16:
-            round_stochastically(p, self.rows[:k], number, self.seed)
+            round_stochastically(p, self.rows, touches, self.seed)
 
     def store(self) -> None:
         for target, buffer in zip(self.tables, self.buffers, strict=False):
@@ -135,6 +121,6 @@ def step_rows(
     step_size, root2 = (x.to(block.dtype).unsqueeze(1) for x in bias)
     for part in block.parts(len(rows)):
         block.load(rows[part], grads[part])
-        block.step(rule, step_size[part], root2[part], len(block.rows), touches[part])
+        block.step(rule, step_size[part], root2[part], touches[part])
         block.store()
     count.index_copy_(0, rows, touches)

@@ -20,7 +20,7 @@ Two kernels (`row_adamw_kernels`): `prepare`, one row a lane, counts, hashes and
 squaring); `step` does the rest. Rows must be distinct. A row outside of 0 to r - 1 is a ValueError on the CPU and in
 debug mode, and otherwise left out. Limits: r < 2^31, n < 2^31.
 
-Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2; per-row counts as in `meft.row_update` (`lazy`).
+Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2; per-row counts as in `meft.row_update`.
 """
 
 from __future__ import annotations

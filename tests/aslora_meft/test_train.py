@@ -120,7 +120,7 @@ def test_meft_tells_what_it_moved(run, tmp_path, capsys):
 
 
 def test_meft_rows_in_dense_mode_on_a_four_bit_base(run):
-    result = run("meft", "--r", 64, "--row_mode", "dense", "--load_in_4bit", "true")
+    result = run("meft", "--r", 64, "--load_in_4bit", "true")
     assert result.after["loss"] < result.before["loss"]
 
 

@@ -184,7 +184,7 @@ def test_a_captured_pass_over_rows_on_the_device_equals_another(tiny, monkeypatc
     assert ours.base_model.transfer_report().union_share == 1  # nothing has looked how many there are
 
 
-@pytest.mark.parametrize("fields", [{"retrieval": "stream"}, {"placement": "device", "routing": "union"}])
+@pytest.mark.parametrize("fields", [{"retrieval": "stream"}])
 def test_other_passes_are_not_captured(tiny, monkeypatch, fields):
     _, ours = pair(tiny, **fields)
     on_lanes(ours)

@@ -37,10 +37,9 @@ def late(monkeypatch):
         some_delay(lanes[0])
         drain(self, *args)
 
-    def late_update(self, table, wire, rows, gradients, rule, step):
+    def late_update(self, table, wire, rows, gradients, rule, seed, step):
         """One step down the sign of the gradient: integers stay integers, as with AdamW's they would not."""
         some_delay(lanes[0])
-        self.step += 1
         self.counts[rows] += 1
         for x in (table, wire):
             x[rows] -= gradients.sign().to(x.dtype)
@@ -71,7 +70,7 @@ def run(tiny, model, start):
         seen += tiny.gradients(model).values()
         for table in tiny.tables(model):
             gradient, table.rows.grad = table.rows.grad, None
-            meft.optim.update_table(table, meft.optim.as_row_gradient(gradient), RULE, mode="lazy")
+            meft.optim.update_table(table, meft.optim.as_row_gradient(gradient), RULE)
         optimizer.step()
     return [*seen, *tiny.whole_state(model).values()]
 
