@@ -8,7 +8,9 @@ from peft_bridge import check_native_loads, refuse_lora_optimizer, register_meth
 from . import storage
 from .config import MEFTConfig
 from .export import export_dense, export_resident, load_resident
+from .host_loading import host_storages_begin, host_storages_end  # noqa: F401  # names in optimizer.pt
 from .model import MEFTModel, take_back
+from .moments import row_moments_of_file  # noqa: F401
 from .optim import RowAdamW
 from .state import check_training_state
 

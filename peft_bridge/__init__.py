@@ -1,7 +1,7 @@
 """What every PEFT method outside PEFT needs: registration, configuration, step and run events, reading and writing."""
 
 from .config_fields import known_keywords
-from .files import folder_replaced_at_once, replace_file
+from .files import folder_replaced_at_once, process_runs, replace_file, sync
 from .lora_optimizers import refuse_lora_optimizer
 from .native import check_native_loads
 from .registration import register_method
@@ -18,10 +18,12 @@ __all__ = [
     "folder_replaced_at_once",
     "known_keywords",
     "last_loaded_folder",
+    "process_runs",
     "refuse_lora_optimizer",
     "register_method",
     "replace_file",
     "save_config_at_once",
+    "sync",
     "watch_runs",
     "watch_steps",
     "write_weights_at_once",

@@ -20,7 +20,7 @@ COMMON = [
     "scheduler.pt",
     "rng_state.pth",
 ]
-FILES = {"lora": COMMON, "aslora": COMMON, "meft": [*COMMON, "meft_state.json"]}
+FILES = {"lora": COMMON, "aslora": COMMON, "meft": COMMON}
 
 
 def run(method, model_dir, text_file, output, *words):
@@ -68,12 +68,12 @@ def test_a_torn_file_is_named(checkpoint, method, name, harm):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("harm", HARM)
-def test_a_torn_shard_of_the_row_state_is_named(checkpoint, harm):
+def test_an_optimizer_without_the_moments_of_rows_is_not_whole(checkpoint):
+    """As an optimizer's state from elsewhere: the run would go on with fresh moments."""
     folder = checkpoint("meft")
-    (shard,) = folder.glob("meft_state-*.safetensors")
-    HARM[harm](shard)
-    with pytest.raises(ValueError, match=shard.name):
+    state = torch.load(folder / "optimizer.pt", weights_only=True)
+    torch.save({**state, "state": {}}, folder / "optimizer.pt")
+    with pytest.raises(ValueError, match=r"no moments of MEFT's rows, neither in optimizer\.pt nor"):
         check_whole(folder)
 
 
