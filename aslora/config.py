@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from peft_bridge import save_config_at_once
+from peft_bridge import known_keywords, save_config_at_once
 
 _CHOICES = {
     "merge_candidates": ("all", "adjacent"),
@@ -18,6 +18,14 @@ _CHOICES = {
     "similarity": ("factor", "product"),
     "merge_value": ("upper", "mean"),
     "bias": ("none", "all", "aslora_only"),
+}
+
+# What users of LoraConfig pass by habit.
+_REMEDIES = {
+    "lora_dropout": "use aslora_dropout",
+    "init_lora_weights": "use init_weights, True or False",
+    "rank_pattern": "set r, the rank of all layers, which share their A and B",
+    "alpha_pattern": "set lora_alpha, which is that of all layers",
 }
 
 
@@ -29,9 +37,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+@known_keywords(_REMEDIES)
 @dataclass
 class ASLoRAConfig(PeftConfig):
-    """Configuration of ASLoRA, adaptive sharing low-rank adaptation across layers (Hu et al., arXiv 2412.10135).
+    """Configuration of ASLoRA, adaptive sharing low-rank adaptation across layers
+    (Hu et al., https://huggingface.co/papers/2412.10135).
 
     One matrix A (shape [r, in_features]) serves every layer of a projection; each layer starts with a B of its own
     (shape [out_features, r]). While training goes on, the two layers whose B have been most similar so far are given
@@ -138,6 +148,20 @@ class ASLoRAConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to train in full and to save, e.g. a classifier head."}
     )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens whose embeddings are trained beside the adapter: a list of their indices, or a dict from "
+            "names of embedding modules to such lists (PEFT's, as in LoraConfig)."
+        },
+    )
+    ensure_weight_tying: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep embeddings and output layer of a model that ties them equal, where modules_to_save or "
+            "trainable_token_indices train one of them (PEFT's, as in LoraConfig)."
+        },
+    )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Modules not to adapt: a list of names or a regular expression."}
     )
@@ -203,13 +227,6 @@ class ASLoRAConfig(PeftConfig):
             raise ValueError(f"num_merges={self.num_merges!r} must be None or an integer of at least 0.")
         if self.total_steps is not None and (not _is_int(self.total_steps) or self.total_steps < 1):
             raise ValueError(f"total_steps={self.total_steps!r} must be None or an integer of at least 1.")
-
-    @classmethod
-    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
-        """As in PEFT, fields that are not known are left out with a warning; loading the weights is refused then."""
-        config = super().from_peft_type(**kwargs)
-        config.foreign_fields = sorted(kwargs.keys() - {f.name for f in fields(config)})
-        return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As in PEFT, but a file that is there is replaced whole or not at all."""

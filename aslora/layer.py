@@ -161,14 +161,14 @@ class Linear(nn.Module, ASLoRALayer):
             self._check_forward_args(x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if adapter_names is not None and not self.disable_adapters:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
         dtype = result.dtype
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        if adapter_names is not None:
-            return self._add_per_sample(result, x, adapter_names)
         for adapter in self.active_adapters:
             if adapter in self.aslora_B:
                 result = result + self._update(adapter, x)
@@ -190,8 +190,11 @@ class Linear(nn.Module, ASLoRALayer):
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
 
-    def _add_per_sample(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """Each sample of the batch has its own adapter; `__base__` means none."""
+        result = self.base_layer(x, *args, **kwargs)
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
         for adapter in dict.fromkeys(adapter_names):
             if adapter in self.aslora_B:
                 samples = [i for i, name in enumerate(adapter_names) if name == adapter]

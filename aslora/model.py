@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
@@ -16,7 +15,7 @@ from peft.utils import (
 from peft.utils.other import _set_layer_requires_grad
 from torch import Tensor, nn
 
-from peft_bridge import RunListener
+from peft_bridge import RunListener, TiesSavedModules
 
 from . import storage
 from .bank import SharedA, SharedB
@@ -29,7 +28,7 @@ from .report import SharingReport, report
 from .run import SharingRun
 
 
-class ASLoRAModel(BaseTuner, RunListener):
+class ASLoRAModel(TiesSavedModules, RunListener):
     """ASLoRA in PEFT's frame; made by `get_peft_model(model, ASLoRAConfig(...))` and reached as `model.base_model`.
 
     The sharing runs by itself: after each optimizer step (torch's global optimizer hooks) the running averages are

@@ -1,6 +1,7 @@
 """The recipe of ``aslora-meft train``: load, adapt, train and save, with an evaluation before and after."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +17,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from aslora_meft.adapter import adapter_config, add_adapter, load_model, load_tokenizer
 from aslora_meft.arguments import TrainArguments, TrainerArguments
+from aslora_meft.checkpoints import checkpoint_to_resume, set_aside
 from aslora_meft.errors import UsageError, as_usage_error
 from aslora_meft.evaluation import token_metrics, token_sums
 from aslora_meft.samples import IGNORED, load_samples
@@ -66,7 +67,7 @@ def train(arguments: TrainArguments) -> TrainResult:
     """
     args = arguments.trainer
     config = adapter_config(arguments.model.method, arguments.adapter, arguments.sharing, arguments.neurons)
-    checkpoint = _check_folders(args, config)
+    checkpoint, passed = _check_folders(args, config)
     tokenizer = load_tokenizer(arguments.model.model)
     train_samples, eval_samples = load_samples(arguments.data, tokenizer, args.seed)
     base = load_model(arguments.model, args.device)
@@ -91,7 +92,11 @@ def train(arguments: TrainArguments) -> TrainResult:
             callbacks=[MergeEvents()] if _shares(model) else None,
         )
     before = _metrics(trainer)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.is_world_process_zero():
+        for torn, why in passed.items():
+            aside = set_aside(torn)
+            warnings.warn(f"'{torn}' is not whole ({why}): it is now '{aside}', the run goes on from '{checkpoint}'.")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     after = _metrics(trainer)
     tuner: Any = model.base_model
     if _shares(model):
@@ -113,8 +118,8 @@ def train(arguments: TrainArguments) -> TrainResult:
     return TrainResult(model, tokenizer, before, after)
 
 
-def _check_folders(args: TrainerArguments, config: Any) -> str | None:
-    """Returns the checkpoint to resume from."""
+def _check_folders(args: TrainerArguments, config: Any) -> tuple[Path | None, dict[Path, str]]:
+    """Returns the checkpoint to resume from, and newer ones that are not whole, with the reasons."""
     output = Path(args.output_dir)
     if output.exists() and not output.is_dir():
         raise UsageError(f"output_dir={args.output_dir!r} is a file; name a new or empty folder")
@@ -124,17 +129,9 @@ def _check_folders(args: TrainerArguments, config: Any) -> str | None:
                 f"output_dir={args.output_dir!r} is not empty; name another folder or go on with "
                 "--resume_from_checkpoint last"
             )
-        return None
-    checkpoint: str | None = args.resume_from_checkpoint
-    if checkpoint == "last":
-        checkpoint = get_last_checkpoint(args.output_dir) if output.is_dir() else None
-    if checkpoint is None or not Path(checkpoint, "trainer_state.json").is_file():
-        raise UsageError(
-            f"resume_from_checkpoint={args.resume_from_checkpoint!r} leads to no checkpoint; name a checkpoint-N "
-            "folder, or 'last' for the last one in output_dir"
-        )
-    with as_usage_error(OSError, ValueError, prefix=f"resume_from_checkpoint={checkpoint!r} holds no adapter: "):
-        saved = json.loads(Path(checkpoint, "adapter_config.json").read_text(encoding="utf-8"))
+        return None, {}
+    checkpoint, passed = checkpoint_to_resume(args.resume_from_checkpoint, output)
+    saved = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
     wanted: dict[str, Any] = {"method": config.peft_type.lower()}
     there: dict[str, Any] = {"method": str(saved.get("peft_type")).lower()}
     for name in ("r", "lora_alpha", "use_rslora", "share_a", "num_experts", "experts_per_token", "top_k"):
@@ -146,7 +143,7 @@ def _check_folders(args: TrainerArguments, config: Any) -> str | None:
     for name, value in wanted.items():
         if value != there[name]:
             raise UsageError(f"{name}={value} differs from the checkpoint's {name}={there[name]}; resume with that")
-    return checkpoint
+    return checkpoint, passed
 
 
 def _metrics(trainer: Trainer) -> dict[str, float]:

@@ -3,16 +3,36 @@
 Importing this package makes PEFT know the method: `get_peft_model(model, MEFTConfig(...))`.
 """
 
-from peft_bridge import register_method, write_weights_at_once
+from peft_bridge import check_native_loads, refuse_lora_optimizer, register_method, write_weights_at_once
 
+from . import storage
 from .config import MEFTConfig
 from .export import export_dense, export_resident, load_resident
 from .host_loading import host_storages_begin, host_storages_end  # noqa: F401  # names in optimizer.pt
-from .model import MEFTModel
+from .model import MEFTModel, take_back
 from .moments import row_moments_of_file  # noqa: F401
 from .optim import RowAdamW
+from .state import check_training_state
 
 register_method(name="meft", config_cls=MEFTConfig, model_cls=MEFTModel, prefix="meft_")
 write_weights_at_once("meft_", load_on_host=True)
+check_native_loads("meft_", storage.checked, take_back)
+refuse_lora_optimizer(
+    "LoRA+",
+    "meft_",
+    "it raises the learning rate of LoRA's B alone, and MEFT has none; use AdamW, with a parameter group of its own "
+    "for the values ('.meft_values.' in their names) where these shall learn faster.",
+)
+refuse_lora_optimizer(
+    "LoRA-FA", "meft_", "MEFT's rows are updated by the rule of Adam or AdamW; use one of these, or meft.RowAdamW."
+)
 
-__all__ = ["MEFTConfig", "MEFTModel", "RowAdamW", "export_dense", "export_resident", "load_resident"]
+__all__ = [
+    "MEFTConfig",
+    "MEFTModel",
+    "RowAdamW",
+    "check_training_state",
+    "export_dense",
+    "export_resident",
+    "load_resident",
+]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from peft_bridge import save_config_at_once
+from peft_bridge import known_keywords, save_config_at_once
 
-from .fields_of_0_1 import takes_fields_of_0_1, without_fields_of_0_1
+from .fields_of_0_1 import without_fields_of_0_1
 from .routing import default_num_experts, divisors_around
 from .row_options import check_row_optimizer, is_number
 
@@ -24,15 +24,24 @@ _CHOICES = {
     "master_dtype": ("float32", "float64", "bfloat16"),
 }
 
+# What users of LoraConfig pass by habit.
+_REMEDIES = {
+    "lora_alpha": "leave it out, MEFT has no scaling factor",
+    "lora_dropout": "leave it out, MEFT has no dropout",
+    "init_lora_weights": "use init_weights, True or False",
+    "rank_pattern": "set r, the number of neurons beside each FFN",
+}
+
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-@takes_fields_of_0_1
+@known_keywords(_REMEDIES, upgrade=without_fields_of_0_1)
 @dataclass
 class MEFTConfig(PeftConfig):
-    """Configuration of MEFT, memory-efficient fine-tuning through a sparse adapter (Hao et al., arXiv 2406.04984).
+    """Configuration of MEFT, memory-efficient fine-tuning through a sparse adapter
+    (Hao et al., https://huggingface.co/papers/2406.04984).
 
     Beside each transformer FFN stand r neurons, each a key and a value of the hidden size d; they are kept and updated
     in host memory. Per token, a router picks `experts_per_token` of `num_experts` groups of neurons, and the `top_k`
@@ -101,6 +110,20 @@ class MEFTConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to train in full and to save, e.g. a classifier head."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens whose embeddings are trained beside the adapter: a list of their indices, or a dict from "
+            "names of embedding modules to such lists (PEFT's, as in LoraConfig)."
+        },
+    )
+    ensure_weight_tying: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep embeddings and output layer of a model that ties them equal, where modules_to_save or "
+            "trainable_token_indices train one of them (PEFT's, as in LoraConfig)."
+        },
     )
     placement: str = field(
         default="auto",
@@ -251,18 +274,6 @@ class MEFTConfig(PeftConfig):
                 )
             if (self.row_dtype, self.master_dtype) == ("float16", "bfloat16"):
                 raise ValueError("row_dtype='float16' cannot hold master_dtype='bfloat16': use row_dtype='auto'.")
-
-    @classmethod
-    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
-        """As in PEFT, fields that are not known are left out with a warning; loading the weights is refused then.
-
-        Raises:
-            ValueError: the adapter was saved by 0.1 with an option that this version does not have.
-        """
-        kwargs = without_fields_of_0_1(kwargs)
-        config = super().from_peft_type(**kwargs)
-        config.foreign_fields = sorted(kwargs.keys() - {f.name for f in fields(config)})
-        return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As in PEFT, but a file that is there is replaced whole or not at all."""

@@ -211,6 +211,12 @@ def watch_passes(model: nn.Module, passes: Passes) -> list[RemovableHandle]:
     ]
 
 
+def watching(model: nn.Module) -> list[Passes]:
+    """Whoever watches the calls of a model."""
+    bound = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
+    return [hooks.passes for hooks in bound if isinstance(hooks, _Hooks)]
+
+
 def keep_with_graph(context: ForwardContext, output: Any) -> None:
     """Let a recorded context live as long as the autograd graph of the model's output does."""
     if not context.recorded:

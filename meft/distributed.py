@@ -43,17 +43,26 @@ class RankAverage:
         """A forward pass begins: whether it runs inside of DDP, and whether its gradients are to be averaged.
 
         The first one inside of a wrapper, be it an evaluation, gives all ranks the first rank's rows.
+
+        Raises:
+            RuntimeError: it is inside of `DistributedDataParallel.join()`.
         """
         if not dist.is_available() or not dist.is_initialized():
             return
         ddp = DistributedDataParallel._get_active_ddp_module()
+        join = getattr(ddp, "_join_config", None)
+        if join is not None and join.enable:
+            raise RuntimeError(
+                "MEFT does not support DistributedDataParallel.join(): a rank without a batch would leave out the "
+                "averages of the rows' gradients; give all ranks the same number of batches (drop_last=True)."
+            )
         if ddp is not None and (self._shared is None or self._shared() is not ddp):
             check_left_alone(self._tables(), ddp)
             for table in self._tables():
                 broadcast_rows(table, ddp.process_group)
             self._shared = weakref.ref(ddp)
         if torch.is_grad_enabled():
-            self._ddp = ddp
+            self._ddp, self.steps.averaged = ddp, ddp is not None
             self._synchronises = ddp is not None and ddp.require_backward_grad_sync
 
     def note_backward(self) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -19,9 +21,11 @@ from . import storage
 from .config import MEFTConfig
 from .ffn_modules import ffn_width
 from .routing import reference
+from .store import row_blocks
 
 RESIDENT, DENSE = "meft_resident.safetensors", "dense_adapter.safetensors"
 _PREFIX, _SAVED = "base_model.model.", "modules_to_save."
+_DIGEST, _PARTS = "sha256", ("keys", "router", "values")
 _ROUTING = ("num_experts", "experts_per_token", "top_k", "router_factor", "union")
 
 
@@ -33,12 +37,20 @@ class _Saved(NamedTuple):
     others: dict[str, Tensor]
 
 
-def _load(adapter_dir: str | Path) -> _Saved:
+def load_adapter(adapter_dir: str | Path) -> _Saved:
+    """Read and check a saved MEFT adapter.
+
+    Raises:
+        ValueError: one sentence: the folder holds none, or a file is damaged.
+    """
     folder = Path(adapter_dir)
     path = folder / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file() or not (folder / "adapter_config.json").is_file():
-        raise ValueError(f"'{adapter_dir}' holds no saved adapter ({path.name} and adapter_config.json).")
-    config = PeftConfig.from_pretrained(str(folder))
+    if not path.is_file() or not (folder / CONFIG_NAME).is_file():
+        raise ValueError(f"'{adapter_dir}' holds no saved adapter ({path.name} and {CONFIG_NAME}).")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (KeyError, TypeError, AttributeError, JSONDecodeError) as error:
+        raise ValueError(f"'{folder / CONFIG_NAME}' is damaged ({error!r}): restore it from a good save.") from error
     if not isinstance(config, MEFTConfig):
         raise ValueError(f"'{adapter_dir}' holds an adapter of type {config.peft_type}, not MEFT.")
     try:
@@ -59,25 +71,37 @@ def _load(adapter_dir: str | Path) -> _Saved:
     return _Saved(config, layers, others)
 
 
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of tensors with names, dtypes and shapes, as hexadecimal digits."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
+        whole = tensor.detach().reshape(len(tensor), -1) if tensor.ndim else tensor.detach().reshape(1, 1)
+        for block in row_blocks(whole):
+            sha.update(whole[block].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
 def export_resident(adapter_dir: str | Path, out_dir: str | Path) -> None:
     """Write a saved adapter as plain tensors that one device holds whole, to the new folder `out_dir`.
 
     `meft_resident.safetensors` has for each FFN, after its path in the base model, `.keys` and `.values` [r, d] and
     `.router` [E, d], in the dtype of the masters; and, as int64 scalars under `routing.`, num_experts,
     experts_per_token, top_k, router_factor (0 or 1) and union (always 0). Parameters of
-    `modules_to_save` stand under `modules_to_save.`. `load_resident` reads it.
+    `modules_to_save` stand under `modules_to_save.`. The file's metadata has the SHA-256 of all of them as `sha256`.
+    `load_resident` reads it.
 
     Raises:
         ValueError: `adapter_dir` holds no MEFT adapter, its file is damaged, or `out_dir` is not empty. Nothing is
             written then.
     """
-    config, layers, others = _load(adapter_dir)
+    config, layers, others = load_adapter(adapter_dir)
     fields = (config.experts, config.probed, config.top_k, int(config.router_factor), 0)
     tensors = {f"routing.{name}": torch.tensor(value) for name, value in zip(_ROUTING, fields, strict=True)}
     tensors |= others
     tensors |= {f"{path}.{part}": tensor for path, parts in layers.items() for part, tensor in parts.items()}
     with folder_replaced_at_once(out_dir) as draft:
-        save_file(tensors, draft / RESIDENT, metadata={"format": "pt"})
+        save_file(tensors, draft / RESIDENT, metadata={"format": "pt", _DIGEST: _digest(tensors)})
 
 
 def export_dense(adapter_dir: str | Path, out_dir: str | Path) -> None:
@@ -90,7 +114,7 @@ def export_dense(adapter_dir: str | Path, out_dir: str | Path) -> None:
     Raises:
         ValueError: the adapter is routed, so that no dense adapter equals it; or as in `export_resident`.
     """
-    config, layers, others = _load(adapter_dir)
+    config, layers, others = load_adapter(adapter_dir)
     if not config.is_dense:
         raise ValueError(
             "No dense adapter equals a routed one: only top_k=r, experts_per_token=num_experts and router_factor=False "
@@ -139,6 +163,64 @@ class ResidentFFN(nn.Module):
         return output + self._added(x).to(output.dtype)
 
 
+def _read_resident(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Read and check an export.
+
+    Returns:
+        how to route, path of the FFN -> keys, values and router, and parameters of `modules_to_save`.
+
+    Raises:
+        ValueError: one sentence: it is damaged.
+    """
+    again = "write it again with `aslora-meft export DIR --to resident OUT`"
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            digest = (file.metadata() or {}).get(_DIGEST)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is damaged ({error}): {again}.") from error
+    if digest is None:
+        raise ValueError(f"'{path}' has no digest ({_DIGEST} in its metadata), which exports of 0.1 lack too: {again}.")
+    if digest != _digest(tensors):
+        raise ValueError(f"The digest of '{path}' does not match its tensors, the file was damaged: {again}.")
+    others = {name.removeprefix(_SAVED): tensors.pop(name) for name in list(tensors) if name.startswith(_SAVED)}
+    routing: dict[str, Any] = {}
+    for field in _ROUTING:
+        value = tensors.pop(f"routing.{field}", None)
+        if value is None or value.ndim or value.dtype != torch.int64:
+            raise ValueError(f"'{path}' has no integer routing.{field}: {again}.")
+        routing[field] = int(value)
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        ffn, _, part = name.rpartition(".")
+        layers.setdefault(ffn, {})[part] = tensor
+    for ffn, parts in layers.items():
+        if problem := _problem(parts, routing):
+            raise ValueError(f"'{path}' is wrong for '{ffn}' ({problem}): {again}.")
+    del routing["num_experts"]
+    routing["router_factor"] = bool(routing["router_factor"])
+    del routing["union"]
+    return routing, layers, others
+
+
+def _problem(parts: dict[str, Tensor], routing: dict[str, int]) -> str | None:
+    """What is wrong with the tensors of an FFN and the numbers that go with them."""
+    if sorted(parts) != sorted(_PARTS):
+        return f"it has {', '.join(sorted(parts))} where {', '.join(_PARTS)} are needed"
+    if any(not tensor.is_floating_point() or tensor.ndim != 2 for tensor in parts.values()):
+        return f"{', '.join(_PARTS)} must be matrices of floating-point numbers"
+    r, d = parts["keys"].shape
+    experts = routing["num_experts"]
+    if parts["values"].shape != (r, d) or parts["router"].shape != (experts, d):
+        shapes = ", ".join(f"{name} {list(parts[name].shape)}" for name in _PARTS)
+        return f"the shapes do not fit each other and num_experts={experts}: {shapes}"
+    if not 1 <= routing["experts_per_token"] <= experts or not 1 <= routing["top_k"] <= r or r % experts:
+        return ", ".join(f"{name}={routing[name]}" for name in _ROUTING[:3]) + f" are impossible with r={r}"
+    if routing["router_factor"] not in (0, 1) or routing["union"]:
+        return f"router_factor={routing['router_factor']} must be 0 or 1, and union={routing['union']} must be 0"
+    return None
+
+
 def load_resident(model: nn.Module, folder: str | Path, device: torch.device | str | None = None) -> nn.Module:
     """Put an adapter that `export_resident` wrote beside the FFNs of its base model, in place.
 
@@ -151,33 +233,13 @@ def load_resident(model: nn.Module, folder: str | Path, device: torch.device | s
         `model`.
 
     Raises:
-        ValueError: the folder holds no such export, or it is of another base model; `model` is unchanged then.
+        ValueError: the folder holds no such export, it is damaged, or it is of another base model; `model` is unchanged
+            then.
     """
     path = Path(folder) / RESIDENT
     if not path.is_file():
         raise ValueError(f"'{folder}' holds no {RESIDENT}: write it with `aslora-meft export DIR --to resident OUT`.")
-    layers: dict[str, dict[str, Tensor]] = {}
-    try:
-        opened = safe_open(path, framework="pt", device="cpu")
-    except SafetensorError as error:
-        raise ValueError(f"'{path}' is damaged ({error}): export it again.") from error
-    with opened as file:
-        names = set(file.keys())
-        fields = {name: int(file.get_tensor(f"routing.{name}")) for name in _ROUTING}
-        others = {name.removeprefix(_SAVED): file.get_tensor(name) for name in names if name.startswith(_SAVED)}
-        for name in names - {f"routing.{field}" for field in _ROUTING} - {_SAVED + other for other in others}:
-            ffn, _, part = name.rpartition(".")
-            layers.setdefault(ffn, {})[part] = file.get_tensor(name)
-    if fields["union"]:
-        raise ValueError(
-            f"'{folder}' was exported from an adapter with routing='union', an option of aslora-meft 0.1 that this "
-            "version does not have: use it with aslora-meft 0.1."
-        )
-    routing = {
-        "experts_per_token": fields["experts_per_token"],
-        "top_k": fields["top_k"],
-        "router_factor": bool(fields["router_factor"]),
-    }
+    routing, layers, others = _read_resident(path)
     modules = dict(model.named_modules())
     owners = {name.rpartition(".")[0] for name in others}
     if missing := sorted((layers.keys() | owners) - modules.keys()):

@@ -125,7 +125,7 @@ def check_ffn(module: nn.Module, path: str, parent: nn.Module, model: nn.Module)
     Raises:
         ValueError: it is no FFN, or its input comes in pieces.
     """
-    if is_linear(module) or isinstance(module, nn.Embedding | nn.ModuleList):
+    if is_linear(module) or isinstance(module, nn.Embedding | nn.ModuleList | nn.MultiheadAttention):
         found = candidates(model)
         raise ValueError(
             f"Target module '{path}' ({type(module).__name__}) is no FFN: MEFT stands beside a whole FFN; set "

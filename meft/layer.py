@@ -182,14 +182,6 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         for table in self.tables(adapter_name):
             table.to(target)
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """False: a routed adapter is no low-rank change of a weight."""
-        return False
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raises: ValueError: a non-linear adapter cannot be merged."""
-        raise ValueError(NOT_MERGEABLE)
-
     def unmerge(self) -> None:
         """Nothing is ever merged."""
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import (
-    BaseTuner,
     BaseTunerLayer,
     _get_tuner_state_dict_key_prefixes,
     _is_key_under_prefixes,
@@ -20,7 +19,7 @@ from peft.tuners.tuners_utils import (
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peft_bridge import RunListener, last_loaded_folder, watch_runs, watch_steps
+from peft_bridge import RunListener, TiesSavedModules, last_loaded_folder, watch_runs, watch_steps
 
 from . import context, state, storage
 from .auto import Surroundings, surroundings
@@ -33,13 +32,13 @@ from .host_memory import require_memory_for
 from .layer import NOT_MERGEABLE, MEFTLayer
 from .offload_hooks import find_wrapped_weights
 from .report import TransferReport, transfer_report
-from .row_steps import RowSteps, several_ranks
+from .row_steps import RowSteps
 from .store import RowTable
 
 logger = logging.getLogger(__name__)
 
 
-class MEFTModel(BaseTuner, RunListener):
+class MEFTModel(TiesSavedModules, RunListener):
     """MEFT in PEFT's frame; made by `get_peft_model(model, MEFTConfig(...))` and reached as `model.base_model`.
 
     Rows are updated by themselves: torch's global optimizer hooks show each step of the Adam or AdamW that was made
@@ -104,19 +103,23 @@ class MEFTModel(BaseTuner, RunListener):
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except Exception:
-            for path, layer in self._wrapped:
-                layer.delete_adapter(adapter_name)
-                if not layer.configs:
-                    parent, _, name = path.rpartition(".")
-                    setattr(self.model.get_submodule(parent), name, layer.base_layer)
-            self._drop(adapter_name)
-            if not self.steps.configs:
-                self._unhook()
+            self.take_back(adapter_name)
             for parameter, flag in flags:
                 parameter.requires_grad = flag
             raise
         finally:
             del self._wrapped
+
+    def take_back(self, adapter_name: str) -> None:
+        """Remove an adapter with all that was wrapped for it."""
+        for path, layer in self.adapted_ffns().items():
+            layer.delete_adapter(adapter_name)
+            if not layer.configs:
+                parent, _, name = path.rpartition(".")
+                setattr(self.model.get_submodule(parent), name, layer.base_layer)
+        self._drop(adapter_name)
+        if not self.steps.configs:
+            self._unhook()
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         config: Any = peft_config
@@ -307,7 +310,13 @@ class MEFTModel(BaseTuner, RunListener):
         """Raises: ValueError: the run clips or scales gradients, and an adapter's are used up before that."""
         wrong = {name: getattr(arguments, name, None) for name in ("max_grad_norm", "fp16")}
         found = [f"{name}={value}" for name, value in wrong.items() if value]
-        if found and any(self._updates_in_backward(name) for name in self.active_adapters if name in self.configs):
+        # A Trainer of several ranks averages gradients when the backward pass is over, so rows are updated after that.
+        alone = getattr(arguments, "world_size", 1) == 1
+        if (
+            found
+            and alone
+            and any(self._updates_in_backward(name) for name in self.active_adapters if name in self.configs)
+        ):
             raise ValueError(
                 f"{' and '.join(found)} would change gradients when the backward pass is over, and row_optimizer has "
                 "in_backward=True: set max_grad_norm=0 and bf16 in place of fp16, or in_backward=False."
@@ -317,7 +326,7 @@ class MEFTModel(BaseTuner, RunListener):
         layer = next(layer for layer in self.adapted_ffns().values() if adapter_name in layer.configs)
         beside = self.engines[adapter_name].updates_beside(layer.device)
         free = any(t.claimed_by is None or t.claimed_by() is None for t in self.steps.tables[adapter_name])
-        return self.configs[adapter_name].updates_in_backward and beside and free and not several_ranks()
+        return self.configs[adapter_name].updates_in_backward and beside and free
 
     def on_run_begin(self, total_steps: int, done_steps: int = 0, steps_seen: bool = True) -> None:
         """A Trainer's run begins, perhaps from a checkpoint of 0.1, whose optimizer has no moments of rows."""
@@ -358,7 +367,10 @@ class MEFTModel(BaseTuner, RunListener):
         """Select an adapter's tensors and add their digest."""
         own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if own:
-            named = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in own.items()}
+            named = {
+                storage.file_key(cls._remove_adapter_name_from_key(key, adapter_name)): value
+                for key, value in own.items()
+            }
             own[storage.DIGEST] = storage.digest(named, config)
         return own
 
@@ -369,15 +381,24 @@ class MEFTModel(BaseTuner, RunListener):
         """Check a file's tensors and put the adapter's name into their keys."""
         prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
         shapes = {
-            cls._remove_adapter_name_from_key(key, adapter_name): value.shape
+            storage.file_key(cls._remove_adapter_name_from_key(key, adapter_name)): value.shape
             for key, value in model.state_dict().items()
             if _is_key_under_prefixes(key, prefixes)
         }
-        own = {key: value for key, value in state_dict.items() if storage.owns(key)}
+        own = {storage.file_key(key): value for key, value in state_dict.items() if storage.owns(key)}
         storage.check(own, shapes, config)
         tuner = getattr(model, "base_model", None)
         if isinstance(tuner, MEFTModel) and (folder := last_loaded_folder()) is not None:
             tuner.loaded_from[adapter_name] = folder
         find_wrapped_weights(model)
-        rest = storage.with_names_of_today({k: value for k, value in state_dict.items() if k != storage.DIGEST})
+        del own[storage.DIGEST]
+        others = {key: value for key, value in state_dict.items() if not storage.owns(key)}
+        rest = storage.with_names_of_today(own) | others
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
+
+
+def take_back(model: nn.Module, adapter_name: str) -> None:
+    """Remove an adapter from a model whose FFNs were wrapped without a `PeftModel`, as if it had not been added."""
+    for tuner in context.watching(model):
+        if isinstance(tuner, MEFTModel) and adapter_name in tuner.steps.configs:
+            tuner.take_back(adapter_name)

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
@@ -118,11 +117,6 @@ TWO_OPTIMIZERS = (
 )
 
 
-def several_ranks() -> bool:
-    """Whether other processes train too."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 class RowSteps:
     """A `peft_bridge.StepListener`: updates the touched rows at the steps of the optimizer that holds them.
 
@@ -132,6 +126,7 @@ class RowSteps:
         routers: adapter -> of each layer, the adapters' routers.
         nonfinite_steps: steps that changed nothing because a gradient was inf or nan, those that a GradScaler
             skipped included.
+        averaged: whether the gradients of the forward pass that ran last are averaged over ranks (DDP).
     """
 
     def __init__(self) -> None:
@@ -139,6 +134,7 @@ class RowSteps:
         self.configs: dict[str, MEFTConfig] = {}
         self.routers: dict[str, list[nn.ModuleDict]] = {}
         self.nonfinite_steps = 0
+        self.averaged = False
         self._taken: list[tuple[RowTable, RowMoments, RowGradient, StepRule]] = []
         self._overflow: weakref.ref[Tensor] | None = None
         self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimizers that have stepped
@@ -234,8 +230,8 @@ class RowSteps:
             return gradient
         if table.claimed_by is not None and table.claimed_by() is not None:
             return gradient  # a RowAdamW updates by its own rule
-        if several_ranks():
-            return gradient  # ranks average at the end of the backward pass: rows are updated within the step
+        if self.averaged:
+            return gradient  # at the end of the backward pass, over ranks: rows are updated within the step
         if not GradientState().sync_gradients:
             return gradient
         if table.rows.grad is not None:

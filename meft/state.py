@@ -13,6 +13,8 @@ import hashlib
 import json
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -26,7 +28,7 @@ from torch.optim import Optimizer
 
 from peft_bridge import process_runs, replace_file, sync
 
-from .moments import KEY, Moments, RowMoments, moments_of_0_1
+from .moments import KEY, Moments, RowMoments, moments_of_0_1, row_moments_of_file
 from .store import RowTable, row_blocks
 
 INDEX = "meft_state.json"
@@ -239,6 +241,26 @@ def read_index(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(_DAMAGED.format(folder=folder, what=error, index=INDEX)) from error
     return index
+
+
+def check_training_state(folder: str | os.PathLike) -> None:
+    """Check that a Trainer's checkpoint has the moments of rows: in `optimizer.pt`, or beside it as 0.1 wrote them.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: they are damaged.
+    """
+    folder = Path(folder)
+    if (folder / INDEX).is_file() and read_index(folder)["version"] == 1:
+        return
+    path = folder / "optimizer.pt"
+    try:
+        with zipfile.ZipFile(path) as file:
+            pickles = [file.read(name) for name in file.namelist() if name.endswith("/data.pkl")]
+    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"'{path}' is damaged ({error}): restore it from a good save.") from error
+    if not any(row_moments_of_file.__name__.encode() in pickle for pickle in pickles):
+        raise FileNotFoundError(f"'{folder}' holds no moments of MEFT's rows, neither in {path.name} nor in {INDEX}.")
 
 
 def _read_tensors(folder: Path, index: dict[str, Any]) -> dict[str, dict[str, Tensor]]:

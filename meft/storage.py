@@ -18,7 +18,7 @@ from .config import MEFTConfig
 from .store import row_blocks
 from .watched_rows import unwatched
 
-DIGEST = "base_model.meft_digest"
+PREFIX, DIGEST = "base_model.model.", "base_model.meft_digest"
 _ROUTER_OF_0_1 = ".meft_router"
 _PARTS = (".meft_keys.rows", ".meft_values.rows", ".meft_router.weight", _ROUTER_OF_0_1)
 # PEFT leaves out what ends on the name of another adapter, so no adapter may be called like a tensor.
@@ -27,7 +27,7 @@ RESERVED = {"rows", "weight", "meft_router"}
 
 def owns(key: str) -> bool:
     """Whether a key of a saved file is MEFT's own."""
-    return key.endswith(_PARTS) or key == DIGEST
+    return key.endswith((*_PARTS, DIGEST))
 
 
 def with_names_of_today(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -50,6 +50,23 @@ def digest(tensors: Mapping[str, Tensor], config: MEFTConfig) -> Tensor:
     return torch.frombuffer(bytearray(sha.digest()), dtype=torch.uint8)
 
 
+def file_key(key: str) -> str:
+    """The key under which a `PeftModel` saves a tensor, for one of a model without that wrapper too."""
+    if key == DIGEST or key.removeprefix(PREFIX) == DIGEST:  # transformers' save puts the prefix before all keys
+        return DIGEST
+    return key if key.startswith(PREFIX) else PREFIX + key
+
+
+def checked(config: MEFTConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file as they are to be loaded, under the names of today and without the digest.
+
+    Raises:
+        ValueError: one sentence: they are not what was saved.
+    """
+    check_digest({file_key(key): value for key, value in tensors.items() if owns(key)}, config)
+    return with_names_of_today({key: value for key, value in tensors.items() if not key.endswith(DIGEST)})
+
+
 def check(own: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], config: MEFTConfig) -> None:
     """Check a file's tensors against the model and the digest.
 
@@ -60,11 +77,7 @@ def check(own: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], config: M
     Raises:
         ValueError: one sentence with what does not fit, and the remedy.
     """
-    if config.foreign_fields:
-        raise ValueError(
-            f"adapter_config.json has fields that this version does not know ({', '.join(config.foreign_fields)}): "
-            "the adapter was saved by a newer version of aslora-meft; install that."
-        )
+    check_fields(config)
     base = config.base_model_name_or_path
     remedy = f"load the base model it was trained on{f' ({base})' if base else ''}"
     named = with_names_of_today(own)
@@ -80,6 +93,21 @@ def check(own: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], config: M
                 f"{key} has shape {list(named[key].shape)} in the file and {list(shapes[key])} in this model: r, "
                 f"num_experts or the hidden size differ; {remedy}, with the saved adapter_config.json."
             )
+    check_digest(own, config)
+
+
+def check_fields(config: MEFTConfig) -> None:
+    """Raises: ValueError: the configuration was read from a file with fields that are not known here."""
+    if config.foreign_fields:
+        raise ValueError(
+            f"adapter_config.json has fields that this version does not know ({', '.join(config.foreign_fields)}): "
+            "the adapter was saved by a newer version of aslora-meft; install that."
+        )
+
+
+def check_digest(own: Mapping[str, Tensor], config: MEFTConfig) -> None:
+    """Raises: ValueError: a file's tensors and configuration are not those that were saved together."""
+    check_fields(config)
     if DIGEST not in own:
         raise ValueError(f"The adapter's file has no entry '{DIGEST}': it is damaged or was not saved by MEFT.")
     if not torch.equal(own[DIGEST].cpu(), digest(own, config)):

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -108,7 +108,7 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[tuple[Any, ..
         return (args[0], _checked(closure, optimizer, step)), {k: v for k, v in kwargs.items() if k != "closure"}
     if _scaler_skips(optimizer):
         _take_nothing(optimizer, step)
-    elif not _all_finite([p.grad for _, mine in step.watched for p in mine if p.grad is not None]):
+    elif not _all_finite([p for _, mine in step.watched for p in mine]):
         _skip(optimizer, step)
     else:
         for listener, mine in step.watched:
@@ -126,7 +126,7 @@ def _checked(closure: Callable[[], Any], optimizer: Optimizer, step: _Step) -> C
 
     def checked() -> Any:
         loss = closure()
-        if not _all_finite([p.grad for _, mine in step.watched for p in mine if p.grad is not None]):
+        if not _all_finite([p for _, mine in step.watched for p in mine]):
             _skip(optimizer, step)
         elif not step.skipped:
             step.ready(optimizer)
@@ -154,8 +154,13 @@ def _scaler_skips(optimizer: Optimizer) -> bool:
     return found_inf is not None and bool(torch.as_tensor(found_inf) > 0)
 
 
-def _all_finite(gradients: list[Tensor]) -> bool:
-    """Whether all gradients are finite, on all ranks; each rank of a process group has to take the step."""
+def _all_finite(parameters: list[nn.Parameter]) -> bool:
+    """Whether all gradients are finite: those of this rank, and the other ranks' parts of sharded parameters.
+
+    No other rank is asked of whole parameters: where ranks average gradients, all of them see a value that is not
+    finite, and where they do not, each steps by itself.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
     # Of a gradient that is stored in part (DTensor's shard, a table's touched rows), the stored part.
     local = [getattr(g, "_local_tensor", getattr(g, "row_values", g)) for g in gradients]
     finite = True
@@ -165,13 +170,22 @@ def _all_finite(gradients: list[Tensor]) -> bool:
         norms = torch._foreach_norm(local)
         finite = bool(torch.stack([n.isfinite().to(local[0].device) for n in norms]).all())
         finite = finite or all(bool(g.isfinite().all()) for g in local)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        on_device = dist.get_backend() in ("nccl", "xccl", "hccl")
-        device = torch.accelerator.current_accelerator() if on_device else torch.device("cpu")
-        bad = torch.tensor(int(not finite), dtype=torch.int32, device=device)
-        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-        return not bool(bad)
+    for mesh, dim in _sharded_over(parameters):
+        bad = torch.tensor(int(not finite), dtype=torch.int32, device=mesh.device_type)
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=mesh.get_group(dim))
+        finite = not bool(bad)
     return finite
+
+
+def _sharded_over(parameters: list[nn.Parameter]) -> list[tuple[Any, int]]:
+    """The meshes over which parameters are sharded, each with the dimensions along which their parts differ."""
+    # Parameters and not gradients: ranks that hold parts of one step it together, whichever part has a gradient.
+    found: dict[tuple[Any, int], None] = {}
+    for parameter in parameters:
+        for dim, placement in enumerate(getattr(parameter, "placements", ())):
+            if not placement.is_replicate():
+                found[parameter.device_mesh, dim] = None  # type: ignore[attr-defined]
+    return list(found)
 
 
 def _take_nothing(optimizer: Optimizer, step: _Step) -> None:

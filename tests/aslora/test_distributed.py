@@ -91,18 +91,49 @@ def run_ddp(rank):
     return {"state": state_of(model), "merges": merges_of(model)}
 
 
+def collectives():
+    """Number of collectives that this rank has begun on the default group."""
+    return torch.distributed.group.WORLD._get_sequence_number_for_group()
+
+
+def run_apart(rank):
+    """No DDP: rank 0 trains while rank 1 is elsewhere, then both with batches of their own and numbers of their own."""
+    before = collectives()
+    model = adapted()
+    optimizer = train(model, rank, steps=range(2)) if rank == 0 else None
+    train(model, rank, optimizer, steps=range(2, 4 + rank))
+    return {"begun": collectives() - before, "state": state_of(model)}
+
+
+def run_sharded_apart(rank):
+    """Each rank shards a model over a mesh of its own; one of them has a step whose gradient is inf."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (WORLD, 1), mesh_dim_names=("model", "shard"))["shard"]
+    before = collectives()
+    model = adapted()
+    fully_shard(model, mesh=mesh)
+    optimizer = train(model, rank, steps=range(2 + rank))
+    if rank == 0:
+        (model(input_ids=batches()[3]).logits.sum() * float("inf")).backward()
+        optimizer.step()
+    return {"begun": collectives() - before, "skipped": model.base_model.nonfinite_steps}
+
+
 def run_nonfinite(rank):
-    """A gradient that is bad on rank 1 alone, as with a broken reduction or a clipping overflow on one device."""
+    """A loss that is bad on rank 1 alone: DDP averages it into the gradients of all ranks."""
     model = adapted()
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = train(wrapped, rank, steps=range(3))
     before = state_of(model)
     moments = [t.clone() for state in optimizer.state.values() for t in state.values()]
     batch = batches()[3]
-    wrapped(input_ids=batch, labels=batch).loss.backward()
-    if rank == 1:
-        next(p for p in model.parameters() if p.requires_grad).grad[0, 0] = float("nan")
+    loss = wrapped(input_ids=batch, labels=batch).loss
+    (loss * (float("nan") if rank == 1 else 1)).backward()
+    begun = collectives()
     optimizer.step()
+    begun = collectives() - begun
     optimizer.zero_grad()
     after = state_of(model)
     same = all(torch.equal(after[name], before[name]) for name in before)
@@ -112,7 +143,7 @@ def run_nonfinite(rank):
     )
     skipped = model.base_model.nonfinite_steps
     train(wrapped, rank, optimizer, steps=range(3, STEPS))
-    return {"same": same, "same_moments": same_moments, "skipped": skipped, "state": state_of(model)}
+    return {"same": same, "same_moments": same_moments, "skipped": skipped, "begun": begun, "state": state_of(model)}
 
 
 def run_fsdp(rank, folder):
@@ -163,6 +194,8 @@ def worker(rank, folder):
     )
     results = {}
     for name, task in {
+        "apart": lambda: run_apart(rank),
+        "sharded apart": lambda: run_sharded_apart(rank),
         "ddp": lambda: run_ddp(rank),
         "nonfinite": lambda: run_nonfinite(rank),
         "fsdp": lambda: run_fsdp(rank, folder),
@@ -253,8 +286,25 @@ def test_ddp_equals_one_process_with_the_joint_batch(ranks, alone):
     assert_close(first["state"], state_of(alone))
 
 
-def test_a_nonfinite_gradient_on_one_rank_skips_the_step_on_all(ranks, alone):
+def test_ranks_that_train_apart_do_not_speak_to_each_other(ranks):
+    for rank, entry in enumerate(result(ranks, "apart")):
+        assert entry["begun"] == 0
+        model = adapted()
+        optimizer = train(model, rank, steps=range(2)) if rank == 0 else None
+        train(model, rank, optimizer, steps=range(2, 4 + rank))
+        for name, value in state_of(model).items():
+            assert torch.equal(value, entry["state"][name]), name
+
+
+def test_sharded_parameters_ask_the_ranks_of_their_own_mesh(ranks):
+    first, second = result(ranks, "sharded apart")
+    assert first["begun"] == second["begun"] == 0
+    assert (first["skipped"], second["skipped"]) == (1, 0)
+
+
+def test_a_nonfinite_loss_on_one_rank_skips_the_step_on_all(ranks, alone):
     for entry in result(ranks, "nonfinite"):
+        assert entry["begun"] == 0
         assert entry["same"]
         assert entry["same_moments"]
         assert entry["skipped"] == 1

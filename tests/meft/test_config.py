@@ -142,6 +142,8 @@ FULL = {
     "pin_memory": False,
     "row_optimizer": {"lr": 1e-3, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.1},
     "balance_loss_weight": 0.25,
+    "trainable_token_indices": {"embed_tokens": [1, 2]},
+    "ensure_weight_tying": True,
 }
 
 

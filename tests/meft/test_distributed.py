@@ -161,22 +161,47 @@ def run_evaluation_first(rank, **fields):
         return {"logits": DistributedDataParallel(model)(input_ids=joint(0)).logits}
 
 
+def collectives():
+    """Number of collectives that this rank has begun on the default group."""
+    return torch.distributed.group.WORLD._get_sequence_number_for_group()
+
+
+def run_apart(rank, **fields):
+    """No DDP: rank 0 trains while rank 1 is elsewhere, then both with batches of their own and numbers of their own."""
+    before = collectives()
+    model = adapted(**fields)
+    optimizer = train(model, rank, steps=range(2))[0] if rank == 0 else None
+    train(model, rank, optimizer, steps=range(2, 4 + rank))
+    return {"begun": collectives() - before, "state": Tiny.whole_state(model)}
+
+
+def run_joined(rank):
+    wrapped = DistributedDataParallel(adapted())
+
+    def run():
+        with wrapped.join():
+            train(wrapped, rank, steps=range(1))
+
+    return refusal(run)
+
+
 def run_nonfinite(rank, **fields):
     model = adapted(**fields)
     wrapped = DistributedDataParallel(model)
     optimizer, _ = train(wrapped, rank, steps=range(2))
     before = Tiny.whole_state(model)
     batch = mine(2, rank)
-    wrapped(input_ids=batch, labels=batch).loss.backward()
-    if rank == 1:
-        Tiny.tables(model)[1].rows.grad.row_values[0, 0] = float("nan")
+    loss = wrapped(input_ids=batch, labels=batch).loss
+    (loss * (float("nan") if rank == 1 else 1)).backward()
+    begun = collectives()
     optimizer.step()
+    begun = collectives() - begun
     optimizer.zero_grad()
     after = Tiny.whole_state(model)
     same = all(torch.equal(after[name], before[name]) for name in before)
     skipped = model.base_model.nonfinite_steps
     train(wrapped, rank, optimizer, steps=range(2, STEPS))
-    return {"same": same, "skipped": skipped, "state": Tiny.whole_state(model)}
+    return {"same": same, "skipped": skipped, "begun": begun, "state": Tiny.whole_state(model)}
 
 
 def refusal(run):
@@ -213,6 +238,11 @@ def run_fsdp1(rank, use_orig_params):
 
 
 TASKS = {
+    "apart": run_apart,
+    "apart in backward": lambda rank: run_apart(
+        rank, delay=2e-3, retrieval="stream", row_optimizer={"in_backward": True}
+    ),
+    "joined": run_joined,
     "ddp": run_ddp,
     "clipping": lambda rank: run_ddp(rank, clip=True),
     "checkpointed": lambda rank: run_checkpointed(rank, False),
@@ -392,9 +422,26 @@ def test_an_evaluation_before_the_first_step_sees_the_first_ranks_rows(ranks, na
         torch.testing.assert_close(entry["logits"], expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["apart", "apart in backward"])
+def test_ranks_that_train_apart_do_not_speak_to_each_other(ranks, name):
+    for rank, entry in enumerate(result(ranks, name)):
+        assert entry["begun"] == 0
+        model = adapted(delay=None if name == "apart" else 0.0, retrieval="stream" if name != "apart" else "auto")
+        optimizer = train(model, rank, steps=range(2))[0] if rank == 0 else None
+        train(model, rank, optimizer, steps=range(2, 4 + rank))
+        Tiny.assert_equal(entry["state"], Tiny.whole_state(model))
+
+
+def test_uneven_inputs_by_ddps_join_are_refused(ranks):
+    """A rank that has joined shadows DDP's averages, not those of the rows: the others would wait for it."""
+    for entry in result(ranks, "joined"):
+        assert "MEFT does not support DistributedDataParallel.join()" in entry["error"], entry["error"]
+
+
 @pytest.mark.parametrize("name", each("nonfinite"))
-def test_a_nonfinite_row_gradient_on_one_rank_skips_the_step_on_all(ranks, alone, name):
+def test_a_nonfinite_loss_on_one_rank_skips_the_step_on_all(ranks, alone, name):
     for entry in result(ranks, name):
+        assert entry["begun"] == 0
         assert entry["same"]
         assert entry["skipped"] == 1
     assert_close(assert_bit_equal(ranks, name)["state"], alone()[0])

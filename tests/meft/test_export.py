@@ -1,6 +1,9 @@
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
@@ -135,12 +138,9 @@ def test_another_base_model_is_refused_and_left_alone(tiny, saved, tmp_path):
     export_resident(folder, tmp_path / "whole")
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
     wide = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=2, **sizes))
-    tensors = load_file(tmp_path / "out" / "meft_resident.safetensors")
-    tensors = {name.replace("layers.1.", "layers.9."): value for name, value in tensors.items()}
-    save_file(tensors, tmp_path / "out" / "meft_resident.safetensors")
-    base = tiny.base()
+    base = tiny.base(layers=1)
     before = [type(module) for module in base.modules()]
-    with pytest.raises(ValueError, match=r"no module 'model\.layers\.9\.mlp'"):
+    with pytest.raises(ValueError, match=r"no module 'model\.layers\.1\.mlp'"):
         load_resident(base, tmp_path / "out")
     assert [type(module) for module in base.modules()] == before
     with pytest.raises(ValueError, match="have 32 values where the model's hidden size is 64"):
@@ -149,3 +149,74 @@ def test_another_base_model_is_refused_and_left_alone(tiny, saved, tmp_path):
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match="is damaged"):
         load_resident(base, tmp_path / "whole")
+
+
+RESIDENT = "meft_resident.safetensors"
+
+
+@pytest.fixture
+def exported(saved, tmp_path):
+    export_resident(saved()[1], tmp_path / "out")
+    return tmp_path / "out" / RESIDENT
+
+
+def refused(tiny, file, match):
+    """In one sentence, and the model is as before."""
+    base = tiny.base(dtype=torch.float32)
+    before = [type(module) for module in base.modules()]
+    with pytest.raises(ValueError, match=match) as raised:
+        load_resident(base, file.parent)
+    assert "\n" not in str(raised.value)
+    assert [type(module) for module in base.modules()] == before
+
+
+def test_a_flipped_bit_in_each_exported_tensor_is_refused(tiny, exported):
+    data = exported.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    entries = {k: v for k, v in json.loads(data[8:start]).items() if k != "__metadata__"}
+    assert len(entries) == 11
+    for entry in entries.values():
+        flipped = bytearray(data)
+        flipped[start + entry["data_offsets"][0]] ^= 1
+        exported.write_bytes(flipped)
+        refused(tiny, exported, r"digest .* does not match its tensors.*--to resident")
+
+
+def test_an_exported_tensor_that_is_missing_or_too_many_is_refused(tiny, exported):
+    with safe_open(exported, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(exported)
+    for name in tensors:
+        save_file({k: v for k, v in tensors.items() if k != name}, exported, metadata=metadata)
+        refused(tiny, exported, "digest")
+    save_file(tensors | {"model.layers.0.mlp.bias": torch.zeros(2)}, exported, metadata=metadata)
+    refused(tiny, exported, "digest")
+    save_file(tensors, exported)
+    refused(tiny, exported, "has no digest.*write it again")
+
+
+FFN = "model.layers.1.mlp"
+WRONG = {
+    "routing.top_k": ({"routing.top_k": None}, r"no integer routing\.top_k"),
+    "top_k": ({"routing.top_k": torch.tensor(49)}, r"top_k=49 are impossible with r=48"),
+    "top_k a float": ({"routing.top_k": torch.tensor(5.0)}, r"no integer routing\.top_k"),
+    "experts_per_token": ({"routing.experts_per_token": torch.tensor(0)}, r"experts_per_token=0.*impossible"),
+    "num_experts": ({"routing.num_experts": torch.tensor(7)}, r"do not fit each other and num_experts=7"),
+    "router_factor": ({"routing.router_factor": torch.tensor(2)}, "router_factor=2 must be 0 or 1"),
+    "union": ({"routing.union": torch.tensor(1)}, "union=1 must be 0"),
+    "no router": ({f"{FFN}.router": None}, rf"'{FFN}' \(it has keys, values where keys, router, values are needed"),
+    "router": ({f"{FFN}.router": torch.zeros(8, 31)}, r"router \[8, 31\]"),
+    "values": ({f"{FFN}.values": torch.zeros(47, 32)}, r"values \[47, 32\]"),
+    "keys": ({f"{FFN}.keys": torch.zeros(48, 32, dtype=torch.int32)}, "floating-point"),
+    "another part": ({f"{FFN}.bias": torch.zeros(32)}, "it has bias, keys, router, values"),
+}
+
+
+@pytest.mark.parametrize(("change", "match"), WRONG.values(), ids=WRONG)
+def test_wrong_fields_of_an_export_are_refused(tiny, exported, change, match):
+    """Also where whoever changed them made a new digest."""
+    from meft.export import _digest
+
+    tensors = {name: value for name, value in (load_file(exported) | change).items() if value is not None}
+    save_file(tensors, exported, metadata={"sha256": _digest(tensors)})
+    refused(tiny, exported, match)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from test_engine import STRATEGIES, on_lanes
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from meft import RowAdamW
@@ -138,15 +139,13 @@ def test_a_trainer_that_would_clip_is_refused_before_it_begins(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("why", ["rows in place", "RowAdamW", "ranks"])
-def test_a_run_whose_rows_are_updated_within_the_step_may_clip(tiny, monkeypatch, why):
+def test_a_run_whose_rows_are_updated_within_the_step_may_clip(tiny, why):
     model, _ = adapted(tiny) if why != "rows in place" else (tiny.adapted(row_optimizer={"in_backward": True}), None)
     if why == "RowAdamW":
         held = RowAdamW(model.parameters())
         assert held is not None
-    if why == "ranks":
-        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    model.base_model.check_run(SimpleNamespace(max_grad_norm=1.0, fp16=False))
+    ranks = 2 if why == "ranks" else 1
+    model.base_model.check_run(SimpleNamespace(max_grad_norm=1.0, fp16=False, world_size=ranks))
 
 
 def test_a_trainer_goes_on_after_a_gradient_that_is_not_finite(tiny, tmp_path):
@@ -267,13 +266,18 @@ def test_another_value_is_refused(tiny):
         tiny.config(row_optimizer={"in_backward": "yes"})
 
 
-def test_of_several_ranks_rows_move_within_the_step(tiny, monkeypatch):
+@pytest.mark.parametrize("averages", [False, True])
+def test_rows_wait_for_the_step_only_where_ranks_average(tiny, monkeypatch, averages):
+    """A process group alone is no reason to wait: its ranks may train models of their own."""
     model, _ = adapted(tiny)
-    run(tiny, model, steps=1)
+    optimizer = run(tiny, model, steps=1)
+    ddp = SimpleNamespace(require_backward_grad_sync=False) if averages else None
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(model.base_model.ranks, "note_forward", lambda: None)
-    before = [table.version for table in tiny.tables(model)]
+    monkeypatch.setattr(DistributedDataParallel, "_get_active_ddp_module", lambda: ddp)
+    monkeypatch.setattr(model.base_model.ranks, "_shared", lambda: ddp)  # it has broadcast its rows
     tiny.loss(model).backward()
-    assert [table.version for table in tiny.tables(model)] == before
-    assert not any(table.rows.grad.spent for table in tiny.tables(model))
+    for table in tiny.tables(model):
+        table.settle()
+        assert bool(getattr(table.rows.grad, "spent", False)) is not averages
+    optimizer.zero_grad()
