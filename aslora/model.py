@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,6 +49,7 @@ class ASLoRAModel(BaseTuner, RunListener):
     aslora_A: nn.ModuleDict
     aslora_B: nn.ModuleDict
     run: SharingRun
+    _warmup_of: Callable[[int], int] | None = None
 
     @property
     def configs(self) -> dict[str, ASLoRAConfig]:
@@ -169,15 +170,26 @@ class ASLoRAModel(BaseTuner, RunListener):
     def update_and_allocate(self, global_step: int) -> None:
         """Take optimizer step `global_step` (1-indexed) into account, where torch's optimizer hooks cannot see it.
 
-        Only needed with engines that step on copies of the parameters (DeepSpeed); with an optimizer
-        that the hooks see, it changes nothing. Call it after steps that were taken.
+        Only needed with engines that step on copies of the parameters (DeepSpeed): layers that share get equal B
+        again, and merges are taken. With an optimizer that the hooks see, it does the first only. Call it after steps
+        that were taken.
+
+        Raises:
+            ValueError: the engine holds B flattened or in parts.
         """
         for adapter_name in self.active_adapters:
             self.run.catch_up(adapter_name, global_step)
 
+    def check_run(self, arguments: Any) -> None:
+        """A Trainer's run is about to begin: its arguments say how long the learning rate rises."""
+        self._warmup_of = getattr(arguments, "get_warmup_steps", None)
+
     def on_run_begin(self, total_steps: int, done_steps: int = 0, steps_seen: bool = True) -> None:
         """A Trainer's run begins: its length is T where the configuration does not say otherwise."""
+        warmup_steps = int(self._warmup_of(total_steps)) if self._warmup_of is not None else 0
+        self._warmup_of = None
         for adapter_name, config in self.configs.items():
+            self.run.warmup_steps[adapter_name] = warmup_steps
             if config.total_steps is None:
                 self.run.total_steps[adapter_name] = total_steps
 
@@ -194,7 +206,7 @@ class ASLoRAModel(BaseTuner, RunListener):
     def sharing_report(self, adapter_name: str | None = None) -> SharingReport:
         """Which layers share what, every merge, and the counts of values and bytes (None: the active adapter)."""
         name = adapter_name or self.active_adapters[0]
-        return report(name, self.run.units_of(name))
+        return report(name, self.run.units_of(name), self.run.warmup_steps[name])
 
     @property
     def nonfinite_steps(self) -> int:
@@ -265,9 +277,11 @@ class ASLoRAModel(BaseTuner, RunListener):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """Select an adapter's tensors and compact them: rows that no layer reads are not saved."""
+        """Select an adapter's tensors and compact them: of rows that layers share one is saved."""
         biases = cls._get_learnable_bias_state_dict(model, state_dict, config)
-        return {**storage.to_file(state_dict, adapter_name, config), **biases}
+        tuner = next(module for module in model.modules() if isinstance(module, cls))
+        layers = {group: B.layer_indices for group, B in tuner.shared_b(adapter_name).items()}
+        return {**storage.to_file(state_dict, adapter_name, config, layers), **biases}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from aslora.bank import SharedA, SharedB, trainable_values
+from aslora.bank import SharedA, SharedB
+from aslora.merge import Merge
 
 CPU = torch.device("cpu")
 
@@ -19,6 +20,12 @@ def shared_b(layers=4, merges=2, dtype=torch.float64, out_features=5, r=3):
     bank = SharedB(r, out_features, list(range(layers)), merges, dtype, CPU)
     nn.init.normal_(bank.stacked_B)
     return bank
+
+
+def merge(bank, lower, upper, mean, distance):
+    step = Merge(bank, lower, upper, mean, distance)
+    step.write_values()
+    step.write_map()
 
 
 def test_shapes_and_first_state():
@@ -78,7 +85,7 @@ def test_averages_of_half_precision_do_not_stall(dtype):
 def test_casts_leave_the_averages_wide(cast):
     bank = shared_b()
     bank.sample(1)
-    bank.merge(0, 1, False, 0.1, None)
+    merge(bank, 0, 1, False, 0.1)
     average = bank.average.clone()
     cast(bank)
     assert bank.stacked_B.dtype != torch.float64
@@ -102,7 +109,7 @@ def test_upper_keeps_value_and_average_of_the_upper_row():
     bank = shared_b()
     bank.sample(1)
     B, average = bank.stacked_B.detach().clone(), bank.average.clone()
-    bank.merge(1, 3, False, 0.5, None)
+    merge(bank, 1, 3, False, 0.5)
     for now, before in ((bank.stacked_B, B), (bank.average, average)):
         assert torch.equal(now[[0, 2, 3]], before[[0, 2, 3]])
         assert not now[1].any()
@@ -117,10 +124,10 @@ def test_mean_weighs_by_the_number_of_layers():
     bank.stacked_B.data.mul_(2)
     bank.sample(2)
     B, average = bank.stacked_B.detach().clone(), bank.average.clone()
-    bank.merge(0, 1, True, 0.0, None)  # {0,1}
-    bank.merge(1, 3, True, 0.0, None)  # {0,1} and {3}
-    bank.merge(2, 4, True, 0.0, None)
-    bank.merge(3, 4, True, 0.0, None)  # {0,1,3} and {2,4}
+    merge(bank, 0, 1, True, 0.0)  # {0,1}
+    merge(bank, 1, 3, True, 0.0)  # {0,1} and {3}
+    merge(bank, 2, 4, True, 0.0)
+    merge(bank, 3, 4, True, 0.0)  # {0,1,3} and {2,4}
     for now, before in ((bank.stacked_B, B), (bank.average, average)):
         torch.testing.assert_close(now[4], before.mean(0), rtol=1e-14, atol=1e-14)
         assert not now[:4].any()
@@ -129,20 +136,20 @@ def test_mean_weighs_by_the_number_of_layers():
 def test_mean_of_float64_is_float64():
     bank = shared_b()
     expected = (bank.stacked_B[0] + bank.stacked_B[1]).detach() / 2
-    bank.merge(0, 1, True, 0.0, None)
+    merge(bank, 0, 1, True, 0.0)
     torch.testing.assert_close(bank.stacked_B[1], expected, rtol=1e-15, atol=1e-16)
 
 
 def test_mean_of_bfloat16_is_rounded_once():
     bank = shared_b(dtype=torch.bfloat16)
     expected = ((bank.stacked_B[0].float() + bank.stacked_B[1].float()) / 2).bfloat16()
-    bank.merge(0, 1, True, 0.0, None)
+    merge(bank, 0, 1, True, 0.0)
     assert torch.equal(bank.stacked_B[1], expected)
 
 
 def test_dropped_rows_are_cleared_and_only_they():
     bank = shared_b()
-    bank.merge(0, 2, False, 0.0, None)
+    merge(bank, 0, 2, False, 0.0)
     bank.stacked_B.data.fill_(1)
     bank.clear_dropped_rows()
     assert bank.stacked_B.sum((1, 2)).tolist() == [0, 15, 15, 15]
@@ -151,7 +158,7 @@ def test_dropped_rows_are_cleared_and_only_they():
 def test_finishing_gives_the_averages_up_and_keeps_the_map():
     bank = shared_b()
     bank.sample(1)
-    bank.merge(0, 2, False, 0.0, None)
+    merge(bank, 0, 2, False, 0.0)
     bank.finish()
     assert bank.finished
     assert (bank.step, bank.sharing_map) == (1, [2, 1, 2, 3])
@@ -173,7 +180,7 @@ def test_assign_sets_a_finished_sharing():
 
 def test_each_layer_reads_the_row_of_its_map():
     bank = shared_b()
-    bank.merge(0, 2, False, 0.0, None)
+    merge(bank, 0, 2, False, 0.0)
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             for layer, row in enumerate([2, 1, 2, 3]):
@@ -213,7 +220,7 @@ def test_rows_are_taken_anew_when_b_changed(write):
 def test_a_loaded_state_replaces_what_was_read_before():
     source, bank = shared_b(), shared_b()
     source.sample(4)
-    source.merge(1, 2, False, 0.0, None)
+    merge(source, 1, 2, False, 0.0)
     assert bank.sharing_map == [0, 1, 2, 3]  # now remembered
     bank.load_state_dict(source.state_dict())
     assert (bank.sharing_map, bank.step, bank.merges()) == (source.sharing_map, 4, source.merges())
@@ -223,11 +230,11 @@ def test_a_loaded_state_replaces_what_was_read_before():
 def test_copies_are_whole_and_independent_even_while_a_graph_exists(duplicate):
     bank = shared_b()
     bank.sample(1)
-    bank.merge(0, 1, False, 0.0, None)
+    merge(bank, 0, 1, False, 0.0)
     row = bank.of_layer(2)
     twin = duplicate(bank)
     assert all(torch.equal(a, b) for a, b in zip(bank.state_dict().values(), twin.state_dict().values(), strict=True))
-    twin.merge(1, 2, False, 0.0, None)
+    merge(twin, 1, 2, False, 0.0)
     assert (bank.sharing_map, twin.sharing_map) == ([1, 1, 2, 3], [2, 2, 2, 3])
     twin.of_layer(2).sum().backward()
     assert bank.stacked_B.grad is None
@@ -237,5 +244,5 @@ def test_copies_are_whole_and_independent_even_while_a_graph_exists(duplicate):
 
 def test_trainable_values_count_what_is_read():
     bank = shared_b()
-    bank.merge(0, 1, False, 0.0, None)
+    merge(bank, 0, 1, False, 0.0)
     assert trainable_values([SharedA(3, 7, torch.float32, CPU), bank]) == 3 * 7 + 3 * 5 * 3
