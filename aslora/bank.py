@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .shared_rows import AllRows, Arrival, OneRow
+from .shared_rows import AllRows, Arrivals, OneRow, in_backward
 from .sharing import groups_of, is_sharing_map
 from .ties import Ties, borne_out, filled
 
@@ -56,6 +56,7 @@ class SharedB(nn.Module):
         ties: the sharing in force.
         stepping: an optimizer step is running; a closure may see rows that are not mirrored yet.
         before_pass: called before a training forward pass takes the rows, to compare `ties` with values and buffers.
+        checked: that has been done for the rows that are taken next.
     """
 
     layers: Tensor
@@ -81,9 +82,10 @@ class SharedB(nn.Module):
         # What to read where there are no values: on the meta device.
         self._first = {"layers": list(layers), "rows": list(range(n)), "clock": [0, 0, 0 if merges else 1]}
         self._clock: tuple[Tensor, list[int]] | None = None
-        self._views: tuple[Any, int, tuple[Tensor, ...]] | None = None
+        self._views: tuple[Any, int, int, tuple[Tensor, ...]] | None = None
         self.ties = Ties(range(n))
-        self.arrival = Arrival()
+        self._arrivals = Arrivals()
+        self._followed = 0  # of these arrivals: those before the last step
         self.checked = False
         self.stepping = False
         self.before_pass: Callable[[], None] | None = None
@@ -179,20 +181,38 @@ class SharedB(nn.Module):
             return stack[position]
         if torch.compiler.is_compiling():
             return OneRow.apply(stack, position, self.ties.owners[position])  # type: ignore[no-any-return]
-        views = self._views
-        if views is None or views[0] is not stack or views[1] != stack._version:
-            if self._views is not None:
-                self.forget_views()
+        if self.stale:
             if self.before_pass is not None and not self.checked:
                 self.before_pass()
-            rows = AllRows.apply(stack, self.ties.owners, self.arrival)
-            views = self._views = (stack, stack._version, rows)  # type: ignore[assignment]
-        return views[2][position]
+            self.checked = False
+            rows = AllRows.apply(stack, self.ties.owners, self._arrivals)
+            self._views = (stack, stack._version, self._arrivals.count, rows)  # type: ignore[assignment]
+        assert self._views is not None
+        return self._views[3][position]
+
+    @property
+    def stale(self) -> bool:
+        """Whether the next training forward pass takes the rows anew: B was written or replaced, or a backward pass
+        has ended the last one (FSDP2 writes B without a new version)."""
+        views, stack = self._views, self.stacked_B
+        if views is None or views[0] is not stack or views[1] != stack._version:
+            return True
+        return views[2] != self._arrivals.count and not in_backward()
 
     def forget_views(self) -> None:
         """Drop the rows kept by `of_layer`, so that the next forward takes them anew."""
         self._views = None
-        self.checked = False
+
+    @property
+    def awaits_step(self) -> bool:
+        """Whether a backward pass has come through since the last optimizer step that was seen."""
+        return self._arrivals.count != self._followed
+
+    def step_seen(self) -> None:
+        """Gradients up to now have been used by a step that was seen, or B has been loaded since."""
+        self._followed = self._arrivals.count
+        self.stepping = False
+        self.forget_views()
 
     # ------------------------------------------------------------------ training
 
@@ -248,7 +268,7 @@ class SharedB(nn.Module):
         self.mirror(whole)
         if not self.finished:
             self.sample(step, whole)
-        self.stepping = self.arrival.seen = False
+        self.step_seen()
 
     @torch.no_grad()
     def sample(self, step: int, whole: Tensor | None = None) -> None:
@@ -261,6 +281,7 @@ class SharedB(nn.Module):
     @torch.no_grad()
     def adopt(self, owners: list[int]) -> None:
         """Share as `owners` says, which was found from the values; no merges follow, and none are recorded."""
+        self.forget_views()
         self.rows.copy_(torch.tensor(owners))
         self.history.fill_(-1)
         self.distances.zero_()
@@ -296,9 +317,8 @@ class SharedB(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.forget_views()
+        self.step_seen()
         self._clock = None
-        self.arrival.seen = False
         claim = self.read("rows")
         if self.compared and f"{prefix}stacked_B" in state_dict and f"{prefix}rows" in state_dict:
             with torch.no_grad():
@@ -309,12 +329,13 @@ class SharedB(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy and pickle, which do not take the graph that `of_layer` keeps."""
-        return {**self.__dict__, "_views": None, "arrival": Arrival(), "stepping": False}
+        return {**self.__dict__, "_views": None, "stepping": False}
 
 
 def gathered(tensor: Tensor) -> Tensor:
     """The full tensor without autograd, gathered over ranks if FSDP2 has sharded it."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    whole: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach()
 
 
 def distributed(like: DTensor, whole: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ class Merge:
         self.member.distances[self.slot] = self.distance
         self.member.rows.copy_(self.rows)
         self.member.ties = self.ties
+        self.member.forget_views()
 
 
 def _mean(upper: Tensor, lower: Tensor, weight: float) -> Tensor:

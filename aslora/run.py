@@ -107,7 +107,7 @@ class SharingRun:
     def _unchecked(self, adapter_name: str) -> list[MergeUnit]:
         units = []
         for unit in self.units.get(adapter_name, []):
-            banks = [B for B in unit.banks if B.stacked_B.requires_grad and not B.checked]
+            banks = [B for B in unit.banks if B.stacked_B.requires_grad and B.stale]
             for B in banks:
                 B.checked = True
                 if B.stepping:  # a closure's forward pass: the optimizer has moved owners and is not done
@@ -173,7 +173,7 @@ class SharingRun:
             if seen or (unit.pending and unit.leader.step >= step):
                 for member in unit.banks:
                     member.mirror()
-                    member.arrival.seen = False
+                    member.step_seen()
                 continue
             for member in unit.banks:
                 unit.sample(member, step)

@@ -13,11 +13,16 @@ import torch
 from torch import Tensor
 
 
-class Arrival:
-    """Whether a gradient has come through since this was last looked at."""
+class Arrivals:
+    """How often a gradient has come through."""
 
     def __init__(self) -> None:
-        self.seen = False
+        self.count = 0
+
+
+def in_backward() -> bool:
+    """Whether the autograd engine is at work here: a checkpoint recomputes its forward pass."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class AllRows(torch.autograd.Function):
@@ -26,17 +31,17 @@ class AllRows(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(stack: Tensor, owners: Sequence[int], arrival: Arrival) -> tuple[Tensor, ...]:
+    def forward(stack: Tensor, owners: Sequence[int], arrivals: Arrivals) -> tuple[Tensor, ...]:
         return stack.unbind(0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, ctx.owners, ctx.arrival = inputs
+        _, ctx.owners, ctx.arrivals = inputs
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:  # type: ignore[override]
-        ctx.arrival.seen = True
+        ctx.arrivals.count += 1
         sums: dict[int, Tensor] = {}
         for owner, gradient in zip(ctx.owners, gradients, strict=True):
             if gradient is not None:

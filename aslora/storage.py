@@ -82,7 +82,7 @@ def compact(tensors: dict[str, Tensor], layers: Mapping[str, list[int]], config:
         B = _gathered(tensors[b_key])
         if len(B) != len(indices):
             raise ValueError(
-                f"{b_key} of the state_dict to save has {len(B)} rows where the adapter has {len(indices)} layers: give "
+                f"{b_key} of the state_dict to save has {len(B)} rows for {len(indices)} layers: give "
                 "the parameters as they are in the model."
             )
         saved |= _compact_group(prefix, tensors, B, indices)

@@ -97,7 +97,7 @@ class MergeUnit:
             RuntimeError: an engine has stepped that torch's optimizer hooks do not see.
         """
         for name, (B, _) in self.members.items():
-            if B.arrival.seen and B.compared and bool(B.ties.broken(B.stacked_B)):
+            if B.awaits_step and B.compared and bool(B.ties.broken(B.stacked_B)):
                 raise RuntimeError(
                     f"{name}: B has changed after a backward pass, but torch's optimizer hooks saw no step, so layers "
                     "that share would go on with different B: call model.base_model.update_and_allocate(step) after "
