@@ -3,7 +3,7 @@
 Importing this package makes PEFT know the method: `get_peft_model(model, ASLoRAConfig(...))`.
 """
 
-from peft_bridge import refuse_lora_optimizer, register_method, write_weights_at_once
+from peft_bridge import index_when_offloaded, refuse_lora_optimizer, register_method, write_weights_at_once
 
 from .config import ASLoRAConfig
 from .export import export_to_lora
@@ -17,5 +17,6 @@ refuse_lora_optimizer(
     "it steps the B of a layer by the layer's own A, and ASLoRA's A serves all layers; use AdamW, and set "
     "requires_grad of the A to False where they shall stay as they are.",
 )
+index_when_offloaded("aslora_")
 
 __all__ = ["ASLoRAConfig", "ASLoRAModel", "export_to_lora"]

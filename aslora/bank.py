@@ -1,21 +1,23 @@
 """The tensors of one adapter: shared A, stacked B, sharing maps, running averages. No decisions.
 
-The tuner owns these modules once; layers hold references that are not registered. Because shared *modules* and not
-shared parameters are referred to, dtype casts, moves and loading cannot tear the sharing apart.
+The tuner owns these modules once; layers hold references that are not registered, and call them for their tensors:
+hooks on called modules (accelerate's offloading) then work. Because shared *modules* and not shared parameters are
+referred to, dtype casts, moves and loading cannot tear the sharing apart.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim.optimizer import Optimizer
 
-from .sharing import groups_of, merged
+from .shared_rows import AllRows, Arrivals, OneRow, in_backward
+from .sharing import groups_of, is_sharing_map
+from .ties import Ties, borne_out, filled, on_host
 
 
 class SharedA(nn.Module):
@@ -29,19 +31,32 @@ class SharedA(nn.Module):
         self.shared_A = nn.Parameter(torch.empty(r, in_features, dtype=dtype, device=device))
         nn.init.kaiming_uniform_(self.shared_A, a=math.sqrt(5))  # as LoRA does
 
+    def forward(self) -> Tensor:
+        """A [r, in_features]."""
+        return self.shared_A
+
 
 class SharedB(nn.Module):
-    """The B of a B-group of n layers, one row of a stack for each, and which layer reads which row.
+    """The B of a B-group of n layers, one row of a stack for each, and which of them share.
 
     Parameter `stacked_B`: [n, out_features, r]. Its shape never changes, so that DDP, FSDP and a resumed optimizer see
-    a constant set of parameters; rows that no layer reads are exactly zero.
+    a constant set of parameters. Each layer reads its own row: the parameters alone are the model. Layers that share
+    have rows with equal bits; one of these, their owner, takes the gradients of all, and after each optimizer step the
+    others are overwritten with it.
 
     Buffers (persistent, so that a resumed run takes the same merges):
-        `layers` int64 [n]: the layer indices, ascending. `rows` int64 [n]: the row that each layer reads.
+        `layers` int64 [n]: the layer indices, ascending. `rows` int64 [n]: the owner of each row; a claim, which holds
+        as far as the values bear it out.
         `average` fp32 or wider [n, out_features, r] ([0, ...] if nothing will merge): running averages of B (eq. 3);
         zero again once the sharing is finished.
         `clock` int64 [3]: optimizer steps seen, samples in the averages, finished (0 or 1).
         `history` int64 [n-1, 3]: step, lower row and upper row of each merge, -1 if not taken; `distances` fp32 [n-1].
+
+    Attributes:
+        ties: the sharing in force.
+        stepping: an optimizer step is running; a closure may see rows that are not mirrored yet.
+        before_pass: called before a training forward pass takes the rows, to compare `ties` with values and buffers.
+        checked: that has been done for the rows that are taken next.
     """
 
     layers: Tensor
@@ -64,141 +79,232 @@ class SharedB(nn.Module):
         self.register_buffer("clock", torch.tensor([0, 0, 0 if merges else 1], device=device))
         self.register_buffer("history", torch.full((n - 1, 3), -1, device=device))
         self.register_buffer("distances", torch.zeros(n - 1, device=device))
-        # Also where there are no values to read: on the meta device.
-        self._mirror = {"layers": list(layers), "rows": list(range(n)), "clock": [0, 0, 0 if merges else 1]}
-        self._views: tuple[Any, int, tuple[Tensor, ...]] | None = None
+        # What to read where there are no values: on the meta device.
+        self._first = {"layers": list(layers), "rows": list(range(n)), "clock": [0, 0, 0 if merges else 1]}
+        self._clock: tuple[Tensor, list[int]] | None = None
+        self._views: tuple[Any, int, int, tuple[Tensor, ...]] | None = None
+        self.ties = Ties(range(n))
+        self._arrivals = Arrivals()
+        self._followed = 0  # of these arrivals: those before the last step
+        self.checked = False
+        self.stepping = False
+        self.before_pass: Callable[[], None] | None = None
 
-    # ------------------------------------------------------------------ buffers, read without a device synchronisation
+    # ------------------------------------------------------------------ buffers
 
-    def _read(self, name: str) -> list[int]:
-        if name not in self._mirror:
-            self._mirror[name] = getattr(self, name).tolist()
-        return self._mirror[name]
+    def read(self, name: str) -> list[int]:
+        """`layers`, `rows` or `clock` as they are now; on a device this waits for it."""
+        tensor = getattr(self, name)
+        return list(self._first[name]) if tensor.is_meta else tensor.tolist()
 
-    def _write(self, name: str, values: list[int]) -> None:
-        self._mirror[name] = values
-        getattr(self, name).copy_(torch.tensor(values), non_blocking=True)
+    def _clock_now(self) -> list[int]:
+        """The clock, without a synchronisation while nobody else writes it (see `clock_written`)."""
+        if on_host(self.clock):
+            return self.read("clock")
+        if self._clock is None:
+            self._clock = (self.clock.clone(), self.clock.tolist())
+        return self._clock[1]
+
+    def _set_clock(self, values: list[int]) -> None:
+        self.clock.copy_(torch.tensor(values), non_blocking=True)
+        if not on_host(self.clock):
+            self._clock = (self.clock.clone(), values)
+
+    def forget_clock(self) -> None:
+        """Read the clock anew when it is next needed."""
+        self._clock = None
+
+    def clock_written(self) -> bool | Tensor:
+        """Whether somebody else has written the clock, on a device."""
+        known = self._clock
+        if known is None or on_host(self.clock):
+            return False
+        return True if known[0].device != self.clock.device else (known[0] != self.clock).any()
 
     @property
     def sharing_map(self) -> list[int]:
-        """The row that each layer reads."""
-        return self._read("rows")
+        """The owner of each row: what `rows` claims, as far as the values bear it out."""
+        if self.stacked_B.is_meta or isinstance(self.stacked_B, DTensor):
+            return list(self.ties.owners)
+        claim = self.read("rows")
+        if borne_out(self.stacked_B, claim):
+            return claim
+        if not is_sharing_map(claim):
+            return list(range(len(claim)))
+        return [o if borne_out(self.stacked_B[[row, o]], [1, 1]) else row for row, o in enumerate(claim)]
 
     @property
     def layer_indices(self) -> list[int]:
-        return self._read("layers")
+        return self.read("layers")
 
     @property
     def live_rows(self) -> list[int]:
-        """The rows that some layer reads, in the order of their lowest layers."""
-        return list(groups_of(self.sharing_map))
-
-    @property
-    def dropped_rows(self) -> list[int]:
-        return sorted(set(range(len(self.sharing_map))) - set(self.sharing_map))
+        """The owners, in the order of their groups' lowest layers."""
+        return list(groups_of(self.ties.owners))
 
     @property
     def step(self) -> int:
         """Optimizer steps seen while merges were pending."""
-        return self._read("clock")[0]
+        return self._clock_now()[0]
 
     @property
     def finished(self) -> bool:
         """Whether no further merge will be taken."""
-        return bool(self._read("clock")[2])
+        return self._clock_now()[2] != 0
 
     @property
     def merges_taken(self) -> int:
-        return len(self.sharing_map) - len(set(self.sharing_map))
+        return len(self.ties.mirrored)
 
     def merges(self) -> list[tuple[int, int, int, float]]:
         """(step, lower row, upper row, distance) of each recorded merge."""
-        if not self.merges_taken:
+        if self.history.is_meta:
             return []
         table = self.history.tolist()
         return [(s, low, up, d) for (s, low, up), d in zip(table, self.distances.tolist(), strict=True) if s >= 0]
 
     # ------------------------------------------------------------------ forward
 
-    def of_layer(self, position: int) -> Tensor:
-        """The B [out_features, r] that the layer at `position` reads.
+    def forward(self, position: int) -> Tensor:
+        """The B [out_features, r] of the layer at `position`."""
+        return self.of_layer(position)
 
-        Under autograd all rows come from ONE `unbind` that lasts until B is next written: indexing the stack once per
+    def of_layer(self, position: int) -> Tensor:
+        """The row of the layer at `position`; under autograd its gradient goes to the row's owner.
+
+        Under autograd all rows come from ONE function that lasts until B is next written: indexing the stack once per
         layer would build one gradient of the size of the whole stack for each layer.
         """
-        row = self.sharing_map[position]
-        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and self.stacked_B.requires_grad):
-            return self.stacked_B[row]
-        views = self._views
-        if views is None or views[0] is not self.stacked_B or views[1] != self.stacked_B._version:
-            views = self._views = (self.stacked_B, self.stacked_B._version, self.stacked_B.unbind(0))
-        return views[2][row]
+        stack = self.stacked_B
+        # Of tensors in the parameter's place (torch.func.functional_call) each row has its own derivative.
+        if not (torch.is_grad_enabled() and stack.requires_grad and isinstance(stack, nn.Parameter)):
+            return stack[position]
+        if torch.compiler.is_compiling():
+            return OneRow.apply(stack, position, self.ties.owners[position])  # type: ignore[no-any-return]
+        if self.stale:
+            if self.before_pass is not None and not self.checked:
+                self.before_pass()
+            self.checked = False
+            rows = AllRows.apply(stack, self.ties.owners, self._arrivals)
+            self._views = (stack, stack._version, self._arrivals.count, rows)  # type: ignore[assignment]
+        assert self._views is not None
+        return self._views[3][position]
+
+    @property
+    def stale(self) -> bool:
+        """Whether the next training forward pass takes the rows anew: B was written or replaced, or a backward pass
+        has ended the last one (FSDP2 writes B without a new version)."""
+        views, stack = self._views, self.stacked_B
+        if views is None or views[0] is not stack or views[1] != stack._version:
+            return True
+        return views[2] != self._arrivals.count and not in_backward()
 
     def forget_views(self) -> None:
         """Drop the rows kept by `of_layer`, so that the next forward takes them anew."""
         self._views = None
 
+    @property
+    def was_taken(self) -> bool:
+        """Whether a forward pass has taken the rows since the last step, and compared them."""
+        return self._views is not None
+
+    @property
+    def awaits_step(self) -> bool:
+        """Whether a backward pass has come through since the last optimizer step that was seen."""
+        return self._arrivals.count != self._followed
+
+    def step_seen(self) -> None:
+        """Gradients up to now have been used by a step that was seen, or B has been loaded since."""
+        self._followed = self._arrivals.count
+        self.stepping = False
+        self.forget_views()
+
     # ------------------------------------------------------------------ training
 
-    @torch.no_grad()
-    def sample(self, step: int) -> None:
-        """Take B after optimizer step `step` into the running averages (eq. 3)."""
-        count = self._read("clock")[1] + 1
-        self.average.lerp_(_whole(self.stacked_B.detach()).to(self.average.dtype), 1 / count)
-        self._write("clock", [step, count, 0])
+    @property
+    def compared(self) -> bool:
+        """Whether the rows can be compared here: not on the meta device, nor where FSDP2 holds a shard of them."""
+        return not (self.stacked_B.is_meta or isinstance(self.stacked_B, DTensor))
 
     @torch.no_grad()
-    def merge(self, lower: int, upper: int, mean: bool, distance: float, optimizer: Optimizer | None) -> None:
-        """Let the layers of row `lower` read row `upper`.
+    def mirror(self, whole: Tensor | None = None) -> None:
+        """Overwrite each row with its owner.
 
-        The surviving row keeps its value, average and moments; with `mean` its value and average become the means of
-        both rows, weighted by their numbers of layers. The dropped row and its optimizer state become zero. All rows
-        are sampled at the same steps, so their averages have one common count.
+        Args:
+            whole: the full B, where it was gathered from shards already.
         """
-        groups = groups_of(self.sharing_map)
-        weight = len(groups[lower]) / (len(groups[lower]) + len(groups[upper])) if mean else 0.0
-        B = _whole(self.stacked_B.detach())
-        for rows in (B, self.average):
-            if mean:
-                wide = torch.promote_types(rows.dtype, torch.float32)
-                rows[upper] = torch.lerp(rows[upper].to(wide), rows[lower].to(wide), weight).to(rows.dtype)
-            rows[lower] = 0
-        _overwrite(self.stacked_B, B)
-        if optimizer is not None:
-            _zero_state(optimizer, self.stacked_B, lower)
-        slot = len(self.merges())
-        self.history[slot] = torch.tensor([self.step, lower, upper])
-        self.distances[slot] = distance
-        self._write("rows", merged(self.sharing_map, lower, upper))
-
-    @torch.no_grad()
-    def clear_dropped_rows(self) -> None:
-        """Keep rows that no layer reads exactly zero, whatever the optimizer does with a zero gradient."""
-        dropped = self.dropped_rows
-        if not dropped:
+        if not self.ties.mirrored:
             return
         if isinstance(self.stacked_B, DTensor):
-            keep = torch.ones(len(self.stacked_B), 1, 1, dtype=self.stacked_B.dtype, device=self.stacked_B.device)
-            keep[dropped] = 0
-            self.stacked_B.mul_(
-                distribute_tensor(keep, self.stacked_B.device_mesh, self.stacked_B.placements, src_data_rank=None)
-            )
+            whole = gathered(self.stacked_B) if whole is None else whole
+            self.ties.mirror(whole)
+            overwrite(self.stacked_B, whole)
         else:
-            self.stacked_B[dropped] = 0
+            self.ties.mirror(self.stacked_B.detach())
+
+    @torch.no_grad()
+    def mirror_state(self, state: dict[str, Any]) -> None:
+        """Overwrite each row of an optimizer's state of B with its owner, where there is a value for each value of B.
+
+        What a merge is does not hang on it. But an optimizer that moves parameters between its steps by values that it
+        keeps (schedule-free ones, averages that are swapped in) then moves equal rows equally.
+        """
+        for value in state.values():
+            if type(value) is Tensor and value.shape == self.stacked_B.shape and value.is_floating_point():
+                self.ties.mirror(value)
+
+    @torch.no_grad()
+    def collect_gradients(self) -> None:
+        """Bring gradients of mirrored rows to their owners.
+
+        `of_layer` leaves none there; another rank of DDP does that found the same rows tied with another owner, and
+        code that was compiled before the rows were.
+        """
+        gradient = self.stacked_B.grad
+        if type(gradient) is Tensor and not gradient.is_sparse:
+            self.ties.collect(gradient)
+
+    @torch.no_grad()
+    def follow(self, step: int) -> None:
+        """Follow optimizer step `step`: mirror the rows and, while merges are to come, sample the averages."""
+        whole = None
+        if isinstance(self.stacked_B, DTensor) and (self.ties.mirrored or not self.finished):
+            whole = gathered(self.stacked_B)
+        self.mirror(whole)
+        if not self.finished:
+            self.sample(step, whole)
+        self.step_seen()
+
+    @torch.no_grad()
+    def sample(self, step: int, whole: Tensor | None = None) -> None:
+        """Take B after optimizer step `step` into the running averages (eq. 3)."""
+        count = self._clock_now()[1] + 1
+        B = gathered(self.stacked_B) if whole is None else whole
+        self.average.lerp_(B.to(self.average.dtype), 1 / count)
+        self._set_clock([step, count, 0])
+
+    @torch.no_grad()
+    def adopt(self, owners: list[int]) -> None:
+        """Share as `owners` says, which was found from the values; no merges follow, and none are recorded."""
+        self.forget_views()
+        self.rows.copy_(torch.tensor(owners))
+        self.history.fill_(-1)
+        self.distances.zero_()
+        self.ties = Ties(owners)
+        self.finish()
 
     @torch.no_grad()
     def finish(self) -> None:
         """No further merges: the averages are given up."""
         self.average.zero_()
-        self._write("clock", [self.step, 0, 1])
+        self._set_clock([max(0, self.step), 0, 1])
 
     @torch.no_grad()
     def assign(self, B: Tensor, sharing_map: list[int]) -> None:
-        """Set values [n, out_features, r] and map of a finished sharing; rows that are not read become zero."""
-        self._write("rows", sharing_map)
+        """Set values [n, out_features, r] and map of a finished sharing; rows take their owners' values."""
         self.stacked_B.copy_(B)
-        self.clear_dropped_rows()
-        self.finish()
+        self.adopt(sharing_map)
+        self.mirror()
 
     # ------------------------------------------------------------------ moves, casts, loading, copies
 
@@ -210,52 +316,38 @@ class SharedB(nn.Module):
             after = getattr(self, name)
             if torch.promote_types(after.dtype, before.dtype) != after.dtype:
                 setattr(self, name, before.to(after.device))
+        self._clock = None
         self.forget_views()  # of the old memory: a move writes B without a new version
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._mirror = {}
-        self._views = None
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.step_seen()
+        self._clock = None
+        claim = self.read("rows")
+        if self.compared and f"{prefix}stacked_B" in state_dict and f"{prefix}rows" in state_dict:
+            with torch.no_grad():
+                for rows in (self.stacked_B, self.average) if len(self.average) else (self.stacked_B,):
+                    if (full := filled(rows, claim)) is not rows:
+                        rows.copy_(full)
+        self.ties = Ties(claim if is_sharing_map(claim) else range(len(claim)))
 
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy and pickle, which do not take the graph that `of_layer` keeps."""
-        return {**self.__dict__, "_views": None}
+        return {**self.__dict__, "_views": None, "stepping": False}
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """The full tensor, gathered over ranks if FSDP2 has sharded it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def gathered(tensor: Tensor) -> Tensor:
+    """The full tensor without autograd, gathered over ranks if FSDP2 has sharded it."""
+    whole: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach()
 
 
-def _overwrite(target: Tensor, whole: Tensor) -> None:
-    """Write a full tensor back, whether or not the target is sharded."""
-    if isinstance(target, DTensor):
-        target.copy_(distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None))
-    elif whole.data_ptr() != target.data_ptr():
-        target.copy_(whole)
+def distributed(like: DTensor, whole: Tensor) -> Tensor:
+    """A full tensor, that each rank has, as shards like those of another; no communication."""
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def _zero_state(optimizer: Optimizer, parameter: nn.Parameter, row: int) -> None:
-    """Set the optimizer's state of one row to zero, in each state tensor that has the parameter's shape."""
-    state = optimizer.state.get(parameter, {})
-    for name, tensor in state.items():
-        if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
-            continue
-        zero: float = 0
-        if tensor.dtype == torch.uint8 and (codes := state.get(name.replace("state", "qmap"))) is not None:
-            zero = int(codes.abs().argmin())  # bitsandbytes' 8-bit moments are indices into a table of values
-        whole = _whole(tensor)
-        whole[row] = zero
-        _overwrite(tensor, whole)
-
-
-def trainable_values(modules: Iterable[SharedA | SharedB]) -> int:
-    """Number of values that take part in the model: all of A, and the rows of B that are read."""
-    total = 0
-    for module in modules:
-        if isinstance(module, SharedA):
-            total += module.shared_A.numel()
-        else:
-            total += len(module.live_rows) * module.stacked_B.shape[1:].numel()
-    return total
+def overwrite(target: DTensor, whole: Tensor) -> None:
+    """Write a full tensor into shards."""
+    target.copy_(distributed(target, whole))

@@ -122,7 +122,7 @@ class _Source:
         config = tuner.configs[name]
         self.r = config.r
         self.factor = weight * config.scaling
-        self.A = {group: A.shared_A.detach().double() for group, A in tuner.shared_a(name).items()}
+        self.A = {group: A().detach().double() for group, A in tuner.shared_a(name).items()}
         self.B = tuner.shared_b(name)
 
     def paths(self) -> list[str]:
@@ -138,11 +138,11 @@ class _Source:
         labels = [-1] * len(layers)
         if group in self.B:
             B = self.B[group]
-            row_of = dict(zip(B.layer_indices, B.sharing_map, strict=True))
+            rows, owners = {layer: row for row, layer in enumerate(B.layer_indices)}, B.sharing_map
             for i, layer in enumerate(layers):
-                if layer in row_of:
-                    values[i] = B.stacked_B.detach()[row_of[layer]].to(values)
-                    labels[i] = row_of[layer]
+                if layer in rows:
+                    values[i] = B(rows[layer]).detach().to(values)
+                    labels[i] = owners[rows[layer]]
         return values, labels
 
     def a_of(self, a_group: str, in_features: int, device: torch.device) -> Tensor:

@@ -72,15 +72,17 @@ class ASLoRAConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Last optimizer step without a merge, T_s in Algorithm 1. An int is steps, a float is a fraction "
-            "of the run's length T, rounded down. None: 0.05 T, or the paper's 320 steps where T is unknown."
+            "of the run's length T, rounded down. None: the warm-up of the learning rate, which a Trainer tells, and "
+            "0.05 of the steps after it; the paper's 320 steps where T is unknown."
         },
     )
     merge_interval: int | float | None = field(
         default=None,
         metadata={
             "help": "Optimizer steps between two merges, m in Algorithm 1, at least 1. A float is a fraction of T. "
-            "None: the merges spread evenly up to 0.30 T (up to T, if merge_start is not before that), or the "
-            "paper's 240 steps where T is unknown."
+            "None: the merges spread evenly up to 0.30 of the steps after the warm-up (up to T, if merge_start is not "
+            "before that), or the paper's 240 steps where T is unknown. A merge that is due while B has not been "
+            "trained, because the learning rate is still 0, waits for the next step."
         },
     )
     num_merges: int | None = field(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,15 +85,17 @@ class ASLoRALayer(BaseTunerLayer):
                 widest = max((dtype, *(p.dtype for p in module.parameters())), key=lambda d: d.itemsize)
                 module.to(device or own_device, widest)
 
-    def factors(self, adapter_name: str, device: torch.device) -> tuple[Tensor, Tensor]:
-        """A [r, in_features] and this layer's B [out_features, r]."""
-        A = cast(SharedA, self.aslora_A[adapter_name]).shared_A
-        B = cast(SharedB, self.aslora_B[adapter_name]).of_layer(self.position[adapter_name])
+    def factors(self, adapter_name: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """A [r, in_features] and this layer's B [out_features, r], on `device` (None: where A is)."""
+        # Called as modules, so that hooks which bring the tensors of called modules bring these too.
+        A: Tensor = self.aslora_A[adapter_name]()
+        B: Tensor = self.aslora_B[adapter_name](self.position[adapter_name])
+        device = device or A.device
         return A.to(device), B.to(device)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """scaling * B A, in the layout of the base weight: [out_features, in_features], transposed for Conv1D."""
-        A, B = self.factors(adapter, cast(SharedA, self.aslora_A[adapter]).shared_A.device)
+        A, B = self.factors(adapter)
         if A.device.type == "cpu" and A.dtype in (torch.float16, torch.bfloat16):
             delta = (B.float() @ A.float() * self.scaling[adapter]).to(A.dtype)  # half products are slow on CPUs
         else:

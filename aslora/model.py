@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from . import storage
 from .bank import SharedA, SharedB
 from .combine import combine
 from .config import ASLoRAConfig
+from .groups import group_of_key
 from .injection import Injection, merge_units, new_layer
 from .layer import ASLoRALayer, Linear
 from .mixed_batch import adapters_per_sample
@@ -35,8 +36,8 @@ class ASLoRAModel(TiesSavedModules, RunListener):
     sampled and the merges that are due are taken.
 
     Attributes:
-        aslora_A: adapter -> A-group -> `SharedA`.
-        aslora_B: adapter -> B-group -> `SharedB`.
+        aslora_A: adapter -> key of an A-group -> `SharedA`.
+        aslora_B: adapter -> key of a B-group -> `SharedB`.
         run: follows the optimizer steps and takes the merges.
     """
 
@@ -48,6 +49,7 @@ class ASLoRAModel(TiesSavedModules, RunListener):
     aslora_A: nn.ModuleDict
     aslora_B: nn.ModuleDict
     run: SharingRun
+    _warmup_of: Callable[[int], int] | None = None
 
     @property
     def configs(self) -> dict[str, ASLoRAConfig]:
@@ -56,11 +58,11 @@ class ASLoRAModel(TiesSavedModules, RunListener):
 
     def shared_a(self, adapter_name: str) -> dict[str, SharedA]:
         """A-group -> its A."""
-        return dict(self.aslora_A[adapter_name].items())  # type: ignore[operator]
+        return {group_of_key(k): A for k, A in self.aslora_A[adapter_name].items()}  # type: ignore[operator, union-attr]
 
     def shared_b(self, adapter_name: str) -> dict[str, SharedB]:
         """B-group -> its B."""
-        return dict(self.aslora_B[adapter_name].items())  # type: ignore[operator]
+        return {group_of_key(k): B for k, B in self.aslora_B[adapter_name].items()}  # type: ignore[operator, union-attr]
 
     # ------------------------------------------------------------------ injection
 
@@ -168,15 +170,26 @@ class ASLoRAModel(TiesSavedModules, RunListener):
     def update_and_allocate(self, global_step: int) -> None:
         """Take optimizer step `global_step` (1-indexed) into account, where torch's optimizer hooks cannot see it.
 
-        Only needed with engines that step on copies of the parameters (DeepSpeed); with an optimizer
-        that the hooks see, it changes nothing. Call it after steps that were taken.
+        Only needed with engines that step on copies of the parameters (DeepSpeed): layers that share get equal B
+        again, and merges are taken. With an optimizer that the hooks see, it does the first only. Call it after steps
+        that were taken.
+
+        Raises:
+            ValueError: the engine holds B flattened or in parts.
         """
         for adapter_name in self.active_adapters:
             self.run.catch_up(adapter_name, global_step)
 
+    def check_run(self, arguments: Any) -> None:
+        """A Trainer's run is about to begin: its arguments say how long the learning rate rises."""
+        self._warmup_of = getattr(arguments, "get_warmup_steps", None)
+
     def on_run_begin(self, total_steps: int, done_steps: int = 0, steps_seen: bool = True) -> None:
         """A Trainer's run begins: its length is T where the configuration does not say otherwise."""
+        warmup_steps = int(self._warmup_of(total_steps)) if self._warmup_of is not None else 0
+        self._warmup_of = None
         for adapter_name, config in self.configs.items():
+            self.run.warmup_steps[adapter_name] = warmup_steps
             if config.total_steps is None:
                 self.run.total_steps[adapter_name] = total_steps
 
@@ -193,7 +206,7 @@ class ASLoRAModel(TiesSavedModules, RunListener):
     def sharing_report(self, adapter_name: str | None = None) -> SharingReport:
         """Which layers share what, every merge, and the counts of values and bytes (None: the active adapter)."""
         name = adapter_name or self.active_adapters[0]
-        return report(name, self.run.units_of(name))
+        return report(name, self.run.units_of(name), self.run.warmup_steps[name])
 
     @property
     def nonfinite_steps(self) -> int:
@@ -249,6 +262,12 @@ class ASLoRAModel(TiesSavedModules, RunListener):
         """Every rank computes the same averages and maps from the same B: DDP need not broadcast them."""
         return [f"base_model.{n}" for n, _ in self.named_buffers() if n.startswith(("aslora_A.", "aslora_B."))]
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Take state dicts of 0.1 as well, which had the groups' names as keys."""
+        for key in [k for k in state_dict if k.startswith((f"{prefix}aslora_A.", f"{prefix}aslora_B."))]:
+            state_dict[prefix + storage.key_now(key.removeprefix(prefix))] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         if storage.in_memory(key, adapter_name):
@@ -264,9 +283,11 @@ class ASLoRAModel(TiesSavedModules, RunListener):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """Select an adapter's tensors and compact them: rows that no layer reads are not saved."""
+        """Select an adapter's tensors and compact them: of rows that layers share one is saved."""
         biases = cls._get_learnable_bias_state_dict(model, state_dict, config)
-        return {**storage.to_file(state_dict, adapter_name, config), **biases}
+        tuner = next(module for module in model.modules() if isinstance(module, cls))
+        layers = {group: B.layer_indices for group, B in tuner.shared_b(adapter_name).items()}
+        return {**storage.to_file(state_dict, adapter_name, config, layers), **biases}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]

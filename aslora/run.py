@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,9 @@ from torch.optim.optimizer import Optimizer
 from peft_bridge import watch_runs, watch_steps
 
 from .bank import SharedB
+from .optimizers import learning_rate, refuse_norms
 from .schedule import PUBLISHED_INTERVAL, PUBLISHED_START, uses_published_steps
+from .ties import any_of
 from .unit import MergeUnit
 
 
@@ -22,12 +25,14 @@ class SharingRun:
     Attributes:
         units: adapter -> its units of B-groups that decide together.
         total_steps: adapter -> length T of its run in optimizer steps; None where it is unknown.
+        warmup_steps: adapter -> steps in which the learning rate of its run rises; 0 where they are unknown.
         nonfinite_steps: optimizer steps that were not taken because an adapter's gradient was inf or nan.
     """
 
     def __init__(self) -> None:
         self.units: dict[str, list[MergeUnit]] = {}
         self.total_steps: dict[str, int | None] = {}
+        self.warmup_steps: dict[str, int] = {}
         self.nonfinite_steps = 0
         self._warned: set[tuple[str, str]] = set()  # (adapter, what about)
         self._seen: set[str] = set()  # adapters whose optimizer torch's hooks see
@@ -43,10 +48,15 @@ class SharingRun:
     def add(self, adapter_name: str, units: list[MergeUnit], total_steps: int | None) -> None:
         self.units[adapter_name] = units
         self.total_steps[adapter_name] = total_steps
+        self.warmup_steps[adapter_name] = 0
+        for unit in units:
+            for B in unit.banks:
+                B.before_pass = partial(self.check, adapter_name)
 
     def remove(self, adapter_name: str) -> None:
         self.units.pop(adapter_name, None)
         self.total_steps.pop(adapter_name, None)
+        self.warmup_steps.pop(adapter_name, None)
         self._seen.discard(adapter_name)
         self._warned = {entry for entry in self._warned if entry[0] != adapter_name}
 
@@ -79,42 +89,102 @@ class SharingRun:
                 if members:
                     yield adapter_name, unit, members
 
-    def gradients_ready(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
-        """Nothing: the optimizer uses them as they are."""
+    # ------------------------------------------------------------------ the map is a claim
+
+    def check(self, adapter_name: str) -> None:
+        """Compare ties with values and buffers before a training forward pass takes the rows.
+
+        Raises:
+            RuntimeError: an engine has stepped that torch's optimizer hooks do not see.
+        """
+        units = self._unchecked(adapter_name)
+        if any_of(flag for unit in units for flag in unit.suspicions()):
+            for unit in units:
+                unit.refuse_unseen_step()
+            for unit in units:
+                unit.settle()
+
+    def _unchecked(self, adapter_name: str) -> list[MergeUnit]:
+        units = []
+        for unit in self.units.get(adapter_name, []):
+            banks = [B for B in unit.banks if B.stacked_B.requires_grad and B.stale]
+            for B in banks:
+                B.forget_views()
+                B.checked = True
+                if B.stepping:  # a closure's forward pass: the optimizer has moved owners and is not done
+                    B.mirror()
+            if banks:
+                units.append(unit)
+        return units
+
+    # ------------------------------------------------------------------ optimizer steps
 
     def before_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
-        """Find the schedule, so that an impossible one is an error before anything has moved."""
-        for adapter_name, unit, members in self._stepped(parameters):
-            if any(member.stacked_B.ndim != 3 for member in members):
-                raise ValueError(
-                    f"Adapter '{adapter_name}' is sharded by FullyShardedDataParallel (FSDP1), which flattens the "
-                    "stacked B that ASLoRA merges in: use FSDP2 (torch.distributed.fsdp.fully_shard, in accelerate's "
-                    "configuration fsdp_version: 2)."
-                )
+        """Compare ties once more, and find what is impossible before anything has moved.
+
+        Raises:
+            ValueError: B is sharded by FSDP1, the schedule is a fraction of a run of unknown length, or the optimizer
+                uses norms of parameters.
+        """
+        stepped = list(self._stepped(parameters))
+        for adapter_name, _, members in stepped:
+            _refuse_flattened(adapter_name, members)
+        if any_of(flag for _, unit, _ in stepped for flag in unit.suspicions()):
+            for _, unit, _ in stepped:
+                unit.settle()
+        for adapter_name, unit, members in stepped:
             if unit.pending:
-                unit.plan(self.total_steps[adapter_name])
+                unit.plan(self.total_steps[adapter_name], self.warmup_steps[adapter_name])
                 self._warn_of_unknown_length(adapter_name, unit)
+            if unit.pending or unit.taken:
+                for member in members:
+                    refuse_norms(optimizer, member.stacked_B)
+        for _, _, members in stepped:
+            for member in members:
+                member.stepping = True
+
+    def gradients_ready(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+        """Leave no gradient on mirrored rows."""
+        for _, _, members in self._stepped(parameters):
+            for member in members:
+                member.collect_gradients()
 
     def after_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
-        """Sample the averages and take the merges that are due."""
+        """Mirror rows, sample the averages and take the merges that are due."""
         for adapter_name, unit, members in self._stepped(parameters):
             self._seen.add(adapter_name)
             for member in members:
                 unit.sample(member, member.step + 1)
-            unit.merge_due(self.total_steps[adapter_name], optimizer)
+            self._merge_due(adapter_name, unit, partial(_stands_still, optimizer, members))
+            for member in members:
+                member.mirror_state(optimizer.state.get(member.stacked_B, {}))
             if unit.pending and unit.leader.step == self.total_steps[adapter_name]:
                 self.warn_of_pending(adapter_name)
 
     def catch_up(self, adapter_name: str, step: int) -> None:
-        """Take optimizer step `step` into account, unless the hooks see this adapter's steps, and those it skips."""
-        if adapter_name in self._seen or self.nonfinite_steps:
-            return
+        """Take optimizer step `step` into account, unless the hooks see this adapter's steps; mirror rows in any case.
+
+        Raises:
+            ValueError: the engine holds B flattened or in parts.
+        """
+        seen = adapter_name in self._seen or self.nonfinite_steps > 0
         for unit in self.units.get(adapter_name, []):
-            if not unit.leader.stacked_B.requires_grad or (unit.pending and unit.leader.step >= step):
+            if not unit.leader.stacked_B.requires_grad:
                 continue
-            for member, _ in unit.members.values():
-                unit.sample(member, step)  # after the last merge too: it keeps the dropped rows zero
-            unit.merge_due(self.total_steps[adapter_name], None)
+            _refuse_flattened(adapter_name, unit.banks)
+            if seen or (unit.pending and unit.leader.step >= step):
+                for member in unit.banks:
+                    member.mirror()
+                    member.step_seen()
+                continue
+            for member in unit.banks:
+                unit.sample(member, step)
+            self._merge_due(adapter_name, unit)
+
+    def _merge_due(self, adapter_name: str, unit: MergeUnit, still: Callable[[], bool] = lambda: False) -> None:
+        unit.merge_due(self.total_steps[adapter_name], self.warmup_steps[adapter_name], still)
+
+    # ------------------------------------------------------------------ warnings, the end
 
     def _first(self, adapter_name: str, about: str) -> bool:
         """Whether this adapter has not been warned about this yet; it now has."""
@@ -137,7 +207,8 @@ class SharingRun:
             return
         missing = sum(u.planned - u.taken for u in units)
         try:
-            planned = f"step {max(u.plan(self.total_steps[adapter_name])[-1] for u in units)}"
+            plans = [u.plan(self.total_steps[adapter_name], self.warmup_steps[adapter_name]) for u in units]
+            planned = f"step {max(plan[-1] for plan in plans)}"
         except ValueError:  # a fraction of a run that never began, so that its length is not known
             planned = "a fraction of a run of unknown length"
         warnings.warn(
@@ -151,3 +222,16 @@ class SharingRun:
         self.warn_of_pending(adapter_name)
         for unit in units:
             unit.finish()
+
+
+def _stands_still(optimizer: Optimizer, members: list[SharedB]) -> bool:
+    return not any(learning_rate(optimizer, member.stacked_B) for member in members)
+
+
+def _refuse_flattened(adapter_name: str, members: list[SharedB]) -> None:
+    if any(member.stacked_B.ndim != 3 or not member.stacked_B.numel() for member in members):
+        raise ValueError(
+            f"Adapter '{adapter_name}' is flattened or held in parts by its engine (FullyShardedDataParallel, which is "
+            "FSDP1, or DeepSpeed's ZeRO-3), so that ASLoRA cannot merge rows of its stacked B: use FSDP2 "
+            "(torch.distributed.fsdp.fully_shard, in accelerate's configuration fsdp_version: 2), or ZeRO-1 or -2."
+        )

@@ -37,6 +37,21 @@ def merged(rows: Sequence[int], lower: int, upper: int) -> list[int]:
     return [upper if row == lower else row for row in rows]
 
 
+def records_fit(rows: Sequence[int], history: Sequence[Sequence[int]], clock: Sequence[int]) -> bool:
+    """Whether a map, its history (step, lower and upper row of each merge, -1 if not taken) and its clock agree.
+
+    The map of a combination of adapters, or one found from values, has no history; it is finished.
+    """
+    steps, samples, finished = clock
+    if finished not in (0, 1) or steps < 0 or not 0 <= samples <= max(steps, 0):
+        return False
+    taken = [entry for entry in history if entry[0] >= 0]
+    replayed = list(range(len(rows)))
+    for _, lower, upper in taken:
+        replayed = merged(replayed, lower, upper)
+    return replayed == list(rows) or (not taken and finished == 1)
+
+
 def common_refinement(maps: Sequence[Sequence[int]]) -> list[int]:
     """The coarsest map in which layers share only if they share in all `maps`; a group reads its highest layer."""
     keys = list(zip(*maps, strict=True))
@@ -70,18 +85,22 @@ def squared_distances(averages: Tensor, basis: Tensor | None = None) -> Tensor:
     return (squares + squares.T).cpu()
 
 
-def closest_pair(distances: Tensor, candidates: str) -> tuple[int, int]:
-    """Positions (lower, upper) of the two closest groups; ties go to the lowest pair.
+def closest_pair(distances: Tensor, candidates: str) -> tuple[int, int] | None:
+    """Positions (lower, upper) of the two closest groups; ties go to the lowest pair. None: no pair is known apart.
 
     Args:
-        distances: [k, k], groups in order of their lowest layers, k >= 2.
+        distances: [k, k], groups in order of their lowest layers, k >= 2; -1 between groups that say nothing yet.
         candidates: `all` pairs, or only groups that are neighbours in that order (`adjacent`).
     """
     allowed = torch.ones_like(distances, dtype=torch.bool).triu(1)
     if candidates == "adjacent":
         allowed &= ~torch.ones_like(allowed).triu(2)
     pairs = allowed.nonzero()  # in lexical order
+    values = distances[allowed]
+    known = ~(values < 0)
+    if not bool(known.any()):
+        return None
     # Values that overflowed are no reason to stop: nan counts as farthest.
-    values = distances[allowed].nan_to_num(nan=torch.inf, posinf=torch.inf)
-    lower, upper = pairs[int((values == values.min()).nonzero()[0])].tolist()
+    values = values.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    lower, upper = pairs[int(((values == values[known].min()) & known).nonzero()[0])].tolist()
     return lower, upper

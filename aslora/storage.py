@@ -1,8 +1,8 @@
-"""How an adapter lies in a file: only rows that are read, averages only while merges are pending, and a digest.
+"""How an adapter lies in a file: shared rows once, averages only while merges are pending, and a digest.
 
 Keys, after the prefix `base_model.`: `aslora_A.<A-group>.shared_A`, `aslora_digest`, and `aslora_B.<B-group>.` with
 `stacked_B`, `layers`, `rows`, `clock`, `history`, `distances` and `average` (see `SharedB`). In memory the name of the
-adapter stands before the group.
+adapter stands before the group, whose characters are changed (`groups.module_key`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .config import ASLoRAConfig
-from .groups import a_group_of
-from .sharing import groups_of, is_sharing_map, merged
+from .groups import a_group_of, group_of_key, module_key
+from .sharing import groups_of, is_sharing_map, records_fit
+from .ties import borne_out, filled, map_by_value
 
 A_PREFIX, B_PREFIX, DIGEST = "base_model.aslora_A.", "base_model.aslora_B.", "base_model.aslora_digest"
 _TENSORS = ("layers", "rows", "clock", "history", "distances")
@@ -51,28 +52,70 @@ def digest(tensors: Mapping[str, Tensor], config: ASLoRAConfig) -> Tensor:
     return torch.frombuffer(bytearray(sha.digest()), dtype=torch.uint8)
 
 
-def compact(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """From memory's layout to the file's: drop rows that are not read, and averages that no merge waits for.
+def compact(tensors: dict[str, Tensor], layers: Mapping[str, list[int]], config: ASLoRAConfig) -> dict[str, Tensor]:
+    """From memory's layout to the file's: of rows that share one, and no averages that no merge waits for.
+
+    The rows themselves say which of them share: a map that they do not bear out is replaced, and where there is no map
+    (the tensors are parameters only) it is found.
 
     Args:
         tensors: one adapter's tensors under the keys of a file.
+        layers: the layers of each B-group that the adapter has.
 
     Returns:
-        The same keys without those averages; `stacked_B` and `average` are [live rows, out_features, r].
+        The tensors of each group; `stacked_B` and `average` are [live rows, out_features, r].
+
+    Raises:
+        ValueError: A or B of a group is missing, or B has another number of rows.
     """
-    saved = {key: _gathered(value) for key, value in tensors.items()}
-    for group in b_groups(saved):
+    saved = {}
+    for group, indices in layers.items():
         prefix = f"{B_PREFIX}{group}."
-        if f"{prefix}rows" not in saved:
-            continue  # a rank that holds a part of the state only
-        rows = saved[f"{prefix}rows"].unique()
-        saved[f"{prefix}stacked_B"] = saved[f"{prefix}stacked_B"].index_select(
-            0, rows.to(saved[f"{prefix}stacked_B"].device)
-        )
-        average = saved.pop(f"{prefix}average", None)
-        if average is not None and not bool(saved[f"{prefix}clock"][2]):
-            saved[f"{prefix}average"] = average.index_select(0, rows.to(average.device))
+        a_key, b_key = f"{A_PREFIX}{a_group_of(group, config.share_a)}.shared_A", f"{prefix}stacked_B"
+        for key in (a_key, b_key):
+            if key not in tensors:
+                raise ValueError(
+                    f"The state_dict to save has no {key}, without which the adapter cannot be loaded: give all "
+                    "parameters of the adapter, or leave state_dict out (selected_adapters chooses adapters)."
+                )
+        saved[a_key] = _gathered(tensors[a_key])
+        B = _gathered(tensors[b_key])
+        if len(B) != len(indices):
+            raise ValueError(
+                f"{b_key} of the state_dict to save has {len(B)} rows for {len(indices)} layers: give "
+                "the parameters as they are in the model."
+            )
+        saved |= _compact_group(prefix, tensors, B, indices)
     return saved
+
+
+def _compact_group(prefix: str, tensors: Mapping[str, Tensor], B: Tensor, layers: list[int]) -> dict[str, Tensor]:
+    n = len(layers)
+    own = {
+        name: _gathered(tensors[f"{prefix}{name}"]) for name in (*_TENSORS, "average") if f"{prefix}{name}" in tensors
+    }
+    claim = own["rows"].tolist() if "rows" in own else []
+    B = filled(B, claim)
+    average = own.pop("average", None)
+    if not (own.keys() == set(_TENSORS) and borne_out(B, claim) and _records_fit(own, claim)) or (
+        average is None and not own["clock"][2]
+    ):
+        own = {
+            "layers": torch.tensor(layers),
+            "rows": torch.tensor(map_by_value(B, claim)),
+            "clock": torch.tensor([0, 0, 1]),
+            "history": torch.full((n - 1, 3), -1),
+            "distances": torch.zeros(n - 1),
+        }
+    live = own["rows"].unique()
+    own["stacked_B"] = B.index_select(0, live.to(B.device))
+    if average is not None and not bool(own["clock"][2]):
+        own["average"] = average.index_select(0, live.to(average.device))
+    return {f"{prefix}{name}": tensor for name, tensor in own.items()}
+
+
+def _records_fit(own: Mapping[str, Tensor], claim: list[int]) -> bool:
+    return records_fit(claim, own["history"].tolist(), own["clock"].tolist())
 
 
 def _gathered(tensor: Tensor) -> Tensor:
@@ -89,15 +132,15 @@ def expand(tensors: dict[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict
     expanded = dict(tensors)
     for group in b_groups(tensors):
         prefix = f"{B_PREFIX}{group}."
-        rows = tensors[f"{prefix}rows"].unique()
+        rows = tensors[f"{prefix}rows"]
+        _, place = rows.unique(return_inverse=True)  # of each layer's row in the file
         B = tensors[f"{prefix}stacked_B"]
-        expanded[f"{prefix}stacked_B"] = B.new_zeros(shapes[f"{prefix}stacked_B"]).index_copy_(0, rows.to(B.device), B)
-        shape = shapes[f"{prefix}average"]
+        expanded[f"{prefix}stacked_B"] = B.index_select(0, place.to(B.device))
         saved = tensors.get(f"{prefix}average")
         if saved is None:
-            average = torch.zeros(shape, device=B.device)
+            average = torch.zeros(shapes[f"{prefix}average"], device=B.device)
         else:
-            average = saved.new_zeros(shape).index_copy_(0, rows.to(saved.device), saved)
+            average = saved.index_select(0, place.to(saved.device))
         expanded[f"{prefix}average"] = average
     return expanded
 
@@ -164,15 +207,11 @@ def _map_problem(group: str, tensors: Mapping[str, Tensor]) -> str | None:
     """What is wrong with a group's map, history and number of rows."""
     prefix = f"{B_PREFIX}{group}."
     rows = tensors[f"{prefix}rows"].tolist()
-    taken = [entry for entry in tensors[f"{prefix}history"].tolist() if entry[0] >= 0]
-    replayed = list(range(len(rows)))
-    for _, lower, upper in taken:
-        replayed = merged(replayed, lower, upper)
+    history, clock = tensors[f"{prefix}history"].tolist(), tensors[f"{prefix}clock"].tolist()
     if not is_sharing_map(rows):
         return f"its map {rows} is not a sharing map of {len(rows)} layers"
-    # The map of a combination of adapters has no history; it is finished.
-    if replayed != rows and (taken or not tensors[f"{prefix}clock"][2]):
-        return f"its map {rows} is not what its {len(taken)} recorded merges lead to"
+    if not records_fit(rows, history, clock):
+        return f"its map {rows} is not what its recorded merges {history} and its clock {clock} lead to"
     if len(tensors[f"{prefix}stacked_B"]) != len(set(rows)):
         return f"it holds {len(tensors[f'{prefix}stacked_B'])} rows of B where its map reads {len(set(rows))}"
     return None
@@ -207,23 +246,43 @@ def in_memory(key: str, adapter_name: str) -> bool:
 
 
 def key_in_file(key: str, adapter_name: str) -> str:
-    """The file's key: without the adapter's name, which stands right after the prefix."""
+    """The file's key: without the adapter's name, which stands after the prefix, and with the group's own name."""
     prefix = A_PREFIX if key.startswith(A_PREFIX) else B_PREFIX
-    return prefix + key.removeprefix(f"{prefix}{adapter_name}.")
+    group, _, tensor = key.removeprefix(f"{prefix}{adapter_name}.").rpartition(".")
+    return f"{prefix}{group_of_key(group)}.{tensor}"
 
 
 def key_in_memory(key: str, adapter_name: str) -> str:
     """The inverse of `key_in_file`."""
     prefix = A_PREFIX if key.startswith(A_PREFIX) else B_PREFIX
-    return f"{prefix}{adapter_name}.{key.removeprefix(prefix)}"
+    group, _, tensor = key.removeprefix(prefix).rpartition(".")
+    return f"{prefix}{adapter_name}.{module_key(group)}.{tensor}"
 
 
-def to_file(state_dict: Mapping[str, Tensor], adapter_name: str, config: ASLoRAConfig) -> dict[str, Tensor]:
-    """What to save of an adapter, from the model's state dict (empty where that holds nothing of it)."""
+def key_now(key: str) -> str:
+    """The name of a tensor of the tuner (`aslora_B.<adapter>.<key of the group>.<tensor>`), also for one of 0.1."""
+    owner, _, tensor = key.rpartition(".")
+    owner, _, group = owner.rpartition(".")
+    return f"{owner}.{module_key(group_of_key(group))}.{tensor}"
+
+
+def to_file(
+    state_dict: Mapping[str, Tensor], adapter_name: str, config: ASLoRAConfig, layers: Mapping[str, list[int]]
+) -> dict[str, Tensor]:
+    """What to save of an adapter, from the model's state dict or from its parameters alone.
+
+    Args:
+        state_dict: under the model's keys; empty on a rank that holds nothing, and then the result is so too.
+        layers: the layers of each B-group that the adapter has.
+
+    Raises:
+        ValueError: the state dict holds a part of the adapter, or nothing of it.
+    """
+    if not state_dict:
+        return {}
     own = {key_in_file(key, adapter_name): value for key, value in state_dict.items() if in_memory(key, adapter_name)}
-    if own:
-        own = compact(own)
-        own[DIGEST] = digest(own, config)
+    own = compact(own, layers, config)
+    own[DIGEST] = digest(own, config)
     return own
 
 

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
 
-from .bank import SharedA, SharedB
+from .bank import SharedA, SharedB, gathered
 from .config import ASLoRAConfig
+from .merge import Merge
 from .schedule import due, merge_steps
-from .sharing import change_of_basis, closest_pair, planned_merges, squared_distances
+from .sharing import (
+    change_of_basis,
+    closest_pair,
+    common_refinement,
+    planned_merges,
+    records_fit,
+    squared_distances,
+)
+from .ties import Ties, borne_out, map_by_value
 
 
 class MergeUnit:
@@ -23,15 +34,20 @@ class MergeUnit:
     def __init__(self, config: ASLoRAConfig, members: dict[str, tuple[SharedB, SharedA]]) -> None:
         self.config = config
         self.members = members
-        first = next(iter(members.values()))[0]
-        self.num_layers = len(first.sharing_map)
+        self.num_layers = len(self.leader.ties.owners)
         self.planned = planned_merges(self.num_layers, config.num_merges)
-        self._steps: tuple[int | None, list[int]] | None = None
+        self._steps: tuple[int | None, int, list[int]] | None = None
+        self._warned = False
         if self.num_layers > 1 and self.planned > self.num_layers - 1:
             raise ValueError(
                 f"num_merges={config.num_merges} is more than the {self.num_layers} layers of "
                 f"{', '.join(members)} allow: use at most num_merges={self.num_layers - 1}, or None."
             )
+
+    @property
+    def banks(self) -> list[SharedB]:
+        """The B-groups."""
+        return [B for B, _ in self.members.values()]
 
     @property
     def leader(self) -> SharedB:
@@ -47,46 +63,125 @@ class MergeUnit:
         """Whether merges are still to come."""
         return not self.leader.finished
 
-    def plan(self, total_steps: int | None) -> list[int]:
+    def plan(self, total_steps: int | None, warmup_steps: int = 0) -> list[int]:
         """The steps of all planned merges, made once for each length of run.
 
         Raises:
             ValueError: the configuration has a fraction of the run, and its length is unknown.
         """
-        if self._steps is None or self._steps[0] != total_steps:
-            self._steps = (total_steps, merge_steps(self.config, self.planned, total_steps))
-        return self._steps[1]
+        if self._steps is None or self._steps[:2] != (total_steps, warmup_steps):
+            steps = merge_steps(self.config, self.planned, total_steps, warmup_steps)
+            self._steps = (total_steps, warmup_steps, steps)
+        return self._steps[2]
+
+    # ------------------------------------------------------------------ the map is a claim
+
+    def suspicions(self) -> list[bool | Tensor]:
+        """Flags of which one is set if somebody else has written rows, maps or clocks."""
+        return [
+            flag
+            for B in self.banks
+            if B.compared
+            for flag in (
+                B.ties.misses(B.rows),
+                B.clock_written(),
+                B.ties.broken(B.stacked_B),
+                not B.was_taken and B.ties.incomplete(B.stacked_B),
+            )
+        ]
+
+    def refuse_unseen_step(self) -> None:
+        """Stop where rows moved apart after a backward pass, and no optimizer step was seen.
+
+        Raises:
+            RuntimeError: an engine has stepped that torch's optimizer hooks do not see.
+        """
+        for name, (B, _) in self.members.items():
+            if B.awaits_step and B.compared and bool(B.ties.broken(B.stacked_B)):
+                raise RuntimeError(
+                    f"{name}: B has changed after a backward pass, but torch's optimizer hooks saw no step, so layers "
+                    "that share would go on with different B: call model.base_model.update_and_allocate(step) after "
+                    "each step of this optimizer (and load values with load_state_dict, not between backward and step)."
+                )
+
+    def settle(self) -> None:
+        """Make the ties what values and buffers give, where somebody else has written them.
+
+        A claimed map holds as far as rows have equal bits, and rows with equal bits share. If that is what the map
+        says, and the records of merges lead there, all goes on as planned; else no further merges follow.
+        """
+        banks = {name: B for name, (B, _) in self.members.items() if B.compared}
+        claims = {name: B.read("rows") for name, B in banks.items()}
+        maps = {name: map_by_value(B.stacked_B, claims[name]) for name, B in banks.items()}
+        if len({tuple(owners) for owners in maps.values()}) > 1:
+            maps = dict.fromkeys(maps, common_refinement(list(maps.values())))
+        fits = all(records_fit(claims[n], B.history.tolist(), B.read("clock")) for n, B in banks.items())
+        if maps == claims and fits:
+            for name, B in banks.items():
+                B.ties = Ties(maps[name])
+                B.forget_clock()
+            return
+        torn = [name for name, B in banks.items() if not borne_out(B.stacked_B, claims[name])]
+        pending = self.pending
+        for name, B in banks.items():
+            B.adopt(maps[name])
+        if (torn or pending) and not self._warned:
+            self._warned = True
+            why = f"the sharing map of {', '.join(torn)} does not fit the values of B" if torn else "B was written"
+            warnings.warn(
+                f"{', '.join(self.members)}: {why}. Layers share where their B are equal: {self.taken} of "
+                f"{self.planned} merges count as taken, and no further merges follow."
+            )
+
+    # ------------------------------------------------------------------ merges
 
     def sample(self, member: SharedB, step: int) -> None:
         """Follow one optimizer step of one member."""
-        if not member.finished:
-            member.sample(step)
-        member.clear_dropped_rows()
+        member.follow(step)
 
-    def merge_due(self, total_steps: int | None, optimizer: Optimizer | None) -> None:
-        """Take the merges that are due after the latest step that all members have seen."""
+    def merge_due(
+        self, total_steps: int | None, warmup_steps: int = 0, still: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Take the merges that are due after the latest step that all members have seen.
+
+        Those for which there are no distances yet, because nothing has moved or groups are zero, wait for later steps.
+
+        Args:
+            still: whether this step moved nothing, because the learning rate is 0.
+        """
         if not self.pending:
             return
-        step = min(member.step for member, _ in self.members.values())
-        target = min(due(self.plan(total_steps), step), self.planned)
-        if self.taken < target:
-            self._merge(target - self.taken, optimizer)
+        step = min(member.step for member in self.banks)
+        target = min(due(self.plan(total_steps, warmup_steps), step), self.planned)
+        if self.taken < target and not (still() and self._unmoved()):
+            self._merge(target - self.taken)
         if self.taken >= self.planned:
             self.finish()
 
     def finish(self) -> None:
-        for member, _ in self.members.values():
+        for member in self.banks:
             member.finish()
 
-    def _merge(self, count: int, optimizer: Optimizer | None) -> None:
+    def _unmoved(self) -> bool:
+        """Whether no B has moved since the first sample: then the averages are B itself."""
+        return all(torch.equal(B.average, gathered(B.stacked_B).to(B.average.dtype)) for B in self.banks)
+
+    def _merge(self, count: int) -> None:
+        """Take up to `count` merges; those for which there is no distance yet are left to later steps."""
         mean = self.config.merge_value == "mean"
         squares = self._squares()
         for _ in range(count):
             live = self.leader.live_rows
-            low, up = closest_pair(squares, self.config.merge_candidates)
+            pair = closest_pair(squares, self.config.merge_candidates)
+            if pair is None:
+                return
+            low, up = pair
             distance = float(squares[low, up].sqrt())
-            for member, _ in self.members.values():
-                member.merge(live[low], live[up], mean, distance, optimizer)
+            merges = [Merge(member, live[low], live[up], mean, distance) for member in self.banks]
+            for merge in merges:
+                merge.write_values()
+            for merge in merges:
+                merge.write_map()
             if mean:
                 squares = self._squares()
                 continue
@@ -97,13 +192,16 @@ class MergeUnit:
             squares = squares[keep][:, keep]
 
     def _squares(self) -> Tensor:
-        """Squared distances [k, k] of the k live groups, summed over the members."""
+        """Squared distances [k, k] of the k live groups, summed over the members; -1 where both are zero."""
         live = self.leader.live_rows
         total = torch.zeros(len(live), len(live), dtype=torch.float64)
+        zero = torch.ones(len(live), dtype=torch.bool)
         for member, shared_a in self.members.values():
             basis = None
             if self.config.similarity == "product":
-                A = shared_a.shared_A.detach()
-                basis = change_of_basis(A.full_tensor() if hasattr(A, "full_tensor") else A)
-            total = total + squared_distances(member.average[live], basis)
+                basis = change_of_basis(gathered(shared_a.shared_A))
+            averages = member.average[live]
+            total = total + squared_distances(averages, basis)
+            zero &= (averages == 0).flatten(1).all(1).cpu()
+        total[zero[:, None] & zero] = -1
         return total

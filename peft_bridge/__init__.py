@@ -4,6 +4,7 @@ from .config_fields import known_keywords
 from .files import folder_replaced_at_once, process_runs, replace_file, sync
 from .lora_optimizers import refuse_lora_optimizer
 from .native import check_native_loads
+from .offload import index_when_offloaded
 from .registration import register_method
 from .steps import StepListener, watch_steps
 from .tied import TiesSavedModules
@@ -16,6 +17,7 @@ __all__ = [
     "TiesSavedModules",
     "check_native_loads",
     "folder_replaced_at_once",
+    "index_when_offloaded",
     "known_keywords",
     "last_loaded_folder",
     "process_runs",

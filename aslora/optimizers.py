@@ -1,0 +1,44 @@
+"""What ASLoRA asks of an optimizer: its learning rate, and that each value moves on its own."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer
+
+_LAYER_WISE = re.compile("lamb|lars", re.IGNORECASE)
+
+
+def _group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    return next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
+
+
+def learning_rate(optimizer: Optimizer, parameter: nn.Parameter) -> float:
+    """The learning rate of a parameter's group; 1.0 where it has none."""
+    return float(_group_of(optimizer, parameter).get("lr", 1.0) or 0.0)
+
+
+def refuse_norms(optimizer: Optimizer, stacked_b: nn.Parameter) -> None:
+    """Refuse an optimizer whose step depends on the norm of a parameter: rows that layers share would count repeatedly.
+
+    Raises:
+        ValueError: it is an Adafactor that scales by the parameter, a LAMB or a LARS.
+    """
+    kind = type(optimizer)
+    names = [cls.__name__ for cls in kind.__mro__]
+    remedy = "use an optimizer without, such as AdamW"
+    if any("adafactor" in name.lower() for name in names):
+        of_torch = isinstance(optimizer, torch.optim.Adafactor)
+        if not _group_of(optimizer, stacked_b).get("scale_parameter", of_torch):
+            return
+        if not of_torch:
+            remedy = "pass scale_parameter=False"
+    elif not any(_LAYER_WISE.search(name) for name in names):
+        return
+    raise ValueError(
+        f"The optimizer {kind.__module__}.{kind.__name__} scales its steps by norms of parameters, in which rows of "
+        f"B that layers share count once for each layer: {remedy}, or set num_merges=0."
+    )
