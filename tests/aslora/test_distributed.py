@@ -329,9 +329,6 @@ def test_sharded_parameters_ask_the_ranks_of_their_own_mesh(ranks):
     assert (first["skipped"], second["skipped"]) == (1, 0)
 
 
-def test_a_nonfinite_loss_on_one_rank_skips_the_step_on_all(ranks, alone):
-
-
 def test_ranks_that_were_sent_the_parameters_compute_and_train_as_the_first(ranks):
     """Also where they find other owners for the rows that share: gradients are collected before the step."""
     model = adapted()
@@ -350,7 +347,7 @@ def test_ranks_that_were_sent_the_parameters_compute_and_train_as_the_first(rank
         assert torch.equal(value, second["parameters"][name]), name
 
 
-def test_a_nonfinite_gradient_on_one_rank_skips_the_step_on_all(ranks, alone):
+def test_a_nonfinite_loss_on_one_rank_skips_the_step_on_all(ranks, alone):
     for entry in result(ranks, "nonfinite"):
         assert entry["begun"] == 0
         assert entry["same"]
