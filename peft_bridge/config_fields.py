@@ -38,12 +38,14 @@ def known_keywords(
                 kwargs = upgrade(kwargs)
             unknown = sorted(kwargs.keys() - known)
             if unknown and not saved:
-                raise TypeError(f"{own.__name__} has no field '{unknown[0]}': {_remedy(unknown[0], known, remedies)}.")
+                # PEFT looks for these words, where it has read a JSON file that is no configuration.
+                what = f"got an unexpected keyword argument '{unknown[0]}'"
+                raise TypeError(f"{own.__name__} {what}: {_remedy(unknown[0], known, remedies)}.")
             init(self, *args, **{name: value for name, value in kwargs.items() if name in known})
             if unknown:
                 warnings.warn(
-                    f"adapter_config.json has fields that {own.__name__} does not know ({', '.join(unknown)}) and that "
-                    "are ignored: it was saved by another version of aslora-meft."
+                    f"Unexpected keyword arguments {unknown} for class {own.__name__}, these are ignored. The "
+                    "adapter_config.json was saved by another version of aslora-meft."
                 )
                 self.foreign_fields = unknown  # type: ignore[attr-defined]
 

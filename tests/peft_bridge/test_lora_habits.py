@@ -68,7 +68,7 @@ def logits(model):
     ],
 )
 def test_a_keyword_that_is_no_field_is_refused_with_a_remedy(method, name, remedy):
-    with pytest.raises(TypeError, match=rf"Config has no field '{name}': .*{remedy}") as raised:
+    with pytest.raises(TypeError, match=rf"Config got an unexpected keyword argument '{name}': .*{remedy}") as raised:
         OURS[method](**{name: None})
     assert "\n" not in str(raised.value)
 
@@ -78,7 +78,7 @@ def test_every_option_of_lora_is_a_field_or_refused(method):
     ours = {f.name for f in dataclasses.fields(OURS[method])}
     for field in dataclasses.fields(LoraConfig):
         if field.name not in ours and field.init:
-            with pytest.raises(TypeError, match=f"has no field '{field.name}'"):
+            with pytest.raises(TypeError, match=f"keyword argument '{field.name}'"):
                 OURS[method](**{field.name: None})
 
 
@@ -88,7 +88,7 @@ def test_a_file_with_unknown_fields_is_read_whoever_reads_it(tmp_path, method, r
     METHODS[method]().save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"zeta": 1, "lora_dropout": 0.1}))
-    with pytest.warns(UserWarning, match="lora_dropout, zeta"):
+    with pytest.warns(UserWarning, match=r"\['lora_dropout', 'zeta'\] for class .*, these are ignored"):
         config = (PeftConfig if reader == "PeftConfig" else OURS[method]).from_pretrained(tmp_path)
     assert config.foreign_fields == ["lora_dropout", "zeta"]
     assert OURS[method]().foreign_fields == []
