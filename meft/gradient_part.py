@@ -1,4 +1,4 @@
-"""Views of a gradient of rows, which can be looked at and not written into."""
+"""What is not a gradient of rows any more but was computed from all of one: to look at, and not to be a gradient."""
 
 from __future__ import annotations
 
@@ -10,17 +10,26 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 
 class PartOfGradient(torch.Tensor):
-    """A view of a gradient, to look at: what is written into it would not reach the gradient, so it cannot be."""
+    """A view of a gradient, which cannot be written into, or a tensor as large as it that was made of it.
+
+    As the `.grad` of rows it is refused at the step: it would touch all of them.
+
+    Attributes:
+        least: values of the gradient: results that have as many are of this class too.
+        is_view: whether writing into it is meant to reach the gradient, which it would not.
+    """
 
     _part: Tensor
+    least: int
+    is_view: bool
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, part: Tensor) -> PartOfGradient:
-        """Args: part: the view, of a copy of the whole gradient."""
+    def __new__(cls, part: Tensor, least: int, is_view: bool) -> PartOfGradient:
+        """Args: part: the values."""
         self = torch.Tensor._make_wrapper_subclass(cls, part.shape, dtype=part.dtype, device=part.device)
-        self._part = part
+        self._part, self.least, self.is_view = part, least, is_view
         return self
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -28,7 +37,8 @@ class PartOfGradient(torch.Tensor):
 
     def numpy(self, **kwargs: Any) -> Any:
         array = self._part.numpy(**kwargs)
-        array.flags.writeable = False
+        if self.is_view:
+            array.flags.writeable = False
         return array
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
@@ -40,23 +50,30 @@ class PartOfGradient(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
-        if any(isinstance(leaf, PartOfGradient) for leaf in written(func, args, kwargs)):
+        parts = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, PartOfGradient)]
+        targets = written(func, args, kwargs)
+        if any(isinstance(leaf, PartOfGradient) and leaf.is_view for leaf in targets):
             raise NotImplementedError(
                 f"{func} would write into a view of a gradient of MEFT rows (RowGradient), which is a copy: write into "
                 "the gradient itself (p.grad[...] = ...), or use .to_dense() and assign that."
             )
         found = func(*tree_map(plain, args), **tree_map(plain, kwargs))
-        return tree_map(read_only, found) if func.is_view else found
+        own = {id(plain(leaf)): leaf for leaf in targets}
+        view = func.is_view and parts[0].is_view
+        least = min(part.least for part in parts)
+        return tree_map(lambda leaf: own.get(id(leaf), as_part(leaf, least, view)), found)
+
+
+def as_part(value: Any, least: int, is_view: bool) -> Any:
+    """A tensor as part of a gradient, if it is a view or large enough to become one; anything else as it is."""
+    if type(value) is not Tensor or not value.is_floating_point() or value.layout != torch.strided:
+        return value
+    return PartOfGradient(value, least, is_view) if is_view or value.numel() >= least else value
 
 
 def plain(value: Any) -> Any:
     """The tensor in a part of a gradient; anything else as it is."""
     return value._part if isinstance(value, PartOfGradient) else value
-
-
-def read_only(value: Any) -> Any:
-    """A part with this tensor; anything else as it is."""
-    return PartOfGradient(value) if isinstance(value, Tensor) else value
 
 
 def written(func: Any, args: Any, kwargs: Any) -> list[Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .gradient_part import plain, read_only, written
+from .gradient_part import as_part, plain, written
 from .row_rules import Touched, by_rows, is_pointwise, rows_of_whole
 from .stored_rows import StoredRows, check_not_spent
 
@@ -65,16 +65,16 @@ def _on_the_whole(func: Any, args: Any, kwargs: Any, targets: list[Any], touched
     made = [(g, rows_of_whole(func, wholes[id(g)], list(touched.values()))) for g in changed]
     for gradient, stored in made:
         gradient._stored = stored
-    if func.is_view and not changed:
-        return tree_map(read_only, found)
     first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, StoredRows)), None)
     back = {id(wholes[id(g)]): g for g in changed}
 
     def result(leaf: Any) -> Any:
         if id(leaf) in back:
             return back[id(leaf)]
-        if first is None or any(leaf is target for target in targets) or not _is_gradient(leaf, first):
+        if first is None or any(leaf is target for target in targets):
             return leaf
+        if func.is_view or not _is_gradient(leaf, first):
+            return as_part(leaf, first.numel(), func.is_view)
         return _made(*rows_of_whole(func, leaf, list(touched.values())), like=first)
 
     return tree_map(result, found)

@@ -59,8 +59,8 @@ def as_row_gradient(gradient: Tensor, like: Tensor | None = None) -> RowGradient
         return gradient
     if isinstance(gradient, PartOfGradient):
         raise NotImplementedError(
-            "A view of a gradient of MEFT rows was assigned to .grad, which would touch all rows: assign the gradient "
-            "itself, or its .to_dense() if all rows shall be updated."
+            "What was made of a view or a stack of gradients of MEFT rows is the .grad of rows, which would touch all "
+            "of them: make it of the gradients themselves, or of their .to_dense() if all rows shall be updated."
         )
     rows = torch.arange(len(gradient), device=gradient.device)
     return RowGradient(rows, gradient, gradient if like is None else like)

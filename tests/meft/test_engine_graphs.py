@@ -11,7 +11,7 @@ from test_layer import GENERATION, checkpointed
 from thread_lanes import ThreadLanes
 
 import meft.optim
-import meft.row_gradient
+import meft.row_sums
 from meft import RowAdamW
 
 EACH = [(strategy, rows) for strategy in STRATEGIES for rows in ROWS]
@@ -285,7 +285,7 @@ def test_micro_batches_are_added_up_by_the_thread(tiny):
     for seed in range(2):
         tiny.loss(ours, seed).backward()
     grads = [t.rows.grad for t in tiny.tables(ours)]
-    assert sum(isinstance(g._stored, meft.row_gradient.Pending) for g in grads) == 6
+    assert sum(isinstance(g._stored, meft.row_sums.Pending) for g in grads) == 6
     plain = tiny.adapted(3)
     for seed in range(2):
         tiny.loss(plain, seed).backward()

@@ -251,9 +251,12 @@ def test_a_gradient_that_somebody_has_made_is_taken_and_a_view_is_not(tiny):
     tiny.loss(model).backward()
     (keys, _) = tiny.tables(model)
     rows = keys.rows.grad
-    keys.rows.grad = rows.T.T
-    with pytest.raises(NotImplementedError, match=r"A view of a gradient of MEFT rows"):
-        optimizer.step()
+    views = [lambda g: g.T.T, lambda g: (g.view(len(g), 2, -1) * 0.5).view_as(g), lambda g: torch.stack([g, g]).mean(0)]
+    views += [lambda g: torch.einsum("rd,de->re", g, torch.eye(g.shape[1], dtype=g.dtype)), lambda g: g.T.clone().T]
+    for view in views:
+        keys.rows.grad = view(rows)
+        with pytest.raises(NotImplementedError, match=r"MEFT rows.*to_dense"):
+            optimizer.step()
     keys.rows.grad = rows.to_dense() + 1
     before = keys.rows.detach().clone()
     optimizer.step()
@@ -374,3 +377,35 @@ def test_the_step_after_it_touches_the_same_rows(tiny, name, retrieval):
             changed = (now != old).any(1).nonzero().flatten()
         assert torch.equal(changed, rows)
     assert 0 < len(touched[0]) < len(before[0])
+
+
+def test_a_hook_scales_and_adds_no_noise(tiny):
+    model = tiny.adapted(1)
+    rows = tiny.tables(model)[0].rows
+    tiny.loss(model).backward()
+    expected, rows.grad = rows.grad, None
+    handle = rows.register_hook(lambda g: g * 0.5)
+    tiny.loss(model).backward()
+    assert torch.equal(rows.grad.to_dense(), 0.5 * expected.to_dense())
+    assert torch.equal(rows.grad.rows, expected.rows)
+    handle.remove()
+    rows.register_hook(lambda g: g + torch.ones_like(g))
+    with pytest.raises(NotImplementedError, match="MEFT"):
+        tiny.loss(model).backward()
+
+
+def test_a_penalty_beside_the_layer_touches_all_rows(tiny):
+    """In one graph with it, before it, and after it: autograd's own sums."""
+    for order in ("one graph", "before", "after"):
+        model = tiny.adapted(1)
+        rows = tiny.tables(model)[0].rows
+        losses = [lambda m=model: tiny.loss(m), lambda p=rows: p.square().sum()]
+        if order == "one graph":
+            (losses[0]() + losses[1]()).backward()
+        else:
+            for loss in losses if order == "after" else reversed(losses):
+                loss().backward()
+        found = rows.grad.to_dense() if isinstance(rows.grad, RowGradient) else rows.grad
+        rows.grad = None
+        tiny.loss(model).backward()
+        torch.testing.assert_close(found, rows.grad.to_dense() + 2 * rows.detach(), rtol=1e-12, atol=1e-12)
