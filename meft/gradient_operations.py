@@ -236,11 +236,17 @@ _CHANGES = {func for func, handler in _HANDLERS.items() if handler in (_in_place
     aten._foreach_clamp_max_.Scalar,
     aten._amp_foreach_non_finite_check_and_unscale_.default,
 }
+# What gives a gradient other memory and writes into none.
+_REPLACES = {aten.zero_.default, aten._foreach_zero_.default, aten.copy_.default}
 _PRODUCTS = {aten.mul_.Tensor, aten.mul_.Scalar, aten._foreach_mul_.Tensor, aten._foreach_mul_.Scalar}
 
 
 def operate(func: Any, args: Any, kwargs: Any) -> Any:
     """What `__torch_dispatch__` of a gradient does."""
+    if func._schema.is_mutable and func not in _REPLACES:
+        for gradient in args[0] if isinstance(args[0], list | tuple) else args[:1]:
+            if isinstance(gradient, StoredRows):
+                gradient.own_memory()
     if func in _HANDLERS:
         if func in _CHANGES and _spent(args[0]):
             if func not in _PRODUCTS or not _changes_nothing(args[1]):

@@ -80,6 +80,8 @@ def update_table(
     """
     if not finite_only:
         gradient.stored()  # what went wrong on its way shows now
+    if table.updates is not None:
+        gradient = gradient.for_update()
 
     def update() -> None:
         rows, values = gradient.stored()

@@ -18,6 +18,7 @@ class _Held:
 
     stored: Stored
     spent: bool
+    in_use: bool = False  # by an update that was queued
 
 
 SPENT = (
@@ -77,6 +78,17 @@ class StoredRows(torch.Tensor):
     @spent.setter
     def spent(self, spent: bool) -> None:
         self._held.spent = spent
+
+    def for_update(self) -> Self:
+        """The gradient as it is now, for an update that is queued: what is written into this one later is not seen."""
+        self._held.in_use = True
+        return self._of(self._stored, self)
+
+    def own_memory(self) -> None:
+        """Before something is written in place: an update that is queued keeps the memory that it reads."""
+        if self._held.in_use:
+            rows, values = self.stored()
+            self._stored, self._held.in_use = (rows, values.clone()), False
 
     @property
     def rows(self) -> Tensor:

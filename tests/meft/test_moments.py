@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from meft import RowAdamW
 from meft.moments import KEY, Moments, RowMoments
 from meft.row_update import StepRule
+from meft.updates import UpdateQueue
 
 R, D = 9, 4
 
@@ -340,6 +342,32 @@ def test_gradients_can_be_looked_at_until_zero_grad(tiny, make):
     tiny.assert_equal(tiny.gradients(model), before)  # as they were clipped
     optimizer.zero_grad()
     assert all(table.rows.grad is None for table in tiny.tables(model))
+
+
+@pytest.mark.parametrize(
+    "write", [lambda g: g.mul_(100), lambda g: g.add_(g.clone()), lambda g: torch._foreach_mul_([g], 100.0)]
+)
+def test_what_is_written_into_a_gradient_after_a_step_is_too_late(tiny, write):
+    """Also where the update is queued, and has not run yet."""
+    ends = []
+    for late in (False, True):
+        model = tiny.adapted(dtype=torch.float32)
+        tables, gate = tiny.tables(model), threading.Event()
+        queue = UpdateQueue(torch.device("cpu"))
+        for table in tables:
+            table.updates = queue
+        optimizer = tiny.adamw(model)
+        tiny.loss(model).backward()
+        queue.add(gate.wait, "nothing")
+        if not late:
+            gate.set()
+        optimizer.step()
+        if late:
+            for table in tables:
+                write(table.rows.grad)
+        gate.set()
+        ends.append(tiny.whole_state(model))
+    tiny.assert_equal(*ends)
 
 
 # ---------------------------------------------------------------------- memory
