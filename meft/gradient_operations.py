@@ -16,6 +16,7 @@ from torch.autograd.graph import _engine_run_backward
 from .gradient_rules import by_rule
 from .row_sums import Pending, merged
 from .stored_rows import SPENT, StoredRows
+from .transfer import wait_for_copies
 
 aten = torch.ops.aten
 
@@ -85,6 +86,9 @@ overflow_watchers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _unscale(func: Any, gradients: list[Tensor], found_inf: Tensor, inverse_scale: Tensor) -> None:
+    if found_inf.is_cpu:
+        # GradScaler brings both from its device without waiting: late, the flag would overwrite what is set here.
+        wait_for_copies([found_inf, inverse_scale])
     _foreach_in_place(func, gradients, found_inf, inverse_scale)
     owners = {g.owner for g in gradients if isinstance(g, StoredRows)}
     if owners and bool(found_inf > 0):

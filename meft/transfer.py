@@ -99,6 +99,16 @@ def bring_rows(rows: Tensor, host_rows: Tensor, tables: Sequence[Tensor], out: S
             buffer.copy_(table.index_select(0, host_rows))
 
 
+def wait_for_copies(tensors: Sequence[Tensor]) -> None:
+    """Wait for copies to host tensors that somebody has queued with `non_blocking=True`."""
+    if not torch.cuda.is_initialized() or not any(tensor.is_cpu and tensor.is_pinned() for tensor in tensors):
+        return  # copies into other memory are through when they return
+    has_context = getattr(torch._C, "_cuda_hasPrimaryContext", lambda device: False)
+    for device in range(torch.cuda.device_count()):
+        if device == torch.cuda.current_device() or has_context(device):  # else the wait would make a context
+            torch.cuda.current_stream(device).synchronize()
+
+
 # ------------------------------------------------------------------------------------------------ page-locked memory
 
 
