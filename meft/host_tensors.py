@@ -1,22 +1,25 @@
-"""Host memory of rows, moments and staging buffers: the one place that makes it.
+"""Host memory of rows, moments and staging buffers, which forked processes do not get.
 
-A forked process (a worker of a `DataLoader`, an evaluation beside the run) does not get it: on Linux the pages are
-marked with MADV_DONTFORK, since each page that either process writes after a fork would be copied, and the kernel would
-write protect all of them for it. `mmap` gives whole pages that nothing else lies on.
+A worker of a `DataLoader`, or an evaluation beside the run, is forked: from then on each page that either process
+writes is copied, and the kernel write protects all of them for it. So on Linux these pages are marked with
+MADV_DONTFORK for as long as they hold such a tensor.
 """
 
 from __future__ import annotations
 
-import math
+import ctypes
+import functools
 import mmap
 import os
+import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _LEAST = 1 << 16  # bytes; of smaller tensors most are not whole pages
 
-_forks = 0  # forks between the process that was started and this one
+_forks = 0  # forks between the process that was started first and this one
 
 
 def _forked() -> None:
@@ -33,21 +36,43 @@ def forks() -> int:
     return _forks
 
 
-def host_zeros(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
-    """Zeros in host memory that forked processes do not get; pages come into being when they are written.
+@functools.cache
+def _madvise() -> Any:
+    """The C library's function; None where the system has none that keeps pages from a fork."""
+    if not hasattr(mmap, "MADV_DONTFORK"):
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function
+
+
+def _advise(start: int, size: int, advice: int) -> None:
+    _madvise()(start, size, advice)
+
+
+def keep_from_forks(tensor: Tensor) -> Tensor:
+    """Mark the whole pages of a host tensor's memory, until that is given back.
 
     Returns:
-        a contiguous tensor on the CPU, whatever the default device is.
+        the tensor.
     """
-    size = math.prod(shape) * dtype.itemsize
-    if size < _LEAST or not hasattr(mmap, "MADV_DONTFORK"):
-        return torch.zeros(shape, dtype=dtype, device="cpu")
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_DONTFORK)
-    # The tensor holds on to the mapping, and the mapping goes with the last tensor of its memory.
-    return torch.frombuffer(pages, dtype=torch.uint8, count=size).view(dtype).view(shape)
+    if tensor.is_cpu and tensor.nbytes >= _LEAST and _madvise() is not None:
+        storage = tensor.untyped_storage()
+        page = mmap.PAGESIZE
+        first = -(-storage.data_ptr() // page) * page
+        size = (storage.data_ptr() + storage.nbytes()) // page * page - first
+        _advise(first, size, mmap.MADV_DONTFORK)
+        # What comes to lie there later is for forked processes too.
+        weakref.finalize(storage, _advise, first, size, mmap.MADV_DOFORK)
+    return tensor
 
 
-def host_copy(tensor: Tensor) -> Tensor:
-    """The values of a tensor in host memory that forked processes do not get."""
-    return host_zeros(tensor.shape, tensor.dtype).copy_(tensor)
+def host_zeros(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
+    """Zeros in host memory, whatever the default device is, which forked processes do not get."""
+    return keep_from_forks(torch.zeros(shape, dtype=dtype, device="cpu"))
+
+
+def like_rows(rows: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | torch.Size | None = None) -> Tensor:
+    """Zeros where some rows are, of their shape if none is given; in host memory as `host_zeros` makes them."""
+    shape = rows.shape if shape is None else shape
+    return host_zeros(shape, dtype) if rows.is_cpu else torch.zeros(shape, dtype=dtype, device=rows.device)

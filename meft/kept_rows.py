@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .host_tensors import keep_from_forks
 from .offload_hooks import KeptParameters
 from .tensor_private import without_torch_function
-from .watched_rows import Watch, WatchedRows, put, watch
+from .watched_rows import Watch, WatchedRows, put, unwatched, watch
 
 State = tuple[int, int, object]  # address and version of the rows, and what changes when they are handed out
 
@@ -66,6 +67,7 @@ class KeptRows(KeptParameters):
         return type(value) in (Tensor, nn.Parameter, WatchedRows) and value.shape == self._shape
 
     def _adopt(self, parameter: Any, read_as: torch.dtype) -> None:
+        keep_from_forks(unwatched(parameter))
         if not isinstance(parameter, WatchedRows):
             watch(parameter, Watch(read_as, self.on_host))
         self._watch = parameter.watch

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.serialization import add_safe_globals
 
 from .host_loading import HostBegin, HostEnd
+from .host_tensors import keep_from_forks, like_rows
 from .row_update import StepRule, update_rows
 
 KEY = "row_moments"  # of the entry in `optimizer.state[rows]`
@@ -38,8 +39,8 @@ class Moments:
     def fresh(cls, table: Tensor) -> Moments:
         """Moments before the first step."""
         dtype = torch.float64 if table.dtype == torch.float64 else torch.float32
-        m, v = (torch.zeros(table.shape, dtype=dtype, device=table.device) for _ in range(2))
-        return cls(m, v, torch.zeros(len(table), dtype=torch.int32, device=table.device))
+        m, v = (like_rows(table, dtype) for _ in range(2))
+        return cls(m, v, like_rows(table, torch.int32, table.shape[:1]))
 
     def update(
         self,
@@ -67,7 +68,7 @@ class Moments:
 
     def clone(self) -> Moments:
         """A copy in memory of its own."""
-        return Moments(*(tensor.clone() for tensor in self.tensors().values()))
+        return Moments(*(like_rows(t, t.dtype).copy_(t) for t in self.tensors().values()))
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it as tensors, without a copy."""
@@ -192,6 +193,8 @@ def moments_of(
     else:  # loaded, or the entry of another optimizer: it stays what it was for whoever holds it too
         moments = held.moments
         moments.check(rows, f"The state of {type(optimizer).__name__}")
+        for tensor in moments.tensors().values():
+            keep_from_forks(tensor)
     entry = RowMoments(moments, settle)
     entry.owner = weakref.ref(optimizer)
     # Some optimizers of torch look for a step in each entry when they load one.

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .changes import Changes
+from .host_tensors import host_zeros, like_rows
 from .kept_rows import KeptRows, State
 from .lanes import Lane, Mark
 from .moments import Moments, RowMoments, moments_of
@@ -60,9 +61,10 @@ class RowTable(KeptRows):
     _all: ClassVar[weakref.WeakSet[RowTable]] = weakref.WeakSet()
 
     def __init__(self, shape: tuple[int, int], *, master: torch.dtype, wire: torch.dtype, on_host: bool, pin: bool):
-        # An explicit device: a default device (torch.set_default_device) must not take host rows; a meta model may.
-        explicit = "cpu" if on_host and torch.get_default_device().type != "meta" else None
-        super().__init__(torch.empty(shape, dtype=master, device=explicit), read_as=wire, on_host=on_host)
+        # A default device (torch.set_default_device) does not take host rows; that of a meta model does.
+        in_host_memory = on_host and torch.get_default_device().type != "meta"
+        values = host_zeros(shape, master) if in_host_memory else torch.empty(shape, dtype=master)
+        super().__init__(values, read_as=wire, on_host=on_host)
         self.pin = pin
         self.seed = 0
         self.name = "rows"
@@ -197,7 +199,7 @@ class RowTable(KeptRows):
             return master
         if self._wire is None:
             with torch.inference_mode(False):  # it outlives the mode
-                self._wire, self._wire_of = torch.empty_like(master, dtype=dtype), None
+                self._wire, self._wire_of = like_rows(master, dtype), None
         if self._wire_of != self.state:  # somebody wrote into the masters: loading, initialisation, the user
             self._refresh(self._wire, master)
         self._page_lock(self._wire)
@@ -269,13 +271,13 @@ class RowTable(KeptRows):
                     self._cast_masters(cast)
                 self._watch.read_as = cast
             if self.rows.is_meta and not told[0].is_meta:
-                self._replace(torch.empty(self.rows.shape, dtype=self.rows.dtype))
+                self._replace(host_zeros(self.rows.shape, self.rows.dtype))
         return self
 
     def _cast_masters(self, dtype: torch.dtype) -> None:
         if dtype == self.rows.dtype:
             return
-        converted = torch.empty(self.rows.shape, dtype=dtype, device=self.rows.device)
+        converted = like_rows(self.masters, dtype)
         for block in row_blocks(converted):
             converted[block].copy_(self.rows[block])
         self._change(converted)
@@ -293,9 +295,7 @@ class RowTable(KeptRows):
         with self.lock, torch.no_grad():
             self._wait_for_readers()
             if self.rows.is_meta:
-                master = torch.empty(
-                    self.rows.shape, dtype=self.rows.dtype, device="cpu" if self.on_host else loaded.device
-                )
-                self._replace(master)
+                here = torch.empty(0, device="cpu" if self.on_host else loaded.device)
+                self._replace(like_rows(here, self.rows.dtype, self.rows.shape))
             for block in row_blocks(self.rows):  # whether assign=True or not: a file that is mapped may go away
                 self.rows[block].copy_(loaded[block])

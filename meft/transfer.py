@@ -14,6 +14,8 @@ from torch import Tensor
 
 from adapter_kernels import gather_rows
 
+from .host_tensors import host_zeros
+
 logger = logging.getLogger(__name__)
 
 
@@ -177,7 +179,7 @@ class PageLock:
 
 def page_locked(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A new CPU tensor, page-locked if the driver allows it."""
-    tensor = torch.empty(shape, dtype=dtype)
+    tensor = host_zeros(shape, dtype)
     if page_lock(tensor):
         weakref.finalize(tensor.untyped_storage(), page_unlock, tensor.data_ptr())
     return tensor
