@@ -5,9 +5,28 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from aslora_quality_tasks import Task
+from paired_test import LEVEL, Measured, corrected
 
 SEEDS_NEEDED = 3  # with fewer, the spread over seeds is too poorly known to call anything a difference
 Planned = list[tuple[Task, str, int]]  # task, method, seed
+Held = dict[str, dict[int, dict]]  # method -> seed -> row
+Verdicts = dict[tuple[str, str, str], tuple[str, float]]  # task, ours, rival -> word, corrected p
+
+NOTES = (
+    'A comparison says "better" or "worse" only where p < 0.05, by a two-sided t test with one degree of freedom less',
+    "than seeds, after Holm's correction for all comparisons on this page; everything else is undecided, which is not",
+    "the same as equal. Its standard error counts seeds and test examples, both paired. A run is diverged where its",
+    "last training loss exceeds its first; a method with a diverged run is not compared. The runs are short: they",
+    "show how fast a method learns rather than where it ends.",
+    "",
+    "Learning rates come from one tuning seed and three values about 3.3 apart. Rows that would tell what merging and",
+    "the choice of layers add are missing: LoRA at ASLoRA's starting count, no merges, merges of random pairs, layers",
+    "tied from the start.",
+    "",
+    "In rows of aslora-meft 0.1.0 the first training loss and the steps of the merges were added afterwards: the",
+    "first loss is the base model's on the first batch, as every adapter here starts by adding nothing, and the steps",
+    "follow from the configuration alone.",
+)
 
 
 def scores(row: dict, metric: str) -> list[float]:
@@ -36,17 +55,54 @@ def compare(rows: dict[int, dict], others: dict[int, dict], metric: str) -> tupl
     return mean(mean(of_examples) for of_examples in paired), standard_error(paired)
 
 
-def verdict(difference: float, error: float, higher_is_better: bool) -> str:
-    """Under one standard error nothing is called a difference, under two nothing is called certain."""
-    if not abs(difference) >= error:
-        return "no difference"
-    word = "better" if (difference > 0) == higher_is_better else "worse"
-    return word if abs(difference) >= 2 * error else f"perhaps {word}"
+def diverged(row: dict) -> bool:
+    """Whether a run ended with a higher training loss than it began with."""
+    return row["last_train_loss"] > row["first_train_loss"]
 
 
-def held(rows: list[dict], task: Task) -> dict[str, dict[int, dict]]:
+def verdict(difference: float, p: float, higher_is_better: bool) -> str:
+    """What a difference may be called; `p` is corrected."""
+    if not p < LEVEL:
+        return "undecided"
+    return "better" if (difference > 0) == higher_is_better else "worse"
+
+
+def comparisons(names: list[str]) -> list[tuple[str, str]]:
+    """Which two methods of a task are compared: each main ASLoRA with each rival, all ASLoRA with ASLoRA r 8."""
+    rivals = [name for name in names if not name.startswith("ASLoRA")]
+    pairs = [(ours, rival) for ours in names if ours in ("ASLoRA r 8", "ASLoRA r 32") for rival in rivals]
+    return pairs + [(ours, "ASLoRA r 8") for ours in names if ours.startswith("ASLoRA") and ours != "ASLoRA r 8"]
+
+
+def why_not_compared(ours: dict[int, dict], theirs: dict[int, dict]) -> str | None:
+    """Why two methods are not compared, None where they are."""
+    seeds = ours.keys() & theirs.keys()
+    if len(seeds) < SEEDS_NEEDED:
+        return f"{len(seeds)} seed(s) in common"
+    ended = sum(diverged(row) for rows in (ours, theirs) for row in rows.values())
+    return f"{ended} run(s) diverged" if ended else None
+
+
+def verdicts(pages: dict[str, tuple[Task, list[str], Held]]) -> Verdicts:
+    """The word of each comparison of the whole page, with its corrected p; task name -> task, methods, rows."""
+    keys, measured = [], []
+    for task, names, found in pages.values():
+        for ours, rival in comparisons(names):
+            rows, others = found.get(ours, {}), found.get(rival, {})
+            one: Measured | None = None
+            if why_not_compared(rows, others) is None:
+                one = *compare(rows, others, task.metric), len(rows.keys() & others.keys())
+            keys.append((task, ours, rival))
+            measured.append(one)
+    return {
+        (task.name, ours, rival): (verdict(one[0], p, task.metric == "exact match") if one else "not compared", p)
+        for (task, ours, rival), one, p in zip(keys, measured, corrected(measured), strict=True)
+    }
+
+
+def held(rows: list[dict], task: Task) -> Held:
     """Method -> seed -> test row of one task; an empty dict is what a method without rows has."""
-    found: dict[str, dict[int, dict]] = {}
+    found: Held = {}
     for row in rows:
         if row["task"] == task.name and row["split"] == "test":
             found.setdefault(row["method"], {})[row["seed"]] = row
@@ -64,7 +120,7 @@ def spread(rows: dict[int, dict], column: str, metric: str) -> str:
     return number(mean(values), metric) + deviation
 
 
-def table(task: Task, names: list[str], found: dict[str, dict[int, dict]]) -> list[str]:
+def table(task: Task, names: list[str], found: Held) -> list[str]:
     """One line a method; a method without rows says "missing"."""
     both = task.metric == "exact match"
     head = ["method", "learning rate", *(["exact match, %"] if both else []), "loss", "one standard error"]
@@ -79,62 +135,61 @@ def table(task: Task, names: list[str], found: dict[str, dict[int, dict]]) -> li
         error = standard_error([scores(row, task.metric) for row in rows.values()])
         cells = [name, f"{one['learning_rate']:g}"]
         cells += [spread(rows, "exact_match", task.metric)] if both else []
-        cells += [spread(rows, "loss", "loss"), number(error, task.metric) if len(rows) > 1 else "-"]
+        ended = sum(map(diverged, rows.values()))
+        mark = f", {ended} of {len(rows)} diverged" if ended else ""
+        cells += [spread(rows, "loss", "loss") + mark, number(error, task.metric) if len(rows) > 1 else "-"]
         cells += [f"{one[key]:,}" for key in ("parameters_start", "parameters_end", "file_bytes")]
         cells += [f"{mean(row['cpu_seconds'] for row in rows.values()):.0f}", ", ".join(map(str, sorted(rows)))]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def findings(task: Task, names: list[str], found: dict[str, dict[int, dict]]) -> list[str]:
-    """Each comparison of interest as one line, its words decided by `verdict`."""
-    rivals = [name for name in names if not name.startswith("ASLoRA")]
-    pairs = [(ours, rival) for ours in names if ours in ("ASLoRA r 8", "ASLoRA r 32") for rival in rivals]
-    pairs += [(ours, "ASLoRA r 8") for ours in names if ours.startswith("ASLoRA") and ours != "ASLoRA r 8"]
+def merged(rows: dict[int, dict]) -> str:
+    """When and how often a projection's layers were merged, "" without rows."""
+    steps = [step for row in rows.values() for step in row["merge_steps"]]
+    return f"{len(steps) // len(rows)} merges a projection on steps {min(steps)} to {max(steps)}" if steps else ""
+
+
+def findings(task: Task, names: list[str], found: Held, said: Verdicts) -> list[str]:
+    """Each comparison of interest as one line, its words decided by `verdicts`."""
     lines = []
-    for ours, rival in pairs:
-        seeds = found.get(ours, {}).keys() & found.get(rival, {}).keys()
-        if len(seeds) < SEEDS_NEEDED:
-            lines.append(f"- {ours} against {rival}: not decided, {len(seeds)} seed(s) in common.")
+    for ours, rival in comparisons(names):
+        word, p = said[task.name, ours, rival]
+        rows, others = found.get(ours, {}), found.get(rival, {})
+        if word == "not compared":
+            lines.append(f"- {ours} against {rival}: not compared, {why_not_compared(rows, others)}.")
             continue
-        difference, error = compare(found[ours], found[rival], task.metric)
+        difference, error = compare(rows, others, task.metric)
         unit = " points" if task.metric == "exact match" else ""
-        loss = (
-            "; loss {:+.3f}, standard error {:.3f}".format(*compare(found[ours], found[rival], "loss")) if unit else ""
-        )
-        share = next(iter(found[ours].values()))["parameters_end"] / next(iter(found[rival].values()))["parameters_end"]
+        loss = "; loss {:+.3f}, standard error {:.3f}".format(*compare(rows, others, "loss")) if unit else ""
+        share = next(iter(rows.values()))["parameters_end"] / next(iter(others.values()))["parameters_end"]
         lines.append(
-            f"- {ours} against {rival}: **{verdict(difference, error, task.metric == 'exact match')}** "
+            f"- {ours} against {rival}: **{word}** "
             f"({'+' if difference > 0 else ''}{number(difference, task.metric)}{unit}, standard error "
-            f"{number(error, task.metric)}{loss}), with {share:.2f} times the parameters at the end."
+            f"{number(error, task.metric)}, corrected p {p:.2g}{loss}), with {share:.2f} times the parameters at the "
+            "end."
         )
     return lines
 
 
-def conclusion(task: Task, ours: str, names: list[str], found: dict[str, dict[int, dict]]) -> str:
+def conclusion(task: Task, ours: str, names: list[str], said: Verdicts) -> str:
     """One plain sentence on one ASLoRA: whom it beats, from whom it cannot be told, to whom it loses."""
     words: dict[str, list[str]] = {}
+    phrases = {"not compared": "not compared with", "undecided": "not told apart from"}
     for rival in (name for name in names if not name.startswith("ASLoRA")):
-        if len(found.get(ours, {}).keys() & found.get(rival, {}).keys()) < SEEDS_NEEDED:
-            words.setdefault("not compared with", []).append(rival)
-            continue
-        said = verdict(*compare(found[ours], found[rival], task.metric), task.metric == "exact match")
-        words.setdefault("not told apart from" if said == "no difference" else f"{said} than", []).append(rival)
-    return f"On {task.name}, {ours} is " + "; ".join(f"{said} {' and '.join(who)}" for said, who in words.items()) + "."
+        word = said[task.name, ours, rival][0]
+        words.setdefault(phrases.get(word, f"{word} than"), []).append(rival)
+    listed = "; ".join(f"{word} {' and '.join(who)}" for word, who in words.items())
+    return f"On {task.name}, {ours} is {listed}."
 
 
-def of_variants(task: Task, names: list[str], found: dict[str, dict[int, dict]]) -> list[str]:
+def of_variants(task: Task, names: list[str], said: Verdicts) -> list[str]:
     """One sentence on the open choices changed alone, where a task has them."""
-    said: dict[str, list[str]] = {}
+    words: dict[str, list[str]] = {}
     for name in (name for name in names if name.startswith("ASLoRA r 8, ")):
-        choice = name.removeprefix("ASLoRA r 8, ")
-        if len(found.get("ASLoRA r 8", {}).keys() & found.get(name, {}).keys()) < SEEDS_NEEDED:
-            said.setdefault("not decided", []).append(choice)
-        else:
-            difference, error = compare(found[name], found["ASLoRA r 8"], task.metric)
-            said.setdefault(verdict(difference, error, task.metric == "exact match"), []).append(choice)
-    parts = "; ".join(f"{word}: {', '.join(choices)}" for word, choices in said.items())
-    return [f"On {task.name}, open choices changed alone, against the defaults: {parts}."] if said else []
+        words.setdefault(said[task.name, name, "ASLoRA r 8"][0], []).append(name.removeprefix("ASLoRA r 8, "))
+    parts = "; ".join(f"{word}: {', '.join(choices)}" for word, choices in words.items())
+    return [f"On {task.name}, open choices changed alone, against the defaults: {parts}."] if words else []
 
 
 def rates(task: Task, rows: list[dict]) -> list[str]:
@@ -164,17 +219,30 @@ def text(content: dict[str, list[dict]], planned: Planned, quick: bool = False) 
         "",
     ]
     details, missing = [], []
-    for task in tasks:
-        names = list(dict.fromkeys(name for of, name, _ in planned if of.name == task.name))
-        found = held(rows, task)
+    pages = {
+        task.name: (
+            task,
+            list(dict.fromkeys(name for of, name, _ in planned if of.name == task.name)),
+            held(rows, task),
+        )
+        for task in tasks
+    }
+    said = verdicts(pages)
+    for task, names, found in pages.values():
         for name in names:
             absent = [
                 str(s) for of, n, s in planned if (of.name, n) == (task.name, name) and s not in found.get(name, {})
             ]
             missing += [f"- {task.name}: {name}, seed {', '.join(absent)}"] if absent else []
         asloras = [name for name in names if name in ("ASLoRA r 8", "ASLoRA r 32")]
-        lines += [f"- {conclusion(task, ours, names, found)}" for ours in asloras]
-        lines += [f"- {sentence}" for sentence in of_variants(task, names, found)]
+        lines += [f"- {conclusion(task, ours, names, said)}" for ours in asloras]
+        lines += [f"- {sentence}" for sentence in of_variants(task, names, said)]
+        ran = merged(found.get("ASLoRA r 8", {}))
+        if ran:
+            lines.append(
+                f"- On {task.name}, ASLoRA took its {ran} of {task.steps}: this tests layers tied nearly from the "
+                "start, not a choice made from averages over a long run."
+            )
         better = "higher is better" if task.metric == "exact match" else "lower is better"
         details += ["", f"## {task.name}: {task.metric}, {better}", ""]
         details += [
@@ -184,19 +252,13 @@ def text(content: dict[str, list[dict]], planned: Planned, quick: bool = False) 
             "seeds and test examples.",
             "",
         ]
-        details += [*table(task, names, found), "", *findings(task, names, found), ""]
+        details += [*table(task, names, found), "", *findings(task, names, found, said), ""]
         details += [
             f"Learning rates, chosen by the loss on {task.n_valid} held-out examples after {task.lr_steps} steps:",
             "",
             *rates(task, rows),
         ]
-    lines += [
-        "",
-        '"Perhaps" means between one and two standard errors; nothing under one is called a difference. Among so many',
-        "comparisons, one beyond two turns up by chance now and then. The runs are short: they show how fast a method",
-        "learns rather than where it ends.",
-        *details,
-    ]
+    lines += ["", *NOTES, *details]
     lines += ["", "## Rows missing", "", *(missing or ["None."]), "", "## Cost and environment", ""]
     cpu = sum(row["cpu_seconds"] for row in rows) / 60
     lines += [

@@ -131,12 +131,13 @@ def target_shapes(model) -> tuple[list[tuple[int, int]], int]:
     return list(found.values()), layers
 
 
-def train(model, batches: list, rate: float, device: str) -> float:
-    """One pass over `batches`: AdamW, linear decay after 6 % of warm-up, clipping at 1. Returns the last loss."""
+def train(model, batches: list, rate: float, device: str) -> list[float]:
+    """One pass over `batches`: AdamW, linear decay after 6 % of warm-up, clipping at 1. Returns the loss of each."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, int(0.06 * len(batches)), len(batches))
     model.train()
+    losses = []
     for batch in batches:
         inputs, labels = collate(batch, device)
         loss = F.cross_entropy(completion_logits(model, inputs, labels).flatten(0, 1), labels.flatten())
@@ -145,7 +146,8 @@ def train(model, batches: list, rate: float, device: str) -> float:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    return loss.item()
+        losses.append(loss.item())
+    return losses
 
 
 def trainable(model, method: Method) -> tuple[int, int]:
@@ -170,16 +172,21 @@ def run_row(task: Task, method: Method, rate: float, seed: int, steps: int, data
     torch.manual_seed(seed)
     model, tokenizer = load_base(device)
     model = get_peft_model(model, method.config(steps))
-    last = train(model, training_batches(encode(tokenizer, data["train"]), steps, task.batch_size, seed), rate, device)
+    batches = training_batches(encode(tokenizer, data["train"]), steps, task.batch_size, seed)
+    losses = train(model, batches, rate, device)
     trained = time.perf_counter() - began
     scored = score(model, encode(tokenizer, data[on]), device)
     start, end = trainable(model, method)
+    merges = []
     if method.kind == "aslora":
+        merges = model.base_model.sharing_report().merges
         model.base_model.finish_sharing()
     return {
         "exact_match": sum(exact for exact, _ in scored) / len(scored),
         "loss": sum(loss for _, loss in scored) / len(scored),
-        "last_train_loss": last,
+        "first_train_loss": losses[0],
+        "last_train_loss": losses[-1],
+        "merge_steps": [m["step"] for m in merges if m["projection"] == merges[0]["projection"]],
         "parameters_start": start,
         "parameters_end": end,
         "file_bytes": saved_bytes(model),

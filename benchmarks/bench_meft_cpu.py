@@ -78,6 +78,7 @@ Step = Callable[[Tensor, Tensor], tuple[float, float, float]]
 def sparse_step(layer: MEFTLayer) -> Step:
     """One step of the MEFT layer; returns the seconds of its phases."""
     tables, router = layer.tables("default"), layer.meft_router["default"]
+    holder = torch.optim.AdamW([table.rows for table in tables])  # has the moments; the rows are stepped below
     optimizer = torch.optim.AdamW([router], lr=RULE.lr, weight_decay=RULE.weight_decay, fused=True)
 
     def step(x: Tensor, g: Tensor) -> tuple[float, float, float]:
@@ -89,7 +90,7 @@ def sparse_step(layer: MEFTLayer) -> Step:
         differentiated = time.perf_counter()
         for table in tables:
             gradient, table.rows.grad = table.rows.grad, None
-            update_table(table, gradient, RULE)  # type: ignore[arg-type]
+            update_table(table, table.moments_in(holder), gradient, RULE)  # type: ignore[arg-type]
         optimizer.step()
         end = time.perf_counter()
         x.grad = router.grad = None

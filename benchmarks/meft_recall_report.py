@@ -7,12 +7,13 @@ from statistics import mean, stdev
 
 from aslora_quality_report import compare
 from meft_recall_pairs import Recall
+from paired_test import LEVEL, Measured, corrected
 
 SEEDS_NEEDED = 3  # with fewer, the spread over seeds is too poorly known to call anything a difference
 VERDICTS = ("holds", "undecided", "does not hold", "not compared")
 Planned = list[tuple[Recall, str, int]]  # task, method, seed
 Held = dict[str, dict[int, dict]]  # method -> seed -> row
-
+Verdicts = dict[tuple[str, str], tuple[str, float]]  # ours, rival -> word, corrected p
 
 NOTES = (
     "Recall is the share of N trained question-answer pairs of NQ-open whose answer greedy generation gives back,",
@@ -21,9 +22,19 @@ NOTES = (
     "every method starts from the unchanged model. The pairs are the same for all seeds, the smaller N is part of the",
     "larger. LoRA is on all linear layers with alpha = 2 r; the dense adapter is y = mlp(x) + relu(x W1^T) W2.",
     "",
-    'A comparison says "holds" or "does not hold" only where the difference is at least two standard errors, which',
-    "count seeds and pairs, both paired; anything nearer is undecided. Runs are short: they show how fast a method",
-    "learns by heart, not how much it could hold.",
+    "A run is diverged where its training loss ended above where it began: the last batch's above the first one's, or",
+    "the mean over the last pass above that over the first (batches of 8 differ too much for the first test alone). A",
+    "diverged run says that its learning rate or the missing clipping does not suit the method, not what the method",
+    "can recall.",
+    "",
+    'A comparison says "holds" or "does not hold" only where p < 0.05, by a two-sided t test with one degree of',
+    "freedom less than seeds, after Holm's correction for all comparisons on this page; everything else is undecided.",
+    "Its standard error counts seeds and pairs, both paired. A method with a diverged run is not compared.",
+    "",
+    "What the page cannot tell: nothing was clipped, learning rates come from one tuning seed, and those of N = 64",
+    "are used for N = 256. MEFT's scores are several times as large as the dense adapter's activations, so routing",
+    "and scale are not told apart; rows of MEFT without its router's factor and of a dense adapter with its scale",
+    "tuned are missing. Runs are short: they show how fast a method learns by heart, not how much it could hold.",
 )
 
 
@@ -43,18 +54,42 @@ def percent(rows: dict[int, dict], column: str) -> str:
     return f"{mean(values):.1f}{error}"
 
 
-def verdict(ours: dict[int, dict], theirs: dict[int, dict]) -> str:
-    """Does `ours` recall at least as much as `theirs`?
+def diverged(row: dict) -> bool:
+    """Whether a run ended with a higher training loss than it began with; an untrained model's row never."""
+    losses = row["losses"]
+    if not losses:
+        return False
+    batches = row["settings"]["n_pairs"] // row["settings"]["batch_size"]  # of a pass
+    return losses[-1] > losses[0] or mean(losses[-batches:]) > mean(losses[:batches])
 
-    "holds" and "does not hold" need a difference of two standard errors, of both samplings, seeds and pairs; anything
-    nearer is undecided, for no difference seen is no proof of none.
-    """
+
+def why_not_compared(ours: dict[int, dict], theirs: dict[int, dict]) -> str | None:
+    """Why two methods are not compared, None where they are; "" where rows are missing, which are listed elsewhere."""
     if len(ours.keys() & theirs.keys()) < SEEDS_NEEDED:
-        return "not compared"
-    difference, error = compare(ours, theirs, "exact match")
-    if difference == 0 or abs(difference) < 2 * error:
-        return "undecided"
-    return "holds" if difference > 0 else "does not hold"
+        return ""
+    ended = sum(diverged(row) for rows in (ours, theirs) for row in rows.values())
+    return f"{ended} run(s) diverged" if ended else None
+
+
+def verdicts(names: list[str], found: Held) -> Verdicts:
+    """Does each MEFT recall at least as much as each rival? A word for each pair, and the p after correction."""
+    pairs = [(ours, rival) for ours in filter(is_meft, names) for rival in rivals(names)]
+    measured: list[Measured | None] = []
+    for ours, rival in pairs:
+        rows, others = found.get(ours, {}), found.get(rival, {})
+        one = None
+        if why_not_compared(rows, others) is None:
+            one = *compare(rows, others, "exact match"), len(rows.keys() & others.keys())
+        measured.append(one)
+    said = {}
+    for pair, one, p in zip(pairs, measured, corrected(measured), strict=True):
+        if one is None:
+            said[pair] = ("not compared", p)
+        elif p < LEVEL:
+            said[pair] = ("holds" if one[0] > 0 else "does not hold", p)
+        else:
+            said[pair] = ("undecided", p)
+    return said
 
 
 def is_meft(name: str) -> bool:
@@ -65,26 +100,30 @@ def rivals(names: list[str]) -> list[str]:
     return [name for name in names if not is_meft(name) and name != "no adapter"]
 
 
-def comparisons(names: list[str], found: Held) -> list[str]:
+def comparisons(names: list[str], found: Held, said: Verdicts) -> list[str]:
     """One line a MEFT row: its verdict against each rival, with the numbers that gave it."""
     lines = []
     for ours in filter(is_meft, names):
-        said = []
+        parts = []
         for rival in rivals(names):
-            word = verdict(found.get(ours, {}), found.get(rival, {}))
+            word, p = said[ours, rival]
+            rows, others = found.get(ours, {}), found.get(rival, {})
             if word == "not compared":
-                said.append(f"{rival}: not compared")
+                why = why_not_compared(rows, others)
+                parts.append(f"{rival}: not compared" + (f", {why}" if why else ""))
                 continue
-            difference, error = compare(found[ours], found[rival], "exact match")
-            said.append(f"{rival}: **{word}** ({100 * difference:+.1f} points, standard error {100 * error:.1f})")
-        lines.append(f"- {ours} against " + "; ".join(said) + ".")
+            difference, error = compare(rows, others, "exact match")
+            parts.append(
+                f"{rival}: **{word}** ({100 * difference:+.1f} points, standard error {100 * error:.1f}, corrected p "
+                f"{p:.2g})"
+            )
+        lines.append(f"- {ours} against " + "; ".join(parts) + ".")
     return lines
 
 
-def conclusion(task: Recall, names: list[str], found: Held) -> str:
+def conclusion(task: Recall, said: Verdicts) -> str:
     """One plain sentence on the published claim, from the verdicts alone."""
-    pairs = [(ours, rival) for ours in filter(is_meft, names) for rival in rivals(names)]
-    words = [verdict(found.get(ours, {}), found.get(rival, {})) for ours, rival in pairs]
+    words = [word for word, _ in said.values()]
     counts = {word: words.count(word) for word in VERDICTS if word in words}
     decided = counts.keys() - {"not compared"}
     if "holds" in decided:
@@ -96,7 +135,7 @@ def conclusion(task: Recall, names: list[str], found: Held) -> str:
     listed = ", ".join(f"{count} {word}" for word, count in counts.items())
     return (
         f"At this scale (N = {task.n_pairs}), the claim that MEFT recalls at least as much as a dense parallel adapter "
-        f"and LoRA **{summary}**: of {len(pairs)} comparisons, {listed}."
+        f"and LoRA **{summary}**: of {len(words)} comparisons, {listed}."
     )
 
 
@@ -113,7 +152,9 @@ def table(names: list[str], found: Held) -> list[str]:
         one = next(iter(rows.values()))
         losses = [row["train_loss"] for row in rows.values() if row["train_loss"] is not None]
         cells = [name, f"{one['trainable_values']:,}", f"{one['learning_rate']:g}" if losses else "-"]
-        cells += [percent(rows, "exact_match"), percent(rows, "exact_match_any"), str(len(rows))]
+        ended = sum(map(diverged, rows.values()))
+        mark = f", {ended} of {len(rows)} diverged" if ended else ""
+        cells += [percent(rows, "exact_match") + mark, percent(rows, "exact_match_any"), str(len(rows))]
         cells += [f"{mean(losses):.3f}" if losses else "-"]
         cells += [f"{mean(row[key] for row in rows.values()):.0f}" for key in ("cpu_seconds", "seconds")]
         lines.append("| " + " | ".join(cells) + " |")
@@ -133,7 +174,8 @@ def rates(rows: list[dict]) -> list[str]:
         shown = []
         for row in candidates:
             mark = "**" if row is best else ""
-            said = f"{row['learning_rate']:g}: {100 * row['exact_match']:.1f} % (loss {row['train_loss']:.3f})"
+            ending = ", diverged" if diverged(row) else ""
+            said = f"{row['learning_rate']:g}: {100 * row['exact_match']:.1f} % (loss {row['train_loss']:.3f}{ending})"
             shown.append(mark + said + mark)
         edge = (
             " - chosen at the edge of those tried" if len(shown) > 1 and best in (candidates[0], candidates[-1]) else ""
@@ -172,7 +214,8 @@ def text(content: dict[str, list[dict]], planned: Planned, quick: bool = False) 
     lines = ["# Recall of learned answers: MEFT, LoRA, dense adapter" + ", quick run: it decides nothing" * quick, ""]
     lines += ["Written by `python benchmarks/bench_meft_recall.py` from the JSON file of the same name.", ""]
     first = held(rows, sizes[0])
-    lines += [conclusion(sizes[0], names, first), "", *comparisons(names, first), "", *NOTES]
+    said = verdicts(names, first)
+    lines += [conclusion(sizes[0], said), "", *comparisons(names, first, said), "", *NOTES]
     for task in sizes:
         found = held(rows, task)
         seeds = {seed for of, _, seed in planned if of.name == task.name}

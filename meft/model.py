@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from peft.tuners.tuners_utils import (
     _is_key_under_prefixes,
 )
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from peft_bridge import RunListener, last_loaded_folder, watch_runs, watch_steps
 
@@ -34,6 +34,7 @@ from .layer import NOT_MERGEABLE, MEFTLayer
 from .offload_hooks import find_wrapped_weights
 from .report import TransferReport, transfer_report
 from .row_steps import RowSteps, several_ranks
+from .store import RowTable
 
 logger = logging.getLogger(__name__)
 
@@ -253,21 +254,33 @@ class MEFTModel(BaseTuner, RunListener):
 
     # ------------------------------------------------------------------ training state and runs
 
-    def save_training_state(self, folder: str | os.PathLike) -> None:
+    def save_training_state(self, folder: str | os.PathLike, optimizer: Optimizer | None = None) -> None:
         """Write moments and counts to `meft_state-*.safetensors`; see `meft.state`.
 
-        The files appear together or not at all. Of a distributed run one process calls this.
-        """
-        state.save(self, folder)
+        `optimizer.state_dict()` has them too: this is for loops that do not save it. The files appear together or not
+        at all. Of a distributed run one process calls this.
 
-    def load_training_state(self, folder: str | os.PathLike) -> None:
+        Args:
+            optimizer: whose moments; None: those of the optimizer that has stepped last.
+        """
+        state.save(self._named_tables(), folder, optimizer)
+
+    def load_training_state(self, folder: str | os.PathLike, optimizer: Optimizer | None = None) -> None:
         """Restore what `save_training_state` wrote, for the weights it was written with.
+
+        Args:
+            optimizer: gets the moments; None: the optimizer that steps the rows next.
 
         Raises:
             FileNotFoundError: there is no such state.
             ValueError: it is damaged, or belongs to other weights.
         """
-        state.load(self, folder)
+        state.load(self._named_tables(), folder, optimizer)
+
+    def _named_tables(self) -> dict[str, RowTable]:
+        tables = RowTable.by_parameter()
+        named = ((name, tables.get(id(parameter))) for name, parameter in self.model.named_parameters())
+        return {name.removesuffix(".rows"): table for name, table in named if table is not None}
 
     def rows_changed(self) -> None:
         """Say that rows were written in a way that nobody can see: the next forward pass reads all of them again.
@@ -307,14 +320,15 @@ class MEFTModel(BaseTuner, RunListener):
         return self.configs[adapter_name].updates_in_backward and beside and free and not several_ranks()
 
     def on_run_begin(self, total_steps: int, done_steps: int = 0, steps_seen: bool = True) -> None:
-        """A Trainer's run begins: resume the training state, if the weights came from a checkpoint."""
+        """A Trainer's run begins, perhaps from a checkpoint of 0.1, whose optimizer has no moments of rows."""
         if not steps_seen:
             raise RuntimeError(
                 "MEFT does not support DeepSpeed yet: its optimizers hold copies of the parameters, which the rows are "
                 "not part of; train with one process, or with DistributedDataParallel."
             )
         if done_steps:
-            state.resume(self)
+            active = [folder for name, folder in self.loaded_from.items() if name in self.active_adapters]
+            state.resume_of_0_1(self._named_tables(), active)
 
     def log_scalars(self) -> dict[str, float]:
         """For a Trainer's logs: what was moved and waited for since the last time."""
@@ -323,10 +337,6 @@ class MEFTModel(BaseTuner, RunListener):
         report = self.transfer_report()
         last, self._logged = self._logged, report.totals()
         return report.scalars(last)
-
-    def on_checkpoint(self, folder: Path) -> None:
-        """A Trainer has written a checkpoint."""
-        self.save_training_state(folder)
 
     # ------------------------------------------------------------------ saving, loading, DDP
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .moments import Moments
+from .moments import KEY, RowMoments, count_step, moments_of, moments_of_0_1
 from .row_gradient import as_row_gradient
 from .row_steps import TWO_OPTIMIZERS, update_table
 from .row_update import StepRule
@@ -26,8 +26,7 @@ class RowAdamW(Optimizer):
     """AdamW that updates only the rows that the gradients of MEFT tables name.
 
     For those who build their own optimizer; with torch's or bitsandbytes' Adam and AdamW nothing has to be done. Other
-    parameters may be in it too and get AdamW, bfloat16 ones with stochastic rounding. The moments of a table belong to
-    the table (`RowTable.moments`) and are in the optimizer's state dict as well.
+    parameters may be in it too and get AdamW, bfloat16 ones with stochastic rounding.
 
     What `MEFTConfig.row_optimizer` says is for the automatic way and not read here.
 
@@ -86,11 +85,10 @@ class RowAdamW(Optimizer):
                     continue
                 table = tables.get(id(parameter))
                 if table is not None:
-                    gradient = as_row_gradient(parameter.grad)
-                    if table.updates is not None:  # its thread reads it after the step: nobody else may zero it
-                        parameter.grad = None
-                    table.follow(self)
-                    update_table(table, gradient, rule)
+                    gradient = as_row_gradient(parameter.grad, parameter)
+                    entry = table.moments_in(self)
+                    count_step(self, parameter)
+                    update_table(table, entry, gradient, rule)
                 else:
                     self._step_whole(parameter, rule)
         return loss
@@ -100,49 +98,22 @@ class RowAdamW(Optimizer):
         if not parameter.numel():
             return
         flat = parameter.detach().reshape(len(parameter) if parameter.ndim else 1, -1).contiguous()
-        state = self.state[parameter]
-        if not state:
-            state["moments"] = Moments.fresh(flat)
+        moments = moments_of(self, parameter, rows=flat).exclusive(flat.device)
+        count_step(self, parameter)
         gradient = parameter.grad.reshape(flat.shape)  # type: ignore[union-attr]
-        state["moments"].update(flat, None, torch.arange(len(flat), device=flat.device), gradient, rule, 0)
+        moments.update(flat, None, torch.arange(len(flat), device=flat.device), gradient, rule, 0)
         if flat.data_ptr() != parameter.data_ptr():  # of a parameter that is not contiguous: a copy
             parameter.copy_(flat.view(parameter.shape))
 
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's; the tensors of a table's moments are the table's own, not copies."""
-        saved = super().state_dict()
-        tables = RowTable.by_parameter()
-        states: dict[int, Any] = {}
-        for i, parameter in enumerate(p for g in self.param_groups for p in g["params"]):
-            table = tables.get(id(parameter))
-            moments = table.moments if table is not None else self.state.get(parameter, {}).get("moments")
-            if moments is not None:
-                states[i] = moments.tensors()
-        return {**saved, "state": states}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore hyper-parameters and moments; the moments are copied.
+        """As torch's; also a state that 0.1 saved.
 
         Raises:
-            ValueError: the groups, or a shape, do not fit.
+            ValueError: the groups do not fit, or 0.1 saved it in a mode that is gone.
         """
-        parameters = [p for g in self.param_groups for p in g["params"]]
-        restored = {}
-        for i, tensors in state_dict["state"].items():
-            moments = Moments.from_tensors({k: v.clone() for k, v in tensors.items()})
-            rows = len(parameters[i]) if i < len(parameters) and parameters[i].ndim else 1
-            if i >= len(parameters) or len(moments.counts) != rows:
-                raise ValueError(
-                    f"The state of parameter {i} does not fit this optimizer: make it over the same model."
-                )
-            restored[i] = moments
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        tables = RowTable.by_parameter()
-        for i, moments in restored.items():
-            parameter = parameters[i]
-            moments.move(parameter.device)
-            table = tables.get(id(parameter))
-            if table is None:
-                self.state[parameter]["moments"] = moments
-            else:
-                table.moments, table.owner = moments, weakref.ref(self)
+        states = {i: _entry_of_0_1(held) if "clock" in held else held for i, held in state_dict["state"].items()}
+        super().load_state_dict({**state_dict, "state": states})
+
+
+def _entry_of_0_1(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {"step": torch.zeros(()), KEY: RowMoments(moments_of_0_1(tensors).clone())}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -14,7 +15,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from torch.profiler import record_function
 
 from .config import MEFTConfig
-from .moments import Moments
+from .moments import KEY, RowMoments, count_step
 from .row_gradient import RowGradient, as_row_gradient, overflow_watchers
 from .row_update import StepRule
 from .store import RowTable
@@ -69,40 +70,25 @@ def group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
     return next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
 
 
-def prepare_table(table: RowTable) -> None:
-    """Make a table's moments, where there are none: all that an update allocates for good."""
-    table.settle()  # not under the lock, which the update needs
-    with table.lock, torch.no_grad():
-        if table.moments is None:
-            table.moments = Moments.fresh(table.masters)
-
-
 def update_table(
-    table: RowTable,
-    gradient: RowGradient,
-    rule: StepRule,
-    *,
-    divisor: float = 1.0,
-    finite_only: bool = False,
+    table: RowTable, entry: RowMoments, gradient: RowGradient, rule: StepRule, *, finite_only: bool = False
 ) -> None:
     """One step of a table, now or by the thread of `table.updates`.
 
     Args:
-        divisor: a loss scale that is still in the gradient.
+        entry: the optimizer's, from `RowTable.moments_in`.
         finite_only: leave the rows alone if a value of the gradient, which may not have landed yet, is inf or nan.
     """
-    prepare_table(table)
     if not finite_only:
         gradient.stored()  # what went wrong on its way shows now
 
     def update() -> None:
-        moments, (rows, values) = table.moments, gradient.stored()
-        assert moments is not None
+        rows, values = gradient.stored()
         if finite_only and not bool(values.isfinite().all()):
             return
         wide = values.to(torch.promote_types(table.rows.dtype, torch.float32)).contiguous()
-        wide = wide / divisor if divisor != 1.0 else wide
         master = table.masters
+        moments = entry.exclusive(master.device)
         with record_function("meft: update rows"):
             table.writing(
                 lambda wire: moments.update(master, wire, rows, wide, rule, table.seed, table.step), rows=rows
@@ -113,6 +99,18 @@ def update_table(
             update()
     else:
         table.update_later(update)
+
+
+def warn_of_lost_moments(optimizer: Optimizer, tables: list[RowTable]) -> None:
+    """Warn where an optimizer that was restored has moments, but none of the rows."""
+    rows = {table.rows for table in tables}
+    others = any(state for parameter, state in optimizer.state.items() if parameter not in rows)
+    if others and not any(table.restored or KEY in optimizer.state.get(table.rows, {}) for table in tables):
+        warnings.warn(
+            f"{type(optimizer).__name__} has the state of other parameters but no moments of MEFT's rows: they "
+            "restart. A state that aslora-meft 0.1 saved has them in a file of its own: use "
+            "model.base_model.load_training_state."
+        )
 
 
 TWO_OPTIMIZERS = (
@@ -141,16 +139,17 @@ class RowSteps:
         self.configs: dict[str, MEFTConfig] = {}
         self.routers: dict[str, list[nn.ParameterDict]] = {}
         self.nonfinite_steps = 0
-        self._taken: list[tuple[RowTable, RowGradient, StepRule, float]] = []
-        self._stepped_by: weakref.ref[Optimizer] | None = None
+        self._taken: list[tuple[RowTable, RowMoments, RowGradient, StepRule]] = []
         self._overflow: weakref.ref[Tensor] | None = None
+        self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimizers that have stepped
         overflow_watchers.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_taken": [], "_stepped_by": None, "_overflow": None}
+        return {**self.__dict__, "_taken": [], "_overflow": None, "_seen": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._seen = weakref.WeakSet()
         overflow_watchers.add(self)
 
     def note_overflow(self, owners: set[int], found_inf: Tensor) -> None:
@@ -171,6 +170,9 @@ class RowSteps:
 
     def before_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         """Refuse an optimizer whose rule is unknown, before anything moves."""
+        for table, _, gradient, _ in self._taken:  # by a step that raised
+            if table.rows.grad is None:
+                table.rows.grad = gradient
         self._taken = []
         for name, table in self._of(parameters):
             owner = table.claimed_by() if table.claimed_by is not None else None
@@ -181,41 +183,50 @@ class RowSteps:
             rule_of(optimizer, group_of(optimizer, table.rows), self.configs[name].row_optimizer)
 
     def gradients_ready(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
-        """Take the row gradients away, so that the optimizer leaves the tables alone and makes no state for them."""
+        """Take the row gradients away, so that the optimizer leaves the tables alone, and make their moments."""
         scaler = getattr(optimizer, "grad_scale", None)  # of a fused step under a GradScaler: not yet unscaled
         divisor = float(scaler) if scaler is not None else 1.0
+        if optimizer not in self._seen:
+            self._seen.add(optimizer)
+            warn_of_lost_moments(optimizer, [table for _, table in self._of(parameters)])
+        found = []
         for name, table in self._of(parameters):
             if table.claimed_by is not None and table.claimed_by() is optimizer:
                 continue
-            gradient, table.rows.grad = table.rows.grad, None
-            if gradient is None or getattr(gradient, "spent", False):
+            if table.rows.grad is None or getattr(table.rows.grad, "spent", False):
+                table.rows.grad = None
                 continue
-            config = self.configs[name]
-            rule = rule_of(optimizer, group_of(optimizer, table.rows), config.row_optimizer)
+            rule = rule_of(optimizer, group_of(optimizer, table.rows), self.configs[name].row_optimizer)
+            found.append((table, table.moments_in(optimizer), as_row_gradient(table.rows.grad, table.rows), rule))
+        for table, entry, gradient, rule in found:  # nothing fails from here on
+            table.rows.grad = None
+            if divisor != 1.0:
+                gradient.div_(divisor)
             # Of an optimizer that calls its closure several times in a step, the last gradient.
             self._taken = [taken for taken in self._taken if taken[0] is not table]
-            self._taken.append((table, as_row_gradient(gradient), rule, divisor))
-            prepare_table(table)
+            self._taken.append((table, entry, gradient, rule))
 
     def after_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         """Update the rows, those of the first layer first: the next forward pass reads them first."""
         taken, self._taken = self._taken, []
-        self._stepped_by = weakref.ref(optimizer)
-        for table, gradient, rule, divisor in taken:
-            table.follow(optimizer)
-            update_table(table, gradient, rule, divisor=divisor)
+        for table, _, gradient, _ in taken:
+            table.rows.grad = gradient  # to be looked at until zero_grad, as any other
+        for table, entry, gradient, rule in taken:
+            count_step(optimizer, table.rows)
+            update_table(table, entry, gradient, rule)
 
     def on_gradient(self, adapter_name: str, table: RowTable, gradient: RowGradient) -> RowGradient:
         """A gradient has left for the host: with `in_backward` its rows are updated when it lands.
 
-        By the rule of the optimizer that has stepped last, as it is now: a schedule has set the next step's rate. With
-        accumulation, which accelerate (a Trainer too) tells of, by the sum when that of the last micro-batch lands.
+        By the rule of the optimizer that has stepped the table last, as it is now: a schedule has set the next step's
+        rate. With accumulation, which accelerate (a Trainer too) tells of, by the sum when that of the last micro-batch
+        lands.
 
         Returns:
             what autograd shall put into `.grad`.
         """
         config = self.configs[adapter_name]
-        optimizer = self._stepped_by() if self._stepped_by is not None else None
+        optimizer = table.stepped_by
         if not config.updates_in_backward or optimizer is None or table.updates is None:
             return gradient
         if table.claimed_by is not None and table.claimed_by() is not None:
@@ -228,8 +239,9 @@ class RowSteps:
             earlier = as_row_gradient(table.rows.grad, table.rows)
             earlier.add_(gradient)
             gradient, table.rows.grad = earlier, None
-        table.follow(optimizer)
         rule = rule_of(optimizer, group_of(optimizer, table.rows), config.row_optimizer)
         gradient.spent = True
-        update_table(table, gradient, rule, finite_only=True)
+        entry = table.moments_in(optimizer)
+        count_step(optimizer, table.rows)
+        update_table(table, entry, gradient, rule, finite_only=True)
         return gradient

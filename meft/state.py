@@ -1,7 +1,10 @@
-"""The training state of a model's MEFT adapters: moments and counts, tied to the weights.
+"""The training state of a model's MEFT adapters in a folder: moments and counts, tied to the weights.
 
-In a folder: `meft_state-<id>-00001-of-0000n.safetensors` and, written last, `meft_state.json`, which names them with
-their sizes and digests. A reader sees one whole state, the old or the new one, wherever a writer was stopped.
+An optimizer's `state_dict` has the moments too; this is for those who do not save it, and for states that 0.1 saved.
+
+In the folder: `meft_state-<process>-<id>-00001-of-0000n.safetensors` and, written last, `meft_state.json`, which names
+them with their sizes and digests. A reader sees one whole state, the old or the new one, wherever a writer was stopped:
+what the index names is never deleted.
 """
 
 from __future__ import annotations
@@ -9,32 +12,30 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.optim import Optimizer
 
-from peft_bridge import replace_file
+from peft_bridge import process_runs, replace_file, sync
 
-from .moments import Moments
+from .moments import KEY, Moments, RowMoments, moments_of_0_1
 from .store import RowTable, row_blocks
-
-if TYPE_CHECKING:
-    from .model import MEFTModel
 
 INDEX = "meft_state.json"
 SHARD_BYTES = 5_000_000_000
-
-
-def _tables(model: MEFTModel) -> dict[str, RowTable]:
-    tables = RowTable.by_parameter()
-    named = ((name, tables.get(id(parameter))) for name, parameter in model.model.named_parameters())
-    return {name.removesuffix(".rows"): table for name, table in named if table is not None}
+_VERSION = 2
+_SHARD = re.compile(r"meft_state-(?:(?P<process>\d+)-)?(?P<id>[0-9a-f]{8})-\d{5}-of-\d{5}\.safetensors")
+_running: set[str] = set()  # saves of this process
+_PARTS = {"exp_avg", "exp_avg_sq", "counts"}
+_DAMAGED = "The training state in '{folder}' is damaged ({what}): restore it, or remove {index} to go on without it."
 
 
 def weights_digest(table: RowTable) -> str:
@@ -65,54 +66,99 @@ def _shards(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     yield shard
 
 
-def save(model: MEFTModel, folder: str | os.PathLike) -> None:
-    """Write the training state of all adapters of a model into a folder."""
+def unwrapped(optimizer: Any) -> Optimizer | None:
+    """The optimizer that steps, without what accelerate puts around it."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+# ---------------------------------------------------------------------------------------------------------------- save
+
+
+def save(tables: Mapping[str, RowTable], folder: str | os.PathLike, optimizer: Optimizer | None = None) -> None:
+    """Write the training state of tables into a folder.
+
+    Args:
+        tables: name -> table.
+        optimizer: whose moments; None, or for tables that it does not hold: of the optimizer that has stepped last.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tables = _tables(model)
+    steps = unwrapped(optimizer)
     weights = {name: weights_digest(table) for name, table in tables.items()}
-    tensors = {
-        f"{name}.{part}": tensor.detach().cpu().contiguous()
-        for name, table in tables.items()
-        if table.moments is not None
-        for part, tensor in table.moments.tensors().items()
-    }
+    tensors: dict[str, Tensor] = {}
+    for name, table in tables.items():
+        held = steps.state.get(table.rows, {}).get(KEY) if steps is not None else None
+        entry = held if held is not None else table.entry
+        if entry is not None:
+            # Nothing is copied: safetensors writes host tensors from where they are.
+            tensors |= {f"{name}.{part}": t.detach().cpu().contiguous() for part, t in entry.moments.tensors().items()}
     identity = os.urandom(4).hex()
     shards = list(_shards(tensors))
+    before = _named_files(folder)
     files: dict[str, dict[str, Any]] = {}
+    _running.add(identity)
     try:
         for i, shard in enumerate(shards, 1):
-            path = folder / f"meft_state-{identity}-{i:05}-of-{len(shards):05}.safetensors"
+            path = folder / f"meft_state-{os.getpid()}-{identity}-{i:05}-of-{len(shards):05}.safetensors"
             files[path.name] = {}
             save_file(shard, path)
-            _sync(path)
+            sync(path)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": _file_digest(path), "tensors": sorted(shard)}
-        index = {"version": 1, "files": files, "weights": weights}
+        index = {"version": _VERSION, "files": files, "weights": weights}
         replace_file(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
-    except BaseException:
-        for name in files:
-            (folder / name).unlink(missing_ok=True)
-        raise
-    for old in folder.glob("meft_state-*.safetensors"):
-        if old.name not in files:
-            old.unlink()
+    finally:
+        _running.discard(identity)
+        # Also where it was stopped: before the index was replaced the new files go, after that the old ones.
+        now = _named_files(folder)
+        if now is not None:
+            _remove(folder, before or set(), now)
 
 
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _named_files(folder: Path) -> set[str] | None:
+    """The files that the index of a folder names: none where there is no index; None where it cannot be read."""
+    try:
+        return set(json.loads((folder / INDEX).read_bytes())["files"])
+    except FileNotFoundError:
+        return set()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
-def load(model: MEFTModel, folder: str | os.PathLike) -> None:
-    """Restore the training state of all adapters of a model; on an error nothing has changed.
+def _remove(folder: Path, before: set[str], named: set[str]) -> None:
+    """Remove the shards of the state before and of savers that do not run any more, but for those that are named."""
+    for path in folder.glob("meft_state-*.safetensors"):
+        found = _SHARD.fullmatch(path.name)
+        if found is None or path.name in named or (path.name not in before and _is_written(found)):
+            continue
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _is_written(shard: re.Match[str]) -> bool:
+    """Whether a save that still runs has made a shard."""
+    if shard["process"] == str(os.getpid()):
+        return shard["id"] in _running
+    return bool(shard["process"]) and process_runs(shard["process"])
+
+
+# ---------------------------------------------------------------------------------------------------------------- load
+
+
+def load(tables: Mapping[str, RowTable], folder: str | os.PathLike, optimizer: Optimizer | None = None) -> None:
+    """Restore the training state of tables; on an error nothing has changed.
+
+    Args:
+        tables: name -> table.
+        optimizer: gets the moments; None: the optimizer that steps a table next.
 
     Raises:
         FileNotFoundError: the folder holds no training state.
-        ValueError: it is damaged, or belongs to other weights or other adapters.
+        ValueError: it is damaged, belongs to other weights or other adapters, or is of a mode that is gone.
     """
     folder = Path(folder)
-    index = _read_index(folder)
-    tables = _tables(model)
+    index = read_index(folder)
     if missing := sorted(tables.keys() ^ index["weights"].keys()):
         raise ValueError(
             f"The training state in '{folder}' is of other adapters or layers (first difference: {missing[0]}): load "
@@ -124,34 +170,74 @@ def load(model: MEFTModel, folder: str | os.PathLike) -> None:
                 f"The training state in '{folder}' does not belong to the rows of {name}: load the adapter of the same "
                 "checkpoint first, or train on without its training state."
             )
-    restored = {name: Moments.from_tensors(parts) for name, parts in _read_tensors(folder, index).items()}
-    for name, moments in restored.items():
-        if moments.exp_avg.shape != tables[name].rows.shape:
-            raise ValueError(
-                f"The training state in '{folder}' has another shape than {name}: use that checkpoint's r."
-            )
+    restored: dict[str, Moments] = {}
+    for name, tensors in _read_tensors(folder, index).items():
+        if name not in tables:
+            raise ValueError(_DAMAGED.format(folder=folder, what=f"it has moments of {name}", index=INDEX))
+        restored[name] = _moments(folder, name, tensors, tables[name].rows)
+    steps = unwrapped(optimizer)
     for name, table in tables.items():
-        table.moments, table.owner = restored.get(name), None
-        if table.moments is not None:
-            table.moments.move(table.rows.device)
+        table.settle()
+        moments = restored[name] if name in restored else Moments.fresh(table.masters)
+        table.restored = RowMoments(moments, table.settle)
+        if steps is not None and any(p is table.rows for g in steps.param_groups for p in g["params"]):
+            table.moments_in(steps)
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
-    path = folder / INDEX
+def resume_of_0_1(tables: Mapping[str, RowTable], folders: Iterable[str]) -> None:
+    """Restore the training state that 0.1 wrote beside the weights of a Trainer's checkpoint.
+
+    Args:
+        folders: from which the weights were loaded; of an adapter that is not called "default", a folder in one.
+    """
+    for folder in (Path(folder) for folder in sorted(set(folders))):
+        for found in (folder, folder.parent):
+            if (found / INDEX).is_file() and read_index(found)["version"] == 1:
+                load(tables, found)
+                return
+
+
+def _moments(folder: Path, name: str, tensors: dict[str, Tensor], rows: Tensor) -> Moments:
+    if "clock" in tensors:
+        tensors = {part: tensors[part] for part in tensors if part != "history"}
+        moments = moments_of_0_1(tensors)
+    elif tensors.keys() == _PARTS:
+        moments = Moments(**tensors)
+    else:
+        raise ValueError(_DAMAGED.format(folder=folder, what=f"of {name} it has {sorted(tensors)}", index=INDEX))
+    moments.check(rows, f"The training state in '{folder}', {name}")
+    if bool((moments.counts < 0).any()):
+        raise ValueError(_DAMAGED.format(folder=folder, what=f"counts of {name} are below 0", index=INDEX))
+    return moments.to(rows.device)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of a training state, with all its files checked.
+
+    Raises:
+        FileNotFoundError: the folder holds no training state.
+        ValueError: it is damaged, or was saved by a newer version.
+    """
+    path = Path(folder) / INDEX
     if not path.is_file():
         raise FileNotFoundError(f"'{folder}' holds no training state of MEFT ({INDEX}).")
     try:
         index = json.loads(path.read_text())
-        files, _ = index["files"], index["weights"]
+        version, files, weights = index["version"], index["files"], index["weights"]
+        if isinstance(version, int) and version > _VERSION:
+            raise ValueError(
+                f"it has version {version} and was saved by a newer aslora-meft, which is needed to read it"
+            )
+        if version not in range(1, _VERSION + 1) or not isinstance(weights, dict):
+            raise ValueError(f"version {version!r} of its index is unknown")
         for name, entry in files.items():
-            file = folder / Path(name).name
+            if not _SHARD.fullmatch(name):
+                raise ValueError(f"its index names '{name}', which is no file of a training state")
+            file = path.parent / name
             if not file.is_file() or file.stat().st_size != entry["bytes"] or _file_digest(file) != entry["sha256"]:
                 raise ValueError(f"{name} is missing or damaged")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"The training state in '{folder}' is damaged ({error}): restore it, or remove {path.name} to go on with "
-            "fresh moments."
-        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(_DAMAGED.format(folder=folder, what=error, index=INDEX)) from error
     return index
 
 
@@ -163,20 +249,3 @@ def _read_tensors(folder: Path, index: dict[str, Any]) -> dict[str, dict[str, Te
                 name, _, part = key.rpartition(".")
                 parts.setdefault(name, {})[part] = opened.get_tensor(key).clone()  # the file is mapped: it may go away
     return parts
-
-
-def resume(model: MEFTModel) -> None:
-    """A resumed run begins: take the training state that lies beside the weights which were loaded last."""
-    folders = {Path(folder) for name, folder in model.loaded_from.items() if name in model.active_adapters}
-    found = [folder for folder in sorted(folders) if (folder / INDEX).is_file()]
-    if not found and (parents := [f.parent for f in sorted(folders) if (f.parent / INDEX).is_file()]):
-        found = parents  # an adapter that is not called "default" lies in a folder of its own
-    if found:
-        load(model, found[0])
-    else:
-        for name in model.active_adapters:
-            for table in model.steps.tables.get(name, []):
-                table.moments = None
-        warnings.warn(
-            "The checkpoint has no training state of MEFT (meft_state.json): the moments of its rows restart."
-        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +16,7 @@ from torch.optim import Optimizer
 from .changes import Changes
 from .kept_rows import KeptRows, State
 from .lanes import Lane, Mark
-from .moments import Moments
+from .moments import Moments, RowMoments, moments_of
 from .row_update import update_rows
 from .transfer import PageLock
 from .updates import Ticket, UpdateQueue
@@ -30,7 +29,7 @@ BLOCK_BYTES = 64 << 20
 
 # What a copy or a pickle of a table makes anew.
 _OF_THIS_PROCESS = frozenset(
-    ("lock", "owner", "_former", "claimed_by", "_wire", "_wire_of", "_pages")
+    ("lock", "_stepped_with", "claimed_by", "_wire", "_wire_of", "_pages")
     + ("updates", "step", "_ticket", "_readers", "_changes")
 )
 
@@ -51,7 +50,7 @@ class RowTable(KeptRows):
     Attributes:
         rows: the masters, a parameter [r, d]: what an optimizer holds and what is saved.
         seed: of the stochastic rounding of bfloat16 masters.
-        owner: the optimizer whose steps `moments` belong to; None where they were just loaded.
+        restored: moments that were loaded without their optimizer; the next one that steps the table takes them.
         claimed_by: the `RowAdamW` that holds the table.
         name: for messages.
         updates: the thread that updates it beside the computation; None: updates happen within the step.
@@ -65,14 +64,13 @@ class RowTable(KeptRows):
         explicit = "cpu" if on_host and torch.get_default_device().type != "meta" else None
         super().__init__(torch.empty(shape, dtype=master, device=explicit), read_as=wire, on_host=on_host)
         self.pin = pin
-        self._moments: Moments | None = None
         self.seed = 0
         self.name = "rows"
+        self.restored: RowMoments | None = None
         self._made()
 
     def _made(self) -> None:
-        self.owner: weakref.ref[Optimizer] | None = None
-        self._former: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._stepped_with: RowMoments | None = None
         self.claimed_by: weakref.ref[Optimizer] | None = None
         RowTable._all.add(self)
         self.lock = threading.RLock()
@@ -101,15 +99,32 @@ class RowTable(KeptRows):
     # ------------------------------------------------------------------ updates beside the computation
 
     @property
-    def moments(self) -> Moments | None:
-        """What the row optimizer remembers; None before the first step."""
-        self.settle()
-        return self._moments
+    def entry(self) -> RowMoments | None:
+        """The moments of the last step, those of its optimizer, or those that were `restored` since; None: none."""
+        return self.restored if self.restored is not None else self._stepped_with
 
-    @moments.setter
-    def moments(self, moments: Moments | None) -> None:
+    @property
+    def moments(self) -> Moments | None:
+        """The moments of `entry`, after all updates that are queued."""
+        entry = self.entry
+        return entry.moments if entry is not None else None
+
+    @property
+    def stepped_by(self) -> Optimizer | None:
+        """The optimizer of the last step; None where it is gone, or others' moments were `restored` since."""
+        entry = self.entry
+        return entry.owner() if entry is not None and entry.owner is not None else None
+
+    def moments_in(self, optimizer: Optimizer) -> RowMoments:
+        """The moments in an optimizer's state for its step; made if there are none.
+
+        Raises:
+            ValueError: what was loaded there does not fit.
+        """
         self.settle()
-        self._moments = moments
+        entry = moments_of(optimizer, self.rows, settle=self.settle, given=self.restored)
+        self.restored, self._stepped_with = None, entry
+        return entry
 
     def update_later(self, update: Callable[[], None]) -> None:
         """Queue an update: whoever comes to the table waits for it."""
@@ -227,21 +242,6 @@ class RowTable(KeptRows):
             if self._changes is not None:
                 self._changes.note(rows, before, self.state)
 
-    def follow(self, optimizer: Optimizer) -> None:
-        """A step of `optimizer` comes: moments of another optimizer's steps are not its own."""
-        self.settle()
-        owner = self.owner() if self.owner is not None else None
-        if self.owner is not None and owner is not optimizer:
-            self.moments = None
-            if optimizer in self._former:
-                warnings.warn(
-                    "Two optimizers step the same MEFT rows in turn: their moments restart at each change; put a table "
-                    "into one optimizer only."
-                )
-            if owner is not None:
-                self._former.add(owner)
-        self.owner = weakref.ref(optimizer)
-
     def fill(self, std: float | None) -> None:
         """Fill with N(0, std^2) from torch's global generator, or with zeros (std None), in row blocks."""
         with torch.no_grad():
@@ -257,8 +257,6 @@ class RowTable(KeptRows):
         self.settle()
         if not self.on_host:
             self._apply_to_rows(fn, recurse)
-            if self.moments is not None:
-                self.moments.move(self.rows.device)
             return self
         # Tensors without elements tell what `fn` does to dtypes and device; where it leads to is left aside.
         probes = [torch.empty(0, dtype=dtype, device=self.rows.device) for dtype in (torch.float32, torch.float64)]

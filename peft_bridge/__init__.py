@@ -1,6 +1,6 @@
 """What every PEFT method outside PEFT needs: registration, optimizer-step events, run events, atomic files."""
 
-from .files import folder_replaced_at_once, replace_file
+from .files import folder_replaced_at_once, process_runs, replace_file, sync
 from .registration import register_method
 from .steps import StepListener, watch_steps
 from .trainer import RunListener, watch_runs
@@ -11,9 +11,11 @@ __all__ = [
     "StepListener",
     "folder_replaced_at_once",
     "last_loaded_folder",
+    "process_runs",
     "register_method",
     "replace_file",
     "save_config_at_once",
+    "sync",
     "watch_runs",
     "watch_steps",
     "write_weights_at_once",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -10,14 +11,43 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# What says that a folder cannot be synced here: Windows opens none, some network file systems sync none.
+_NO_SYNC = {errno.EACCES, errno.EBADF, errno.EINVAL, errno.EISDIR, errno.ENOSYS, errno.ENOTSUP, errno.EPERM}
+
 
 def sync(path: Path) -> None:
-    """Force a file or folder to the disk, so that a rename cannot overtake the data."""
-    handle = os.open(path, os.O_RDONLY)
+    """Force a file or folder to the disk, so that a rename cannot overtake the data.
+
+    A folder is left alone where it cannot be synced.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    folder = path.is_dir()
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if not folder or error.errno not in _NO_SYNC:
+            raise
+
+
+def process_runs(process: str) -> bool:
+    """Whether a process of this machine is alive (another rank may be saving into the same folder)."""
+    if not process.isdigit():
+        return False
+    if os.name == "nt":
+        return True  # there is no harmless signal
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def replace_file(path: str | os.PathLike, data: bytes) -> None:
@@ -32,7 +62,7 @@ def replace_file(path: str | os.PathLike, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(name, path)
     except BaseException:
-        os.unlink(name)
+        name.unlink(missing_ok=True)  # if it was replaced already, it is not there
         raise
     sync(path.parent)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 class RunListener:
@@ -26,9 +24,6 @@ class RunListener:
             done_steps: steps of it that were taken before, where it is resumed from a checkpoint; else 0.
             steps_seen: whether torch's optimizer hooks see its steps.
         """
-
-    def on_checkpoint(self, folder: Path) -> None:
-        """The Trainer has written a checkpoint to resume from; called on the main process only."""
 
     def log_scalars(self) -> dict[str, float]:
         """Numbers to add to what a Trainer logs."""
@@ -69,12 +64,6 @@ class RunEvents(TrainerCallback):
             listener.check_run(args)
         for listener in _listeners(model):
             listener.on_run_begin(state.max_steps, state.global_step, not _hidden_from_hooks(optimizer))
-
-    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir() and not getattr(args, "save_only_model", False):
-            for listener in _listeners(model):
-                listener.on_checkpoint(folder)
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any

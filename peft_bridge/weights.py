@@ -23,7 +23,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 from torch import Tensor
 
-from .files import replace_file, sync
+from .files import process_runs, replace_file, sync
 
 _written_at_once: set[str] = set()
 _on_host: set[str] = set()
@@ -51,19 +51,6 @@ def last_loaded_folder() -> str | None:
     return getattr(_here, "folder", None)
 
 
-def _runs(process: str) -> bool:
-    """Whether a process of this machine is alive (another rank may be saving into the same folder)."""
-    if not process.isdigit():
-        return False
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
 def _saving(save_file: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(save_file)
     def safe_save_file(tensors: dict[str, Tensor], filename: Any, *args: Any, **kwargs: Any) -> None:
@@ -77,7 +64,7 @@ def _saving(save_file: Callable[..., None]) -> Callable[..., None]:
             sync(draft)
             os.replace(draft, path)
             for left in path.parent.glob(f".{path.name}.*.*"):  # by saves that were killed
-                if not _runs(left.name.split(".")[-2]):
+                if not process_runs(left.name.split(".")[-2]):
                     left.unlink(missing_ok=True)
         except BaseException:
             draft.unlink(missing_ok=True)

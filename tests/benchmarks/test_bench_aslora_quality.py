@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from scipy import stats
 from transformers import LlamaConfig, LlamaForCausalLM
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -19,6 +20,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import aslora_quality_report as report  # noqa: E402
 import aslora_quality_tasks as tasks  # noqa: E402
 import bench_aslora_quality as bench  # noqa: E402
+import paired_test  # noqa: E402
 from aslora_quality_rows import Rows  # noqa: E402
 
 ROBERTA = [(768, 768), (768, 768)]  # query and value
@@ -176,6 +178,7 @@ def row(method: str, seed: int, exact: str) -> dict:
         "method": method, "seed": seed, "exact": exact, "losses": losses, "exact_match": share,
         "loss": sum(losses) / len(losses), "parameters_start": 2000, "parameters_end": 1000, "file_bytes": 4096,
         "cpu_seconds": 60.0, "seconds": 90.0,
+        "first_train_loss": 2.0, "last_train_loss": 1.0, "merge_steps": [2, 2, 9] if method[0] == "A" else [],
     }  # fmt: skip
 
 
@@ -193,6 +196,7 @@ def test_the_page_names_missing_rows():
     assert "| ASLoRA r 8 | missing |" in text
     assert "| LoRA r 8 | 0.001 | 58.3 ± 7.2 |" in text
     assert "not compared with LoRA r 8" in text
+    assert "took its" not in text
     assert "None." in page(
         *(row(method, seed, "11110000") for method in ("LoRA r 8", "ASLoRA r 8") for seed in range(3))
     )
@@ -208,15 +212,53 @@ def test_the_page_names_missing_rows():
 )
 def test_the_sentence_follows_the_numbers(ours, said):
     theirs = ("11110000",) * 3
-    rows = [row("LoRA r 8", seed, 4 * bits) for seed, bits in enumerate(theirs)]
-    assert said in page(*rows, *(row("ASLoRA r 8", seed, 4 * bits) for seed, bits in enumerate(ours)))
+    rows = [row("LoRA r 8", seed, 16 * bits) for seed, bits in enumerate(theirs)]
+    assert said in page(*rows, *(row("ASLoRA r 8", seed, 16 * bits) for seed, bits in enumerate(ours)))
+
+
+def three(method: str, *exact: str) -> list[dict]:
+    return [row(method, seed, 4 * bits) for seed, bits in enumerate(exact)]
+
+
+def test_two_standard_errors_of_three_seeds_decide_nothing():
+    ours = three("ASLoRA r 8", *["11111100"] * 3)
+    text = page(*three("LoRA r 8", *["11110000"] * 3), *ours)
+    assert "**undecided** (+25.0 points, standard error 7.8, corrected p 0.085" in text  # 3.2 standard errors
+    assert "took its 3 merges a projection on steps 2 to 9 of 2:" in text
+
+
+def test_a_diverged_run_is_counted_and_not_compared():
+    better, worse = three("ASLoRA r 8", *["11111111"] * 3), three("LoRA r 8", *["11110000"] * 3)
+    worse[1]["last_train_loss"] = 2.5
+    text = page(*worse, *better)
+    assert "| LoRA r 8 | 0.001 | 50.0 ± 0.0 | 0.750 ± 0.000, 1 of 3 diverged |" in text
+    assert "- ASLoRA r 8 against LoRA r 8: not compared, 1 run(s) diverged." in text
 
 
 def test_standard_error_and_verdict():
     assert report.standard_error([[1.0, 0.0, 1.0, 0.0]]) == math.inf
     # Two seeds: examples vary with variance 1/3 over 4, seeds do not vary.
     assert report.standard_error([[1.0, 0.0, 1.0, 0.0]] * 2) == pytest.approx(math.sqrt(1 / 12))
-    assert report.verdict(0.9, 1.0, True) == "no difference"
-    assert report.verdict(-1.5, 1.0, True) == "perhaps worse"
-    assert report.verdict(-2.0, 1.0, False) == "better"
-    assert report.verdict(math.nan, math.nan, True) == "no difference"
+    assert report.verdict(0.9, 0.05, True) == "undecided"
+    assert report.verdict(-1.5, 0.049, True) == "worse"
+    assert report.verdict(-2.0, 0.0, False) == "better"
+    assert report.verdict(math.nan, math.nan, True) == "undecided"
+
+
+def test_p_values_are_student_s_and_holm_s():
+    for degrees in range(1, 12):
+        for t in (-4.3, 0.0, 0.5, 2.0, 40.0):
+            expected = 2 * stats.t.sf(abs(t), degrees)
+            assert paired_test.p_value(t, degrees) == pytest.approx(expected, abs=1e-12)
+    assert paired_test.p_value(2.0, 2) == pytest.approx(0.18, abs=0.005)
+    assert paired_test.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    # The difference without a standard error is certain, and what is not compared counts in the correction.
+    assert paired_test.corrected([(0.0, 0.0, 3), (1.0, 0.0, 3), None]) == [1.0, 0.0, 1.0]
+
+
+def test_the_kept_page_is_of_the_kept_rows():
+    kept = bench.RESULTS / "aslora_quality.json"
+    content = json.loads(kept.read_text())
+    listed = bench.methods(SMOLLM2, 30)
+    planned = [(t, m.name, s) for t, m in bench.plan(listed, list(tasks.TASKS.values())) for s in bench.SEEDS]
+    assert report.text(content, planned) == kept.with_suffix(".md").read_text()

@@ -200,6 +200,7 @@ def row(method: str, seed: int, exact: str, n: int = 8, date: str = "2026-01-01T
     return {
         "task": f"nq_open {n}", "method": method, "seed": seed, "split": "test", "learning_rate": 1e-3,
         "exact": exact, "exact_match": share, "exact_match_any": share, "train_loss": 1.0, "trainable_values": 2000,
+        "losses": [5.0, 3.0, 2.0, 1.0], "settings": {"n_pairs": n, "batch_size": n // 2},
         "seconds": 90.0, "cpu_seconds": 60.0, "date": date,
     }  # fmt: skip
 
@@ -235,22 +236,59 @@ def test_the_page_names_missing_rows():
     ("ours", "word"),
     [
         (("11111111", "11111111", "11111111"), "holds"),
-        (("00000000", "00000001", "00000000"), "does not hold"),
+        (("00000000", "00000000", "00000001"), "does not hold"),
         (("11100001", "01110001", "11111000"), "undecided"),
         (HALF, "undecided"),
     ],
 )
 def test_the_verdict_follows_the_numbers(ours, word):
-    against = [entry for name in ("LoRA r 8", "dense r 4096") for entry in three(name, *HALF)]
+    half, ours = ([16 * bits for bits in answers] for answers in (HALF, ours))
+    against = [entry for name in ("LoRA r 8", "dense r 4096") for entry in three(name, *half)]
     text = page(*against, *three("MEFT r 1024", *ours))
     assert f"- MEFT r 1024 against LoRA r 8: **{word}**" in text
     assert f"and LoRA **{'is not shown' if word == 'undecided' else word}**" in text
 
 
 def test_a_claim_that_holds_against_one_holds_in_part():
-    all_right = ["1" * 8] * 3
-    text = page(*three("LoRA r 8", *HALF), *three("dense r 4096", *all_right), *three("MEFT r 1024", *all_right))
+    half, all_right = [16 * bits for bits in HALF], ["1" * 128] * 3
+    text = page(*three("LoRA r 8", *half), *three("dense r 4096", *all_right), *three("MEFT r 1024", *all_right))
     assert "**holds in part**" in text
+
+
+def test_two_standard_errors_of_three_seeds_decide_nothing():
+    ours = three("MEFT r 1024", *["11111111"] * 3)  # 4.0 standard errors
+    assert "**is not shown**: of 2 comparisons, 1 undecided, 1 not compared" in page(*three("LoRA r 8", *HALF), *ours)
+
+
+@pytest.mark.parametrize(
+    ("losses", "ended"),
+    [
+        ([5.0, 3.0, 2.0, 1.0], False),
+        ([5.0, 3.0, 2.0, 5.1], True),  # the last batch above the first
+        ([9.0, 1.0, 7.0, 6.0], True),  # the last pass above the first
+        ([9.0, 1.0, 9.0, 1.0], False),
+        ([], False),  # no adapter
+    ],
+)
+def test_a_diverged_run_is_counted_and_not_compared(losses, ended):
+    theirs = three("LoRA r 8", *HALF)
+    theirs[2]["losses"] = losses
+    assert report.diverged(theirs[2]) is ended
+    text = page(*theirs, *three("MEFT r 1024", *HALF))
+    assert ("| 0.001 | 54.2 ± 4.2, 1 of 3 diverged |" in text) is ended
+    assert ("- MEFT r 1024 against LoRA r 8: not compared, 1 run(s) diverged;" in text) is ended
+
+
+def test_the_kept_page_is_of_the_kept_rows_and_says_what_diverged():
+    kept = bench.RESULTS / "meft_recall.json"
+    runs = bench.plan(METHODS, [(bench.SMALL, (0, 1, 2)), (bench.LARGE, (0,))], bench.SMALL)
+    planned = [(run.task, run.method.name, run.seed) for run in runs if run.split == "test"]
+    content = json.loads(kept.read_text())
+    assert report.text(content, planned) == kept.with_suffix(".md").read_text()
+    diverged = [(r["task"], r["method"], r["seed"]) for r in content["rows"] if report.diverged(r)]
+    assert sorted(diverged) == [
+        ("nq_open 256", "LoRA r 8", 0), ("nq_open 64", "LoRA r 8", 1), ("nq_open 64", "LoRA r 8", bench.LR_SEED)
+    ]  # fmt: skip
 
 
 def test_overlapping_runs_count_once_by_the_clock():

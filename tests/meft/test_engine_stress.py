@@ -9,8 +9,9 @@ import torch
 from test_engine import STRATEGIES, integers
 from thread_lanes import ThreadLanes
 
+import meft
 import meft.gradient_ring
-import meft.optim
+from meft.moments import Moments
 
 RUNS = 200  # in all
 
@@ -37,28 +38,26 @@ def late(monkeypatch):
         some_delay(lanes[0])
         drain(self, *args)
 
-    def late_update(self, table, wire, rows, gradients, rule, step):
+    def late_update(self, table, wire, rows, gradients, rule, seed, step):
         """One step down the sign of the gradient: integers stay integers, as with AdamW's they would not."""
         some_delay(lanes[0])
-        self.step += 1
         self.counts[rows] += 1
         for x in (table, wire):
             x[rows] -= gradients.sign().to(x.dtype)
 
     monkeypatch.setattr(meft.gradient_ring.GradientRing, "_drain", late_drain)
-    monkeypatch.setattr(meft.optim.Moments, "update", late_update)
+    monkeypatch.setattr(Moments, "update", late_update)
     return lanes
 
 
 def run(tiny, model, start):
     """Two steps of two micro-batches from the same beginning; all tensors at the end, and the losses."""
     with torch.no_grad():
-        for table in tiny.tables(model):
-            table.moments = None
         for name, value in model.named_parameters():
             if ".meft_" in name:
                 value.copy_(start[name])
     optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if "router" in n], lr=2.0**-10)
+    rows = meft.RowAdamW([t.rows for t in tiny.tables(model)], lr=0.5, betas=(0.5, 0.5), eps=1e-8)
     seen = []
     for step in range(2):
         for p in tiny.trainable(model):
@@ -69,9 +68,7 @@ def run(tiny, model, start):
             (out * weights(out)).sum().backward()
             seen.append(out.detach())
         seen += tiny.gradients(model).values()
-        for table in tiny.tables(model):
-            gradient, table.rows.grad = table.rows.grad, None
-            meft.optim.update_table(table, meft.optim.as_row_gradient(gradient), RULE)
+        rows.step()
         optimizer.step()
     return [*seen, *tiny.whole_state(model).values()]
 
@@ -79,9 +76,6 @@ def run(tiny, model, start):
 def weights(out):
     """Small integers that depend on nothing."""
     return torch.arange(out.numel()).reshape(out.shape).remainder(5).double() - 2
-
-
-RULE = meft.optim.StepRule(0.5, 0.5, 0.5, 1e-8, 0.0, decoupled=True)
 
 
 def forward(tiny, model, x):

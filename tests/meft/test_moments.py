@@ -1,20 +1,26 @@
-"""What a table's optimizer remembers, against a plain oracle and torch's own optimizers on the whole matrix."""
+"""Moments of rows in an optimizer's state: the rule against a plain oracle, and the ways of saving and restoring."""
 
 import copy
+import io
+import os
+import pickle
+import subprocess
+import sys
 
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import bitsandbytes as bnb
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
-from meft import moments as moments_module
-from meft.moments import Moments
+from meft import RowAdamW
+from meft.moments import KEY, Moments, RowMoments
 from meft.row_update import StepRule
-from meft.store import RowTable
 
 R, D = 9, 4
-RULE = StepRule(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, decoupled=True)
 
 rules = st.builds(
     StepRule,
@@ -38,7 +44,7 @@ def grads(rows, step, dtype=torch.float64):
     return torch.tensor(rows, dtype=torch.int64), torch.randn(len(rows), D, generator=generator).to(dtype)
 
 
-def lazy_oracle(p, steps):
+def oracle(p, steps):
     """Row by row; yields the state after each step."""
     p, m, v, n = p.double().clone(), torch.zeros(R, D).double(), torch.zeros(R, D).double(), [0] * R
     for step, (rule, rows) in enumerate(steps, 1):
@@ -55,137 +61,20 @@ def lazy_oracle(p, steps):
         yield p, m, v, n
 
 
-def dense_oracle(p, steps):
-    """torch's AdamW or Adam on the whole matrix; yields parameter and moments after each step."""
-    p = nn.Parameter(p.clone())
-    optimizers = [kind([p], foreach=False) for kind in (torch.optim.Adam, torch.optim.AdamW)]
-    for optimizer in optimizers:
-        optimizer.state = optimizers[0].state  # one history, whichever of them steps
-    for step, (rule, rows) in enumerate(steps, 1):
-        p.grad = torch.zeros_like(p)
-        index, values = grads(rows, step, p.dtype)
-        p.grad[index] = values
-        optimizer = optimizers[int(rule.decoupled)]
-        fields = {"lr": rule.lr, "betas": (rule.beta1, rule.beta2), "eps": rule.eps}
-        optimizer.param_groups[0].update(fields | {"weight_decay": rule.weight_decay})
-        optimizer.step()
-        yield p.detach(), optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]
-
-
 @settings(deadline=None, max_examples=30)
 @given(runs)
-def test_lazy_steps_equal_the_plain_rule(steps):
+def test_steps_equal_the_plain_rule(steps):
     p = table()
-    own = Moments.fresh(p, dense=False, seed=0)
-    for step, ((rule, rows), expected) in enumerate(zip(steps, lazy_oracle(p, steps), strict=True), 1):
+    own = Moments.fresh(p)
+    for step, ((rule, rows), expected) in enumerate(zip(steps, oracle(p, steps), strict=True), 1):
         before = [t.clone() for t in (p, own.exp_avg, own.exp_avg_sq, own.counts)]
-        own.update(p, None, *grads(rows, step), rule)
+        own.update(p, None, *grads(rows, step), rule, 0)
         untouched = [i for i in range(R) if i not in rows]
         for old, new in zip(before, (p, own.exp_avg, own.exp_avg_sq, own.counts), strict=True):
             assert torch.equal(old[untouched], new[untouched])
         for ours, theirs in zip((p, own.exp_avg, own.exp_avg_sq), expected, strict=False):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
         assert own.counts.tolist() == expected[3]
-        assert own.step == step
-        assert not own.lags
-
-
-@settings(deadline=None, max_examples=30)
-@given(runs, st.lists(touches, min_size=10, max_size=10))
-def test_dense_steps_equal_torchs_whenever_rows_are_read(steps, reads):
-    p = table()
-    own = Moments.fresh(p, dense=True, seed=0)
-    pairs = zip(steps, reads, dense_oracle(p, steps), strict=False)
-    for step, ((rule, rows), read, expected) in enumerate(pairs, 1):
-        own.update(p, None, *grads(rows, step), rule)
-        own.catch_up(p, None, torch.tensor(read, dtype=torch.int64))
-        for ours, theirs in zip((p, own.exp_avg, own.exp_avg_sq), expected, strict=True):
-            current = sorted({*rows, *read})
-            torch.testing.assert_close(ours[current], theirs[current], rtol=1e-12, atol=1e-14)
-    own.catch_up(p, None, None)
-    for ours, theirs in zip((p, own.exp_avg, own.exp_avg_sq), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
-    assert own.counts.tolist() == [len(steps)] * R
-    assert not own.lags
-
-
-@settings(deadline=None, max_examples=20)
-@given(runs, st.lists(st.booleans(), min_size=10, max_size=10), st.sampled_from([torch.float64, torch.float32]))
-def test_when_rows_catch_up_changes_no_bit(steps, reads, dtype):
-    states = []
-    for often in (False, True):
-        p = table(dtype)
-        own = Moments.fresh(p, dense=True, seed=0)
-        for step, ((rule, rows), read) in enumerate(zip(steps, reads, strict=False), 1):
-            own.update(p, None, *grads(rows, step, dtype), rule)
-            if often and read:
-                own.catch_up(p, None, None)
-        own.catch_up(p, None, None)
-        states.append([p, own.exp_avg, own.exp_avg_sq, own.counts])
-    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
-
-
-@pytest.mark.parametrize("longest", [1, 3, 7])
-def test_a_long_history_is_replayed_and_forgotten(monkeypatch, longest):
-    steps = [(StepRule(1e-2 / n, 0.9, 0.99, 1e-8, 0.1, True), [n % R]) for n in range(1, 20)]
-    p, lengths = table(), []
-    *_, expected = dense_oracle(p, steps)
-    monkeypatch.setattr(moments_module, "LONGEST_HISTORY", longest)
-    own = Moments.fresh(p, dense=True, seed=0)
-    for step, (rule, rows) in enumerate(steps, 1):
-        own.update(p, None, *grads(rows, step), rule)
-        lengths.append(len(own.history))
-    assert lengths == [n % longest for n in range(1, 20)]
-    own.catch_up(p, None, None)
-    for ours, theirs in zip((p, own.exp_avg, own.exp_avg_sq), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
-
-
-def test_the_history_is_bounded_as_it_stands():
-    p = torch.zeros(3, 2)
-    own = Moments.fresh(p, dense=True, seed=0)
-    for step in range(moments_module.LONGEST_HISTORY + 5):
-        own.update(p, None, torch.tensor([step % 2]), torch.ones(1, 2), RULE)
-    assert len(own.history) == 5
-    assert own.step == moments_module.LONGEST_HISTORY + 5
-
-
-def test_a_step_that_touches_nothing_counts_in_dense_mode():
-    steps = [(RULE, [1, 2]), (RULE, []), (RULE, []), (RULE, [2])]
-    p = table()
-    *_, expected = dense_oracle(p, steps)
-    own = Moments.fresh(p, dense=True, seed=0)
-    for step, (rule, rows) in enumerate(steps, 1):
-        own.update(p, None, *grads(rows, step), rule)
-    own.catch_up(p, None, None)
-    torch.testing.assert_close(p, expected[0], rtol=1e-13, atol=1e-15)
-
-
-@pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_tensors_and_back_continue_bit_for_bit(dtype, dense):
-    p = table(dtype)
-    own = Moments.fresh(p, dense=dense, seed=5)
-    for step, rows in enumerate(([0, 1, 5], [2], [], [1, 8]), 1):
-        own.update(p, None, *grads(rows, step, dtype), RULE)
-    parts = own.tensors()
-    assert parts["exp_avg"] is own.exp_avg  # the big ones are no copies
-    assert all(isinstance(t, torch.Tensor) for t in parts.values())
-    other_p, other = p.clone(), Moments.from_tensors(copy.deepcopy(parts))
-    assert (other.dense, other.step, other.seed, other.history) == (dense, 4, 5, own.history)
-    for moments, rows in ((own, p), (other, other_p)):
-        for step in (5, 6):
-            moments.update(rows, None, *grads([0, 3], step, dtype), RULE)
-        moments.catch_up(rows, None, None)
-    assert torch.equal(p, other_p)
-    assert all(torch.equal(a, b) for a, b in zip(own.tensors().values(), other.tensors().values(), strict=True))
-
-
-def test_a_history_of_both_rules_comes_back():
-    own = Moments.fresh(table(), dense=True, seed=0)
-    own.history = [RULE, StepRule(1 / 3, 0.1, 0.2, 1e-30, 0.7, False)]
-    assert Moments.from_tensors(own.tensors()).history == own.history
-    assert Moments.from_tensors(Moments.fresh(table(), dense=True, seed=0).tensors()).history == []
 
 
 @pytest.mark.parametrize(
@@ -193,114 +82,317 @@ def test_a_history_of_both_rules_comes_back():
     [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
 )
 def test_fresh_moments_are_zero_and_wide(dtype, expected):
-    own = Moments.fresh(table(dtype), dense=False, seed=0)
+    own = Moments.fresh(table(dtype))
     assert own.exp_avg.dtype == own.exp_avg_sq.dtype == expected
     assert own.counts.dtype == torch.int32
-    assert not any(t.any() for t in (own.exp_avg, own.exp_avg_sq, own.counts))
-    assert (own.step, own.history, own.lags) == (0, [], False)
+    assert not any(t.any() for t in own.tensors().values())
 
 
 def test_moments_follow_a_table_to_a_device():
-    own = Moments.fresh(table(), dense=False, seed=0)
-    own.move(torch.device("meta"))
-    assert {t.device.type for t in (own.exp_avg, own.exp_avg_sq, own.counts)} == {"meta"}
+    own = Moments.fresh(table())
+    assert own.to(torch.device("cpu")) is own
+    assert {t.device.type for t in own.to(torch.device("meta")).tensors().values()} == {"meta"}
 
 
-# ---------------------------------------------------------------------- reading a table whose rows lag
+# ---------------------------------------------------------------------- memory is shared until it is written
 
 
-def lagging(wire=torch.float64):
-    """A table some of whose rows have missed steps, and what its rows are when they catch up."""
-    steps = [(RULE, rows) for rows in ([0, 1, 2], [2, 3], [1], [7])]
-    made = RowTable((R, D), master=torch.float64, wire=wire, on_host=True, pin=False)
-    with torch.no_grad():
-        made.rows.copy_(table())
-    *_, (expected, _, _) = dense_oracle(table(), steps)
-    made.moments = Moments.fresh(made.rows.detach(), dense=True, seed=0)
-    for step, (rule, rows) in enumerate(steps, 1):
-        made.writing(lambda w, s=step, u=rule, r=rows: made.moments.update(made.rows.detach(), w, *grads(r, s), u))
-    assert not torch.allclose(made.rows.detach(), expected, rtol=1e-9)
-    return made, expected
+def test_copies_share_memory_until_one_is_updated():
+    entry = RowMoments(Moments.fresh(table()))
+    first, second = copy.deepcopy(entry), copy.copy(entry)
+    assert first.moments is second.moments is entry.moments
+    kept = entry.moments
+    own = entry.exclusive(torch.device("cpu"))
+    assert own is entry.moments
+    assert own is not kept  # the copies keep what they had
+    assert first.moments is kept
+    assert entry.exclusive(torch.device("cpu")) is own  # once
+    del second
+    assert first.exclusive(torch.device("cpu")) is kept  # nobody else has it any more
 
 
-def test_reading_all_rows_sees_them_current():
-    made, expected = lagging()
-    with made.reading() as rows:
-        torch.testing.assert_close(rows, expected, rtol=1e-12, atol=1e-14)
-    assert not made.moments.lags
+def test_a_deepcopy_names_an_entry_once():
+    entry = RowMoments(Moments.fresh(table()))
+    a, b = copy.deepcopy([entry, entry])
+    assert a is b
 
 
-def test_reading_some_rows_sees_them_current_and_leaves_the_others():
-    made, expected = lagging()
-    before, some, others = made.rows.detach().clone(), torch.tensor([0, 3, 5]), torch.tensor([1, 2, 4, 6, 8])
-    with made.reading(some) as rows:
-        torch.testing.assert_close(rows[some], expected[some], rtol=1e-12, atol=1e-14)
-        assert torch.equal(rows[others], before[others])
-    assert made.moments.lags
+# ---------------------------------------------------------------------- every way of saving and restoring
+
+FIELDS = {"lr": 1e-2, "weight_decay": 0.1}
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, foreach=False, **FIELDS),
+    "adamw foreach": lambda p: torch.optim.AdamW(p, foreach=True, **FIELDS),
+    "adamw fused": lambda p: torch.optim.AdamW(p, fused=True, **FIELDS),
+    "adam": lambda p: torch.optim.Adam(p, **FIELDS),
+    "bitsandbytes": lambda p: bnb.optim.AdamW8bit(p, **FIELDS),
+    "RowAdamW": lambda p: RowAdamW(p, **FIELDS),
+}
 
 
-def test_the_narrow_copy_catches_up_too():
-    made, expected = lagging(wire=torch.bfloat16)
-    with made.reading(torch.tensor([0, 3])) as rows:
-        assert rows.dtype == torch.bfloat16
-        assert torch.equal(rows[[0, 3]], made.rows.detach()[[0, 3]].bfloat16())
-    with made.reading() as rows:
-        assert torch.equal(rows, made.rows.detach().bfloat16())
-    torch.testing.assert_close(made.rows.detach(), expected, rtol=1e-12, atol=1e-14)
+def through_file(state, **kwargs):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, **kwargs)
+
+
+WAYS = {
+    "deepcopy": copy.deepcopy,
+    "torch.load": through_file,  # weights_only, torch's default
+    "torch.load, all": lambda state: through_file(state, weights_only=False),
+    "pickle": lambda state: pickle.loads(pickle.dumps(state)),
+}
 
 
 @pytest.mark.parametrize(
-    "read",
+    ("master", "name", "way"),
     [
-        lambda t: t.state_dict()["rows"],
-        lambda t: nn.Sequential(t).state_dict()["0.rows"],
-        lambda t: t.float().rows.detach().double(),
+        *((master, name, "torch.load") for master in ("float32", "bfloat16") for name in OPTIMIZERS),
+        *(("bfloat16", "adamw", way) for way in WAYS if way != "torch.load"),
+        ("float32", "bitsandbytes", "deepcopy"),
     ],
-    ids=["state_dict", "state_dict of a parent", "cast"],
 )
-def test_whoever_takes_the_rows_gets_them_current(read):
-    made, expected = lagging()
-    torch.testing.assert_close(read(made), expected, rtol=1e-6, atol=1e-7)
+def test_a_restored_optimizer_continues_bit_for_bit(tiny, master, name, way):
+    def start():
+        model = tiny.adapted(dtype=torch.float32, master_dtype=master)
+        return model, OPTIMIZERS[name](tiny.trainable(model))
+
+    whole, optimizer = start()
+    tiny.train(whole, 2, optimizer)
+    saved = WAYS[way]((whole.state_dict(), optimizer.state_dict()))
+    tiny.train(whole, 2, optimizer, first=2)
+    for _ in range(2):  # what was saved stays what it was
+        model, again = start()
+        model.load_state_dict(saved[0])
+        again.load_state_dict(saved[1])  # has never stepped
+        saved_again = WAYS[way](again.state_dict())
+        again.load_state_dict(saved_again)
+        tiny.train(model, 2, again, first=2)
+        tiny.assert_equal(tiny.whole_state(model), tiny.whole_state(whole))
 
 
-def test_a_copy_catches_up_as_the_original_does():
-    made, expected = lagging()
-    twin = copy.deepcopy(made)
-    assert twin.moments is not made.moments
-    for one in (twin, made):
-        with one.reading() as rows:
-            torch.testing.assert_close(rows, expected, rtol=1e-12, atol=1e-14)
+def test_a_rewind_in_one_process(tiny):
+    model = tiny.adapted(dtype=torch.float32)
+    optimizer = tiny.train(model, 2)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    ends = []
+    for _ in range(3):
+        tiny.train(model, 2, optimizer, first=2)
+        ends.append(tiny.whole_state(model))
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(copy.deepcopy(saved[1]))  # torch's optimizers go on in the memory they are given
+    tiny.assert_equal(ends[1], ends[0])
+    tiny.assert_equal(ends[2], ends[0])
 
 
-def test_reading_under_inference_mode_catches_up():
-    made, expected = lagging()
-    with torch.inference_mode(), made.reading() as rows:
-        torch.testing.assert_close(rows.clone(), expected, rtol=1e-12, atol=1e-14)
-    made.writing(lambda w: made.moments.update(made.rows.detach(), w, *grads([1], 9), RULE))
+def test_several_optimizers_keep_their_own_moments(tiny):
+    """Keys in one, values in another; and two that step the same rows in turn, as torch's AdamW would."""
+    whole = tiny.adapted(dtype=torch.float32)
+    rows = [t.rows for t in tiny.tables(whole)]
+    both = [torch.optim.AdamW(rows[0::2], **FIELDS), torch.optim.AdamW(rows[1::2], **FIELDS)]
+    single = tiny.adapted(dtype=torch.float32)
+    one = torch.optim.AdamW([t.rows for t in tiny.tables(single)], **FIELDS)
+    for step in range(3):
+        for model, optimizers in ((whole, both), (single, [one])):
+            model.zero_grad()
+            tiny.loss(model, step).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    tiny.assert_equal(tiny.whole_state(whole), tiny.whole_state(single))
+    first, second = both[0], torch.optim.AdamW(rows[0::2], **FIELDS)
+    for step, optimizer in enumerate((first, second, first)):
+        whole.zero_grad()
+        tiny.loss(whole, step).backward()
+        optimizer.step()
+    assert first.state[rows[0]]["step"] == 5
+    assert second.state[rows[0]]["step"] == 1
+    assert first.state[rows[0]][KEY].moments.counts.sum() > second.state[rows[0]][KEY].moments.counts.sum()
 
 
-def test_a_narrow_copy_made_under_inference_mode_can_be_rewritten():
-    made, _ = lagging(wire=torch.bfloat16)
-    made._wire = None
-    with torch.inference_mode(), made.reading():
-        pass
-    with torch.no_grad():
-        made.rows.zero_()
-    with made.reading() as rows:
-        assert not rows.any()
+@pytest.mark.parametrize("prepared", [False, True], ids=["", "prepared warm"])
+def test_accelerate_saves_and_loads(tiny, tmp_path, prepared):
+    ends = []
+    for load in (False, True):
+        accelerator, model = Accelerator(cpu=True), tiny.adapted(dtype=torch.float32)
+        optimizer = torch.optim.AdamW(tiny.trainable(model), **FIELDS)
+        if prepared and not load:
+            tiny.train(model, 1, optimizer, first=7)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        if load:
+            accelerator.load_state(tmp_path)
+        else:
+            tiny.train(model, 2, optimizer)
+            accelerator.save_state(tmp_path)
+        tiny.train(model, 2, optimizer, first=2)
+        ends.append(tiny.whole_state(accelerator.unwrap_model(model)))
+    tiny.assert_equal(*ends)
 
 
-def test_catching_up_makes_no_backward_pass_wrong():
-    made, _ = lagging()
-    version = made.rows._version
-    with made.reading(torch.tensor([0, 3])):
-        pass
-    assert made.rows._version == version
+class FakeDevice:
+    """A device that counts the bytes that torch.load brings to it."""
+
+    def __init__(self):
+        self.bytes = 0
+        self.inside = True
+        torch.serialization.register_package(-1, lambda storage: None, self.bring)
+
+    def bring(self, storage, location):
+        if location == "fake:0":
+            self.bytes += storage.nbytes()
+            return storage
+        return None
 
 
-def test_loaded_rows_are_not_caught_up():
-    made, expected = lagging()
-    fresh = torch.zeros_like(expected)
-    made.load_state_dict({"rows": fresh})
-    with made.reading() as rows:
-        assert torch.equal(rows, fresh)
+fake = FakeDevice()
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_no_table_lands_on_the_device_of_map_location(tiny, weights_only):
+    model = tiny.adapted(dtype=torch.float32)
+    optimizer = tiny.train(model, 1)
+    state = {"before": torch.zeros(100), "optimizer": optimizer.state_dict(), "after": torch.zeros(50)}
+    routers = sum(
+        v.nbytes for s in optimizer.state.values() if KEY not in s for v in s.values() if isinstance(v, torch.Tensor)
+    )
+    fake.bytes = 0
+    loaded = through_file(state, map_location="fake:0", weights_only=weights_only)
+    assert fake.bytes == 600 + routers + 4 * len(tiny.tables(model))  # and the entries' numbers of steps
+    again = tiny.adapted(dtype=torch.float32)
+    restored = tiny.adamw(again)
+    restored.load_state_dict(loaded["optimizer"])
+    for ours, theirs in zip(tiny.tables(again), tiny.tables(model), strict=True):
+        own, expected = (o.state[t.rows][KEY].moments for o, t in ((restored, ours), (optimizer, theirs)))
+        for a, b in zip(own.tensors().values(), expected.tensors().values(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_file_that_ends_between_the_marks_leaves_nothing_behind(tiny):
+    model = tiny.adapted(dtype=torch.float32)
+    entry = tiny.train(model, 1).state[tiny.tables(model)[0].rows][KEY]
+
+    class Torn:
+        def __reduce__(self):
+            function, arguments = entry.__reduce__()
+            return function, arguments[:-1]  # one is missing: the call fails after the first mark
+
+    with pytest.raises(TypeError):
+        through_file(Torn(), map_location="fake:0", weights_only=False)
+    fake.bytes = 0
+    through_file(torch.zeros(10), map_location="fake:0")
+    assert fake.bytes == 40
+
+
+def test_a_state_of_another_adapter_is_refused(tiny):
+    model, other = tiny.adapted(dtype=torch.float32), tiny.adapted(dtype=torch.float32, r=24)
+    saved = tiny.train(model, 1).state_dict()
+    optimizer = tiny.adamw(other)
+    optimizer.load_state_dict(saved)
+    before = tiny.state(other)
+    tiny.loss(other).backward()
+    with pytest.raises(ValueError, match=r"The state of AdamW: exp_avg .*\[48, 32\] where .*\[24, 32\].*adapter's r"):
+        optimizer.step()
+    tiny.assert_equal(tiny.state(other), before)
+
+
+def test_lost_moments_are_told_once(tiny):
+    model = tiny.adapted(dtype=torch.float32)
+    optimizer = tiny.train(model, 1)
+    saved = optimizer.state_dict()
+    saved["state"] = {i: s for i, s in saved["state"].items() if KEY not in s}
+    again = tiny.adamw(model)
+    again.load_state_dict(saved)
+    with pytest.warns(UserWarning, match="no moments of MEFT's rows: they restart") as caught:
+        tiny.train(model, 2, again)
+    assert len([w for w in caught if "they restart" in str(w.message)]) == 1
+
+
+def test_a_state_of_0_1s_row_adamw(tiny):
+    """It had the tensors themselves in its state, and a clock."""
+    model, other = (tiny.adapted(dtype=torch.float32) for _ in range(2))
+    optimizer = RowAdamW(tiny.trainable(model), **FIELDS)
+    tiny.train(model, 2, optimizer)
+    saved = optimizer.state_dict()
+    old = {i: s[KEY].moments.tensors() | {"clock": torch.tensor([0, 2, 0])} for i, s in saved["state"].items()}
+    other.load_state_dict(model.state_dict())
+    again = RowAdamW(tiny.trainable(other), **FIELDS)
+    again.load_state_dict({**saved, "state": copy.deepcopy(old), "mode": "lazy"})
+    for m, o in ((model, optimizer), (other, again)):
+        tiny.train(m, 2, o, first=2)
+    tiny.assert_equal(tiny.whole_state(other), tiny.whole_state(model))
+    for held in old.values():
+        held["clock"][0] = 1
+    with pytest.raises(ValueError, match=r"aslora-meft 0\.1 with mode='dense'"):
+        again.load_state_dict({**saved, "state": old})
+
+
+# ---------------------------------------------------------------------- gradients after a step
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, RowAdamW])
+def test_gradients_can_be_looked_at_until_zero_grad(tiny, make):
+    model = tiny.adapted(dtype=torch.float32)
+    optimizer = make(tiny.trainable(model), **FIELDS)
+    tiny.loss(model).backward()
+    torch.nn.utils.clip_grad_norm_(tiny.trainable(model), 1e-3)
+    before = tiny.gradients(model)
+    optimizer.step()
+    tiny.assert_equal(tiny.gradients(model), before)  # as they were clipped
+    optimizer.zero_grad()
+    assert all(table.rows.grad is None for table in tiny.tables(model))
+
+
+# ---------------------------------------------------------------------- memory
+
+PEAK = """
+import os, sys, threading, time
+import torch
+from meft.moments import Moments, RowMoments
+from meft.store import RowTable
+from meft import state
+
+def resident():  # bytes of this process that no file backs
+    return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
+
+table = RowTable((4096, 8192), master=torch.float32, wire=torch.float32, on_host=True, pin=False)  # 128 MiB
+table.fill(0.02)
+optimizer = torch.optim.AdamW([table.rows])
+moments = table.moments_in(optimizer).moments
+for tensor in moments.tensors().values():
+    tensor.fill_(1)
+
+def measure(work):
+    base, peak, stop = resident(), [0], threading.Event()
+
+    def watch():
+        while not stop.is_set():
+            peak[0] = max(peak[0], resident())
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    work()
+    stop.set()
+    thread.join()
+    print((peak[0] - base) / 2**20)
+
+def load():
+    again = torch.optim.AdamW([table.rows])
+    again.load_state_dict(torch.load(sys.argv[1] + "/optimizer.pt"))
+    table.moments_in(again).exclusive(torch.device("cpu"))
+
+measure(lambda: torch.save(optimizer.state_dict(), sys.argv[1] + "/optimizer.pt"))
+measure(lambda: state.save({"rows": table}, sys.argv[1] + "/state"))
+del moments, tensor
+optimizer.state.clear()
+table._stepped_with = None
+measure(load)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is read from /proc")
+def test_saving_and_loading_take_no_second_copy(tmp_path):
+    done = subprocess.run([sys.executable, "-c", PEAK, tmp_path], capture_output=True, text=True, check=True)
+    *saving, loading = map(float, done.stdout.split()[-3:])
+    assert max(saving) < 64  # MiB above the tables, of which each has 128
+    assert loading < 256 + 64  # the moments themselves

@@ -6,6 +6,9 @@ import json
 import os
 import random
 import shutil
+import stat
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,14 +16,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import meft.state
 from meft.state import INDEX
 
 FIELDS = {
-    "lazy": {},
-    "dense": {"row_optimizer": {"mode": "dense"}},
+    "float32 masters": {},
     "bfloat16 masters": {"master_dtype": "bfloat16"},
     "float64 masters": {"master_dtype": "float64"},
 }
@@ -59,10 +62,10 @@ def test_a_state_goes_there_and_back_bit_for_bit(tiny, tmp_path, kind):
     model = make(tiny, **FIELDS[kind])
     optimizer = tiny.train(model, 3)
     model.save_pretrained(tmp_path)
-    model.base_model.save_training_state(tmp_path)
+    model.base_model.save_training_state(tmp_path, optimizer)
     other = reloaded(tiny, tmp_path)
     other.base_model.load_training_state(tmp_path)
-    assert len(tiny.whole_state(other)) == 6 + 4 * 5
+    assert len(tiny.whole_state(other)) == 6 + 4 * 3
     tiny.assert_equal(tiny.whole_state(other), tiny.whole_state(model))
     # And both go on alike; the router's moments are the optimizer's own business.
     restored = tiny.adamw(other)
@@ -70,41 +73,6 @@ def test_a_state_goes_there_and_back_bit_for_bit(tiny, tmp_path, kind):
     tiny.train(model, 3, optimizer, first=3)
     tiny.train(other, 3, restored, first=3)
     tiny.assert_equal(tiny.whole_state(other), tiny.whole_state(model))
-
-
-def test_saving_changes_nothing_in_a_run_in_dense_mode(tiny, tmp_path):
-    """The missed steps are taken earlier, but they are the same steps."""
-    runs = []
-    for saves in (True, False):
-        model = make(tiny, row_optimizer={"mode": "dense"})
-        optimizer = tiny.adamw(model)
-        for step in range(6):
-            tiny.train(model, 1, optimizer, first=step)
-            if saves:
-                model.base_model.save_training_state(tmp_path)
-        for table in tiny.tables(model):
-            table.catch_up()
-        runs.append(tiny.whole_state(model))
-    tiny.assert_equal(*runs)
-
-
-def test_the_missed_steps_are_in_the_state(tiny, tmp_path, monkeypatch):
-    """A state that is written without catching up (by `Moments.tensors`) names each missed step's rule."""
-    model = make(tiny, row_optimizer={"mode": "dense"})
-    tiny.train(model, 2, tiny.adamw(model, lr=0.125, betas=(0.5, 0.75), eps=0.0625, weight_decay=0.25))
-    lagging = [t for t in tiny.tables(model) if t.moments.lags]
-    assert lagging
-    history = lagging[-1].moments.tensors()["history"]
-    assert history.tolist() == [[0.125, 0.5, 0.75, 0.0625, 0.25, 1.0]] * len(history)
-    model.base_model.save_training_state(tmp_path)
-    other = make(tiny, row_optimizer={"mode": "dense"})
-    with torch.no_grad():
-        for ours, theirs in zip(tiny.tables(other), tiny.tables(model), strict=True):
-            ours.rows.copy_(theirs.rows)
-    other.base_model.load_training_state(tmp_path)
-    for ours, theirs in zip(tiny.tables(other), tiny.tables(model), strict=True):
-        assert ours.moments.history == theirs.moments.history
-        assert ours.moments.dense
 
 
 def test_a_state_before_the_first_step(tiny, tmp_path):
@@ -117,7 +85,7 @@ def test_a_state_before_the_first_step(tiny, tmp_path):
         other.base_model.load_training_state(tmp_path)
     other.load_adapter(tmp_path, "default", is_trainable=True)
     other.base_model.load_training_state(tmp_path)
-    assert all(t.moments is None for t in tiny.tables(other))
+    assert not any(value.any() for t in tiny.tables(other) for value in t.moments.tensors().values())
 
 
 def test_a_large_state_is_divided(tiny, tmp_path, monkeypatch):
@@ -129,9 +97,9 @@ def test_a_large_state_is_divided(tiny, tmp_path, monkeypatch):
     model.base_model.save_training_state(tmp_path)
     names = shards_in(tmp_path)
     assert len(names) == 4
-    assert [n.split("-", 2)[2] for n in names] == [f"{i:05}-of-00004.safetensors" for i in range(1, 5)]
+    assert [n.split("-", 3)[3] for n in names] == [f"{i:05}-of-00004.safetensors" for i in range(1, 5)]
     seen = [name for n in names for name in load_file(tmp_path / n)]
-    assert len(seen) == len(set(seen)) == 4 * 5
+    assert len(seen) == len(set(seen)) == 4 * 3
     for name in names:
         assert sum(t.nbytes for t in load_file(tmp_path / name).values()) <= meft.state.SHARD_BYTES
     other = reloaded(tiny, tmp_path)
@@ -145,7 +113,7 @@ def test_a_tensor_larger_than_a_shard_stands_alone(tiny, tmp_path, monkeypatch):
     tiny.train(model, 1)
     model.save_pretrained(tmp_path)
     model.base_model.save_training_state(tmp_path)
-    assert len(shards_in(tmp_path)) == 4 * 5
+    assert len(shards_in(tmp_path)) == 4 * 3
     other = reloaded(tiny, tmp_path)
     other.base_model.load_training_state(tmp_path)
     tiny.assert_equal(tiny.whole_state(other), tiny.whole_state(model))
@@ -180,7 +148,7 @@ def test_adapters_that_are_not_called_default(tiny, tmp_path):
     other.load_adapter(tmp_path / "german", "german")
     other.base_model.load_training_state(tmp_path)
     tiny.assert_equal(tiny.whole_state(other, "french"), tiny.whole_state(model, "french"))
-    assert all(t.moments is None for t in tiny.tables(other, "german"))
+    assert not any(t.moments.counts.any() for t in tiny.tables(other, "german"))
 
 
 # ---------------------------------------------------------------------- errors
@@ -213,7 +181,9 @@ def test_a_damaged_shard_is_one_sentence(tiny, good, damaged, damage):
     refuses(tiny, good[1], damaged, rf"is damaged \({name} is missing or damaged\).*remove {INDEX}")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"files": {}}', '{"files": [], "weights": {}}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", '{"files": {}}', '{"version": 2, "files": [], "weights": {}}', "[" * 9999]
+)
 def test_a_damaged_index_is_one_sentence(tiny, good, damaged, content):
     (damaged / INDEX).write_text(content)
     refuses(tiny, good[1], damaged, "is damaged|other adapters or layers")
@@ -225,7 +195,43 @@ def test_an_index_that_names_a_file_elsewhere_reads_nothing_there(tiny, good, da
     shutil.move(damaged / name, tmp_path / name)
     index["files"] = {f"../{name}": index["files"][name]}
     (damaged / INDEX).write_text(json.dumps(index))
-    refuses(tiny, good[1], damaged, "is damaged")
+    refuses(tiny, good[1], damaged, "is damaged.*no file of a training state")
+
+
+@pytest.mark.parametrize(
+    ("version", "match"),
+    [(3, "version 3 and was saved by a newer"), ("2", "version '2'"), (0, "version 0"), (None, "")],
+)
+def test_the_version_is_read(tiny, good, damaged, version, match):
+    index = json.loads((damaged / INDEX).read_text())
+    (damaged / INDEX).write_text(json.dumps(index | {"version": version}))
+    refuses(tiny, good[1], damaged, f"is damaged.*{match}")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda part, t: t.to(torch.float64) if part == "exp_avg" else t, "exp_avg of MEFT's rows is torch.float64"),
+        (lambda part, t: t.long() if part == "counts" else t, "counts of MEFT's rows is torch.int64"),
+        (lambda part, t: t[:-1].clone(), r"\[47, 32\]"),
+        (lambda part, t: -t if part == "counts" else t, "below 0"),
+        (lambda part, t: None if part == "counts" else t, "is damaged"),
+    ],
+    ids=["dtype of moments", "dtype of counts", "shape", "negative", "absent"],
+)
+def test_tensors_that_do_not_fit_are_refused(tiny, good, damaged, change, match):
+    """In a file whose digest is right."""
+    (name,) = shards_in(damaged)
+    tensors = load_file(damaged / name)
+    changed = {key: change(key.rpartition(".")[2], value) for key, value in tensors.items()}
+    save_file({key: value for key, value in changed.items() if value is not None}, damaged / name)
+    index = json.loads((damaged / INDEX).read_text())
+    index["files"][name] |= {
+        "bytes": (damaged / name).stat().st_size,
+        "sha256": meft.state._file_digest(damaged / name),
+    }
+    (damaged / INDEX).write_text(json.dumps(index))
+    refuses(tiny, good[1], damaged, match)
 
 
 def test_a_state_of_other_weights(tiny, good, damaged):
@@ -282,3 +288,102 @@ def test_an_error_at_the_last_moment_leaves_the_old_state(tiny, damaged, monkeyp
         model.base_model.save_training_state(damaged)
     monkeypatch.undo()
     assert {p.name: p.read_bytes() for p in damaged.iterdir()} == before
+
+
+def test_folders_that_cannot_be_synced_are_left_alone(tiny, tmp_path, monkeypatch):
+    model, real = make(tiny), os.fsync
+
+    def no_folders(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", no_folders)
+    tiny.train(model, 1)
+    model.save_pretrained(tmp_path)
+    model.base_model.save_training_state(tmp_path)
+    monkeypatch.undo()
+    reloaded(tiny, tmp_path).base_model.load_training_state(tmp_path)
+
+
+def test_an_interrupt_anywhere_leaves_a_whole_state_and_comes_out(tiny, tmp_path):
+    """Ctrl-C at any line of ours: the old or the new state is whole, and what was interrupted leaves no litter."""
+    model = make(tiny)
+    optimizer = tiny.train(model, 1)
+    model.save_pretrained(tmp_path)
+    save, count, at = model.base_model.save_training_state, [0], [-1]
+
+    def trace(frame, event, argument):
+        if not frame.f_code.co_filename.endswith(("meft/state.py", "peft_bridge/files.py")):
+            return None
+        if event == "line" and frame.f_code.co_name != "_remove":
+            count[0] += 1
+            if count[0] == at[0]:
+                raise KeyboardInterrupt
+        return trace
+
+    def traced():
+        count[0] = 0
+        sys.settrace(trace)
+        try:
+            save(tmp_path, optimizer)
+        finally:
+            sys.settrace(None)
+
+    traced()
+    lines = count[0]
+    assert lines > 60
+    for at[0] in sorted(random.Random(0).sample(range(1, lines + 1), 60)):
+        with pytest.raises(KeyboardInterrupt):
+            traced()
+        other = reloaded(tiny, tmp_path)
+        other.base_model.load_training_state(tmp_path)
+        tiny.assert_equal(tiny.whole_state(other), tiny.whole_state(model))
+    at[0] = -1
+    save(tmp_path)
+    assert len(shards_in(tmp_path)) <= 2  # one may be left by an interrupt while old ones were removed
+
+
+def test_litter_of_savers_that_were_killed_is_removed(tiny, good, damaged):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    litter = damaged / f"meft_state-{gone.pid}-0123abcd-00001-of-00001.safetensors"
+    beside = damaged / f"meft_state-{os.getppid()}-0123abcd-00001-of-00001.safetensors"
+    for path in (litter, beside):
+        path.write_bytes(b"part")
+    good[1].base_model.save_training_state(damaged)
+    assert not litter.exists()
+    assert beside.exists()  # its saver is alive
+
+
+# ---------------------------------------------------------------------- states of 0.1
+
+OLD = Path(__file__).parents[1] / "fixtures" / "v0_1"
+
+
+def old_base():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+
+
+@pytest.mark.parametrize("name", ["meft_lazy", "meft_bf16"])
+def test_a_state_of_0_1_is_loaded(tiny, name):
+    model = PeftModel.from_pretrained(old_base(), OLD / name, is_trainable=True)
+    model.base_model.load_training_state(OLD / name)
+    saved = load_file(next((OLD / name).glob("meft_state-*")))
+    found = {key: value for key, value in saved.items() if not key.endswith((".clock", ".history"))}
+    named = model.base_model._named_tables()
+    ours = {f"{n}.{part}": t for n, table in named.items() for part, t in table.moments.tensors().items()}
+    tiny.assert_equal(ours, found)
+    optimizer = tiny.train(model, 1)
+    assert max(int(t.moments.counts.max()) for t in named.values()) == 4  # the fourth step of a row
+    assert all(t.rows in optimizer.state for t in named.values())
+
+
+def test_a_dense_state_of_0_1_is_refused():
+    with pytest.warns(UserWarning, match=r"0\.1 with mode='dense'"):
+        model = PeftModel.from_pretrained(old_base(), OLD / "meft_dense", is_trainable=True)
+    with pytest.raises(ValueError, match=r"aslora-meft 0\.1 with mode='dense'"):
+        model.base_model.load_training_state(OLD / "meft_dense")

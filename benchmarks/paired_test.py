@@ -1,0 +1,38 @@
+"""Which differences a page may call by a name: Student's t over the seeds, and Holm's correction over a page."""
+
+import math
+
+LEVEL = 0.05
+Measured = tuple[float, float, int]  # difference, its standard error, seeds
+
+
+def p_value(t: float, degrees: int) -> float:
+    """Two-sided p of Student's t with `degrees` >= 1 degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle = math.atan(abs(t) / math.sqrt(degrees))
+    odd = degrees % 2
+    term = math.cos(angle) if odd else 1.0
+    total = 0.0
+    for i in range(2 + odd, degrees + 1, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * (i - 1) / i
+    inside = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+    return max(0.0, 1.0 - inside)
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """The p values after Holm's correction for their number, in the order given."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def corrected(measured: list[Measured | None]) -> list[float]:
+    """The p of each comparison of a page after correction for all of them; None, not compared, counts as p = 1."""
+    found = []
+    for one in measured:
+        difference, error, seeds = one or (0.0, 0.0, 2)
+        t = difference / error if error else math.inf * difference if difference else 0.0
+        found.append(p_value(t, seeds - 1))
+    return holm(found)

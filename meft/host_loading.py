@@ -1,0 +1,69 @@
+"""Tensors that `torch.load` reads into host memory whatever its `map_location`.
+
+A pickle names the storages of a tensor one after the other, and each goes where `map_location` says as soon as it is
+read. Between a `HostBegin` and a `HostEnd` in the stream they stay where they were read. Both are seen by the frame
+that reads the stream, so that a file that ends in between leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+from torch.serialization import add_safe_globals, register_package
+
+_here = threading.local()
+
+
+def _reader() -> FrameType | None:
+    """The frame that reads the pickle: the caller of what the pickle calls."""
+    return sys._getframe(2)
+
+
+class HostBegin:
+    """From here on storages stay in host memory."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return host_storages_begin, ()
+
+
+class HostEnd:
+    """From here on storages go where `map_location` says."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return host_storages_end, ()
+
+
+def host_storages_begin() -> HostBegin:
+    """What a pickle calls."""
+    _here.reader = _reader()
+    return HostBegin()
+
+
+def host_storages_end() -> HostEnd:
+    """What a pickle calls."""
+    _here.reader = None
+    return HostEnd()
+
+
+def _stays(storage: Any, location: str) -> Any:
+    """A deserializer of torch's registry: the storage itself between the two marks, else None (the next one's)."""
+    reader = getattr(_here, "reader", None)
+    if reader is None:
+        return None
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame is reader:
+            return storage
+        frame = frame.f_back
+    _here.reader = None  # that of a file that ended in between
+    return None
+
+
+# The names that stand in files, wherever this module moves.
+host_storages_begin.__module__ = host_storages_end.__module__ = "meft"
+add_safe_globals([host_storages_begin, host_storages_end])  # for torch.load(weights_only=True), as a Trainer calls it
+# Before those of all devices; the number is of no meaning, but must be nobody else's.
+register_package(-2406, lambda storage: None, _stays)
