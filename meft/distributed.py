@@ -107,7 +107,7 @@ def broadcast_rows(table: RowTable, group: dist.ProcessGroup) -> None:
     source = dist.get_global_rank(group, 0)
 
     def write(wire: Tensor | None) -> None:
-        master = table.rows.detach()
+        master = table.masters
         for block in row_blocks(master):
             sent = master[block].to(_device(group, master), copy=True)
             dist.broadcast(sent, source, group=group)

@@ -180,7 +180,7 @@ def load(tables: Mapping[str, RowTable], folder: str | os.PathLike, optimizer: O
     steps = unwrapped(optimizer)
     for name, table in tables.items():
         table.settle()
-        moments = restored[name] if name in restored else Moments.fresh(table.rows.detach())
+        moments = restored[name] if name in restored else Moments.fresh(table.masters)
         table.restored = RowMoments(moments, table.settle)
         if steps is not None and any(p is table.rows for g in steps.param_groups for p in g["params"]):
             table.moments_in(steps)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .host_tensors import forks, like_rows
 from .tensor_private import (
     GET_DATA,
     GET_GRAD,
@@ -47,8 +48,17 @@ class Watch:
     def __init__(self, read_as: torch.dtype, on_host: bool) -> None:
         self.handed_out = object()
         self.read_as, self.on_host = read_as, on_host
+        self._forks = forks()
         self._plain: Tensor | None = None
         self._shared = False
+
+    def check_process(self) -> None:
+        """Raises: RuntimeError: this is a forked process, which has not got the memory."""
+        if self._forks != forks():
+            raise RuntimeError(
+                "MEFT's rows are not in the memory of a forked process: use the model in the process that made it, or "
+                "start the other one with the method 'spawn' (DataLoader: multiprocessing_context='spawn')."
+            )
 
     def note(self) -> None:
         """The memory was handed out."""
@@ -56,6 +66,7 @@ class Watch:
 
     def plain(self, rows: Tensor) -> Tensor:
         """The parameter's values as one tensor without a watch, for our own reading and writing."""
+        self.check_process()
         with without_torch_function():
             if self._plain is None or self._plain.data_ptr() != rows.data_ptr():  # `set_` and swaps are not told
                 self._plain = unwatched(rows)
@@ -94,13 +105,16 @@ class WatchedRows(torch.Tensor):
     @classmethod
     @torch.compiler.disable  # compiled, it would call itself
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        sources = _watched(args, kwargs)
+        for source in sources:
+            source.watch.check_process()
         if func == SET_DATA:
             return assign(args[0], args[1])
         with without_torch_function():
             result = func(*args, **(kwargs or {}))
             if isinstance(result, _HARMLESS) or func == GET_GRAD:
                 return result
-            for source in _watched(args, kwargs):
+            for source in sources:
                 _hand_out(source, result, func)
         return result
 
@@ -115,7 +129,8 @@ class WatchedRows(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:
-            copied = self._like_plain(unwatched(self).clone())
+            own = unwatched(self)
+            copied = self._like_plain(like_rows(own, own.dtype).copy_(own))
             if is_parameter(self):
                 watch(copied, Watch(self.watch.read_as, self.watch.on_host))
             memo[id(self)] = copied

@@ -1,0 +1,114 @@
+"""Forked processes beside a run: they get none of the rows' memory, slow nothing down, and are told so."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from meft.host_tensors import host_zeros, keep_from_forks
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or sys.platform != "linux", reason="only Linux can keep pages")
+
+
+def flags(tensor):
+    """The kernel's flags of the mapping in which the middle of a tensor lies."""
+    middle, found = tensor.data_ptr() + tensor.nbytes // 2, False
+    with open("/proc/self/smaps") as file:
+        for line in file:
+            head = line.split()[0]
+            if "-" in head and not head.endswith(":"):
+                low, high = (int(part, 16) for part in head.split("-"))
+                found = low <= middle < high
+            elif found and head == "VmFlags:":
+                return line.split()[1:]
+    raise AssertionError("not mapped")
+
+
+def test_memory_is_kept_from_forks_until_it_is_given_back():
+    tensor = host_zeros((64, 65536), torch.float32)
+    assert "dc" in flags(tensor)  # do not copy on fork
+    assert not tensor.any()
+    plain = torch.zeros(64, 65536)
+    assert "dc" not in flags(plain)
+    view = keep_from_forks(plain)[3]
+    assert "dc" in flags(view)
+    address, size = plain.data_ptr(), plain.nbytes
+    del plain, view
+    again = [torch.zeros(64, 65536) for _ in range(4)]  # memory that lies there now is for forks again
+    assert all("dc" not in flags(t) for t in again), (address, size)
+
+
+def test_masters_moments_copies_and_loaded_states_are_kept_from_forks(tiny):
+    model = tiny.adapted(dtype=torch.bfloat16, r=4096, num_experts=64)
+    optimizer = tiny.train(model, 1)
+
+    def held(table):
+        return [table.masters, table._wire, table.moments.exp_avg, table.moments.exp_avg_sq]
+
+    for table in tiny.tables(model):
+        assert all("dc" in flags(t) for t in held(table))
+    saved = torch.load(save(optimizer.state_dict()))
+    again = tiny.adamw(model)
+    again.load_state_dict(saved)
+    tiny.train(model, 1, again)
+    for table in tiny.tables(model):
+        assert all("dc" in flags(t) for t in held(table))
+
+
+def save(state):
+    import io
+
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return file
+
+
+CHILD = """
+import os, torch
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+from meft import MEFTConfig
+
+torch.set_num_threads(1)
+base = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+                                    num_attention_heads=2, num_key_value_heads=1))
+model = get_peft_model(base, MEFTConfig(r=4096, num_experts=64))
+rows = next(p for name, p in model.named_parameters() if name.endswith(".rows"))
+ids = torch.ones(1, 4, dtype=torch.long)
+model(input_ids=ids)
+for touch in (lambda: model(input_ids=ids), lambda: rows[0, 0].item(), lambda: rows.sum(), lambda: model.state_dict()):
+    child = os.fork()
+    if child == 0:
+        try:
+            touch()
+        except RuntimeError as error:
+            os._exit(7 if "not in the memory of a forked process" in str(error) else 8)
+        os._exit(9)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(code)
+model(input_ids=ids)
+"""
+
+
+def test_a_child_that_touches_rows_gets_a_sentence():
+    done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["7", "7", "7", "7"]
+
+
+def test_workers_of_a_data_loader_leave_training_as_it_was(tiny):
+    ends = []
+    for workers in (0, 2):
+        model = tiny.adapted(dtype=torch.float32)
+        optimizer = tiny.adamw(model)
+        for batch in DataLoader(
+            tiny.batch(4), batch_size=2, num_workers=workers, multiprocessing_context="fork" if workers else None
+        ):
+            optimizer.zero_grad()
+            model(input_ids=batch, labels=batch).loss.backward()
+            optimizer.step()
+        ends.append(tiny.whole_state(model))
+    tiny.assert_equal(*ends)
