@@ -1,7 +1,7 @@
 """Which layers share: pure functions from module paths to groups.
 
 Projection: the module path with its layer index replaced by `*`; towers, self- and cross-attention and the index of an
-expert stay apart. Group names serve as keys of a `nn.ModuleDict`, hence `/` where a path has dots.
+expert stay apart. Group names serve as parts of tensor names in files, hence `/` where a path has dots.
 """
 
 from __future__ import annotations
@@ -63,6 +63,19 @@ def a_group_of(group: str, share_a: str) -> str:
     """The A-group of a B-group: (projection, in_features), or (tower, in_features) if `share_a` is `joint`."""
     path = tower_of(group) if share_a == "joint" else group.rpartition(":")[0]
     return f"{path}:{in_features_of(group)}"
+
+
+_KEY = str.maketrans("/*:~#=", "~#=/*:")
+
+
+def module_key(group: str) -> str:
+    """A group's key in a `nn.ModuleDict`. Tools name files after parameters, so it has no `/`, `*` or `:`."""
+    return group.translate(_KEY)
+
+
+def group_of_key(key: str) -> str:
+    """The inverse of `module_key`; a group's name stays as it is."""
+    return key if ":" in key else key.translate(_KEY)
 
 
 def module_path(group: str, layer: int | str) -> str:

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .bank import SharedA, SharedB
 from .config import ASLoRAConfig
-from .groups import a_group_of, b_group_name, place, tower_of
+from .groups import a_group_of, b_group_name, group_of_key, module_key, place, tower_of
 from .layer import Linear
 from .sharing import planned_merges
 from .unit import MergeUnit
@@ -63,7 +63,7 @@ class Injection:
                 )
 
     def build(self, config: ASLoRAConfig) -> tuple[nn.ModuleDict, nn.ModuleDict]:
-        """Group the layers and give them their tensors: A-group -> `SharedA`, B-group -> `SharedB`."""
+        """Group the layers and give them their tensors: key of an A-group -> `SharedA`, of a B-group -> `SharedB`."""
         groups: dict[str, list[tuple[int, Linear]]] = {}
         for path, layer in self.layers:
             where = place(path, config.layers_pattern)
@@ -81,7 +81,7 @@ class Injection:
     ) -> None:
         first = members[0][1]
         device, dtype = first.device_and_dtype()
-        a_name = a_group_of(name, config.share_a)
+        a_name = module_key(a_group_of(name, config.share_a))
         leads_a = a_name not in As
         if leads_a:
             As[a_name] = SharedA(config.r, first.in_features, dtype, device)
@@ -91,7 +91,7 @@ class Injection:
         B = SharedB(config.r, first.out_features, layers, merges, dtype, device)
         if not config.init_weights:
             nn.init.normal_(B.stacked_B, std=0.02)
-        Bs[name] = B
+        Bs[module_key(name)] = B
         for position, (_, layer) in enumerate(members):
             layer.attach(self.adapter_name, A, B, position, leads_a and position == 0)
 
@@ -104,9 +104,9 @@ def merge_units(config: ASLoRAConfig, As: nn.ModuleDict, Bs: nn.ModuleDict) -> l
     """
     together: dict[Any, dict[str, tuple[SharedB, SharedA]]] = {}
     for name, module in Bs.items():
-        B = cast(SharedB, module)
+        name, B = group_of_key(name), cast(SharedB, module)
         key = (tower_of(name), tuple(B.layer_indices)) if config.merge_scope == "joint" else name
-        together.setdefault(key, {})[name] = (B, cast(SharedA, As[a_group_of(name, config.share_a)]))
+        together.setdefault(key, {})[name] = (B, cast(SharedA, As[module_key(a_group_of(name, config.share_a))]))
     return [MergeUnit(config, members) for members in together.values()]
 
 

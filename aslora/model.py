@@ -22,6 +22,7 @@ from . import storage
 from .bank import SharedA, SharedB
 from .combine import combine
 from .config import ASLoRAConfig
+from .groups import group_of_key
 from .injection import Injection, merge_units, new_layer
 from .layer import ASLoRALayer, Linear
 from .mixed_batch import adapters_per_sample
@@ -36,8 +37,8 @@ class ASLoRAModel(BaseTuner, RunListener):
     sampled and the merges that are due are taken.
 
     Attributes:
-        aslora_A: adapter -> A-group -> `SharedA`.
-        aslora_B: adapter -> B-group -> `SharedB`.
+        aslora_A: adapter -> key of an A-group -> `SharedA`.
+        aslora_B: adapter -> key of a B-group -> `SharedB`.
         run: follows the optimizer steps and takes the merges.
     """
 
@@ -58,11 +59,11 @@ class ASLoRAModel(BaseTuner, RunListener):
 
     def shared_a(self, adapter_name: str) -> dict[str, SharedA]:
         """A-group -> its A."""
-        return dict(self.aslora_A[adapter_name].items())  # type: ignore[operator]
+        return {group_of_key(k): A for k, A in self.aslora_A[adapter_name].items()}  # type: ignore[operator, union-attr]
 
     def shared_b(self, adapter_name: str) -> dict[str, SharedB]:
         """B-group -> its B."""
-        return dict(self.aslora_B[adapter_name].items())  # type: ignore[operator]
+        return {group_of_key(k): B for k, B in self.aslora_B[adapter_name].items()}  # type: ignore[operator, union-attr]
 
     # ------------------------------------------------------------------ injection
 
@@ -261,6 +262,12 @@ class ASLoRAModel(BaseTuner, RunListener):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """Every rank computes the same averages and maps from the same B: DDP need not broadcast them."""
         return [f"base_model.{n}" for n, _ in self.named_buffers() if n.startswith(("aslora_A.", "aslora_B."))]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Take state dicts of 0.1 as well, which had the groups' names as keys."""
+        for key in [k for k in state_dict if k.startswith((f"{prefix}aslora_A.", f"{prefix}aslora_B."))]:
+            state_dict[prefix + storage.key_now(key.removeprefix(prefix))] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

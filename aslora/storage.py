@@ -2,7 +2,7 @@
 
 Keys, after the prefix `base_model.`: `aslora_A.<A-group>.shared_A`, `aslora_digest`, and `aslora_B.<B-group>.` with
 `stacked_B`, `layers`, `rows`, `clock`, `history`, `distances` and `average` (see `SharedB`). In memory the name of the
-adapter stands before the group.
+adapter stands before the group, whose characters are changed (`groups.module_key`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .config import ASLoRAConfig
-from .groups import a_group_of
+from .groups import a_group_of, group_of_key, module_key
 from .sharing import groups_of, is_sharing_map, records_fit
 from .ties import borne_out, filled, map_by_value
 
@@ -246,15 +246,24 @@ def in_memory(key: str, adapter_name: str) -> bool:
 
 
 def key_in_file(key: str, adapter_name: str) -> str:
-    """The file's key: without the adapter's name, which stands right after the prefix."""
+    """The file's key: without the adapter's name, which stands after the prefix, and with the group's own name."""
     prefix = A_PREFIX if key.startswith(A_PREFIX) else B_PREFIX
-    return prefix + key.removeprefix(f"{prefix}{adapter_name}.")
+    group, _, tensor = key.removeprefix(f"{prefix}{adapter_name}.").rpartition(".")
+    return f"{prefix}{group_of_key(group)}.{tensor}"
 
 
 def key_in_memory(key: str, adapter_name: str) -> str:
     """The inverse of `key_in_file`."""
     prefix = A_PREFIX if key.startswith(A_PREFIX) else B_PREFIX
-    return f"{prefix}{adapter_name}.{key.removeprefix(prefix)}"
+    group, _, tensor = key.removeprefix(prefix).rpartition(".")
+    return f"{prefix}{adapter_name}.{module_key(group)}.{tensor}"
+
+
+def key_now(key: str) -> str:
+    """The name of a tensor of the tuner (`aslora_B.<adapter>.<key of the group>.<tensor>`), also for one of 0.1."""
+    owner, _, tensor = key.rpartition(".")
+    owner, _, group = owner.rpartition(".")
+    return f"{owner}.{module_key(group_of_key(group))}.{tensor}"
 
 
 def to_file(

@@ -358,7 +358,7 @@ def test_an_averaged_state_dict_without_a_digest_loads(pending, tmp_path):
             value.mul_(3)
     mean = {k: (v + second[k]) / 2 if v.is_floating_point() else v for k, v in first.items() if k != DIGEST}
     set_peft_model_state_dict(model, mean)
-    group = model.base_model.aslora_B["default"][Q_GROUP.removeprefix("base_model.aslora_B.")]
+    group = model.base_model.shared_b("default")[Q_GROUP.removeprefix("base_model.aslora_B.")]
     live = torch.tensor(group.live_rows).sort().values
     assert torch.equal(group.stacked_B[live], 2 * first[f"{Q_GROUP}.stacked_B"])
 

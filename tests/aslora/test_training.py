@@ -46,7 +46,7 @@ def adapted(dtype=torch.float32, layers=LAYERS, **fields):
 
 def groups(model):
     """Projection -> its B-group, of the only adapter."""
-    return {name.split("/")[-1].split(":")[0]: B for name, B in model.base_model.aslora_B["default"].items()}
+    return {name.split("/")[-1].split(":")[0]: B for name, B in model.base_model.shared_b("default").items()}
 
 
 def merge_steps(model):
