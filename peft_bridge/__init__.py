@@ -1,6 +1,7 @@
 """What every PEFT method outside PEFT needs: registration, optimizer-step events, run events, atomic files."""
 
 from .files import folder_replaced_at_once, replace_file
+from .offload import index_when_offloaded
 from .registration import register_method
 from .steps import StepListener, watch_steps
 from .trainer import RunListener, watch_runs
@@ -10,6 +11,7 @@ __all__ = [
     "RunListener",
     "StepListener",
     "folder_replaced_at_once",
+    "index_when_offloaded",
     "last_loaded_folder",
     "register_method",
     "replace_file",
