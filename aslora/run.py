@@ -154,8 +154,9 @@ class SharingRun:
             self._seen.add(adapter_name)
             for member in members:
                 unit.sample(member, member.step + 1)
-                member.mirror_state(optimizer.state.get(member.stacked_B, {}))
             self._merge_due(adapter_name, unit, partial(_stands_still, optimizer, members))
+            for member in members:
+                member.mirror_state(optimizer.state.get(member.stacked_B, {}))
             if unit.pending and unit.leader.step == self.total_steps[adapter_name]:
                 self.warn_of_pending(adapter_name)
 
