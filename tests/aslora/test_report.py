@@ -124,6 +124,55 @@ def test_each_adapter_has_its_report(tiny):
     assert [p["projection"] for p in other.projections] == ["layers.*.v"]
 
 
+def test_group_sizes(run):
+    _, report = run
+    for projection in report.projections:
+        assert projection["group_sizes"] == [len(group) for group in projection["groups"]]
+        assert sum(projection["group_sizes"]) == 5
+        sizes = "+".join(map(str, projection["group_sizes"]))
+        assert f" 2/3    {sizes} = " in str(report) or f" 2/3   {sizes} = " in str(report)
+
+
+def merged_at(tiny, warmup=0, **fields):
+    """A model whose 3 merges in each projection were due at these steps, after a warm-up."""
+    model = tiny.adapted(layers=5, num_merges=3, **fields)
+    model.base_model.run.warmup_steps["default"] = warmup
+    for step in range(1, 41):
+        with torch.no_grad():
+            for B in tiny.groups(model).values():
+                B.stacked_B.add_(torch.randn_like(B.stacked_B) * 0.01)
+        model.base_model.update_and_allocate(step)
+    return model.base_model.sharing_report()
+
+
+def test_what_it_warns_of(tiny):
+    late = merged_at(tiny, merge_start=20, merge_interval=5)
+    assert (len(late.merges), late.warnings) == (6, [])
+    assert "warning" not in str(late)
+    early = merged_at(tiny, warmup=10, merge_start=20, merge_interval=5)
+    (warning,) = early.warnings
+    assert warning.startswith("4 of 6 merges came within 20 steps after the warm-up of 10 (the first after step 25)")
+    assert f"warning: {warning}" in str(early)
+    assert json.loads(json.dumps(early.to_dict()))["warnings"] == [warning]
+    crowded = merged_at(tiny, total_steps=40, merge_start=36, merge_interval=None)
+    assert not crowded.warnings
+    crowded = merged_at(tiny, total_steps=38, merge_start=36, merge_interval=None)
+    (warning,) = crowded.warnings
+    assert "after the same step (38)" in warning
+
+
+def test_written_rows_are_counted_as_they_are(tiny):
+    model = tiny.adapted()
+    tiny.train(model, 4)
+    before = model.base_model.sharing_report().trainable_values["now"]
+    B = tiny.groups(model)["q"]
+    with torch.no_grad():
+        B.stacked_B[B.ties.mirrored[0]] += 1
+    report = model.base_model.sharing_report()
+    assert report.trainable_values["now"] == before + 8 * 2
+    assert report.projections[0]["group_sizes"] != report.projections[1]["group_sizes"]
+
+
 def test_the_two_forms(run):
     _, report = run
     data = json.loads(json.dumps(report.to_dict()))

@@ -12,8 +12,8 @@ from aslora.schedule import due, merge_steps, uses_published_steps
 from aslora.sharing import planned_merges
 
 
-def plan(merges, total_steps=None, **fields):
-    return merge_steps(ASLoRAConfig(**fields), merges, total_steps)
+def plan(merges, total_steps=None, warmup_steps=0, **fields):
+    return merge_steps(ASLoRAConfig(**fields), merges, total_steps, warmup_steps)
 
 
 def algorithm_1(start, interval, merges, last):
@@ -37,6 +37,14 @@ def test_a_known_length_spreads_the_merges_from_5_to_30_percent():
     assert plan(3, 20) == [3, 5, 6]
     assert plan(7, 20) == [2, 3, 4, 4, 5, 6, 6]  # several at one step if they must
     assert plan(7, 1) == [1] * 7
+
+
+def test_the_defaults_count_from_the_end_of_the_warm_up():
+    assert plan(5, 1060, 60) == [160, 210, 260, 310, 360]
+    assert plan(18, 12, 1) == [2] * 6 + [3] * 6 + [4] * 6
+    assert plan(5, 1000, 1000) == plan(5, 1000, 2000) == plan(5, 1000)  # a rise without an end
+    assert plan(5, None, 60) == plan(5)
+    assert plan(2, 1060, 60, merge_start=0.1, merge_interval=10) == [116, 126]  # what is set is of the whole run
 
 
 def test_ints_are_steps_whatever_the_length():
@@ -96,11 +104,12 @@ def test_a_plan_is_complete_ascending_and_after_its_start(start, interval, merge
         assert steps == algorithm_1(begin, gap, merges, begin + merges * gap)
 
 
-@given(layers=st.integers(2, 100), total=st.integers(1, 100_000))
-def test_the_default_plan_ends_at_30_percent_in_even_steps(layers, total):
+@given(layers=st.integers(2, 100), settled=st.integers(1, 100_000), warmup=st.integers(0, 1000))
+def test_the_default_plan_ends_at_30_percent_in_even_steps(layers, settled, warmup):
     merges = planned_merges(layers, None)
-    steps = plan(merges, total)
-    begin, end = total // 20, 3 * total // 10
+    total = settled + warmup
+    steps = plan(merges, total, warmup)
+    begin, end = warmup + settled // 20, warmup + 3 * settled // 10
     assert steps[-1] == max(end, begin + 1)
     gaps = [after - before for before, after in zip([begin, *steps], steps, strict=False)]
     assert max(gaps) - min(gaps) <= 1 or end - begin < merges

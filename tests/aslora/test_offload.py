@@ -1,0 +1,98 @@
+"""accelerate's hooks bring tensors to modules that are called: A and B come too, wherever they were put."""
+
+import os
+import tempfile
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from aslora import ASLoRAConfig
+
+CPU = torch.device("cpu")
+BATCH = torch.arange(8)[None]
+
+
+def base():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    return LlamaForCausalLM(config)
+
+
+def adapted(kind="aslora"):
+    fields = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    if kind == "lora":
+        return get_peft_model(base(), LoraConfig(**fields, init_lora_weights=False))
+    model = get_peft_model(base(), ASLoRAConfig(**fields, init_weights=False, merge_start=0, merge_interval=1))
+    model.base_model.update_and_allocate(2)
+    assert {B.merges_taken for B in model.base_model.shared_b("default").values()} == {2}
+    return model
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(BATCH).logits
+
+
+def on_disk(model):
+    return disk_offload(model, tempfile.mkdtemp(), CPU)
+
+
+def owners_on_disk(model):
+    where = {"base_model.model": "cpu", "base_model.aslora_A": "disk", "base_model.aslora_B": "disk"}
+    return dispatch_model(model, where, main_device="cpu", offload_dir=tempfile.mkdtemp(), force_hooks=True)
+
+
+@pytest.mark.parametrize(
+    "offload",
+    [
+        lambda model: cpu_offload(model, CPU),
+        lambda model: cpu_offload(model, CPU, offload_buffers=True),
+        on_disk,
+        owners_on_disk,
+    ],
+    ids=["cpu", "cpu, buffers too", "disk", "owners on disk"],
+)
+def test_offloaded_logits_are_those_of_the_model(offload):
+    model = adapted()
+    expected = logits(model)
+    offload(model)
+    assert {p.device.type for n, p in model.named_parameters() if "aslora_" in n} == {"meta"}
+    for _ in range(2):
+        assert torch.equal(logits(model), expected)
+    assert torch.equal(model(BATCH).logits, expected)  # with gradients enabled
+    assert {p.device.type for n, p in model.named_parameters() if "aslora_" in n} == {"meta"}
+    tokens = model.generate(input_ids=BATCH, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert torch.equal(tokens, adapted().generate(input_ids=BATCH, max_new_tokens=3, do_sample=False, pad_token_id=0))
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base()))
+
+
+@pytest.mark.parametrize("room", [20_000, 70_000, 90_000], ids=["all on disk", "some on disk", "most in memory"])
+@pytest.mark.parametrize("kind", ["lora", "aslora"])
+def test_an_adapter_on_a_base_model_with_parts_on_disk(tmp_path, kind, room):
+    model = adapted(kind)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    base().save_pretrained(tmp_path / "base")
+    where = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    where |= {f"model.layers.{i}": "disk" if i > 1 else "cpu" for i in range(4)}
+    parts = LlamaForCausalLM.from_pretrained(
+        tmp_path / "base", device_map=where, offload_folder=tmp_path / "base-offloaded"
+    )
+    loaded = PeftModel.from_pretrained(
+        parts, tmp_path / "adapter", max_memory={"cpu": room}, offload_folder=tmp_path / "offloaded"
+    )
+    assert any(p.is_meta for p in loaded.parameters())
+    assert torch.equal(logits(loaded), expected)
