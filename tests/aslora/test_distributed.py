@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -91,6 +92,31 @@ def run_ddp(rank):
     return {"state": state_of(model), "merges": merges_of(model)}
 
 
+def train_on(model, rank=None):
+    """Three steps after all merges, of an optimizer without moments."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    train(model, rank, optimizer, steps=range(3))
+
+
+def run_broadcast(rank):
+    """Rank 0 has a trained model, the others get its parameters: they compute and train as it does."""
+    model = adapted()
+    train(model)
+    if rank > 0:
+        model = adapted()
+    for parameter in model.parameters():
+        torch.distributed.broadcast(parameter.data, 0)
+    with torch.no_grad():
+        logits = model(input_ids=batches()[0]).logits
+    maps = [B.sharing_map for B in model.base_model.shared_b("default").values()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the ranks without a map find it
+        train_on(torch.nn.parallel.DistributedDataParallel(model), rank)
+    rows = [(B.stacked_B.detach(), B.ties.owners) for B in model.base_model.shared_b("default").values()]
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {"logits": logits, "maps": maps, "parameters": parameters, "rows": rows}
+
+
 def run_nonfinite(rank):
     """A gradient that is bad on rank 1 alone, as with a broken reduction or a clipping overflow on one device."""
     model = adapted()
@@ -164,6 +190,7 @@ def worker(rank, folder):
     results = {}
     for name, task in {
         "ddp": lambda: run_ddp(rank),
+        "broadcast": lambda: run_broadcast(rank),
         "nonfinite": lambda: run_nonfinite(rank),
         "fsdp": lambda: run_fsdp(rank, folder),
         "fsdp_nonfinite": lambda: run_fsdp_nonfinite(rank),
@@ -251,6 +278,24 @@ def test_ddp_equals_one_process_with_the_joint_batch(ranks, alone):
     first, _ = result(ranks, "ddp")
     assert first["merges"] == merges_of(alone)
     assert_close(first["state"], state_of(alone))
+
+
+def test_ranks_that_were_sent_the_parameters_compute_and_train_as_the_first(ranks):
+    """Also where they find other owners for the rows that share: gradients are collected before the step."""
+    model = adapted()
+    train(model)
+    with torch.no_grad():
+        logits = model(input_ids=batches()[0]).logits
+    train_on(model)
+    first, second = result(ranks, "broadcast")
+    assert first["maps"] != second["maps"]  # the second was sent no map
+    for entry in (first, second):
+        assert torch.equal(entry["logits"], logits)
+        assert_close(entry["parameters"], {n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
+        for rows, owners in entry["rows"]:
+            assert torch.equal(rows, rows[owners])
+    for name, value in first["parameters"].items():
+        assert torch.equal(value, second["parameters"][name]), name
 
 
 def test_a_nonfinite_gradient_on_one_rank_skips_the_step_on_all(ranks, alone):
