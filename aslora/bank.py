@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .shared_rows import AllRows, Arrivals, OneRow, in_backward
 from .sharing import groups_of, is_sharing_map
-from .ties import Ties, borne_out, filled
+from .ties import Ties, borne_out, filled, on_host
 
 
 class SharedA(nn.Module):
@@ -99,7 +99,7 @@ class SharedB(nn.Module):
 
     def _clock_now(self) -> list[int]:
         """The clock, without a synchronisation while nobody else writes it (see `clock_written`)."""
-        if self.clock.device.type in ("cpu", "meta"):
+        if on_host(self.clock):
             return self.read("clock")
         if self._clock is None:
             self._clock = (self.clock.clone(), self.clock.tolist())
@@ -107,7 +107,7 @@ class SharedB(nn.Module):
 
     def _set_clock(self, values: list[int]) -> None:
         self.clock.copy_(torch.tensor(values), non_blocking=True)
-        if self.clock.device.type not in ("cpu", "meta"):
+        if not on_host(self.clock):
             self._clock = (self.clock.clone(), values)
 
     def forget_clock(self) -> None:
@@ -117,7 +117,7 @@ class SharedB(nn.Module):
     def clock_written(self) -> bool | Tensor:
         """Whether somebody else has written the clock, on a device."""
         known = self._clock
-        if known is None or self.clock.device.type in ("cpu", "meta"):
+        if known is None or on_host(self.clock):
             return False
         return True if known[0].device != self.clock.device else (known[0] != self.clock).any()
 
@@ -202,6 +202,11 @@ class SharedB(nn.Module):
     def forget_views(self) -> None:
         """Drop the rows kept by `of_layer`, so that the next forward takes them anew."""
         self._views = None
+
+    @property
+    def was_taken(self) -> bool:
+        """Whether a forward pass has taken the rows since the last step, and compared them."""
+        return self._views is not None
 
     @property
     def awaits_step(self) -> bool:

@@ -109,6 +109,7 @@ class SharingRun:
         for unit in self.units.get(adapter_name, []):
             banks = [B for B in unit.banks if B.stacked_B.requires_grad and B.stale]
             for B in banks:
+                B.forget_views()
                 B.checked = True
                 if B.stepping:  # a closure's forward pass: the optimizer has moved owners and is not done
                     B.mirror()

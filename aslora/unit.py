@@ -86,7 +86,7 @@ class MergeUnit:
                 B.ties.misses(B.rows),
                 B.clock_written(),
                 B.ties.broken(B.stacked_B),
-                B.ties.incomplete(B.stacked_B),
+                not B.was_taken and B.ties.incomplete(B.stacked_B),
             )
         ]
 

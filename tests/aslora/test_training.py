@@ -156,6 +156,28 @@ def test_trainer_knows_the_length_without_a_call_from_the_user(tmp_path):
     assert not [w for w in caught if "ASLoRA" in str(w.message) or "merges" in str(w.message)]
 
 
+@pytest.mark.parametrize(("warmup", "expected"), [(4, [6, 7, 8]), (0.06, [4, 5, 7]), (20, DEFAULT_STEPS)])
+def test_the_defaults_wait_for_the_trainers_warm_up(tmp_path, warmup, expected):
+    """In the first step of a warm-up the learning rate is 0; a share of the run counts as the Trainer counts it."""
+    model = adapted()
+    trainer = Trainer(model, arguments(tmp_path, warmup_steps=warmup), train_dataset=dataset(10))
+    trainer.train()
+    assert model.base_model.run.warmup_steps["default"] == (2 if warmup == 0.06 else warmup)
+    assert merge_steps(model) == {"q_proj": expected, "v_proj": expected}
+    assert all(merge["distance"] > 0 for merge in model.base_model.sharing_report().merges)
+    assert all("after the warm-up" in warning for warning in model.base_model.sharing_report().warnings)
+
+
+def test_a_run_of_twelve_steps_takes_all_merges_at_distances(tmp_path):
+    model = adapted(layers=8)
+    Trainer(model, arguments(tmp_path, max_steps=12, warmup_steps=0.06), train_dataset=dataset(10)).train()
+    report = model.base_model.sharing_report()
+    assert {p["merges_taken"] for p in report.projections} == {5}
+    assert all(merge["distance"] > 0 for merge in report.merges)
+    assert report.merges[-1]["step"] <= 9
+    assert any("after the same step" in warning for warning in report.warnings)
+
+
 def test_trainer_counts_optimizer_steps_under_accumulation_and_clipping(tmp_path):
     model = adapted(merge_start=100, merge_interval=1)  # the averages stay: no merge in this run
     oracle = MeanOfB(model)
