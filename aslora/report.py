@@ -116,7 +116,7 @@ def _warnings(merges: list[dict[str, Any]], warmup_steps: int) -> list[str]:
     if early:
         found.append(
             f"{len(early)} of {len(merges)} merges came within {EARLY_STEPS} steps after the warm-up of {warmup_steps} "
-            f"(the first after step {early[0]}), from distances of few steps: train longer or set a later merge_start"
+            f"(the first: {early[0]}), from distances of few steps: train longer or set a later merge_start"
         )
     times = Counter((merge["projection"], merge["step"]) for merge in merges)
     crowded = sorted({step for (_, step), count in times.items() if count > 1})

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,8 +17,11 @@ _INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(values: Tensor) -> Tensor:
-    """The values as integers: then nan equals itself, and 0 differs from -0."""
-    return values.detach().view(_INTS[values.element_size()])
+    """The values as integers, several in one where they fit: then nan equals itself, and 0 differs from -0."""
+    size, values = values.element_size(), values.detach()
+    if values.is_contiguous() and values.shape[-1] * size % 8 == 0 and values.storage_offset() * size % 8 == 0:
+        return values.view(torch.int64)
+    return values.view(_INTS[size])
 
 
 def on_host(tensor: Tensor) -> bool:
@@ -29,8 +31,6 @@ def on_host(tensor: Tensor) -> bool:
 
 def equal_rows(B: Tensor, one: int, other: int) -> bool:
     """Whether two rows of B [n, out_features, r] have equal bits."""
-    if B.device.type == "cpu":  # numpy compares in a third of torch's time
-        return np.array_equal(bits(B[one]).numpy(), bits(B[other]).numpy())
     return torch.equal(bits(B[one]), bits(B[other]))
 
 
@@ -53,7 +53,7 @@ def map_by_value(B: Tensor, claim: Sequence[int] = ()) -> list[int]:
     if len(claim) == len(B) and is_sharing_map(claim):
         rows = [owner if row == owner or equal_rows(B, row, owner) else row for row, owner in enumerate(claim)]
     alike: dict[bytes, list[list[int]]] = {}
-    for row, sample in enumerate(bits(_sample(B).contiguous()).cpu().numpy()):
+    for row, sample in enumerate(bits(_sample(B)).cpu().numpy()):
         if rows[row] != row or not bool(B[row].any()):
             continue
         classes = alike.setdefault(sample.tobytes(), [])
@@ -84,9 +84,9 @@ def filled(B: Tensor, claim: Sequence[int]) -> Tensor:
 
 
 def _sample(B: Tensor) -> Tensor:
-    """Some values of each row, [n, up to 32]."""
+    """Some values of each row, [n, up to 32]; a copy, since storage that numpy has seen cannot be resized (FSDP2)."""
     flat = B.detach().flatten(1)
-    return flat[:, :: max(1, flat.shape[1] // _SAMPLES)][:, :_SAMPLES]
+    return flat[:, :: max(1, flat.shape[1] // _SAMPLES)][:, :_SAMPLES].clone(memory_format=torch.contiguous_format)
 
 
 def any_of(flags: Iterable[bool | Tensor]) -> bool:
@@ -129,7 +129,7 @@ class Ties:
 
     def collect(self, gradient: Tensor) -> None:
         """Add the gradients [n, ...] of mirrored rows to their owners', and leave zeros there."""
-        if on_host(gradient) and not any(bits(gradient[row]).numpy().any() for row in self.mirrored):
+        if on_host(gradient) and not any(int(bits(gradient[row]).count_nonzero()) for row in self.mirrored):
             return
         owners, mirrored, _ = self._tensors(gradient.device)
         if self.mirrored:
@@ -151,11 +151,11 @@ class Ties:
         sample = _sample(B)
         if on_host(B):
             nonzero = (sample != 0).any(-1).tolist()
-            codes = bits(sample.contiguous()).numpy()
+            codes = bits(sample).numpy()
             seen = [codes[row].tobytes() for row in dict.fromkeys(self.owners) if nonzero[row]]
             return len(set(seen)) < len(seen)
         _, _, known = self._tensors(B.device)
-        ints = bits(sample.contiguous())
+        ints = bits(sample)
         return ((ints[:, None] == ints).all(-1) & (sample != 0).any(-1) & ~known).any()
 
     def misses(self, rows: Tensor) -> bool | Tensor:

@@ -271,6 +271,6 @@ def _our_name(model: Any, name: str) -> str:
     match = re.fullmatch(r"base_model\.model\.(?P<path>.+)\.lora_(?P<kind>[AB])\.(?P<adapter>\w+)\.weight", name)
     if match is None:
         return name
-    start = f"base_model.aslora_{match['kind']}.{match['adapter']}.{match['path'].replace('.', '/')}:"
+    start = f"base_model.aslora_{match['kind']}.{match['adapter']}.{match['path'].replace('.', '~')}="  # a group's key
     (ours,) = [n for n, _ in model.named_parameters() if n.startswith(start)]
     return ours

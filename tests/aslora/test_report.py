@@ -151,7 +151,7 @@ def test_what_it_warns_of(tiny):
     assert "warning" not in str(late)
     early = merged_at(tiny, warmup=10, merge_start=20, merge_interval=5)
     (warning,) = early.warnings
-    assert warning.startswith("4 of 6 merges came within 20 steps after the warm-up of 10 (the first after step 25)")
+    assert warning.startswith("4 of 6 merges came within 20 steps after the warm-up of 10 (the first: 25)")
     assert f"warning: {warning}" in str(early)
     assert json.loads(json.dumps(early.to_dict()))["warnings"] == [warning]
     crowded = merged_at(tiny, total_steps=40, merge_start=36, merge_interval=None)

@@ -37,6 +37,15 @@ def test_the_map_that_values_give(values, claim, expected, dtype):
     assert map_by_value(rows(*values, dtype=dtype), claim) == expected
 
 
+@pytest.mark.parametrize("size", [1, 2, 40])
+def test_looking_at_rows_leaves_their_storage_resizable(size):
+    """FSDP2 frees the whole parameter by resizing its storage."""
+    B = torch.ones(3, size, 1)
+    ties = Ties([0, 0, 2])
+    map_by_value(B, [0, 0, 2]), ties.broken(B), ties.incomplete(B), ties.collect(B), borne_out(B, [0, 0, 2])
+    B.untyped_storage().resize_(0)
+
+
 def test_rows_are_compared_in_full():
     B = torch.randn(3, 50, 40)
     B[0] = B[2]
