@@ -119,8 +119,8 @@ class Battery:
             cases = {"masked form": (20, 40, 17, 5), "token form": (3, 40, 9, 5), "odd rows": (20, 33, 7, 12)}
             if not self.tiny:
                 cases |= {
-                    "T 512 |U| 1664": (512, 4096, 1664, 64), "d 576": (130, 576, 700, 64), "d 4100": (70, 4100, 70, 5),
-                    "decoding": (2, 4096, 128, 64),
+                    "d 4096": (64, 4096, 416, 64), "T 300": (300, 512, 640, 64), "d 576": (130, 576, 700, 64),
+                    "d 4100": (70, 4100, 70, 5), "decoding": (2, 4096, 128, 64),
                 }  # fmt: skip
             for what, (T, d, U, K) in cases.items():
                 layouts = kernel_checks.LAYOUTS if what in ("d 576", "token form") else ["contiguous"]
