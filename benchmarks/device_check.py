@@ -19,8 +19,9 @@ are there, peft is not): on a machine with a registry, in the checkout,
 (bitsandbytes==0.50.2 adds the NF4 rows, 43 MB; trl, datasets, dill, multiprocess, xxhash add nothing here), then copy
 the checkout with .whl there and call, in its root:
 
-    site=$(mktemp -d); python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target $site \
-.whl/*.whl || exit; PYTHONPATH=$site python3 benchmarks/device_check.py --out $OUT --seconds 480
+    site=$(mktemp -d)
+    python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target $site .whl/*.whl || exit
+    PYTHONPATH=$site python3 benchmarks/device_check.py --out $OUT --seconds 480
 """
 
 import argparse
@@ -90,7 +91,7 @@ class Results:
     def __post_init__(self) -> None:
         began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.held = {
-            "version": 1, "rehearsal": self.rehearsal, "began": began, "arguments": sys.argv[1:], "source": source(),
+            "version": 1, "rehearsal": self.rehearsal, "began": began, "source": source(),
             "machine": {}, "parts": [], "findings": [], "files": {},
         }  # fmt: skip
 

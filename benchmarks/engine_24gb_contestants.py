@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import gc
-import itertools
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from engine_24gb_models import MissingError, frozen_model, require
+from engine_24gb_models import MissingError, filled_by_many, frozen_model, require
 from engine_24gb_plan import HOST_STRATEGIES, Cell
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -203,29 +199,6 @@ def _drop_gradient(parameter: Tensor) -> None:
 def zero_copy_reaches(device: torch.device) -> bool:
     """Whether kernels read page-locked host memory; where they do not, rows are staged, which is slower."""
     return zero_copy(device, table=torch.zeros(1, 64).pin_memory())
-
-
-@contextmanager
-def filled_by_many() -> Iterator[None]:
-    """Rows in host memory that are made inside are drawn by many generators at once: 839 M values at 7B take one 9 s."""
-    seeds, plain = itertools.count(), RowTable.fill
-
-    def draw(part: Tensor, std: float, seed: int) -> None:
-        part.normal_(0, std, generator=torch.Generator().manual_seed(seed))
-
-    def fill(table: RowTable, std: float | None) -> None:
-        if std is None or not table.rows.is_cpu:
-            plain(table, std)
-        else:
-            parts = table.rows.detach().split(256)
-            list(pool.map(draw, parts, [std] * len(parts), itertools.islice(seeds, len(parts))))
-
-    RowTable.fill = fill  # type: ignore[method-assign]
-    try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            yield
-    finally:
-        RowTable.fill = plain  # type: ignore[method-assign]
 
 
 # ------------------------------------------------------------------------------------------------------------ peers

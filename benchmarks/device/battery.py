@@ -1,4 +1,4 @@
-"""What each op is held against on a device: the checks of its interpreter tests, and that they notice a wrong kernel."""
+"""What each op is held against on a device: the checks of its interpreter tests, which notice a wrong kernel."""
 
 from __future__ import annotations
 
@@ -166,7 +166,8 @@ class Battery:
         op = self.at(adapter_kernels.shared_lora)
         shapes = [(20, 40, 5, [24, 7])]
         if not self.tiny:
-            shapes += [(512, 4096, 16, [4096, 4096]), (1, 4096, 8, [4096, 1024]), (37, 576, 16, [576]), (40, 200, 9, [140, 70])]  # fmt: skip
+            shapes += [(512, 4096, 16, [4096, 4096]), (1, 4096, 8, [4096, 1024])]
+            shapes += [(37, 576, 16, [576]), (40, 200, 9, [140, 70])]
         for name, dtype in DTYPES.items():
             for T, d, rank, out in shapes:
                 for layout in kernel_checks.LAYOUTS if d <= 576 else ["contiguous"]:
@@ -217,6 +218,14 @@ def _gather(op: Op) -> None:
     row_checks.check_gather(op, ids, [row_checks.table(9, 24, torch.float32)])
 
 
+def _ffn(op: Op) -> None:
+    ffn_checks.check_ffn(op, ffn_checks.Case(20, 40, 17, 5))
+
+
+def _lora(op: Op) -> None:
+    lora_checks.check_lora(op, lora_checks.Case(20, 300, 5, [140, 7]))
+
+
 def _adamw(op: Op) -> None:
     adamw_checks.check_adamw(op, adamw_checks.Tables(9, 33), torch.tensor([8, 0, 3]), torch.ones(3, 33))
 
@@ -226,8 +235,8 @@ MUTANTS: dict[str, tuple[str, str, str, Callable[[Op], None]]] = {
     "router_topk": ("router_topk", "value == 0.0, 0.0, value", "value == 0.0, value, value", _router),
     "row_union": ("row_union", "range(0, block)", "range(1, block)", _union),
     "expert_topk": ("expert_topk", "0xFFFFF - neuron", "0xFFFFE - neuron", _expert),
-    "gather_rows": ("gather_rows", "inside = (row >= 0) & (row < r)", "inside = (row >= 0) & (row < r) & (k != 4)", _gather),
-    "sparse_ffn": ("sparse_ffn", "ds = ds * factor", "ds = ds", lambda op: ffn_checks.check_ffn(op, ffn_checks.Case(20, 40, 17, 5))),
+    "gather_rows": ("gather_rows", "(row >= 0) & (row < r)", "(row >= 0) & (row < r) & (k != 4)", _gather),
+    "sparse_ffn": ("sparse_ffn", "ds = ds * factor", "ds = ds", _ffn),
     "row_adamw": ("row_adamw", "p * decay", "p", _adamw),
-    "shared_lora": ("shared_lora", "range(pieces)", "range(pieces - 1)", lambda op: lora_checks.check_lora(op, lora_checks.Case(20, 300, 5, [140, 7]))),
+    "shared_lora": ("shared_lora", "range(pieces)", "range(pieces - 1)", _lora),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Part "build": the C++ libraries by their own flags, and a first launch of what a step launches, for Triton's cache."""
+"""Part "build": the C++ libraries by their own flags, and the launches of a step, which fill Triton's cache."""
 
 import ctypes
 import os
@@ -43,7 +43,8 @@ def warm(seconds: float) -> None:
     """Compile kernels side by side; what comes out is judged by the parts that follow."""
     began = time.perf_counter()
     commands = [["device.engine", "--warm"]]
-    commands += [["device.ops", "--here", "--tiny", "--right-only", "--only", op] for op in ("expert_topk", "sparse_ffn")]
+    small = ["device.ops", "--here", "--tiny", "--right-only", "--only"]
+    commands += [[*small, op] for op in ("expert_topk", "sparse_ffn")]
     running = [
         subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for command in commands
@@ -65,12 +66,13 @@ def main() -> int:
         return int(not given.rehearse)
     with tempfile.TemporaryDirectory() as folder:
         # A rehearsal leaves alone what is installed.
-        good = all([build(each, Path(folder) if given.rehearse else ROOT / "meft") for each in libraries()])
+        place = Path(folder) if given.rehearse else ROOT / "meft"
+        built = [build(each, place) for each in libraries()]
     if given.rehearse:
         say("first launches", UNMEASURED)
     else:
         warm(given.seconds - (time.perf_counter() - began))
-    return int(not good)
+    return int(not all(built))
 
 
 if __name__ == "__main__":

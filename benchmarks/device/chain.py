@@ -169,7 +169,7 @@ def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> str:
 
 
 def require_exact(expected: Sequence[Tensor], wide: Sequence[Tensor]) -> None:
-    """Raises: AssertionError: float64 has other values, or some are past what float32 holds: the chain tells nothing."""
+    """Raises: AssertionError: float64 has other values, or float32 is near its limit: the chain tells nothing."""
     said = difference([x.double() for x in expected], [x.double() for x in wide])
     assert not said, f"float32 rounds: {said}"
     largest = max(float(x.abs().max()) for x in expected)

@@ -1,9 +1,9 @@
 """Part "engine": training by each strategy on the device, against rows that are read in place on the CPU.
 
-First the gate of `bench_24gb.py` (a tiny model, within rounding); then a chain over small integers (`chain.py`), bit for
-bit: strategy x save or refetch x checkpointing x in_backward x zero_copy, in an order that is mixed, so that a limit cuts
-a little of each. With `--sleepy` the same in streams that are put to sleep at random, and lanes that leave out a
-hand-over, which must show. A rehearsal has threads with delays for streams.
+First the gate of `bench_24gb.py` (a tiny model, within rounding); then a chain over small integers (`chain.py`), bit
+for bit: strategy x save or refetch x checkpointing x in_backward x zero_copy, in mixed order, so that a limit cuts a
+little of each. With `--sleepy` the same in streams that sleep at random, and lanes that leave out a hand-over,
+which must show. A rehearsal has threads with delays for streams.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Part "headline": the main rows of `bench_24gb.py`, with torch's allocator capped to a 24 GB card, and their targets."""
+"""Part "headline": the main rows of `bench_24gb.py`, torch's allocator capped to a 24 GB card, and their targets."""
 
 import json
 import sys

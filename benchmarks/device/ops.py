@@ -1,7 +1,8 @@
 """Part "ops": each op in Triton against its float64 oracle, on the device; `--tiny` for compute-sanitizer.
 
 First the gates of `bench_kernels.py` in three dtypes, with rows in page-locked memory too; then the checks of the
-interpreter tests in poisoned, fenced memory (`battery.py`). On many cores each op has a process of its own: they compile side by side.
+interpreter tests in poisoned, fenced memory (`battery.py`). On many cores each op has a process of its own, so that
+they compile side by side.
 """
 
 import os

@@ -30,8 +30,9 @@ def judged(output: str, code: int | str) -> tuple[str, bool]:
 
 def run(tool: str, ops: tuple[str, ...], seconds: float) -> bool:
     """One tool over some ops (none named: all)."""
-    inside = [sys.executable, "-m", "device.ops", "--here", "--tiny", "--right-only", "--seconds", f"{seconds - 15:.0f}"]
-    command = ["compute-sanitizer", "--error-exitcode", "9", "--tool", tool, *inside, *(["--only", *ops] if ops else [])]
+    inside = [sys.executable, "-m", "device.ops", "--here", "--tiny", "--right-only"]
+    inside += ["--seconds", f"{seconds - 15:.0f}", *(["--only", *ops] if ops else [])]
+    command = ["compute-sanitizer", "--error-exitcode", "9", "--tool", tool, *inside]
     began = time.perf_counter()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -62,7 +63,8 @@ def main() -> int:
     if shutil.which("compute-sanitizer") is None:
         say("compute-sanitizer", f"{UNMEASURED}: not on the path", None)
         return 1
-    return int(not all([run(tool, ops, given.seconds / len(TOOLS)) for tool, ops in TOOLS.items()]))
+    clean = [run(tool, ops, given.seconds / len(TOOLS)) for tool, ops in TOOLS.items()]
+    return int(not all(clean))
 
 
 if __name__ == "__main__":

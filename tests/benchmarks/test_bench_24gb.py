@@ -16,6 +16,8 @@ import engine_24gb_worker as work
 import pytest
 import torch
 
+from meft.store import RowTable
+
 CELL = plan.Cell("llama-2-7b", "bf16", 2, 256, 1, True, 6400, "meft auto", "0.26")
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -122,13 +124,9 @@ def test_without_the_gate_rows_say_so(monkeypatch):
 
 
 def test_rows_that_many_generators_draw_are_the_same_each_time():
-    import engine_24gb_contestants as contestants
-
-    from meft.store import RowTable
-
     def drawn():
         table = RowTable((600, 64), master=torch.float32, wire=torch.bfloat16, on_host=True, pin=False)
-        with contestants.filled_by_many():
+        with models.filled_by_many():
             table.fill(0.02)
         return table.rows.detach()
 
