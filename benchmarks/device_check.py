@@ -98,7 +98,7 @@ class Results:
     def add(self, part: str, found: dict) -> None:
         if part == "probe" and found["what"] == "machine":
             self.held["machine"] = found["values"]
-        self.held["findings"].append({"part": part} | found)
+        self.held["findings"].append(found | {"part": part})
 
     def write(self) -> None:
         """Replace the file, whole."""
