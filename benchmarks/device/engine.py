@@ -18,7 +18,7 @@ from engine_24gb_gate import check_strategy
 from engine_24gb_plan import HOST_STRATEGIES
 
 from device.chain import STRATEGIES, Setting, difference, require_exact, settings, trained
-from device.findings import UNMEASURED, arguments, attempt, first_line, say, use_tests
+from device.findings import UNMEASURED, arguments, attempt, device_of, first_line, say, use_tests
 from device.sleepy import SleepyLanes
 from meft.lanes import HostLanes, Lanes
 
@@ -140,7 +140,7 @@ def main() -> int:
     parser.add_argument("--sleepy", action="store_true", help="streams that sleep")
     parser.add_argument("--warm", action="store_true", help="only compile what a step launches")
     given = parser.parse_args()
-    device = CPU if given.rehearse else torch.device("cuda", torch.cuda.current_device())
+    device = device_of(given.rehearse)
     until = began + given.seconds
     if given.warm:
         for setting in (Setting("stream", zero_copy=True), Setting("host"), Setting("resident")):

@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 MARK = "@finding "
 UNMEASURED = "not measured"
@@ -62,6 +63,13 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=60.0, help="no piece of work begins after them")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of the files that are kept")
     return parser
+
+
+def device_of(rehearse: bool) -> Any:
+    """Where a part computes: the CUDA device, or the CPU in a rehearsal."""
+    import torch  # not by whoever only reads findings
+
+    return torch.device("cpu") if rehearse else torch.device("cuda", torch.cuda.current_device())
 
 
 def use_tests(*folders: str) -> None:

@@ -13,7 +13,7 @@ from kernel_report import driver, installed
 from torch import Tensor
 
 from device import amp
-from device.findings import UNMEASURED, arguments, attempt, say
+from device.findings import UNMEASURED, arguments, attempt, device_of, say
 from meft import calibration
 from meft.row_update import native_library
 from meft.transfer import page_lock, page_unlock
@@ -42,8 +42,8 @@ def environment(cuda: bool) -> None:
         }  # fmt: skip
     said = f"{found.get('gpu', 'no GPU')}, torch {found['torch']}, {found['cores']} cores, {found['numa_nodes']} NUMA"
     say("machine", f"{said} nodes, {found['host_gib']} GiB", **found)
-    say("C++ row update", "loaded" if found["native_row_update"] else "missing", bool(found["native_row_update"]),
-        "loads")  # fmt: skip
+    loads = bool(found["native_row_update"])
+    say("C++ row update", "loaded" if loads else "missing", loads or (False if cuda else None), "loads")
 
 
 def meminfo(name: str) -> float:
@@ -165,8 +165,7 @@ def zero_copy_gather(device: torch.device, ceiling: float) -> None:
 
 def main() -> int:
     given = arguments(__doc__).parse_args()
-    cuda = not given.rehearse
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    cuda, device = not given.rehearse, device_of(given.rehearse)
     well = [attempt("machine", lambda: environment(cuda))]
     gib = 1 / 16 if given.rehearse else min(TOUCHED_GIB, 0.4 * meminfo("MemTotal"))
     if cuda:
@@ -176,7 +175,7 @@ def main() -> int:
         well.append(attempt("calibration", lambda: print(calibration.measure(device, TINY).machine)))
         for what in ("page locks", "link up", "link down", "zero-copy gather"):
             say(what, UNMEASURED)
-    well.append(attempt("GradScaler with rows on the host", lambda: amp.check(device)))
+    well.append(attempt("GradScaler with rows on the host", lambda: amp.check(device, cuda)))
     well.append(attempt("host memory", lambda: memory_growth(gib)))
     return int(not all(well))
 

@@ -29,6 +29,12 @@ class Used(TorchDispatchMode):
         return result
 
 
+def gather_by_ids_of_the_device(rows, host_rows, tables, out):
+    """As a GPU does it: the host's ids are not looked at."""
+    for table, buffer in zip(tables, out, strict=True):
+        torch.index_select(table, 0, rows, out=buffer)
+
+
 class Stream:
     """Work in its order.
 
@@ -110,6 +116,7 @@ class FakeCuda:
         there = property(lambda tensor: sys._getframe(1).f_globals["__name__"] == "meft.lanes")
         monkeypatch.setattr(torch.Tensor, "is_cuda", there)
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: self._record(tensor, stream))
+        monkeypatch.setattr("meft.carry.bring_rows", gather_by_ids_of_the_device)
         self._late(monkeypatch)
 
     def _late(self, monkeypatch):
