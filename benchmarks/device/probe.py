@@ -165,8 +165,9 @@ def zero_copy_gather(device: torch.device, ceiling: float) -> None:
 
 def main() -> int:
     given = arguments(__doc__).parse_args()
-    cuda, device = not given.rehearse, device_of(given.rehearse)
-    well = [attempt("machine", lambda: environment(cuda))]
+    cuda = not given.rehearse
+    well = [attempt("machine", lambda: environment(cuda and torch.cuda.is_available()))]
+    device = device_of(given.rehearse)
     gib = 1 / 16 if given.rehearse else min(TOUCHED_GIB, 0.4 * meminfo("MemTotal"))
     if cuda:
         well.append(attempt("page locks", locks))
