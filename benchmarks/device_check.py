@@ -224,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
     began, given = time.perf_counter(), parse(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "log.txt").write_text("")
-    results, environment = Results(given.out.resolve(), given.rehearse), surroundings(given.rehearse)
+    results = Results(given.out.resolve(), given.rehearse)
     for part in PARTS:
         short = given.seconds <= LEAN_SECONDS and not given.rehearse
         if (part.name not in given.only) if given.only else (short and not part.lean):
@@ -235,7 +235,9 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             options = ["--rehearse"] * given.rehearse
             options += ["--checked"] * (part.name == "headline" and checked(results))
-            row = run(part, options, min(part.most, left) if not given.only else left, results, environment)
+            # The environment is made for each part: a machine may have more memory once some was touched.
+            limit = left if given.only else min(part.most, left)
+            row = run(part, options, limit, results, surroundings(given.rehearse))
         results.held["parts"].append(row)
         results.write()
         print(f"{row['part']:10} {row['status']:24} {row['seconds']:6.1f} s", flush=True)
