@@ -2,6 +2,7 @@
 
     python benchmarks/bench_24gb.py                       # on a CUDA machine; a rerun goes on where it was stopped
     python benchmarks/bench_24gb.py --quick               # the main shape at two |U| / r, one round; under 10 minutes
+    python benchmarks/bench_24gb.py --no-gate             # training was checked just before: see `device_check.py`
     python benchmarks/bench_24gb.py --only 'r 6400.*stream'   # some cells; the yardstick of each is measured with it
     python benchmarks/bench_24gb.py --dry-run --out DIR   # everything, on tiny shapes on the CPU; measures nothing
 
@@ -35,15 +36,18 @@ from pathlib import Path
 
 import engine_24gb_report as report
 import torch
+from engine_24gb_contestants import missing
 from engine_24gb_plan import Cell, Group, dry_plan, plan, quick_plan, rotated
 from engine_24gb_rows import Rows, environment
 from engine_24gb_steps import Settings
+from engine_24gb_targets import times_bound, traffic_error
 from engine_24gb_worker import Emit, Job, Worker
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MINUTES = 8.3  # of 9: the rest is for what a worker is in the middle of, and for the plot
 GRACE_S = 25.0  # after which a worker that is late is ended
+REFUSALS = ("zero_copy_refused", "page_lock_refused")
 FEWEST_S = 45.0  # a worker that starts with less would measure nothing
 QUICK = Settings(rounds=1, seconds=1.5)
 DRY = Settings(rounds=1, seconds=0.0, fewest=1, most=1, warm=1)
@@ -53,7 +57,8 @@ Start = Callable[[Path], subprocess.Popen]
 def start_worker(job: Path) -> subprocess.Popen:
     """A process for a job."""
     paths = [str(ROOT / "benchmarks"), str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    surroundings = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    asleep = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that wait awake take the cores of the others
+    surroundings = asleep | os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, str(ROOT / "benchmarks" / "engine_24gb_worker.py"), str(job)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=surroundings)
 
@@ -93,7 +98,7 @@ def run_apart(job: Job, emit: Emit, until: float, start: Start = start_worker) -
         if seconds < FEWEST_S:
             return
         begun, answered = None, set()
-        for kind, content in messages(Job(tuple(left), job.settings, seconds, job.turn, job.dry), start):
+        for kind, content in messages(replace(job, cells=tuple(left), seconds=seconds), start):
             if kind == "begin":
                 begun = Cell(**content)
             elif kind == "row":
@@ -133,21 +138,28 @@ def chosen(group: Group, rows: Rows, only: str, again: bool, fresh: set[Cell]) -
 
 
 def said(row: dict) -> str:
-    """A row in one line."""
+    """A row in one line: what was measured, beside its bound, and what the machine refused."""
     title = Cell(**{name: row[name] for name in Cell.__dataclass_fields__}).title()
+    refused = "".join(f", {name.replace('_', ' ')}" for name in REFUSALS if row.get(name))
     if row.get("tokens_per_s") is None:
-        return f"{title}: {row['status']}"
-    return f"{title}: {row['tokens_per_s']:.0f} tokens/s, peak {row['peak_gib']:.2f} GiB, round {row['rounds']}"
+        return f"{title}: {row['status']}{refused}"
+    said = f"{title}: {row['tokens_per_s']:.0f} tokens/s, peak {row['peak_gib']:.2f} GiB"
+    if (times := times_bound(row)) is not None:
+        said += f", {times:.2f} of its bound"
+    if (error := traffic_error(row)) is not None:
+        said += f", traffic {100 * error:.2f} % off"
+    return said + f"{refused}, round {row['rounds']}" + ("" if row.get("gate", True) else ", not checked here")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder of the files (default: benchmarks/results)")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"time limit, at most 9 (default: {MINUTES})")
-    parser.add_argument("--quick", action="store_true", help="the main shape at |U| / r 0.26 and 1, one round")
+    parser.add_argument("--quick", action="store_true", help="the main shape at |U| / r 0.26 and 0.6, one round")
     parser.add_argument("--full", action="store_true", help="after the plan, every combination of all settings")
     parser.add_argument("--only", default="", help="cells whose title this pattern finds")
     parser.add_argument("--redo", action="store_true", help="measure rows anew that are there")
+    parser.add_argument("--no-gate", action="store_true", help="do not check how strategies train; rows say so")
     parser.add_argument("--trace", action="store_true", help="profile a step of each cell too, into --out; with --only")
     parser.add_argument("--report", action="store_true", help="only write table and plot, and judge the targets")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, into --out; measures nothing")
@@ -189,7 +201,12 @@ def main(arguments: list[str] | None = None) -> int:
     for number, group in enumerate(() if args.report else groups):
         jobs = chosen(group, rows, args.only, args.redo, fresh).jobs()
         for cells in rotated(jobs, number):
-            job = Job(tuple(cells), settings, until - time.perf_counter(), number, args.dry_run)
+            absent = missing(cells[0])
+            if absent is not None and not args.dry_run:  # it takes no process to say so
+                for cell in cells:
+                    keep("row", {**cell.key, "status": absent})
+                continue
+            job = Job(tuple(cells), settings, until - time.perf_counter(), number, args.dry_run, not args.no_gate)
             if args.dry_run:
                 Worker(job, device, keep).run()
             else:

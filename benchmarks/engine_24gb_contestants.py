@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from engine_24gb_models import frozen_model, require
+from engine_24gb_models import MissingError, filled_by_many, frozen_model, require
 from engine_24gb_plan import HOST_STRATEGIES, Cell
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from adapter_kernels.gather_rows import zero_copy
 from meft import MEFTConfig
 from meft.lanes import lanes_of
 from meft.store import RowTable
@@ -70,6 +71,10 @@ class Contestant:
         """The share of MEFT's rows that the next step updates; waits for gradients that are on their way."""
         return None
 
+    def refused(self) -> dict[str, bool]:
+        """What this machine refuses, so that a slower way was measured in its place."""
+        return {}
+
 
 def base_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of a Llama or Mistral, adapted or not."""
@@ -105,7 +110,8 @@ class MeftContestants(Contestant):
         with torch.device(device):  # where routers, and the second adapter's rows, are made
             early = {"in_backward": not cell.clip}
             given = meft_config(self.r, self.tiny, retrieval="host", row_optimizer=early)
-            self.model: Any = get_peft_model(base, given)
+            with filled_by_many():
+                self.model: Any = get_peft_model(base, given)
         self.hosts = self.optimizer = torch.optim.AdamW(self.parameters(), lr=RATE, weight_decay=0.0)
         self.adapter = "default"
         self._park()
@@ -162,6 +168,12 @@ class MeftContestants(Contestant):
         found = [len(table.rows.grad.rows) for table in self._tables() if table.rows.grad is not None]
         return sum(found) / (len(self._tables()) * self.r)
 
+    def refused(self) -> dict[str, bool]:
+        found = {} if self.device.type != "cuda" else {"zero_copy_refused": not zero_copy_reaches(self.device)}
+        if self.adapter == "default":  # of the adapter in host memory
+            found["page_lock_refused"] = not all(table.pin for table in self._tables())
+        return found
+
     def _tables(self) -> list[RowTable]:
         return self.model.base_model.steps.tables.get(self.adapter, [])
 
@@ -184,6 +196,11 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
+def zero_copy_reaches(device: torch.device) -> bool:
+    """Whether kernels read page-locked host memory; where they do not, rows are staged, which is slower."""
+    return zero_copy(device, table=torch.zeros(1, 64).pin_memory())
+
+
 # ------------------------------------------------------------------------------------------------------------ peers
 
 
@@ -201,15 +218,24 @@ class DenseAdapter(nn.Module):
         return self.mlp(x) + added
 
 
+def missing(cell: Cell) -> str | None:
+    """What the contestant of a cell needs and is not installed; None: it may begin."""
+    needs = {"dense adamw8bit": "bitsandbytes", "dense paged": "bitsandbytes", "dense torchao": "torchao"}
+    for package in {needs.get(cell.contestant), "bitsandbytes" if cell.base == "nf4" else None} - {None}:
+        try:
+            require(str(package))
+        except MissingError as error:
+            return str(error)
+    return None
+
+
 class Dense(Contestant):
     """Parallel adapters on the device with one of four optimizers."""
 
     def __init__(self, cell: Cell, device: torch.device) -> None:
         kind = cell.contestant.removeprefix("dense ")
-        if kind in ("adamw8bit", "paged"):
-            require("bitsandbytes")
-        if kind == "torchao":
-            require("torchao")
+        if kind == "torchao" and device.type == "cpu":
+            raise MissingError("not on a CPU: torchao's CPUOffloadOptimizer")
         self.model = frozen_model(cell.model, cell.base, device)
         width, dtype = self.model.config.hidden_size, torch.float32 if kind == "adamw" else torch.bfloat16
         for layer in base_layers(self.model):
@@ -249,6 +275,9 @@ def make(cell: Cell, device: torch.device) -> Contestant:
     Raises:
         MissingError: what it needs is not installed.
     """
+    absent = missing(cell)
+    if absent is not None:
+        raise MissingError(absent)
     if cell.family == "meft":
         return MeftContestants(cell, device)
     return (Lora if cell.family == "lora" else Dense)(cell, device)

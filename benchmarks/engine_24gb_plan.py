@@ -106,7 +106,7 @@ def plan(full: bool = False) -> Iterator[Group]:
 
 def quick_plan() -> Iterator[Group]:
     """The main group at two shares."""
-    yield group("llama-2-7b", "bf16", SHAPES[0], 1, True, R[0], ("0.26", "1.0"))
+    yield group("llama-2-7b", "bf16", SHAPES[0], 1, True, R[0], ("0.26", "0.6"))
 
 
 def dry_plan() -> Iterator[Group]:

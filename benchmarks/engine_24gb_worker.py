@@ -38,6 +38,7 @@ class Job:
 
     Attributes:
         seconds: no block begins after them. turn: of the order of the contestants.
+        gate: whether each strategy's training is checked before it is timed.
     """
 
     cells: tuple[Cell, ...]
@@ -45,11 +46,12 @@ class Job:
     seconds: float
     turn: int = 0
     dry: bool = False
+    gate: bool = True
 
     def write(self, path: Path) -> None:
         held = {
             "cells": [cell.key for cell in self.cells], "settings": vars(self.settings), "seconds": self.seconds,
-            "turn": self.turn, "dry": self.dry,
+            "turn": self.turn, "dry": self.dry, "gate": self.gate,
         }  # fmt: skip
         path.write_text(json.dumps(held))
 
@@ -57,7 +59,8 @@ class Job:
     def read(cls, path: Path) -> "Job":
         held = json.loads(path.read_text())
         cells = tuple(Cell(**key) for key in held["cells"])
-        return cls(cells, Settings(**held["settings"]), held["seconds"], held["turn"], held["dry"])
+        settings = Settings(**held["settings"])
+        return cls(cells, settings, held["seconds"], held["turn"], held["dry"], held["gate"])
 
 
 def cap_memory(device: torch.device) -> None:
@@ -87,6 +90,7 @@ def row_of(
     """A row from the blocks that have been measured so far; of a dry run without what would mean something."""
     row: dict = {**cell.key, "status": DRY if dry else MEASURED, "values": contestant.values()}
     row |= {"strategy": contestant.strategy, "note": NOTES.get(cell.contestant, ""), "rounds": len(blocks)}
+    row |= contestant.refused()
     row |= blocks[-1].counted
     timed = [ms for block in blocks for ms in block.ms]
     low, middle, high = torch.tensor(timed, dtype=torch.float64).quantile(
@@ -125,7 +129,8 @@ class Worker:
         names = list(dict.fromkeys(cell.contestant for cell in self.job.cells))
         if self.job.cells[0].family == "meft":
             self._calibrate()
-            self._gate(names)
+            if self.job.gate:
+                self._gate(names)
         owner = None
         for turn in range(self.job.settings.rounds):
             for name in self._order(names, turn):
@@ -199,7 +204,8 @@ class Worker:
                     entered = True
                 block = measure_block(owner, cell, self.job.settings, self.device, first=cell not in self.blocks)
                 self.blocks.setdefault(cell, []).append(block)
-                self.emit("row", row_of(cell, self.blocks[cell], owner, self.job.dry, self.ceilings))
+                row = row_of(cell, self.blocks[cell], owner, self.job.dry, self.ceilings)
+                self.emit("row", row | ({"gate": self.job.gate} if cell.family == "meft" else {}))
             except Exception as error:
                 status = failure(error)  # the error itself would hold what it was working on
             self.slowest = max(self.slowest, time.perf_counter() - began)

@@ -105,7 +105,7 @@ def check_ffn(op, case: Case) -> None:
         )
 
 
-def check_wide_row_gradients(impl, case: Case) -> None:
+def check_wide_row_gradients(impl, case: Case, backward=sparse_ffn_backward) -> None:
     """Sums that half precision cannot hold, of integers that it can, are those of float64 in float32, and not without.
 
     `case` gets these integers. It needs 24 to 32 columns and some hundred tokens, each with most of the rows.
@@ -117,8 +117,8 @@ def check_wide_row_gradients(impl, case: Case) -> None:
     if case.factors is not None:
         case.factors.copy_(torch.where(case.factors.abs() > 1, 2, 1))
     arguments = (case.g, case.x, case.keys, case.values, case.position, case.factors)
-    _, dkeys, dvalues, _ = sparse_ffn_backward(*arguments, row_gradients=torch.float32, impl=impl)
-    _, narrow_dkeys, narrow_dvalues, _ = sparse_ffn_backward(*arguments, impl=impl)
+    _, dkeys, dvalues, _ = backward(*arguments, row_gradients=torch.float32, impl=impl)
+    _, narrow_dkeys, narrow_dvalues, _ = backward(*arguments, impl=impl)
     _, oracles = case.oracle()
     for name, wide, narrow in (("keys", dkeys, narrow_dkeys), ("values", dvalues, narrow_dvalues)):
         assert (wide.dtype, narrow.dtype) == (torch.float32, case.x.dtype)

@@ -26,12 +26,13 @@ def poison(tensor: Tensor) -> Tensor:
 class Fenced:
     """Memory between canaries."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         size = math.prod(shape) * dtype.itemsize
         # Rounded up, so that what follows the tensor is always the fence and never alignment.
-        self.raw = torch.full((PAD + size + PAD,), CANARY, dtype=torch.uint8)
+        self.raw = torch.full((PAD + size + PAD,), CANARY, dtype=torch.uint8, device=device)
         self.body = slice(PAD, PAD + size)
-        self.tensor = self.raw[self.body].view(dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
+        empty = torch.empty(shape, dtype=dtype, device=device)
+        self.tensor = self.raw[self.body].view(dtype).view(shape) if size else empty
 
     def intact(self) -> bool:
         fence = torch.cat([self.raw[: self.body.start], self.raw[self.body.stop :]])
@@ -44,7 +45,7 @@ def fenced_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Fenced]]:
     made: list[Fenced] = []
 
     def empty(shape, dtype, device):
-        made.append(Fenced(tuple(shape), dtype))
+        made.append(Fenced(tuple(shape), dtype, device))
         return poison(made[-1].tensor)
 
     with monkeypatch.context() as patch:

@@ -16,6 +16,8 @@ import engine_24gb_worker as work
 import pytest
 import torch
 
+from meft.store import RowTable
+
 CELL = plan.Cell("llama-2-7b", "bf16", 2, 256, 1, True, 6400, "meft auto", "0.26")
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,7 +41,7 @@ def test_every_contestant_runs(dry):
     planned = [cell for group in plan.dry_plan() for cell in group.cells]
     assert {plan.Cell(**{name: row[name] for name in CELL.key}) for row in rows} == set(planned)
     for row in rows:
-        missing = row["contestant"] == "dense torchao" and row["status"] == "not installed: torchao"
+        missing = row["contestant"] == "dense torchao" and row["status"].startswith(("not installed", "not on a CPU"))
         assert row["status"] == work.DRY or missing, row
 
 
@@ -110,7 +112,40 @@ def test_a_strategy_that_is_wrong_is_not_timed(monkeypatch):
     assert rows[job[0]]["status"] == "wrong: loss 2 in place of 1"
 
 
+def test_without_the_gate_rows_say_so(monkeypatch):
+    rows, _ = run_worker(monkeypatch, [CELL], check=lambda *_: 1 / 0, gate=False)
+    assert (rows[CELL]["status"], rows[CELL]["gate"]) == ("measured", False)
+    assert bench.said({**rows[CELL], "peak_gib": 1.0}).endswith("not checked here")
+    assert "zero copy refused" in bench.said({**rows[CELL], "peak_gib": 1.0, "zero_copy_refused": True})
+    assert run_worker(monkeypatch, [CELL])[0][CELL]["gate"]
+
+
 # ------------------------------------------------------------------------------------------------------------- workers
+
+
+def test_rows_that_many_generators_draw_are_the_same_each_time():
+    def drawn():
+        table = RowTable((600, 64), master=torch.float32, wire=torch.bfloat16, on_host=True, pin=False)
+        with models.filled_by_many():
+            table.fill(0.02)
+        return table.rows.detach()
+
+    rows = drawn()
+    assert torch.equal(rows, drawn())
+    assert abs(rows.std() - 0.02) < 1e-3
+    assert not torch.equal(rows[:256], rows[256:512])
+
+
+def test_an_absent_peer_takes_no_process(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(bench, "environment", lambda device: {"gpu": "none"})
+    started = []
+    monkeypatch.setattr(bench, "run_apart", lambda job, *_: started.extend(job.cells))
+    bench.main(["--quick", "--only", "torchao|paged|qlora", "--out", str(tmp_path)])
+    assert {cell.family for cell in started} == {"meft"}  # what they would be compared with
+    assert capsys.readouterr().out.count("not installed: ") == 3
 
 
 class Fake(work.Contestant):
@@ -129,7 +164,7 @@ class Fake(work.Contestant):
         return 1
 
 
-def run_worker(monkeypatch, cells, block=None, check=lambda *_: None, rounds=1, turn=0):
+def run_worker(monkeypatch, cells, block=None, check=lambda *_: None, rounds=1, turn=0, gate=True):
     """Rows by cell, and the contestants in the order in which they were measured."""
     fake, rows = Fake(), {}
 
@@ -148,7 +183,7 @@ def run_worker(monkeypatch, cells, block=None, check=lambda *_: None, rounds=1, 
         if kind == "row":
             rows[plan.Cell(**{name: content[name] for name in CELL.key})] = content
 
-    work.Worker(work.Job(tuple(cells), work.Settings(rounds=rounds), 60, turn), CPU, emit).run()
+    work.Worker(work.Job(tuple(cells), work.Settings(rounds=rounds), 60, turn, gate=gate), CPU, emit).run()
     return rows, fake.order
 
 
@@ -248,6 +283,6 @@ def test_a_worker_that_does_not_start_is_not_tried_for_ever():
 
 
 def test_a_job_goes_through_its_file(tmp_path):
-    job = work.Job((CELL, replace(CELL, clip=False)), work.Settings(rounds=3), 12.5, 4, True)
+    job = work.Job((CELL, replace(CELL, clip=False)), work.Settings(rounds=3), 12.5, 4, True, gate=False)
     job.write(tmp_path / "job.json")
     assert work.Job.read(tmp_path / "job.json") == job

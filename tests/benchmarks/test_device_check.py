@@ -1,0 +1,286 @@
+"""The device check: a rehearsal from end to end, parts that fail or are late, verdicts, and what is made of results."""
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import device_check as check
+import ingest_device as ingest
+import pytest
+from device import build, findings, sanitizer, verdicts
+
+ROOT = Path(check.ROOT)
+
+
+def finding(what, measured="1 GB/s", holds=None, part="probe", target="", **values):
+    return {"part": part, "what": what, "measured": measured, "holds": holds, "target": target, "values": values}
+
+
+def results_of(*found, rehearsal=False, parts=(), machine=None, files=None):
+    machine = {"gpu": "NVIDIA X9", "torch": "9"} if machine is None else machine
+    return {
+        "version": 1, "rehearsal": rehearsal, "began": "2030-01-02T03:04:05+00:00", "machine": machine,
+        "source": {"commit": "", "digest": "d"}, "parts": list(parts), "findings": list(found), "files": files or {},
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- a rehearsal
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """The folder of one whole rehearsal, its results, and the processor seconds that it took."""
+    out = tmp_path_factory.mktemp("rehearsal")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, str(ROOT / "benchmarks" / "device_check.py"), "--rehearse", "--out", str(out)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert run.returncode == 0, run.stdout + run.stderr + (out / "log.txt").read_text()[-4000:]
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return out, json.loads((out / "results.json").read_text()), spent
+
+
+@pytest.mark.long
+def test_a_rehearsal_runs_every_part(rehearsal):
+    out, results, spent = rehearsal
+    assert [(row["part"], row["status"]) for row in results["parts"]] == [(part.name, "done") for part in check.PARTS]
+    assert {found["part"] for found in results["findings"]} == {part.name for part in check.PARTS}
+    assert len(list(out.iterdir())) <= 8
+    assert spent < 110  # of two minutes, on one core
+    text = (out / "verdicts.txt").read_text()
+    assert len(text.splitlines()) <= verdicts.LINES
+    assert "FAILS" not in text
+    assert all(op in text for op in ("router_topk", "sparse_ffn", "device-keys", "host in sleeping streams"))
+
+
+@pytest.mark.long
+def test_a_rehearsal_measures_nothing(rehearsal):
+    out, results, _ = rehearsal
+    text = (out / "verdicts.txt").read_text()
+    assert text.startswith("REHEARSAL")
+    assert "holds" not in [line.split()[0] for line in text.splitlines()]
+    assert not re.search(r"[GMT](B|flop)/s|tokens/s| ms\b", text)
+    unmeasured = {found["what"] for found in results["findings"] if found["measured"] == findings.UNMEASURED}
+    assert {"page locks", "link up", "zero-copy gather", "memcheck", "racecheck", "kernels"} <= unmeasured
+    assert sum("tokens_per_s" in row["values"].get("row", {}) for row in results["findings"]) > 0
+    assert all(row["tokens_per_s"] is None for row in ingest.rows(results))
+    assert ingest.cells(results) == {}
+
+
+@pytest.mark.long
+def test_a_rehearsal_stays_out_of_the_results(rehearsal, tmp_path, capsys):
+    out, _, _ = rehearsal
+    with pytest.raises(SystemExit):
+        ingest.main([str(out / "results.json")])
+    assert "not benchmarks/results" in capsys.readouterr().err
+    assert ingest.main([str(out / "results.json"), "--out", str(tmp_path)]) == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"device_rehearsal.json", "device_rehearsal.md", "device_rehearsal_24gb.json"} <= names
+    assert str(out) not in (tmp_path / "device_rehearsal.json").read_text()
+
+
+# -------------------------------------------------------------------------------------------------------------- parts
+
+
+@pytest.fixture
+def parts(monkeypatch, tmp_path):
+    """Parts from Python lines; runs them and gives what came out."""
+
+    def run(arguments=(), **lines):
+        folder = tmp_path / "code"
+        folder.mkdir(exist_ok=True)
+        made = []
+        for name, (code, *rest) in lines.items():
+            (folder / f"part_{name}.py").write_text(f"import sys, time, pathlib\n{code}\n")
+            made.append(check.Part(name, (f"part_{name}",), *(rest or [20.0])))
+        monkeypatch.setattr(check, "PARTS", tuple(made))
+        monkeypatch.setenv("PYTHONPATH", str(folder))
+        out = tmp_path / "out"
+        code = check.main(["--out", str(out), *arguments])
+        return code, json.loads((out / "results.json").read_text()), out
+
+    return run
+
+
+GOOD = "from device.findings import say\nsay('good', 'yes', True, 'yes')"
+
+
+def test_a_part_that_fails_or_is_late_does_not_stop_the_next(parts):
+    began = time.perf_counter()
+    code, results, out = parts(
+        bad=(f"{GOOD}\n1/0",), slow=(f"{GOOD}\ntime.sleep(60)", 7.0), gone=("import os; os.kill(os.getpid(), 9)",),
+        good=(GOOD,),
+    )  # fmt: skip
+    assert time.perf_counter() - began < 40
+    assert code == 1
+    assert [row["status"] for row in results["parts"]] == ["exit code 1", "late", "exit code -9", "done"]
+    assert [found["part"] for found in results["findings"]] == ["bad", "slow", "good"]  # also of those that failed
+    assert "ZeroDivisionError" in (out / "log.txt").read_text()
+    assert (out / "verdicts.txt").read_text().count("FAILS ") == 3
+
+
+def test_a_target_that_does_not_hold_is_an_exit_code(parts):
+    assert parts(good=(GOOD,))[0] == 0
+    assert parts(wrong=(GOOD.replace("True", "False"),))[0] == 1
+    assert parts(open=(GOOD.replace("True", "None"),))[0] == 0
+
+
+def test_what_a_late_part_has_started_ends_with_it(parts, tmp_path):
+    child = "import subprocess; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    keep = f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(p.pid)); time.sleep(60)"
+    parts(slow=(f"{child}\n{keep}", 8.0))
+    state = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_out_of_time_and_some_parts_only(parts):
+    code, results, _ = parts(["--seconds", "20", "--only", "b"], a=(GOOD,), b=(GOOD, 20.0, 60.0))
+    assert code == 1
+    assert [(row["part"], row["status"]) for row in results["parts"]] == [("b", "not run: out of time")]
+
+
+def test_a_short_run_has_the_first_four_parts():
+    assert [part.name for part in check.PARTS if part.lean] == ["build", "probe", "ops", "engine"]
+    assert [part.lean for part in check.PARTS] == [True] * 4 + [False] * 4
+    assert sum(part.most for part in check.PARTS if part.lean) < 260
+
+
+def test_texts_are_kept_and_plots_lie_beside(parts):
+    keep = "out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])"
+    files = (
+        "(out / 'a_24gb.json').write_text('{}'); (out / 'b.png').write_bytes(b'1'); (out / 'c.so').write_bytes(b'1')"
+    )
+    _, results, out = parts(files=(f"{keep}\n{files}",))
+    assert results["files"] == {"a_24gb.json": "{}"}
+    assert {path.name for path in out.iterdir()} == {"results.json", "verdicts.txt", "log.txt", "b.png"}
+
+
+def test_the_gate_is_left_out_only_where_it_has_passed(tmp_path):
+    results = check.Results(tmp_path, False)
+    assert not check.checked(results)
+    results.add("engine", finding("gate of bench_24gb", holds=True))
+    assert check.checked(results)
+    results.add("engine", finding("gate of bench_24gb, meft host", holds=False))
+    assert not check.checked(results)
+
+
+def test_memory_that_may_be_taken_is_said_once(monkeypatch):
+    monkeypatch.delenv("ASLORA_MEFT_HOST_GIB", raising=False)
+    said = float(check.surroundings(False)["ASLORA_MEFT_HOST_GIB"])
+    assert 0 < said < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    monkeypatch.setenv("ASLORA_MEFT_HOST_GIB", "7")
+    assert check.surroundings(False)["ASLORA_MEFT_HOST_GIB"] == "7"
+    assert check.surroundings(False)["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+def test_the_call_for_a_bare_machine_is_short():
+    call = check.__doc__.split("in its root:")[1]
+    assert "--no-index" in call
+    assert "device_check.py --out $OUT" in call
+    assert len(call) < 2000
+
+
+# ----------------------------------------------------------------------------------------------------------- verdicts
+
+
+def test_failures_come_first_and_the_table_is_short():
+    found = [finding(f"info {i}") for i in range(80)] + [finding("right", holds=True), finding("bad", holds=False)]
+    lines = verdicts.table(results_of(*found)).splitlines()
+    assert len(lines) <= 60
+    assert lines[2].startswith("FAILS")
+    assert lines[3].startswith("holds")
+    assert "more in results.json" in lines[-2]
+    assert lines[-1] == "1 FAILS, 1 holds"
+
+
+def test_a_line_keeps_its_target():
+    said = verdicts.line(finding("x" * 300, holds=True, target=">= 0.9"), False)
+    assert len(said) <= verdicts.WIDTH
+    assert said.endswith("... [>= 0.9]")
+
+
+def test_what_a_sanitizer_says():
+    right = findings.MARK + json.dumps(finding("row_union", counts={"all": [4, 4]}, left=1))
+    clean = f"{right}\n========= ERROR SUMMARY: 0 errors\n"
+    assert sanitizer.judged(clean, 0) == ("0 errors; 4 checks right, 1 not run; exit code 0", True)
+    race = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
+    assert sanitizer.judged(f"{right}\n{race}", 0)[1]
+    for output, code in (
+        (clean.replace("0 errors", "2 errors"), 9), (clean, 9), (right, 0), (clean.replace("4, 4", "0, 0"), 0),
+        (clean, "late"), (f"{right}\n{race.replace('0 hazards', '3 hazards')}", 0),
+    ):  # fmt: skip
+        assert not sanitizer.judged(output, code)[1]
+
+
+def test_libraries_are_those_that_are_installed():
+    assert "meft._row_adamw" in [library["name"] for library in build.libraries()]
+
+
+# ------------------------------------------------------------------------------------------------------------- ingest
+
+
+@pytest.fixture
+def returned(tmp_path):
+    """results.json of a made-up device."""
+    row = {
+        "contestant": "meft auto",
+        "routing": "0.26",
+        "status": "measured",
+        "peak_gib": 15.04,
+        "tokens_per_s": 1234.5,
+    }
+    files = {"24gb_x9_quick.json": json.dumps({"rows": [row]}), "kernels_x9.csv": "op\n"}
+    found = [
+        finding("link up", "50.0 GB/s", gb_s=50.0), finding("link down", findings.UNMEASURED),
+        finding("sparse_ffn", "3/4", False, "ops", "its float64 oracle"),
+    ]  # fmt: skip
+    path = tmp_path / "in" / "results.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(results_of(*found, files=files)))
+    (path.parent / "24gb_x9_quick.png").write_bytes(b"plot")
+    return path
+
+
+def test_files_of_a_device(returned, tmp_path):
+    out = tmp_path / "out"
+    assert ingest.main([str(returned), "--out", str(out)]) == 0
+    names = ["", "_24gb.json", "_24gb.png", "_kernels.csv"]
+    assert {path.name for path in out.iterdir()} >= {f"device_nvidia_x9{name}" for name in names if name}
+    text = (out / "device_nvidia_x9.md").read_text()
+    assert "FAILS        ops        sparse_ffn: 3/4" in text  # bad results are kept too
+    assert "other code than this" in text
+    assert "files" not in json.loads((out / "device_nvidia_x9.json").read_text())
+
+
+def test_only_marked_places_are_replaced(returned, tmp_path):
+    readme = tmp_path / "README.md"
+    marks = (
+        "a <!-- device:probe link up: gb_s -->old<!-- /device --> b <!-- device:probe link down -->old<!-- /device -->"
+    )
+    readme.write_text(f"{marks} <!-- device:24gb meft auto 0.26 peak -->\nold\n<!-- /device --> old\n")
+    ingest.main([str(returned), "--out", str(tmp_path / "out"), "--readme", str(readme)])
+    where = "measured on NVIDIA X9, 2030-01-02"
+    assert readme.read_text() == (
+        f"a <!-- device:probe link up: gb_s -->50.0 GB/s ({where})<!-- /device --> "
+        "b <!-- device:probe link down -->old<!-- /device --> "  # not measured: as it was
+        f"<!-- device:24gb meft auto 0.26 peak -->15.0 GiB ({where})<!-- /device --> old\n"
+    )
+
+
+def test_a_miss_says_so(returned):
+    found = ingest.cells(json.loads(returned.read_text()))
+    assert found["ops sparse_ffn"] == "3/4, which misses the target"
+    assert found["24gb meft auto 0.26 tokens/s"] == "1,234 tokens/s"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 9}'])
+def test_files_that_are_no_results(text, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit, match=r"no results\.json|of version 9"):
+        ingest.main([str(path)])
