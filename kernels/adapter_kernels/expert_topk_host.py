@@ -21,6 +21,7 @@ from .host_threads import host_threads
 __all__ = ["native_library", "select", "serves"]
 
 _VERSION = 1  # of the library's arguments
+_FEW = 64  # tokens of a product of all keys
 _KEY_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -40,9 +41,15 @@ def native_library() -> ctypes.CDLL | None:
     return library
 
 
-def serves(x: Tensor, keys: Tensor) -> bool:
-    """Whether the library is there and takes these arguments."""
-    return x.is_cpu and x.dtype != torch.float64 and keys.dtype in _KEY_TYPES and native_library() is not None
+def serves(x: Tensor, keys: Tensor, experts: Tensor, E: int) -> bool:
+    """Whether the library is there, takes these arguments, and is the faster one.
+
+    Where each token probes all experts the torch path makes one large product, which the BLAS does 1.2 times as fast
+    (measured with 512 tokens; with 16 it takes 1.7 times as long).
+    """
+    if not x.is_cpu or x.dtype == torch.float64 or keys.dtype not in _KEY_TYPES:
+        return False
+    return (experts.shape[1] < E or len(x) <= _FEW) and native_library() is not None
 
 
 def select(
