@@ -77,7 +77,7 @@ Step = Callable[[Tensor, Tensor], tuple[float, float, float]]
 
 def sparse_step(layer: MEFTLayer) -> Step:
     """One step of the MEFT layer; returns the seconds of its phases."""
-    tables, router = layer.tables("default"), layer.meft_router["default"]
+    tables, router = layer.tables("default"), layer.router("default")
     holder = torch.optim.AdamW([table.rows for table in tables])  # has the moments; the rows are stepped below
     optimizer = torch.optim.AdamW([router], lr=RULE.lr, weight_decay=RULE.weight_decay, fused=True)
 
@@ -128,7 +128,7 @@ def check(layer: MEFTLayer, x: Tensor) -> float:
     """
     config = layer.configs["default"]
     keys, values = (table.rows.detach().double() for table in layer.tables("default"))
-    router = layer.meft_router["default"].detach().double()
+    router = layer.router("default").detach().double()
     with torch.no_grad():
         ours = layer(x)[0].double()
         theirs = reference(x[0].double(), router, keys, values, experts_per_token=config.probed, top_k=config.top_k)

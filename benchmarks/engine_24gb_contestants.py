@@ -167,13 +167,13 @@ class MeftContestants(Contestant):
 
     def _routers(self) -> Iterator[nn.Parameter]:
         for layer in self.model.base_model.adapted_ffns().values():
-            yield layer.meft_router[self.adapter]
+            yield layer.router(self.adapter)
 
     def _park(self, device: torch.device | None = None) -> None:
         """Move the routers and their moments of the adapter in host memory there too, or to a device."""
         place = device or torch.device("cpu")
         for layer in self.model.base_model.adapted_ffns().values():
-            router = layer.meft_router["default"]
+            router = layer.router("default")
             router.data = router.data.to(place)
             for name, state in self.hosts.state.get(router, {}).items():
                 if isinstance(state, Tensor) and name != "step":  # which is on the CPU anyway

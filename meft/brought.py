@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from adapter_kernels import sparse_ffn, sparse_ffn_backward
 
 from .context import graph_kept
+from .second_order import ValuesOf, check_not_batched, ffn_of_picks, gradients
 
 if TYPE_CHECKING:
     from .engine import Begun, Engine
@@ -43,11 +43,12 @@ class BroughtRows(torch.autograd.Function):
         return first, second
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        for g in given:
+            check_not_batched(g)
+        send = ctx.engine.keep_graph if torch.is_grad_enabled() else ctx.engine.send_back  # create_graph=True
         made = [
-            ctx.engine.send_back(ctx.begun, i, g) if g is not None and ctx.needs_input_grad[i] else None
-            for i, g in enumerate(gradients)
+            send(ctx.begun, i, g) if g is not None and ctx.needs_input_grad[i] else None for i, g in enumerate(given)
         ]
         ctx.done()
         if not graph_kept():  # picks go now, however long somebody holds the loss
@@ -69,13 +70,36 @@ class BroughtFFN(torch.autograd.Function):
         value_rows: Tensor,
         position: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, key_rows, value_rows, position, factors)
+        # What stands for the rows takes no memory.
+        ctx.save_for_backward(x, key_rows, value_rows, position, factors, keys, values)
         ctx.row_gradients = keys.dtype
         return sparse_ffn(x, key_rows, value_rows, position, factors)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         needs = ctx.needs_input_grad[:4]
-        grads = sparse_ffn_backward(g, *ctx.saved_tensors, needs=needs, row_gradients=ctx.row_gradients)
+        check_not_batched(g)
+        *saved, keys, values = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            return *_with_graphs(saved, (keys, values), list(needs), g), None, None, None
+        grads = sparse_ffn_backward(g, *saved, needs=needs, row_gradients=ctx.row_gradients)
         return *grads, None, None, None
+
+
+def _with_graphs(
+    saved: list[Any], standing: tuple[Tensor, Tensor], needs: list[bool], g: Tensor
+) -> list[Tensor | None]:
+    """Gradients of x, keys, values and factors that can be differentiated."""
+    x, key_rows, value_rows, position, factors = saved
+    token, column = (position >= 0).nonzero(as_tuple=True)
+    place = position[token, column].to(torch.int64)
+
+    def function(x: Tensor, keys: Tensor, values: Tensor, factors: Tensor | None) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        w, v = (ValuesOf.apply(*each).to(wide.dtype) for each in ((keys, key_rows), (values, value_rows)))
+        by_pick = factors[token, column].to(wide.dtype) if factors is not None else None
+        with torch.no_grad():
+            scores = (wide[token] * w[place]).sum(1) * (by_pick if by_pick is not None else 1)
+        return ffn_of_picks(wide, w, v, by_pick, token, place, scores > 0).to(x.dtype)
+
+    return gradients(function, [x, *standing, factors], needs, g)

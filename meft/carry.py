@@ -19,6 +19,7 @@ from torch.profiler import record_function
 from adapter_kernels import row_union
 
 from .config import MEFTConfig
+from .kept_rows import State
 from .lanes import Lanes, Mark
 from .selection import best_neurons
 from .store import RowTable
@@ -114,7 +115,7 @@ class KeyBuffers:
         self.lanes, self._layers = lanes, layers
         with layers[0].keys.reading() as wire:
             self._buffers = [torch.empty_like(wire, device=lanes.device) for _ in range(2)]
-        self._holds: list[tuple[int, tuple[int, int]] | None] = [None, None]
+        self._holds: list[tuple[int, State] | None] = [None, None]
         self._free = [lanes.here()] * 2
         self._arrival = list(self._free)
 
@@ -126,6 +127,9 @@ class KeyBuffers:
             if self._holds[place] == held:
                 return
             buffer = self._buffers[place]
+            if buffer.dtype != wire.dtype:  # rows of another dtype were assigned
+                with torch.inference_mode(False):  # as in `gather`
+                    buffer = self._buffers[place] = torch.empty_like(wire, device=self.lanes.device)
             self._holds[place] = None  # whatever happens to the copy
             self.lanes.inbound.after(self._free[place])
             with record_function("meft: bring keys"):
@@ -169,6 +173,11 @@ class DeviceCopy:
             rows: the rows that will be read, None for all.
         """
         with self.table.reading(rows) as wire, self._or_all_again():
+            if self._rows.dtype != wire.dtype:  # rows of another dtype were assigned
+                self._coming = None
+                self.table.follow_changes()
+                with torch.inference_mode(False):  # as in `gather`
+                    self._rows = torch.empty_like(wire, device=self.lanes.device)
             changed = self.table.take_changes()
             if not len(changed):
                 return

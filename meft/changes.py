@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-State = tuple[int, int]  # address and version of the masters
+from .kept_rows import State
 
 
 class Changes:

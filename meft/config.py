@@ -11,7 +11,7 @@ from peft.utils import PeftType
 
 from peft_bridge import save_config_at_once
 
-from .fields_of_0_1 import without_fields_of_0_1
+from .fields_of_0_1 import takes_fields_of_0_1, without_fields_of_0_1
 from .routing import default_num_experts, divisors_around
 from .row_options import check_row_optimizer, is_number
 
@@ -29,6 +29,7 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+@takes_fields_of_0_1
 @dataclass
 class MEFTConfig(PeftConfig):
     """Configuration of MEFT, memory-efficient fine-tuning through a sparse adapter (Hao et al., arXiv 2406.04984).

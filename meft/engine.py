@@ -24,6 +24,7 @@ from .gradient_ring import GradientRing
 from .lanes import Lanes, lanes_of
 from .refetch import refetched_in_backward
 from .row_gradient import RowGradient
+from .second_order import AsRowGradient
 from .sparse_ffn import check_versions
 from .store import RowTable
 from .strategies import STRATEGIES, Strategy, capturing
@@ -97,7 +98,7 @@ class Engine:
 
     def serves(self, device: torch.device) -> bool:
         """Whether inputs on a device take this way."""
-        home = self.layers[0].keys.rows.device
+        home = self.layers[0].keys.masters.device
         named = self.config.retrieval in ("stream", "device-keys", "device-rows")
         return self._given is not None or device.type == "cuda" or device != home or named
 
@@ -130,7 +131,8 @@ class Engine:
 
     def _ready(self, layer: LayerRows, x: Tensor) -> Strategy:
         """The strategy for inputs like x; what was made for another device or dtype is made anew."""
-        now = (x.device, layer.keys.wire_dtype)
+        # Of one layer, so that layers of several dtypes do not make it anew in turn.
+        now = (x.device, self.layers[0].keys.wire_dtype)
         if self._strategy is None or self._for != now:
             moved = self._for is not None and self._for[0] != x.device
             if moved and layer.number and self.config.on_host:
@@ -262,6 +264,11 @@ class Engine:
             return self._strategy.fetch(self.layers[layer.number - 1], picks, again=True)
 
     # ------------------------------------------------------------------ backward
+
+    def keep_graph(self, begun: Begun, which: int, gradient: Tensor) -> RowGradient:
+        """As `send_back`, with a graph, and at once."""
+        table = (begun.layer.keys, begun.layer.values)[which].rows
+        return AsRowGradient.apply(gradient, begun.picks.host_rows, table)
 
     def send_back(self, begun: Begun, which: int, gradient: Tensor) -> RowGradient:
         """A gradient of the rows of keys (0) or values (1), [u, d], leaves for its table."""

@@ -46,11 +46,14 @@ def _load(adapter_dir: str | Path) -> _Saved:
     except SafetensorError as error:
         raise ValueError(f"'{path}' is damaged ({error}): restore it from a good save.") from error
     own = {key: value for key, value in tensors.items() if storage.owns(key)}
-    storage.check(own, {key: value.shape for key, value in own.items() if key != storage.DIGEST}, config)
+    named = storage.with_names_of_today(own)
+    storage.check(own, {key: value.shape for key, value in named.items() if key != storage.DIGEST}, config)
     layers: dict[str, dict[str, Tensor]] = {}
-    for key, value in own.items():
+    for key, value in named.items():
         if key != storage.DIGEST:
-            path_of_ffn, _, part = key.removeprefix(_PREFIX).removesuffix(".rows").rpartition(".meft_")
+            path_of_ffn, _, part = (
+                key.removeprefix(_PREFIX).removesuffix(".rows").removesuffix(".weight").rpartition(".meft_")
+            )
             layers.setdefault(path_of_ffn, {})[part] = value
     others = {f"{_SAVED}{key.removeprefix(_PREFIX)}": tensors[key] for key in tensors.keys() - own.keys()}
     return _Saved(config, layers, others)
@@ -165,11 +168,15 @@ def load_resident(model: nn.Module, folder: str | Path, device: torch.device | s
         for name in names - {f"routing.{field}" for field in _ROUTING} - {_SAVED + other for other in others}:
             ffn, _, part = name.rpartition(".")
             layers.setdefault(ffn, {})[part] = file.get_tensor(name)
+    if fields["union"]:
+        raise ValueError(
+            f"'{folder}' was exported from an adapter with routing='union', an option of aslora-meft 0.1 that this "
+            "version does not have: use it with aslora-meft 0.1."
+        )
     routing = {
         "experts_per_token": fields["experts_per_token"],
         "top_k": fields["top_k"],
         "router_factor": bool(fields["router_factor"]),
-        "routing": "union" if fields["union"] else "per_token",
     }
     modules = dict(model.named_modules())
     owners = {name.rpartition(".")[0] for name in others}

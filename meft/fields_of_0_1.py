@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+_Config = TypeVar("_Config")
+
+
+def takes_fields_of_0_1(config: type[_Config]) -> type[_Config]:
+    """Let a configuration class be called with all fields of a file of 0.1, as `PeftConfig.from_pretrained` does."""
+    init = config.__init__
+
+    @functools.wraps(init)
+    def with_old_fields(self: _Config, *args: Any, **fields: Any) -> None:
+        init(self, *args, **(without_fields_of_0_1(fields) if "routing" in fields else fields))
+
+    config.__init__ = with_old_fields  # type: ignore[method-assign,assignment]
+    return config
 
 
 def without_fields_of_0_1(fields: Mapping[str, Any]) -> dict[str, Any]:

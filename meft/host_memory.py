@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,14 +13,64 @@ from torch import nn
 from .config import MEFTConfig
 from .ffn_modules import ffn_width
 
+OVERRIDE = "ASLORA_MEFT_HOST_GIB"  # GiB that may be taken, whatever the system says
 
-def available_bytes() -> int | None:
-    """What can be taken without swapping (MemAvailable); None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return None
+
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """Host memory that can be taken: what `ASLORA_MEFT_HOST_GIB` says, else the least of what the system and the
+    control groups of this process (versions 1 and 2: containers, batch jobs) have left without swapping.
+
+    Args:
+        root: where /proc and /sys are.
+
+    Returns:
+        bytes; None where nothing says.
+
+    Raises:
+        ValueError: the variable is no number.
+    """
+    if given := os.environ.get(OVERRIDE):
+        try:
+            return int(float(given) * 2**30)
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{OVERRIDE}={given!r} is no number of GiB: set it to e.g. 64, or unset it.") from error
+    left = _left_in_groups(root)
+    with suppress(OSError, StopIteration, ValueError):
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        left.append(next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")))
+    return min(left, default=None)
+
+
+def _left_in_groups(root: Path) -> list[int]:
+    """Bytes that are left in each control group, and those around it, that limits this process."""
+    left: list[int] = []
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if not kinds:
+                top, limit, used, cache = root / "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+            elif "memory" in kinds.split(","):
+                top, limit, used = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+                cache = "total_inactive_file"
+            else:
+                continue
+            group = top / path.strip("/")
+            # In a container the path may be that of the host, which is not there; what limits it is at the top then.
+            for folder in (group, *group.parents):
+                with suppress(OSError, ValueError):  # no limit ("max"), or no such group
+                    most, taken = (int((folder / name).read_text()) for name in (limit, used))
+                    left.append(max(0, most - taken + _cache(folder, cache)))
+                if folder == top:
+                    break
+    return left
+
+
+def _cache(group: Path, name: str) -> int:
+    """Bytes of file cache that the system gives up when memory is wanted."""
+    with suppress(OSError, StopIteration, ValueError):
+        lines = (group / "memory.stat").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.split()[:1] == [name])
+    return 0
 
 
 def row_bytes(config: MEFTConfig, d: int, layers: int, wire: int) -> int:
@@ -42,8 +93,9 @@ def require_memory(wanted: int, config: MEFTConfig, layers: int) -> None:
     remedy = f"use r={fits} or less" if fits else "use a machine with more memory"
     raise MemoryError(
         f"r={config.r} in {layers} layers takes {wanted:,} bytes of host memory ({wanted / 2**30:.1f} GiB), and "
-        f"MemAvailable is {available:,} ({available / 2**30:.1f} GiB): {remedy}, adapt fewer layers "
-        "(layers_to_transform), or set master_dtype='bfloat16'."
+        f"{available:,} ({available / 2**30:.1f} GiB) are available: {remedy}, adapt fewer layers "
+        "(layers_to_transform), or set master_dtype='bfloat16'; where memory grows as it is used, set "
+        f"{OVERRIDE} to the GiB that may be taken."
     )
 
 

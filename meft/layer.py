@@ -18,6 +18,8 @@ from .carry import Fetched, LayerRows, Picks
 from .config import MEFTConfig
 from .engine import Engine
 from .retrieval import retrieved
+from .router import Router, Routers
+from .second_order import check_not_transformed
 from .selection import Selection
 from .sparse_ffn import SparseFFN, check_versions
 from .store import RowTable
@@ -70,7 +72,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
 
     Attributes:
         meft_keys, meft_values: adapter -> its `RowTable` [r, d].
-        meft_router: adapter -> W_g, [E, d], on the model's device.
+        meft_router: adapter -> its `Router`, W_g [E, d], on the model's device.
         traffic: adapter -> what this layer has moved.
         places: adapter -> its engine and this layer's part in it.
     """
@@ -85,7 +87,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         self.in_features = self.out_features = width
         self.meft_keys = nn.ModuleDict()
         self.meft_values = nn.ModuleDict()
-        self.meft_router = nn.ParameterDict()
+        self.meft_router = Routers()
         self.configs: dict[str, MEFTConfig] = {}
         self.traffic: dict[str, Traffic] = {}
         self.places: dict[str, Place] = {}
@@ -109,9 +111,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             )
             for _ in range(2)
         ]
-        router = nn.Parameter(
-            torch.empty(config.experts, self.in_features, dtype=torch.promote_types(base_dtype, torch.float32))
-        )
+        router = Router(config.experts, self.in_features, torch.promote_types(base_dtype, torch.float32))
         self.configs[adapter_name] = config
         self.traffic[adapter_name] = Traffic()
         self.meft_keys[adapter_name], self.meft_values[adapter_name] = tables
@@ -137,7 +137,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         keys, values = self.tables(adapter_name)
         keys.fill(0.02)
         values.fill(None if config.init_weights else 0.02)
-        router = self.meft_router[adapter_name]
+        router = self.router(adapter_name)
         if router.is_meta:
             return
         each = config.r // config.experts
@@ -149,6 +149,10 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
     def tables(self, adapter_name: str) -> tuple[RowTable, RowTable]:
         """Keys and values of an adapter."""
         return self.meft_keys[adapter_name], self.meft_values[adapter_name]  # type: ignore[return-value]
+
+    def router(self, adapter_name: str) -> nn.Parameter:
+        """W_g of an adapter, [E, d]."""
+        return self.meft_router[adapter_name].weight  # type: ignore[return-value]
 
     # ------------------------------------------------------------------ PEFT's frame
 
@@ -170,10 +174,11 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         # Rows stay where they are (on_host) and in their dtype; the inherited one would cast all to the base's dtype.
         target = device if device is not None else self.device
         if target.type == "meta" or any(
-            p.is_meta for p in (self.meft_router[adapter_name], *self.meft_keys[adapter_name].parameters())
+            p.is_meta for p in (self.router(adapter_name), *self.meft_keys[adapter_name].parameters())
         ):
             return
-        self.meft_router[adapter_name].data = self.meft_router[adapter_name].data.to(target)
+        router = self.router(adapter_name)
+        router.data = router.data.to(target)
         for table in self.tables(adapter_name):
             table.to(target)
 
@@ -214,6 +219,8 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
                 f"The FFN's input has {x.shape[-1]} features, MEFT was made for {self.in_features}: target_modules "
                 "must name modules that map hidden states to hidden states."
             )
+        for name in active:
+            check_not_transformed(x, self.router(name), *(table.rows for table in self.tables(name)))
         # Scores decide: they are computed in full precision whatever autocast says.
         with torch.autocast(x.device.type, enabled=False):
             return [self._begin_one(x.reshape(-1, x.shape[-1]), x.shape, name) for name in active]
@@ -225,8 +232,6 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
 
     def _begin_one(self, x: Tensor, shape: torch.Size, adapter_name: str) -> Callable[[], Tensor]:
         """Begin with an adapter's output; what is returned ends it: [T, d]."""
-        for table in self.tables(adapter_name):
-            table.check_whole()
         now, stash = context.current(), None
         key = (id(self), adapter_name)
         if now is None and context.recomputing():
@@ -234,10 +239,14 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             if found is not None:
                 now, stash = found
                 check_versions(stash.versions, self.places[adapter_name].rows.versions)
+        for table in self.tables(adapter_name) if stash is None else ():
+            table.look()
+            if not table.on_host and table.masters.device != x.device:  # as the router
+                table.to(x.device)
         real = stash.real if stash is not None else _real_tokens(now, shape, x.device)
         kept = x if real is None else x.index_select(0, real)
         wide = kept.to(torch.promote_types(x.dtype, torch.float32))
-        router = self.meft_router[adapter_name].to(wide.dtype)
+        router = self.router(adapter_name).to(wide)  # under offloading it may be elsewhere
         by_engine = self.places[adapter_name].engine.serves(x.device)
         begin = self._with_engine if by_engine else self._in_place
         stashed = [] if stash is None else [stash]

@@ -31,6 +31,7 @@ from .engine import Engine
 from .ffn_modules import FFN_OF, check_ffn, ffn_targets, ffn_width
 from .host_memory import require_memory_for
 from .layer import NOT_MERGEABLE, MEFTLayer
+from .offload_hooks import find_wrapped_weights
 from .report import TransferReport, transfer_report
 from .row_steps import RowSteps, several_ranks
 from .store import RowTable
@@ -281,6 +282,17 @@ class MEFTModel(BaseTuner, RunListener):
         named = ((name, tables.get(id(parameter))) for name, parameter in self.model.named_parameters())
         return {name.removesuffix(".rows"): table for name, table in named if table is not None}
 
+    def rows_changed(self) -> None:
+        """Say that rows were written in a way that nobody can see: the next forward pass reads all of them again.
+
+        What is written by torch, through a parameter, its `.data`, its views and its numpy arrays, and what others
+        write into tensors and arrays that share its memory, is seen without this call. It is needed after writing to
+        an address (`data_ptr()`) that was kept, from a library that was given one, or from another process.
+        """
+        for tables in self.steps.tables.values():
+            for table in tables:
+                table.note_change()
+
     @property
     def nonfinite_steps(self) -> int:
         """Optimizer steps that changed nothing because a gradient of an adapter was inf or nan."""
@@ -366,5 +378,6 @@ class MEFTModel(BaseTuner, RunListener):
         tuner = getattr(model, "base_model", None)
         if isinstance(tuner, MEFTModel) and (folder := last_loaded_folder()) is not None:
             tuner.loaded_from[adapter_name] = folder
-        rest = {key: value for key, value in state_dict.items() if key != storage.DIGEST}
+        find_wrapped_weights(model)
+        rest = storage.with_names_of_today({k: value for k, value in state_dict.items() if k != storage.DIGEST})
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)

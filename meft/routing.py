@@ -66,7 +66,6 @@ def reference(
     *,
     experts_per_token: int,
     top_k: int,
-    routing: str = "per_token",
     router_factor: bool = True,
     real: Tensor | None = None,
     chosen: Tensor | None = None,
@@ -77,26 +76,21 @@ def reference(
         x: input of the FFN, [T, d].
         router: W_g, [E, d].
         keys, values: [r, d].
-        experts_per_token: P. top_k: K. routing, router_factor: as in `MEFTConfig`.
+        experts_per_token: P. top_k: K. router_factor: as in `MEFTConfig`.
         real: bool [T], False at padding: such a token picks nothing and gets zeros. None: all are real.
         chosen: bool [T, r], picks to use in place of those that the scores make.
 
     Returns:
         [T, d].
     """
-    factor = router_factor and routing == "per_token"
     if chosen is None:
         with torch.no_grad():
             chosen = chosen_neurons(
-                x, router, keys, experts_per_token=experts_per_token, top_k=top_k, router_factor=factor
+                x, router, keys, experts_per_token=experts_per_token, top_k=top_k, router_factor=router_factor
             )
     if real is not None:
         chosen = chosen & real[:, None]
-    if routing == "union":
-        chosen = chosen.any(0).expand_as(chosen)
-        if real is not None:
-            chosen = chosen & real[:, None]
     scores = x @ keys.T
-    if factor:
+    if router_factor:
         scores = scores * (x @ router.T).repeat_interleave(len(keys) // len(router), dim=1)
     return torch.where(chosen, scores.relu(), 0) @ values

@@ -87,7 +87,7 @@ def update_table(
         if finite_only and not bool(values.isfinite().all()):
             return
         wide = values.to(torch.promote_types(table.rows.dtype, torch.float32)).contiguous()
-        master = table.rows.detach()
+        master = table.masters
         moments = entry.exclusive(master.device)
         with record_function("meft: update rows"):
             table.writing(
@@ -137,7 +137,7 @@ class RowSteps:
     def __init__(self) -> None:
         self.tables: dict[str, list[RowTable]] = {}
         self.configs: dict[str, MEFTConfig] = {}
-        self.routers: dict[str, list[nn.ParameterDict]] = {}
+        self.routers: dict[str, list[nn.ModuleDict]] = {}
         self.nonfinite_steps = 0
         self._taken: list[tuple[RowTable, RowMoments, RowGradient, StepRule]] = []
         self._overflow: weakref.ref[Tensor] | None = None
@@ -166,10 +166,16 @@ class RowSteps:
     def watched_parameters(self) -> Iterable[nn.Parameter]:
         """All tables, and the routers, so that a step is taken or skipped as a whole."""
         tables = [table.rows for tables in self.tables.values() for table in tables]
-        return [*tables, *(owner[name] for name, owners in self.routers.items() for owner in owners)]
+        return [
+            *tables,
+            *(p for name, owners in self.routers.items() for owner in owners for p in owner[name].parameters()),
+        ]
 
     def before_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         """Refuse an optimizer whose rule is unknown, before anything moves."""
+        for table, _, gradient, _ in self._taken:  # by a step that raised
+            if table.rows.grad is None:
+                table.rows.grad = gradient
         self._taken = []
         for name, table in self._of(parameters):
             owner = table.claimed_by() if table.claimed_by is not None else None
@@ -186,20 +192,22 @@ class RowSteps:
         if optimizer not in self._seen:
             self._seen.add(optimizer)
             warn_of_lost_moments(optimizer, [table for _, table in self._of(parameters)])
+        found = []
         for name, table in self._of(parameters):
             if table.claimed_by is not None and table.claimed_by() is optimizer:
                 continue
-            gradient, table.rows.grad = table.rows.grad, None
-            if gradient is None or getattr(gradient, "spent", False):
+            if table.rows.grad is None or getattr(table.rows.grad, "spent", False):
+                table.rows.grad = None
                 continue
-            config = self.configs[name]
-            rule = rule_of(optimizer, group_of(optimizer, table.rows), config.row_optimizer)
-            gradient = as_row_gradient(gradient, table.rows)
+            rule = rule_of(optimizer, group_of(optimizer, table.rows), self.configs[name].row_optimizer)
+            found.append((table, table.moments_in(optimizer), as_row_gradient(table.rows.grad, table.rows), rule))
+        for table, entry, gradient, rule in found:  # nothing fails from here on
+            table.rows.grad = None
             if divisor != 1.0:
                 gradient.div_(divisor)
             # Of an optimizer that calls its closure several times in a step, the last gradient.
             self._taken = [taken for taken in self._taken if taken[0] is not table]
-            self._taken.append((table, table.moments_in(optimizer), gradient, rule))
+            self._taken.append((table, entry, gradient, rule))
 
     def after_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         """Update the rows, those of the first layer first: the next forward pass reads them first."""

@@ -17,13 +17,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from adapter_kernels.sparse_products import column_sums, entry_dots, line_sums
 
 from .context import graph_kept
 from .row_gradient import RowGradient
+from .second_order import AsRowGradient, RowsOf, check_not_batched, ffn_of_picks, gradients
 from .selection import Selection
 
 
@@ -114,12 +115,11 @@ class SparseFFN(torch.autograd.Function):
             nothing = x.new_empty(0)
             ctx.retrieved = replace(retrieved, keys=nothing, values=nothing)
         ctx.save_for_backward(x, router, dots, factor, active, expert, *read)
-        ctx.on_backward = on_backward
+        ctx.on_backward, ctx.router_factor = on_backward, logits is not None
         ctx.versions = (keys._version, values._version)
         return weighted_rows(active, picks, retrieved.place, retrieved.values)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, router, dots, factor, active, expert, key_rows, value_rows = ctx.saved_tensors
         retrieved: Retrieved = ctx.retrieved
@@ -129,6 +129,12 @@ class SparseFFN(torch.autograd.Function):
         keys, values = ctx.tables
         if retrieved.in_place:
             check_versions(ctx.versions, (keys._version, values._version))
+        check_not_batched(g)
+        if torch.is_grad_enabled():  # create_graph=True
+            made = _with_graphs(ctx, g, x, router, expert, active, key_rows, value_rows)
+            if ctx.on_backward is not None:
+                ctx.on_backward(u)
+            return *made, None, None, None
         g = g.contiguous().to(x.dtype)
         ds = row_dots(g, picks, retrieved.place, value_rows) * (active > 0)
         by_key = ds * factor if factor is not None else ds
@@ -151,6 +157,26 @@ class SparseFFN(torch.autograd.Function):
         if not graph_kept():  # picks go now, however long somebody holds the loss
             ctx.retrieved = None
         return dx, drouter, dkeys, dvalues, None, None, None
+
+
+def _with_graphs(
+    ctx: Any, g: Tensor, x: Tensor, router: Tensor, expert: Tensor, active: Tensor, key_rows: Tensor, value_rows: Tensor
+) -> list[Tensor | None]:
+    """Gradients as of `backward`, which can be differentiated."""
+    retrieved: Retrieved = ctx.retrieved
+    keys, values = ctx.tables
+    picks, rows, near = retrieved.selection, retrieved.rows, []
+    for table, read in ((keys, key_rows), (values, value_rows)):
+        read = read.detach().index_select(0, rows) if retrieved.in_place else read
+        near.append(RowsOf.apply(table, read, rows))
+
+    def function(x: Tensor, router: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        factors = F.linear(x, router.to(x.dtype))[picks.token, expert] if ctx.router_factor else None
+        return ffn_of_picks(x, keys, values, factors, picks.token, retrieved.order, active > 0)
+
+    dx, drouter, *by_row = gradients(function, [x, router, *near], list(ctx.needs_input_grad[:4]), g)
+    tables = zip(by_row, (keys, values), strict=True)
+    return [dx, drouter, *(AsRowGradient.apply(d, rows, table) if d is not None else None for d, table in tables)]
 
 
 def _row_gradient(sums: Tensor, rows: Tensor, table: Tensor) -> RowGradient:

@@ -10,11 +10,11 @@ from contextlib import contextmanager, suppress
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .changes import Changes
+from .kept_rows import KeptRows, State
 from .lanes import Lane, Mark
 from .moments import Moments, RowMoments, moments_of
 from .row_update import update_rows
@@ -29,7 +29,7 @@ BLOCK_BYTES = 64 << 20
 
 # What a copy or a pickle of a table makes anew.
 _OF_THIS_PROCESS = frozenset(
-    ("_own", "lock", "_stepped_with", "claimed_by", "_wire", "_wire_of", "_pages")
+    ("lock", "_stepped_with", "claimed_by", "_wire", "_wire_of", "_pages")
     + ("updates", "step", "_ticket", "_readers", "_changes")
 )
 
@@ -41,7 +41,7 @@ def row_blocks(table: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, len(table)))
 
 
-class RowTable(nn.Module):
+class RowTable(KeptRows):
     """One row a neuron: the keys, or the values, of one layer.
 
     It stays in host memory unless `on_host` is False: moving the model leaves it where it is. Casting the model to 16
@@ -60,25 +60,22 @@ class RowTable(nn.Module):
     _all: ClassVar[weakref.WeakSet[RowTable]] = weakref.WeakSet()
 
     def __init__(self, shape: tuple[int, int], *, master: torch.dtype, wire: torch.dtype, on_host: bool, pin: bool):
-        super().__init__()
         # An explicit device: a default device (torch.set_default_device) must not take host rows; a meta model may.
         explicit = "cpu" if on_host and torch.get_default_device().type != "meta" else None
-        self.rows = nn.Parameter(torch.empty(shape, dtype=master, device=explicit))
-        self.on_host, self.pin = on_host, pin
+        super().__init__(torch.empty(shape, dtype=master, device=explicit), read_as=wire, on_host=on_host)
+        self.pin = pin
         self.seed = 0
         self.name = "rows"
-        self._wire_dtype = wire
         self.restored: RowMoments | None = None
         self._made()
 
     def _made(self) -> None:
-        self._own = weakref.ref(self.rows)
         self._stepped_with: RowMoments | None = None
         self.claimed_by: weakref.ref[Optimizer] | None = None
         RowTable._all.add(self)
         self.lock = threading.RLock()
         self._wire: Tensor | None = None
-        self._wire_of: tuple[int, int] | None = None
+        self._wire_of: State | None = None
         self._pages = PageLock()
         self.updates: UpdateQueue | None = None
         self.step: Callable[..., None] = update_rows
@@ -88,28 +85,11 @@ class RowTable(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
-        return {key: value for key, value in self.__dict__.items() if key not in _OF_THIS_PROCESS}
+        return {key: value for key, value in super().__getstate__().items() if key not in _OF_THIS_PROCESS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._made()
-
-    def _replace(self, values: Tensor) -> None:
-        self.rows = nn.Parameter(values, self.rows.requires_grad)
-        self._own = weakref.ref(self.rows)
-
-    def check_whole(self) -> None:
-        """Raises: RuntimeError: an engine that shards parameters has put another one in the place of the rows."""
-        if self._own() is self.rows:
-            return
-        plain = type(self.rows) is nn.Parameter and self.rows.ndim == 2
-        if plain and not (dist.is_available() and dist.is_initialized()):
-            self._own = weakref.ref(self.rows)  # transformers' load_adapter puts the loaded ones there
-        else:
-            raise RuntimeError(
-                "MEFT's rows were replaced (sharded, flattened or offloaded by FSDP, DeepSpeed or a device map), which "
-                "is not supported yet: train with one process or with DistributedDataParallel, without offloading."
-            )
 
     @classmethod
     def by_parameter(cls) -> dict[int, RowTable]:
@@ -164,16 +144,16 @@ class RowTable(nn.Module):
                 self._ticket = None
 
     @property
-    def state(self) -> tuple[int, int]:
+    def state(self) -> State:
         """Changes with every change of the masters."""
         self.settle()
-        return self.rows.data_ptr(), self.rows._version
+        return self._state()
 
     @property
     def version(self) -> int:
         """Changes with every change of the masters that a backward pass must not meet."""
         self.settle()
-        return self.rows._version
+        return self._writes()
 
     def read_until(self, lane: Lane, mark: Mark) -> None:
         """What was read under `reading` may be read on by a lane until its mark, the last one so far, is reached."""
@@ -208,20 +188,26 @@ class RowTable(nn.Module):
             yield self._current()
 
     def _current(self) -> Tensor:
-        master = self.rows.detach()
-        if self._wire_dtype.itemsize >= master.dtype.itemsize:
+        master, dtype = self.masters, self.wire_dtype
+        if self._wire is not None and (self._wire.dtype != dtype or self._wire.device != master.device):
+            self._wait_for_readers()
+            self._wire = None
+        if dtype == master.dtype:
             self._page_lock(master)
             return master
-        if self._wire is None or self._wire.dtype != self._wire_dtype or self._wire.device != master.device:
+        if self._wire is None:
             with torch.inference_mode(False):  # it outlives the mode
-                self._wire, self._wire_of = torch.empty_like(master, dtype=self._wire_dtype), None
+                self._wire, self._wire_of = torch.empty_like(master, dtype=dtype), None
         if self._wire_of != self.state:  # somebody wrote into the masters: loading, initialisation, the user
-            self._wait_for_readers()
-            for block in row_blocks(master):
-                self._wire[block].copy_(master[block])
-            self._wire_of = self.state
+            self._refresh(self._wire, master)
         self._page_lock(self._wire)
         return self._wire
+
+    def _refresh(self, wire: Tensor, master: Tensor) -> None:
+        self._wait_for_readers()
+        for block in row_blocks(master):
+            wire[block].copy_(master[block])
+        self._wire_of = self.state
 
     def _page_lock(self, tensor: Tensor) -> None:
         if self.pin and tensor.device.type == "cpu" and torch.cuda.is_available():
@@ -230,7 +216,8 @@ class RowTable(nn.Module):
     @property
     def wire_dtype(self) -> torch.dtype:
         """Dtype in which rows are read."""
-        return min(self._wire_dtype, self.rows.dtype, key=lambda dtype: dtype.itemsize)
+        read_as, own = self._watch.read_as, self._dtype
+        return read_as if read_as.itemsize < own.itemsize else own
 
     # ------------------------------------------------------------------ writing
 
@@ -242,12 +229,12 @@ class RowTable(nn.Module):
         """
         self.settle()
         with self.lock, torch.no_grad():
-            if self.rows.is_meta:
+            if self.masters.is_meta:
                 raise RuntimeError("MEFT rows have no values yet (meta device): load the adapter first.")
             self._wait_for_readers()
             self._current()
             before = self.state
-            separate = self._wire if self._wire_dtype.itemsize < self.rows.dtype.itemsize else None
+            separate = self._wire if self.wire_dtype != self._dtype else None
             write(separate)
             torch.autograd.graph.increment_version(self.rows)
             if separate is not None:
@@ -269,7 +256,8 @@ class RowTable(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RowTable:
         self.settle()
         if not self.on_host:
-            return super()._apply(fn, recurse)
+            self._apply_to_rows(fn, recurse)
+            return self
         # Tensors without elements tell what `fn` does to dtypes and device; where it leads to is left aside.
         probes = [torch.empty(0, dtype=dtype, device=self.rows.device) for dtype in (torch.float32, torch.float64)]
         told = [fn(probe) for probe in probes]
@@ -279,7 +267,7 @@ class RowTable(nn.Module):
                 self._wait_for_readers()  # memory that they read is given back
                 if cast.itemsize >= 4:  # to 16 bits, what is read becomes narrower; what is trained does not
                     self._cast_masters(cast)
-                self._wire_dtype = cast
+                self._watch.read_as = cast
             if self.rows.is_meta and not told[0].is_meta:
                 self._replace(torch.empty(self.rows.shape, dtype=self.rows.dtype))
         return self
@@ -290,7 +278,7 @@ class RowTable(nn.Module):
         converted = torch.empty(self.rows.shape, dtype=dtype, device=self.rows.device)
         for block in row_blocks(converted):
             converted[block].copy_(self.rows[block])
-        self.rows.data = converted
+        self._change(converted)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.settle()

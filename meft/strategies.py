@@ -68,7 +68,7 @@ class Strategy(ABC):
         ids = picked_neurons(x, logits, keys, layer.config)
         with layer.traffic.stalled():  # for the number of rows, that is for all that is queued on the device
             rows, position = union_of(ids, layer.config)
-            home = rows.to(layer.keys.rows.device, torch.int64)
+            home = rows.to(layer.keys.masters.device, torch.int64)
         if layer.config.on_host:
             layer.traffic.bytes_to_host += nbytes(rows)
         return Picks(rows, position, home)

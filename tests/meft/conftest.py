@@ -102,6 +102,11 @@ class Tiny:
     def tables(cls, model, adapter="default"):
         return [table for layer in cls.layers(model) for table in layer.tables(adapter)]
 
+    @classmethod
+    def most_touches(cls, model):
+        """Of each table, how often its most touched row was."""
+        return [int(table.moments.counts.max()) for table in cls.tables(model)]
+
     @staticmethod
     def state(model):
         """All tensors of the adapters."""
@@ -140,12 +145,11 @@ class Tiny:
         flat = x.reshape(-1, x.shape[-1])
         y = reference(
             flat,
-            layer.meft_router[adapter].detach().to(flat.dtype),
+            layer.router(adapter).detach().to(flat.dtype),
             keys.rows.detach().to(flat.dtype),
             values.rows.detach().to(flat.dtype),
             experts_per_token=config.probed,
             top_k=config.top_k,
-            routing=config.routing,
             router_factor=config.router_factor,
             real=None if real is None else real.reshape(-1),
         )

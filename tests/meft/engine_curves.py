@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from aslora_meft.demo import LEARNT, bible
 from meft import MEFTConfig
 from meft.layer import MEFTLayer
-from meft.routing import reference
+from meft.routing import chosen_neurons, reference
 from meft.strategies import Host, Strategy
 
 SMALL = Path(__file__).parents[2] / ".cache" / "SmolLM2-135M-Instruct"
@@ -29,9 +29,9 @@ def optimizer_of(parameters):
     return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
 
 
-def losses_of(model, batches, parameters):
+def losses_of(model, batches, parameters, optimizer=None):
     """Loss of each step, with clipping."""
-    optimizer = optimizer_of(parameters)
+    optimizer = optimizer or optimizer_of(parameters)
     losses = []
     for step, batch in enumerate(batches):
         optimizer.zero_grad()
@@ -72,33 +72,52 @@ def by_the_engine(model, batches, lanes):
     return losses, masks
 
 
+class EachRow(torch.optim.AdamW):
+    """torch's AdamW with each row as a parameter of its own: a row that nobody has picked stays as it is.
+
+    Attributes:
+        picked: of each pair of tables, bool [r]; set in each pass.
+    """
+
+    def __init__(self, tables, others):
+        self.tables, self.picked = tables, {}
+        self.rows = [[nn.Parameter(row) for row in table.detach()] for table in tables]  # views of the tables
+        super().__init__([*others, *(row for rows in self.rows for row in rows)], lr=1e-3, weight_decay=0.01)
+
+    def step(self):
+        for i, (table, rows) in enumerate(zip(self.tables, self.rows, strict=True)):
+            for row, gradient, picked in zip(rows, table.grad, self.picked[i // 2].tolist(), strict=True):
+                row.grad = gradient if picked else None
+            table.grad = None
+        super().step()
+
+
 def by_the_oracle(base, adapted, batches, masks=None):
-    """Losses of the base model with plain parameters in the oracle's formula, stepped by torch's AdamW.
+    """Losses of the base model with plain parameters in the oracle's formula, stepped by torch's AdamW, row by row.
 
     Args:
         adapted: where it begins. masks: picks to use in the order of the passes; None: the oracle's own.
     """
-    trained, left = [], iter(masks or ())
-    for path, layer in adapted.base_model.adapted_ffns().items():
+    routers, tables, left = [], [], iter(masks or ())
+    for number, (path, layer) in enumerate(adapted.base_model.adapted_ffns().items()):
         config = layer.configs["default"]
-        start = (layer.meft_router["default"], *(table.rows for table in layer.tables("default")))
+        start = (layer.router("default"), *(table.rows for table in layer.tables("default")))
         own = [nn.Parameter(p.detach().clone()) for p in start]
-        trained += own
+        routers.append(own[0])
+        tables += own[1:]
 
-        def add(module, args, output, own=own, config=config):
+        def add(module, args, output, own=own, config=config, number=number):
             x = args[0].reshape(-1, args[0].shape[-1])
-            y = reference(
-                x,
-                *own,
-                experts_per_token=config.probed,
-                top_k=config.top_k,
-                chosen=next(left) if masks is not None else None,
-            )
-            return output + y.view(output.shape)
+            fields = {"experts_per_token": config.probed, "top_k": config.top_k}
+            with torch.no_grad():
+                chosen = next(left) if masks is not None else chosen_neurons(x, *own[:2], router_factor=True, **fields)
+            optimizer.picked[number] = chosen.any(0)
+            return output + reference(x, *own, chosen=chosen, **fields).view(output.shape)
 
         base.get_submodule(path).register_forward_hook(add)
     base.requires_grad_(False)
-    return losses_of(base, batches, trained)
+    optimizer = EachRow(tables, routers)
+    return losses_of(base, batches, [*routers, *tables], optimizer)
 
 
 def curves(make_base, config, batches, lanes, prepare=lambda model: None):
@@ -125,7 +144,7 @@ def smol(steps, strategy, lanes, length=64, **fields):
     """
     tokens = AutoTokenizer.from_pretrained(SMALL)(bible()[LEARNT], return_tensors="pt").input_ids[0]
     starts = [i * length % (len(tokens) - length) for i in range(steps)]
-    config = MEFTConfig(**(SMOL | fields), retrieval=strategy, row_optimizer={"mode": "dense"})
+    config = MEFTConfig(**(SMOL | fields), retrieval=strategy)
 
     def base():
         return AutoModelForCausalLM.from_pretrained(SMALL, dtype=torch.float32)

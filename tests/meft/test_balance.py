@@ -71,7 +71,7 @@ def loss_with_explicit_sum(model, inputs):
     for handle in handles:
         handle.remove()
     real = inputs["attention_mask"].bool()
-    sums = [explicit(x[real] @ layer.meft_router["default"].T, 2) for layer, x in seen]
+    sums = [explicit(x[real] @ layer.router("default").T, 2) for layer, x in seen]
     assert len(sums) == len(layers) == 2
     return loss + WEIGHT * sum(sums) / len(sums)
 

@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftType
 
 from meft import MEFTConfig
 
-KEYS = "mode, in_backward, zero_copy, lr, betas, eps, weight_decay"
+KEYS = "in_backward, zero_copy, lr, betas, eps, weight_decay"
 # What is given -> the parts that the sentence must have: the field, the value, and the remedy.
 REFUSED = [
     *(
@@ -27,7 +27,6 @@ REFUSED = [
     *(
         ({name: value}, [f"{name}={value!r}", *choices])
         for name, value, choices in (
-            ("routing", "token", ["per_token", "union"]),
             ("placement", "gpu", ["auto", "host", "device"]),
             ("retrieval", "disk", ["auto", "host", "stream", "device-keys", "device-rows", "resident"]),
             ("backward_rows", "keep", ["auto", "save", "refetch"]),
@@ -64,7 +63,7 @@ REFUSED = [
     ),
     ({"row_optimizer": "adam"}, ["row_optimizer='adam'", "None or a dict", KEYS]),
     ({"row_optimizer": {"momentum": 1}}, ["row_optimizer={'momentum': 1}", KEYS]),
-    ({"row_optimizer": {"mode": "eager"}}, ["row_optimizer", "mode='eager'", "'lazy' or 'dense'"]),
+    ({"row_optimizer": {"mode": "lazy"}}, ["row_optimizer={'mode': 'lazy'}", KEYS]),
     *(
         ({"row_optimizer": {name: v}}, ["row_optimizer", f"{name}={v!r}", "a number of at least 0"])
         for name in ("lr", "eps", "weight_decay")
@@ -95,7 +94,7 @@ def test_a_wrong_value_gets_a_sentence_with_field_value_and_remedy(given, parts)
 def test_the_defaults_are_the_papers():
     config = MEFTConfig()
     assert (config.r, config.num_experts, config.experts_per_token, config.top_k) == (4096, None, 8, 64)
-    assert (config.routing, config.router_factor, config.router_init_scale) == ("per_token", True, 50.0)
+    assert (config.router_factor, config.router_init_scale) == (True, 50.0)
     assert (config.placement, config.retrieval, config.pin_memory) == ("auto", "auto", True)
     assert (config.row_dtype, config.master_dtype, config.row_optimizer) == ("auto", "float32", None)
     assert (config.balance_loss_weight, config.init_weights, config.target_modules) == (0.0, True, None)
@@ -117,7 +116,7 @@ def test_the_edges_of_the_ranges_are_allowed():
     MEFTConfig(placement="device", retrieval="resident")
     MEFTConfig(placement="host", retrieval="host")
     MEFTConfig(row_optimizer={})
-    MEFTConfig(row_optimizer={"lr": 0, "eps": 0, "weight_decay": 0, "betas": [0, 0.0], "mode": "dense"})
+    MEFTConfig(row_optimizer={"lr": 0, "eps": 0, "weight_decay": 0, "betas": [0, 0.0]})
     MEFTConfig(layers_to_transform=[0], layers_pattern="h", target_modules=["mlp"])
 
 
@@ -126,7 +125,6 @@ FULL = {
     "num_experts": 12,
     "experts_per_token": 3,
     "top_k": 5,
-    "routing": "union",
     "router_factor": False,
     "router_init_scale": 7.5,
     "init_weights": False,
@@ -142,7 +140,7 @@ FULL = {
     "row_dtype": "bfloat16",
     "master_dtype": "bfloat16",
     "pin_memory": False,
-    "row_optimizer": {"mode": "dense", "lr": 1e-3, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.1},
+    "row_optimizer": {"lr": 1e-3, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.1},
     "balance_loss_weight": 0.25,
 }
 
@@ -197,16 +195,9 @@ def test_no_more_experts_are_probed_than_there_are(r, wanted):
     assert config.probed == min(wanted, config.experts)
 
 
-def test_the_factor_belongs_to_per_token_routing():
-    assert MEFTConfig().has_factor
-    assert not MEFTConfig(router_factor=False).has_factor
-    assert not MEFTConfig(routing="union").has_factor
-
-
 def test_dense_means_all_neurons_of_all_experts_without_the_factor():
     dense = {"r": 64, "num_experts": 8, "experts_per_token": 8, "top_k": 64, "router_factor": False}
     assert MEFTConfig(**dense).is_dense
-    assert MEFTConfig(**dense | {"router_factor": True, "routing": "union"}).is_dense
     for change in ({"router_factor": True}, {"top_k": 63}, {"experts_per_token": 7}):
         assert not MEFTConfig(**dense | change).is_dense
     few = MEFTConfig(**dense | {"num_experts": None, "experts_per_token": 32})
@@ -216,11 +207,6 @@ def test_dense_means_all_neurons_of_all_experts_without_the_factor():
 
 def test_rows_are_on_the_host_unless_asked_otherwise():
     assert [MEFTConfig(placement=p).on_host for p in ("auto", "host", "device")] == [True, True, False]
-
-
-def test_rows_are_updated_lazily_unless_asked_otherwise():
-    given = [None, {}, {"lr": 1e-3}, {"mode": "lazy"}, {"mode": "dense"}]
-    assert [MEFTConfig(row_optimizer=g).row_mode for g in given] == ["lazy"] * 4 + ["dense"]
 
 
 def test_every_named_dtype_is_one_of_torch():

@@ -215,7 +215,6 @@ def run_fsdp1(rank, use_orig_params):
 TASKS = {
     "ddp": run_ddp,
     "clipping": lambda rank: run_ddp(rank, clip=True),
-    "dense": lambda rank: run_ddp(rank, row_optimizer={"mode": "dense"}),
     "checkpointed": lambda rank: run_checkpointed(rank, False),
     "checkpointed reentrant": lambda rank: run_checkpointed(rank, True),
     "accumulation": run_accumulation,
@@ -353,10 +352,6 @@ def test_clipping_counts_the_same_norm_as_one_process(ranks, alone, name):
         assert entry["norms"] == pytest.approx(norms, rel=1e-9)
         assert min(entry["norms"]) > 0.05
     assert_close(assert_bit_equal(ranks, name)["state"], expected)
-
-
-def test_dense_mode(ranks, alone):
-    assert_close(assert_bit_equal(ranks, "dense")["state"], alone(row_optimizer={"mode": "dense"})[0])
 
 
 def each(name):

@@ -10,7 +10,7 @@ from thread_lanes import ThreadLanes
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_fifty_steps_of_a_small_model(tiny, strategy):
     batches = [tiny.batch(2, 7, seed % 5) for seed in range(50)]
-    config = tiny.config(retrieval=strategy, row_optimizer={"mode": "dense"})
+    config = tiny.config(retrieval=strategy)
     made = curves(lambda: tiny.base(2, torch.float32), config, batches, ThreadLanes(), tiny.enlarge)
     engine, replayed, free = made
     assert max(differences(engine, replayed)) < 1e-5

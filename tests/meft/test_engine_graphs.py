@@ -90,7 +90,7 @@ def nothing_but_padding(tiny, model):
 def a_part_of_the_graph(tiny, model):
     """The rows of lower layers are brought ahead and never used."""
     loss = tiny.loss(model)
-    torch.autograd.grad(loss, tiny.layers(model)[2].meft_router["default"])
+    torch.autograd.grad(loss, tiny.layers(model)[2].router("default"))
     ordinary(tiny, model)
 
 
@@ -124,11 +124,9 @@ def test_gradients_are_those_of_rows_in_place(tiny, strategy, rows, how):
 
 
 CONFIGS = {
-    "union": {"routing": "union"},
     "no factor": {"router_factor": False},
     "dense adapter": {"experts_per_token": 8, "top_k": 48, "router_factor": False},
     "balance loss": {"balance_loss_weight": 0.1},
-    "dense rows": {"row_optimizer": {"mode": "dense"}},
 }
 
 

@@ -64,10 +64,8 @@ def abandon(tiny, model):
     gc.collect()
 
 
-def run(tiny, monkeypatch, dropped=(), checkpointing=None, dense=False, clip=True, dtype=torch.bfloat16, **fields):
+def run(tiny, monkeypatch, dropped=(), checkpointing=None, clip=True, dtype=torch.bfloat16, **fields):
     """What is found in some steps with the wire in bfloat16, or with masters that are read themselves."""
-    if dense:
-        fields["row_optimizer"] = {"mode": "dense"}
     gc.freeze()  # what is there already is not looked through each time
     model = tiny.adapted(layers=3, dtype=dtype, master_dtype="float32", **fields)
     if checkpointing is not None:
@@ -96,9 +94,7 @@ def test_there_is_no_race(tiny, monkeypatch, strategy, rows):
 VARIANTS = {
     "reentrant": {"checkpointing": True},
     "non-reentrant, refetch": {"checkpointing": False, "backward_rows": "refetch"},
-    "dense": {"dense": True},
     "no clipping, masters are read": {"clip": False, "dtype": torch.float32, "backward_rows": "refetch"},
-    "all tokens use the union": {"routing": "union"},
     "steps by the device": {"row_optimizer": {"zero_copy": True}},
 }
 

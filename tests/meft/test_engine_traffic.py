@@ -136,10 +136,9 @@ def test_checkpointing_with_kept_rows_gathers_once(tiny, counted, monkeypatch):
         assert sorted(calls) == expected
 
 
-@pytest.mark.parametrize("routing", ["per_token", "union"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_experts_load(tiny, counted, strategy, routing):
-    models = [tiny.adapted(2, retrieval=strategy, routing=routing), tiny.adapted(2, routing=routing)]
+def test_the_experts_load(tiny, counted, strategy):
+    models = [tiny.adapted(2, retrieval=strategy), tiny.adapted(2)]
     models[0].base_model.engines["default"].use(counted)
     for model in models:
         ids = tiny.batch()

@@ -24,7 +24,7 @@ def logits(model, ids):
         return model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("fields", [{}, {"router_factor": False}, {"top_k": 48}, {"routing": "union"}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"router_factor": False}, {"top_k": 48}], ids=str)
 def test_resident_tensors_give_the_adapters_logits(tiny, saved, tmp_path, fields):
     model, folder = saved(**fields)
     export_resident(folder, tmp_path / "out")
@@ -47,7 +47,7 @@ def test_the_layout_is_the_documented_one(tiny, saved, tmp_path):
         path = f"model.layers.{i}.mlp"
         assert torch.equal(tensors.pop(f"{path}.keys"), keys.rows)
         assert torch.equal(tensors.pop(f"{path}.values"), values.rows)
-        assert torch.equal(tensors.pop(f"{path}.router"), layer.meft_router["default"])
+        assert torch.equal(tensors.pop(f"{path}.router"), layer.router("default"))
     assert all(name.startswith("routing.") for name in tensors)
 
 

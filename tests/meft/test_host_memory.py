@@ -23,7 +23,13 @@ def test_too_little_memory_names_both_numbers_and_an_r_that_fits(monkeypatch):
     wanted = row_bytes(config, 4096, 32, 2)
     with pytest.raises(MemoryError) as caught:
         require_memory(wanted, config, 32)
-    for part in (f"{wanted:,} bytes", "MemAvailable is 10,000,000,000", "use r=", "layers_to_transform"):
+    for part in (
+        f"{wanted:,} bytes",
+        "10,000,000,000 (9.3 GiB) are available",
+        "use r=",
+        "layers_to_transform",
+        "ASLORA_MEFT_HOST_GIB",
+    ):
         assert part in str(caught.value)
     smaller = int(str(caught.value).split("use r=")[1].split()[0])
     assert smaller % config.experts == 0
@@ -46,6 +52,65 @@ def test_a_model_is_left_as_it_was(tiny, monkeypatch):
     assert [path for path, _ in base.named_modules()] == modules
     monkeypatch.setattr(host_memory, "available_bytes", lambda: needed)
     get_peft_model(base, tiny.config())
+
+
+def write(root, files):
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+MEMINFO = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n"}
+V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        (MEMINFO, 8000 * 1024),
+        ({}, None),
+        ({**MEMINFO, "proc/self/cgroup": "0::/a/b\n", f"{V2}/a/b/memory.max": "max\n"}, 8000 * 1024),
+        (
+            {
+                **MEMINFO,
+                "proc/self/cgroup": "0::/a/b\n",
+                f"{V2}/a/b/memory.max": "max\n",
+                f"{V2}/a/b/memory.current": "5\n",
+                f"{V2}/a/memory.max": "5000\n",  # the group around it
+                f"{V2}/a/memory.current": "4000\n",
+                f"{V2}/a/memory.stat": "anon 1\ninactive_file 700\n",
+            },
+            1700,
+        ),
+        ({"proc/self/cgroup": "0::/../x\n", f"{V2}/memory.max": "50\n", f"{V2}/memory.current": "60\n"}, 0),
+        (
+            {
+                **MEMINFO,
+                "proc/self/cgroup": "5:cpu,memory:/job\n1:name=systemd:/job\n",
+                f"{V1}/job/memory.limit_in_bytes": "3000\n",
+                f"{V1}/job/memory.usage_in_bytes": "1000\n",
+                f"{V1}/memory.limit_in_bytes": "9223372036854771712\n",
+                f"{V1}/memory.usage_in_bytes": "1\n",
+            },
+            2000,
+        ),
+    ],
+    ids=["no groups", "nothing", "no limit", "version 2", "a container's own view", "version 1"],
+)
+def test_limits_of_containers_and_jobs_are_read(tmp_path, monkeypatch, files, left):
+    monkeypatch.delenv("ASLORA_MEFT_HOST_GIB", raising=False)
+    write(tmp_path, files)
+    assert available_bytes(tmp_path) == left
+
+
+def test_the_variable_says_what_may_be_taken(tmp_path, monkeypatch):
+    write(tmp_path, MEMINFO)
+    monkeypatch.setenv("ASLORA_MEFT_HOST_GIB", "1.5")
+    assert available_bytes(tmp_path) == 3 * 2**29
+    monkeypatch.setenv("ASLORA_MEFT_HOST_GIB", "much")
+    with pytest.raises(ValueError, match="ASLORA_MEFT_HOST_GIB='much' is no number"):
+        available_bytes(tmp_path)
 
 
 def test_this_machine_says_something_sensible():

@@ -92,7 +92,7 @@ def test_gradients_of_an_architecture_are_the_oracles(tiny, name):
         keys, values = layer.tables("default")
         parameters = leaves.setdefault(
             id(layer),
-            [p.detach().clone().requires_grad_() for p in (layer.meft_router["default"], keys.rows, values.rows)],
+            [p.detach().clone().requires_grad_() for p in (layer.router("default"), keys.rows, values.rows)],
         )
         router, key_rows, value_rows = parameters
         flat = x.reshape(-1, x.shape[-1])
@@ -114,7 +114,7 @@ def test_gradients_of_an_architecture_are_the_oracles(tiny, name):
     oracle(**inputs).loss.backward()
     assert len(found) == 6
     for path, layer in model.base_model.adapted_ffns().items():
-        names = ("meft_router.default", "meft_keys.default.rows", "meft_values.default.rows")
+        names = ("meft_router.default.weight", "meft_keys.default.rows", "meft_values.default.rows")
         for part, leaf in zip(names, leaves[id(layer)], strict=True):
             ours = found[f"base_model.model.{path}.{part}"]
             assert ours.abs().max() > 0
@@ -209,8 +209,25 @@ def test_a_failed_later_injection_leaves_the_model_as_it_was(tiny, fields):
     assert model.base_model.steps.tables.keys() == {"default", "other"}
 
 
+@pytest.mark.parametrize(
+    "copy", [lambda new, old: new.data.copy_(old), lambda new, old: setattr(new, "data", old.data)]
+)
+def test_an_adapter_that_is_copied_by_name_is_the_same(tiny, copy):
+    """As preference trainers make a reference: every tensor of `default`, by the part `.default.` of its name."""
+    model = tiny.adapted(dtype=torch.float32).eval()
+    model.add_adapter("ref", model.peft_config["default"])
+    copied = [name for name, _ in model.named_parameters() if ".default." in name]
+    assert len(copied) == 3 * len(tiny.layers(model)) == len([n for n, _ in model.named_parameters() if ".ref." in n])
+    for name in copied:
+        copy(model.get_parameter(name.replace(".default.", ".ref.")), model.get_parameter(name))
+    with torch.no_grad():
+        expected = model(input_ids=tiny.batch()).logits
+        model.set_adapter("ref")
+        assert torch.equal(model(input_ids=tiny.batch()).logits, expected)
+
+
 def test_names_of_tensors_are_no_names_of_adapters(tiny):
-    for name in ("rows", "meft_router"):
+    for name in ("rows", "weight", "meft_router"):
         with pytest.raises(ValueError, match="name of a tensor"):
             get_peft_model(tiny.base(), tiny.config(), adapter_name=name)
 
@@ -289,7 +306,7 @@ def test_set_adapter_switches(tiny):
         torch.testing.assert_close(logits(model), oracle_logits(tiny, model, [name]), rtol=1e-12, atol=1e-12)
         for adapter in ("default", "other"):
             assert all(t.rows.requires_grad == (adapter == name) for t in tiny.tables(model, adapter))
-            flags = {layer.meft_router[adapter].requires_grad for layer in tiny.layers(model)}
+            flags = {layer.router(adapter).requires_grad for layer in tiny.layers(model)}
             assert flags == {adapter == name}
 
 
@@ -374,7 +391,7 @@ def test_an_added_adapter_keeps_the_flags_and_the_moments_of_the_others(tiny):
     model = tiny.adapted()
     optimizer = tiny.train(model, 2)
     for layer in tiny.layers(model):
-        layer.meft_router["default"].requires_grad = False
+        layer.router("default").requires_grad = False
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     before = tiny.whole_state(model)
     model.add_adapter("other", tiny.config(master_dtype="float64"))
@@ -382,7 +399,7 @@ def test_an_added_adapter_keeps_the_flags_and_the_moments_of_the_others(tiny):
     assert not [n for n, p in model.named_parameters() if "other" in n and p.requires_grad]
     tiny.assert_equal({k: v for k, v in tiny.whole_state(model).items() if "other" not in k}, before)
     tiny.train(model, 1, optimizer)
-    assert all(t.moments.step == 3 for t in tiny.tables(model))
+    assert set(tiny.most_touches(model)) == {3}
 
 
 def test_the_number_of_experts_that_was_chosen_is_logged(tiny, caplog):
@@ -437,7 +454,7 @@ def test_transformers_own_adapters(tiny, tmp_path):
     model = tiny.base()
     model.add_adapter(tiny.config(master_dtype="float64"))
     optimizer = tiny.train(model, 1)
-    assert all(t.moments.step == 1 for t in tiny.tables(model))
+    assert set(tiny.most_touches(model)) == {1}
     model.save_pretrained(tmp_path)
     other = tiny.base()
     other.load_adapter(str(tmp_path))
@@ -472,7 +489,7 @@ def test_a_classifier_head_trains_and_is_saved(tiny, tmp_path):
 def test_the_state_dict_holds_each_tensor_once_and_the_digest(tiny):
     model = tiny.adapted()
     keys = sorted(get_peft_model_state_dict(model))
-    parts = ("meft_keys.rows", "meft_router", "meft_values.rows")
+    parts = ("meft_keys.rows", "meft_router.weight", "meft_values.rows")
     expected = [f"base_model.model.model.layers.{i}.mlp.{part}" for i in range(2) for part in parts]
     assert keys == sorted(["base_model.meft_digest", *expected])
 
@@ -547,7 +564,7 @@ def test_a_16_bit_base_reads_rounded_masters(tiny, dtype):
                 assert rows.dtype == dtype
                 assert torch.equal(rows, table.rows.to(dtype))
     assert model(batch()).logits.dtype == dtype
-    assert all(layer.meft_router["default"].dtype == torch.float32 for layer in tiny.layers(model))
+    assert all(layer.router("default").dtype == torch.float32 for layer in tiny.layers(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float32])

@@ -16,7 +16,7 @@ def test_the_counters_of_one_step(tiny):
     keys = layer.tables("default")[0]
     chosen = chosen_neurons(
         x,
-        layer.meft_router["default"].detach(),
+        layer.router("default").detach(),
         keys.rows.detach(),
         experts_per_token=config.experts_per_token,
         top_k=config.top_k,

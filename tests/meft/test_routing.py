@@ -27,17 +27,13 @@ def picks_of_a_token(x, router, keys, P, K, factor):
     return {j: scores[j] for j in kept if scores[j] > 0}, logits
 
 
-def loops(x, router, keys, values, P, K, routing, factor, real):
+def loops(x, router, keys, values, P, K, factor, real):
     """What the adapter adds, [T, d], by loops over python numbers."""
-    factor = factor and routing == "per_token"
     x, router, keys, values = (m.tolist() for m in (x, router, keys, values))
     picks = [picks_of_a_token(t, router, keys, P, K, factor)[0] if ok else {} for t, ok in zip(x, real, strict=True)]
-    used = sorted({j for chosen in picks for j in chosen})
     y = []
-    for t, ok, own in zip(x, real, picks, strict=True):
+    for t, own in zip(x, picks, strict=True):
         total = [0.0] * len(t)
-        if routing == "union":
-            own = {j: sum(a * b for a, b in zip(t, keys[j], strict=True)) for j in used} if ok else {}
         for j, score in own.items():
             for c in range(len(t)):
                 total[c] += max(score, 0.0) * values[j][c]
@@ -54,8 +50,8 @@ def draw(T, d, E, each, seed, integer):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.data(), st.booleans(), st.booleans(), st.sampled_from(["per_token", "union"]))
-def test_the_oracle_equals_loops(data, integer, factor, routing):
+@given(st.data(), st.booleans(), st.booleans())
+def test_the_oracle_equals_loops(data, integer, factor):
     T, d, E, each = (data.draw(st.integers(low, high)) for low, high in ((1, 6), (1, 5), (1, 5), (1, 4)))
     P, K = data.draw(st.integers(1, E)), data.draw(st.integers(1, E * each))
     real = data.draw(st.lists(st.booleans(), min_size=T, max_size=T))
@@ -67,11 +63,10 @@ def test_the_oracle_equals_loops(data, integer, factor, routing):
         values,
         experts_per_token=P,
         top_k=K,
-        routing=routing,
         router_factor=factor,
         real=torch.tensor(real),
     )
-    expected = loops(x, router, keys, values, P, K, routing, factor, real)
+    expected = loops(x, router, keys, values, P, K, factor, real)
     if integer:
         assert torch.equal(y, expected)
     else:
@@ -109,21 +104,10 @@ def test_neurons_of_unprobed_experts_are_never_kept():
     assert not chosen.any()
 
 
-@pytest.mark.parametrize("routing", ["per_token", "union"])
-def test_all_neurons_without_the_factor_are_a_dense_relu_adapter(routing):
+def test_all_neurons_without_the_factor_are_a_dense_relu_adapter():
     x, router, keys, values = draw(9, 6, 4, 5, seed=1, integer=False)
-    y = reference(x, router, keys, values, experts_per_token=4, top_k=20, router_factor=False, routing=routing)
+    y = reference(x, router, keys, values, experts_per_token=4, top_k=20, router_factor=False)
     assert torch.equal(y, (x @ keys.T).relu() @ values)
-
-
-def test_union_lets_every_token_use_what_any_has_picked():
-    x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    router, keys, values = torch.eye(2), torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 10.0]])
-    fields = {"experts_per_token": 1, "top_k": 1, "routing": "union"}
-    assert reference(x, router, keys, values, **fields).tolist() == [[1.0, 0.0], [0.0, 10.0], [1.0, 10.0]]
-    # Nobody real picks neuron 1 now; the tie of the last token goes to expert 0.
-    real = torch.tensor([True, False, True])
-    assert reference(x, router, keys, values, real=real, **fields).tolist() == [[1.0, 0.0], [0.0, 0.0], [1.0, 0.0]]
 
 
 def test_padding_gets_zeros_and_changes_nobody():
@@ -145,10 +129,7 @@ def test_injected_picks_are_used():
 
 def test_autograd_differentiates_the_oracle():
     inputs = [t.requires_grad_() for t in draw(5, 4, 3, 4, seed=4, integer=False)]
-    for routing in ("per_token", "union"):
-        assert torch.autograd.gradcheck(
-            lambda *i, routing=routing: reference(*i, experts_per_token=2, top_k=3, routing=routing), inputs
-        )
+    assert torch.autograd.gradcheck(lambda *i: reference(*i, experts_per_token=2, top_k=3), inputs)
 
 
 # ---------------------------------------------------------------------- the number of experts

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 
 from adapter_kernels import adamw_blocks
 from meft import row_update
-from meft.row_update import StepRule, native_library, replay_rows, update_rows
+from meft.row_update import StepRule, native_library, update_rows
 
 NEEDS_LIBRARY = pytest.mark.skipif(native_library() is None, reason="the C++ library was not built at installation")
 PATHS = [pytest.param(True, id="c++", marks=NEEDS_LIBRARY), pytest.param(False, id="torch")]
@@ -24,7 +23,7 @@ COUPLED = StepRule(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-6, weight_decay=0.1, d
 
 
 def make(r, d, dtype=torch.float32, seed=0):
-    """(table, exp_avg, exp_avg_sq, count or last_step)"""
+    """(table, exp_avg, exp_avg_sq, count)"""
     generator = torch.Generator().manual_seed(seed)
     wide = torch.promote_types(dtype, torch.float32)
     table = torch.randn(r, d, generator=generator, dtype=torch.float64).to(dtype)
@@ -71,23 +70,13 @@ schedules = st.lists(rules, min_size=1, max_size=12)
 seeds = st.integers(0, 2**32)
 
 
-def dense_steps(state, schedule, seed, native, share=0.4, wire=None):
-    """Touch random rows at each step and read random ones between; returns each step's full gradient."""
-    p, _, _, last = state
+def whole_steps(state, schedule, seed, native):
+    """Touch all rows at each step; returns each step's gradient."""
     generator = torch.Generator().manual_seed(seed)
-    full = []
-    for step, _ in enumerate(schedule, 1):
-        rows = choose(generator, len(p), share)
-        grads = torch.randn(len(rows), p.shape[1], generator=generator, dtype=torch.float64).to(p.dtype)
-        full.append(torch.zeros_like(p).index_copy_(0, rows, grads))
-        first = 1 + int(last.min())
-        history = schedule[first - 1 : step]
-        replay_rows(*state, rows, grads, history, first_step=first, wire=wire, native=native)
-        read = choose(generator, len(p), share)
-        replay_rows(*state, read, None, history, first_step=first, wire=wire, native=native)
-    first = 1 + int(last.min())
-    rows = torch.arange(len(p))
-    replay_rows(*state, rows, None, schedule[first - 1 :], first_step=first, wire=wire, native=native)
+    full = [torch.randn(state[0].shape, generator=generator, dtype=torch.float64) for _ in schedule]
+    full = [grad.to(state[0].dtype) for grad in full]
+    for rule, grad in zip(schedule, full, strict=True):
+        update_rows(*state, torch.arange(len(grad)), grad, rule, native=native)
     return full
 
 
@@ -114,7 +103,7 @@ def same_kind(schedule):
 
 @settings(max_examples=40, deadline=None)
 @given(schedules, seeds)
-def test_lazy_equals_the_oracle_in_float64(schedule, seed):
+def test_touched_rows_equal_the_oracle_in_float64(schedule, seed):
     ours = make(9, 5, torch.float64, seed)
     theirs = clone(ours)
     generator = torch.Generator().manual_seed(seed)
@@ -129,10 +118,10 @@ def test_lazy_equals_the_oracle_in_float64(schedule, seed):
 
 @settings(max_examples=40, deadline=None)
 @given(schedules.map(same_kind), seeds)
-def test_dense_equals_the_oracle_and_torch_in_float64(schedule, seed):
+def test_rows_touched_at_each_step_equal_the_oracle_and_torch_in_float64(schedule, seed):
     ours = make(9, 5, torch.float64, seed)
     start = ours[0].clone()
-    full = dense_steps(ours, schedule, seed, native=None)
+    full = whole_steps(ours, schedule, seed, native=None)
     p, m, v = start, torch.zeros_like(start), torch.zeros_like(start)
     for step, (rule, grad) in enumerate(zip(schedule, full, strict=True), 1):
         p, m, v = oracle(p, m, v, grad, step, rule)
@@ -156,7 +145,7 @@ def cosine(rule, steps):
     return made
 
 
-def lazy_run(schedule, states, native):
+def random_run(schedule, states, native):
     """Steps of random rows of the states, float32 or float64; yields each step's (rows, gradient)."""
     generator = torch.Generator().manual_seed(1)
     for rule in schedule:
@@ -170,12 +159,12 @@ def lazy_run(schedule, states, native):
 
 @pytest.mark.parametrize("native", PATHS)
 @pytest.mark.parametrize("rule", [RULE, COUPLED], ids=["AdamW", "Adam"])
-def test_300_lazy_steps_equal_torch_with_each_row_as_a_parameter(rule, native):
-    # torch leaves out a parameter without a gradient, and counts its steps by itself: the lazy rule.
+def test_300_steps_equal_torch_with_each_row_as_a_parameter(rule, native):
+    # torch leaves out a parameter without a gradient, and counts its steps by itself.
     ours, schedule = make(24, 40), cosine(rule, 300)
     theirs = [torch.nn.Parameter(row.clone()) for row in ours[0]]
     optimizer = (torch.optim.AdamW if rule.decoupled else torch.optim.Adam)(theirs, foreach=False)
-    for now, (rows, grads) in zip(schedule, lazy_run(schedule, [ours], native), strict=True):
+    for now, (rows, grads) in zip(schedule, random_run(schedule, [ours], native), strict=True):
         for row, grad in zip(rows, grads, strict=True):
             theirs[row].grad = grad.clone()
         optimizer.param_groups[0].update(
@@ -190,11 +179,11 @@ def test_300_lazy_steps_equal_torch_with_each_row_as_a_parameter(rule, native):
 
 @pytest.mark.parametrize("native", PATHS)
 @pytest.mark.parametrize("rule", [replace(RULE, weight_decay=0.0), COUPLED], ids=["AdamW", "Adam"])
-def test_300_lazy_steps_in_float32_beside_float64(rule, native):
+def test_300_steps_in_float32_beside_float64(rule, native):
     # Without decoupled decay: 1 - lr * weight_decay in float32, as torch has it, is off by up to 3e-8 at each step.
     ours, wide = make(24, 40), make(24, 40, torch.float64)
     wide[0].copy_(ours[0])
-    for _ in lazy_run(cosine(rule, 300), [ours, wide], native):
+    for _ in random_run(cosine(rule, 300), [ours, wide], native):
         pass
     assert (ours[0] - wide[0]).abs().max() <= 1e-6 * wide[0].abs().max()
     assert torch.equal(ours[3], wide[3])
@@ -202,15 +191,16 @@ def test_300_lazy_steps_in_float32_beside_float64(rule, native):
 
 @pytest.mark.parametrize("native", PATHS)
 @pytest.mark.parametrize("rule", [RULE, COUPLED], ids=["AdamW", "Adam"])
-def test_300_dense_steps_in_float32(rule, native):
+def test_300_steps_of_all_rows_in_float32_equal_a_dense_optimizer(rule, native):
     ours, schedule = make(24, 40), cosine(rule, 300)
     start = ours[0].clone()
-    full = dense_steps(ours, schedule, 2, native, share=0.1)
+    full = whole_steps(ours, schedule, 2, native)
     exact, *_ = torch_dense(start.double(), schedule, [grad.double() for grad in full])
     theirs, *_ = torch_dense(start, schedule, full)
     largest = exact.abs().max()
-    assert (ours[0] - exact).abs().max() <= 1e-6 * largest
     assert (ours[0] - theirs).abs().max() <= 1e-6 * largest
+    # 1 - lr * weight_decay in float32 is off by up to 3e-8 at each step, of torch's as of ours.
+    assert (ours[0] - exact).abs().max() <= 1e-6 * largest + (theirs - exact).abs().max()
 
 
 # -------------------------------------------------------------------------------------------- what must keep its bits
@@ -230,50 +220,6 @@ def test_untouched_rows_keep_their_bits(native, dtype):
         assert not torch.equal(a[rows], b[rows])
 
 
-@pytest.mark.parametrize("native", PATHS)
-def test_dense_leaves_rows_that_are_not_named(native):
-    state = make(20, 8)
-    before = clone(state)
-    replay_rows(*state, torch.tensor([3, 4]), torch.randn(2, 8), [RULE] * 5, first_step=1, native=native)
-    others = torch.ones(20, dtype=torch.bool).index_fill_(0, torch.tensor([3, 4]), False)
-    for a, b in zip(state, before, strict=True):
-        assert torch.equal(a[others], b[others])
-    assert state[3].tolist() == [5 if i in (3, 4) else 0 for i in range(20)]
-
-
-@pytest.mark.parametrize("native", PATHS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_catching_up_in_parts_or_at_once_gives_the_same_bits(native, dtype):
-    native = native if dtype == torch.float32 else None
-    schedule = cosine(RULE, 9)
-    at_once = make(12, 20, dtype)
-    grads = torch.randn(12, 20)
-    replay_rows(*at_once, torch.arange(12), grads, schedule[:1], first_step=1, native=native)
-    in_parts = clone(at_once)
-    replay_rows(*at_once, torch.arange(12), grads, schedule, first_step=1, native=native)
-    for a, b in pairwise([1, 2, 5, 8]):
-        rows = torch.arange(a % 3, 12, 2)
-        first = 1 + int(in_parts[3].min())
-        replay_rows(*in_parts, rows, None, schedule[first - 1 : b], first_step=first, native=native)
-    replay_rows(*in_parts, torch.arange(12), grads, schedule, first_step=1, native=native)
-    assert all(torch.equal(a, b) for a, b in zip(at_once, in_parts, strict=True))
-
-
-@pytest.mark.parametrize("native", PATHS)
-@pytest.mark.parametrize("last", ["gradient", "no gradient"])
-def test_skipping_rows_that_were_never_touched_changes_no_bit(native, last):
-    schedule = [StepRule(1e-2, 0.9, 0.99, 1e-8, 0.0, True)] * 6
-    grads = torch.randn(10, 8) if last == "gradient" else None
-    skipped = make(10, 8)
-    skipped[1][:5] = torch.randn(5, 8)
-    step_by_step = clone(skipped)
-    replay_rows(*skipped, torch.arange(10), grads, schedule, first_step=1, native=native)
-    for step in range(1, 7):
-        at = grads if step == 6 else None
-        replay_rows(*step_by_step, torch.arange(10), at, schedule[step - 1 : step], first_step=step, native=native)
-    assert all(torch.equal(a, b) for a, b in zip(skipped, step_by_step, strict=True))
-
-
 # ------------------------------------------------------------------------------------------------------ the two paths
 
 
@@ -291,18 +237,14 @@ def both_paths(run):
 def test_both_paths_give_the_same_bits(rule, beta1):
     rule = replace(rule, beta1=beta1)
 
-    def lazy(state, native):
+    def run(state, native):
         generator = torch.Generator().manual_seed(3)
         for _ in range(4):
             rows = choose(generator, 300)
             update_rows(*state, rows, torch.randn(len(rows), 1100, generator=generator), rule, native=native)
 
-    def dense(state, native):
-        dense_steps(state, cosine(rule, 5), 4, native)
-
-    for run in (lazy, dense):
-        ours, theirs = both_paths(run)
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    ours, theirs = both_paths(run)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("native", PATHS)
@@ -335,16 +277,17 @@ def test_calls_at_the_same_time_on_several_tables():
 # Neither tensors that torch fills with its threads nor torch.sqrt: in a fork of a process that used them, they hang.
 FORK = """
 import os, sys, torch
-from meft.row_update import StepRule, replay_rows
-rules = [StepRule(1e-2, 0.9, 0.999, 1e-8, 0.01, True)] * 2
-state = [torch.zeros(300, 1100), torch.zeros(300, 1100), torch.zeros(300, 1100), torch.zeros(300, dtype=torch.int32)]
+from meft.row_update import StepRule, _call, _scalars, native_library
+steps = _scalars(StepRule(1e-2, 0.9, 0.999, 1e-8, 0.01, True)).expand(300, -1).clone()
+steps[:, -2], steps[:, -1] = 1e-2 / (1 - 0.9), (1 - 0.999) ** 0.5
+state = [torch.zeros(300, 1100), torch.zeros(300, 1100), torch.zeros(300, 1100)]
 rows, grads = torch.arange(300), torch.zeros(300, 1100)
 grads[:, 0] = 1
 torch.set_num_threads(2)
-replay_rows(*state, rows, grads, rules[:1], first_step=1, native=True)
+_call(native_library(), *state, None, rows, grads, steps)
 child = os.fork()
-replay_rows(*state, rows, grads, rules, first_step=1, native=True)
-right = state[0][299, 0].item() < -0.0199 and int(state[3].sum()) == 600
+_call(native_library(), *state, None, rows, grads, steps)
+right = state[0][299, 0].item() < -0.0199
 if child == 0:
     os._exit(7 if right else 0)
 code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -385,15 +328,11 @@ def test_a_broken_or_foreign_library_is_not_used(monkeypatch, found):
 
 
 @pytest.mark.parametrize("native", PATHS)
-@pytest.mark.parametrize("semantics", ["lazy", "dense"])
-def test_wire_rows_are_the_rounded_rows(native, semantics):
+def test_wire_rows_are_the_rounded_rows(native):
     state = make(40, 70)
     wire = torch.zeros(40, 70, dtype=torch.bfloat16)
     rows = torch.arange(1, 40, 3)
-    if semantics == "lazy":
-        update_rows(*state, rows, torch.randn(len(rows), 70), RULE, wire=wire, native=native)
-    else:
-        replay_rows(*state, rows, None, [RULE, COUPLED], first_step=1, wire=wire, native=native)
+    update_rows(*state, rows, torch.randn(len(rows), 70), RULE, wire=wire, native=native)
     assert torch.equal(wire[rows], state[0][rows].bfloat16())
     others = torch.ones(40, dtype=torch.bool).index_fill_(0, rows, False)
     assert not wire[others].any()
@@ -473,7 +412,6 @@ def test_no_rows(native):
     state = make(4, 6)
     before = clone(state)
     update_rows(*state, torch.empty(0, dtype=torch.int64), torch.empty(0, 6), RULE, native=native)
-    replay_rows(*state, torch.empty(0, dtype=torch.int64), None, [RULE], first_step=1, native=native)
     assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
 
 
@@ -518,15 +456,3 @@ def test_arguments_that_do_not_fit(change, message, library, monkeypatch):
         update_rows(**(given_ | change), rule=RULE)
     assert str(caught.value).count("\n") == 0
     assert all(torch.equal(x, before[name]) for name, x in (given_ | change).items())
-
-
-def test_a_history_with_a_gap_or_an_end_that_was_passed():
-    state = make(4, 6)
-    rows = torch.tensor([0, 2])
-    replay_rows(*state, rows, torch.ones(2, 6), [RULE] * 3, first_step=1)
-    with pytest.raises(ValueError, match="history begins with step 5"):
-        replay_rows(*state, rows, None, [RULE], first_step=5)
-    with pytest.raises(ValueError, match="already stepped at 3"):
-        replay_rows(*state, rows, torch.ones(2, 6), [RULE] * 3, first_step=1)
-    replay_rows(*state, rows, None, [], first_step=4)  # nothing was missed
-    assert state[3].tolist() == [3, 0, 3, 0]

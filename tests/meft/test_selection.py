@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from meft import MEFTConfig, context
 from meft.layer import MEFTLayer
 from meft.routing import chosen_neurons
-from meft.selection import Selection, select_neurons, shared_by_all, union
+from meft.selection import select_neurons, union
 
 
 def draw(T, d, E, each, seed=0, integer=False):
@@ -256,7 +256,7 @@ def test_a_token_costs_e_plus_p_k_dot_products(T, P, monkeypatch):
     layer = layer_of(experts_per_token=P)
     x = torch.randn(T, d, dtype=torch.float64)
     with FlopCounterMode(display=False) as counter:
-        logits = x @ layer.meft_router["default"].detach().T
+        logits = x @ layer.router("default").detach().T
         select_neurons(x, logits, layer.meft_keys["default"].rows.detach(), experts_per_token=P, top_k=5, factor=True)
     assert counter.get_total_flops() == 2 * d * T * (E + P * each)
 
@@ -274,26 +274,9 @@ def test_union_names_each_neuron_once_and_where_it_is(r, data):
     assert rows.dtype == place.dtype == torch.int64
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.sets(st.integers(0, 9)), min_size=1, max_size=6))
-def test_shared_by_all_gives_every_token_every_pick(tokens):
-    starts = torch.tensor([0, *(len(t) for t in tokens)]).cumsum(0)
-    token = torch.tensor([i for i, t in enumerate(tokens) for _ in t], dtype=torch.int64)
-    neuron = torch.tensor([n for t in tokens for n in sorted(t)], dtype=torch.int64)
-    shared = shared_by_all(Selection(starts, token, neuron, torch.zeros(len(neuron))))
-    everything = sorted(set().union(*tokens))
-    assert shared.dots is None  # the scores of other tokens' picks were not computed
-    assert shared.tokens == len(tokens)
-    for t in range(len(tokens)):
-        start, stop = shared.starts[t], shared.starts[t + 1]
-        assert shared.neuron[start:stop].tolist() == everything
-        assert set(shared.token[start:stop].tolist()) <= {t}
-
-
 def test_a_selection_moves_whole_and_knows_its_bytes():
     x, router, keys = draw(6, 5, 4, 3, seed=9)
     selection = select(x, router, keys, 2, 2, True)
     moved = selection.to(torch.device("meta"))
     assert {t.device.type for t in (moved.starts, moved.token, moved.neuron, moved.dots)} == {"meta"}
     assert selection.nbytes() == 8 * (7 + 2 * len(selection.neuron))
-    assert shared_by_all(selection).to(torch.device("cpu")).dots is None

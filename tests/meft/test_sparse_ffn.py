@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from adapter_kernels import sparse_products
 from meft.routing import chosen_neurons, reference
 from meft.row_gradient import RowGradient
-from meft.selection import Selection, select_neurons, shared_by_all, union
+from meft.selection import Selection, select_neurons, union
 from meft.sparse_ffn import Retrieved, SparseFFN, row_dots, token_sums, weighted_rows
 
 SIZES = {"T": 11, "d": 6, "E": 4, "each": 5, "P": 2, "K": 4}
@@ -50,14 +50,11 @@ def retrieve(selection, keys, values, in_place=True):
     return Retrieved(selection, keys.detach()[rows], values.detach()[rows], order, rows, order, False)
 
 
-def sparse(x, router, keys, values, P, K, routing="per_token", factor=True, in_place=True, read=None):
+def sparse(x, router, keys, values, P, K, factor=True, in_place=True, read=None):
     """The sparse path as a layer calls it. read: the rows that are read, if they are not the tables."""
     logits = (x @ router.to(x.dtype).T).detach()
     key_rows, value_rows = read if read is not None else (keys, values)
-    factor = factor and routing == "per_token"
     selection = select_neurons(x.detach(), logits, key_rows.detach(), experts_per_token=P, top_k=K, factor=factor)
-    if routing == "union":
-        selection = shared_by_all(selection)
     found = retrieve(selection, key_rows, value_rows, in_place)
     return SparseFFN.apply(x, router, keys, values, found, logits if factor else None)
 
@@ -71,12 +68,12 @@ def dense(t):
     return t.to_dense() if isinstance(t, RowGradient) else t
 
 
-def assert_equal_to_the_oracle(sizes, seed, routing, factor, in_place):
+def assert_equal_to_the_oracle(sizes, seed, factor, in_place):
     *inputs, g = draw(**sizes, seed=seed)
     inputs = [t.requires_grad_() for t in inputs]
     P, K = sizes["P"], sizes["K"]
-    y = sparse(*inputs, P, K, routing, factor, in_place)
-    expected = reference(*inputs, experts_per_token=P, top_k=K, routing=routing, router_factor=factor)
+    y = sparse(*inputs, P, K, factor, in_place)
+    expected = reference(*inputs, experts_per_token=P, top_k=K, router_factor=factor)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     ours, theirs = gradients(y, g, inputs), gradients(expected, g, inputs)
     assert [type(t) for t in ours] == [torch.Tensor, torch.Tensor, RowGradient, RowGradient]
@@ -87,20 +84,19 @@ def assert_equal_to_the_oracle(sizes, seed, routing, factor, in_place):
 
 @pytest.mark.parametrize("in_place", [True, False], ids=["tables", "copies"])
 @pytest.mark.parametrize("factor", [True, False], ids=["factor", "plain"])
-@pytest.mark.parametrize("routing", ["per_token", "union"])
-def test_float64_equals_the_oracle(products, routing, factor, in_place):
-    *_, dkeys, dvalues = assert_equal_to_the_oracle(SIZES, 0, routing, factor, in_place)
+def test_float64_equals_the_oracle(products, factor, in_place):
+    *_, dkeys, dvalues = assert_equal_to_the_oracle(SIZES, 0, factor, in_place)
     assert torch.equal(dkeys.rows, dvalues.rows)
     assert bool((dkeys.rows.diff() > 0).all())
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.data(), st.booleans(), st.booleans(), st.sampled_from(["per_token", "union"]))
-def test_float64_equals_the_oracle_in_any_shape(data, factor, in_place, routing):
+@given(st.data(), st.booleans(), st.booleans())
+def test_float64_equals_the_oracle_in_any_shape(data, factor, in_place):
     sizes = {name: data.draw(st.integers(1, most)) for name, most in (("T", 9), ("d", 7), ("E", 6), ("each", 5))}
     sizes["P"] = data.draw(st.integers(1, sizes["E"]))
     sizes["K"] = data.draw(st.integers(1, sizes["E"] * sizes["each"]))
-    assert_equal_to_the_oracle(sizes, data.draw(st.integers(0, 2**32)), routing, factor, in_place)
+    assert_equal_to_the_oracle(sizes, data.draw(st.integers(0, 2**32)), factor, in_place)
 
 
 @pytest.mark.parametrize("in_place", [True, False], ids=["tables", "copies"])
@@ -121,15 +117,14 @@ def test_nothing_picked_is_zero_with_zero_gradients(products, T, in_place):
     inputs = [t.requires_grad_() for t in (x, router, keys, values)]
     none = torch.zeros(0, dtype=torch.int64)
     nobody = Selection(torch.zeros(T + 1, dtype=torch.int64), none, none, x.new_zeros(0))
-    for selection in (nobody, shared_by_all(nobody)):
-        y = SparseFFN.apply(*inputs, retrieve(selection, keys, values, in_place), (x @ router.T).detach())
-        assert torch.equal(y, torch.zeros(T, 6, dtype=torch.float64))
-        dx, drouter, dkeys, dvalues = gradients(y, g, inputs)
-        assert not dx.any()
-        assert not drouter.any()
-        assert len(dkeys.rows) == len(dvalues.rows) == 0
-        assert dkeys.row_values.shape == (0, 6)
-        assert dkeys.shape == keys.shape
+    y = SparseFFN.apply(*inputs, retrieve(nobody, keys, values, in_place), (x @ router.T).detach())
+    assert torch.equal(y, torch.zeros(T, 6, dtype=torch.float64))
+    dx, drouter, dkeys, dvalues = gradients(y, g, inputs)
+    assert not dx.any()
+    assert not drouter.any()
+    assert len(dkeys.rows) == len(dvalues.rows) == 0
+    assert dkeys.row_values.shape == (0, 6)
+    assert dkeys.shape == keys.shape
 
 
 def test_some_tokens_without_picks(products):

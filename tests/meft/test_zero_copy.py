@@ -88,9 +88,9 @@ def step_of(lanes, traffic=None, seed=0, n=13, r=20, d=6):
     found = []
     for by_device in (False, True):
         table, wire = master.clone(), master.to(torch.bfloat16)
-        moments = Moments.fresh(table, dense=False, seed=0)
+        moments = Moments.fresh(table)
         by = [lambda *a, **k: steps(traffic or Traffic(), *a, **k)] if by_device else []
-        moments.update(table, wire, rows, gradient, RULE, *by)
+        moments.update(table, wire, rows, gradient, RULE, 0, *by)
         found.append([table, wire, moments.exp_avg, moments.exp_avg_sq, moments.counts])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     return steps
@@ -199,7 +199,6 @@ def test_the_memory_is_locked_once(monkeypatch):
     ("fields", "message"),
     [
         ({"row_optimizer": {"zero_copy": 1}}, "zero_copy=1 must be True or False"),
-        ({"row_optimizer": {"zero_copy": True, "mode": "dense"}}, "zero_copy=True needs mode='lazy'"),
         ({"row_optimizer": {"zero_copy": True}, "master_dtype": "float64"}, "needs master_dtype='float32' or 'bfl"),
         ({"row_optimizer": {"zero_copy": True}, "pin_memory": False}, "needs rows in page-locked host memory"),
         ({"row_optimizer": {"zero_copy": True}, "placement": "device"}, "needs rows in page-locked host memory"),

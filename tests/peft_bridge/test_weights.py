@@ -182,7 +182,7 @@ def test_a_reader_keeps_the_old_file(tmp_path):
     before = (tmp_path / WEIGHTS).read_bytes()
     with (tmp_path / WEIGHTS).open("rb") as reader:
         with torch.no_grad():
-            model.base_model.adapted_ffns()["layers.0.mlp"].meft_router["default"].add_(1)
+            model.base_model.adapted_ffns()["layers.0.mlp"].router("default").add_(1)
         model.save_pretrained(tmp_path)
         assert reader.read() == before
     assert (tmp_path / WEIGHTS).read_bytes() != before

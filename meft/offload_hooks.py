@@ -1,0 +1,97 @@
+"""Offloading by accelerate: its hooks empty a module and bring its parameters when it is called.
+
+Nobody calls the modules that hold an adapter, and rows in host memory are offloaded already: these modules keep their
+parameters. What brings the base model (`cpu_offload`, `disk_offload`, `device_map`) goes on as before.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from peft import PeftModel
+from safetensors import safe_open
+from torch import Tensor, nn
+
+HOOK = "_hf_hook"  # the attribute under which accelerate keeps its hook
+_REGISTER = nn.Module.register_parameter
+
+
+class _Slots(dict[str, Any]):
+    """A module's parameters; what is put in the place of another is the module's to judge."""
+
+    def __init__(self, owner: KeptParameters, parameters: dict[str, Any]) -> None:
+        super().__init__(parameters)
+        self._owner = weakref.ref(owner)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        owner = self._owner()
+        super().__setitem__(name, owner._placed(name, value) if owner is not None else value)
+
+
+class KeptParameters(nn.Module):
+    """A module that accelerate does not empty: a meta tensor takes the place of no parameter that has values."""
+
+    _moving = False
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._guard(self._parameters)
+
+    def _guard(self, parameters: dict[str, Any]) -> None:
+        self.__dict__["_parameters"] = _Slots(self, parameters)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_parameters": dict(self._parameters)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._guard(self._parameters)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A hook that is kept would put back, when it is removed, what was saved when it came.
+        if name != HOOK:
+            super().__setattr__(name, value)
+
+    def _placed(self, name: str, value: Any) -> Any:
+        """What stands for a parameter when somebody puts `value` in its place."""
+        here = self._parameters.get(name)
+        emptied = here is not None and isinstance(value, Tensor) and value.is_meta and not here.is_meta
+        # accelerate's `init_empty_weights` puts a function of its own there, and means it.
+        meant = self._moving or nn.Module.register_parameter is not _REGISTER
+        return here if emptied and not meant else value
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._moving = True  # to("meta") is meant
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self._moving = False
+
+
+def _has_disk_parts(model: nn.Module) -> bool:
+    return "disk" in (getattr(model, "hf_device_map", None) or {}).values()
+
+
+def find_wrapped_weights(model: nn.Module) -> None:
+    """Let `PeftModel.load_adapter` find the weights of wrapped FFNs among those that lie on disk.
+
+    PEFT looks for wrapped layers that have a weight of their own, not for modules inside of them.
+    """
+    if isinstance(model, PeftModel) and _has_disk_parts(model):
+        model._update_offload = lambda index, _: _rename(model, index)  # type: ignore[method-assign, assignment]
+
+
+def _rename(model: PeftModel, index: dict[str, dict[str, str]] | None) -> None:
+    del model._update_offload  # the class has its own
+    base = model.get_base_model()
+    tensors = [name for owned in (base.named_parameters(), base.named_buffers()) for name, _ in owned]
+    wrapped = {name.replace(".base_layer.", "."): name for name in tensors}
+    for key in list(index or {}):
+        assert index is not None
+        entry = index.pop(key)
+        with safe_open(entry["safetensors_file"], framework="pt") as file:
+            names = set(file.keys())
+        # A checkpoint may have been saved without the name of the model around the layers.
+        entry["weight_name"] = next(name for name in (key, key.partition(".")[2]) if name in names)
+        index[f"base_model.model.{wrapped[key]}"] = entry
