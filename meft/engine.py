@@ -148,7 +148,7 @@ class Engine:
                 strategy = STRATEGIES[self._plan[0]](self.lanes, self.layers)
             beside = self.updates_beside(x.device)
             if beside and self._updates is None:
-                self._updates = UpdateQueue(x.device)
+                self._updates = UpdateQueue()
             for each in self.layers if beside else ():
                 each.keys.updates = each.values.updates = self._updates
                 each.keys.name, each.values.name = (f"{part} of layer {each.number}" for part in ("keys", "values"))

@@ -18,7 +18,7 @@ An expert outside of 0 to E - 1 probes nothing: -1 marks the slots of padding to
 distinct. A score that is NaN is not positive. Limits of the kernels: x and keys of one dtype, no float64, P r/E <= 1024
 candidates, K <= 256, r <= 2^20, E <= 1024. The torch path has none of them, and runs where they are passed.
 
-In host memory a C++ library does the same (`expert_topk_host`), where there was a compiler at installation.
+In host memory a C++ library does the same (`host_topk`), where there was a compiler at installation.
 
 Source: arXiv 2406.04984, section 3 and algorithm 1; the factor and the positivity from its authors' own runs.
 """
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from . import dispatch, expert_topk_host, expert_topk_kernels, ordering
+from . import dispatch, expert_topk_kernels, host_topk, ordering
 from .expert_topk_kernels import variants
 
 __all__ = ["expert_topk", "variants"]
@@ -112,7 +112,7 @@ def _op(
         for tensor, name in ((x, "x"), (factors, "factors")):
             dispatch.require(tensor is None or not bool(tensor.isnan().any()), name, "NaN")
     if not dispatch.use_triton(impl, experts.device, expert_topk_kernels.refusals(x, keys, experts.shape[1], K, E)):
-        select = expert_topk_host.select if impl is None and expert_topk_host.serves(x, keys, experts, E) else _torch
+        select = host_topk.expert_topk if impl is None and host_topk.serves(x, keys, experts, E) else _torch
         return select(x, keys, experts, factors, K, E, by_neuron)
     ids, scores, dots = expert_topk_kernels.select(x, keys, experts, factors, K, E)
     if by_neuron:

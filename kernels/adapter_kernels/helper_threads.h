@@ -1,4 +1,4 @@
-// Threads of this library's own, for the loops of row_adamw.cpp (in meft) and expert_topk_host.cpp. Not OpenMP's: those
+// Threads of this library's own, for the loops of row_adamw.cpp (in meft) and host_topk.cpp. Not OpenMP's: those
 // wait awake by default, and torch's number of them is one under torchrun.
 
 #ifndef ADAPTER_KERNELS_HELPER_THREADS_H
@@ -19,6 +19,9 @@
 #define EXPORT extern "C" __declspec(dllexport)
 #else
 #include <unistd.h>
+#if defined(__linux__)
+#include <sched.h>
+#endif
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
@@ -71,7 +74,16 @@ private:
         return size_;
     }
 
+    // A thread starts with the cores of the one that makes it, which may be kept near a device; these go anywhere.
+    static void use_all_cores() {
+#if defined(__linux__)
+        cpu_set_t cores;
+        if (sched_getaffinity(getpid(), sizeof cores, &cores) == 0) sched_setaffinity(0, sizeof cores, &cores);
+#endif
+    }
+
     [[noreturn]] void serve() {
+        use_all_cores();
         std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {
             wake_.wait(lock, [&] { return open_ > 0; });

@@ -25,8 +25,8 @@ _MEMBERSHIP = Path("/proc/self/cgroup")
 def host_threads() -> int:
     """Threads for a loop of this process, at least 1.
 
-    `ASLORA_MEFT_THREADS`, or else: the physical cores that the calling thread may use (its affinity), at most what the
-    control group's quota gives, over LOCAL_WORLD_SIZE, the processes that torchrun or accelerate started here.
+    `ASLORA_MEFT_THREADS`, or else: the physical cores that the process may use (its affinity), at most what the control
+    group's quota gives, over LOCAL_WORLD_SIZE, the processes that torchrun or accelerate started here.
 
     Raises:
         ValueError: `ASLORA_MEFT_THREADS` or LOCAL_WORLD_SIZE is no whole number, or below 1.
@@ -49,7 +49,7 @@ def _number(variable: str) -> int | None:
 def _cores() -> int:
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
-    return min(_physical(frozenset(os.sched_getaffinity(0))), _quota())
+    return min(_physical(frozenset(os.sched_getaffinity(os.getpid()))), _quota())
 
 
 @functools.cache

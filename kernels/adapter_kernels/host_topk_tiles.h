@@ -1,4 +1,4 @@
-// Dot products of tokens and keys for one level of instructions; expert_topk_host.cpp includes this once a level, with
+// Dot products of tokens and keys for one level of instructions; host_topk.cpp includes this once a level, with
 //   LEVEL    a namespace
 //   TARGET   the attribute that lets a function use the level's instructions
 //   LANES    floats of a register, a divisor of 16

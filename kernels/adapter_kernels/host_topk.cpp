@@ -1,10 +1,10 @@
-// expert_topk in host memory in one pass, over a plain C interface: no Python or torch header, so that one build serves
-// all their versions. Loaded by expert_topk_host.py.
+// router_topk and expert_topk in host memory, over a plain C interface: no Python or torch header, so that one build serves
+// all their versions. Loaded by host_topk.py.
 //
-// Pairs of a token and an expert that it probes are grouped by expert. A unit of work is some pairs of one expert: its
+// expert_topk is one pass. Pairs of a token and an expert that it probes are grouped by expert. A unit of work is some pairs of one expert: its
 // keys are read once, widened piece by piece, and multiplied with all the unit's tokens while the piece is in the first
 // cache. Then each token's candidates are ranked. Nothing depends on the number of threads or on the processor: see
-// expert_topk_tiles.h (built with -ffp-contract=off).
+// host_topk_tiles.h (built with -ffp-contract=off).
 
 #if !defined(__GNUC__)
 #error "GCC or Clang is needed, for their vector types; without this library torch operations do its work"
@@ -84,20 +84,20 @@ inline __attribute__((always_inline)) float total(const float* sums) {
 #define TARGET
 #define LANES 4
 #define KEYS 2
-#include "expert_topk_tiles.h"
+#include "host_topk_tiles.h"
 
 #if defined(__x86_64__)
 #define LEVEL avx2
 #define TARGET __attribute__((target("avx2")))
 #define LANES 8
 #define KEYS 2
-#include "expert_topk_tiles.h"
+#include "host_topk_tiles.h"
 
 #define LEVEL avx512
 #define TARGET __attribute__((target("avx512f")))
 #define LANES 16
 #define KEYS 4
-#include "expert_topk_tiles.h"
+#include "host_topk_tiles.h"
 #endif
 
 enum { PLAIN, AVX2, AVX512 };
@@ -227,17 +227,38 @@ struct Job {
     }
 };
 
+// Floats in their order, NaN above all, -0.0 as 0.0; of equal ones the lower index comes first in descending order.
+uint64_t descending(float value, int64_t index) {
+    value += 0.0f;
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint32_t order = value != value ? 0xffffffffu : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return uint64_t{order} << 32 | static_cast<uint32_t>(~index);
+}
+
 } // namespace
 
 // Changes with the arguments below, so that a stale build is not called.
-EXPORT int expert_topk_host_version() { return 1; }
+EXPORT int host_topk_version() { return 1; }
 
 // The highest `level` of instructions that this machine has: 0, 1 (AVX2) or 2 (AVX-512).
-EXPORT int expert_topk_host_levels() { return best_level(); }
+EXPORT int host_topk_levels() { return best_level(); }
+
+// The columns of the P largest of each row of `logits`, [T, E].
+EXPORT void host_router_topk(const float* logits, int64_t T, int64_t E, int64_t P, int32_t* experts, int threads) {
+    in_pieces(T, 64, T * E < ALONE ? 1 : threads, [&](int64_t from, int64_t to) {
+        std::vector<uint64_t> order(E);
+        for (; from < to; ++from) {
+            for (int64_t e = 0; e < E; ++e) order[e] = descending(logits[from * E + e], e);
+            std::partial_sort(order.begin(), order.begin() + P, order.end(), std::greater<>());
+            for (int64_t p = 0; p < P; ++p) experts[from * P + p] = static_cast<int32_t>(~order[p]);
+        }
+    });
+}
 
 // `keys`: float32, bfloat16 or float16 for key_type 0, 1, 2. `products`: room for [T, P, each]. `level`: at most the
 // highest; -1: that.
-EXPORT void expert_topk_host(const float* x, const void* keys, int key_type, const int32_t* experts,
+EXPORT void host_expert_topk(const float* x, const void* keys, int key_type, const int32_t* experts,
                             const float* factors, int64_t T, int64_t d, int64_t E, int64_t each, int64_t P, int64_t K,
                             int by_neuron, float* products, int32_t* ids, float* scores, float* dots, int level,
                             int threads) {

@@ -1,4 +1,4 @@
-"""expert_topk by the C++ library: its bits, beside the torch path and the float64 oracle."""
+"""router_topk and expert_topk by the C++ library: its bits, beside the torch path and the float64 oracle."""
 
 from functools import partial
 
@@ -6,18 +6,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from selection_checks import Case, check_expert, check_expert_exactly, check_nan, generator
+from selection_checks import Case, check_expert, check_expert_exactly, check_nan, check_router, generator
 
-from adapter_kernels import expert_topk, expert_topk_host, host_threads, router_topk, row_union
-from adapter_kernels.expert_topk_host import native_library, select, serves
+from adapter_kernels import expert_topk, host_threads, host_topk, router_topk, row_union
+from adapter_kernels.host_topk import native_library, serves
 
 pytestmark = pytest.mark.skipif(native_library() is None, reason="there was no compiler")
 KEYS = [torch.float32, torch.bfloat16, torch.float16]
-LEVELS = range(native_library().expert_topk_host_levels() + 1) if native_library() else []
+LEVELS = range(native_library().host_topk_levels() + 1) if native_library() else []
 
 
 def native(x, keys, experts, factors, K, *, E, by_neuron=False, level=-1):
-    return select(x, keys, experts, factors, K, E, by_neuron, level=level)
+    return host_topk.expert_topk(x, keys, experts, factors, K, E, by_neuron, level=level)
 
 
 def both(case, by_neuron=False):
@@ -27,7 +27,15 @@ def both(case, by_neuron=False):
 
 
 # The rests of a tile of keys and tokens, of 16 values, of a piece of a row and of a unit of pairs.
-SIZES = [(1, 1, 1, 1), (3, 15, 2, 1), (5, 17, 3, 2), (70, 255, 6, 2), (33, 256, 5, 1), (140, 300, 9, 3), (2, 1031, 23, 4)]
+SIZES = [
+    (1, 1, 1, 1),
+    (3, 15, 2, 1),
+    (5, 17, 3, 2),
+    (70, 255, 6, 2),
+    (33, 256, 5, 1),
+    (140, 300, 9, 3),
+    (2, 1031, 23, 4),
+]
 
 
 @pytest.mark.parametrize("dtype", KEYS)
@@ -74,7 +82,7 @@ def test_halves_are_widened_exactly():
         keys = every.view(dtype).sort().values[:, None].contiguous()
         finite = keys[keys[:, 0].isfinite() & (keys[:, 0] > 0)]
         x, experts = torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32)
-        _, scores, _ = select(x, finite, experts, None, len(finite), 1, True)
+        _, scores, _ = host_topk.expert_topk(x, finite, experts, None, len(finite), 1, True)
         assert torch.equal(scores[0], finite[:, 0].float())
 
 
@@ -96,6 +104,17 @@ def test_nan_leads_to_no_index_that_is_not_there():
     check_nan(router_topk, native, row_union)
 
 
+@given(st.integers(0, 5), st.integers(1, 40), st.data())
+def test_routing_with_ties_and_special_values(T, E, data):
+    P = data.draw(st.integers(1, E))
+    logits = torch.randint(-3, 4, (T, E), generator=generator(data.draw(st.integers(0, 9)))).float()
+    special = torch.tensor([torch.nan, -torch.nan, torch.inf, -torch.inf, -0.0, 1e-45, -1e-45])
+    places = torch.rand(T, E, generator=generator(1)) < 0.3
+    logits[places] = special[torch.randint(7, (int(places.sum()),), generator=generator(2))]
+    assert torch.equal(host_topk.router_topk(logits, P), router_topk(logits, P, impl="torch")[0])
+    check_router(router_topk, logits, P)
+
+
 def test_many_tokens_of_one_expert():
     case = Case(300, 40, E=5, each=7, P=2, K=9, integers=True)
     case.experts[:, 0], case.experts[:, 1] = 3, 1
@@ -107,7 +126,7 @@ def test_it_is_what_the_op_takes_in_host_memory(monkeypatch):
     case.keys = case.keys.to(torch.bfloat16)
     assert serves(case.x, case.keys, case.experts, case.E)
     assert all(map(torch.equal, case.run(expert_topk), case.run(native)))
-    monkeypatch.setattr(expert_topk_host, "native_library", lambda: None)  # as without a compiler
+    monkeypatch.setattr(host_topk, "native_library", lambda: None)  # as without a compiler
     given = (case.x, case.keys, case.experts, case.factors, case.K)
     assert all(map(torch.equal, case.run(expert_topk), expert_topk(*given, E=case.E, impl="torch")))
 
