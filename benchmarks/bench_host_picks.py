@@ -2,11 +2,13 @@
 
     python benchmarks/bench_host_picks.py            # r 6400, d 4096, bf16 keys, T 1, 64, 512; a minute or two
     python benchmarks/bench_host_picks.py --quick    # few rounds; keeps no result
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/bench_host_picks.py    # a run of its own, in the same file
 
 What is timed is what `host` does a layer: `router_topk` and `expert_topk`. The contestants run in turn within a round,
 in a new order each round, and a ratio is the median of the rounds' ratios, with the quartiles. Time on the processor
 (of all threads) is given beside time on the clock, which on a shared machine says more about the others. Gflop/s count
-the products of the candidates' scores. Nothing is reported unless the checks of the same run have passed: picks equal
+the products of the candidates' scores. A whole step of a layer with rows in place (float32, `bench_meft_cpu`) is timed with
+either way of picking too. Nothing is reported unless the checks of the same run have passed: picks equal
 those of float64 on integer-valued inputs; on Gaussian ones they differ only where scores are within a rounding.
 """
 
@@ -21,11 +23,12 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median, quantiles
 
+import bench_meft_cpu
 import torch
 from environment import environment
 from torch import Tensor
 
-from adapter_kernels import expert_topk, router_topk
+from adapter_kernels import expert_topk, host_topk, router_topk
 from adapter_kernels.host_threads import VARIABLE
 from adapter_kernels.host_topk import native_library
 from peft_bridge import replace_file
@@ -126,9 +129,53 @@ def measure(tokens: int, size: tuple[int, ...], rounds: int, most: int) -> dict[
     return found
 
 
+def in_place(tokens: int, r: int, rounds: int, threads: int) -> dict[str, object]:
+    """Milliseconds of a whole step of a layer with rows in place, on inputs of either kind, with either way of picking."""
+    torch.set_num_threads(threads)
+    os.environ[VARIABLE] = str(threads)
+    found: dict[str, object] = {"tokens": tokens, "r": r, "threads": threads, "rounds": rounds}
+    for kind in ("zipf", "gaussian"):
+        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(1)
+        layer = bench_meft_cpu.sparse_layer(r)
+        layer.requires_grad_(True)
+        bench_meft_cpu.check(layer, bench_meft_cpu.inputs(kind, min(tokens, 64), generator))
+        step = bench_meft_cpu.sparse_step(layer)
+        seconds: dict[str, list[float]] = {NATIVE: [], BEFORE: []}
+        forward: dict[str, list[float]] = {NATIVE: [], BEFORE: []}
+        for i in range(rounds + 1):
+            x = bench_meft_cpu.inputs(kind, tokens, generator)
+            g = torch.randn(x.shape, generator=generator)
+            for name in sorted(seconds, reverse=bool(i % 2)):
+                kept = host_topk.native_library
+                host_topk.native_library = kept if name == NATIVE else lambda: None  # type: ignore[assignment]
+                spent = time.process_time()
+                try:
+                    times = step(x.detach(), g)
+                finally:
+                    host_topk.native_library = kept
+                if i:
+                    seconds[name].append(time.process_time() - spent)
+                    forward[name].append(times[0])
+        for what, times in (("forward", forward), ("step, on the processor", seconds)):
+            low, middle, high = quantiles([b / a for a, b in zip(times[NATIVE], times[BEFORE], strict=True)], n=4)
+            found[f"{kind}, {what}"] = {name: 1e3 * median(values) for name, values in times.items()} | {
+                "times as fast": {"25 %": low, "median": middle, "75 %": high}
+            }
+    return found
+
+
 def report(result: dict) -> str:
-    """The rows as text."""
+    """The rows of a run as text."""
     lines = []
+    for row in result["in place"]:
+        for name, of in row.items():
+            if isinstance(of, dict):
+                ratio = of["times as fast"]
+                lines.append(
+                    f"T {row['tokens']:>4}  in place, {name}: {of[NATIVE]:.2f} ms against {of[BEFORE]:.2f}, "
+                    f"{ratio['median']:.2f} [{ratio['25 %']:.2f}, {ratio['75 %']:.2f}] times as fast"
+                )
     for row in result["rows"]:
         for name, of in row.items():
             if isinstance(of, dict) and "ms" in of:
@@ -158,19 +205,21 @@ def main(arguments: list[str] | None = None, size: tuple[int, ...] = SIZE, token
         raise SystemExit("the C++ library was not built: there is nothing to compare")
     load = os.getloadavg() if hasattr(os, "getloadavg") else None
     rows = [measure(T, size, 4 if args.quick else args.rounds, args.threads) for T in tokens]
+    layers = [in_place(T, size[0], 3 if args.quick else max(5, args.rounds // 3), args.threads) for T in tokens]
     waiting = os.environ.get("OMP_WAIT_POLICY", "not set")
-    result = {
+    run = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "environment": environment()
-        | {"threads": args.threads, "cores": os.cpu_count(), "OMP_WAIT_POLICY": waiting, "load at the start": load}
-        | {"load at the end": os.getloadavg() if load else None},
+        "environment": environment() | {"threads": args.threads, "cores": os.cpu_count(), "OMP_WAIT_POLICY": waiting},
+        "load": {"at the start": load, "at the end": os.getloadavg() if load else None},
         "settings": dict(zip(("r", "d", "E", "P", "K"), size, strict=True)) | {"keys": "bfloat16", "x": "float32"},
         "limit": LIMIT,
         "rows": rows,
+        "in place": layers,
     }
-    print(report(result))
+    print(report(run))
     if not args.quick:
-        replace_file(args.out, (json.dumps(result, indent=1) + "\n").encode())
+        runs = json.loads(args.out.read_text()) if args.out.exists() else {}
+        replace_file(args.out, (json.dumps(runs | {f"OMP_WAIT_POLICY {waiting}": run}, indent=1) + "\n").encode())
     last = rows[-1][f"times as fast, {args.threads} threads"]
     return int(last["median"] < LIMIT)  # type: ignore[index]
 
