@@ -7,9 +7,9 @@
 What is timed is what `host` does a layer: `router_topk` and `expert_topk`. The contestants run in turn within a round,
 in a new order each round, and a ratio is the median of the rounds' ratios, with the quartiles. Time on the processor
 (of all threads) is given beside time on the clock, which on a shared machine says more about the others. Gflop/s count
-the products of the candidates' scores. A whole step of a layer with rows in place (float32, `bench_meft_cpu`) is timed with
-either way of picking too. Nothing is reported unless the checks of the same run have passed: picks equal
-those of float64 on integer-valued inputs; on Gaussian ones they differ only where scores are within a rounding.
+the products of the candidates' scores. A whole step of a layer with rows in place (float32, `bench_meft_cpu`) is timed
+with either way of picking too. Nothing is reported unless the checks of the same run have passed: picks equal those of
+float64 on integer-valued inputs; on Gaussian ones they differ only where scores are within a rounding.
 """
 
 import argparse
@@ -130,7 +130,7 @@ def measure(tokens: int, size: tuple[int, ...], rounds: int, most: int) -> dict[
 
 
 def in_place(tokens: int, r: int, rounds: int, threads: int) -> dict[str, object]:
-    """Milliseconds of a whole step of a layer with rows in place, on inputs of either kind, with either way of picking."""
+    """Milliseconds of a step of a layer with rows in place, on inputs of either kind, with either way of picking."""
     torch.set_num_threads(threads)
     os.environ[VARIABLE] = str(threads)
     found: dict[str, object] = {"tokens": tokens, "r": r, "threads": threads, "rounds": rounds}

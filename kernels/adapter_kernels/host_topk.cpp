@@ -1,10 +1,10 @@
-// router_topk and expert_topk in host memory, over a plain C interface: no Python or torch header, so that one build serves
-// all their versions. Loaded by host_topk.py.
+// router_topk and expert_topk in host memory, over a plain C interface: no Python or torch header, so that one build
+// serves all their versions. Loaded by host_topk.py.
 //
-// expert_topk is one pass. Pairs of a token and an expert that it probes are grouped by expert. A unit of work is some pairs of one expert: its
-// keys are read once, widened piece by piece, and multiplied with all the unit's tokens while the piece is in the first
-// cache. Then each token's candidates are ranked. Nothing depends on the number of threads or on the processor: see
-// host_topk_tiles.h (built with -ffp-contract=off).
+// expert_topk is one pass. Pairs of a token and an expert that it probes are grouped by expert. A unit of work is some
+// pairs of one expert: its keys are read once, widened piece by piece, and multiplied with all the unit's tokens while
+// the piece is in the first cache; what comes next is asked for meanwhile. Then each token's candidates are ranked.
+// Nothing depends on the number of threads or on the processor: see host_topk_tiles.h (built with -ffp-contract=off).
 
 #if !defined(__GNUC__)
 #error "GCC or Clang is needed, for their vector types; without this library torch operations do its work"
@@ -24,9 +24,9 @@
 
 namespace {
 
-constexpr int64_t CHUNK = 256;     // values of a row at a time: some keys' are in the first cache, widened
-constexpr int64_t UNIT = 32;       // pairs of a unit at most: their tokens' values are in the second cache
-constexpr int64_t ALONE = 1 << 18; // products below which waking another thread takes longer
+constexpr int64_t CHUNK = 256;      // values of a row at a time: some keys' are in the first cache, widened
+constexpr int64_t UNIT = 32;        // pairs of a unit at most: their tokens' values are in the second cache
+constexpr int64_t ALONE = 1 << 18;  // products below which waking another thread takes longer
 
 // A thread's own memory, kept for its next call.
 struct Scratch {
@@ -145,7 +145,7 @@ struct Job {
         std::vector<int64_t> start(E + 2, 0);
         for (int64_t t = 0; t < T; ++t) {
             const int32_t* const given = experts + t * P;
-            const auto of = [&](int32_t p) { return given[p] >= 0 && given[p] < E ? given[p] : static_cast<int32_t>(E); };
+            const auto of = [&](int32_t p) { return static_cast<int32_t>(given[p] >= 0 && given[p] < E ? given[p] : E); };
             int32_t* const mine = slot.data() + t * P;
             for (int32_t p = 0; p < P; ++p) mine[p] = p;
             std::stable_sort(mine, mine + P, [&](int32_t a, int32_t b) { return of(a) < of(b); });

@@ -47,6 +47,7 @@ TARGET void tiles(const float* const* x, int64_t count, int64_t from, const floa
         ahead.next();
         tile<4, N>(x, from, keys, apart, width, sums);
     }
+    while (ahead.rows) ahead.next();
     if (count >= 2) {
         tile<2, N>(x, from, keys, apart, width, sums);
         count -= 2, x += 2, sums += 2 * N * 16;
@@ -83,7 +84,10 @@ TARGET void some_keys(const float* const* x, int64_t count, const Narrow* keys, 
         std::memset(scratch.keys, 0, sizeof(float) * 16 * N);
         std::memset(scratch.x, 0, sizeof(float) * 16 * count);
         for (int n = 0; n < N; ++n) widen(keys + n * d + whole, d - whole, scratch.keys + n * 16);
-        for (int64_t i = 0; i < count; ++i) widen(x[i] + whole, d - whole, scratch.x + i * 16), rest[i] = scratch.x + i * 16;
+        for (int64_t i = 0; i < count; ++i) {
+            rest[i] = scratch.x + i * 16;
+            widen(x[i] + whole, d - whole, scratch.x + i * 16);
+        }
         tiles<N>(rest, count, 0, scratch.keys, 16, 16, scratch.sums, Ahead{nullptr, 0, 0, 0});
     }
     for (int64_t i = 0; i < count; ++i)
