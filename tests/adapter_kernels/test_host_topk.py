@@ -100,6 +100,14 @@ def test_neither_threads_nor_the_layout_change_a_bit(dtype, monkeypatch):
         assert all(map(torch.equal, outs, found[0]))
 
 
+def test_the_default_device_may_be_another():
+    case = Case(5, 20, E=6, each=4, P=2, K=3)
+    expected = case.run(expert_topk)
+    with torch.device("meta"):
+        assert all(map(torch.equal, case.run(expert_topk), expected))
+        assert host_topk.router_topk(case.x, 3).is_cpu
+
+
 def test_nan_leads_to_no_index_that_is_not_there():
     check_nan(router_topk, native, row_union)
 

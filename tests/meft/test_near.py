@@ -87,7 +87,7 @@ def test_the_thread_that_copies_stays_near_the_device_and_the_one_that_updates_d
 
 
 UPDATE = """
-import ctypes, os, sys, threading
+import ctypes, os, sys, threading, time
 library = ctypes.CDLL(sys.argv[1])
 rows, width = 64, 1 << 14
 table, exp_avg, exp_avg_sq, grads = ((ctypes.c_float * (rows * width))() for _ in range(4))
@@ -97,7 +97,11 @@ def update():
     library.meft_row_adamw(table, exp_avg, exp_avg_sq, None, grads, ids, ctypes.c_int64(rows), ctypes.c_int64(width),
                            steps, 4)
     known = {os.getpid(), threading.get_native_id()}
-    print([os.sched_getaffinity(int(t)) == cores for t in os.listdir("/proc/self/task") if int(t) not in known])
+    helpers = [int(t) for t in os.listdir("/proc/self/task") if int(t) not in known]
+    last = time.monotonic() + 20  # one may not have begun: nobody waits for it
+    while any(os.sched_getaffinity(t) != cores for t in helpers) and time.monotonic() < last:
+        time.sleep(0.01)
+    print([os.sched_getaffinity(t) == cores for t in helpers])
 cores = os.sched_getaffinity(0)
 thread = threading.Thread(target=update)
 thread.start()
