@@ -6,11 +6,14 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from adapter_kernels import host_topk
 from adapter_kernels.gather_rows import zero_copy
+from adapter_kernels.host_threads import host_threads
 from adapter_kernels.jit import AVAILABLE
 from meft.calibration import calibrated
 from meft.host_memory import available_bytes
 from meft.row_update import native_library
+from meft.waiting_threads import wait_awake
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "triton", "bitsandbytes")
 
@@ -24,9 +27,13 @@ def report(*, anew: bool = False) -> str:
     lines = [f"{name:<34}{_version(name)}" for name in PACKAGES]
     library = "built" if native_library() is not None else "not built: torch operations, several times slower"
     lines.append(f"{'row optimizer in C++':<34}{library}")
+    picking = "built" if host_topk.native_library() is not None else "not built: torch operations, several times slower"
+    lines.append(f"{'picking on the host in C++':<34}{picking}")
     available = available_bytes()
     lines.append(f"{'host memory available':<34}{f'{available / 2**30:.1f} GiB' if available else 'unknown'}")
-    lines.append(f"{'threads':<34}{torch.get_num_threads()}")
+    lines.append(f"{'threads of updates and picks':<34}{host_threads()}")
+    waits = "; they wait awake: set OMP_WAIT_POLICY=PASSIVE" if wait_awake() else ""
+    lines.append(f"{'threads of torch':<34}{torch.get_num_threads()}{waits}")
     if not torch.cuda.is_available():
         lines.append(f"{'CUDA':<34}none: MEFT reads rows in place; what follows is of copies in host memory")
     for device in _devices():

@@ -10,6 +10,7 @@ From a checkout, with nothing installed but torch, triton, transformers and peft
 
     g++ -std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -pthread -shared -fPIC \
         meft/row_adamw.cpp -o meft/_row_adamw.so    # the host's row update; without it torch operations do its work
+    g++ (the same) kernels/adapter_kernels/host_topk.cpp -o kernels/adapter_kernels/_host_topk.so    # the host's picks
     PYTHONPATH=kernels:. python benchmarks/bench_24gb.py --out $OUT
 
 Llama-2-7B and Mistral-7B shapes with random frozen weights; torch's allocator is capped at 22.5 GiB. |U| / r is forced,

@@ -24,6 +24,7 @@ import torch
 from environment import environment
 from torch import Tensor, nn
 
+from adapter_kernels.host_threads import VARIABLE
 from meft import MEFTConfig
 from meft.layer import MEFTLayer
 from meft.routing import default_num_experts, reference
@@ -206,6 +207,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULT, help="file of the result")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
+    os.environ.setdefault(VARIABLE, str(torch.get_num_threads()))  # both contestants on as many
     began = time.perf_counter()
     plan = [(kind, *MAIN) for kind in ("zipf", "gaussian")]
     if not args.quick:

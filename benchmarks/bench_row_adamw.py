@@ -24,6 +24,7 @@ import torch
 from environment import environment
 from torch import Tensor
 
+from adapter_kernels.host_threads import VARIABLE
 from meft.row_update import StepRule, native_library, update_rows
 from peft_bridge import replace_file
 
@@ -182,6 +183,7 @@ def main(arguments: list[str] | None = None, size: tuple[int, int, int] | None =
     parser.add_argument("--rounds", type=int, default=40, help="rounds of one step of each (default: 40)")
     parser.add_argument("--out", type=Path, default=RESULT, help="the result file")
     args = parser.parse_args(arguments)
+    os.environ.setdefault(VARIABLE, str(torch.get_num_threads()))  # all contestants on as many
     result = measure(size or SIZE, 5 if args.quick else args.rounds)
     text, within = report(result)
     print(text)

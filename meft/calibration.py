@@ -19,6 +19,7 @@ from statistics import median
 
 import torch
 
+from adapter_kernels.host_threads import host_threads
 from peft_bridge.files import replace_file
 
 from .carry import picked_neurons
@@ -32,7 +33,7 @@ from .zero_copy import ZeroCopySteps
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 2  # of the file
+_VERSION = 3  # of the file
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Sizes:
     d: int = 4096
     r: int = 2048
     updated: int = 1024
-    tokens: int = 256
+    tokens: int = 512
     repeats: int = 5
 
 
@@ -183,14 +184,14 @@ class _Machine:
         return None if steps.refused else self.updated_bytes / seconds
 
     def picking(self) -> float:
-        """Flop/s of picking on the host."""
+        """Flop/s of picking on the host, of what `host` does: routing and scoring, by keys in bf16."""
         config = MEFTConfig(r=self.sizes.r, top_k=min(64, self.sizes.r))
         random = torch.Generator().manual_seed(0)
         x = torch.randn(self.sizes.tokens, self.sizes.d, generator=random)
         logits = torch.randn(self.sizes.tokens, config.experts, generator=random)
         candidates = config.probed * config.r // config.experts
         flops = 2 * self.sizes.tokens * candidates * self.sizes.d
-        return flops / self.seconds(lambda: picked_neurons(x, logits, self.table, config))
+        return flops / self.seconds(lambda: picked_neurons(x, logits, self.wire, config))
 
 
 def measure(device: torch.device, sizes: Sizes | None = None) -> Calibration:
@@ -208,7 +209,8 @@ def measure(device: torch.device, sizes: Sizes | None = None) -> Calibration:
 def name_of(device: torch.device) -> str:
     """Device, threads and versions that a measurement depends on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = f"{host_threads()} threads, {torch.get_num_threads()} of torch"
+    return f"{name}, {threads}, torch {torch.__version__}"
 
 
 def cache_file(device: torch.device) -> Path:

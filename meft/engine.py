@@ -29,6 +29,7 @@ from .sparse_ffn import check_versions
 from .store import RowTable
 from .strategies import STRATEGIES, Strategy, capturing
 from .updates import UpdateQueue
+from .waiting_threads import check_waiting
 from .zero_copy import ZeroCopySteps
 
 logger = logging.getLogger(__name__)
@@ -148,7 +149,8 @@ class Engine:
                 strategy = STRATEGIES[self._plan[0]](self.lanes, self.layers)
             beside = self.updates_beside(x.device)
             if beside and self._updates is None:
-                self._updates = UpdateQueue(x.device)
+                self._updates = UpdateQueue()
+                check_waiting(updates_beside=True)
             for each in self.layers if beside else ():
                 each.keys.updates = each.values.updates = self._updates
                 each.keys.name, each.values.name = (f"{part} of layer {each.number}" for part in ("keys", "values"))

@@ -34,6 +34,7 @@ from .offload_hooks import find_wrapped_weights
 from .report import TransferReport, transfer_report
 from .row_steps import RowSteps
 from .store import RowTable
+from .waiting_threads import check_waiting
 
 logger = logging.getLogger(__name__)
 
@@ -177,6 +178,7 @@ class MEFTModel(TiesSavedModules, RunListener):
         engine.layers.extend(layer.join(adapter_name, number, engine) for number, layer in enumerate(layers))
         if config.num_experts is None:
             logger.info("MEFT: num_experts=%d for r=%d (4 sqrt(r), rounded to a divisor).", config.experts, config.r)
+        check_waiting()
 
     def _around(self) -> Surroundings:
         """What the engines have to know of the base model."""

@@ -5,25 +5,12 @@
 // torch path: both give the same bits, whatever instructions the machine has.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <initializer_list>
-#include <mutex>
-#include <system_error>
-#include <thread>
 
-#if defined(_WIN32)
-#include <process.h>
-#define getpid _getpid
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#include <unistd.h>
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
+#include "../kernels/adapter_kernels/helper_threads.h"
 
 // One build for every x86-64: the loader picks the widest clone that the processor has.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__has_attribute)
@@ -131,74 +118,6 @@ struct Job {
     }
 };
 
-// Threads that sleep between calls. A new thread for each call would have to wait for a free core on a busy machine,
-// where one that wakes is let in at once; and nobody waits for a helper that has not begun.
-class Helpers {
-public:
-    // Run `work` on this thread and on up to `wanted` helpers; `work` must share itself out and end when all is done.
-    void run(const std::function<void()>& work, int64_t wanted) {
-        if (wanted < 1 || busy_.test_and_set()) return work(); // two callers at once: the second works alone
-        {
-            const std::lock_guard<std::mutex> lock(mutex_);
-            work_ = &work;
-            open_ = std::min(wanted, grow_to(wanted));
-        }
-        wake_.notify_all();
-        work();
-        {
-            std::unique_lock<std::mutex> lock(mutex_);
-            open_ = 0;
-            done_.wait(lock, [&] { return active_ == 0; });
-        }
-        busy_.clear();
-    }
-
-    // Those of this process: a fork has the parent's memory and none of its threads. Never destroyed, since the
-    // threads use it to the end of the process.
-    static Helpers& mine() {
-        static std::atomic<Helpers*> current{nullptr};
-        Helpers* found = current.load();
-        if (!found || found->process_ != getpid()) {
-            Helpers* fresh = new Helpers;
-            if (current.compare_exchange_strong(found, fresh))
-                found = fresh;
-            else
-                delete fresh;
-        }
-        return *found;
-    }
-
-private:
-    int64_t grow_to(int64_t wanted) {
-        try {
-            for (; size_ < wanted; ++size_) std::thread([this] { serve(); }).detach();
-        } catch (const std::system_error&) {
-            // No further thread to be had: those there are do the work.
-        }
-        return size_;
-    }
-
-    [[noreturn]] void serve() {
-        std::unique_lock<std::mutex> lock(mutex_);
-        for (;;) {
-            wake_.wait(lock, [&] { return open_ > 0; });
-            --open_;
-            ++active_;
-            lock.unlock();
-            (*work_)();
-            lock.lock();
-            if (--active_ == 0) done_.notify_one();
-        }
-    }
-
-    std::mutex mutex_;
-    std::condition_variable wake_, done_;
-    std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
-    const std::function<void()>* work_ = nullptr;
-    int64_t open_ = 0, active_ = 0, size_ = 0; // may still join, are at work, exist
-    const int process_ = getpid();
-};
-
 } // namespace
 
 // Changes with the arguments below or with Step, so that a stale build is not called.
@@ -218,11 +137,8 @@ EXPORT void meft_row_adamw(float* table, float* exp_avg, float* exp_avg_sq, uint
     static_assert(alignof(Step) == alignof(float), "steps are read in place");
     const Job job{table, exp_avg, exp_avg_sq, wire, grads, rows, reinterpret_cast<const Step*>(steps), count, width};
 
-    const int64_t share = std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, width)); // rows taken at a time
-    std::atomic<int64_t> next{0};
-    const auto work = [&] {
-        for (int64_t from; (from = next.fetch_add(share)) < count;)
-            for (int64_t i = from; i < std::min(from + share, count); ++i) job.row(i);
-    };
-    Helpers::mine().run(work, std::min<int64_t>(threads, (count + share - 1) / share) - 1);
+    const int64_t share = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, width)); // rows taken at a time
+    in_pieces(count, share, threads, [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) job.row(i);
+    });
 }

@@ -2,7 +2,8 @@
 
 float32 tables on the CPU take a small C++ library, if there was a compiler at installation; all others, and machines
 without it, take `adapter_kernels`: for a table on a GPU the kernel of its `row_adamw`, for all else torch operations.
-All give the same bits: the same operations in the same order, each rounded.
+All give the same bits: the same operations in the same order, each rounded. The library's threads are its own, as many
+as `adapter_kernels.host_threads` says.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from adapter_kernels import row_adamw
 from adapter_kernels.adamw_blocks import StepRule
+from adapter_kernels.host_threads import host_threads
 
 __all__ = ["StepRule", "native_library", "update_rows"]
 
@@ -146,7 +148,7 @@ def _choose(native: bool | None, table: Tensor, wire: Tensor | None) -> ctypes.C
 def _scalars(rule: StepRule) -> Tensor:
     """[9] float32: the scalars of a step, reckoned in double as torch does; the last two depend on the row's count."""
     own = (rule.mix, float(rule.from_grad), rule.beta2, 1 - rule.beta2, rule.eps, rule.decay, rule.coupled, 0.0, 0.0)
-    return torch.tensor(own, dtype=torch.float64).to(torch.float32)
+    return torch.tensor(own, dtype=torch.float64, device="cpu").to(torch.float32)
 
 
 def _address(x: Tensor | None) -> int | None:
@@ -173,7 +175,7 @@ def _call(
 ) -> None:
     held = [None if x is None else x.contiguous() for x in (table, exp_avg, exp_avg_sq, wire, grads, rows)]
     pointers = [_address(x) for x in held]
-    library.meft_row_adamw(*pointers, len(rows), table.shape[1], steps.data_ptr(), torch.get_num_threads())
+    library.meft_row_adamw(*pointers, len(rows), table.shape[1], steps.data_ptr(), host_threads())
     for changed in (table, exp_avg, exp_avg_sq, wire):
         if changed is not None and not changed.is_inference():
             torch.autograd.graph.increment_version(changed)

@@ -38,7 +38,7 @@ class Ceilings:
         to_device, to_host: bytes/s over the link in one direction alone.
         both_ways: bytes/s over the link, the sum of both directions when both are busy.
         host_bytes: bytes/s of host memory that the row optimizer reaches.
-        host_flops: flop/s of the host's small GEMMs.
+        host_flops: flop/s at which the host picks; keys are read no faster than `host_bytes`.
     """
 
     flops: float

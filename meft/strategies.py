@@ -8,10 +8,8 @@ do the values. `resident`: the tables themselves are on the device. (arXiv 2406.
 
 from __future__ import annotations
 
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -19,7 +17,6 @@ from torch import Tensor
 
 from .carry import DeviceCopy, Fetched, KeyBuffers, LayerRows, Picks, gather, picked_neurons, union_of
 from .lanes import Lanes
-from .near import stay_near
 from .transfer import nbytes
 
 
@@ -80,9 +77,6 @@ class Host(Strategy):
     def __init__(self, lanes: Lanes, layers: Sequence[LayerRows]) -> None:
         super().__init__(lanes, layers)
         self._staged: dict[tuple[str, torch.dtype], Tensor] = {}
-        # A thread of its own, which starts those that score with it, can be kept near the device.
-        self._thread = ThreadPoolExecutor(1, "meft-pick", partial(stay_near, lanes.device))
-        self._end = weakref.finalize(self, self._thread.shutdown, wait=False)
 
     def pick(self, layer: LayerRows, x: Tensor, logits: Tensor) -> Picks:
         down = [self._stage("x", x), self._stage("logits", logits)]
@@ -92,7 +86,7 @@ class Host(Strategy):
         with layer.traffic.stalled():
             self.lanes.outbound.mark().wait()
         with layer.keys.reading() as wire, layer.traffic.host_work():  # the lock is this thread's, as everywhere
-            rows, position = self._thread.submit(_picked, layer, wire, *down).result()
+            rows, position = _picked(layer, wire, *down)
         layer.traffic.bytes_to_device += nbytes(rows) + nbytes(position)
         device = self.lanes.device
         return Picks(rows.to(device), position.to(device), rows.to(torch.int64))

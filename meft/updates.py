@@ -6,11 +6,6 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-
-import torch
-
-from .near import stay_near
 
 
 class Ticket:
@@ -47,12 +42,11 @@ class Ticket:
 class UpdateQueue:
     """One thread that updates; its work has threads of its own.
 
-    Args:
-        device: whose rows they are.
+    None of them is kept near a device (`near`): an update touches none, and needs the bandwidth of all memory.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._thread = ThreadPoolExecutor(1, "meft-update", partial(stay_near, device))
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "meft-update")
         self._end = weakref.finalize(self, self._thread.shutdown, wait=False)
 
     def add(self, update: Callable[[], None], what: str) -> Ticket:

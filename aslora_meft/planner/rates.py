@@ -46,7 +46,7 @@ def ceilings(name: str) -> Ceilings:
         to_host=link,
         both_ways=link * all_rates["pcie_both_ways"]["value"],
         host_bytes=host["memory_bytes_per_second"]["value"],
-        host_flops=host["gemm_flops"]["value"],
+        host_flops=host["picking_flops"]["value"],
     )
 
 

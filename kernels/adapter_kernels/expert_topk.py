@@ -18,6 +18,8 @@ An expert outside of 0 to E - 1 probes nothing: -1 marks the slots of padding to
 distinct. A score that is NaN is not positive. Limits of the kernels: x and keys of one dtype, no float64, P r/E <= 1024
 candidates, K <= 256, r <= 2^20, E <= 1024. The torch path has none of them, and runs where they are passed.
 
+In host memory a C++ library does the same (`host_topk`), where there was a compiler at installation.
+
 Source: arXiv 2406.04984, section 3 and algorithm 1; the factor and the positivity from its authors' own runs.
 """
 
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from . import dispatch, expert_topk_kernels, ordering
+from . import dispatch, expert_topk_kernels, host_topk, ordering
 from .expert_topk_kernels import variants
 
 __all__ = ["expert_topk", "variants"]
@@ -110,7 +112,8 @@ def _op(
         for tensor, name in ((x, "x"), (factors, "factors")):
             dispatch.require(tensor is None or not bool(tensor.isnan().any()), name, "NaN")
     if not dispatch.use_triton(impl, experts.device, expert_topk_kernels.refusals(x, keys, experts.shape[1], K, E)):
-        return _torch(x, keys, experts, factors, K, E, by_neuron)
+        select = host_topk.expert_topk if impl is None and host_topk.serves(x, keys, experts, E) else _torch
+        return select(x, keys, experts, factors, K, E, by_neuron)
     ids, scores, dots = expert_topk_kernels.select(x, keys, experts, factors, K, E)
     if by_neuron:
         ids, order = ids.sort(dim=1)
@@ -149,14 +152,15 @@ def expert_topk(
 
     Args:
         x: [T, d], fp32, fp16 or bf16, any strides; float64 on the torch path.
-        keys: [r, d], contiguous, on x's device; expert e holds rows e r/E to (e + 1) r/E - 1. Of x's dtype; on the
-            torch path also of a narrower one than x's fp32 or float64.
+        keys: [r, d], contiguous, on x's device; expert e holds rows e r/E to (e + 1) r/E - 1. Of x's dtype; off the
+            kernels also of a narrower one than x's fp32 or float64.
         experts: int32 or int64 [T, P], distinct within a token, in any order; -1 probes nothing.
         factors: p_e of each of them, [T, P], any float dtype; None: no factor.
         K: picks a token, at least 1.
         E: number of experts, a divisor of r.
         by_neuron: picks in ascending order of neuron, among which any slot may be empty (-1).
-        impl: "triton", "torch", or None: by the device of the ids and the limits of the kernels.
+        impl: "triton", "torch", or None: by the device of the ids and the limits of the kernels; in host memory the
+            C++ library where it applies.
 
     Returns:
         ids: int32 [T, K], in descending order of score, -1 after the last positive one.

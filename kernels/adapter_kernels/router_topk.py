@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, launch, ordering
+from . import dispatch, host_topk, launch, ordering
 from .jit import kernel, tl, triton
 from .variant import TYPE_NAMES, Variant, split, with_odd_rows
 
@@ -95,7 +95,10 @@ def _op(logits: Tensor, P: int, impl: str | None) -> tuple[Tensor, Tensor]:
     if dispatch.debug():
         broken = logits.isnan().any(1).nonzero().flatten().tolist()
         dispatch.require(not broken, "logits", f"NaN at {len(broken)} tokens, the first of them {broken[:1]}")
-    return (_triton if dispatch.use_triton(impl, logits.device, _refusals(logits, P)) else _torch)(logits, P)
+    if dispatch.use_triton(impl, logits.device, _refusals(logits, P)):
+        return _triton(logits, P)
+    experts = host_topk.router_topk(logits, P) if impl is None else None
+    return _torch(logits, P) if experts is None else (logits.gather(1, experts.to(torch.int64)), experts)
 
 
 @_op.register_fake
@@ -126,7 +129,8 @@ def router_topk(logits: Tensor, P: int, *, impl: str | None = None) -> tuple[Ten
     Args:
         logits: [T, E], fp32, fp16 or bf16, any strides; float64 on the torch path.
         P: 1 to E.
-        impl: "triton", "torch", or None: by the device of the logits and the limits of the kernel.
+        impl: "triton", "torch", or None: by the device of the logits and the limits of the kernel; in host memory the
+            C++ library where it applies.
 
     Returns:
         experts, int32 [T, P], and their raw logits, [T, P] of the logits' dtype (differentiable).

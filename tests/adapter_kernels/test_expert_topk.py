@@ -1,5 +1,7 @@
 """expert_topk on the CPU: the torch path against the oracle, against the whole method, registration, errors."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,16 +16,20 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "strided", "permuted"])
-def test_scores_and_picks(dtype, layout):
-    differing, picks = check_expert(expert_topk, Case(37, 576, E=16, each=23, P=4, K=20, dtype=dtype, layout=layout))
+@pytest.mark.parametrize("impl", [None, "torch"])
+def test_scores_and_picks(dtype, layout, impl):
+    op = partial(expert_topk, impl=impl)
+    differing, picks = check_expert(op, Case(37, 576, E=16, each=23, P=4, K=20, dtype=dtype, layout=layout))
     assert picks == 20 * 37
     assert differing <= (0 if dtype == torch.float64 else 0.01 * picks)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_exact_on_integers_with_ties(dtype):
-    check_expert_exactly(expert_topk, Case(50, 12, E=7, each=5, P=3, K=6, dtype=dtype, integers=True))
-    check_expert_exactly(expert_topk, Case(0, 12, E=7, each=5, P=3, K=6, dtype=dtype))
+@pytest.mark.parametrize("impl", [None, "torch"])
+def test_exact_on_integers_with_ties(dtype, impl):
+    op = partial(expert_topk, impl=impl)
+    check_expert_exactly(op, Case(50, 12, E=7, each=5, P=3, K=6, dtype=dtype, integers=True))
+    check_expert_exactly(op, Case(0, 12, E=7, each=5, P=3, K=6, dtype=dtype))
 
 
 @given(st.integers(0, 6), st.integers(1, 6), st.integers(1, 9), st.integers(1, 60), st.booleans(), st.data())
@@ -44,9 +50,10 @@ def test_narrower_keys_are_widened(x, keys, T):
     differing, picks = check_expert(expert_topk, case)
     assert differing <= 0.01 * picks
     for impl in (None, "torch"):
-        ids, scores, dots = expert_topk(case.x, case.keys, case.experts, case.factors, case.K, E=case.E, impl=impl)
-        wide = expert_topk(case.x, case.keys.to(case.x.dtype), case.experts, case.factors, case.K, E=case.E)
-        assert all(map(torch.equal, (ids, scores, dots), wide))
+        given = (case.experts, case.factors, case.K)
+        own = expert_topk(case.x, case.keys, *given, E=case.E, impl=impl)
+        wide = expert_topk(case.x, case.keys.to(case.x.dtype), *given, E=case.E, impl=impl)
+        assert all(map(torch.equal, own, wide))
 
 
 @pytest.mark.parametrize("factor", [True, False])

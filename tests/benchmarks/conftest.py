@@ -10,8 +10,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 
 @pytest.fixture
-def one_thread():
-    """Torch computes in one thread."""
+def one_thread(monkeypatch):
+    """Torch and our own loops compute in one thread."""
+    monkeypatch.setenv("ASLORA_MEFT_THREADS", "1")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

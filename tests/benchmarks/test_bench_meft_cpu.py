@@ -19,6 +19,7 @@ def toy(monkeypatch):
     for name, value in (("D", 32), ("MAIN", (128, 16)), ("TOKENS", (1,)), ("NEURONS", (64,)), ("TOP_K", 8)):
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("ASLORA_MEFT_THREADS", "1")
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

@@ -43,7 +43,7 @@ def test_it_is_measured_once_and_kept(quick):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", '{"version": 0}', '{"version": 1}', '{"version": 2, "machine": "x", "alone": {}}', "[1]"]
+    "text", ["", "{}", '{"version": 0}', '{"version": 2}', '{"version": 3, "machine": "x", "alone": {}}', "[1]"]
 )
 def test_a_file_that_does_not_fit_is_measured_anew(quick, text):
     cache_file(CPU).parent.mkdir(parents=True)

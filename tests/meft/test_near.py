@@ -1,6 +1,8 @@
 """Which cores are near a GPU, read from a made-up system."""
 
 import os
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -9,7 +11,7 @@ import torch
 
 from meft import near
 from meft.gradient_ring import GradientRing
-from meft.strategies import Host
+from meft.row_update import native_library
 from meft.updates import UpdateQueue
 
 CUDA = torch.device("cuda", 0)
@@ -74,17 +76,41 @@ def test_a_thread_that_may_use_none_of_them_is_left_alone(system):
     assert os.sched_getaffinity(0) == before
 
 
-WORKERS = {
-    "gradients": lambda lanes: GradientRing(lanes, 1, 1, torch.float32),
-    "picks": lambda lanes: Host(lanes, []),
-    "updates": lambda lanes: UpdateQueue(lanes.device),
-}
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot tie threads to cores")
+def test_the_thread_that_copies_stays_near_the_device_and_the_one_that_updates_does_not(system):
+    mine = os.sched_getaffinity(0)
+    system(0, node0=str(max(mine)))
+    lanes = SimpleNamespace(device=CUDA, staging=lambda shape, dtype: torch.empty(shape, dtype=dtype))
+    copies, updates = GradientRing(lanes, 1, 1, torch.float32), UpdateQueue()
+    assert copies._thread.submit(os.sched_getaffinity, 0).result() == {max(mine)}
+    assert updates._thread.submit(os.sched_getaffinity, 0).result() == mine
+
+
+UPDATE = """
+import ctypes, os, sys, threading, time
+library = ctypes.CDLL(sys.argv[1])
+rows, width = 64, 1 << 14
+table, exp_avg, exp_avg_sq, grads = ((ctypes.c_float * (rows * width))() for _ in range(4))
+ids, steps = (ctypes.c_int64 * rows)(*range(rows)), (ctypes.c_float * (9 * rows))()
+def update():
+    os.sched_setaffinity(0, {max(cores)})
+    library.meft_row_adamw(table, exp_avg, exp_avg_sq, None, grads, ids, ctypes.c_int64(rows), ctypes.c_int64(width),
+                           steps, 4)
+    known = {os.getpid(), threading.get_native_id()}
+    helpers = [int(t) for t in os.listdir("/proc/self/task") if int(t) not in known]
+    last = time.monotonic() + 20  # one may not have begun: nobody waits for it
+    while any(os.sched_getaffinity(t) != cores for t in helpers) and time.monotonic() < last:
+        time.sleep(0.01)
+    print([os.sched_getaffinity(t) == cores for t in helpers])
+cores = os.sched_getaffinity(0)
+thread = threading.Thread(target=update)
+thread.start()
+thread.join()
+"""
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot tie threads to cores")
-@pytest.mark.parametrize("worker", WORKERS)
-def test_the_threads_of_an_engine_stay_near_its_device(system, worker):
-    last = max(os.sched_getaffinity(0))
-    system(0, node0=str(last))
-    made = WORKERS[worker](SimpleNamespace(device=CUDA, staging=lambda shape, dtype: torch.empty(shape, dtype=dtype)))
-    assert made._thread.submit(os.sched_getaffinity, 0).result() == {last}
+@pytest.mark.skipif(native_library() is None, reason="there was no compiler")
+def test_the_threads_of_an_update_use_all_cores_though_the_one_that_starts_them_may_not():
+    call = [sys.executable, "-S", "-c", UPDATE, native_library()._name]
+    assert subprocess.run(call, check=True, capture_output=True, text=True).stdout == "[True, True, True]\n"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -248,17 +249,31 @@ def test_both_paths_give_the_same_bits(rule, beta1):
 
 
 @pytest.mark.parametrize("native", PATHS)
-def test_the_number_of_threads_changes_no_bit(native):
+def test_the_number_of_threads_changes_no_bit(native, monkeypatch):
     states, threads = [make(300, 1100), make(300, 1100)], torch.get_num_threads()
     rows, grads = torch.arange(0, 300, 2), torch.randn(150, 1100)
     try:
         for count, state in enumerate(states, 1):
             torch.set_num_threads(count)
+            monkeypatch.setenv("ASLORA_MEFT_THREADS", str(count))
             update_rows(*state, rows, grads, RULE, native=native)
             update_rows(*state, rows, grads, COUPLED, native=native)
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+@NEEDS_LIBRARY
+def test_the_library_has_a_number_of_threads_of_its_own(monkeypatch):
+    """Torch's is one under torchrun."""
+    calls, library = [], native_library()
+    monkeypatch.setattr(row_update, "host_threads", lambda: 7)
+    recorder = SimpleNamespace(meft_row_adamw=lambda *given: calls.append(given[-1]))
+    monkeypatch.setattr(row_update, "native_library", lambda: recorder)
+    recorder.meft_rows_ascend = library.meft_rows_ascend
+    monkeypatch.setattr(row_update.torch, "get_num_threads", lambda: 1)
+    update_rows(*make(4, 8), torch.arange(4), torch.zeros(4, 8), RULE)
+    assert calls == [7]
 
 
 @NEEDS_LIBRARY

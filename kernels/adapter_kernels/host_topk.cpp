@@ -1,0 +1,274 @@
+// router_topk and expert_topk in host memory, over a plain C interface: no Python or torch header, so that one build
+// serves all their versions. Loaded by host_topk.py.
+//
+// expert_topk is one pass. Pairs of a token and an expert that it probes are grouped by expert. A unit of work is some
+// pairs of one expert: its keys are read once, widened piece by piece, and multiplied with all the unit's tokens while
+// the piece is in the first cache; what comes next is asked for meanwhile. Then each token's candidates are ranked.
+// Nothing depends on the number of threads or on the processor: see host_topk_tiles.h (built with -ffp-contract=off).
+
+#if !defined(__GNUC__)
+#error "GCC or Clang is needed, for their vector types; without this library torch operations do its work"
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <type_traits>
+#include <vector>
+
+#include "helper_threads.h"
+
+#define RESTRICT __restrict__
+
+namespace {
+
+constexpr int64_t CHUNK = 256;      // values of a row at a time: some keys' are in the first cache, widened
+constexpr int64_t UNIT = 32;        // pairs of a unit at most: their tokens' values are in the second cache
+constexpr int64_t ALONE = 1 << 18;  // products below which waking another thread takes longer
+
+// A thread's own memory, kept for its next call.
+struct Scratch {
+    alignas(64) float keys[4 * CHUNK], x[UNIT * 16], sums[UNIT * 4 * 16];
+
+    static Scratch& mine() {
+        thread_local Scratch scratch;
+        return scratch;
+    }
+};
+
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Half {
+    uint16_t bits;
+};
+
+inline __attribute__((always_inline)) float as_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+inline __attribute__((always_inline)) float wide(float value) { return value; }
+inline __attribute__((always_inline)) float wide(BFloat16 value) { return as_float(uint32_t{value.bits} << 16); }
+inline __attribute__((always_inline)) float wide(Half value) {
+    const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16, rest = value.bits & 0x7fffu;
+    float size = as_float(rest << 13) * 0x1p112f; // exact; subnormals become normal
+    uint32_t bits;
+    std::memcpy(&bits, &size, sizeof bits);
+    return as_float(sign | (rest >= 0x7c00u ? 0x7f800000u | rest << 13 : bits));
+}
+
+// Rows that are needed next: one after the other is asked for, while others are multiplied.
+struct Ahead {
+    const char* at;
+    int64_t bytes, apart, rows;
+
+    inline __attribute__((always_inline)) void next() {
+        if (!rows) return;
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+        at += apart, --rows;
+    }
+};
+
+// The 16 sums of a dot, in halves: one order on every machine.
+inline __attribute__((always_inline)) float total(const float* sums) {
+    float s[8];
+    for (int i = 0; i < 8; ++i) s[i] = sums[i] + sums[i + 8];
+    for (int i = 0; i < 4; ++i) s[i] += s[i + 4];
+    return (s[0] + s[2]) + (s[1] + s[3]);
+}
+
+#define LEVEL plain
+#define TARGET
+#define LANES 4
+#define KEYS 2
+#include "host_topk_tiles.h"
+
+#if defined(__x86_64__)
+#define LEVEL avx2
+#define TARGET __attribute__((target("avx2")))
+#define LANES 8
+#define KEYS 2
+#include "host_topk_tiles.h"
+
+#define LEVEL avx512
+#define TARGET __attribute__((target("avx512f")))
+#define LANES 16
+#define KEYS 4
+#include "host_topk_tiles.h"
+#endif
+
+enum { PLAIN, AVX2, AVX512 };
+
+int best_level() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f")) return AVX512;
+    if (__builtin_cpu_supports("avx2")) return AVX2;
+#endif
+    return PLAIN;
+}
+
+template <class Narrow>
+void block_at(int level, const float* const* x, int64_t count, const Narrow* keys, int64_t n, int64_t d,
+              Scratch& scratch, float** products) {
+#if defined(__x86_64__)
+    if (level == AVX512) return avx512::block(x, count, keys, n, d, scratch, products);
+    if (level == AVX2) return avx2::block(x, count, keys, n, d, scratch, products);
+#endif
+    plain::block(x, count, keys, n, d, scratch, products);
+}
+
+struct Job {
+    const float* x;         // [T, d]
+    const void* keys;       // [E each, d]
+    const int32_t* experts; // [T, P]
+    const float* factors;   // [T, P] or null
+    int64_t T, d, E, each, P, K;
+    bool by_neuron;
+    float* products; // [T, P, each], in the ascending order of a token's experts
+    int32_t* ids;    // [T, K]
+    float *scores, *dots;
+    int level;
+
+    std::vector<int32_t> expert, slot; // [T, P]: a token's experts in ascending order, none as E; and their columns
+    std::vector<int64_t> pairs;        // t P + p of the above, by expert
+    struct Unit {
+        int64_t expert, from, to; // of `pairs`
+    };
+    std::vector<Unit> units;
+
+    void group() {
+        expert.resize(T * P), slot.resize(T * P), pairs.resize(T * P);
+        std::vector<int64_t> start(E + 2, 0);
+        for (int64_t t = 0; t < T; ++t) {
+            const int32_t* const given = experts + t * P;
+            const auto of = [&](int32_t p) { return static_cast<int32_t>(given[p] >= 0 && given[p] < E ? given[p] : E); };
+            int32_t* const mine = slot.data() + t * P;
+            for (int32_t p = 0; p < P; ++p) mine[p] = p;
+            std::stable_sort(mine, mine + P, [&](int32_t a, int32_t b) { return of(a) < of(b); });
+            for (int64_t p = 0; p < P; ++p) ++start[(expert[t * P + p] = of(mine[p])) + 1];
+        }
+        for (int64_t e = 0; e <= E; ++e) start[e + 1] += start[e];
+        for (int64_t e = 0; e < E; ++e)
+            for (int64_t from = start[e]; from < start[e + 1]; from += UNIT)
+                units.push_back({e, from, std::min(from + UNIT, start[e + 1])});
+        for (int64_t i = 0; i < T * P; ++i) pairs[start[expert[i]]++] = i;
+    }
+
+    template <class Narrow>
+    void multiply(const Unit& unit, Scratch& scratch) const {
+        const int64_t count = unit.to - unit.from;
+        const float* token[UNIT];
+        float* product[UNIT];
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t pair = pairs[unit.from + i];
+            token[i] = x + pair / P * d;
+            product[i] = products + pair * each;
+        }
+        const Narrow* const own = static_cast<const Narrow*>(keys) + unit.expert * each * d;
+        block_at(level, token, count, own, each, d, scratch, product);
+    }
+
+    // `ranked` has room for P each.
+    void pick(int64_t t, uint64_t* ranked) const {
+        const int64_t candidates = P * each, n = std::min(K, candidates);
+        const float* const product = products + t * candidates;
+        int64_t at = 0;
+        for (int64_t p = 0; p < P; ++p) {
+            const bool there = expert[t * P + p] < E;
+            const float factor = factors ? factors[t * P + slot[t * P + p]] : 1.0f;
+            for (int64_t j = 0; j < each; ++j, ++at) {
+                const float score = there ? (factors ? factor * product[at] : product[at]) : 0.0f;
+                // Positive floats are ordered as their bits; what is not positive, NaN too, counts as zero.
+                uint32_t bits;
+                std::memcpy(&bits, &score, sizeof bits);
+                ranked[at] = uint64_t{score > 0.0f ? bits : 0u} << 32 | static_cast<uint32_t>(~at);
+            }
+        }
+        const auto write = [&](int64_t i, uint64_t one) {
+            const int64_t candidate = static_cast<uint32_t>(~one);
+            const float score = as_float(static_cast<uint32_t>(one >> 32));
+            const bool used = score > 0.0f;
+            ids[t * K + i] = used ? expert[t * P + candidate / each] * each + candidate % each : -1;
+            scores[t * K + i] = score;
+            dots[t * K + i] = used ? product[candidate] : 0.0f;
+        };
+        if (by_neuron) {
+            uint64_t least = 0;
+            if (n < candidates) {
+                std::vector<uint64_t> order(ranked, ranked + candidates);
+                std::nth_element(order.begin(), order.begin() + n - 1, order.end(), std::greater<>());
+                least = order[n - 1];
+            }
+            for (int64_t c = 0, i = 0; c < candidates; ++c)
+                if (ranked[c] >= least) write(i++, ranked[c]);
+        } else {
+            if (n < candidates) std::nth_element(ranked, ranked + n - 1, ranked + candidates, std::greater<>());
+            std::sort(ranked, ranked + n, std::greater<>());
+            for (int64_t i = 0; i < n; ++i) write(i, ranked[i]);
+        }
+        for (int64_t i = n; i < K; ++i) ids[t * K + i] = -1, scores[t * K + i] = dots[t * K + i] = 0.0f;
+    }
+
+    template <class Narrow>
+    void run(int64_t threads) {
+        group();
+        if (T * P * each * d < ALONE) threads = 1;
+        in_pieces(static_cast<int64_t>(units.size()), 1, threads, [&](int64_t from, int64_t to) {
+            for (; from < to; ++from) multiply<Narrow>(units[from], Scratch::mine());
+        });
+        in_pieces(T, 16, threads, [&](int64_t from, int64_t to) {
+            std::vector<uint64_t> ranked(P * each);
+            for (; from < to; ++from) pick(from, ranked.data());
+        });
+    }
+};
+
+// Floats in their order, NaN above all, -0.0 as 0.0; of equal ones the lower index comes first in descending order.
+uint64_t descending(float value, int64_t index) {
+    value += 0.0f;
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint32_t order = value != value ? 0xffffffffu : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return uint64_t{order} << 32 | static_cast<uint32_t>(~index);
+}
+
+} // namespace
+
+// Changes with the arguments below, so that a stale build is not called.
+EXPORT int host_topk_version() { return 1; }
+
+// The highest `level` of instructions that this machine has: 0, 1 (AVX2) or 2 (AVX-512).
+EXPORT int host_topk_levels() { return best_level(); }
+
+// The columns of the P largest of each row of `logits`, [T, E].
+EXPORT void host_router_topk(const float* logits, int64_t T, int64_t E, int64_t P, int32_t* experts, int threads) {
+    in_pieces(T, 64, T * E < ALONE ? 1 : threads, [&](int64_t from, int64_t to) {
+        std::vector<uint64_t> order(E);
+        for (; from < to; ++from) {
+            for (int64_t e = 0; e < E; ++e) order[e] = descending(logits[from * E + e], e);
+            std::partial_sort(order.begin(), order.begin() + P, order.end(), std::greater<>());
+            for (int64_t p = 0; p < P; ++p) experts[from * P + p] = static_cast<int32_t>(~order[p]);
+        }
+    });
+}
+
+// `keys`: float32, bfloat16 or float16 for key_type 0, 1, 2. `products`: room for [T, P, each]. `level`: at most the
+// highest; -1: that.
+EXPORT void host_expert_topk(const float* x, const void* keys, int key_type, const int32_t* experts,
+                            const float* factors, int64_t T, int64_t d, int64_t E, int64_t each, int64_t P, int64_t K,
+                            int by_neuron, float* products, int32_t* ids, float* scores, float* dots, int level,
+                            int threads) {
+    static const int best = best_level();
+    Job job{x, keys, experts, factors, T, d, E, each, P, K, by_neuron != 0, products, ids, scores, dots,
+            level < 0 ? best : std::min(level, best), {}, {}, {}, {}};
+    if (key_type == 0)
+        job.run<float>(threads);
+    else if (key_type == 1)
+        job.run<BFloat16>(threads);
+    else
+        job.run<Half>(threads);
+}
