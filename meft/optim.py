@@ -85,7 +85,7 @@ class RowAdamW(Optimizer):
                     continue
                 table = tables.get(id(parameter))
                 if table is not None:
-                    gradient = as_row_gradient(parameter.grad, parameter)
+                    gradient = parameter.grad = as_row_gradient(parameter.grad, parameter)
                     entry = table.moments_in(self)
                     count_step(self, parameter)
                     update_table(table, entry, gradient, rule)

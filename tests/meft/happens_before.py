@@ -30,7 +30,7 @@ from meft.store import RowTable
 
 # What these files allocate is host memory; what the others allocate is of the device.
 HOST_FILES = {"store.py", "changes.py", "moments.py", "row_steps.py", "row_update.py", "adamw_blocks.py"}
-HOST_FILES |= {"row_gradient.py", "row_sums.py", "gradient_ring.py", "steps.py"}
+HOST_FILES |= {"row_gradient.py", "row_sums.py", "gradient_ring.py", "steps.py", "host_tensors.py"}
 LANES = ("inbound", "outbound", "updating")
 ALLOCATIONS = ("aten::empty", "aten::zeros", "aten::ones", "aten::full", "aten::arange", "aten::new_", "aten::scalar")
 

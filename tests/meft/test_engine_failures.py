@@ -11,8 +11,8 @@ import torch
 from test_engine import STRATEGIES, on_lanes
 from thread_lanes import CopyFailedError, ThreadLanes
 
-import meft.row_steps
 from meft.gradient_ring import GradientRing
+from meft.moments import Moments
 from meft.transfer import Traffic
 
 PLACES = ["first", "middle", "last"]
@@ -84,7 +84,7 @@ def test_a_failing_copy(tiny, strategy, lane, place):
 def test_a_failing_update_is_told_at_the_next_use(tiny, monkeypatch):
     model, optimizer = trained(tiny, {"retrieval": "stream"}, [(0, 2)])
     before = snapshot(tiny, model)
-    real, calls = meft.row_steps.Moments.update, []
+    real, calls = Moments.update, []
 
     def update(self, *args):
         calls.append(self)
@@ -92,7 +92,7 @@ def test_a_failing_update_is_told_at_the_next_use(tiny, monkeypatch):
             raise ValueError("what an update may raise")
         return real(self, *args)
 
-    monkeypatch.setattr(meft.row_steps.Moments, "update", update)
+    monkeypatch.setattr(Moments, "update", update)
     step(tiny, model, optimizer, 1)
     with pytest.raises(RuntimeError, match=r"The update of MEFT's values of layer 1 failed: what an update"):
         tiny.loss(model)

@@ -10,9 +10,9 @@ from test_engine import ROWS, STRATEGIES, on_lanes
 from test_layer import GENERATION, checkpointed
 from thread_lanes import ThreadLanes
 
-import meft.optim
 import meft.row_sums
 from meft import RowAdamW
+from meft.moments import Moments
 
 EACH = [(strategy, rows) for strategy in STRATEGIES for rows in ROWS]
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
@@ -179,13 +179,13 @@ def test_generation_with_a_cache(tiny, strategy, kind):
 
 @pytest.fixture
 def slow_updates(monkeypatch):
-    real = meft.optim.Moments.update
+    real = Moments.update
 
     def update(self, *args):
         time.sleep(0.02)
         real(self, *args)
 
-    monkeypatch.setattr(meft.optim.Moments, "update", update)
+    monkeypatch.setattr(Moments, "update", update)
 
 
 def a_state_dict(tiny, model, folder):

@@ -265,7 +265,6 @@ import builtins, os, pathlib, resource, shutil, signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch, safetensors.torch, peft.peft_model, peft.config
 import meft.state, peft_bridge.weights
-from meft.moments import Moments
 from tests.meft.conftest import Tiny
 
 root = pathlib.Path(sys.argv[2])
@@ -312,7 +311,7 @@ ways = {
     "between weights and config": lambda: setattr(peft.config.PeftConfigMixin, "save_pretrained", die),
     "half a config": half_a_config,
     "state: half a shard": lambda: setattr(meft.state, "save_file", half),
-    "state: before the sync of a shard": lambda: setattr(meft.state, "_sync", die),
+    "state: before the sync of a shard": lambda: setattr(meft.state, "sync", die),
     "state: after the shards": lambda: setattr(meft.state, "replace_file", die),
     "state: before the index's rename": lambda: dying_replace(S, True),
     "state: after the index's rename": lambda: dying_replace(S, False),
@@ -329,9 +328,10 @@ for number, (point, way) in enumerate(ways.items()):
     print(f"{number}|{point}|{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}", flush=True)
 
 large = Tiny.adapted(1, torch.float32, r=1 << 18, num_experts=64)  # two tables of 32 MiB, four of moments
+holder = torch.optim.AdamW([table.rows for table in Tiny.tables(large)])
 for table in Tiny.tables(large):
-    table.moments = Moments.fresh(table.rows)
-    table.moments.exp_avg.fill_(1), table.moments.exp_avg_sq.fill_(1)
+    moments = table.moments_in(holder).moments
+    moments.exp_avg.fill_(1), moments.exp_avg_sq.fill_(1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 large.save_pretrained(root / "large")
 large.base_model.save_training_state(root / "large")

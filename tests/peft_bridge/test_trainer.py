@@ -126,7 +126,7 @@ def test_deepspeeds_steps_take_the_merges():
     assert [merge[0] for merge in B.merges()] == [2, 4]
 
 
-# ---------------------------------------------------------------------- what a run and a checkpoint tell
+# ---------------------------------------------------------------------- what a run tells
 
 
 class Careful(Recorder):
@@ -134,9 +134,6 @@ class Careful(Recorder):
 
     def on_run_begin(self, total_steps, done_steps, steps_seen):
         self.events.append(("begin", total_steps, done_steps, steps_seen))
-
-    def on_checkpoint(self, folder):
-        self.events.append(("checkpoint", folder))
 
 
 def test_a_resumed_run_tells_the_steps_that_were_done():
@@ -174,34 +171,8 @@ def test_whether_the_optimizer_hooks_see_the_steps():
     assert [event[3] for event in listener.events] == [False, False, True, True]
 
 
-def saved(model, tmp_path, **fields):
-    fields = {"is_world_process_zero": True, "global_step": 3} | fields
-    args = SimpleNamespace(output_dir=str(tmp_path), save_only_model=False)
-    RunEvents().on_save(args, SimpleNamespace(**fields), None, model=Forwarding(model))
-    return [event for module in model.modules() if isinstance(module, Careful) for event in module.events]
-
-
-def test_a_checkpoint_is_told_with_its_folder(tmp_path):
-    (tmp_path / "checkpoint-3").mkdir()
-    assert saved(Careful(), tmp_path) == [("checkpoint", tmp_path / "checkpoint-3")]
-    listeners = [Careful(), Careful()]
-    saved(nn.Sequential(*listeners), tmp_path)
-    assert [each.events for each in listeners] == [[("checkpoint", tmp_path / "checkpoint-3")]] * 2
-
-
-def test_a_checkpoint_is_told_on_the_main_process_alone(tmp_path):
-    (tmp_path / "checkpoint-3").mkdir()
-    assert saved(Careful(), tmp_path, is_world_process_zero=False) == []
-
-
-def test_a_checkpoint_that_was_not_written_is_not_told(tmp_path):
-    assert saved(Careful(), tmp_path) == []
-    (tmp_path / "checkpoint-3").write_text("no folder")
-    assert saved(Careful(), tmp_path) == []
-
-
 def test_a_trainer_tells_of_its_run_in_order(tmp_path):
-    """Begin, every checkpoint once it is whole, end; and the same for a run that is resumed."""
+    """Begin and end; and the same for a run that is resumed."""
     told = []
 
     class Model(nn.Module, RunListener):
@@ -214,9 +185,6 @@ def test_a_trainer_tells_of_its_run_in_order(tmp_path):
 
         def on_run_begin(self, total_steps, done_steps, steps_seen):
             told.append(("begin", total_steps, done_steps, steps_seen))
-
-        def on_checkpoint(self, folder):
-            told.append((folder.name, (folder / "trainer_state.json").is_file(), (folder / "optimizer.pt").is_file()))
 
         def on_run_end(self):
             told.append("end")
@@ -234,7 +202,7 @@ def test_a_trainer_tells_of_its_run_in_order(tmp_path):
         return transformers.Trainer(Model(), args, train_dataset=[{"x": torch.ones(2)}] * 4)
 
     trainer().train()
-    assert told == [("begin", 4, 0, True), ("checkpoint-2", True, True), ("checkpoint-4", True, True), "end"]
+    assert told == [("begin", 4, 0, True), "end"]
     told.clear()
     trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert told == [("begin", 4, 2, True), ("checkpoint-4", True, True), "end"]
+    assert told == [("begin", 4, 2, True), "end"]
