@@ -42,3 +42,11 @@ def refuse_norms(optimizer: Optimizer, stacked_b: nn.Parameter) -> None:
         f"The optimizer {kind.__module__}.{kind.__name__} scales its steps by norms of parameters, in which rows of "
         f"B that layers share count once for each layer: {remedy}, or set num_merges=0."
     )
+
+
+def moves_between_steps(optimizer: Optimizer) -> bool:
+    """Whether an optimizer may move parameters between its steps by values that it keeps, as schedule-free ones do.
+
+    Those of torch, bitsandbytes and torchao do not.
+    """
+    return not type(optimizer).__module__.startswith(("torch.optim.", "bitsandbytes.", "torchao."))

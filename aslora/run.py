@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 from peft_bridge import watch_runs, watch_steps
 
 from .bank import SharedB
-from .optimizers import learning_rate, refuse_norms
+from .optimizers import learning_rate, moves_between_steps, refuse_norms
 from .schedule import PUBLISHED_INTERVAL, PUBLISHED_START, uses_published_steps
 from .ties import any_of
 from .unit import MergeUnit
@@ -156,8 +156,9 @@ class SharingRun:
             for member in members:
                 unit.sample(member, member.step + 1)
             self._merge_due(adapter_name, unit, partial(_stands_still, optimizer, members))
-            for member in members:
-                member.mirror_state(optimizer.state.get(member.stacked_B, {}))
+            if moves_between_steps(optimizer):
+                for member in members:
+                    member.mirror_state(optimizer.state.get(member.stacked_B, {}))
             if unit.pending and unit.leader.step == self.total_steps[adapter_name]:
                 self.warn_of_pending(adapter_name)
 

@@ -123,8 +123,11 @@ class Ties:
 
     def mirror(self, rows: Tensor) -> None:
         """Give each mirrored row of [n, ...] its owner's values, in place."""
-        owners, mirrored, _ = self._tensors(rows.device)
-        if self.mirrored:
+        if on_host(rows):  # without a second copy of them
+            for row in self.mirrored:
+                rows[row].copy_(rows[self.owners[row]])
+        elif self.mirrored:
+            owners, mirrored, _ = self._tensors(rows.device)
             rows.index_copy_(0, mirrored, rows.index_select(0, owners[mirrored]))
 
     def collect(self, gradient: Tensor) -> None:
