@@ -110,12 +110,13 @@ def test_an_adapter_whose_first_layer_is_on_disk(tmp_path, monkeypatch, low_cpu_
         low_cpu_mem_usage=low_cpu_mem_usage,
     )
     assert torch.equal(logits(loaded), logits(model))
+    assert {path.name for path in tmp_path.iterdir()} <= {"adapter", "base", "parts", "offloaded"}  # PEFT writes copies
 
 
 @pytest.mark.parametrize("room", [20_000, 70_000, 90_000], ids=["all on disk", "some on disk", "most in memory"])
 @pytest.mark.parametrize("kind", ["lora", "aslora"])
 def test_an_adapter_on_a_base_model_with_parts_on_disk(tmp_path, monkeypatch, kind, room):
-    monkeypatch.chdir(tmp_path)  # PEFT writes renamed copies of the base model's files below the working folder
+    monkeypatch.chdir(tmp_path)  # for LoRA PEFT writes copies of the base model's files below the working folder
     model = adapted(kind)
     expected = logits(model)
     model.save_pretrained(tmp_path / "adapter")

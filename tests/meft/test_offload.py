@@ -96,7 +96,6 @@ def test_an_adapter_loads_on_a_base_with_parts_on_disk(tiny, tmp_path, monkeypat
     assert any(p.is_meta for p in loaded.parameters())
     assert not any(p.is_meta for p in adapter(loaded).values())
     assert sorted(os.listdir(tmp_path / "base")) == files
-    assert "_update_offload" not in vars(loaded)
 
 
 def test_new_adapters_without_values_and_a_model_that_goes_to_meta(tiny):
