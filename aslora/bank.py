@@ -54,7 +54,6 @@ class SharedB(nn.Module):
 
     Attributes:
         ties: the sharing in force.
-        stepping: an optimizer step is running; a closure may see rows that are not mirrored yet.
         before_pass: called before a training forward pass takes the rows, to compare `ties` with values and buffers.
         checked: that has been done for the rows that are taken next.
     """
@@ -87,7 +86,6 @@ class SharedB(nn.Module):
         self._arrivals = Arrivals()
         self._followed = 0  # of these arrivals: those before the last step
         self.checked = False
-        self.stepping = False
         self.before_pass: Callable[[], None] | None = None
 
     # ------------------------------------------------------------------ buffers
@@ -216,7 +214,6 @@ class SharedB(nn.Module):
     def step_seen(self) -> None:
         """Gradients up to now have been used by a step that was seen, or B has been loaded since."""
         self._followed = self._arrivals.count
-        self.stepping = False
         self.forget_views()
 
     # ------------------------------------------------------------------ training
@@ -334,7 +331,7 @@ class SharedB(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy and pickle, which do not take the graph that `of_layer` keeps."""
-        return {**self.__dict__, "_views": None, "stepping": False}
+        return {**self.__dict__, "_views": None}
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils import resolve_quantization_backend
 from peft.utils.integrations import init_empty_weights
@@ -62,7 +63,7 @@ class Injection:
                     f"modules_to_save: '{name}' matches no module of the model: correct it or leave it out."
                 )
 
-    def build(self, config: ASLoRAConfig) -> tuple[nn.ModuleDict, nn.ModuleDict]:
+    def build(self, model: nn.Module, config: ASLoRAConfig) -> tuple[nn.ModuleDict, nn.ModuleDict]:
         """Group the layers and give them their tensors: key of an A-group -> `SharedA`, of a B-group -> `SharedB`."""
         groups: dict[str, list[tuple[int, Linear]]] = {}
         for path, layer in self.layers:
@@ -73,14 +74,20 @@ class Injection:
         with init_empty_weights() if self.low_cpu_mem_usage else nullcontext():
             for name, members in groups.items():
                 members.sort(key=lambda member: member[0])
-                self._build_group(config, name, members, As, Bs)
+                self._build_group(config, name, members, As, Bs, _device_of_values(model, members[0][1]))
         return As, Bs
 
     def _build_group(
-        self, config: ASLoRAConfig, name: str, members: list[tuple[int, Linear]], As: nn.ModuleDict, Bs: nn.ModuleDict
+        self,
+        config: ASLoRAConfig,
+        name: str,
+        members: list[tuple[int, Linear]],
+        As: nn.ModuleDict,
+        Bs: nn.ModuleDict,
+        device: torch.device,
     ) -> None:
         first = members[0][1]
-        device, dtype = first.device_and_dtype()
+        _, dtype = first.device_and_dtype()
         a_name = module_key(a_group_of(name, config.share_a))
         leads_a = a_name not in As
         if leads_a:
@@ -94,6 +101,15 @@ class Injection:
         Bs[module_key(name)] = B
         for position, (_, layer) in enumerate(members):
             layer.attach(self.adapter_name, A, B, position, leads_a and position == 0)
+
+
+def _device_of_values(model: nn.Module, layer: Linear) -> torch.device:
+    """Where a layer's A and B are made: beside its weight, or on the CPU if that is on disk or brought by a hook."""
+    device, _ = layer.device_and_dtype()
+    # PEFT has taken the hooks of a model with parts on disk away by now.
+    on_disk = "disk" in (getattr(model, "hf_device_map", None) or {}).values()
+    offloaded = device.type == "meta" and (on_disk or hasattr(layer.get_base_layer(), "_hf_hook"))
+    return torch.device("cpu") if offloaded else device
 
 
 def merge_units(config: ASLoRAConfig, As: nn.ModuleDict, Bs: nn.ModuleDict) -> list[MergeUnit]:

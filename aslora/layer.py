@@ -77,13 +77,14 @@ class ASLoRALayer(BaseTunerLayer):
         """PEFT calls this after loading. Shared tensors follow the first layer of their group, as whole modules."""
         if adapter_name not in self.aslora_B:
             return
-        own_device, dtype = self.device_and_dtype()
+        home, dtype = self.device_and_dtype()
+        target = device or (home if home.type != "meta" else None)  # where the base is offloaded, values stay
         shared = (self.aslora_A[adapter_name], self.aslora_B[adapter_name])
         for module, leads in zip(shared, self.leads[adapter_name], strict=True):
             if leads and not any(p.is_meta for p in module.parameters()):
                 # To a wider dtype only: float32 values from a file are not to be rounded to those of a bf16 base.
                 widest = max((dtype, *(p.dtype for p in module.parameters())), key=lambda d: d.itemsize)
-                module.to(device or own_device, widest)
+                module.to(target, widest)
 
     def factors(self, adapter_name: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """A [r, in_features] and this layer's B [out_features, r], on `device` (None: where A is)."""

@@ -110,7 +110,7 @@ class ASLoRAModel(TiesSavedModules, RunListener):
         if not injection.names and isinstance(config.target_modules, set):
             # PEFT's default of an architecture names modules of its variants too: keep what this model has.
             config.target_modules = {name for name in config.target_modules if injection.has(name)}  # type: ignore[assignment]
-        As, Bs = injection.build(config)
+        As, Bs = injection.build(model, config)
         units = merge_units(config, As, Bs)
         train = injection.adapter_name in self.active_adapters and not config.inference_mode
         _set_layer_requires_grad(As, train)

@@ -12,6 +12,10 @@ from torch.optim.optimizer import Optimizer
 _LAYER_WISE = re.compile("lamb|lars", re.IGNORECASE)
 
 
+def _holds(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
+    return any(p is parameter for group in optimizer.param_groups for p in group["params"])
+
+
 def _group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
     return next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
 
@@ -25,8 +29,11 @@ def refuse_norms(optimizer: Optimizer, stacked_b: nn.Parameter) -> None:
     """Refuse an optimizer whose step depends on the norm of a parameter: rows that layers share would count repeatedly.
 
     Raises:
-        ValueError: it is an Adafactor that scales by the parameter, a LAMB or a LARS.
+        ValueError: it is an Adafactor that scales by the parameter, a LAMB or a LARS, or a wrapper around one.
     """
+    for inner in vars(optimizer).values():
+        if isinstance(inner, Optimizer) and _holds(inner, stacked_b):
+            refuse_norms(inner, stacked_b)
     kind = type(optimizer)
     names = [cls.__name__ for cls in kind.__mro__]
     remedy = "use an optimizer without, such as AdamW"

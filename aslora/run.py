@@ -111,8 +111,6 @@ class SharingRun:
             for B in banks:
                 B.forget_views()
                 B.checked = True
-                if B.stepping:  # a closure's forward pass: the optimizer has moved owners and is not done
-                    B.mirror()
             if banks:
                 units.append(unit)
         return units
@@ -139,9 +137,12 @@ class SharingRun:
             if unit.pending or unit.taken:
                 for member in members:
                     refuse_norms(optimizer, member.stacked_B)
-        for _, _, members in stepped:
+
+    def before_closure(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+        """Mirror rows whose owners the optimizer has moved, for the closure's forward pass."""
+        for _, _, members in self._stepped(parameters):
             for member in members:
-                member.stepping = True
+                member.mirror()
 
     def gradients_ready(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         """Leave no gradient on mirrored rows."""

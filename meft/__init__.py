@@ -3,7 +3,13 @@
 Importing this package makes PEFT know the method: `get_peft_model(model, MEFTConfig(...))`.
 """
 
-from peft_bridge import check_native_loads, refuse_lora_optimizer, register_method, write_weights_at_once
+from peft_bridge import (
+    check_native_loads,
+    index_when_offloaded,
+    refuse_lora_optimizer,
+    register_method,
+    write_weights_at_once,
+)
 
 from . import storage
 from .config import MEFTConfig
@@ -17,6 +23,7 @@ from .state import check_training_state
 register_method(name="meft", config_cls=MEFTConfig, model_cls=MEFTModel, prefix="meft_")
 write_weights_at_once("meft_", load_on_host=True)
 check_native_loads("meft_", storage.checked, take_back)
+index_when_offloaded("meft_")
 refuse_lora_optimizer(
     "LoRA+",
     "meft_",

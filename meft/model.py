@@ -30,7 +30,6 @@ from .engine import Engine
 from .ffn_modules import FFN_OF, check_ffn, ffn_targets, ffn_width
 from .host_memory import require_memory_for
 from .layer import NOT_MERGEABLE, MEFTLayer
-from .offload_hooks import find_wrapped_weights
 from .report import TransferReport, transfer_report
 from .row_steps import RowSteps
 from .store import RowTable
@@ -392,7 +391,6 @@ class MEFTModel(TiesSavedModules, RunListener):
         tuner = getattr(model, "base_model", None)
         if isinstance(tuner, MEFTModel) and (folder := last_loaded_folder()) is not None:
             tuner.loaded_from[adapter_name] = folder
-        find_wrapped_weights(model)
         del own[storage.DIGEST]
         others = {key: value for key, value in state_dict.items() if not storage.owns(key)}
         rest = storage.with_names_of_today(own) | others

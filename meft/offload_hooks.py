@@ -9,8 +9,6 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from peft import PeftModel
-from safetensors import safe_open
 from torch import Tensor, nn
 
 HOOK = "_hf_hook"  # the attribute under which accelerate keeps its hook
@@ -67,31 +65,3 @@ class KeptParameters(nn.Module):
             return super()._apply(fn, recurse)
         finally:
             self._moving = False
-
-
-def _has_disk_parts(model: nn.Module) -> bool:
-    return "disk" in (getattr(model, "hf_device_map", None) or {}).values()
-
-
-def find_wrapped_weights(model: nn.Module) -> None:
-    """Let `PeftModel.load_adapter` find the weights of wrapped FFNs among those that lie on disk.
-
-    PEFT looks for wrapped layers that have a weight of their own, not for modules inside of them.
-    """
-    if isinstance(model, PeftModel) and _has_disk_parts(model):
-        model._update_offload = lambda index, _: _rename(model, index)  # type: ignore[method-assign, assignment]
-
-
-def _rename(model: PeftModel, index: dict[str, dict[str, str]] | None) -> None:
-    del model._update_offload  # the class has its own
-    base = model.get_base_model()
-    tensors = [name for owned in (base.named_parameters(), base.named_buffers()) for name, _ in owned]
-    wrapped = {name.replace(".base_layer.", "."): name for name in tensors}
-    for key in list(index or {}):
-        assert index is not None
-        entry = index.pop(key)
-        with safe_open(entry["safetensors_file"], framework="pt") as file:
-            names = set(file.keys())
-        # A checkpoint may have been saved without the name of the model around the layers.
-        entry["weight_name"] = next(name for name in (key, key.partition(".")[2]) if name in names)
-        index[f"base_model.model.{wrapped[key]}"] = entry

@@ -183,6 +183,9 @@ class RowSteps:
                 raise ValueError(TWO_OPTIMIZERS)
             rule_of(optimizer, group_of(optimizer, table.rows), self.configs[name].row_optimizer)
 
+    def before_closure(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+        """Rows do not move before the step ends."""
+
     def gradients_ready(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         """Take the row gradients away, so that the optimizer leaves the tables alone, and make their moments."""
         scaler = getattr(optimizer, "grad_scale", None)  # of a fused step under a GradScaler: not yet unscaled

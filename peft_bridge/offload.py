@@ -1,7 +1,9 @@
-"""Tensors that a tuner owns, where PEFT puts an adapter on a base model with parts on disk.
+"""PEFT's methods outside PEFT on a base model with parts on disk.
 
-`PeftModel.load_adapter` dispatches the whole model again, with an index that says where each tensor on disk lies. PEFT
-adds those of adapted layers to it; tensors outside of the layers have to be added too.
+`PeftModel.load_adapter` dispatches the whole model again, with an index that says in which file each tensor on disk
+lies, and PEFT renames its entries to where injection has put the modules. It looks for wrapped layers that have a
+weight of their own, writes copies of the base model's files below the working folder, and does not know tensors outside
+of the layers. For registered methods entries are renamed here, nothing is copied, and what the tuner owns is added.
 """
 
 from __future__ import annotations
@@ -15,35 +17,68 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-_owned_by_tuner: set[str] = set()
+_Index = dict[str, dict[str, str]]
+_registered: set[str] = set()
 
 
 def index_when_offloaded(prefix: str) -> None:
-    """Let accelerate find the tensors of a method which its tuner owns; repeated calls change nothing.
+    """Let accelerate find the tensors of models that a method has wrapped; repeated calls change nothing.
 
     Args:
-        prefix: of these tensors, e.g. "aslora_".
+        prefix: of the method's tensors, e.g. "aslora_".
     """
-    _owned_by_tuner.add(f"base_model.{prefix}")
+    _registered.add(prefix)
     module: Any = PeftModel
     if not hasattr(module._update_offload, "_aslora_meft"):
-        module._update_offload = _adding(module._update_offload)
+        module._update_offload = _updating(module._update_offload)
 
 
-def _adding(update: Callable[..., Any]) -> Callable[..., Any]:
+def _updating(update: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(update)
-    def _update_offload(self: PeftModel, offload_index: dict[str, dict[str, str]] | None, *args: Any) -> Any:
-        result = update(self, offload_index, *args)
-        own = {k: v.contiguous() for k, v in self.state_dict().items() if k.startswith(tuple(_owned_by_tuner))}
-        if offload_index and own:
-            folder = tempfile.mkdtemp(prefix="offloaded-adapter-")
-            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-            file = Path(folder, "adapter.safetensors")
-            save_file(own, file)
-            offload_index.update({key: {"safetensors_file": str(file), "weight_name": key} for key in own})
-        return result
+    def _update_offload(self: PeftModel, offload_index: _Index | None, *args: Any) -> Any:
+        prefix = getattr(self.base_model, "prefix", None)
+        if not offload_index or prefix not in _registered:
+            return update(self, offload_index, *args)
+        _rename(self, offload_index)
+        _add_owned(self, offload_index, f"base_model.{prefix}")
+        return offload_index
 
     _update_offload._aslora_meft = True  # type: ignore[attr-defined]
     return _update_offload
+
+
+def _rename(model: PeftModel, index: _Index) -> None:
+    """Put the names that tensors of the base model have by now in the place of those before injection.
+
+    All tensors of the files are entered: those that were in memory may go to disk now.
+    """
+    base = model.get_base_model()
+    tensors = dict(base.named_parameters()) | dict(base.named_buffers())
+    wrapped = {name.replace(".base_layer.", "."): name for name in tensors}
+    before = dict(index)
+    index.clear()
+    block = next(iter(before)).partition(".")[0]
+    for path in dict.fromkeys(entry["safetensors_file"] for entry in before.values()):
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+        for name in names:
+            # A checkpoint may have been saved without the name of the model around the layers.
+            key = name if name in wrapped else f"{block}.{name}"
+            if key in wrapped and before.get(key, {}).get("safetensors_file", path) == path:
+                dtype = str(tensors[wrapped[key]].dtype).removeprefix("torch.")
+                entry = {"dtype": dtype, **before.get(key, {}), "safetensors_file": path, "weight_name": name}
+                index[f"base_model.model.{wrapped[key]}"] = entry
+
+
+def _add_owned(model: PeftModel, index: _Index, prefix: str) -> None:
+    """Write tensors that the tuner owns to a file of their own, which goes with the model."""
+    own = {key: value.contiguous() for key, value in model.state_dict().items() if key.startswith(prefix)}
+    if own:
+        folder = tempfile.mkdtemp(prefix="offloaded-adapter-")
+        weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+        file = Path(folder, "adapter.safetensors")
+        save_file(own, file)
+        index.update({key: {"safetensors_file": str(file), "weight_name": key} for key in own})

@@ -36,6 +36,9 @@ class StepListener(Protocol):
     def before_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         """The optimizer is about to change `parameters`; an exception here stops the step."""
 
+    def before_closure(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+        """The closure of a step is about to run; the optimizer may have moved `parameters` since it ran last."""
+
     def gradients_ready(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         """The gradients are final, finite and not yet used: now, or after the closure of a step that has one."""
 
@@ -125,6 +128,8 @@ def _checked(closure: Callable[[], Any], optimizer: Optimizer, step: _Step) -> C
     """
 
     def checked() -> Any:
+        for listener, mine in step.watched:
+            listener.before_closure(optimizer, mine)
         loss = closure()
         if not _all_finite([p for _, mine in step.watched for p in mine]):
             _skip(optimizer, step)

@@ -79,10 +79,44 @@ def test_offloaded_logits_are_those_of_the_model(offload):
         assert torch.equal(logits(model), logits(base()))
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_an_adapter_on_an_offloaded_base_model_has_its_values(tmp_path, low_cpu_mem_usage):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    offloaded = base()
+    cpu_offload(offloaded, CPU)
+    loaded = PeftModel.from_pretrained(offloaded, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.load_adapter(tmp_path, "other", low_cpu_mem_usage=low_cpu_mem_usage)
+    loaded.set_adapter("other")
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_an_adapter_whose_first_layer_is_on_disk(tmp_path, monkeypatch, low_cpu_mem_usage):
+    monkeypatch.chdir(tmp_path)
+    model = adapted()
+    model.save_pretrained("adapter")
+    base().save_pretrained("base")
+    names = ["embed_tokens", "rotary_emb", "norm", *(f"layers.{i}" for i in range(4))]
+    where = {"lm_head": "cpu"} | {f"model.{name}": "disk" if name == "layers.0" else "cpu" for name in names}
+    parts = LlamaForCausalLM.from_pretrained(tmp_path / "base", device_map=where, offload_folder=tmp_path / "parts")
+    of_peft = {f"base_model.model.{name}": place for name, place in where.items()}
+    loaded = PeftModel.from_pretrained(
+        parts,
+        "adapter",
+        device_map=of_peft | {"base_model.aslora_A": "cpu", "base_model.aslora_B": "cpu"},
+        offload_folder=tmp_path / "offloaded",
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
+    assert torch.equal(logits(loaded), logits(model))
+    assert {path.name for path in tmp_path.iterdir()} <= {"adapter", "base", "parts", "offloaded"}  # PEFT writes copies
+
+
 @pytest.mark.parametrize("room", [20_000, 70_000, 90_000], ids=["all on disk", "some on disk", "most in memory"])
 @pytest.mark.parametrize("kind", ["lora", "aslora"])
 def test_an_adapter_on_a_base_model_with_parts_on_disk(tmp_path, monkeypatch, kind, room):
-    monkeypatch.chdir(tmp_path)  # PEFT writes renamed copies of the base model's files below the working folder
+    monkeypatch.chdir(tmp_path)  # for LoRA PEFT writes copies of the base model's files below the working folder
     model = adapted(kind)
     expected = logits(model)
     model.save_pretrained(tmp_path / "adapter")

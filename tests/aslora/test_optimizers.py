@@ -98,12 +98,25 @@ class Grouped(torch.optim.SGD):
 
 Grouped.__name__ = "AdaFactor"
 
+
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer that steps by another one, as Lookahead does."""
+
+    def __init__(self, optimizer):
+        self.inner = optimizer
+        super().__init__(optimizer.param_groups, {})
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
 REFUSED = {
     "torch.optim.Adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
     "transformers": lambda p: transformers.optimization.Adafactor(p, lr=1e-2, relative_step=False),
     "bnb.LAMB": lambda p: bnb.optim.LAMB(p, lr=1e-2),
     "bnb.LARS": lambda p: bnb.optim.LARS(p, lr=1e-2, momentum=0.9),
     "another LAMB": lambda p: LAMB(p, lr=1e-2),
+    "a wrapped LAMB": lambda p: Wrapper(LAMB(p, lr=1e-2)),
 }
 
 

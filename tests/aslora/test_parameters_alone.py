@@ -316,3 +316,22 @@ def test_a_deep_copy_is_checked_on_its_own(tiny):
     with pytest.raises(RuntimeError, match="saw no step"):
         tiny.backward(twin)
     tiny.backward(model)
+
+
+class Failing(torch.optim.SGD):
+    def step(self, closure=None):
+        raise MemoryError
+
+
+def test_what_is_written_after_a_step_that_failed_stays(tiny):
+    model, earlier = tiny.adapted(), tiny.adapted()
+    tiny.train(model, 5)
+    tiny.train(earlier, 1)
+    with pytest.raises(MemoryError):
+        tiny.train(model, 1, Failing(tiny.trainable(model), lr=0.1))
+    one_by_one(earlier, model)
+    with pytest.raises(RuntimeError, match="load values with load_state_dict"):
+        tiny.backward(model)
+    assert torch.equal(output(tiny, model), output(tiny, earlier))
+    model.load_state_dict(earlier.state_dict())
+    assert torch.equal(model(tiny.inputs(model)), earlier(tiny.inputs(model)))

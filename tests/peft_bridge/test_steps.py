@@ -36,6 +36,9 @@ class Recorder:
     def watched_parameters(self):
         return self.parameters
 
+    def before_closure(self, optimizer, parameters):
+        pass
+
     def gradients_ready(self, optimizer, parameters):
         pass
 
