@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from meft import MEFTConfig, RowAdamW
 from meft.layer import MEFTLayer
+from meft.router import Router, Routers
 from meft.routing import reference
 from meft.row_gradient import RowGradient
 from meft.row_steps import RowSteps
@@ -52,7 +53,9 @@ class Rows:
             for table in tables:
                 table.rows.copy_(torch.randn(R, D, generator=generator, dtype=torch.float64))
         self.keys, self.values = tables
-        self.routers = nn.ParameterDict({"default": nn.Parameter(torch.randn(2, D, generator=generator))})
+        self.routers = Routers({"default": Router(2, D, torch.float32)})
+        with torch.no_grad():
+            self.router.copy_(torch.randn(2, D, generator=generator))
         self.steps = RowSteps()
         self.steps.tables["default"] = tables
         self.steps.configs["default"] = MEFTConfig(
@@ -63,7 +66,7 @@ class Rows:
 
     @property
     def router(self):
-        return self.routers["default"]
+        return self.routers["default"].weight
 
     @property
     def parameters(self):
@@ -660,7 +663,7 @@ class DenseFFN(nn.Module):
         self.fields = {"experts_per_token": config.probed, "top_k": config.top_k, "router_factor": config.router_factor}
         tables = [table.rows for table in layer.tables("default")]
         self.keys, self.values, self.router = (
-            nn.Parameter(p.detach().clone()) for p in (*tables, layer.meft_router["default"])
+            nn.Parameter(p.detach().clone()) for p in (*tables, layer.router("default"))
         )
 
     def forward(self, x):
@@ -684,7 +687,7 @@ def dense_twin(model):
 
 def trainable(model):
     layers = [m for m in model.modules() if isinstance(m, MEFTLayer)]
-    return [p for m in layers for p in (*(t.rows for t in m.tables("default")), m.meft_router["default"])]
+    return [p for m in layers for p in (*(t.rows for t in m.tables("default")), m.router("default"))]
 
 
 def loss_of(model, seed, rows=1, length=4):
