@@ -1,4 +1,6 @@
-"""Tensors that `torch.load` reads into host memory whatever its `map_location`.
+"""Tensors that `torch.load` reads into host memory whatever device its `map_location` names.
+
+A function given as `map_location` decides by itself, and is not asked here.
 
 A pickle names the storages of a tensor one after the other, and each goes where `map_location` says as soon as it is
 read. Between a `HostBegin` and a `HostEnd` in the stream they stay where they were read. Both are seen by the frame

@@ -36,6 +36,22 @@ def forks() -> int:
     return _forks
 
 
+def check_process(since: int) -> None:
+    """Check that this process has the memory of what was made in another one.
+
+    Args:
+        since: what `forks` said there.
+
+    Raises:
+        RuntimeError: it was forked since.
+    """
+    if since != _forks:
+        raise RuntimeError(
+            "MEFT's rows are not in the memory of a forked process: use the model in the process that made it, or "
+            "start the other one with the method 'spawn' (DataLoader: multiprocessing_context='spawn')."
+        )
+
+
 @functools.cache
 def _madvise() -> Any:
     """The C library's function; None where the system has none that keeps pages from a fork."""

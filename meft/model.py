@@ -187,6 +187,8 @@ class MEFTModel(TiesSavedModules, RunListener):
         return surroundings(self.model, [layer.base_layer for layer in layers], lambda module: id(module) in own)
 
     def _drop(self, adapter_name: str) -> None:
+        for table in self.steps.tables.get(adapter_name, []):
+            table.rows.grad = None  # an optimizer that goes on would take it for a gradient of all rows
         for owner in (self.steps.tables, self.steps.configs, self.steps.routers, self.loaded_from, self.engines):
             owner.pop(adapter_name, None)
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.serialization import add_safe_globals
 
 from .host_loading import HostBegin, HostEnd
-from .host_tensors import keep_from_forks, like_rows
+from .host_tensors import check_process, forks, keep_from_forks, like_rows
 from .row_update import StepRule, update_rows
 
 KEY = "row_moments"  # of the entry in `optimizer.state[rows]`
@@ -103,11 +103,17 @@ class RowMoments:
     def __init__(self, moments: Moments, settle: Callable[[], None] | None = None) -> None:
         self._moments, self._settle = moments, settle
         self.owner: weakref.ref[Optimizer] | None = None  # whose steps update it
+        self._forks = forks()
         moments.holders.add(self)
 
     @property
     def moments(self) -> Moments:
-        """After all updates that are queued."""
+        """After all updates that are queued.
+
+        Raises:
+            RuntimeError: this is a forked process, which has not got the memory.
+        """
+        check_process(self._forks)
         if self._settle is not None:
             self._settle()
         return self._moments

@@ -17,7 +17,7 @@ from .changes import Changes
 from .host_tensors import host_zeros, like_rows
 from .kept_rows import KeptRows, State
 from .lanes import Lane, Mark
-from .moments import Moments, RowMoments, moments_of
+from .moments import KEY, Moments, RowMoments, moments_of
 from .row_update import update_rows
 from .transfer import PageLock
 from .updates import Ticket, UpdateQueue
@@ -102,7 +102,10 @@ class RowTable(KeptRows):
 
     @property
     def entry(self) -> RowMoments | None:
-        """The moments of the last step, those of its optimizer, or those that were `restored` since; None: none."""
+        """The moments that the next step begins with, if the optimizer of the last one takes it; None: fresh ones."""
+        optimizer = self.stepped_by
+        if optimizer is not None:  # it may have loaded others since
+            return optimizer.state.get(self.rows, {}).get(KEY)
         return self.restored if self.restored is not None else self._stepped_with
 
     @property
@@ -114,7 +117,7 @@ class RowTable(KeptRows):
     @property
     def stepped_by(self) -> Optimizer | None:
         """The optimizer of the last step; None where it is gone, or others' moments were `restored` since."""
-        entry = self.entry
+        entry = self.restored if self.restored is not None else self._stepped_with
         return entry.owner() if entry is not None and entry.owner is not None else None
 
     def moments_in(self, optimizer: Optimizer) -> RowMoments:

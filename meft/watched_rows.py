@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .host_tensors import forks, like_rows
+from .host_tensors import check_process, forks, like_rows
 from .tensor_private import (
     GET_DATA,
     GET_GRAD,
@@ -54,11 +54,7 @@ class Watch:
 
     def check_process(self) -> None:
         """Raises: RuntimeError: this is a forked process, which has not got the memory."""
-        if self._forks != forks():
-            raise RuntimeError(
-                "MEFT's rows are not in the memory of a forked process: use the model in the process that made it, or "
-                "start the other one with the method 'spawn' (DataLoader: multiprocessing_context='spawn')."
-            )
+        check_process(self._forks)
 
     def note(self) -> None:
         """The memory was handed out."""

@@ -92,6 +92,11 @@ def _checked(adapter_name: str, owner: Any, **given: Any) -> Any:
         info, offloaded = load(**given)
     ours = [key for key in info.missing_keys if f".{method.prefix}" in key and adapter_name in key.split(".")]
     theirs = [key for key in info.unexpected_keys if f".{method.prefix}" in key]
+    if left := [key for key in offloaded or () if f".{method.prefix}" in key and adapter_name in key.split(".")]:
+        raise ValueError(
+            f"{min(left)} is in a layer that lies on disk, where transformers loads nothing: load the adapter by "
+            "PeftModel.from_pretrained, or choose a device_map without 'disk'."
+        )
     for keys, where in ((theirs, "in the file but not in this model"), (ours, "in this model but not in the file")):
         if keys:
             raise ValueError(

@@ -66,7 +66,10 @@ class _Step:
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.watched: list[tuple[Any, list[nn.Parameter]]] = []
         for listener in list(_listeners):
-            mine = [p for p in listener.watched_parameters() if id(p) in owned and p.requires_grad]
+            # One that was frozen after its backward pass is stepped all the same.
+            mine = [
+                p for p in listener.watched_parameters() if id(p) in owned and (p.requires_grad or p.grad is not None)
+            ]
             if mine:
                 self.watched.append((listener, mine))
         self.had_gradient: set[int] = set()

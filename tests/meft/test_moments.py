@@ -285,6 +285,31 @@ def test_a_file_that_ends_between_the_marks_leaves_nothing_behind(tiny):
     assert fake.bytes == 40
 
 
+@pytest.mark.parametrize("stepped", [False, True], ids=["first step", "later"])
+def test_an_adapter_that_was_set_aside_after_its_backward_pass_is_stepped_by_rows(tiny, stepped):
+    model = tiny.adapted(dtype=torch.float32)
+    tables = tiny.tables(model)
+    optimizer = tiny.train(model, 1) if stepped else tiny.adamw(model)
+    optimizer.zero_grad()
+    tiny.loss(model, rows=1, length=2).backward()
+    touched = [table.rows.grad.rows.clone() for table in tables]
+    before = [table.rows.detach().clone() for table in tables]
+    model.add_adapter("other", tiny.config())
+    model.set_adapter("other")
+    optimizer.step()
+    for table, rows, values in zip(tables, touched, before, strict=True):
+        assert torch.equal((table.rows != values).any(1).nonzero().flatten(), rows)
+        assert optimizer.state[table.rows].keys() == {"step", KEY}
+
+
+def test_an_optimizer_outlives_an_adapter_whose_gradients_it_had(tiny):
+    model = tiny.adapted(dtype=torch.float32)
+    optimizer = tiny.train(model, 1)  # its gradients are still there
+    model.add_adapter("other", tiny.config())
+    model.delete_adapter("default")
+    optimizer.step()
+
+
 def test_a_state_of_another_adapter_is_refused(tiny):
     model, other = tiny.adapted(dtype=torch.float32), tiny.adapted(dtype=torch.float32, r=24)
     saved = tiny.train(model, 1).state_dict()

@@ -167,6 +167,15 @@ def test_after_an_error_the_model_is_as_before_and_loads_a_good_file(tiny, folde
     assert not torch.equal(logits(tiny, model), expected)
 
 
+def test_layers_on_disk_are_not_left_with_fresh_values(folders, tmp_path):
+    parts = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    parts |= {"model.layers.0": "disk", "model.layers.1": "cpu"}
+    model = tr.LlamaForCausalLM.from_pretrained(folders[0], device_map=parts, offload_folder=str(tmp_path / "weights"))
+    with pytest.raises(ValueError, match=r"layers\.0\.\S+ is in a layer that lies on disk.*PeftModel.from_pretrained"):
+        model.load_adapter(str(folders[1]))
+    assert not any("meft_" in name for name, _ in model.named_parameters())
+
+
 def test_a_damaged_second_adapter_leaves_the_first(tiny, folders, damaged):
     flip(damaged)
     model = by_load_adapter(folders, folders[1])

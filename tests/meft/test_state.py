@@ -75,6 +75,21 @@ def test_a_state_goes_there_and_back_bit_for_bit(tiny, tmp_path, kind):
     tiny.assert_equal(tiny.whole_state(other), tiny.whole_state(model))
 
 
+def test_a_state_after_a_rewind_without_a_step(tiny, tmp_path):
+    model = make(tiny)
+    optimizer = tiny.train(model, 2)
+    saved, expected = copy.deepcopy((model.state_dict(), optimizer.state_dict())), tiny.whole_state(model)
+    tiny.train(model, 1, optimizer, first=2)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    tiny.assert_equal(tiny.whole_state(model), expected)
+    model.base_model.save_training_state(tmp_path)
+    other = make(tiny)
+    other.load_state_dict(saved[0])
+    other.base_model.load_training_state(tmp_path)
+    tiny.assert_equal(tiny.whole_state(other), expected)
+
+
 def test_a_state_before_the_first_step(tiny, tmp_path):
     model = make(tiny)
     model.save_pretrained(tmp_path)

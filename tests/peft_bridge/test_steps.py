@@ -93,13 +93,22 @@ def test_steps_that_do_not_concern_the_listener():
     ours, other, frozen = parameter(0), parameter(1), parameter(2)
     frozen.requires_grad = False
     listener = Recorder(ours, frozen)
+    give_gradients(other)
     for parameters in ([other], [frozen]):
-        give_gradients(*parameters)
         torch.optim.SGD(parameters, lr=0.1).step()
     assert listener.events == []
     give_gradients(other)  # ours has no gradient: the optimizer passes it by
     torch.optim.SGD([ours, other], lr=0.1).step()
     assert listener.kinds() == ["before"]
+
+
+def test_a_parameter_that_was_frozen_after_its_backward_pass():
+    ours = parameter()
+    listener = Recorder(ours)
+    give_gradients(ours)
+    ours.requires_grad = False  # as set_adapter does; torch's optimizers step it all the same
+    torch.optim.SGD([ours], lr=0.1).step()
+    assert listener.kinds() == ["before", "after"]
 
 
 def test_several_listeners_and_parameter_groups():
