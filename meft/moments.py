@@ -93,7 +93,7 @@ class RowMoments:
     It is no tensor, so that `load_state_dict` does not cast it to the dtype of the parameter and nobody moves it to a
     device. Copies (`copy`, `deepcopy`) share the memory; who updates while others hold the same takes a copy first, so
     that a state dict that was kept stays what it was. `torch.save` writes the tensors from where they are, and
-    `torch.load` reads them into host memory, whatever its `map_location`.
+    `torch.load` reads them into host memory, whatever device its `map_location` names.
 
     Args:
         moments: shared with whoever else holds them.
