@@ -378,7 +378,7 @@ def test_what_is_written_into_a_gradient_after_a_step_is_too_late(tiny, write):
     for late in (False, True):
         model = tiny.adapted(dtype=torch.float32)
         tables, gate = tiny.tables(model), threading.Event()
-        queue = UpdateQueue(torch.device("cpu"))
+        queue = UpdateQueue()
         for table in tables:
             table.updates = queue
         optimizer = tiny.adamw(model)
