@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from .shared_rows import AllRows, Arrivals, OneRow, in_backward
 from .sharing import groups_of, is_sharing_map
 from .ties import Ties, borne_out, filled, on_host
+from .unseen_steps import CompiledArrivals
 
 
 class SharedA(nn.Module):
@@ -85,6 +86,7 @@ class SharedB(nn.Module):
         self.ties = Ties(range(n))
         self._arrivals = Arrivals()
         self._followed = 0  # of these arrivals: those before the last step
+        self._compiled = CompiledArrivals(self)
         self.checked = False
         self.before_pass: Callable[[], None] | None = None
 
@@ -213,7 +215,7 @@ class SharedB(nn.Module):
 
     def step_seen(self) -> None:
         """Gradients up to now have been used by a step that was seen, or B has been loaded since."""
-        self._followed = self._arrivals.count
+        self._followed, self._compiled.count = self._arrivals.count, 0
         self.forget_views()
 
     # ------------------------------------------------------------------ training
@@ -331,7 +333,11 @@ class SharedB(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy and pickle, which do not take the graph that `of_layer` keeps."""
-        return {**self.__dict__, "_views": None}
+        return {**self.__dict__, "_views": None, "_compiled": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._compiled = CompiledArrivals(self)
 
 
 def gathered(tensor: Tensor) -> Tensor:

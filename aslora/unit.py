@@ -21,6 +21,7 @@ from .sharing import (
     squared_distances,
 )
 from .ties import Ties, borne_out, map_by_value
+from .unseen_steps import UNSEEN_STEP
 
 
 class MergeUnit:
@@ -98,11 +99,7 @@ class MergeUnit:
         """
         for name, (B, _) in self.members.items():
             if B.awaits_step and B.compared and bool(B.ties.broken(B.stacked_B)):
-                raise RuntimeError(
-                    f"{name}: B has changed after a backward pass, but torch's optimizer hooks saw no step, so layers "
-                    "that share would go on with different B: call model.base_model.update_and_allocate(step) after "
-                    "each step of this optimizer (and load values with load_state_dict, not between backward and step)."
-                )
+                raise RuntimeError(f"{name}: {UNSEEN_STEP}")
 
     def settle(self) -> None:
         """Make the ties what values and buffers give, where somebody else has written them.

@@ -335,3 +335,26 @@ def test_what_is_written_after_a_step_that_failed_stays(tiny):
     assert torch.equal(output(tiny, model), output(tiny, earlier))
     model.load_state_dict(earlier.state_dict())
     assert torch.equal(model(tiny.inputs(model)), earlier(tiny.inputs(model)))
+
+
+def test_compiled_training_by_an_engine_that_the_hooks_miss_raises(tiny):
+    """Compiled code compares no rows itself; the gradients that arrive tell."""
+    model = tiny.adapted()
+    tiny.train(model, 6)
+    assert all(B.merges_taken == 2 for B in tiny.groups(model).values())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+
+    def step(i, mend):
+        compiled(tiny.inputs(model, i)).square().mean().backward()
+        with torch.no_grad():
+            for parameter in tiny.trainable(model):
+                parameter -= 0.01 * parameter.grad
+                parameter.grad = None
+        if mend:
+            model.base_model.update_and_allocate(i + 1)
+
+    step(0, mend=True)
+    step(1, mend=False)
+    with pytest.raises(RuntimeError, match="hooks saw no step"):
+        step(2, mend=False)
