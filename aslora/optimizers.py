@@ -54,6 +54,6 @@ def refuse_norms(optimizer: Optimizer, stacked_b: nn.Parameter) -> None:
 def moves_between_steps(optimizer: Optimizer) -> bool:
     """Whether an optimizer may move parameters between its steps by values that it keeps, as schedule-free ones do.
 
-    Those of torch, bitsandbytes and torchao do not.
+    Those of torch, transformers, bitsandbytes and torchao do not.
     """
-    return not type(optimizer).__module__.startswith(("torch.optim.", "bitsandbytes.", "torchao."))
+    return not type(optimizer).__module__.startswith(("torch.optim.", "transformers.", "bitsandbytes.", "torchao."))

@@ -200,18 +200,13 @@ def test_property_8_a_merge_is_defined_for_the_optimizer(tiny, tmp_path, name):
         assert ours.keys() == theirs.keys()
         assert ours or name == "lbfgs"  # whose state is one flat vector for all parameters
         for key, moments in ours.items():
-            assert torch.equal(moments, theirs[key][owners] if moments.is_floating_point() else theirs[key])
-    mirrored, before = ({g: getattr(B.ties, n) for g, B in tiny.groups(model).items()} for n in ("mirrored", "owners"))
+            assert torch.equal(moments, theirs[key])  # a merge writes no optimizer state
+    mirrored = {group: B.ties.mirrored for group, B in tiny.groups(model).items()}
     for _ in merging:
         for group, B in tiny.groups(model).items():
             assert not B.stacked_B.grad[mirrored[group]].any()
             assert torch.equal(B.stacked_B, B.stacked_B[B.ties.owners])
-            for moments in state_of(optimizer, B).values():
-                if moments.is_floating_point():
-                    rows = mirrored[group]
-                    assert torch.equal(moments[rows], moments[[before[group][row] for row in rows]])
         mirrored = {group: B.ties.mirrored for group, B in tiny.groups(model).items()}
-        before = {group: B.ties.owners for group, B in tiny.groups(model).items()}
     assert tiny.taken(model) == {"q": 2, "v": 2}
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
