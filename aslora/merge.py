@@ -19,7 +19,8 @@ class Merge:
     averages have one common count. No optimizer state is written: the gradient of all goes to the upper row from now
     on, and what the moments of other rows do to these is overwritten after each step.
 
-    Values come before the map: what is interrupted between leaves rows that are equal, and are found to be.
+    Values come before the map: what is interrupted between leaves equal rows, which are found and tied before the next
+    pass; no further merges follow then.
     """
 
     @torch.no_grad()
