@@ -4,42 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from peft import PeftConfig
-from peft.utils import PeftType
-
-from peft_bridge import known_keywords, save_config_at_once
-
-_CHOICES = {
-    "merge_candidates": ("all", "adjacent"),
-    "merge_scope": ("per_projection", "joint"),
-    "share_a": ("per_projection", "joint"),
-    "similarity": ("factor", "product"),
-    "merge_value": ("upper", "mean"),
-    "bias": ("none", "all", "aslora_only"),
-}
-
-# What users of LoraConfig pass by habit.
-_REMEDIES = {
-    "lora_dropout": "use aslora_dropout",
-    "init_lora_weights": "use init_weights, True or False",
-    "rank_pattern": "set r, the rank of all layers, which share their A and B",
-    "alpha_pattern": "set lora_alpha, which is that of all layers",
-}
+from peft_bridge import MethodConfig, is_int, is_number, known_keywords
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-@known_keywords(_REMEDIES)
+@known_keywords
 @dataclass
-class ASLoRAConfig(PeftConfig):
+class ASLoRAConfig(MethodConfig):
     """Configuration of ASLoRA, adaptive sharing low-rank adaptation across layers
     (Hu et al., https://huggingface.co/papers/2412.10135).
 
@@ -53,6 +25,22 @@ class ASLoRAConfig(PeftConfig):
     Raises:
         ValueError: a field has an impossible value; the message names the field, the value and the remedy.
     """
+
+    method = "ASLORA"
+    choices: ClassVar = {
+        "merge_candidates": ("all", "adjacent"),
+        "merge_scope": ("per_projection", "joint"),
+        "share_a": ("per_projection", "joint"),
+        "similarity": ("factor", "product"),
+        "merge_value": ("upper", "mean"),
+        "bias": ("none", "all", "aslora_only"),
+    }
+    remedies: ClassVar = {
+        "lora_dropout": "use aslora_dropout",
+        "init_lora_weights": "use init_weights, True or False",
+        "rank_pattern": "set r, the rank of all layers, which share their A and B",
+        "alpha_pattern": "set lora_alpha, which is that of all layers",
+    }
 
     r: int = field(default=8, metadata={"help": "Rank of A and B, at least 1 (paper: 8)."})
     lora_alpha: float = field(
@@ -147,70 +135,21 @@ class ASLoRAConfig(PeftConfig):
     bias: str = field(
         default="none", metadata={"help": "Biases to train: 'none', 'all' or 'aslora_only' (of the adapted layers)."}
     )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to train in full and to save, e.g. a classifier head."}
-    )
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens whose embeddings are trained beside the adapter: a list of their indices, or a dict from "
-            "names of embedding modules to such lists (PEFT's, as in LoraConfig)."
-        },
-    )
-    ensure_weight_tying: bool = field(
-        default=False,
-        metadata={
-            "help": "Keep embeddings and output layer of a model that ties them equal, where modules_to_save or "
-            "trainable_token_indices train one of them (PEFT's, as in LoraConfig)."
-        },
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules not to adapt: a list of names or a regular expression."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to adapt; None means all."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Name of the list of layers, e.g. 'layers' or 'h', where it cannot be told from the path."},
-    )
-
-    # Of the adapter_config.json it was read from: fields that this version does not know.
-    foreign_fields: ClassVar[list[str]] = []
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.ASLORA  # type: ignore[attr-defined]
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        if not _is_int(self.r) or self.r < 1:
+        if not is_int(self.r) or self.r < 1:
             raise ValueError(f"r={self.r!r} is not a rank: use an integer of at least 1, e.g. r=8.")
-        if not _is_number(self.lora_alpha) or self.lora_alpha <= 0:
+        if not is_number(self.lora_alpha) or self.lora_alpha <= 0:
             raise ValueError(f"lora_alpha={self.lora_alpha!r} must be a number above 0, e.g. lora_alpha=16.")
-        if not _is_number(self.aslora_dropout) or not 0 <= self.aslora_dropout < 1:
+        if not is_number(self.aslora_dropout) or not 0 <= self.aslora_dropout < 1:
             raise ValueError(f"aslora_dropout={self.aslora_dropout!r} is not in [0, 1): use e.g. aslora_dropout=0.05.")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(choices)}.")
         self._check_schedule()
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(
-                f"layers_pattern={self.layers_pattern!r} is only read together with layers_to_transform: set that too."
-            )
-        if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
-            for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"{name}={getattr(self, name)!r} cannot be used when target_modules is a regular expression: "
-                        "put the layers into the expression, or pass target_modules as a list."
-                    )
 
     def _check_schedule(self) -> None:
         start, interval = self.merge_start, self.merge_interval
         if start is not None:
-            if not _is_number(start) or start < 0:
+            if not is_number(start) or start < 0:
                 raise ValueError(f"merge_start={start!r} must be None, steps (int >= 0) or a fraction in [0, 1).")
             if isinstance(start, float) and start >= 1:
                 raise ValueError(
@@ -218,21 +157,17 @@ class ASLoRAConfig(PeftConfig):
                     f"merge_start={int(start)}."
                 )
         if interval is not None:
-            if not _is_number(interval) or interval <= 0:
+            if not is_number(interval) or interval <= 0:
                 raise ValueError(f"merge_interval={interval!r} must be None, steps (int >= 1) or a fraction in (0, 1).")
             if isinstance(interval, float) and interval >= 1:
                 raise ValueError(
                     f"merge_interval={interval!r} is a fraction of the run and must be below 1: for steps use an int, "
                     f"merge_interval={int(interval)}."
                 )
-        if self.num_merges is not None and (not _is_int(self.num_merges) or self.num_merges < 0):
+        if self.num_merges is not None and (not is_int(self.num_merges) or self.num_merges < 0):
             raise ValueError(f"num_merges={self.num_merges!r} must be None or an integer of at least 0.")
-        if self.total_steps is not None and (not _is_int(self.total_steps) or self.total_steps < 1):
+        if self.total_steps is not None and (not is_int(self.total_steps) or self.total_steps < 1):
             raise ValueError(f"total_steps={self.total_steps!r} must be None or an integer of at least 1.")
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As in PEFT, but a file that is there is replaced whole or not at all."""
-        save_config_at_once(lambda draft: super(ASLoRAConfig, self).save_pretrained(draft, **kwargs), save_directory)
 
     @property
     def scaling(self) -> float:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import cast
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from peft_bridge import folder_replaced_at_once
+from peft_bridge import folder_replaced_at_once, read_adapter
 
 from . import storage
 from .config import ASLoRAConfig
@@ -71,30 +68,14 @@ def load_adapter(adapter_dir: str | Path) -> tuple[ASLoRAConfig, dict[str, Tenso
     Raises:
         ValueError: one sentence that names the folder or file and the remedy.
     """
-    folder = Path(adapter_dir)
-    config_file, weights = folder / "adapter_config.json", folder / SAFETENSORS_WEIGHTS_NAME
-    for file in (config_file, weights):
-        if not file.is_file():
-            raise ValueError(f"'{folder}' holds no {file.name}: give the folder that save_pretrained wrote.")
-    try:
-        saved = json.loads(config_file.read_text())
-    except ValueError as error:
-        raise ValueError(f"'{config_file}' is not valid JSON ({error}): restore it from a good save.") from error
-    kind = saved.get("peft_type") if isinstance(saved, dict) else None
-    if kind != "ASLORA":
-        raise ValueError(f"'{folder}' holds an adapter of type {kind}, not ASLORA: it cannot be exported from here.")
-    config = cast(ASLoRAConfig, ASLoRAConfig.from_pretrained(str(folder)))
-    try:
-        tensors = load_file(weights)
-    except (SafetensorError, ValueError, OSError) as error:
-        raise ValueError(f"'{weights}' cannot be read ({error}): restore it from a good save.") from error
+    config, tensors = read_adapter(adapter_dir, ASLoRAConfig)
     storage.check(tensors, config)
     for group in storage.b_groups(tensors):
         for layer, _ in storage.rows_of_layers(tensors, group):
             path = module_path(group, layer)
             if not check_target_module_exists(config, path):
                 raise ValueError(
-                    f"'{weights}' adapts {path}, which target_modules, layers_to_transform and exclude_modules of its "
-                    "adapter_config.json leave out: restore both files from one save."
+                    f"'{adapter_dir}' adapts {path}, which target_modules, layers_to_transform and exclude_modules of "
+                    "its adapter_config.json leave out: restore both files from one save."
                 )
     return config, tensors

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -13,6 +12,8 @@ from peft.utils import resolve_quantization_backend
 from peft.utils.integrations import init_empty_weights
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from peft_bridge import Injection
 
 from .bank import SharedA, SharedB
 from .config import ASLoRAConfig
@@ -25,82 +26,68 @@ from .unit import MergeUnit
 _ADDED_BY_PEFT = {"classifier", "score", "qa_outputs"}
 
 
-@dataclass
-class Injection:
-    """One call of `inject_adapter`: what it is for, and the layers that it has wrapped so far."""
+def check_names(injection: Injection, model: nn.Module, config: ASLoRAConfig) -> None:
+    """PEFT is content if one of the names matches; a name without a match is most likely misspelt."""
+    paths = [path for path, _ in injection.layers]
+    excluded = [
+        path
+        for path, _ in model.named_modules()
+        if config.exclude_modules and isinstance(check_target_module_exists(config, path), _ExcludedModule)
+    ]
+    for name in sorted(injection.names):
+        if paths and not any(path == name or path.endswith(f".{name}") for path in [*paths, *excluded]):
+            linear = {k.rpartition(".")[2] for k, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+            limits = [f for f in ("layers_to_transform", "exclude_modules") if getattr(config, f) is not None]
+            where = f"that {' and '.join(limits)} leave" if limits else "of the model"
+            raise ValueError(
+                f"target_modules: '{name}' matches no module {where}: correct it, or choose from "
+                f"{', '.join(sorted(linear - {'base_layer'}))}."
+            )
+    everywhere = [path for path, _ in model.named_modules()]
+    for name in sorted(set(config.modules_to_save or []) - _ADDED_BY_PEFT):
+        if not any(path.endswith(name) for path in everywhere):
+            raise ValueError(f"modules_to_save: '{name}' matches no module of the model: correct it or leave it out.")
 
-    adapter_name: str
-    names: set[str]
-    """The names in target_modules, as the user gave them."""
-    low_cpu_mem_usage: bool
-    layers: list[tuple[str, Linear]] = field(default_factory=list)
 
-    def has(self, name: str) -> bool:
-        """Whether an entry of target_modules matches a layer."""
-        return any(path == name or path.endswith(f".{name}") for path, _ in self.layers)
+def build(injection: Injection, model: nn.Module, config: ASLoRAConfig) -> tuple[nn.ModuleDict, nn.ModuleDict]:
+    """Group the layers and give them their tensors: key of an A-group -> `SharedA`, of a B-group -> `SharedB`."""
+    groups: dict[str, list[tuple[int, Linear]]] = {}
+    for path, layer in injection.layers:
+        where = place(path, config.layers_pattern)
+        name = b_group_name(where, layer.in_features, layer.out_features)
+        groups.setdefault(name, []).append((where.layer, layer))
+    As, Bs = nn.ModuleDict(), nn.ModuleDict()
+    with init_empty_weights() if injection.low_cpu_mem_usage else nullcontext():
+        for name, members in groups.items():
+            members.sort(key=lambda member: member[0])
+            _build_group(injection.adapter_name, config, name, members, As, Bs, _device_of_values(model, members[0][1]))
+    return As, Bs
 
-    def check_names(self, model: nn.Module, config: ASLoRAConfig) -> None:
-        """PEFT is content if one of the names matches; a name without a match is most likely misspelt."""
-        paths = [path for path, _ in self.layers]
-        excluded = [
-            path
-            for path, _ in model.named_modules()
-            if config.exclude_modules and isinstance(check_target_module_exists(config, path), _ExcludedModule)
-        ]
-        for name in sorted(self.names):
-            if paths and not any(path == name or path.endswith(f".{name}") for path in [*paths, *excluded]):
-                linear = {k.rpartition(".")[2] for k, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-                limits = [f for f in ("layers_to_transform", "exclude_modules") if getattr(config, f) is not None]
-                where = f"that {' and '.join(limits)} leave" if limits else "of the model"
-                raise ValueError(
-                    f"target_modules: '{name}' matches no module {where}: correct it, or choose from "
-                    f"{', '.join(sorted(linear - {'base_layer'}))}."
-                )
-        everywhere = [path for path, _ in model.named_modules()]
-        for name in sorted(set(config.modules_to_save or []) - _ADDED_BY_PEFT):
-            if not any(path.endswith(name) for path in everywhere):
-                raise ValueError(
-                    f"modules_to_save: '{name}' matches no module of the model: correct it or leave it out."
-                )
 
-    def build(self, model: nn.Module, config: ASLoRAConfig) -> tuple[nn.ModuleDict, nn.ModuleDict]:
-        """Group the layers and give them their tensors: key of an A-group -> `SharedA`, of a B-group -> `SharedB`."""
-        groups: dict[str, list[tuple[int, Linear]]] = {}
-        for path, layer in self.layers:
-            where = place(path, config.layers_pattern)
-            name = b_group_name(where, layer.in_features, layer.out_features)
-            groups.setdefault(name, []).append((where.layer, layer))
-        As, Bs = nn.ModuleDict(), nn.ModuleDict()
-        with init_empty_weights() if self.low_cpu_mem_usage else nullcontext():
-            for name, members in groups.items():
-                members.sort(key=lambda member: member[0])
-                self._build_group(config, name, members, As, Bs, _device_of_values(model, members[0][1]))
-        return As, Bs
-
-    def _build_group(
-        self,
-        config: ASLoRAConfig,
-        name: str,
-        members: list[tuple[int, Linear]],
-        As: nn.ModuleDict,
-        Bs: nn.ModuleDict,
-        device: torch.device,
-    ) -> None:
-        first = members[0][1]
-        _, dtype = first.device_and_dtype()
-        a_name = module_key(a_group_of(name, config.share_a))
-        leads_a = a_name not in As
-        if leads_a:
-            As[a_name] = SharedA(config.r, first.in_features, dtype, device)
-        A = cast(SharedA, As[a_name])
-        layers = [index for index, _ in members]
-        merges = planned_merges(len(members), config.num_merges)
-        B = SharedB(config.r, first.out_features, layers, merges, dtype, device)
-        if not config.init_weights:
-            nn.init.normal_(B.stacked_B, std=0.02)
-        Bs[module_key(name)] = B
-        for position, (_, layer) in enumerate(members):
-            layer.attach(self.adapter_name, A, B, position, leads_a and position == 0)
+def _build_group(
+    adapter_name: str,
+    config: ASLoRAConfig,
+    name: str,
+    members: list[tuple[int, Linear]],
+    As: nn.ModuleDict,
+    Bs: nn.ModuleDict,
+    device: torch.device,
+) -> None:
+    first = members[0][1]
+    _, dtype = first.device_and_dtype()
+    a_name = module_key(a_group_of(name, config.share_a))
+    leads_a = a_name not in As
+    if leads_a:
+        As[a_name] = SharedA(config.r, first.in_features, dtype, device)
+    A = cast(SharedA, As[a_name])
+    layers = [index for index, _ in members]
+    merges = planned_merges(len(members), config.num_merges)
+    B = SharedB(config.r, first.out_features, layers, merges, dtype, device)
+    if not config.init_weights:
+        nn.init.normal_(B.stacked_B, std=0.02)
+    Bs[module_key(name)] = B
+    for position, (_, layer) in enumerate(members):
+        layer.attach(adapter_name, A, B, position, leads_a and position == 0)
 
 
 def _device_of_values(model: nn.Module, layer: Linear) -> torch.device:

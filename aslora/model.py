@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
@@ -15,21 +14,21 @@ from peft.utils import (
 from peft.utils.other import _set_layer_requires_grad
 from torch import Tensor, nn
 
-from peft_bridge import RunListener, TiesSavedModules
+from peft_bridge import MethodTuner
 
 from . import storage
 from .bank import SharedA, SharedB
 from .combine import combine
 from .config import ASLoRAConfig
 from .groups import group_of_key
-from .injection import Injection, merge_units, new_layer
+from .injection import build, check_names, merge_units, new_layer
 from .layer import ASLoRALayer, Linear
 from .mixed_batch import adapters_per_sample
 from .report import SharingReport, report
 from .run import SharingRun
 
 
-class ASLoRAModel(TiesSavedModules, RunListener):
+class ASLoRAModel(MethodTuner):
     """ASLoRA in PEFT's frame; made by `get_peft_model(model, ASLoRAConfig(...))` and reached as `model.base_model`.
 
     The sharing runs by itself: after each optimizer step (torch's global optimizer hooks) the running averages are
@@ -42,6 +41,7 @@ class ASLoRAModel(TiesSavedModules, RunListener):
     """
 
     uses_shared_state = True
+    reserved = storage.RESERVED
     prefix = "aslora_"
     tuner_layer_cls = ASLoRALayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
@@ -66,51 +66,26 @@ class ASLoRAModel(TiesSavedModules, RunListener):
 
     # ------------------------------------------------------------------ injection
 
-    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        # Called once, before the first adapter; later adapters come through inject_adapter alone.
+    def prepare(self, model: nn.Module) -> None:
         self.aslora_A = nn.ModuleDict()
         self.aslora_B = nn.ModuleDict()
         self.run = SharingRun()
 
-    def inject_adapter(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, Tensor] | None = None,
-    ) -> None:
-        """Wrap the targeted layers and build the adapter's shared tensors; on an error the model is as before."""
-        config = self.configs[adapter_name]
-        if adapter_name in storage.RESERVED:
-            raise ValueError(f"adapter_name='{adapter_name}' is the name of a tensor of ASLoRA: choose another name.")
-        names = set(config.target_modules) if isinstance(config.target_modules, set | list) else set()
-        base_flags = [(p, p.requires_grad) for p in model.parameters()]
-        shared_flags = [(p, p.requires_grad) for p in self.run.watched_parameters()]
-        self._injection = Injection(adapter_name, names, low_cpu_mem_usage)
-        try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        except Exception:
-            self._take_back(self._injection)
-            for parameter, flag in base_flags:
-                parameter.requires_grad = flag
-            raise
-        finally:
-            del self._injection
-            # PEFT sets the flags of all active adapters by the new one's inference_mode, and restores only those of
-            # parameters inside the adapted model.
-            for parameter, flag in shared_flags:
-                parameter.requires_grad = flag
+    def step_listener(self) -> SharingRun:
+        return self.run
+
+    def shared_parameters(self) -> Iterable[nn.Parameter]:
+        return self.run.watched_parameters()
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         # PEFT comes here when all layers are wrapped and nothing else is: what fails now can be taken back whole.
-        injection = self._injection
+        injection = self.injection
         config = self.configs[injection.adapter_name]
-        injection.check_names(model, config)
+        check_names(injection, model, config)
         if not injection.names and isinstance(config.target_modules, set):
             # PEFT's default of an architecture names modules of its variants too: keep what this model has.
             config.target_modules = {name for name in config.target_modules if injection.has(name)}  # type: ignore[assignment]
-        As, Bs = injection.build(model, config)
+        As, Bs = build(injection, model, config)
         units = merge_units(config, As, Bs)
         train = injection.adapter_name in self.active_adapters and not config.inference_mode
         _set_layer_requires_grad(As, train)
@@ -135,27 +110,13 @@ class ASLoRAModel(TiesSavedModules, RunListener):
         else:
             layer = new_layer(target, current_key, adapter_name, config, get_quantization_kwargs(self.model))
             self._replace_module(parent, target_name, layer, target)
-        self._injection.layers.append((current_key, layer))
+        self.injection.layers.append((current_key, layer))
 
-    def _take_back(self, injection: Injection) -> None:
-        """Undo a failed injection."""
-        for path, layer in injection.layers:
-            layer.delete_adapter(injection.adapter_name)
-            if not layer.r:
-                parent, _, name = path.rpartition(".")
-                setattr(self.model.get_submodule(parent), name, layer.base_layer)
-        self._drop(injection.adapter_name)
-
-    def _drop(self, adapter_name: str) -> None:
+    def forget(self, adapter_name: str) -> None:
         for owner in (self.aslora_A, self.aslora_B):
             if adapter_name in owner:
                 del owner[adapter_name]
         self.run.remove(adapter_name)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter with its shared tensors."""
-        super().delete_adapter(adapter_name)
-        self._drop(adapter_name)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Raise 16- and 8-bit A and B to float32, in place, so that they stay shared and known to an optimizer."""
@@ -207,11 +168,6 @@ class ASLoRAModel(TiesSavedModules, RunListener):
         """Which layers share what, every merge, and the counts of values and bytes (None: the active adapter)."""
         name = adapter_name or self.active_adapters[0]
         return report(name, self.run.units_of(name), self.run.warmup_steps[name])
-
-    @property
-    def nonfinite_steps(self) -> int:
-        """Optimizer steps that were not taken because an adapter's gradient was inf or nan."""
-        return self.run.nonfinite_steps
 
     # ------------------------------------------------------------------ forward
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
 
 from torch import nn
 from torch.optim.optimizer import Optimizer
-
-from peft_bridge import watch_runs, watch_steps
 
 from .bank import SharedB
 from .optimizers import learning_rate, moves_between_steps, refuse_norms
@@ -36,14 +33,6 @@ class SharingRun:
         self.nonfinite_steps = 0
         self._warned: set[tuple[str, str]] = set()  # (adapter, what about)
         self._seen: set[str] = set()  # adapters whose optimizer torch's hooks see
-        watch_steps(self)
-        watch_runs()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copied or unpickled model follows its own optimizer too."""
-        self.__dict__.update(state)
-        watch_steps(self)
-        watch_runs()
 
     def add(self, adapter_name: str, units: list[MergeUnit], total_steps: int | None) -> None:
         self.units[adapter_name] = units

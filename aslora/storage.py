@@ -7,13 +7,13 @@ adapter stands before the group, whose characters are changed (`groups.module_ke
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from peft_bridge import check_digest, check_known_fields, check_shapes, digest
 
 from .config import ASLoRAConfig
 from .groups import a_group_of, group_of_key, module_key
@@ -21,6 +21,7 @@ from .sharing import groups_of, is_sharing_map, records_fit
 from .ties import borne_out, filled, map_by_value
 
 A_PREFIX, B_PREFIX, DIGEST = "base_model.aslora_A.", "base_model.aslora_B.", "base_model.aslora_digest"
+_VALUES = (".shared_A", ".stacked_B")
 _TENSORS = ("layers", "rows", "clock", "history", "distances")
 # PEFT leaves out what ends on the name of another adapter, so no adapter may be called like a tensor.
 RESERVED = {*_TENSORS, "average", "shared_A", "stacked_B"}
@@ -40,16 +41,10 @@ def _is_b(key: str) -> bool:
     return key.startswith(B_PREFIX) and key.endswith(".stacked_B")
 
 
-def digest(tensors: Mapping[str, Tensor], config: ASLoRAConfig) -> Tensor:
-    """SHA-256, uint8 [32], of the adapter's tensors with names, dtypes and shapes, and of what the config adds."""
-    # What, besides the tensors, decides on the adapter's output: this ties the file to its adapter_config.json.
+def digest_of(tensors: Mapping[str, Tensor], config: ASLoRAConfig) -> Tensor:
+    """SHA-256, uint8 [32], of an adapter's tensors and of what the configuration adds to the adapter's output."""
     tied = [config.r, float(config.lora_alpha), bool(config.use_rslora), config.share_a]
-    sha = hashlib.sha256(json.dumps(tied).encode())
-    for key in sorted(k for k in tensors if owns(k) and k != DIGEST):
-        tensor = tensors[key].detach().cpu().contiguous()
-        sha.update(f"{key}|{tensor.dtype}|{list(tensor.shape)}|".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return torch.frombuffer(bytearray(sha.digest()), dtype=torch.uint8)
+    return digest({key: value for key, value in tensors.items() if owns(key) and key != DIGEST}, tied)
 
 
 def compact(tensors: dict[str, Tensor], layers: Mapping[str, list[int]], config: ASLoRAConfig) -> dict[str, Tensor]:
@@ -153,11 +148,7 @@ def check(tensors: Mapping[str, Tensor], config: ASLoRAConfig) -> None:
     Raises:
         ValueError: one sentence that says what is wrong and what to do.
     """
-    if config.foreign_fields:
-        raise ValueError(
-            f"adapter_config.json has the field '{config.foreign_fields[0]}', which is not one of ASLoRA's here: "
-            "update aslora-meft, or remove the field if it does not change the adapter."
-        )
+    check_known_fields(config)
     groups = b_groups(tensors)
     if not groups:
         raise ValueError("The file holds no ASLoRA tensors: it is not the adapter_model file of an ASLoRA adapter.")
@@ -171,12 +162,8 @@ def check(tensors: Mapping[str, Tensor], config: ASLoRAConfig) -> None:
                 f"another share_a than '{config.share_a}'; take adapter_config.json and adapter_model file of one save."
             )
         _check_map(group, tensors)
-    if DIGEST in tensors and not torch.equal(tensors[DIGEST].cpu(), digest(tensors, config)):
-        raise ValueError(
-            "The digest in the adapter's file does not match its tensors and adapter_config.json: a file was damaged "
-            "or mixed up with another one; restore both files from one save, or, if you changed them on purpose, "
-            f"remove the entry '{DIGEST}'."
-        )
+    if DIGEST in tensors:
+        check_digest(tensors[DIGEST], digest_of(tensors, config), removable=DIGEST)
 
 
 def _check_map(group: str, tensors: Mapping[str, Tensor]) -> None:
@@ -217,27 +204,19 @@ def _map_problem(group: str, tensors: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def check_fit(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], base: str | None) -> None:
+def check_fit(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], config: ASLoRAConfig) -> None:
     """Check that a file fits the model into which it is loaded.
 
     Raises:
         ValueError: one sentence with the first tensor that does not fit, and the base model to load instead.
     """
-    remedy = f"load the base model it was trained on ({base})" if base else "load the base model it was trained on"
-    theirs = {key for key in tensors if key.endswith((".shared_A", ".stacked_B"))}
-    ours = {key for key in shapes if key.endswith((".shared_A", ".stacked_B"))}
-    for key in sorted(theirs ^ ours):
-        where = "in the file but not in this model" if key in theirs else "in this model but not in the file"
-        raise ValueError(f"{key} is {where}: the adapter was saved for another base model or target; {remedy}.")
-    for key in sorted(theirs):
-        found, wanted = list(tensors[key].shape), list(shapes[key])
-        if key.endswith(".stacked_B"):
-            found[0] = len(tensors[f"{key.removesuffix('stacked_B')}rows"])  # the file holds live rows only
-        if found != wanted:
-            raise ValueError(
-                f"{key} has shape {found} in the file and {wanted} in this model: the adapter was "
-                f"saved for another base model; {remedy}."
-            )
+    sizes = {key: tensor.shape for key, tensor in tensors.items() if key.endswith(_VALUES)}
+    for key in sizes:
+        if key.endswith(".stacked_B"):  # the file holds live rows only
+            layers = len(tensors[f"{key.removesuffix('stacked_B')}rows"])
+            sizes[key] = torch.Size((layers, *sizes[key][1:]))
+    wanted = {key: shape for key, shape in shapes.items() if key.endswith(_VALUES)}
+    check_shapes(sizes, wanted, config, "r, the targets or the sizes of layers")
 
 
 def in_memory(key: str, adapter_name: str) -> bool:
@@ -282,7 +261,7 @@ def to_file(
         return {}
     own = {key_in_file(key, adapter_name): value for key, value in state_dict.items() if in_memory(key, adapter_name)}
     own = compact(own, layers, config)
-    own[DIGEST] = digest(own, config)
+    own[DIGEST] = digest_of(own, config)
     return own
 
 
@@ -298,7 +277,7 @@ def from_file(
     here = {key_in_file(key, adapter_name): value for key, value in state_dict.items() if in_memory(key, adapter_name)}
     shapes = {key: value.shape for key, value in here.items()}
     check(own, config)
-    check_fit(own, shapes, config.base_model_name_or_path)
+    check_fit(own, shapes, config)
     for group in b_groups(own):
         _check_group_fits(f"{B_PREFIX}{group}.", own, here)
     own.pop(DIGEST, None)

@@ -2,44 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig
-from peft.utils import PeftType
 
-from peft_bridge import known_keywords, save_config_at_once
+from peft_bridge import MethodConfig, is_int, is_number, known_keywords
 
 from .fields_of_0_1 import without_fields_of_0_1
 from .routing import default_num_experts, divisors_around
-from .row_options import check_row_optimizer, is_number
-
-_CHOICES = {
-    "placement": ("auto", "host", "device"),
-    "retrieval": ("auto", "host", "stream", "device-keys", "device-rows", "resident"),
-    "backward_rows": ("auto", "save", "refetch"),
-    "gradient_dtype": ("auto", "float32"),
-    "row_dtype": ("auto", "float64", "float32", "bfloat16", "float16"),
-    "master_dtype": ("float32", "float64", "bfloat16"),
-}
-
-# What users of LoraConfig pass by habit.
-_REMEDIES = {
-    "lora_alpha": "leave it out, MEFT has no scaling factor",
-    "lora_dropout": "leave it out, MEFT has no dropout",
-    "init_lora_weights": "use init_weights, True or False",
-    "rank_pattern": "set r, the number of neurons beside each FFN",
-}
+from .row_options import check_row_optimizer
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-@known_keywords(_REMEDIES, upgrade=without_fields_of_0_1)
+@known_keywords
 @dataclass
-class MEFTConfig(PeftConfig):
+class MEFTConfig(MethodConfig):
     """Configuration of MEFT, memory-efficient fine-tuning through a sparse adapter
     (Hao et al., https://huggingface.co/papers/2406.04984).
 
@@ -50,6 +28,22 @@ class MEFTConfig(PeftConfig):
     Raises:
         ValueError: a field has an impossible value; the message names the field, the value and the remedy.
     """
+
+    method = "MEFT"
+    choices: ClassVar = {
+        "placement": ("auto", "host", "device"),
+        "retrieval": ("auto", "host", "stream", "device-keys", "device-rows", "resident"),
+        "backward_rows": ("auto", "save", "refetch"),
+        "gradient_dtype": ("auto", "float32"),
+        "row_dtype": ("auto", "float64", "float32", "bfloat16", "float16"),
+        "master_dtype": ("float32", "float64", "bfloat16"),
+    }
+    remedies: ClassVar = {
+        "lora_alpha": "leave it out, MEFT has no scaling factor",
+        "lora_dropout": "leave it out, MEFT has no dropout",
+        "init_lora_weights": "use init_weights, True or False",
+        "rank_pattern": "set r, the number of neurons beside each FFN",
+    }
 
     r: int = field(
         default=4096,
@@ -96,33 +90,6 @@ class MEFTConfig(PeftConfig):
         metadata={
             "help": "The FFN modules: a list of names (matched at the end of the module path) or a regular "
             "expression. None takes the FFN of the architecture (paper: every layer's)."
-        },
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules not to adapt: a list of names or a regular expression."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to adapt; None means all (paper: all)."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Name of the list of layers, e.g. 'layers' or 'h', where it cannot be told from the path."},
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to train in full and to save, e.g. a classifier head."}
-    )
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens whose embeddings are trained beside the adapter: a list of their indices, or a dict from "
-            "names of embedding modules to such lists (PEFT's, as in LoraConfig)."
-        },
-    )
-    ensure_weight_tying: bool = field(
-        default=False,
-        metadata={
-            "help": "Keep embeddings and output layer of a model that ties them equal, where modules_to_save or "
-            "trainable_token_indices train one of them (PEFT's, as in LoraConfig)."
         },
     )
     placement: str = field(
@@ -204,43 +171,23 @@ class MEFTConfig(PeftConfig):
         },
     )
 
-    # Of the adapter_config.json it was read from: fields that this version does not know.
-    foreign_fields: ClassVar[list[str]] = []
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.MEFT  # type: ignore[attr-defined]
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         for name in ("r", "experts_per_token", "top_k"):
-            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
+            if not is_int(getattr(self, name)) or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be an integer of at least 1.")
         self._check_sizes()
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(choices)}.")
         if not is_number(self.router_init_scale) or self.router_init_scale <= 0:
             raise ValueError(f"router_init_scale={self.router_init_scale!r} must be a number above 0 (paper: 50).")
         if not is_number(self.balance_loss_weight) or self.balance_loss_weight < 0:
             raise ValueError(f"balance_loss_weight={self.balance_loss_weight!r} must be a number of at least 0.")
         self._check_placement()
         check_row_optimizer(self)
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(
-                f"layers_pattern={self.layers_pattern!r} is only read together with layers_to_transform: set that too."
-            )
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError(
-                f"layers_to_transform={self.layers_to_transform!r} cannot be used when target_modules is a regular "
-                "expression: put the layers into the expression, or pass target_modules as a list."
-            )
 
     def _check_sizes(self) -> None:
         experts = self.num_experts
         if experts is not None:
-            if not _is_int(experts) or not 1 <= experts <= self.r:
+            if not is_int(experts) or not 1 <= experts <= self.r:
                 raise ValueError(f"num_experts={experts!r} must be None or an integer from 1 to r={self.r}.")
             if self.r % experts:
                 near = " or ".join(str(n * experts) for n in (self.r // experts, self.r // experts + 1))
@@ -275,9 +222,10 @@ class MEFTConfig(PeftConfig):
             if (self.row_dtype, self.master_dtype) == ("float16", "bfloat16"):
                 raise ValueError("row_dtype='float16' cannot hold master_dtype='bfloat16': use row_dtype='auto'.")
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As in PEFT, but a file that is there is replaced whole or not at all."""
-        save_config_at_once(lambda draft: super(MEFTConfig, self).save_pretrained(draft, **kwargs), save_directory)
+    @classmethod
+    def upgraded(cls, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """Take fields of 0.1 out."""
+        return without_fields_of_0_1(saved)
 
     @property
     def experts(self) -> int:

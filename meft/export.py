@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peft_bridge import folder_replaced_at_once
+from peft_bridge import folder_replaced_at_once, read_adapter
 
 from . import storage
 from .config import MEFTConfig
@@ -43,31 +40,14 @@ def load_adapter(adapter_dir: str | Path) -> _Saved:
     Raises:
         ValueError: one sentence: the folder holds none, or a file is damaged.
     """
-    folder = Path(adapter_dir)
-    path = folder / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file() or not (folder / CONFIG_NAME).is_file():
-        raise ValueError(f"'{adapter_dir}' holds no saved adapter ({path.name} and {CONFIG_NAME}).")
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (KeyError, TypeError, AttributeError, JSONDecodeError) as error:
-        raise ValueError(f"'{folder / CONFIG_NAME}' is damaged ({error!r}): restore it from a good save.") from error
-    if not isinstance(config, MEFTConfig):
-        raise ValueError(f"'{adapter_dir}' holds an adapter of type {config.peft_type}, not MEFT.")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"'{path}' is damaged ({error}): restore it from a good save.") from error
-    own = {key: value for key, value in tensors.items() if storage.owns(key)}
-    named = storage.with_names_of_today(own)
-    storage.check(own, {key: value.shape for key, value in named.items() if key != storage.DIGEST}, config)
+    config, tensors = read_adapter(adapter_dir, MEFTConfig)
+    named = storage.own_tensors(config, tensors)
     layers: dict[str, dict[str, Tensor]] = {}
     for key, value in named.items():
-        if key != storage.DIGEST:
-            path_of_ffn, _, part = (
-                key.removeprefix(_PREFIX).removesuffix(".rows").removesuffix(".weight").rpartition(".meft_")
-            )
-            layers.setdefault(path_of_ffn, {})[part] = value
-    others = {f"{_SAVED}{key.removeprefix(_PREFIX)}": tensors[key] for key in tensors.keys() - own.keys()}
+        tail = key.removeprefix(_PREFIX).removesuffix(".rows").removesuffix(".weight")
+        path_of_ffn, _, part = tail.rpartition(".meft_")
+        layers.setdefault(path_of_ffn, {})[part] = value
+    others = {f"{_SAVED}{key.removeprefix(_PREFIX)}": value for key, value in tensors.items() if not storage.owns(key)}
     return _Saved(config, layers, others)
 
 

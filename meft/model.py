@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import (
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peft_bridge import RunListener, TiesSavedModules, last_loaded_folder, watch_runs, watch_steps
+from peft_bridge import MethodTuner, last_loaded_folder
 
 from . import context, state, storage
 from .auto import Surroundings, surroundings
@@ -38,7 +38,7 @@ from .waiting_threads import check_waiting
 logger = logging.getLogger(__name__)
 
 
-class MEFTModel(TiesSavedModules, RunListener):
+class MEFTModel(MethodTuner):
     """MEFT in PEFT's frame; made by `get_peft_model(model, MEFTConfig(...))` and reached as `model.base_model`.
 
     Rows are updated by themselves: torch's global optimizer hooks show each step of the Adam or AdamW that was made
@@ -49,6 +49,7 @@ class MEFTModel(TiesSavedModules, RunListener):
     """
 
     uses_shared_state = False
+    reserved = storage.RESERVED
     prefix = "meft_"
     tuner_layer_cls = MEFTLayer
     target_module_mapping = FFN_OF  # type: ignore[assignment]
@@ -66,58 +67,22 @@ class MEFTModel(TiesSavedModules, RunListener):
 
     # ------------------------------------------------------------------ injection
 
-    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        # Called once, before the first adapter; later adapters come through inject_adapter alone.
+    def prepare(self, model: nn.Module) -> None:
         self.steps = RowSteps()
         self.engines: dict[str, Engine] = {}
         self._logged: dict[str, float] = {}
         self.loaded_from: dict[str, str] = {}
-        self._follow()
         self.ranks = RankAverage(self.steps)
         # generate() calls the inner model and not this one, chunked losses the part of it without a head.
         inner = getattr(model, getattr(model, "base_model_prefix", "") or "-", model)
         self._hooks = [h for part in dict.fromkeys([model, inner]) for h in context.watch_passes(part, self)]
 
-    def _follow(self) -> None:
-        watch_steps(self.steps)
-        watch_runs()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copied or unpickled model follows its own optimizer too."""
-        super().__setstate__(state)
-        self._follow()
-
-    def inject_adapter(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, Tensor] | None = None,
-    ) -> None:
-        """Wrap the targeted FFNs; on an error the model is as before."""
-        if adapter_name in storage.RESERVED:
-            raise ValueError(f"adapter_name='{adapter_name}' is the name of a tensor of MEFT: choose another name.")
-        flags = [(p, p.requires_grad) for p in model.parameters()]
-        self._wrapped: list[tuple[str, MEFTLayer]] = []
-        try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        except Exception:
-            self.take_back(adapter_name)
-            for parameter, flag in flags:
-                parameter.requires_grad = flag
-            raise
-        finally:
-            del self._wrapped
+    def step_listener(self) -> RowSteps:
+        return self.steps
 
     def take_back(self, adapter_name: str) -> None:
         """Remove an adapter with all that was wrapped for it."""
-        for path, layer in self.adapted_ffns().items():
-            layer.delete_adapter(adapter_name)
-            if not layer.configs:
-                parent, _, name = path.rpartition(".")
-                setattr(self.model.get_submodule(parent), name, layer.base_layer)
-        self._drop(adapter_name)
+        super().take_back(adapter_name)
         if not self.steps.configs:
             self._unhook()
 
@@ -148,7 +113,7 @@ class MEFTModel(TiesSavedModules, RunListener):
             layer = MEFTLayer(target, ffn_width(base, self.model))
             layer.train(target.training)
             self._replace_module(parent, target_name, layer, target)
-        self._wrapped.append((current_key, layer))
+        self.injection.layers.append((current_key, layer))
         layer.update_layer(adapter_name, config)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -157,9 +122,8 @@ class MEFTModel(TiesSavedModules, RunListener):
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         # PEFT comes here when all layers are wrapped.
-        if self._wrapped:
-            for adapter_name in self._wrapped[0][1].configs.keys() - self.steps.configs.keys():
-                self._adopt(adapter_name)
+        if self.injection.layers and self.injection.adapter_name not in self.steps.configs:
+            self._adopt(self.injection.adapter_name)
         super()._mark_only_adapters_as_trainable(model)
 
     def _adopt(self, adapter_name: str) -> None:
@@ -186,16 +150,11 @@ class MEFTModel(TiesSavedModules, RunListener):
         own |= {id(layer) for layer in layers}
         return surroundings(self.model, [layer.base_layer for layer in layers], lambda module: id(module) in own)
 
-    def _drop(self, adapter_name: str) -> None:
+    def forget(self, adapter_name: str) -> None:
         for table in self.steps.tables.get(adapter_name, []):
             table.rows.grad = None  # an optimizer that goes on would take it for a gradient of all rows
         for owner in (self.steps.tables, self.steps.configs, self.steps.routers, self.loaded_from, self.engines):
             owner.pop(adapter_name, None)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter with its rows and moments."""
-        super().delete_adapter(adapter_name)
-        self._drop(adapter_name)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Nothing: masters and router have the dtypes of the configuration, whatever the base model's is."""
@@ -299,11 +258,6 @@ class MEFTModel(TiesSavedModules, RunListener):
             for table in tables:
                 table.note_change()
 
-    @property
-    def nonfinite_steps(self) -> int:
-        """Optimizer steps that changed nothing because a gradient of an adapter was inf or nan."""
-        return self.steps.nonfinite_steps
-
     def transfer_report(self, adapter_name: str | None = None) -> TransferReport:
         """What an adapter (None: the active one) has moved between host and device, and how its neurons were used."""
         name = adapter_name or self.active_adapters[0]
@@ -374,7 +328,7 @@ class MEFTModel(TiesSavedModules, RunListener):
                 storage.file_key(cls._remove_adapter_name_from_key(key, adapter_name)): value
                 for key, value in own.items()
             }
-            own[storage.DIGEST] = storage.digest(named, config)
+            own[storage.DIGEST] = storage.digest_of(named, config)
         return own
 
     @classmethod
@@ -383,20 +337,17 @@ class MEFTModel(TiesSavedModules, RunListener):
     ) -> dict[str, Tensor]:
         """Check a file's tensors and put the adapter's name into their keys."""
         prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
-        shapes = {
+        wanted = {
             storage.file_key(cls._remove_adapter_name_from_key(key, adapter_name)): value.shape
             for key, value in model.state_dict().items()
             if _is_key_under_prefixes(key, prefixes)
         }
-        own = {storage.file_key(key): value for key, value in state_dict.items() if storage.owns(key)}
-        storage.check(own, shapes, config)
+        own = storage.own_tensors(config, state_dict, wanted)
         tuner = getattr(model, "base_model", None)
         if isinstance(tuner, MEFTModel) and (folder := last_loaded_folder()) is not None:
             tuner.loaded_from[adapter_name] = folder
-        del own[storage.DIGEST]
         others = {key: value for key, value in state_dict.items() if not storage.owns(key)}
-        rest = storage.with_names_of_today(own) | others
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, own | others)
 
 
 def take_back(model: nn.Module, adapter_name: str) -> None:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from peft_bridge import is_number
 
 if TYPE_CHECKING:
     from .config import MEFTConfig
 
 _KEYS = ("in_backward", "zero_copy", "lr", "betas", "eps", "weight_decay")
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite int or float."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_row_optimizer(config: MEFTConfig) -> None:

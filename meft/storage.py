@@ -7,15 +7,14 @@ after `meft_keys`, `meft_values` and `meft_router`. In files of 0.1 the router i
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from peft_bridge import check_digest, check_known_fields, check_shapes, digest
+
 from .config import MEFTConfig
-from .store import row_blocks
 from .watched_rows import unwatched
 
 PREFIX, DIGEST = "base_model.model.", "base_model.meft_digest"
@@ -36,18 +35,12 @@ def with_names_of_today(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {old.get(key, key): tensor for key, tensor in tensors.items()}
 
 
-def digest(tensors: Mapping[str, Tensor], config: MEFTConfig) -> Tensor:
-    """SHA-256, uint8 [32], of an adapter's tensors with names, dtypes and shapes, and of what the config adds."""
-    # What, besides the tensors, decides on the adapter's output: this ties the file to its adapter_config.json.
+def digest_of(tensors: Mapping[str, Tensor], config: MEFTConfig) -> Tensor:
+    """SHA-256, uint8 [32], of an adapter's tensors and of what the configuration adds to the adapter's output."""
     # "per_token" stands for an option of 0.1, so that its files keep their digests.
     tied = [config.r, config.experts, config.probed, config.top_k, "per_token", config.router_factor]
-    sha = hashlib.sha256(json.dumps([*tied, config.master_dtype]).encode())
-    for key in sorted(k for k in tensors if owns(k) and k != DIGEST):
-        tensor = unwatched(tensors[key])
-        sha.update(f"{key}|{tensor.dtype}|{list(tensor.shape)}|".encode())
-        for block in row_blocks(tensor):
-            sha.update(tensor[block].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return torch.frombuffer(bytearray(sha.digest()), dtype=torch.uint8)
+    own = {key: unwatched(value) for key, value in tensors.items() if owns(key) and key != DIGEST}
+    return digest(own, [*tied, config.master_dtype])
 
 
 def file_key(key: str) -> str:
@@ -57,61 +50,35 @@ def file_key(key: str) -> str:
     return key if key.startswith(PREFIX) else PREFIX + key
 
 
+def own_tensors(
+    config: MEFTConfig, tensors: Mapping[str, Tensor], wanted: Mapping[str, torch.Size] | None = None
+) -> dict[str, Tensor]:
+    """MEFT's tensors of a file, checked: under the names of today and without the digest.
+
+    Args:
+        wanted: the shapes that the model has under these names; None: there is no model.
+
+    Raises:
+        ValueError: one sentence: they are not what was saved, or do not fit the model.
+    """
+    own = {file_key(key): value for key, value in tensors.items() if owns(key)}
+    check_known_fields(config)
+    saved = own.pop(DIGEST, None)
+    named = with_names_of_today(own)
+    if wanted is not None:
+        shapes = {key: value.shape for key, value in named.items()}
+        check_shapes(shapes, wanted, config, "r, num_experts or the hidden size")
+    if saved is None:
+        raise ValueError(f"The adapter's file has no entry '{DIGEST}': it is damaged or was not saved by MEFT.")
+    check_digest(saved, digest_of(own, config))
+    return named
+
+
 def checked(config: MEFTConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file as they are to be loaded, under the names of today and without the digest.
+    """All tensors of a file that transformers loads, under the file's keys with the names of today.
 
     Raises:
         ValueError: one sentence: they are not what was saved.
     """
-    check_digest({file_key(key): value for key, value in tensors.items() if owns(key)}, config)
+    own_tensors(config, tensors)
     return with_names_of_today({key: value for key, value in tensors.items() if not key.endswith(DIGEST)})
-
-
-def check(own: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], config: MEFTConfig) -> None:
-    """Check a file's tensors against the model and the digest.
-
-    Args:
-        own: the file's tensors that are MEFT's.
-        shapes: what the model has, under the keys of today.
-
-    Raises:
-        ValueError: one sentence with what does not fit, and the remedy.
-    """
-    check_fields(config)
-    base = config.base_model_name_or_path
-    remedy = f"load the base model it was trained on{f' ({base})' if base else ''}"
-    named = with_names_of_today(own)
-    for key in sorted((named.keys() ^ shapes.keys()) - {DIGEST}):
-        where = "in the file but not in this model" if key in named else "in this model but not in the file"
-        raise ValueError(
-            f"{key} is {where}: the adapter was saved for another base model or other layers; {remedy}, with the "
-            "saved adapter_config.json."
-        )
-    for key in sorted(shapes):
-        if named[key].shape != shapes[key]:
-            raise ValueError(
-                f"{key} has shape {list(named[key].shape)} in the file and {list(shapes[key])} in this model: r, "
-                f"num_experts or the hidden size differ; {remedy}, with the saved adapter_config.json."
-            )
-    check_digest(own, config)
-
-
-def check_fields(config: MEFTConfig) -> None:
-    """Raises: ValueError: the configuration was read from a file with fields that are not known here."""
-    if config.foreign_fields:
-        raise ValueError(
-            f"adapter_config.json has fields that this version does not know ({', '.join(config.foreign_fields)}): "
-            "the adapter was saved by a newer version of aslora-meft; install that."
-        )
-
-
-def check_digest(own: Mapping[str, Tensor], config: MEFTConfig) -> None:
-    """Raises: ValueError: a file's tensors and configuration are not those that were saved together."""
-    check_fields(config)
-    if DIGEST not in own:
-        raise ValueError(f"The adapter's file has no entry '{DIGEST}': it is damaged or was not saved by MEFT.")
-    if not torch.equal(own[DIGEST].cpu(), digest(own, config)):
-        raise ValueError(
-            "The digest in the adapter's file does not match its tensors and adapter_config.json: a file was damaged "
-            "or mixed up with another one; restore both files from one save."
-        )

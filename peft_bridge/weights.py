@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import os
-import tempfile
 import threading
 import uuid
 from collections.abc import Callable
@@ -20,10 +19,9 @@ from typing import Any
 
 import peft.peft_model
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME
 from torch import Tensor
 
-from .files import process_runs, replace_file, sync
+from .files import process_runs, sync
 
 _written_at_once: set[str] = set()
 _on_host: set[str] = set()
@@ -73,19 +71,6 @@ def _saving(save_file: Callable[..., None]) -> Callable[..., None]:
 
     safe_save_file._aslora_meft = True  # type: ignore[attr-defined]
     return safe_save_file
-
-
-def save_config_at_once(save: Callable[[str], None], folder: Any) -> None:
-    """Replace `adapter_config.json` in a folder whole, or not at all.
-
-    Args:
-        save: writes it into the folder whose path it is given.
-    """
-    with tempfile.TemporaryDirectory() as draft:
-        save(draft)
-        written = Path(draft, CONFIG_NAME).read_bytes()
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    replace_file(Path(folder) / CONFIG_NAME, written)
 
 
 def _loading(load: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
