@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from peft_bridge import MethodConfig, is_int, is_number, known_keywords
 
@@ -168,6 +168,10 @@ class ASLoRAConfig(MethodConfig):
             raise ValueError(f"num_merges={self.num_merges!r} must be None or an integer of at least 0.")
         if self.total_steps is not None and (not is_int(self.total_steps) or self.total_steps < 1):
             raise ValueError(f"total_steps={self.total_steps!r} must be None or an integer of at least 1.")
+
+    def output_fields(self) -> list[Any]:
+        """What decides on the output besides A and B."""
+        return [self.r, float(self.lora_alpha), bool(self.use_rslora), self.share_a]
 
     @property
     def scaling(self) -> float:

@@ -43,8 +43,7 @@ def _is_b(key: str) -> bool:
 
 def digest_of(tensors: Mapping[str, Tensor], config: ASLoRAConfig) -> Tensor:
     """SHA-256, uint8 [32], of an adapter's tensors and of what the configuration adds to the adapter's output."""
-    tied = [config.r, float(config.lora_alpha), bool(config.use_rslora), config.share_a]
-    return digest({key: value for key, value in tensors.items() if owns(key) and key != DIGEST}, tied)
+    return digest({k: v for k, v in tensors.items() if owns(k) and k != DIGEST}, config.output_fields())
 
 
 def compact(tensors: dict[str, Tensor], layers: Mapping[str, list[int]], config: ASLoRAConfig) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ from peft_bridge import (
     write_weights_at_once,
 )
 
-from . import storage
 from .config import MEFTConfig
 from .export import export_dense, export_resident, load_resident
 from .host_loading import host_storages_begin, host_storages_end  # noqa: F401  # names in optimizer.pt
@@ -19,10 +18,11 @@ from .model import MEFTModel, take_back
 from .moments import row_moments_of_file  # noqa: F401
 from .optim import RowAdamW
 from .state import check_training_state
+from .storage import FILE
 
 register_method(name="meft", config_cls=MEFTConfig, model_cls=MEFTModel, prefix="meft_")
 write_weights_at_once("meft_", load_on_host=True)
-check_native_loads("meft_", storage.checked, take_back)
+check_native_loads("meft_", FILE.checked, take_back)
 index_when_offloaded("meft_")
 refuse_lora_optimizer(
     "LoRA+",

@@ -227,6 +227,12 @@ class MEFTConfig(MethodConfig):
         """Take fields of 0.1 out."""
         return without_fields_of_0_1(saved)
 
+    def output_fields(self) -> list[Any]:
+        """What decides on the output besides rows and router."""
+        # "per_token" stands for an option of 0.1, so that its files keep their digests.
+        routing = [self.experts, self.probed, self.top_k, "per_token", self.router_factor]
+        return [self.r, *routing, self.master_dtype]
+
     @property
     def experts(self) -> int:
         """num_experts, or its default."""

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from peft_bridge import folder_replaced_at_once, read_adapter
 
-from . import storage
 from .config import MEFTConfig
 from .ffn_modules import ffn_width
 from .routing import reference
+from .storage import FILE
 from .store import row_blocks
 
 RESIDENT, DENSE = "meft_resident.safetensors", "dense_adapter.safetensors"
@@ -41,13 +41,13 @@ def load_adapter(adapter_dir: str | Path) -> _Saved:
         ValueError: one sentence: the folder holds none, or a file is damaged.
     """
     config, tensors = read_adapter(adapter_dir, MEFTConfig)
-    named = storage.own_tensors(config, tensors)
+    named = FILE.own_tensors(config, tensors)
     layers: dict[str, dict[str, Tensor]] = {}
     for key, value in named.items():
         tail = key.removeprefix(_PREFIX).removesuffix(".rows").removesuffix(".weight")
         path_of_ffn, _, part = tail.rpartition(".meft_")
         layers.setdefault(path_of_ffn, {})[part] = value
-    others = {f"{_SAVED}{key.removeprefix(_PREFIX)}": value for key, value in tensors.items() if not storage.owns(key)}
+    others = {f"{_SAVED}{key.removeprefix(_PREFIX)}": value for key, value in tensors.items() if not FILE.owns(key)}
     return _Saved(config, layers, others)
 
 

@@ -11,17 +11,13 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
-    _get_tuner_state_dict_key_prefixes,
-    _is_key_under_prefixes,
-)
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peft_bridge import MethodTuner, last_loaded_folder
 
-from . import context, state, storage
+from . import context, state
 from .auto import Surroundings, surroundings
 from .balance import note_loss_scale
 from .config import MEFTConfig
@@ -32,6 +28,7 @@ from .host_memory import require_memory_for
 from .layer import NOT_MERGEABLE, MEFTLayer
 from .report import TransferReport, transfer_report
 from .row_steps import RowSteps
+from .storage import FILE, RESERVED
 from .store import RowTable
 from .waiting_threads import check_waiting
 
@@ -49,7 +46,8 @@ class MEFTModel(MethodTuner):
     """
 
     uses_shared_state = False
-    reserved = storage.RESERVED
+    reserved = RESERVED
+    file = FILE
     prefix = "meft_"
     tuner_layer_cls = MEFTLayer
     target_module_mapping = FFN_OF  # type: ignore[assignment]
@@ -313,41 +311,15 @@ class MEFTModel(MethodTuner):
         return [f"base_model.{name}" for name, p in self.named_parameters() if id(p) in tables]
 
     @classmethod
-    def _get_adapter_state_dict(  # type: ignore[override]
-        cls,
-        model: nn.Module,
-        config: MEFTConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
-        """Select an adapter's tensors and add their digest."""
-        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        if own:
-            named = {
-                storage.file_key(cls._remove_adapter_name_from_key(key, adapter_name)): value
-                for key, value in own.items()
-            }
-            own[storage.DIGEST] = storage.digest_of(named, config)
-        return own
-
-    @classmethod
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]
         cls, model: nn.Module, config: MEFTConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Check a file's tensors and put the adapter's name into their keys."""
-        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
-        wanted = {
-            storage.file_key(cls._remove_adapter_name_from_key(key, adapter_name)): value.shape
-            for key, value in model.state_dict().items()
-            if _is_key_under_prefixes(key, prefixes)
-        }
-        own = storage.own_tensors(config, state_dict, wanted)
+        """As inherited; and remember where the adapter comes from, for training states of 0.1."""
+        tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tuner = getattr(model, "base_model", None)
         if isinstance(tuner, MEFTModel) and (folder := last_loaded_folder()) is not None:
             tuner.loaded_from[adapter_name] = folder
-        others = {key: value for key, value in state_dict.items() if not storage.owns(key)}
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, own | others)
+        return tensors
 
 
 def take_back(model: nn.Module, adapter_name: str) -> None:

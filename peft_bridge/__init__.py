@@ -1,6 +1,6 @@
 """What every PEFT method outside PEFT needs: registration, configuration, step and run events, reading and writing."""
 
-from .adapter_file import check_digest, check_known_fields, check_shapes, digest, read_adapter
+from .adapter_file import AdapterFile, check_digest, check_known_fields, check_shapes, digest, read_adapter
 from .config_base import MethodConfig, is_int, is_number, known_keywords
 from .files import folder_replaced_at_once, process_runs, replace_file, sync
 from .lora_optimizers import refuse_lora_optimizer
@@ -13,6 +13,7 @@ from .tuner_base import Injection, MethodTuner
 from .weights import last_loaded_folder, write_weights_at_once
 
 __all__ = [
+    "AdapterFile",
     "Injection",
     "MethodConfig",
     "MethodTuner",

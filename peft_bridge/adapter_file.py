@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .config_base import MethodConfig
 
+PREFIX = "base_model.model."
 _BLOCK = 1 << 26  # bytes that are copied to the host at a time
 
 Config = TypeVar("Config", bound=MethodConfig)
@@ -85,6 +86,84 @@ def check_shapes(
                 f"{key} has shape {list(found[key])} in the file and {list(wanted[key])} in this model: {may_differ} "
                 f"differ, or the adapter was saved for another base model; {remedy}."
             )
+
+
+class AdapterFile:
+    """How a method's tensors lie in a file: each under its name in the model, beside a digest of all of them.
+
+    The digest `base_model.<prefix>digest` covers the method's tensors and `MethodConfig.output_fields`, and not what
+    else was trained (`modules_to_save`).
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        *,
+        parts: tuple[str, ...] = (),
+        renamed: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict,
+        plain: Callable[[Tensor], Tensor] = Tensor.detach,
+        may_differ: str = "fields of adapter_config.json",
+    ) -> None:
+        """Describe the files of a method.
+
+        Args:
+            prefix: of the method's tensors, e.g. "meft_".
+            parts: the ends of their keys; none: a key is the method's if one of its parts begins with the prefix.
+            renamed: gives tensors of files of earlier versions the names that they have now.
+            plain: an alias of a tensor for reading.
+            may_differ: which fields or sizes can be the reason for another shape.
+        """
+        self.prefix, self.digest_key = prefix, f"base_model.{prefix}digest"
+        self.parts, self.renamed, self.plain, self.may_differ = parts, renamed, plain, may_differ
+
+    def owns(self, key: str) -> bool:
+        """Whether a key of a saved file is the method's own."""
+        return key.endswith((*self.parts, self.digest_key)) if self.parts else f".{self.prefix}" in key
+
+    def file_key(self, key: str) -> str:
+        """The key under which a `PeftModel` saves a tensor, for one of a model without that wrapper too."""
+        if key.removeprefix(PREFIX) == self.digest_key:  # transformers' save puts the prefix before all keys
+            return self.digest_key
+        return key if key.startswith(PREFIX) or key == self.digest_key else PREFIX + key
+
+    def digest_of(self, tensors: Mapping[str, Tensor], config: MethodConfig) -> Tensor:
+        """SHA-256, uint8 [32], of the method's tensors among these and of what the configuration adds to them."""
+        own = {k: self.plain(value) for k, value in tensors.items() if self.owns(k) and k != self.digest_key}
+        return digest(own, config.output_fields())
+
+    def own_tensors(
+        self, config: MethodConfig, tensors: Mapping[str, Tensor], wanted: Mapping[str, torch.Size] | None = None
+    ) -> dict[str, Tensor]:
+        """The method's tensors of a file, checked: under the names of today and without the digest.
+
+        Args:
+            wanted: the shapes that the model has under these names; None: there is no model.
+
+        Raises:
+            ValueError: one sentence: they are not what was saved, or do not fit the model.
+        """
+        own = {self.file_key(key): value for key, value in tensors.items() if self.owns(key)}
+        check_known_fields(config)
+        saved = own.pop(self.digest_key, None)
+        named = self.renamed(own)
+        if wanted is not None:
+            check_shapes({key: value.shape for key, value in named.items()}, wanted, config, self.may_differ)
+        if saved is None:
+            raise ValueError(
+                f"The adapter's file has no entry '{self.digest_key}': it is damaged or was not saved by "
+                f"{config.method}."
+            )
+        check_digest(saved, self.digest_of(own, config))
+        return named
+
+    def checked(self, config: MethodConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All tensors of a file that transformers loads, under the file's keys with the names of today.
+
+        Raises:
+            ValueError: one sentence: they are not what was saved.
+        """
+        self.own_tensors(config, tensors)
+        return self.renamed({key: value for key, value in tensors.items() if not key.endswith(self.digest_key)})
 
 
 def read_adapter(folder: str | Path, kind: type[Config]) -> tuple[Config, dict[str, Tensor]]:

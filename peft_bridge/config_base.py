@@ -109,6 +109,10 @@ class MethodConfig(PeftConfig):
         """
         return dict(saved)
 
+    def output_fields(self) -> list[Any]:
+        """What, besides its tensors, decides on an adapter's output, as JSON values: its file's digest covers them."""
+        return []
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As in PEFT, but a file that is there is replaced whole or not at all."""
         with tempfile.TemporaryDirectory() as draft:

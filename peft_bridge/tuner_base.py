@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _get_tuner_state_dict_key_prefixes, _is_key_under_prefixes
 from torch import Tensor, nn
 
+from .adapter_file import AdapterFile
+from .config_base import MethodConfig
 from .steps import StepListener, watch_steps
 from .trainer import RunListener, watch_runs
 
@@ -39,10 +41,12 @@ class MethodTuner(BaseTuner, RunListener):
 
     Attributes:
         reserved: names that no adapter may have, because PEFT would take the method's tensors for the adapter's.
+        file: how an adapter lies in a file; None: the subclass saves and loads in its own way.
         injection: the injection that is going on.
     """
 
     reserved: ClassVar[Iterable[str]] = ()
+    file: ClassVar[AdapterFile | None] = None
     injection: Injection
 
     # ------------------------------------------------------------------ for the subclass
@@ -133,6 +137,43 @@ class MethodTuner(BaseTuner, RunListener):
         """Optimizer steps that were not taken because an adapter's gradient was inf or nan."""
         listener = self.step_listener()
         return listener.nonfinite_steps if listener is not None else 0
+
+    # ------------------------------------------------------------------ saving and loading
+
+    @classmethod
+    def _get_adapter_state_dict(  # type: ignore[override]
+        cls,
+        model: nn.Module,
+        config: MethodConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Select an adapter's tensors and add their digest."""
+        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if own and cls.file is not None:
+            own[cls.file.digest_key] = cls.file.digest_of(cls._under_file_keys(own, adapter_name), config)
+        return own
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
+        cls, model: nn.Module, config: MethodConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Check a file's tensors and put the adapter's name into their keys."""
+        load = super()._remap_adapter_state_dict_for_load
+        if cls.file is None:
+            return load(model, config, adapter_name, state_dict)
+        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
+        there = {key: value for key, value in model.state_dict().items() if _is_key_under_prefixes(key, prefixes)}
+        wanted = {key: value.shape for key, value in cls._under_file_keys(there, adapter_name).items()}
+        own = cls.file.own_tensors(config, state_dict, wanted)
+        others = {key: value for key, value in state_dict.items() if not cls.file.owns(key)}
+        return load(model, config, adapter_name, own | others)
+
+    @classmethod
+    def _under_file_keys(cls, tensors: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+        named = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in tensors.items()}
+        return {cls.file.file_key(key): value for key, value in named.items()} if cls.file is not None else named
 
     # ------------------------------------------------------------------ `ensure_weight_tying`
 

@@ -22,9 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from meft.storage import DIGEST
+from meft.storage import FILE
 from peft_bridge.weights import _saving
 
+DIGEST = FILE.digest_key
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
