@@ -6,7 +6,7 @@ waits for an event behind it. So whoever reads too early reads what was there be
 
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -95,23 +95,25 @@ class FakeCuda:
         recorded: streams for which `record_stream` was called, by the address of a tensor's memory.
         used: (stream, memory) of what was done on streams.
         staged: host memory that was asked for. asked: devices of `current_stream`.
+        locked: (address, device) of memory that was page-locked where it lies.
         full: whether queueing fails.
     """
 
     def __init__(self, monkeypatch, device="cpu"):
         self.device, self.lock = torch.device(device), threading.RLock()
         self.notes, self.recorded, self.used, self.staged, self.asked = [], {}, [], [], []
-        self.full = False
+        self.locked, self.full = [], False
         self.inside = threading.local()  # a thread has a current stream of its own
         self.computation = Stream(self, self.device)
         self.streams = []
         named = {
             "Stream": self._stream, "Event": lambda **fields: Event(self, **fields), "stream": self._inside,
-            "current_stream": self._current,
+            "current_stream": self._current, "device": lambda device: nullcontext(),
         }  # fmt: skip
         for name, value in named.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr("meft.lanes.page_locked", self._staging)
+        monkeypatch.setattr("meft.transfer.page_lock", self._lock)
         # What lanes are given as a tensor of the computation lies on the device, as far as they can tell.
         there = property(lambda tensor: sys._getframe(1).f_globals["__name__"] == "meft.lanes")
         monkeypatch.setattr(torch.Tensor, "is_cuda", there)
@@ -161,9 +163,14 @@ class FakeCuda:
         self.asked.append(device)
         return self.current[-1] if self.current else self.computation
 
-    def _staging(self, shape, dtype):
+    def _lock(self, tensor, device):
+        self.locked.append((tensor.data_ptr(), device))
+        return True
+
+    def _staging(self, shape, dtype, device):
+        assert device == self.device
         poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
-        self.staged.append(torch.full(shape, poison, dtype=dtype))
+        self.staged.append(torch.full(shape, poison, dtype=dtype, device="cpu"))
         return self.staged[-1]
 
     def _record(self, tensor, stream):
