@@ -155,7 +155,7 @@ class MEFTConfig(PeftConfig):
         default="auto",
         metadata={
             "help": "Dtype in which row gradients are stored and leave the device: 'auto' (the one that the FFN is "
-            "computed in: bfloat16 where hidden states and rows are bfloat16, else float32) or 'float32' (twice the "
+            "computed in, bfloat16 where hidden states and rows are bfloat16; else float32) or 'float32' (twice the "
             "bytes of bfloat16, and the sums over tokens are not rounded to it; on a GPU their terms are, as tensor "
             "cores take them). Sums are in float32."
         },
@@ -164,7 +164,8 @@ class MEFTConfig(PeftConfig):
         default="auto",
         metadata={
             "help": "Dtype in which rows are read and cross to the device: 'auto' (16-bit for a 16-bit base model, "
-            "else the master's), 'float32', 'bfloat16', 'float16', 'float64'; never wider than master_dtype."
+            "else the master's), 'float32', 'bfloat16', 'float16', 'float64'; never wider than master_dtype. Where it "
+            "is not that of the hidden states, products are in float32, on a GPU without tensor cores."
         },
     )
     master_dtype: str = field(

@@ -194,10 +194,10 @@ class Engine:
     def compute_dtype(self, layer: LayerRows, given: torch.dtype) -> torch.dtype:
         """What a layer computes in: the rows' dtype if the input is given in it too, else float32 or more.
 
-        Scores in float16 can overflow.
+        On a GPU only products of 16-bit tensors run on tensor cores. Scores and sums are float32 in any case.
         """
         wire = layer.keys.wire_dtype
-        if given == wire and wire != torch.float16:
+        if given == wire:
             return wire
         return torch.promote_types(torch.promote_types(given, wire), torch.float32)
 
@@ -258,7 +258,8 @@ class Engine:
             self.lanes.join(fetched.arrival)
         near = (fetched.keys.detach().to(x.dtype), fetched.values.detach().to(x.dtype))
         idle = None if self.config.router_factor else logits  # its router gets a gradient of zero, as in place
-        wide = self.config.gradient_dtype == "float32"
+        # Sums over tokens pass the range of float16 where their terms do not.
+        wide = self.config.gradient_dtype == "float32" or x.dtype == torch.float16
         dtype = torch.promote_types(x.dtype, torch.float32) if wide else x.dtype
         rows = BroughtRows.apply(layer.keys.rows, layer.values.rows, near[0], dtype, idle, self, begun, done)
         factors = None
