@@ -6,7 +6,8 @@ waits for an event behind it. So whoever reads too early reads what was there be
 
 import sys
 import threading
-from contextlib import contextmanager, nullcontext
+import types
+from contextlib import contextmanager
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -108,7 +109,7 @@ class FakeCuda:
         self.streams = []
         named = {
             "Stream": self._stream, "Event": lambda **fields: Event(self, **fields), "stream": self._inside,
-            "current_stream": self._current, "device": lambda device: nullcontext(),
+            "current_stream": self._current, "device": self._on,
         }  # fmt: skip
         for name, value in named.items():
             monkeypatch.setattr(torch.cuda, name, value)
@@ -128,6 +129,7 @@ class FakeCuda:
         def late(lane, work, uses=()):
             def queue():
                 assert self._current(self.device) is lane.stream, "work on a stream that is not the lane's"
+                assert self.inside.device == self.device, "leaving the stream makes a context on the device before"
                 if self.full:
                     raise RuntimeError("nothing more can be queued")
                 lane.stream.add(lambda: self._do(lane.stream, work))
@@ -150,6 +152,14 @@ class FakeCuda:
     def _stream(self, device, priority=0):
         self.streams.append(Stream(self, device, priority))
         return self.streams[-1]
+
+    @contextmanager
+    def _on(self, device):
+        before, self.inside.device = getattr(self.inside, "device", None), device
+        try:
+            yield
+        finally:
+            self.inside.device = before
 
     @contextmanager
     def _inside(self, stream):
@@ -175,3 +185,31 @@ class FakeCuda:
 
     def _record(self, tensor, stream):
         self.recorded.setdefault(tensor.untyped_storage().data_ptr(), []).append(stream)
+
+
+OURS = ("meft", "adapter_kernels", "peft_bridge", "aslora")
+
+
+def forbid_cuda(monkeypatch):
+    """A machine with CUDA that nothing may touch: what asks for a context raises, and so does whatever else the
+    packages call of `torch.cuda`, except whether others have initialised it.
+    """
+    for name, value in vars(torch.cuda).items():
+        if isinstance(value, types.FunctionType | type) and not name.startswith("_") and name != "is_initialized":
+            monkeypatch.setattr(torch.cuda, name, _refusing(name, value))
+    monkeypatch.setattr(torch.cuda, "is_available", _refusing("is_available", lambda: True))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", _failing)
+
+
+def _failing():
+    raise AssertionError("a CUDA context was asked for")
+
+
+def _refusing(name, value):
+    def refusing(*args, **kwargs):
+        caller = sys._getframe(1).f_globals["__name__"]
+        assert caller.split(".")[0] not in OURS, f"{caller} called torch.cuda.{name}"
+        return value(*args, **kwargs)
+
+    return refusing

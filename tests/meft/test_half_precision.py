@@ -62,7 +62,7 @@ def test_picks_are_those_of_scores_in_float32(tiny, monkeypatch):
 
     monkeypatch.setattr("meft.selection.expert_topk", noted)
     layer(x)
-    (arguments, (ids, scores, _)), = picked
+    ((arguments, (ids, scores, _)),) = picked
     assert arguments[0].dtype == arguments[1].dtype == HALF
     assert scores.dtype == torch.float32
     assert 65504 < float(scores.max()) < float("inf")
