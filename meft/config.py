@@ -177,7 +177,7 @@ class MEFTConfig(PeftConfig):
     )
     pin_memory: bool = field(
         default=True,
-        metadata={"help": "Page-lock the rows that cross to a CUDA device; without CUDA nothing is locked."},
+        metadata={"help": "Page-lock the rows that cross to a CUDA device; for a model on the CPU nothing is locked."},
     )
     row_optimizer: dict[str, Any] | None = field(
         default=None,

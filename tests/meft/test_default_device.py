@@ -1,6 +1,8 @@
 """`torch.set_default_device`: what MEFT makes in host memory stays there, and results are those without one."""
 
+import ast
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from peft import PeftModel, get_peft_model
 from test_engine import STRATEGIES
 from thread_lanes import ThreadLanes
 
+import meft
 from meft import RowAdamW
 from meft.lanes import HostLanes
 
@@ -61,3 +64,33 @@ def test_a_life_is_the_same_bit_for_bit(tiny, tmp_path, lanes, strategy):
     assert torch.equal(losses, again)
     for state, other in zip(states, others, strict=True):
         tiny.assert_equal(other, state)
+
+
+FACTORIES = {
+    "arange",
+    "as_tensor",
+    "asarray",
+    "empty",
+    "empty_strided",
+    "eye",
+    "full",
+    "linspace",
+    "logspace",
+    "normal",
+}
+FACTORIES |= {"ones", "rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "tril_indices", "triu_indices"}
+FACTORIES |= {"zeros", "sparse_coo_tensor", "sparse_csr_tensor"}
+
+
+def test_whatever_makes_a_tensor_says_where():
+    """Of the packages' own code: what a default device would take elsewhere on paths that no test here goes."""
+    root, silent = Path(meft.__file__).parents[1], []
+    folders = [root / name for name in ("meft", "aslora", "peft_bridge", "kernels/adapter_kernels")]
+    for file in sorted(path for folder in folders for path in folder.glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            by_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+            if by_torch and node.func.attr in FACTORIES and "device" not in {each.arg for each in node.keywords}:
+                silent.append(f"{file.relative_to(root)}:{node.lineno}: torch.{node.func.attr}")
+    assert not silent
