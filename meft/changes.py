@@ -16,7 +16,7 @@ class Changes:
     """
 
     def __init__(self, rows: int) -> None:
-        self._changed = torch.ones(rows, dtype=torch.bool)
+        self._changed = torch.ones(rows, dtype=torch.bool, device="cpu")
         self._state: State | None = None
 
     def note(self, rows: Tensor | None, before: State, after: State) -> None:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from .auto import Surroundings, chosen
+from .auto import Surroundings, chosen, out_of_memory_errors
 from .brought import BroughtFFN, BroughtRows
 from .carry import Fetched, LayerRows, Picks
 from .config import MEFTConfig
 from .gradient_ring import GradientRing
-from .lanes import Lanes, lanes_of
+from .lanes import CudaLanes, Lanes, lanes_of
 from .refetch import refetched_in_backward
 from .row_gradient import RowGradient
 from .second_order import AsRowGradient
@@ -78,7 +78,7 @@ class Engine:
         self._for: tuple[Any, ...] | None = None
         self.lanes: Lanes | None = None
         self._plan: tuple[str, str] | None = None
-        self._planned_tokens: int | None = None  # by `auto`
+        self._planned_for: tuple[int, int] | None = None  # by `auto`: tokens, and errors for want of memory until then
         self._strategy: Strategy | None = None
         self._rings: dict[torch.dtype, GradientRing] = {}
         self._below: Any = None
@@ -113,6 +113,18 @@ class Engine:
         return self._plan[0] if self._plan is not None else None
 
     @property
+    def refused(self) -> tuple[str, ...]:
+        """What was asked for and this machine refuses, so far: 'pin_memory' (rows in pageable memory cross more
+        slowly), 'zero_copy' (the host steps the rows).
+        """
+        steps = [getattr(layer.keys.step, "func", None) for layer in self.layers]
+        found = {
+            "pin_memory": self.config.pin_memory and not all(t.pin for e in self.layers for t in (e.keys, e.values)),
+            "zero_copy": any(isinstance(step, ZeroCopySteps) and step.refused for step in steps),
+        }
+        return tuple(name for name, is_refused in found.items() if is_refused)
+
+    @property
     def refetches(self) -> bool:
         """Whether the rows for the backward pass are brought again."""
         return self._plan is not None and self._plan[1] == "refetch"
@@ -127,7 +139,7 @@ class Engine:
         if not x.is_cuda:
             return "host", rows
         plan = chosen(config, self.layers, x, self.around() if self.around is not None else None)
-        self._planned_tokens = len(x)
+        self._planned_for = len(x), out_of_memory_errors(x.device)
         return plan.strategy, plan.work.rows
 
     def _ready(self, layer: LayerRows, x: Tensor) -> Strategy:
@@ -144,6 +156,7 @@ class Engine:
                 )
             self._forget()
             self._for, self.lanes = now, self._given or lanes_of(x.device)
+            self._lock_pages(self.lanes)
             self._plan = self._planned(x)
             with torch.inference_mode(False):  # its buffers outlive the mode
                 strategy = STRATEGIES[self._plan[0]](self.lanes, self.layers)
@@ -158,6 +171,11 @@ class Engine:
                 self._step_by_device(self.lanes)
             self._strategy = strategy  # last: what fails for want of memory is made anew with a smaller batch
         return self._strategy
+
+    def _lock_pages(self, lanes: Lanes) -> None:
+        device = lanes.device if isinstance(lanes, CudaLanes) and self.config.on_host else None
+        for layer in self.layers:
+            layer.keys.locked_for = layer.values.locked_for = device
 
     def _step_by_device(self, lanes: Lanes) -> None:
         with torch.inference_mode(False):  # as above
@@ -176,10 +194,10 @@ class Engine:
     def compute_dtype(self, layer: LayerRows, given: torch.dtype) -> torch.dtype:
         """What a layer computes in: the rows' dtype if the input is given in it too, else float32 or more.
 
-        Scores in float16 can overflow.
+        On a GPU only products of 16-bit tensors run on tensor cores. Scores and sums are float32 in any case.
         """
         wire = layer.keys.wire_dtype
-        if given == wire and wire != torch.float16:
+        if given == wire:
             return wire
         return torch.promote_types(torch.promote_types(given, wire), torch.float32)
 
@@ -196,8 +214,12 @@ class Engine:
                 "Do without CUDA graphs (torch.compile: mode='default'), or set placement='device' and capture a pass "
                 "under torch.no_grad()."
             )
-        if picks is None and not layer.number and self._planned_tokens is not None and len(x) > self._planned_tokens:
-            self._forget()  # what fits beside fewer tokens (an evaluation, a short batch) may not fit beside these
+        if picks is None and not layer.number and self._planned_for is not None:
+            tokens, errors = self._planned_for
+            # What fits beside fewer tokens (an evaluation, a short batch) may not fit beside these; nor what did before
+            # an optimizer, another adapter or another process took memory, if it has run out since.
+            if len(x) > tokens or out_of_memory_errors(x.device) > errors:
+                self._forget()
         strategy = self._ready(layer, x)
         again = picks is not None
         with layer.traffic.stalled():  # for the updates of these rows
@@ -236,7 +258,8 @@ class Engine:
             self.lanes.join(fetched.arrival)
         near = (fetched.keys.detach().to(x.dtype), fetched.values.detach().to(x.dtype))
         idle = None if self.config.router_factor else logits  # its router gets a gradient of zero, as in place
-        wide = self.config.gradient_dtype == "float32"
+        # Sums over tokens pass the range of float16 where their terms do not.
+        wide = self.config.gradient_dtype == "float32" or x.dtype == torch.float16
         dtype = torch.promote_types(x.dtype, torch.float32) if wide else x.dtype
         rows = BroughtRows.apply(layer.keys.rows, layer.values.rows, near[0], dtype, idle, self, begun, done)
         factors = None

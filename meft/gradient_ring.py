@@ -55,7 +55,7 @@ class GradientRing:
         gradient = gradient.detach().to(self.dtype)
         traffic.bytes_to_host += nbytes(gradient)
         # Its pages are touched by the thread that drains, not by the one that launches.
-        values = torch.empty(gradient.shape, dtype=torch.promote_types(table.dtype, torch.float32))
+        values = torch.empty(gradient.shape, dtype=torch.promote_types(table.dtype, torch.float32), device="cpu")
         drained = []
         self.lanes.outbound.after(self.lanes.here())
         for start in range(0, len(gradient), self.capacity):

@@ -97,7 +97,7 @@ class HostLanes:
         mark.wait()
 
     def staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 class _Event:
@@ -120,7 +120,8 @@ class _Stream:
 
     def run(self, work: Callable[[], object], uses: Sequence[Tensor] = ()) -> None:
         try:
-            with torch.cuda.stream(self.stream):
+            # On leaving, `stream` sets the device that was current before it, which would get a context.
+            with torch.cuda.device(self.stream.device), torch.cuda.stream(self.stream):
                 work()
         finally:  # also where some of the work was queued before it failed
             for tensor in uses:
@@ -152,7 +153,7 @@ class CudaLanes:
         torch.cuda.current_stream(self.device).wait_event(mark.event)
 
     def staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return page_locked(shape, dtype)
+        return page_locked(shape, dtype, self.device)
 
 
 def lanes_of(device: torch.device) -> Lanes:

@@ -99,7 +99,11 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: MEFTConfig) -> None:
         """Add an adapter's keys, values and router."""
-        _, base_dtype = self._base_device_and_dtype()
+        base_device, base_dtype = self._base_device_and_dtype()
+        # A default device (torch.set_default_device) takes nothing but what a model without values gets; one that is
+        # offloaded has values.
+        empty = base_device.type == "meta" and torch.get_default_device().type == "meta"
+        made_on = "meta" if empty else "cpu"
         master = getattr(torch, config.master_dtype)
         if config.row_dtype != "auto":
             wire = getattr(torch, config.row_dtype)
@@ -107,11 +111,16 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             wire = base_dtype if base_dtype.itemsize < master.itemsize else master
         tables = [
             RowTable(
-                (config.r, self.in_features), master=master, wire=wire, on_host=config.on_host, pin=config.pin_memory
+                (config.r, self.in_features),
+                master=master,
+                wire=wire,
+                on_host=config.on_host,
+                pin=config.pin_memory,
+                device=made_on,
             )
             for _ in range(2)
         ]
-        router = Router(config.experts, self.in_features, torch.promote_types(base_dtype, torch.float32))
+        router = Router(config.experts, self.in_features, torch.promote_types(base_dtype, torch.float32), made_on)
         self.configs[adapter_name] = config
         self.traffic[adapter_name] = Traffic()
         self.meft_keys[adapter_name], self.meft_values[adapter_name] = tables

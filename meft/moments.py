@@ -204,7 +204,9 @@ def moments_of(
     entry = RowMoments(moments, settle)
     entry.owner = weakref.ref(optimizer)
     # Some optimizers of torch look for a step in each entry when they load one.
-    state["step"], state[KEY] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32), entry
+    step = state.get("step", 0.0)
+    step = step if isinstance(step, Tensor) else torch.tensor(step, device="cpu")
+    state["step"], state[KEY] = step.to(torch.float32), entry
     return entry
 
 

@@ -59,9 +59,10 @@ class AdapterShape:
         own = base_dtype if config.row_dtype == "auto" else getattr(torch, config.row_dtype)
         wire = min(own.itemsize, master)
         moment = 8 if config.master_dtype == "float64" else FP32
+        narrow = own == base_dtype == torch.bfloat16 and config.gradient_dtype == "auto"
         return cls(
             d, layers, config.r, config.experts, config.probed, config.top_k, wire, master, moment,
-            base_dtype.itemsize, wire,
+            base_dtype.itemsize, wire if narrow else max(FP32, wire),
         )  # fmt: skip
 
     @property

@@ -27,14 +27,14 @@ def retrieved(x: Tensor, logits: Tensor, layer: LayerRows, selection: Selection 
         selection: picks to use instead of new ones (recomputation).
     """
     config, traffic = layer.config, layer.traffic
-    with layer.keys.reading() as keys:
+    with layer.keys.reading(in_place=True) as keys:
         if selection is None:
             selection = select_neurons(
                 x, logits, keys, experts_per_token=config.probed, top_k=config.top_k, factor=config.router_factor
             )
             _count_picks(traffic, selection, config, nbytes(x) + nbytes(logits))
         rows, order = union(selection.neuron, len(keys))
-        with layer.values.reading(rows) as values:
+        with layer.values.reading(rows, in_place=True) as values:
             traffic.forwards += 1
             traffic.tokens += len(x)
             traffic.union_rows += len(rows)

@@ -134,7 +134,9 @@ class ZeroCopySteps:
         if self.refused or self._device.type == "cpu":
             return not self.refused
         cuda = self._device.type == "cuda"
-        locked = cuda and all(tensor.is_pinned() or PageLock().hold(tensor) for tensor in tensors.values())
+        locked = cuda and all(
+            tensor.is_pinned() or PageLock().hold(tensor, self._device) for tensor in tensors.values()
+        )
         self.refused = not (locked and zero_copy(self._device, **tensors))
         if self.refused:
             logger.warning("MEFT: the device cannot step rows in host memory (zero_copy): the host does.")

@@ -159,7 +159,7 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def _scaler_skips(optimizer: Optimizer) -> bool:
     """True if a GradScaler hands its verdict to a fused optimizer, whose kernel then leaves all parameters alone."""
     found_inf = getattr(optimizer, "found_inf", None)
-    return found_inf is not None and bool(torch.as_tensor(found_inf) > 0)
+    return found_inf is not None and bool(found_inf > 0)
 
 
 def _all_finite(parameters: list[nn.Parameter]) -> bool:

@@ -80,7 +80,7 @@ def memory_growth(gib: float) -> None:
     say("host memory", said, touch_gib_s=gib / seconds, **values)
 
 
-def locks() -> None:
+def locks(device: torch.device) -> None:
     """Page locks of odd sizes, two in one page, and what torch says of slices."""
     memory = torch.zeros(64 << 20, dtype=torch.uint8)
     base = (-memory.data_ptr()) % 4096
@@ -92,13 +92,13 @@ def locks() -> None:
     }
     taken: dict[str, bool] = {}
     for name, part in parts.items():
-        taken[name] = page_lock(part)
+        taken[name] = page_lock(part, device)
     slices = {
         name: (part.is_pinned(), part[100:200].is_pinned(), part.clone().is_pinned()) for name, part in parts.items()
     }
     for name, part in parts.items():
         if taken[name]:
-            page_unlock(part.data_ptr())
+            page_unlock(part.data_ptr(), device)
     right = all(taken.values()) and all(each == (True, True, False) for each in slices.values())
     said = ", ".join(f"{name}: {'locked' if taken[name] else 'refused'}" for name in parts)
     say("page locks", said, right, "1 KiB, 25 KiB, 52 MB, two in a page; slices are pinned", taken=taken, pinned=slices)
@@ -146,7 +146,7 @@ def zero_copy_gather(device: torch.device, ceiling: float) -> None:
     reached = _host_memory_reachable(device)
     say("kernels reach page-locked host memory", "yes" if reached else "no", reached, "yes")
     tables = [torch.ones(TABLE, ROW, dtype=torch.bfloat16) for _ in range(2)]
-    if not all(page_lock(table) for table in tables):
+    if not all(page_lock(table, device) for table in tables):
         say("zero-copy gather", "the tables could not be page-locked", False)
         return
     try:
@@ -160,7 +160,7 @@ def zero_copy_gather(device: torch.device, ceiling: float) -> None:
             gb_s=rate, of_copy=rate / ceiling)  # fmt: skip
     finally:
         for table in tables:
-            page_unlock(table.data_ptr())
+            page_unlock(table.data_ptr(), device)
 
 
 def main() -> int:
@@ -170,7 +170,7 @@ def main() -> int:
     device = device_of(given.rehearse)
     gib = 1 / 16 if given.rehearse else min(TOUCHED_GIB, 0.4 * meminfo("MemTotal"))
     if cuda:
-        well.append(attempt("page locks", locks))
+        well.append(attempt("page locks", lambda: locks(device)))
         well.append(attempt("link", lambda: link(device)))
     else:
         well.append(attempt("calibration", lambda: print(calibration.measure(device, TINY).machine)))

@@ -114,7 +114,8 @@ def launch_all() -> None:
     ]  # fmt: skip
     for shape in shapes:
         layer(*shape)
-    layer(512, 4096, 640, 32, 8, 64, 64, half, row_gradients=single)
+    for dtype in (half, torch.float16):
+        layer(512, 4096, 640, 32, 8, 64, 64, dtype, row_gradients=single)
     for master, wire in ((single, half), (single, None), (half, None), (single, torch.float16)):
         for gradient in (single, half):
             step(640, 4096, 256, master, wire, gradient)

@@ -119,7 +119,7 @@ class ThreadLanes:
 
     def staging(self, shape, dtype):
         poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
-        self.staged.append(torch.full(shape, poison, dtype=dtype))
+        self.staged.append(torch.full(shape, poison, dtype=dtype, device="cpu"))
         return self.staged[-1]
 
     def close(self):
