@@ -47,6 +47,7 @@ class GradientPool:
         with self._lock:
             return sum(buffer.nbytes for buffer in [*self._lent, *(buffer for _, buffer in self._idle)])
 
+    @torch.compiler.disable  # of compiled autograd: memory is taken, and not described
     def begin_pass(self) -> None:
         """A backward pass begins: what was idle for long is given back."""
         with self._lock:
@@ -54,6 +55,7 @@ class GradientPool:
             self._collect(len(self._lent))
             self._idle = [(since, buffer) for since, buffer in self._idle if self._pass - since < _IDLE]
 
+    @torch.compiler.disable
     def take(self, rows: int, dtype: torch.dtype) -> Tensor:
         """[rows, width], not initialised; it is free again when nobody holds it or an alias of it."""
         with self._lock, torch.inference_mode(False):

@@ -108,7 +108,8 @@ def _whole(
     drained: list[Future[float | None]], rows: Tensor, values: Tensor, known: KnownValues
 ) -> tuple[Tensor, Tensor]:
     """Rows and values; raises what went wrong on their way."""
-    sums = [part.result() for part in drained]
-    whole = None if None in sums else math.fsum(one for one in sums if one is not None)
-    known.land(values, whole)
+    sums: list[float | None] = []
+    for part in drained:
+        sums.append(part.result())
+    known.land(values, None if None in sums else math.fsum(one for one in sums if one is not None))
     return rows, values

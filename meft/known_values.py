@@ -26,7 +26,7 @@ class KnownValues:
     """
 
     def __init__(self, earlier: KnownValues | None = None) -> None:
-        self.watch = Watch(torch.float32, True) if earlier is None else earlier.watch
+        self.watch: Watch = Watch(torch.float32, True) if earlier is None else earlier.watch
         self._handed_out = self.watch.handed_out
         self._version: int | None = None  # of the values when they landed
         self._squares: float | None = None
