@@ -113,6 +113,9 @@ def _unscale(func: Any, gradients: list[Tensor], found_inf: Tensor, inverse_scal
         # GradScaler brings both from its device without waiting: late, the flag would overwrite what is set here.
         wait_for_copies([found_inf, inverse_scale])
     left = [g for g in gradients if not _unscaled(g, inverse_scale)]
+    for gradient in left:
+        if isinstance(gradient, StoredRows):
+            gradient.forget()
     if left:
         _foreach_in_place(func, left, found_inf, inverse_scale)
     owners = {g.owner for g in gradients if isinstance(g, StoredRows)}
@@ -284,6 +287,8 @@ _CHANGES = {func for func, handler in _HANDLERS.items() if handler in (_in_place
 }
 # What gives a gradient other memory and writes into none.
 _REPLACES = {aten.zero_.default, aten._foreach_zero_.default, aten.copy_.default}
+# What says itself what is known of a gradient's values then.
+_TELLS = {aten.add_.Tensor, aten._amp_foreach_non_finite_check_and_unscale_.default}
 _PRODUCTS = {aten.mul_.Tensor, aten.mul_.Scalar, aten._foreach_mul_.Tensor, aten._foreach_mul_.Scalar}
 _QUOTIENTS = {aten.div_.Tensor, aten.div_.Scalar, aten._foreach_div_.Tensor, aten._foreach_div_.Scalar}
 _SCALINGS = _PRODUCTS | _QUOTIENTS
@@ -307,6 +312,8 @@ def operate(func: Any, args: Any, kwargs: Any) -> Any:
         for gradient in args[0] if several else args[:1]:
             if isinstance(gradient, StoredRows):
                 gradient.own_memory()
+                if func not in _TELLS:
+                    gradient.forget()
     if func in _HANDLERS:
         made = _HANDLERS[func](func, *args, **kwargs)
         if made is not NotImplemented:

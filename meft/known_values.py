@@ -18,8 +18,8 @@ _LEAST, _MOST = 2.0**-80, float(torch.finfo(torch.float32).max)
 class KnownValues:
     """The sum of the squares of values [n, d], float32; that it is finite says that all of them are.
 
-    Whoever writes into the values or a view of them is told by torch's version counter; who gets hold of the memory in
-    a way that it does not count (`.data`, an array) is told by `watched_rows`.
+    Who writes into the values or a view of them is told by torch's version counter, who gets hold of the memory in a way
+    that it does not count (`.data`, an array) by `watched_rows`; an operation on the gradient itself calls `forget`.
 
     Args:
         earlier: what was known of other values in the same memory.
@@ -30,6 +30,7 @@ class KnownValues:
         self._handed_out = self.watch.handed_out
         self._version: int | None = None  # of the values when they landed
         self._squares: float | None = None
+        self._forgotten = False
         self._lock = threading.Lock()
 
     def land(self, values: Tensor, sum_of_squares: float | None = None) -> None:
@@ -37,9 +38,14 @@ class KnownValues:
         if self._version is None:
             self._version, self._squares = values._version, sum_of_squares
 
+    def forget(self) -> None:
+        """The values will be others."""
+        self._forgotten = True
+
     def holds(self, values: Tensor) -> bool:
         """Whether nobody has written into the values since."""
-        return values._version == self._version and self.watch.handed_out is self._handed_out
+        same = values._version == self._version and self.watch.handed_out is self._handed_out
+        return same and not self._forgotten
 
     def squares_of(self, values: Tensor, factors: tuple[float, ...] = ()) -> float | None:
         """The sum of the squares of the values times the factors; None where it is not known and cannot be."""

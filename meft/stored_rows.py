@@ -175,6 +175,14 @@ class StoredRows(torch.Tensor):
             self._stored = rows, multiplied(values, factors, out=values)
         return self._landed()
 
+    def forget(self) -> None:
+        """Before something is written into the values by an operation on the gradient, which torch counts as a write
+        into that alone."""
+        self.stored()
+        if self._held.known is not None:
+            self._held.known.forget()
+            self._held.known = None
+
     def multiply_now(self) -> None:
         """Before the values are used as they are stored."""
         if self._held.factors:
