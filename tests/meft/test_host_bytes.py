@@ -1,7 +1,7 @@
 """What the host reads and writes for each value that is stepped, counted in what runs, beside what `step_time` says.
 
-Operations of torch are counted by a dispatch mode in every thread of ours, the loops in C++ by a build of the same source
-that adds up its loads and stores.
+Operations of torch are counted by a dispatch mode in every thread of ours, the loops in C++ by a build of the same
+source that adds up its loads and stores.
 """
 
 import ctypes
