@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 
 import torch
 from torch import Tensor
@@ -18,8 +17,8 @@ _LEAST, _MOST = 2.0**-80, float(torch.finfo(torch.float32).max)
 class KnownValues:
     """The sum of the squares of values [n, d], float32; that it is finite says that all of them are.
 
-    Who writes into the values or a view of them is told by torch's version counter, who gets hold of the memory in a way
-    that it does not count (`.data`, an array) by `watched_rows`; an operation on the gradient itself calls `forget`.
+    Who writes into the values or a view of them is told by torch's version counter, who gets hold of the memory in a
+    way that it does not count (`.data`, an array) by `watched_rows`; operations on the gradient itself call `forget`.
 
     Args:
         earlier: what was known of other values in the same memory.
@@ -31,7 +30,6 @@ class KnownValues:
         self._version: int | None = None  # of the values when they landed
         self._squares: float | None = None
         self._forgotten = False
-        self._lock = threading.Lock()
 
     def land(self, values: Tensor, sum_of_squares: float | None = None) -> None:
         """The values are there, and nobody has seen them; without a sum it is taken when it is asked for."""
@@ -49,19 +47,17 @@ class KnownValues:
 
     def squares_of(self, values: Tensor, factors: tuple[float, ...] = ()) -> float | None:
         """The sum of the squares of the values times the factors; None where it is not known and cannot be."""
-        with self._lock:
-            if not self.holds(values):
-                return None
-            if self._squares is None:
-                self._squares = squares(values)
+        if not self.holds(values):
+            return None
+        if self._squares is None:
+            self._squares = squares(values)
         return None if self._squares is None else self._squares * math.prod(factor**2 for factor in factors)
 
     def allows(self, values: Tensor, factors: tuple[float, ...]) -> bool:
         """Whether the values times the factors stay finite, and not so small that their norm would be another one."""
-        with self._lock:
-            if not self.holds(values) or self._squares is None or not math.isfinite(self._squares):
-                return False
-            norm = math.sqrt(self._squares)
+        if not self.holds(values) or self._squares is None or not math.isfinite(self._squares):
+            return False
+        norm = math.sqrt(self._squares)
         for factor in factors:
             norm *= abs(factor)
             if norm and not _LEAST < norm < _MOST:

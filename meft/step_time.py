@@ -222,10 +222,7 @@ def step_time(
                 t = compute.run(seconds.sparse_backward, t, fetched)
                 due[layer] = host.run(seconds.stored(micro_batch), down.run(leaving, t))
                 t = compute.run(seconds.below + seconds.router_backward, t)
-        if clipping:
-            due = [host.run(L * seconds.norm, t, *due)] * L
-        else:
-            due = [host.run(seconds.norm, each) for each in due]
+        due = [host.run(L * seconds.norm, t, *due)] * L if clipping else [host.run(seconds.norm, each) for each in due]
         ends.append(t)
 
     names = ("compute", "to device", "to host", "host")

@@ -39,6 +39,10 @@ class _Held:
     factors: tuple[float, ...] = ()
     twin: weakref.ref[_Held] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a pickle, which has memory of its own."""
+        return {"stored": self.stored, "spent": self.spent, "factors": self.factors}
+
     @property
     def shared(self) -> bool:
         """Whether somebody else reads the values: nothing is written into them."""

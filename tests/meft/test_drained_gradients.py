@@ -1,5 +1,7 @@
 """Gradients that were drained: what is known of them, factors that wait for the update, memory that is used again."""
 
+import copy
+import io
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -227,6 +229,26 @@ def test_who_holds_the_values_sees_them_multiplied(ring):
         found = held.row_values if isinstance(held, RowGradient) else torch.as_tensor(held)
         assert torch.equal(found, table.grad.row_values)
         assert not torch.equal(found, values.float())
+
+
+def through_a_file(gradient):
+    file = io.BytesIO()
+    torch.save(gradient, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, through_a_file])
+def test_copies_are_multiplied_and_stay_what_they_are(ring, copied):
+    table = parameter()
+    table.grad, values = sent(ring, table)
+    table.grad.mul_(0.3)
+    made = copied(table.grad)
+    assert torch.equal(made.row_values, values.float() * 0.3)
+    assert torch.equal(table.grad.row_values, values.float() * 0.3)
+    if copied is not copy.copy:
+        table.grad.neg_()
+        assert torch.equal(made.row_values, values.float() * 0.3)
 
 
 def test_a_micro_batch_that_comes_later_is_not_multiplied(ring):

@@ -158,6 +158,7 @@ def bytes_of_a_step(tiny, count, dtype, clip, micro_batches, **fields):
     with count(tiny.WIDTH, len(micro_batches[0]) // 2) as counted:
         for seed, rows in enumerate(micro_batches):
             gradients_by_hand(tables, rows, dtype, engine, seed)
+        engine._rings[dtype]._thread.submit(int).result()  # it has let go of what it did before
         if clip is not None:
             nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
         optimizer.step()
