@@ -218,12 +218,14 @@ class Plan:
         if self.strategy == "resident":
             return {}
         wire, master = s.values * s.wire, s.values * s.master
+        store = 2 * s.layers * s.d * self.step_union * FP32
         separate = s.wire < s.master
         return {
             "wire rows, page-locked": wire if separate else 0,
             "masters" if separate else "masters, page-locked": master,
             "moments": 2 * s.values * s.moment,
-            "gradient store": 2 * s.layers * s.d * self.step_union * FP32,
+            "gradient store": store,
+            "gradient store, kept for larger ones": store // 8,
             "gradient ring, page-locked": SLOTS * self.union_values * s.gradient,
         }
 

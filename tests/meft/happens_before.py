@@ -31,6 +31,7 @@ from meft.store import RowTable
 # What these files allocate is host memory; what the others allocate is of the device.
 HOST_FILES = {"store.py", "changes.py", "moments.py", "row_steps.py", "row_update.py", "adamw_blocks.py"}
 HOST_FILES |= {"row_gradient.py", "row_sums.py", "gradient_ring.py", "steps.py", "host_tensors.py"}
+HOST_FILES |= {"gradient_pool.py", "gradient_drain.py"}
 LANES = ("inbound", "outbound", "updating")
 ALLOCATIONS = ("aten::empty", "aten::zeros", "aten::ones", "aten::full", "aten::arange", "aten::new_", "aten::scalar")
 
@@ -276,11 +277,12 @@ class Slots(queue.Queue):
 def watched(monkeypatch, dropped=()):
     """Note what happens inside of the block; what runs before it must be over."""
     watch = Watch(dropped)
-    submit, result, update, pick = (
+    submit, result, update, pick, drain = (
         ThreadPoolExecutor.submit,
         Future.result,
         meft.row_update._call,
         meft.strategies.Strategy._pick_there,
+        meft.gradient_ring.drain,
     )
 
     def submit_watched(self, work, *args):
@@ -310,6 +312,11 @@ def watched(monkeypatch, dropped=()):
         watch.accesses([t for t in (rows, grads) if t is not None], some, [], "row_adamw", True)
         return update(library, table, m, v, wire, rows, grads, *rest)
 
+    def drained_watched(source, target):
+        watch.accesses([source], [target], [], caller()[1], True)
+        with torch.utils._python_dispatch._disable_current_modes():
+            return drain(source, target)
+
     def picked_watched(*args):
         picks = pick(*args)
         watch.at_home(picks.host_rows)
@@ -326,6 +333,7 @@ def watched(monkeypatch, dropped=()):
         patch.setattr(ThreadPoolExecutor, "submit", submit_watched)
         patch.setattr(Future, "result", result_watched)
         patch.setattr(meft.row_update, "_call", update_watched)
+        patch.setattr(meft.gradient_ring, "drain", drained_watched)
         patch.setattr(meft.strategies.Strategy, "_pick_there", picked_watched)
         patch.setattr(meft.carry, "bring_rows", bring)
         slots = SimpleNamespace(SimpleQueue=type("WatchedSlots", (Slots,), {"watch": watch}), Empty=queue.Empty)
