@@ -1,4 +1,4 @@
-"""Everything that a CUDA machine can prove and measure, in a few minutes, with one command.
+r"""Everything that a CUDA machine can prove and measure, in a few minutes, with one command.
 
     python benchmarks/device_check.py                            # 480 seconds, into ./device-check
     python benchmarks/device_check.py --seconds 240              # the first four parts: do we compute the right thing?
@@ -17,11 +17,10 @@ are there, peft is not): on a machine with a registry, in the checkout,
     python3 -m pip download --no-deps --only-binary=:all: -d .whl peft==0.21.2
 
 (bitsandbytes==0.50.2 adds the NF4 rows, 43 MB; trl, datasets, dill, multiprocess, xxhash add nothing here), then copy
-the checkout with .whl there and call, in its root:
+the checkout with .whl there and call, in its root, as one line:
 
-    site=$(mktemp -d)
-    python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target $site .whl/*.whl || exit
-    PYTHONPATH=$site python3 benchmarks/device_check.py --out $OUT --seconds 480
+    site=$(mktemp -d) && python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target $site \
+        .whl/*.whl && PYTHONPATH=$site python3 benchmarks/device_check.py --out $OUT --seconds 480
 """
 
 import argparse
