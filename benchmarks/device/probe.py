@@ -12,6 +12,7 @@ import torch
 from kernel_report import driver, installed
 from torch import Tensor
 
+from adapter_kernels import host_topk
 from device import amp
 from device.findings import UNMEASURED, arguments, attempt, device_of, say
 from meft import calibration
@@ -32,6 +33,7 @@ def environment(cuda: bool) -> None:
         "cores": os.cpu_count(), "cores_allowed": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(),
         "numa_nodes": len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))),
         "host_gib": round(meminfo("MemTotal"), 1), "native_row_update": native_library() is not None,
+        "native_picks": host_topk.native_library() is not None,
         "cuda": torch.version.cuda or "", "torch": torch.__version__,
     }  # fmt: skip
     if cuda:
@@ -42,8 +44,9 @@ def environment(cuda: bool) -> None:
         }  # fmt: skip
     said = f"{found.get('gpu', 'no GPU')}, torch {found['torch']}, {found['cores']} cores, {found['numa_nodes']} NUMA"
     say("machine", f"{said} nodes, {found['host_gib']} GiB", **found)
-    loads = bool(found["native_row_update"])
-    say("C++ row update", "loaded" if loads else "missing", loads or (False if cuda else None), "loads")
+    for what, name in (("C++ row update", "native_row_update"), ("C++ picks", "native_picks")):
+        loads = bool(found[name])
+        say(what, "loaded" if loads else "missing", loads or (False if cuda else None), "loads")
 
 
 def meminfo(name: str) -> float:
