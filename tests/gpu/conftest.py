@@ -20,15 +20,21 @@ from device.findings import use_tests
 
 use_tests("meft", "adapter_kernels")
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+from fake_cuda import FakeCuda  # noqa: E402
+
+from meft.lanes import CudaLanes  # noqa: E402
 
 
-def pytest_generate_tests(metafunc):
-    if "device" in metafunc.fixturenames and "device" not in str(metafunc.definition.own_markers):
-        metafunc.parametrize("device", DEVICES, indirect=True)
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Where a test computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if request.param == "cuda" else torch.device("cpu")
 
 
 @pytest.fixture
-def device(request):
-    """Where a test computes."""
-    return torch.device("cuda", torch.cuda.current_device()) if request.param == "cuda" else torch.device(request.param)
+def lanes(device, monkeypatch):
+    """None: those of the device. On the CPU the real ones over a stand-in for `torch.cuda`, as late as they can be."""
+    if device.type == "cuda":
+        return None
+    FakeCuda(monkeypatch)
+    return CudaLanes(device)
