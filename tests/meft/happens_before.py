@@ -35,9 +35,10 @@ from meft.store import RowTable
 # What these files allocate is host memory; what the others allocate is of the device.
 HOST_FILES = {"store.py", "changes.py", "moments.py", "row_steps.py", "row_update.py", "adamw_blocks.py"}
 HOST_FILES |= {"row_gradient.py", "row_sums.py", "gradient_ring.py", "steps.py", "host_tensors.py"}
-aten = torch.ops.aten
 LANES = ("inbound", "outbound", "updating")
 ALLOCATIONS = ("aten::empty", "aten::zeros", "aten::ones", "aten::full", "aten::arange", "aten::new_", "aten::scalar")
+
+aten = torch.ops.aten
 
 
 def caller():
@@ -204,12 +205,12 @@ class Operations(TorchDispatchMode):
         made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         queued = bool(kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:] == (True,)))
         file, where = caller()
-        if func._schema.name.startswith(ALLOCATIONS):
+        if queued and func is aten._to_copy.default and torch.device(kwargs.get("device") or "meta").type == "cpu":
+            host = True
+        elif func._schema.name.startswith(ALLOCATIONS):
             reads, host = [], file in HOST_FILES
         elif where == "DeviceCopy.prefetch":  # ids that go to the device
             host = False
-        elif func is aten._to_copy.default and torch.device(kwargs.get("device") or "meta").type == "cpu" and queued:
-            host = True
         else:
             host = bool(reads or writes) and all(map(self.watch.is_host, [*reads, *writes]))
         self.watch.accesses(reads, writes, made, where, host, queued)
