@@ -1,8 +1,12 @@
 """A checker of hand-overs: lanes that do everything at once and note with vector clocks what would be ordered.
 
 Actors: each host thread, the computation (what the launching thread does with tensors of the device), and the lanes.
-Two accesses to one storage of which one writes must be ordered by a hand-over: a mark, a future, a ring slot. Locks and
-the host's looks at results of the device do not count: the first order nothing for certain, the second come by chance.
+Two accesses to one storage of which one writes must be ordered by a hand-over: a mark, a future, a ring slot, or that
+the host waits for the computation's stream. Locks and the host's looks at results of the device do not count: the first
+order nothing for certain, the second come by chance.
+What others queue without waiting (`non_blocking=True`: torch's GradScaler brings its scale and its flag to the host so)
+is done by the computation, whichever memory it is in. All else that they do with gradients and rows in host memory
+(autograd that adds them up, clipping, unscaling, an optimizer, an average of the parameters) the calling thread does.
 A hand-over can be dropped: it is made but not counted, so that a race is found if nothing else gives its order.
 """
 
@@ -35,6 +39,8 @@ HOST_FILES |= {"gradient_pool.py", "gradient_drain.py"}
 LANES = ("inbound", "outbound", "updating")
 ALLOCATIONS = ("aten::empty", "aten::zeros", "aten::ones", "aten::full", "aten::arange", "aten::new_", "aten::scalar")
 
+aten = torch.ops.aten
+
 
 def caller():
     """Name of the first function of the engine on the call stack."""
@@ -50,7 +56,8 @@ def caller():
 @functools.cache
 def engine_file(path):
     folder, name = os.path.split(path)
-    ours = os.path.basename(folder) in ("meft", "peft_bridge") and "tests" not in folder
+    around, package = os.path.split(folder)
+    ours = package in ("meft", "peft_bridge") and os.path.basename(around) != "tests"
     return name if ours else ""
 
 
@@ -132,8 +139,12 @@ class Watch:
         if actor in LANES:
             state.by_lane[actor] = (clock[actor], where)
 
-    def accesses(self, reads, writes, made, where, host_made):
-        """An operation of the calling thread."""
+    def accesses(self, reads, writes, made, where, host_made, queued=False):
+        """An operation of the calling thread.
+
+        Args:
+            queued: it does not wait for it, wherever the memory is.
+        """
         with self.lock:
             thread = self.thread()
             lane = getattr(self.doing, "lane", None)
@@ -144,6 +155,7 @@ class Watch:
                 actors = (thread, "computation")
             else:
                 actors = (thread, thread)
+            host_actor = actors[1] if queued else actors[0]
             for actor in set(actors):
                 self.stamp(actor)
             old = {t.untyped_storage()._cdata for t in [*reads, *writes]}
@@ -152,7 +164,7 @@ class Watch:
                     storage = tensor.untyped_storage()
                     if storage.nbytes() and (tensors is not made or storage._cdata not in old):
                         state = self.state(storage, host_made or actors[0] == actors[1])
-                        self.touch(state, actors[0] if state.host else actors[1], kind, where)
+                        self.touch(state, host_actor if state.host else actors[1], kind, where)
 
     def is_host(self, tensor):
         state = self.states.get(tensor.untyped_storage()._cdata)
@@ -192,14 +204,17 @@ class Operations(TorchDispatchMode):
             found = [t for t in tree_leaves(value) if isinstance(t, torch.Tensor)]
             (writes if argument.alias_info is not None and argument.alias_info.is_write else reads).extend(found)
         made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        queued = bool(kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:] == (True,)))
         file, where = caller()
-        if func._schema.name.startswith(ALLOCATIONS):
+        if queued and func is aten._to_copy.default and torch.device(kwargs.get("device") or "meta").type == "cpu":
+            host = True
+        elif func._schema.name.startswith(ALLOCATIONS):
             reads, host = [], file in HOST_FILES
         elif where == "DeviceCopy.prefetch":  # ids that go to the device
             host = False
         else:
             host = bool(reads or writes) and all(map(self.watch.is_host, [*reads, *writes]))
-        self.watch.accesses(reads, writes, made, where, host)
+        self.watch.accesses(reads, writes, made, where, host, queued)
         return result
 
 
@@ -252,6 +267,17 @@ class WatchedLanes:
         made = torch.empty(shape, dtype=dtype)
         self.watch.at_home(made)
         return made
+
+
+class Computation:
+    """The stream that computes, as `torch.cuda.current_stream` gives it."""
+
+    def __init__(self, watch):
+        self.watch = watch
+
+    def synchronize(self):
+        self.watch.order("computation", self.watch.stamp(self.watch.thread()))
+        self.watch.order(self.watch.thread(), self.watch.stamp("computation"), "synchronize", caller()[1])
 
 
 class Slots(queue.Queue):
@@ -336,6 +362,12 @@ def watched(monkeypatch, dropped=()):
         patch.setattr(meft.gradient_ring, "drain", drained_watched)
         patch.setattr(meft.strategies.Strategy, "_pick_there", picked_watched)
         patch.setattr(meft.carry, "bring_rows", bring)
+        # There is a device, whose stream can be waited for, and what others bring to the host is page-locked.
+        for name, value in {
+            "is_initialized": True, "device_count": 1, "current_device": 0, "current_stream": Computation(watch),
+        }.items():  # fmt: skip
+            patch.setattr(torch.cuda, name, lambda *_, value=value: value)
+        patch.setattr(torch.Tensor, "is_pinned", lambda tensor, *_: watch.is_host(tensor))
         slots = SimpleNamespace(SimpleQueue=type("WatchedSlots", (Slots,), {"watch": watch}), Empty=queue.Empty)
         patch.setattr(meft.gradient_ring, "queue", slots)
         for table in list(RowTable._all):
