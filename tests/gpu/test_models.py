@@ -56,6 +56,7 @@ def test_a_trainer_in_bfloat16_with_forked_workers(device, tmp_path, config):
             per_device_train_batch_size=2, gradient_accumulation_steps=2, gradient_checkpointing=True,
             dataloader_num_workers=2, use_cpu=device.type == "cpu", report_to="none", disable_tqdm=True,
         )  # fmt: skip
+        args._n_gpu = min(1, args.n_gpu)  # with several it would take DataParallel
         rows = [{"input_ids": row, "labels": row} for row in batch(rows=16)]
         torch.manual_seed(1)
         return Trainer(get_peft_model(llama(), config()), args, train_dataset=rows)
@@ -103,60 +104,60 @@ def aslora(device, layers=4, **fields):
     return get_peft_model(base, ASLoRAConfig(r=4, target_modules=["q_proj", "v_proj"], **fields)).to(device)
 
 
-def state_of(model):
-    """What is trained, and who shares with whom."""
-    found = {name: value.detach().cpu() for name, value in model.state_dict().items() if "aslora" in name}
-    maps = {name: list(B.sharing_map) for name, B in model.base_model.shared_b("default").items()}
-    return found, maps
+def sgd(model):
+    """What two devices round differently stays as small as it is; AdamW would divide it by the size of a gradient."""
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0, momentum=0.9)
 
 
-@pytest.fixture(scope="module")
-def on_cpu():
-    """Losses and end of eight steps, eager and on the CPU."""
-    model = aslora(torch.device("cpu"))
-    losses, _ = losses_of(model, torch.device("cpu"), range(8))
-    assert {merge["step"] for merge in model.base_model.sharing_report().merges} == {3, 5}
-    return losses, state_of(model)
+def ran(device, steps=8, forward=None, **fields):
+    """Losses of a run and the model at its end."""
+    model = aslora(device, **fields)
+    return losses_of(model, device, range(steps), sgd(model), forward and forward(model))[0], model
 
 
-def assert_ends_as(model, losses, expected, tolerance=1e-8):
-    expected_losses, (expected_state, maps) = expected
+def assert_same(found, expected, tolerance):
+    (losses, model), (expected_losses, expected_model) = found, expected
     assert losses == pytest.approx(expected_losses, rel=tolerance)
-    found, found_maps = state_of(model)
-    assert found_maps == maps
-    assert found.keys() == expected_state.keys()
-    for name, value in expected_state.items():
-        torch.testing.assert_close(found[name], value, rtol=100 * tolerance, atol=tolerance)
+    maps, states = ([], [])
+    for each in (model, expected_model):
+        maps.append({name: list(B.sharing_map) for name, B in each.base_model.shared_b("default").items()})
+        states.append({name: value.detach().cpu() for name, value in each.state_dict().items() if "aslora" in name})
+    assert maps[0] == maps[1]
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[1].items():
+        torch.testing.assert_close(states[0][name], value, rtol=tolerance, atol=tolerance)
 
 
-def test_aslora_merges_as_on_the_cpu(device, on_cpu):
-    model = aslora(device)
-    assert_ends_as(model, losses_of(model, device, range(8))[0], on_cpu)
+def test_aslora_merges_as_on_the_cpu(device):
+    expected = ran(torch.device("cpu"))
+    assert {merge["step"] for merge in expected[1].base_model.sharing_report().merges} == {3, 5}
+    assert max(expected[0]) > min(expected[0]) + 0.01  # it has moved
+    # Norms and rotations are computed in float32 by any model.
+    assert_same(ran(device), expected, 1e-12 if device.type == "cpu" else 1e-4)
 
 
 @pytest.mark.parametrize("done", [2, 4, 7])
-def test_aslora_is_resumed_before_between_and_after_its_merges(device, on_cpu, tmp_path, done):
+def test_aslora_is_resumed_before_between_and_after_its_merges(device, tmp_path, done):
     model = aslora(device)
-    losses, optimizer = losses_of(model, device, range(done))
+    losses, optimizer = losses_of(model, device, range(done), sgd(model))
     model.save_pretrained(tmp_path)
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     again = aslora(device)
     set_peft_model_state_dict(again, load_peft_weights(str(tmp_path), device=str(device)))
-    optimizer = torch.optim.AdamW([p for p in again.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = sgd(again)
     optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt", map_location=device))
     losses += losses_of(again, device, range(done, 8), optimizer)[0]
-    assert_ends_as(again, losses, on_cpu)
+    assert_same((losses, again), ran(device), 1e-12 if device.type == "cpu" else 1e-6)
 
 
 def test_aslora_compiled_takes_its_merge(device):
     """By inductor on a GPU; on the CPU, where that would take a C++ compiler, traced alone."""
-    small = {"layers": 2, "num_merges": 1}
-    plain, model = aslora(device, **small), aslora(device, **small)
-    losses, _ = losses_of(plain, device, range(5))
-    assert len(plain.base_model.sharing_report().merges) == 2  # of q and v
-    compiled = torch.compile(model, backend="inductor" if device.type == "cuda" else "eager")
+    small = {"layers": 2, "num_merges": 1, "steps": 5}
+    plain = ran(device, **small)
+    assert len(plain[1].base_model.sharing_report().merges) == 2  # of q and v
+    backend = "inductor" if device.type == "cuda" else "eager"
     try:
-        compiled_losses, _ = losses_of(model, device, range(5), forward=compiled)
+        compiled = ran(device, forward=lambda model: torch.compile(model, backend=backend), **small)
     finally:
         torch.compiler.reset()
-    assert_ends_as(model, compiled_losses, (losses, state_of(plain)), 1e-6)
+    assert_same(compiled, plain, 1e-12 if device.type == "cpu" else 1e-4)
