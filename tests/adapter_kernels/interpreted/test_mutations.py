@@ -11,6 +11,7 @@ from selection_checks import (
     Case,
     check_expert,
     check_expert_exactly,
+    check_load,
     check_router,
     check_union,
     check_window,
@@ -41,6 +42,11 @@ def window(op, module):
         check_window(partial(module.row_union_window, impl="triton"), ids, 50, 20)
 
 
+def load(op, module):
+    ids = torch.randint(-1, 30, (20, 10), generator=generator(), dtype=torch.int32)
+    check_load(partial(module.row_union_window, impl="triton"), ids, 30, 6)
+
+
 @pytest.mark.parametrize(
     ("op", "check", "before", "after"),
     [
@@ -56,6 +62,8 @@ def window(op, module):
         ("row_union", union, "places_ptr + row, mask=used", "places_ptr + row, mask=used & (i != 7)"),
         ("row_union", window, " & (place < capacity)", ""),
         ("row_union", window, "count - start > capacity", "count > capacity"),
+        ("row_union", load, "row // each, tl", "row // (each + 1), tl"),
+        ("row_union", load, "tl.int64), mask=used, sem", "tl.int64), mask=used & (i != 7), sem"),
     ],
     ids=itertools.count(),
 )
@@ -65,7 +73,7 @@ def test_a_wrong_kernel_is_noticed(tmp_path, monkeypatch, op, check, before, aft
 
 
 @pytest.mark.parametrize(
-    ("op", "check"), [("router_topk", router), ("expert_topk", expert), ("row_union", union), ("row_union", window)]
+    ("op", "check"), [("router_topk", router), ("expert_topk", expert), ("row_union", union), ("row_union", window), ("row_union", load)]
 )
 def test_the_right_one_passes(tmp_path, monkeypatch, op, check):
     check(*mutant(tmp_path, monkeypatch, op, "import torch\n", "import torch\n"))
