@@ -36,6 +36,11 @@ def serve(work):
         del each
 
 
+def poisoned(shape, dtype):
+    """Memory that nobody has written into."""
+    return torch.full(shape, float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min, dtype=dtype)
+
+
 class ThreadLane:
     """Work in the order in which it was queued, each after a delay that `lanes.delay` gives."""
 
@@ -73,6 +78,9 @@ class ThreadLane:
 
         self.work.put(reach)
         return mark
+
+    def empty(self, shape, dtype):
+        return poisoned(shape, dtype)
 
 
 class ThreadLanes:
@@ -117,9 +125,11 @@ class ThreadLanes:
         if self.keeps("join", "inbound"):
             mark.wait()
 
+    def use(self, tensors):
+        pass
+
     def staging(self, shape, dtype):
-        poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
-        self.staged.append(torch.full(shape, poison, dtype=dtype))
+        self.staged.append(poisoned(shape, dtype))
         return self.staged[-1]
 
     def close(self):
