@@ -57,11 +57,19 @@ class Picks:
         rows: int32 [u], the union: distinct neurons, ascending, on the device.
         position: int32 [T, K], place of each pick in `rows`; -1 is none.
         host_rows: int64 [u], the union where the tables are.
+        arrival: the mark after which `rows` and `position`, in a lane's memory, are there; None: they are.
     """
 
     rows: Tensor
     position: Tensor
     host_rows: Tensor
+    arrival: Mark | None = None
+
+    def join(self, lanes: Lanes) -> None:
+        """What the computation queues from now on uses the picks."""
+        if self.arrival is not None:
+            lanes.join(self.arrival)
+            lanes.use([self.rows, self.position])
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ class Fetched:
     Attributes:
         keys, values: [u, d] in the dtype in which rows are read.
         arrival: the mark after which they are there; None: they are, in the order of the computation.
-        of_lane: what of them, and of their picks, is in memory of a lane.
+        of_lane: what of them is in a lane's memory.
     """
 
     keys: Tensor

@@ -252,6 +252,7 @@ class Engine:
         if not begun.again and self._strategy is not None:
             # Now that the base FFN is queued: the next layer's rows may have to wait for their update.
             self._strategy.begun(layer, len(x))
+        picks.join(self.lanes)
         fetched.join(self.lanes)
         near = (fetched.keys.detach().to(x.dtype), fetched.values.detach().to(x.dtype))
         idle = None if self.config.router_factor else logits  # its router gets a gradient of zero, as in place

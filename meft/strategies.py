@@ -31,7 +31,6 @@ from .lanes import Lanes, Mark
 from .staging import Coming, Slot
 from .transfer import nbytes
 
-
 _ALIGNED = 4  # ids of 4 bytes that end where another tensor may begin: kernels read 16 bytes at a time
 
 
@@ -126,13 +125,14 @@ class Host(Strategy):
         try:
             self.lanes.inbound.run(partial(there.copy_, here, non_blocking=True), [there])
         finally:  # also where it was queued
-            self._up.busy = self.lanes.inbound.mark()
+            arrival = self._up.busy = self.lanes.inbound.mark()
         layer.traffic.bytes_to_device += nbytes(there)
-        return Picks(there[start:], there[: position.numel()].view(position.shape), rows.to(torch.int64))
+        places = there[: position.numel()].view(position.shape)
+        return Picks(there[start:], places, rows.to(torch.int64), arrival)
 
     def fetch(self, layer: LayerRows, picks: Picks, made: Mark | None = None) -> Fetched:
         (keys, values), arrival = gather(self.lanes, layer, [layer.keys, layer.values], picks, made)
-        return Fetched(keys, values, arrival, () if made is None else (keys, values, picks.rows, picks.position))
+        return Fetched(keys, values, arrival, () if made is None else (keys, values))
 
 
 @torch.no_grad()
@@ -228,7 +228,8 @@ class Resident(Strategy):
 
     def fetch(self, layer: LayerRows, picks: Picks, made: Mark | None = None) -> Fetched:
         with layer.keys.reading() as keys, layer.values.reading(picks.host_rows) as values:
-            return Fetched(*rows_of(picks.rows, [keys, values]), None)
+            near = rows_of(picks.rows, [keys, values])
+        return Fetched(near[0], near[1], None)
 
 
 STRATEGIES: dict[str, type[Strategy]] = {

@@ -13,8 +13,6 @@ ROWS = ["save", "refetch"]
 # Hand-overs without which the order is the same, and why they are there.
 NEEDLESS = {
     ("future", "_whole"): "the parts were drained by the same thread; it raises what went wrong with them",
-    ("uses", "Host.pick 0"): "the host waits for the copy while it holds what is copied",
-    ("uses", "Host.pick 1"): "the same",
     ("after", "_Buffer.__init__"): "gradients come from the computation, and later; one that is set by hand does not",
 }
 

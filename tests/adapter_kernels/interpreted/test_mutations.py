@@ -73,7 +73,14 @@ def test_a_wrong_kernel_is_noticed(tmp_path, monkeypatch, op, check, before, aft
 
 
 @pytest.mark.parametrize(
-    ("op", "check"), [("router_topk", router), ("expert_topk", expert), ("row_union", union), ("row_union", window), ("row_union", load)]
+    ("op", "check"),
+    [
+        ("router_topk", router),
+        ("expert_topk", expert),
+        ("row_union", union),
+        ("row_union", window),
+        ("row_union", load),
+    ],
 )
 def test_the_right_one_passes(tmp_path, monkeypatch, op, check):
     check(*mutant(tmp_path, monkeypatch, op, "import torch\n", "import torch\n"))
