@@ -57,7 +57,7 @@ class Picks:
         rows: int32 [u], the union: distinct neurons, ascending, on the device.
         position: int32 [T, K], place of each pick in `rows`; -1 is none.
         host_rows: int64 [u], the union where the tables are.
-        arrival: the mark after which `rows` and `position`, in a lane's memory, are there; None: they are.
+        arrival: the mark after which `rows` and `position`, in one piece of a lane's memory, are there; None: they are.
     """
 
     rows: Tensor
@@ -69,7 +69,7 @@ class Picks:
         """What the computation queues from now on uses the picks."""
         if self.arrival is not None:
             lanes.join(self.arrival)
-            lanes.use([self.rows, self.position])
+            lanes.use([self.position])
 
 
 @dataclass(frozen=True)
@@ -269,10 +269,11 @@ class DeviceCopy:
                 with record_function("meft: bring changed rows"):
                     self.lanes.inbound.run(work, uses)
             finally:  # also where some of it was queued
-                arrival = self._ids.busy = self.lanes.inbound.mark()
+                arrival = self.lanes.inbound.mark()
+                self._ids.busy = None if everything else arrival
             self.table.read_until(self.lanes.inbound, arrival)
         self._coming = (None if everything else ids, near, arrival)
-        self.traffic.bytes_to_device += nbytes(near)
+        self.traffic.bytes_to_device += nbytes(near) + (0 if everything else nbytes(ids))
 
     @contextmanager
     def _or_all_again(self) -> Iterator[None]:

@@ -95,13 +95,14 @@ class FakeCuda:
         recorded: streams for which `record_stream` was called, by the address of a tensor's memory.
         used: (stream, memory) of what was done on streams.
         staged: host memory that was asked for. asked: devices of `current_stream`.
+        made: (stream, address) of memory that a lane gave; it holds no numbers yet.
         full: whether queueing fails.
     """
 
     def __init__(self, monkeypatch, device="cpu"):
         self.device, self.lock = torch.device(device), threading.RLock()
         self.notes, self.recorded, self.used, self.staged, self.asked = [], {}, [], [], []
-        self.full = False
+        self.made, self.entered, self.full = [], [], False
         self.inside = threading.local()  # a thread has a current stream of its own
         self.computation = Stream(self, self.device)
         self.streams = []
@@ -133,6 +134,16 @@ class FakeCuda:
             run(lane, queue, uses)
 
         monkeypatch.setattr(_Stream, "run", late)
+        empty = _Stream.empty
+
+        def poisoned(lane, shape, dtype):
+            inside = len(self.entered)
+            made = empty(lane, shape, dtype)
+            assert self.entered[inside:] == [lane.stream], "memory that is not of the lane's stream"
+            self.made.append((lane.stream, made.untyped_storage().data_ptr()))
+            return made.fill_(self._poison(dtype))
+
+        monkeypatch.setattr(_Stream, "empty", poisoned)
 
     def _do(self, stream, work):
         with torch.no_grad(), Used() as used:
@@ -152,6 +163,7 @@ class FakeCuda:
     @contextmanager
     def _inside(self, stream):
         self.current.append(stream)
+        self.entered.append(stream)
         try:
             yield
         finally:
@@ -161,9 +173,12 @@ class FakeCuda:
         self.asked.append(device)
         return self.current[-1] if self.current else self.computation
 
+    @staticmethod
+    def _poison(dtype):
+        return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+
     def _staging(self, shape, dtype):
-        poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
-        self.staged.append(torch.full(shape, poison, dtype=dtype))
+        self.staged.append(torch.full(shape, self._poison(dtype), dtype=dtype))
         return self.staged[-1]
 
     def _record(self, tensor, stream):
