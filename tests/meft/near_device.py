@@ -1,4 +1,4 @@
-"""A device that is not there: its tensors are in host memory and say that they are elsewhere, so that each shows itself.
+"""A device that is not there: its tensors are in host memory and say that they are elsewhere, so that they show.
 
 Whatever would let the launching thread wait for the device is an error: a look at a value, an operation whose result is
 as long as there are values of some kind, and a copy from or to the device, unless it is queued on a lane and has
