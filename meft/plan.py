@@ -254,14 +254,12 @@ class Plan:
         if w.rows == "refetch" and self.strategy == "device-keys":
             add("value rows", True, "backward", row, s.wire)
         add("row gradients", False, "backward", rows, s.gradient)
-        if self.strategy != "host":  # the host does not know U: its size, and room for as many ids as there can be
-            add("union ids", False, "forward", 1 + min(s.r, w.tokens * s.top_k), ID)
+        if self.strategy != "host":  # the host does not know U
+            add("union ids", False, "backward", w.union, ID)
         if self.strategy == "device-keys":
             add("changed keys", True, "step", s.d * self.step_union, s.wire)
-            add("changed ids", True, "step", self.step_union, ID)
         if self.strategy == "device-rows":
             add("changed rows", True, "step", 2 * s.d * self.step_union, s.wire)
-            add("changed ids", True, "step", 2 * self.step_union, ID)
         return found
 
     def crossing(self, *, to_device: bool | None = None) -> int:
