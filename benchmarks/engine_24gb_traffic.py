@@ -14,7 +14,7 @@ def expected_bytes(
     Per layer and micro-batch, u = |U|, rows of d bf16 values: `host` x and logits down, 2 u rows, ids and places up;
     `stream` all r keys and u values up, ids down; `device-keys` u values up, ids down; `device-rows` ids down. Ids that
     go down have room for as many as there can be, and their number. All: 2 u row gradients down. Once a step
-    `device-keys` brings the keys that the step before has changed, with their ids, `device-rows` the values too. With
+    `device-keys` brings the keys that the step before has changed, `device-rows` the values too. With
     `refetch`, rows that are not on the device are brought once more.
 
     Args:
@@ -22,7 +22,8 @@ def expected_bytes(
     """
     T, row = cell.batch * cell.length, ELEMENT * d
     gradients, ids = 2 * union * row, 4 * (1 + min(cell.r, T * top_k))
-    changed = (stepped or 0.0) * cell.r * (row + 4)
+    stepped = stepped or 0.0
+    changed = stepped * cell.r * (row + (4 if stepped < 1 else 0))  # with their ids, unless all have changed
     if strategy == "resident":
         return 0.0, 0.0
     if strategy == "host":
