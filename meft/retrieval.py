@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from .carry import LayerRows
@@ -48,7 +49,9 @@ def retrieved(x: Tensor, logits: Tensor, layer: LayerRows, selection: Selection 
 
 
 def _count_picks(traffic: Traffic, selection: Selection, config: MEFTConfig, down: int) -> None:
-    traffic.count_experts(selection.neuron, config.r // config.experts, config.experts)
+    expert = torch.div(selection.neuron, config.r // config.experts, rounding_mode="floor")
+    load = traffic.load_on(expert.device, config.experts)
+    load += torch.bincount(expert, minlength=config.experts)
     if config.on_host:
         traffic.bytes_to_host += down
         traffic.bytes_to_device += selection.nbytes()

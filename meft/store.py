@@ -184,8 +184,8 @@ class RowTable(KeptRows):
         """Begin to note which rows change; at first all have."""
         self._changes = Changes(len(self.rows))
 
-    def take_changes(self) -> Tensor:
-        """The rows that have changed since the last call, int64 ascending; call it under `reading`."""
+    def take_changes(self) -> Tensor | None:
+        """The rows that have changed since the last call, int64 ascending (None: no row); call it under `reading`."""
         assert self._changes is not None
         return self._changes.take(self.state)
 

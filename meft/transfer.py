@@ -30,12 +30,14 @@ class Traffic:
         tokens: tokens of these passes, without padding.
         union_rows: sum over the passes of |U|, the distinct neurons that were used.
         bytes_to_device: rows, and the picks' ids and scores, brought to the device.
-        bytes_to_host: hidden states, router logits, ids and row gradients brought to the host.
+        bytes_to_host: hidden states, router logits, ids and row gradients brought to the host. Ids that are picked on
+            the device come with room for as many as there can be, before anybody knows how many there are.
         bytes_zero_copy: rows, moments and gradients that steps by the device moved, both ways (`zero_copy`).
         stall_ms: milliseconds for which the launching thread waited for copies, updates and free staging memory.
         host_ms: milliseconds of picking on the host.
         ring_stalls: how often a gradient found no free staging buffer.
-        expert_load: int64 [E], picks of neurons of each expert.
+        loads: device -> int64 [E], picks of neurons of each expert that were made there: of each token of each forward
+            pass up to `top_k`, not of recomputations, nor of passes captured into a CUDA graph.
     """
 
     forwards: int = 0
@@ -47,7 +49,7 @@ class Traffic:
     stall_ms: float = 0.0
     host_ms: float = 0.0
     ring_stalls: int = 0
-    expert_load: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64, device="cpu"))
+    loads: dict[torch.device, Tensor] = field(default_factory=dict)
 
     @contextmanager
     def stalled(self) -> Iterator[None]:
@@ -68,16 +70,18 @@ class Traffic:
         finally:
             self.host_ms += 1e3 * (time.perf_counter() - began)
 
-    def count_experts(self, neuron: Tensor, each: int, experts: int) -> None:
-        """Add picks to the experts' load, without waiting for a device.
+    def load_on(self, device: torch.device, experts: int) -> Tensor:
+        """The counts of a device, int64 [E], for whoever picks there to add to."""
+        if device not in self.loads:
+            with torch.inference_mode(False):  # they outlive the mode
+                self.loads[device] = torch.zeros(experts, dtype=torch.int64, device=device)
+        return self.loads[device]
 
-        Args:
-            neuron: int [n], ids; -1 is no pick. each: neurons of an expert.
-        """
-        expert = torch.div(neuron.flatten().to(torch.int64), each, rounding_mode="floor")
-        load = torch.zeros(experts + 1, dtype=torch.int64, device=neuron.device)
-        load.index_add_(0, expert.where(expert >= 0, experts), torch.ones_like(expert))
-        self.expert_load = load[:-1] if not len(self.expert_load) else self.expert_load.to(load.device) + load[:-1]
+    @property
+    def expert_load(self) -> Tensor:
+        """Picks of neurons of each expert, int64 [E] in host memory; none before the first pass. Waits for devices."""
+        found = [load.cpu() for load in self.loads.values()]
+        return torch.stack(found).sum(0) if found else torch.zeros(0, dtype=torch.int64, device="cpu")
 
 
 def nbytes(tensor: Tensor) -> int:

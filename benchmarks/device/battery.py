@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -82,6 +83,7 @@ class Battery:
             yield f"T {T} r {r}", "", partial(selection_checks.check_union, op, ids, r)
             yield f"T {T} r {r}, some not valid", "", partial(selection_checks.check_union, op, ids, r, valid)
             yield f"T {T} r {r}, windows", "", partial(selection_checks.check_window, window, ids, r, r // 3)
+            yield f"T {T} r {r}, counted", "", partial(selection_checks.check_load, window, ids, r, math.gcd(r, 320))
 
     def _expert_topk(self) -> Iterator[tuple[str, str, Callable[[], None]]]:
         op, Case = self.at(adapter_kernels.expert_topk), selection_checks.Case

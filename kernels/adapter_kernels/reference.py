@@ -45,6 +45,15 @@ def expert_topk(
     return ids, best, dot
 
 
+def load_of(ids: Tensor, r: int, E: int, valid: Tensor | None = None) -> Tensor:
+    """Picks of each of E groups of r / E rows, int64 [E]."""
+    load = torch.zeros(E, dtype=torch.int64)
+    for i in (ids if valid is None else ids[valid]).flatten().tolist():
+        if 0 <= i < r:
+            load[i // (r // E)] += 1
+    return load
+
+
 def row_union(ids: Tensor, r: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The distinct ids in ascending order, int32 [u], and of each pick its place among them, -1 where not valid."""
     picks = ids.tolist()

@@ -71,6 +71,7 @@ def layer(T, d, r, E, P, K, U, dtype, row_gradients=None):
     keys = torch.zeros(r, d, dtype=dtype)
     ids, _, _ = ops.expert_topk(x, keys, torch.zeros(T, P, dtype=torch.int32), logits, K, E=E)
     ids.fill_(3)  # what a kernel would write is not there: any legal ids
+    ops.row_union_window(ids, r, min(r, T * K), load=torch.zeros(E, dtype=torch.int64))
     ops.row_union_window(ids, r, min(r, T * K))
     rows, position = torch.arange(U, dtype=torch.int32), torch.zeros(T, K, dtype=torch.int32)
     near = ops.gather_rows(rows, [keys, keys])

@@ -22,6 +22,7 @@ from selection_checks import (
     Case,
     check_expert,
     check_expert_exactly,
+    check_load,
     check_router,
     check_union,
     check_window,
@@ -67,6 +68,11 @@ def _union(kernels: Kernels) -> None:
 
 def _window(kernels: Kernels) -> None:
     check_window(kernels.other("row_union_window"), torch.arange(50).view(10, 5), 50, 20)
+
+
+def _load(kernels: Kernels) -> None:
+    ids = torch.randint(-1, 30, (20, 10), generator=generator(), dtype=torch.int32)
+    check_load(kernels.other("row_union_window"), ids, 30, 6)
 
 
 def _gather(kernels: Kernels) -> None:
@@ -124,6 +130,8 @@ MUTATIONS = [
     Mutation("row_union", _union, "places_ptr + row, mask=used", "places_ptr + row, mask=used & (i != 7)"),
     Mutation("row_union", _window, " & (place < capacity)", ""),
     Mutation("row_union", _window, "count - start > capacity", "count > capacity"),
+    Mutation("row_union", _load, "row // each, tl", "row // (each + 1), tl"),
+    Mutation("row_union", _load, "tl.int64), mask=used, sem", "tl.int64), mask=used & (i != 7), sem"),
     Mutation("gather_rows", _gather, "inside = (row >= 0) & (row < r)", "inside = (row >= 0) & (row < r) & (k != 4)"),
     Mutation("gather_rows", _gather, "row * D, k.to(tl.int64) * D, k < n", "row * D, k.to(tl.int64) * D, k < n - 1"),
     Mutation("gather_rows", _gather, "source2_ptr + source", "source_ptr + source"),

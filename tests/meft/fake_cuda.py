@@ -97,13 +97,14 @@ class FakeCuda:
         used: (stream, memory) of what was done on streams.
         staged: host memory that was asked for. asked: devices of `current_stream`.
         locked: (address, device) of memory that was page-locked where it lies.
+        made: (stream, address) of memory that a lane gave; it holds no numbers yet.
         full: whether queueing fails.
     """
 
     def __init__(self, monkeypatch, device="cpu"):
         self.device, self.lock = torch.device(device), threading.RLock()
         self.notes, self.recorded, self.used, self.staged, self.asked = [], {}, [], [], []
-        self.locked, self.full = [], False
+        self.made, self.entered, self.locked, self.full = [], [], [], False
         self.inside = threading.local()  # a thread has a current stream of its own
         self.computation = Stream(self, self.device)
         self.streams = []
@@ -137,6 +138,16 @@ class FakeCuda:
             run(lane, queue, uses)
 
         monkeypatch.setattr(_Stream, "run", late)
+        empty = _Stream.empty
+
+        def poisoned(lane, shape, dtype):
+            inside = len(self.entered)
+            made = empty(lane, shape, dtype)
+            assert self.entered[inside:] == [lane.stream], "memory that is not of the lane's stream"
+            self.made.append((lane.stream, made.untyped_storage().data_ptr()))
+            return made.fill_(self._poison(dtype))
+
+        monkeypatch.setattr(_Stream, "empty", poisoned)
 
     def _do(self, stream, work):
         with torch.no_grad(), Used() as used:
@@ -164,6 +175,7 @@ class FakeCuda:
     @contextmanager
     def _inside(self, stream):
         self.current.append(stream)
+        self.entered.append(stream)
         try:
             yield
         finally:
@@ -177,10 +189,13 @@ class FakeCuda:
         self.locked.append((tensor.data_ptr(), device))
         return True
 
+    @staticmethod
+    def _poison(dtype):
+        return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+
     def _staging(self, shape, dtype, device):
         assert device == self.device
-        poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
-        self.staged.append(torch.full(shape, poison, dtype=dtype, device="cpu"))
+        self.staged.append(torch.full(shape, self._poison(dtype), dtype=dtype, device="cpu"))
         return self.staged[-1]
 
     def _record(self, tensor, stream):

@@ -28,13 +28,12 @@ from torch.utils._pytree import tree_leaves
 import meft.carry
 import meft.gradient_ring
 import meft.row_update
-import meft.strategies
 from meft.row_gradient import RowGradient
 from meft.store import RowTable
 
 # What these files allocate is host memory; what the others allocate is of the device.
 HOST_FILES = {"store.py", "changes.py", "moments.py", "row_steps.py", "row_update.py", "adamw_blocks.py"}
-HOST_FILES |= {"row_gradient.py", "row_sums.py", "gradient_ring.py", "steps.py", "host_tensors.py"}
+HOST_FILES |= {"row_gradient.py", "row_sums.py", "gradient_ring.py", "steps.py", "host_tensors.py", "transfer.py"}
 HOST_FILES |= {"gradient_pool.py", "gradient_drain.py"}
 LANES = ("inbound", "outbound", "updating")
 ALLOCATIONS = ("aten::empty", "aten::zeros", "aten::ones", "aten::full", "aten::arange", "aten::new_", "aten::scalar")
@@ -64,12 +63,12 @@ def engine_file(path):
 class State:
     """Who has touched a storage: its last write, and the last read of each actor since."""
 
-    def __init__(self, host):
-        self.host = host
+    def __init__(self, host, home="computation"):
+        self.host, self.home = host, home  # whose memory it is, of the device's
         self.write = None
         self.reads = {}
-        self.by_lane = {}
-        self.given = set()  # lanes that the allocator was told of
+        self.by_others = {}
+        self.given = set()  # actors that the allocator was told of
 
 
 class Watch:
@@ -117,12 +116,12 @@ class Watch:
         return self.states[key]
 
     def freed(self, key):
-        """Its memory goes to whatever the computation allocates next."""
+        """Its memory goes to whatever its home, the computation or a lane, allocates next."""
         with self.lock:
             state = self.states.pop(key)
-            for lane, (time, where) in state.by_lane.items():
-                if lane not in state.given and not state.host and self.clocks["computation"][lane] < time:
-                    self.races[("freed", where)] = f"memory is freed while the {lane} lane may use it ({where})"
+            for actor, (time, where) in state.by_others.items():
+                if actor not in state.given and not state.host and self.clocks[state.home][actor] < time:
+                    self.races[("freed", where)] = f"memory is freed while {actor} may use it ({where})"
 
     def touch(self, state, actor, writes, where):
         clock = self.clocks[actor]
@@ -136,8 +135,8 @@ class Watch:
             state.write, state.reads = mine, {}
         else:
             state.reads[actor] = mine
-        if actor in LANES:
-            state.by_lane[actor] = (clock[actor], where)
+        if actor != state.home and actor in (*LANES, "computation"):
+            state.by_others[actor] = (clock[actor], where)
 
     def accesses(self, reads, writes, made, where, host_made, queued=False):
         """An operation of the calling thread.
@@ -165,6 +164,14 @@ class Watch:
                     if storage.nbytes() and (tensors is not made or storage._cdata not in old):
                         state = self.state(storage, host_made or actors[0] == actors[1])
                         self.touch(state, host_actor if state.host else actors[1], kind, where)
+
+    def uses(self, actor, tensors, where):
+        """The allocator is told that an actor uses these."""
+        with self.lock:
+            for i, tensor in enumerate(tensors):
+                self.seen.add(("uses", f"{where} {i}"))
+                if tensor.untyped_storage().nbytes() and ("uses", f"{where} {i}") not in self.dropped:
+                    self.state(tensor.untyped_storage(), False).given.add(actor)
 
     def is_host(self, tensor):
         state = self.states.get(tensor.untyped_storage()._cdata)
@@ -210,8 +217,6 @@ class Operations(TorchDispatchMode):
             host = True
         elif func._schema.name.startswith(ALLOCATIONS):
             reads, host = [], file in HOST_FILES
-        elif where == "DeviceCopy.prefetch":  # ids that go to the device
-            host = False
         else:
             host = bool(reads or writes) and all(map(self.watch.is_host, [*reads, *writes]))
         self.watch.accesses(reads, writes, made, where, host, queued)
@@ -238,17 +243,25 @@ class Lane:
             work()
         finally:
             watch.doing.lane = None
-        for i, tensor in enumerate(uses):
-            with watch.lock:
-                watch.seen.add(("uses", f"{where} {i}"))
-                if tensor.untyped_storage().nbytes() and ("uses", f"{where} {i}") not in watch.dropped:
-                    watch.state(tensor.untyped_storage(), False).given.add(self.name)
+        watch.uses(self.name, uses, where)
 
     def after(self, mark):
         self.watch.order(self.name, mark.stamp, "after", caller()[1])
 
     def mark(self):
         return Mark(self.watch, self.watch.stamp(self.name))
+
+    def empty(self, shape, dtype):
+        watch = self.watch
+        with watch.lock, torch.utils._python_dispatch._disable_current_modes():
+            watch.order(self.name, watch.stamp(watch.thread()))
+            made = torch.empty(shape, dtype=dtype)
+            if made.untyped_storage().nbytes():
+                state = watch.state(made.untyped_storage(), False)
+                state.home = self.name
+                watch.stamp(self.name)
+                watch.touch(state, self.name, True, caller()[1])
+        return made
 
 
 class WatchedLanes:
@@ -262,6 +275,9 @@ class WatchedLanes:
 
     def join(self, mark):
         self.watch.order("computation", mark.stamp, "join", caller()[1])
+
+    def use(self, tensors):
+        self.watch.uses("computation", tensors, caller()[1])
 
     def staging(self, shape, dtype):
         made = torch.empty(shape, dtype=dtype)
@@ -303,13 +319,8 @@ class Slots(queue.Queue):
 def watched(monkeypatch, dropped=()):
     """Note what happens inside of the block; what runs before it must be over."""
     watch = Watch(dropped)
-    submit, result, update, pick, drain = (
-        ThreadPoolExecutor.submit,
-        Future.result,
-        meft.row_update._call,
-        meft.strategies.Strategy._pick_there,
-        meft.gradient_ring.drain,
-    )
+    submit, result, update = ThreadPoolExecutor.submit, Future.result, meft.row_update._call
+    drain = meft.gradient_ring.drain
 
     def submit_watched(self, work, *args):
         stamp, made = watch.stamp(watch.thread()), []
@@ -343,11 +354,6 @@ def watched(monkeypatch, dropped=()):
         with torch.utils._python_dispatch._disable_current_modes():
             return drain(source, target)
 
-    def picked_watched(*args):
-        picks = pick(*args)
-        watch.at_home(picks.host_rows)
-        return picks
-
     def bring(rows, host_rows, tables, out):
         # As a gather on the device does it: ids that are there, tables in host memory.
         for table, buffer in zip(tables, out, strict=True):
@@ -360,7 +366,6 @@ def watched(monkeypatch, dropped=()):
         patch.setattr(Future, "result", result_watched)
         patch.setattr(meft.row_update, "_call", update_watched)
         patch.setattr(meft.gradient_ring, "drain", drained_watched)
-        patch.setattr(meft.strategies.Strategy, "_pick_there", picked_watched)
         patch.setattr(meft.carry, "bring_rows", bring)
         # There is a device, whose stream can be waited for, and what others bring to the host is page-locked.
         for name, value in {
