@@ -219,7 +219,7 @@ BLOCKING = {
 def test_what_blocks_is_noticed(tiny, monkeypatch, what):
     layers = built(tiny, retrieval="stream")
     with on_the_device(tiny, monkeypatch, layers) as device:
-        near, staged = torch.ones(3, device=THERE), device._staging((3,), torch.float32)
+        near, staged = torch.ones(3, device=THERE), device._staging((3,), torch.float32, THERE)
         CudaLanes(THERE).outbound.run(lambda: staged.copy_(near, non_blocking=True), [near])  # as it should be
         with pytest.raises(BlockingError):
             BLOCKING[what](near, staged)
