@@ -5,7 +5,11 @@
 """
 
 import json
+import logging
 import sys
+
+# bitsandbytes warns at import of a kernel from the hub that it has not loaded and that nothing here needs.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import torch
 from peft import PeftModel

@@ -18,7 +18,7 @@ from transformers import (
     set_seed,
 )
 
-from aslora_meft.adapter import adapter_config, add_adapter, load_model, load_tokenizer
+from aslora_meft.adapter import add_adapter, load_model, load_tokenizer
 from aslora_meft.arguments import TrainArguments, TrainerArguments
 from aslora_meft.checkpoints import checkpoint_to_resume, set_aside
 from aslora_meft.errors import UsageError, as_usage_error
@@ -66,8 +66,7 @@ def train(arguments: TrainArguments) -> TrainResult:
         UsageError: bad input, in one sentence.
     """
     args = arguments.trainer
-    config = adapter_config(arguments.model.method, arguments.adapter, arguments.sharing, arguments.neurons)
-    checkpoint, passed = _check_folders(args, config)
+    checkpoint, passed = _check_folders(args, arguments.adapter)
     tokenizer = load_tokenizer(arguments.model.model)
     train_samples, eval_samples = load_samples(arguments.data, tokenizer, args.seed)
     base = load_model(arguments.model, args.device)
@@ -77,7 +76,7 @@ def train(arguments: TrainArguments) -> TrainResult:
             f"max_length={arguments.data.max_length} is more than the model's {longest}; give at most that"
         )
     set_seed(args.seed)  # the adapter's first values
-    model = add_adapter(base, config, gradient_checkpointing=bool(args.gradient_checkpointing))
+    model = add_adapter(base, arguments.adapter, gradient_checkpointing=bool(args.gradient_checkpointing))
 
     with as_usage_error(ValueError):  # what TrainingArguments leaves to the Trainer to check
         trainer = Trainer(

@@ -75,8 +75,9 @@ def test_merges_are_written_as_they_happen(run, capsys):
 
 @pytest.mark.parametrize("method", ["lora", "aslora", "meft"])
 def test_a_resumed_run_equals_an_uninterrupted_one(run, tmp_path, method, capsys):
-    words = ["--save_strategy", "steps", "--save_steps", 5, "--dropout", 0.1, "--merge_start", 2, "--merge_interval", 3]
-    words = {"aslora": words, "lora": words[:6], "meft": [*words[:4], "--r", 64]}[method]
+    words = ["--save_strategy", "steps", "--save_steps", 5]
+    aslora = ["--aslora_dropout", 0.1, "--merge_start", 2, "--merge_interval", 3]
+    words += {"aslora": aslora, "lora": ["--lora_dropout", 0.1], "meft": ["--r", 64]}[method]
     whole = run(method, *words, output="whole")
     capsys.readouterr()
     resumed = run(method, *words, "--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-5", output="resumed")
@@ -154,7 +155,8 @@ def test_four_bit_base(run):
         (["--resume_from_checkpoint", "none"], "resume_from_checkpoint='none' leads to no checkpoint"),
         (["--top_k", "3"], "top_k=3 has no meaning with method=aslora"),
         (["--method", "meft", "--num_merges", "3"], "num_merges=3 has no meaning with method=meft"),
-        (["--method", "meft", "--dropout", "0.1"], "dropout=0.1 has no meaning with method=meft"),
+        (["--method", "meft", "--lora_dropout", "0.1"], "lora_dropout=0.1 has no meaning with method=meft"),
+        (["--lora_dropout", "0.1"], "lora_dropout=0.1 has no meaning with method=aslora; use aslora_dropout"),
         (["--method", "meft", "--r", "100", "--num_experts", "16"], "nearest r: 96 or 112"),
         (["--method", "meft", "--target_modules", "q_proj"], "is no FFN.*mlp"),
     ],
