@@ -8,17 +8,16 @@ import json
 import logging
 import sys
 
-# bitsandbytes warns at import of a kernel from the hub that it has not loaded and that nothing here needs.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-import torch
-from peft import PeftModel
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
-
 
 def main(model: str, adapter: str, ids: str, out: str) -> None:
     """Load, compute, save; fails if any of our packages came along."""
+    # bitsandbytes warns at import of a kernel from the hub that it has not loaded and that nothing here needs.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, adapter)
     with torch.no_grad():

@@ -227,7 +227,7 @@ def test_longer_steps_take_longer(told):
         (["--fast"], "--fast"),
         (["--optim", "lion_8bit"], "adamw_8bit"),
         (["--batch", "2"], "did you mean 'per_device_train_batch_size'"),
-        (["--optimizer", "adamw_8bit"], or 'optim'?"),
+        (["--optimizer", "adamw_8bit"], "or 'optim'?"),
         (["--length", "2"], "did you mean 'max_length'"),
         (["--load_in_4bit", "--load_in_8bit"], "exclude each other"),
         (["--method", "lora", "--num_merges", "2"], "num_merges=2 has no meaning with method=lora; drop it or use"),
