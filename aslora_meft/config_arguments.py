@@ -146,7 +146,7 @@ def _read_scalar(field: dataclasses.Field[Any], word: str, kinds: Sequence[Any])
     if bool in kinds and word.lower() in (*_TRUE, *_FALSE):
         return word.lower() in _TRUE
     if int in kinds or float in kinds:
-        if re.fullmatch(r"[+-]?\d+", word):
+        if re.fullmatch(r"[+-]?\d{1,999}", word):
             return int(word)
         if float in kinds and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|nan|[+-]?inf", word):
             return float(word)

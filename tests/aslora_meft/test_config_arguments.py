@@ -100,6 +100,7 @@ def test_nested_mappings_of_a_file(tmp_path):
         ("lora", {"r": "0"}, "r=0 is no rank"),
         ("aslora", {"r": "-1"}, "r=-1 is not a rank"),
         ("aslora", {"r": "8.0"}, r"r='8\.0' is no integer; give one, such as 8"),
+        ("aslora", {"r": "9" * 10_000}, "is no integer"),
         ("aslora", {"use_rslora": "perhaps"}, "use_rslora='perhaps' is no truth value"),
         ("aslora", {"aslora_dropout": "nan"}, "aslora_dropout=nan is not in"),
         ("lora", {"lora_dropout": "1.0"}, r"lora_dropout=1\.0 is out of range"),
