@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
 from aslora_meft import __version__
@@ -15,7 +16,10 @@ def main(argv: list[str] | None = None) -> int:
         The exit code: 0, or 2 after bad input, which is told in one sentence on stderr.
     """
     try:
-        _run(sys.argv[1:] if argv is None else argv)
+        with warnings.catch_warnings():
+            # Those of the libraries below are for whoever writes code, not for whoever runs a command.
+            warnings.simplefilter("ignore", FutureWarning)
+            _run(sys.argv[1:] if argv is None else argv)
     except UsageError as error:
         print(f"aslora-meft: error: {error}", file=sys.stderr)
         return 2

@@ -23,8 +23,9 @@ def words(model_dir, text_file, tmp_path):
     return [*words, "--max_length", "32", "--max_steps", "6", "--learning_rate", "1e-2", "--save_strategy", "no"]
 
 
-def test_train_then_export(words, tmp_path, model_dir, capfd):
+def test_train_then_export(words, tmp_path, model_dir, capfd, recwarn):
     assert main(words) == 0
+    assert not [warning for warning in recwarn if warning.category is FutureWarning]
     told = capfd.readouterr()
     assert "merges layers" in told.out  # beside the progress bar
     assert "6/6" in told.err
