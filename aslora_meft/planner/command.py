@@ -1,6 +1,5 @@
 """``aslora-meft estimate``: its arguments, and what it prints."""
 
-import argparse
 import json
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from typing import Any, get_type_hints
@@ -86,10 +85,10 @@ def parse(argv: list[str]) -> tuple[Request, bool]:
         description="Predict memory, traffic and seconds of a training step from a model's config.json: needs neither "
         "GPU\nnor weights, and runs nothing. The names are those of aslora-meft train.",
         example="aslora-meft estimate --model MODEL --method meft --r 6400 --gpu 24GiB",
-        common=[name for name in _COMMON if name != "retrieval" or "meft" in configs],
+        common=_COMMON,
     )
     add_config_arguments(parser, configs)
-    _add_method(parser)
+    _add_method(parser.add_argument_group("method"))
     given = parser.read(argv)
     run = {name: given.pop(name) for group in _GROUPS for name in (item.name for item in fields(group))}
     del given["method"]
@@ -116,7 +115,7 @@ def parse(argv: list[str]) -> tuple[Request, bool]:
     return Request(**run, method=method, adapter=adapter, weights=weights), wants_json
 
 
-def _add_method(parser: argparse.ArgumentParser) -> None:
+def _add_method(parser: Any) -> None:
     parser.add_argument(
         "--method",
         default=ModelArguments.method,
