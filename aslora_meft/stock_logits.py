@@ -7,12 +7,14 @@
 import json
 import logging
 import sys
+import warnings
 
 
 def main(model: str, adapter: str, ids: str, out: str) -> None:
     """Load, compute, save; fails if any of our packages came along."""
-    # bitsandbytes warns at import of a kernel from the hub that it has not loaded and that nothing here needs.
+    # No foreign warnings: bitsandbytes' is at import, of a kernel from the hub that nothing here needs.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)
     import torch
     from peft import PeftModel
     from safetensors.torch import save_file
