@@ -1,11 +1,10 @@
 """The model, its tokenizer and the adapter that a run trains."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -14,12 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from aslora_meft.arguments import (
-    AdapterArguments,
-    ModelArguments,
-    NeuronArguments,
-    SharingArguments,
-)
+from aslora_meft.arguments import ModelArguments
 from aslora_meft.errors import UsageError, as_usage_error
 
 
@@ -68,69 +62,6 @@ def load_model(args: ModelArguments, device: torch.device) -> PreTrainedModel:
     return model
 
 
-def adapter_config(
-    method: str, adapter: AdapterArguments, sharing: SharingArguments, neurons: NeuronArguments
-) -> PeftConfig:
-    """Make the PEFT config of ``method``.
-
-    Raises:
-        UsageError: a value that the method does not know or allow.
-    """
-    if not 0 <= adapter.dropout < 1:
-        raise UsageError(f"dropout={adapter.dropout} is out of range; give a number in [0, 1)")
-    if adapter.r is not None and adapter.r < 1:
-        raise UsageError(f"r={adapter.r} is no rank; give an integer of at least 1")
-    if method != "aslora":
-        _refuse(sharing, [field.name for field in dataclasses.fields(SharingArguments)], method, "aslora")
-    if method != "meft":
-        _refuse(neurons, [field.name for field in dataclasses.fields(NeuronArguments)], method, "meft")
-    modules: dict[str, Any] = {
-        "task_type": "CAUSAL_LM",
-        "exclude_modules": adapter.exclude_modules,
-        "layers_to_transform": adapter.layers_to_transform,
-    }
-    if method == "meft":
-        _refuse(adapter, ["lora_alpha", "dropout", "use_rslora"], method, "aslora or lora")
-        return _meft_config(adapter, neurons, modules)
-    common: dict[str, Any] = {
-        **modules,
-        "r": adapter.r or 8,
-        "lora_alpha": adapter.lora_alpha,
-        "use_rslora": adapter.use_rslora,
-        "target_modules": "all-linear" if adapter.target_modules == ["all-linear"] else adapter.target_modules,
-    }
-    if method == "lora":
-        return LoraConfig(**common, lora_dropout=adapter.dropout)
-
-    from aslora import ASLoRAConfig
-
-    schedule = {name: _steps_or_share(name, getattr(sharing, name)) for name in ("merge_start", "merge_interval")}
-    with as_usage_error(ValueError):
-        return ASLoRAConfig(**common, aslora_dropout=adapter.dropout, **{**dataclasses.asdict(sharing), **schedule})
-
-
-def _meft_config(adapter: AdapterArguments, neurons: NeuronArguments, modules: dict[str, Any]) -> PeftConfig:
-    from meft import MEFTConfig
-
-    fields = dataclasses.asdict(neurons)
-    if adapter.r is not None:
-        fields["r"] = adapter.r
-    with as_usage_error(ValueError):
-        return MEFTConfig(
-            **modules,
-            **fields,
-            target_modules=adapter.target_modules,
-        )
-
-
-def _refuse(arguments: Any, names: list[str], method: str, of: str) -> None:
-    """Fields of other methods must have been left alone."""
-    for field in dataclasses.fields(arguments):
-        value = getattr(arguments, field.name)
-        if field.name in names and value != field.default:
-            raise UsageError(f"{field.name}={value} has no meaning with method={method}; drop it or use method={of}")
-
-
 def add_adapter(model: PreTrainedModel, config: PeftConfig, *, gradient_checkpointing: bool) -> PeftModel:
     """Wrap ``model`` in the adapter of ``config``.
 
@@ -165,12 +96,3 @@ def _is_linear(module: torch.nn.Module) -> bool:
 
 def _listed(names: set[str]) -> str:
     return ", ".join(sorted(names))
-
-
-def _steps_or_share(name: str, value: str | None) -> int | float | None:
-    if value is None:
-        return None
-    try:
-        return float(value) if set(value) & set(".eE") else int(value)
-    except ValueError:
-        raise UsageError(f"{name}={value!r} is no number; give steps (40) or a share of the run (0.05)") from None

@@ -1,8 +1,11 @@
 """The command ``aslora-meft``."""
 
+import argparse
 import sys
+import warnings
 from pathlib import Path
 
+from aslora_meft import __version__
 from aslora_meft.errors import RaisingParser, UsageError, as_usage_error
 
 
@@ -13,7 +16,10 @@ def main(argv: list[str] | None = None) -> int:
         The exit code: 0, or 2 after bad input, which is told in one sentence on stderr.
     """
     try:
-        _run(sys.argv[1:] if argv is None else argv)
+        with warnings.catch_warnings():
+            # Those of the libraries below are for whoever writes code, not for whoever runs a command.
+            warnings.simplefilter("ignore", FutureWarning)
+            _run(sys.argv[1:] if argv is None else argv)
     except UsageError as error:
         print(f"aslora-meft: error: {error}", file=sys.stderr)
         return 2
@@ -21,12 +27,24 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> None:
-    parser = RaisingParser(prog="aslora-meft", description="Fine-tune language models with ASLoRA and MEFT.")
+    parser = RaisingParser(
+        prog="aslora-meft",
+        description="Fine-tune language models with ASLoRA and MEFT, methods of PEFT.",
+        epilog=_example("aslora-meft train --model MODEL --data train.jsonl --output_dir out"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"aslora-meft {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{train,estimate,export,doctor}")
-    # train has the fields of its dataclasses, which are read in arguments.py.
+    # These two have many arguments, made from dataclasses: see arguments.py and planner/command.py.
     commands.add_parser("train", help="fine-tune an adapter and save it", add_help=False)
     commands.add_parser("estimate", help="predict memory, traffic and time without GPU or weights", add_help=False)
-    export = commands.add_parser("export", help="write a saved adapter in another format")
+    export = commands.add_parser(
+        "export",
+        help="write a saved adapter in another format",
+        description="Write a saved adapter in another format; its outputs stay the same.",
+        epilog=_example("aslora-meft export out --to lora out-lora"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     export.add_argument("adapter_dir", metavar="ADAPTER_DIR", help="folder of a saved ASLoRA or MEFT adapter")
     export.add_argument(
         "--to",
@@ -36,7 +54,13 @@ def _run(argv: list[str]) -> None:
         "without routing as the dense adapter it equals",
     )
     export.add_argument("out_dir", metavar="OUT_DIR", help="new or empty folder")
-    doctor = commands.add_parser("doctor", help="what this machine has and reaches")
+    doctor = commands.add_parser(
+        "doctor",
+        help="what this machine has and reaches",
+        description="Print versions, devices, and the speed of memory, links and updates by which MEFT chooses.",
+        epilog=_example("aslora-meft doctor --anew"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     doctor.add_argument("--anew", action="store_true", help="measure again what was measured before")
     options, rest = parser.parse_known_args(argv)
     if options.command == "train":
@@ -57,6 +81,10 @@ def _run(argv: list[str]) -> None:
         print(report(anew=options.anew))
     else:
         _export(options.adapter_dir, options.to, options.out_dir)
+
+
+def _example(command: str) -> str:
+    return f"example:\n  {command}"
 
 
 def _export(adapter_dir: str, form: str, out_dir: str) -> None:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -133,4 +134,5 @@ def _compared(tuned: Any, ids: list[int], theirs: torch.Tensor, what: str) -> bo
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore", FutureWarning)  # as the command line does
     raise SystemExit(main(*sys.argv[1:]))

@@ -5,16 +5,21 @@
 """
 
 import json
+import logging
 import sys
-
-import torch
-from peft import PeftModel
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+import warnings
 
 
 def main(model: str, adapter: str, ids: str, out: str) -> None:
     """Load, compute, save; fails if any of our packages came along."""
+    # No foreign warnings: bitsandbytes' is at import, of a kernel from the hub that nothing here needs.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, adapter)
     with torch.no_grad():

@@ -18,7 +18,7 @@ from transformers import (
     set_seed,
 )
 
-from aslora_meft.adapter import adapter_config, add_adapter, load_model, load_tokenizer
+from aslora_meft.adapter import add_adapter, load_model, load_tokenizer
 from aslora_meft.arguments import TrainArguments, TrainerArguments
 from aslora_meft.checkpoints import checkpoint_to_resume, set_aside
 from aslora_meft.errors import UsageError, as_usage_error
@@ -66,8 +66,7 @@ def train(arguments: TrainArguments) -> TrainResult:
         UsageError: bad input, in one sentence.
     """
     args = arguments.trainer
-    config = adapter_config(arguments.model.method, arguments.adapter, arguments.sharing, arguments.neurons)
-    checkpoint, passed = _check_folders(args, config)
+    checkpoint, passed = _check_folders(args, arguments.adapter)
     tokenizer = load_tokenizer(arguments.model.model)
     train_samples, eval_samples = load_samples(arguments.data, tokenizer, args.seed)
     base = load_model(arguments.model, args.device)
@@ -77,7 +76,7 @@ def train(arguments: TrainArguments) -> TrainResult:
             f"max_length={arguments.data.max_length} is more than the model's {longest}; give at most that"
         )
     set_seed(args.seed)  # the adapter's first values
-    model = add_adapter(base, config, gradient_checkpointing=bool(args.gradient_checkpointing))
+    model = add_adapter(base, arguments.adapter, gradient_checkpointing=bool(args.gradient_checkpointing))
 
     with as_usage_error(ValueError):  # what TrainingArguments leaves to the Trainer to check
         trainer = Trainer(
@@ -112,7 +111,7 @@ def train(arguments: TrainArguments) -> TrainResult:
         if hasattr(tuner, "transfer_report"):
             transfers = tuner.transfer_report()
             results["transfers"] = transfers.to_dict()
-            print(f"\n{transfers}")
+            print(f"\n{_transfers(transfers)}")
         replace_file(Path(args.output_dir, "results.json"), (json.dumps(results, indent=2) + "\n").encode())
         print(f"\nAdapter and tokenizer: {Path(args.output_dir).resolve()}")
     return TrainResult(model, tokenizer, before, after)
@@ -158,6 +157,26 @@ def _table(before: dict[str, float], after: dict[str, float]) -> str:
     rows += [("token accuracy", f"{before['accuracy']:.1%}", f"{after['accuracy']:.1%}")]
     lines = [f"{name:<16}{left:>10}{right:>10}" for name, left, right in rows]
     return "\n".join([*lines, f"({before['tokens']:,} tokens)"])
+
+
+def _transfers(report: Any) -> str:
+    """What a MEFT run moved: nothing where rows were read in place, whatever the counters say would have moved."""
+    if report.strategy is not None:
+        return str(report)
+    lines = [
+        ("retrieval", "in place"),
+        ("host to device", "0 MiB"),
+        ("device to host", "0 MiB"),
+        ("neurons used a pass and layer, |U| / r", f"{report.union_share:.3f}"),
+        ("busiest expert's load / even load", f"{report.busiest_expert_share:.2f}"),
+        ("experts never used", f"{report.idle_expert_share:.1%}"),
+    ]
+    to_device, to_host = (report.totals()[name] / 2**20 for name in ("bytes_to_device", "bytes_to_host"))
+    note = (
+        "(The model is on the CPU, where nothing crosses. To a GPU, retrieval=host would have brought "
+        f"{to_device:,.1f} MiB, and {to_host:,.1f} MiB back.)"
+    )
+    return "\n".join([*(f"{name:<40}{value:>16}" for name, value in lines), note])
 
 
 def _shares(model: PeftModel) -> bool:

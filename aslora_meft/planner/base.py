@@ -24,9 +24,15 @@ def load_config(model: str) -> Any:
         UsageError: there is none.
     """
     if not Path(model).expanduser().exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
-        raise UsageError(f"MODEL={model!r} does not exist; give a folder with a config.json, or a hub id")
-    with as_usage_error(OSError, ValueError, prefix=f"MODEL={model!r} has no config that can be read: "):
+        raise UsageError(f"model={model!r} does not exist; give a folder with a config.json, or a hub id")
+    with as_usage_error(OSError, ValueError, prefix=f"model={model!r} has no config that can be read: "):
         return AutoConfig.from_pretrained(model)
+
+
+def config_dtype(config: Any) -> str:
+    """The dtype that a config names for its weights, bfloat16 where it names none."""
+    named = config.dtype
+    return "bfloat16" if named is None else str(named).removeprefix("torch.")
 
 
 def compute_dtype(dtype: str) -> torch.dtype:
@@ -44,7 +50,7 @@ def build_base(config: Any, dtype: str) -> PreTrainedModel:
     attention.register()
     config.use_cache = False
     attending = "eager" if config.model_type in _OWN_ATTENTION else attention.NAME
-    refused = as_usage_error(ValueError, TypeError, prefix="MODEL's config makes no causal language model: ")
+    refused = as_usage_error(ValueError, TypeError, prefix="the model's config makes no causal language model: ")
     with torch.device("meta"), refused:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=compute_dtype(dtype), attn_implementation=attending

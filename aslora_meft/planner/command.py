@@ -1,16 +1,71 @@
 """``aslora-meft estimate``: its arguments, and what it prints."""
 
-from __future__ import annotations
-
 import json
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from typing import Any, get_type_hints
 
+from peft import PeftConfig
+
+from aslora_meft.arguments import DataArguments, ModelArguments, TrainerArguments
+from aslora_meft.config_arguments import METHODS, add_config_arguments, read_fields
 from aslora_meft.errors import RaisingParser, UsageError
-from aslora_meft.planner.base import DTYPES
+from aslora_meft.parser import CommandParser
 from aslora_meft.planner.estimate import RESERVED, Estimate, Request, estimate
+from aslora_meft.planner.methods import known_method
 from aslora_meft.planner.optimizer_state import OPTIMIZERS
 from aslora_meft.planner.rates import GIB, card, device_bytes, rates
-from meft.plan import STRATEGIES
+
+UNION_SHARE = 0.26  # the paper's
+
+
+def _part(group: Any, *names: str) -> list[tuple[str, Any, Any]]:
+    """Some of a dataclass's fields, for another one."""
+    hints = get_type_hints(group)
+    found = {item.name: item for item in fields(group)}
+    return [(name, hints[name], field(default=found[name].default, metadata=found[name].metadata)) for name in names]
+
+
+def _doc(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class PlanArguments:
+    """What only a plan is told."""
+
+    _argument_group_name = "plan"
+    gpu: str | None = field(default=None, metadata=_doc("Memory, such as 24GiB, or a card: says whether it fits."))
+    card: str | None = field(
+        default=None, metadata=_doc(f"Predict seconds on this card: {', '.join(rates()['cards'])}.")
+    )
+    union_share: float | None = field(
+        default=None, metadata=_doc(f"MEFT: share of its neurons that a micro-batch uses, |U|/r. None: {UNION_SHARE}.")
+    )
+    load_in_8bit: bool = field(default=False, metadata=_doc("Base weights in bitsandbytes' int8."))
+    json: bool = field(default=False, metadata=_doc("Print JSON."))
+
+
+_OPTIM = {"help": "The optimizer, of those that can be planned.", "choices": tuple(OPTIMIZERS)}
+# The fields of a training run that decide on memory and time, with train's help and defaults.
+_GROUPS = (
+    make_dataclass(
+        "RunArguments",
+        [
+            *_part(ModelArguments, "model", "dtype", "load_in_4bit"),
+            *_part(DataArguments, "max_length"),
+            *_part(TrainerArguments, "per_device_train_batch_size", "gradient_accumulation_steps"),
+            *_part(TrainerArguments, "gradient_checkpointing", "max_grad_norm"),
+            ("optim", str, field(default=TrainerArguments.optim, metadata=_OPTIM)),
+        ],
+        namespace={"_argument_group_name": "run, as in aslora-meft train"},
+    ),
+    PlanArguments,
+)
+_COMMON = (
+    *("method", "r", "target_modules", "retrieval", "dtype", "load_in_4bit", "max_length"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "optim"),
+    *("max_grad_norm", "gpu", "card", "union_share", "json"),
+)
 
 
 def parse(argv: list[str]) -> tuple[Request, bool]:
@@ -22,63 +77,77 @@ def parse(argv: list[str]) -> tuple[Request, bool]:
     Raises:
         UsageError: an unknown argument, or a value out of its range.
     """
-    parser = RaisingParser(
+    method, configs = _method(argv)
+    parser = CommandParser(
+        _GROUPS,
         prog="aslora-meft estimate",
+        usage="aslora-meft estimate --model MODEL [--name value ...]",
         description="Predict memory, traffic and seconds of a training step from a model's config.json: needs neither "
-        "GPU nor weights, and runs nothing.",
-        allow_abbrev=False,
+        "GPU\nnor weights, and runs nothing. The names are those of aslora-meft train.",
+        example="aslora-meft estimate --model MODEL --method meft --r 6400 --gpu 24GiB",
+        common=_COMMON,
     )
-    parser.add_argument("model", metavar="MODEL", help="folder or hub id with a config.json")
-    parser.add_argument("--method", default="meft", help="meft, aslora, or a method of PEFT such as lora (meft)")
-    parser.add_argument("--r", type=int, help="rank, or MEFT's neurons beside each FFN (the method's default)")
-    parser.add_argument("--target-modules", nargs="+", help="names of the adapted modules, or all-linear")
-    parser.add_argument("--batch", type=int, default=1, help="rows of a micro-batch (1)")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a row (256)")
-    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of an optimizer step (1)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the base weights (bfloat16)")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="of what is on the device (adamw)")
+    add_config_arguments(parser, configs)
+    _add_method(parser.add_argument_group("method"))
+    given = parser.read(argv)
+    run = {name: given.pop(name) for group in _GROUPS for name in (item.name for item in fields(group))}
+    del given["method"]
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length"):
+        if run[name] < 1:
+            raise UsageError(f"{name}={run[name]} must be at least 1")
+    share = run["union_share"]
+    if share is not None and method != "meft":
+        raise UsageError(f"union_share={share} has no meaning with method={method}; drop it or use method=meft")
+    if share is not None and not 0 < share <= 1:
+        raise UsageError(f"union_share={share} is out of range; give a share above 0, up to 1")
+    run["union_share"] = UNION_SHARE if share is None else share
+    run["gpu"], run["card"] = _device(run["gpu"], run["card"])
+    run["gradient_checkpointing"] = bool(run["gradient_checkpointing"])
+    wants_json = run.pop("json")
+    quantised = {"nf4": run.pop("load_in_4bit"), "int8": run.pop("load_in_8bit")}
+    if all(quantised.values()):
+        raise UsageError("load_in_4bit=True and load_in_8bit=True exclude each other; give one")
+    dtype = run.pop("dtype")
+    weights = next((kind for kind, wanted in quantised.items() if wanted), None if dtype == "auto" else dtype)
+    adapter = read_fields(method, given, configs)
+    if adapter.get("r", 1) < 1:
+        raise UsageError(f"r={adapter['r']} must be at least 1")
+    return Request(**run, method=method, adapter=adapter, weights=weights), wants_json
+
+
+def _add_method(parser: Any) -> None:
     parser.add_argument(
-        "--no-gradient-checkpointing", action="store_true", help="keep all activations instead of computing them again"
+        "--method",
+        default=ModelArguments.method,
+        help=f"{', '.join(METHODS)}, or another method of PEFT, with the fields of its config",
     )
-    parser.add_argument("--no-clipping", action="store_true", help="gradients are not clipped by their global norm")
-    parser.add_argument(
-        "--strategy", choices=("auto", *STRATEGIES), default="auto", help="MEFT's retrieval (auto: what fits)"
-    )
-    parser.add_argument(
-        "--union-share", type=float, default=0.26, help="|U|/r: share of its neurons that a micro-batch uses (0.26)"
-    )
-    parser.add_argument("--gpu", help="memory, such as 24GiB, or a card: says whether the plan fits")
-    parser.add_argument("--card", help=f"predict seconds on it: {', '.join(rates()['cards'])}")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    options = vars(parser.parse_args(argv))
-    for name in ("r", "batch", "length", "accumulation"):
-        if options[name] is not None and options[name] < 1:
-            raise UsageError(f"{name}={options[name]} must be at least 1")
-    if not 0 < options["union_share"] <= 1:
-        raise UsageError(f"union_share={options['union_share']} is out of range; give a share above 0, up to 1")
-    if options["method"] != "meft":
-        for name, default in (("strategy", "auto"), ("union_share", 0.26), ("no_clipping", False)):
-            if options[name] != default:
-                raise UsageError(f"{name}={options[name]} has no meaning with method={options['method']}; drop it")
-    gpu, named = options.pop("gpu"), options.pop("card")
+
+
+def _method(argv: list[str]) -> tuple[str, dict[str, type[PeftConfig]]]:
+    """The method, which decides on the arguments that there are, and the config classes that have them."""
+    parser = RaisingParser(prog="aslora-meft estimate", add_help=False, allow_abbrev=False)
+    _add_method(parser)
+    method = parser.parse_known_args(argv)[0].method.lower()
+    return method, {**METHODS, method: known_method(method)}
+
+
+def _device(gpu: str | None, named: str | None) -> tuple[int | None, str | None]:
+    """Bytes of memory, and the card."""
     size = device_bytes(gpu) if gpu is not None else None
     if named is None and gpu is not None and not gpu.lower().endswith("b"):
         named = gpu
     if named is not None:
         card(named)
         size = device_bytes(named) if size is None else size
-    wanted = options.pop("json")
-    checkpointing = not options.pop("no_gradient_checkpointing")
-    clipping = not options.pop("no_clipping")
-    options["method"] = options["method"].lower()
-    return Request(**options, checkpointing=checkpointing, clipping=clipping, gpu=size, card=named), wanted
+    return size, named
 
 
 def run(argv: list[str]) -> None:
     """Print the estimate."""
     request, wants_json = parse(argv)
     found = estimate(request)
-    print(json.dumps(as_json(found), indent=1) if wants_json else as_text(found))
+    # Of a method's nested configs asdict makes what JSON has.
+    print(json.dumps(as_json(found), indent=1, default=asdict) if wants_json else as_text(found))
 
 
 def as_json(found: Estimate) -> dict[str, Any]:
@@ -97,6 +166,7 @@ def as_json(found: Estimate) -> dict[str, Any]:
         "predicted": True,
         "request": vars(found.request),
         "base_weights": found.weights,
+        "dtype": found.dtype,
         "trainable_values": _trainable(found),
         "strategy": None if plan is None else plan.strategy,
         "rows": None if plan is None else plan.work.rows,
@@ -117,10 +187,10 @@ def as_text(found: Estimate) -> str:
     asked, plan = found.request, found.plan
     # The plan holds keys and values; the trace counts routers, and of other methods all.
     lines = [
-        f"PREDICTED, nothing was run: {asked.model}, {found.weights / 1e9:.2f} B weights in {asked.dtype}; "
-        f"{asked.method}, {_trainable(found) / 1e6:,.1f} M trainable values, {asked.optimizer}",
-        f"step: {asked.accumulation} x {asked.batch} x {asked.length} tokens, gradient checkpointing "
-        f"{'on' if asked.checkpointing else 'off'}",
+        f"PREDICTED, nothing was run: {asked.model}, {found.weights / 1e9:.2f} B weights in {found.dtype}; "
+        f"{asked.method}, {_trainable(found) / 1e6:,.1f} M trainable values, {asked.optim}",
+        f"step: {asked.gradient_accumulation_steps} x {asked.per_device_train_batch_size} x {asked.max_length} tokens, "
+        f"gradient checkpointing {'on' if asked.gradient_checkpointing else 'off'}",
     ]
     if plan is not None:
         kept = {"save": "saved for backward", "refetch": "fetched again in backward"}[plan.work.rows]
@@ -159,7 +229,7 @@ def _trainable(found: Estimate) -> int:
 
 
 def _tokens(request: Request) -> int:
-    return request.accumulation * request.batch * request.length
+    return request.gradient_accumulation_steps * request.micro_batch
 
 
 def _verdict(found: Estimate) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -10,14 +12,14 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from aslora_meft.planner.base import build_base, compute_dtype, load_config
+from aslora_meft.planner.base import build_base, compute_dtype, config_dtype, load_config
 from aslora_meft.planner.methods import adapt, method_config
 from aslora_meft.planner.neurons import PlannedFFN, lasting_bytes
 from aslora_meft.planner.quantised import QUANTISED, quantise
 from aslora_meft.planner.rates import GIB, ceilings
 from aslora_meft.planner.trace import Extra, Memory, Step, trace_step
 from meft.auto import decoder_shape
-from meft.plan import AdapterShape, Plan, Work
+from meft.plan import AdapterShape, Plan, Rows, Work
 from meft.step_time import BaseModel, StepTime, step_time
 from meft.what_fits import largest_that_fits, strategies_that_fit
 
@@ -26,28 +28,33 @@ RESERVED = 3 * GIB // 2  # of a GPU, for the CUDA context and fragmentation: an 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be planned; see `command.parse`.
+    """What is to be planned; the names are those of `aslora-meft train`.
 
     Attributes:
+        adapter: fields of the method's config that are not to have their defaults.
+        weights: of the base model, one of `base.DTYPES`; None: the config's, bfloat16 where it names none.
         gpu: bytes of the device's memory, None: not said.
         card: the card whose seconds are predicted, None: none.
     """
 
     model: str
-    method: str = "meft"
-    r: int | None = None
-    batch: int = 1
-    length: int = 256
-    dtype: str = "bfloat16"
-    accumulation: int = 1
-    optimizer: str = "adamw"
-    checkpointing: bool = True
-    clipping: bool = True
-    strategy: str = "auto"
-    union_share: float = 0.26
-    target_modules: list[str] | None = None
+    method: str
+    adapter: dict[str, Any]
+    weights: str | None
+    max_length: int
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    gradient_checkpointing: bool
+    optim: str
+    max_grad_norm: float
+    union_share: float
     gpu: int | None = None
     card: str | None = None
+
+    @property
+    def micro_batch(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.per_device_train_batch_size * self.max_length
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,9 @@ class Estimate:
         host: part -> bytes in host memory.
         seconds: at least so many per optimizer step on the card.
         compute_seconds: the same without anything moving.
-        largest: 'r', 'batch' and 'length' -> the largest one that fits, all else equal; 0: none does.
+        dtype: of the base weights, one of `base.DTYPES`.
+        largest: 'r', 'per_device_train_batch_size' and 'max_length' -> the largest one that fits, all else equal; 0:
+            none does.
     """
 
     request: Request
@@ -71,6 +80,7 @@ class Estimate:
     host: dict[str, int]
     seconds: float | None
     compute_seconds: float | None
+    dtype: str
     largest: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -84,14 +94,15 @@ class _Model:
 
     def __init__(self, request: Request, config: Any) -> None:
         self.request = request
-        self.base: PreTrainedModel = build_base(copy.deepcopy(config), request.dtype)
+        self.dtype = request.weights or config_dtype(config)
+        self.base: PreTrainedModel = build_base(copy.deepcopy(config), self.dtype)
         self.weights = sum(p.numel() for p in self.base.parameters())
-        quantised = quantise(self.base, request.dtype) if request.dtype in QUANTISED else {}
+        quantised = quantise(self.base, self.dtype) if self.dtype in QUANTISED else {}
         self.stored = quantised
         self.weight_bytes = sum(
             quantised.get(id(p), p.numel() * p.element_size()) for p in self.base.parameters()
         ) / max(1, self.weights)
-        self.config: Any = method_config(request.method, request.r, request.target_modules)
+        self.config: Any = method_config(request.method, request.adapter)
         self.model: PeftModel = adapt(self.base, self.config, request.method)
 
     @cached_property
@@ -106,20 +117,31 @@ class _Model:
         return self.shape_of(self.request)
 
     def shape_of(self, request: Request) -> AdapterShape:
-        """Of the adapter with the r of another request."""
-        config: Any = self.config if request.r == self.request.r else method_config("meft", request.r, None)
+        """Of the adapter of another request, on the same FFNs."""
+        config: Any = self.config if request.adapter == self.request.adapter else method_config("meft", request.adapter)
         d = next(iter(self.neurons.values())).in_features
-        return AdapterShape.of(config, d=d, layers=len(self.neurons), base_dtype=compute_dtype(request.dtype))
+        return AdapterShape.of(config, d=d, layers=len(self.neurons), base_dtype=compute_dtype(self.dtype))
 
     def work(self, request: Request, shape: AdapterShape | None = None) -> Work:
         """The step's sizes; a micro-batch cannot use more neurons than its tokens keep."""
         shape = shape or self.shape
-        tokens = request.batch * request.length
-        union = min(round(request.union_share * shape.r), tokens * shape.top_k)
-        return Work(tokens, max(1, union), request.accumulation)
+        union = min(round(request.union_share * shape.r), request.micro_batch * shape.top_k)
+        return Work(request.micro_batch, max(1, union), request.gradient_accumulation_steps, self.kept_rows[0])
+
+    @property
+    def kept_rows(self) -> tuple[Rows, ...]:
+        """What may happen with the rows for backward, the preferred one first."""
+        asked: Any = self.config.backward_rows
+        return ("save", "refetch") if asked == "auto" else (asked,)
 
     def trace(self, request: Request, plan: Plan | None) -> Memory:
-        step = Step(request.batch, request.length, request.accumulation, request.optimizer, request.checkpointing)
+        step = Step(
+            request.per_device_train_batch_size,
+            request.max_length,
+            request.gradient_accumulation_steps,
+            request.optim,
+            request.gradient_checkpointing,
+        )
         extra = Extra(weights=self.stored)
         if plan is not None:
             base: Any = self.model.base_model
@@ -136,20 +158,25 @@ class _Model:
 
     def candidates(self, request: Request) -> list[Plan]:
         """Plans for MEFT, the preferred one first; at least one, the last ones with the least memory."""
-        strategy, work = request.strategy, self.work(request)
+        strategy, work = self.strategy, self.work(request)
         if request.gpu is None:
             return [Plan(self.shape, work, "stream" if strategy == "auto" else strategy)]
         free = request.gpu - RESERVED - self.beside(request)
         placement = "device" if strategy == "resident" else "host"
-        found = strategies_that_fit(self.shape, work, free, placement=placement)
+        found = strategies_that_fit(self.shape, work, free, placement=placement, rows=self.kept_rows)
         # The plan's arithmetic adds up what is not live at one time: what it finds too large may fit.
-        refetch = replace(work, rows="refetch")
+        least = replace(work, rows=self.kept_rows[-1])
         last = ["stream", "host"] if strategy == "auto" else [strategy]
-        return [p for p in found if strategy in ("auto", p.strategy)] + [Plan(self.shape, refetch, s) for s in last]
+        return [p for p in found if strategy in ("auto", p.strategy)] + [Plan(self.shape, least, s) for s in last]
+
+    @property
+    def strategy(self) -> str:
+        """MEFT's retrieval, or 'auto'."""
+        return str(self.config.retrieval) if self.config.on_host else "resident"
 
     def speed(self, request: Request) -> BaseModel:
         ffns = [layer.base_layer for layer in self.neurons.values()]
-        return decoder_shape(self.base, ffns, lambda module: False, request.length, self.weight_bytes)
+        return decoder_shape(self.base, ffns, lambda module: False, request.max_length, self.weight_bytes)
 
 
 def estimate(request: Request) -> Estimate:
@@ -164,8 +191,8 @@ def estimate(request: Request) -> Estimate:
     host = plan.host_bytes() if plan is not None else {}
     if memory.paged:
         host = {**host, "paged optimizer states": memory.paged}
-    time = _seconds(model, request, plan, memory)
-    found = Estimate(request, model.weights, memory, plan, host, *time)
+    seconds, computing = _seconds(model, request, plan, memory)
+    found = Estimate(request, model.weights, memory, plan, host, seconds, computing, model.dtype)
     return replace(found, largest=_largest(model, config, request)) if found.fits is False else found
 
 
@@ -189,14 +216,19 @@ def _seconds(
     at = ceilings(request.card)
     if plan is not None:
         time: StepTime = step_time(
-            plan, model.speed(request), at, clipping=request.clipping, checkpointing=request.checkpointing
+            plan,
+            model.speed(request),
+            at,
+            clipping=request.max_grad_norm > 0,
+            checkpointing=request.gradient_checkpointing,
         )
         return time.seconds, time.busy["compute"]
-    passes = 3 if request.checkpointing else 2
+    passes = 3 if request.gradient_checkpointing else 2
     read = passes * model.weights * model.weight_bytes
     update = 28 * memory.trainable / at.device_bytes  # AdamW in fp32 reads and writes 28 bytes a value
     each = max(memory.flops / at.flops, read / at.device_bytes)
-    return request.accumulation * each + update, request.accumulation * each + update
+    seconds = request.gradient_accumulation_steps * each + update
+    return seconds, seconds
 
 
 def _largest(model: _Model, config: Any, request: Request) -> dict[str, int]:
@@ -206,19 +238,23 @@ def _largest(model: _Model, config: Any, request: Request) -> dict[str, int]:
 
     def small_enough(changed: Request) -> bool:
         if request.method != "meft":
-            adapted = model if changed.r == request.r else _Model(changed, config)
+            adapted = model if changed.adapter == request.adapter else _Model(changed, config)
             return adapted.trace(changed, None).peak <= room
         shape = model.shape_of(changed)
-        work = replace(model.work(changed, shape), rows="refetch")
-        plan = Plan(shape, work, "host" if request.strategy == "auto" else request.strategy)
+        work = replace(model.work(changed, shape), rows=model.kept_rows[-1])
+        plan = Plan(shape, work, "host" if model.strategy == "auto" else model.strategy)
         return model.trace(changed, plan).peak <= room
+
+    def largest(limit: int, step: int, changed: Callable[[int], Request]) -> int:
+        return largest_that_fits(lambda n: small_enough(changed(n)), limit, step)
 
     found, r = {}, getattr(model.config, "r", None)
     if isinstance(r, int):
-        # MEFT's neurons in multiples of what a token keeps, and coarser where there are many.
-        step = model.config.top_k * max(1, r // 4096) if request.method == "meft" else 1
-        found["r"] = largest_that_fits(lambda n: small_enough(replace(request, r=n)), r, step)
-    found["batch"] = largest_that_fits(lambda n: small_enough(replace(request, batch=n)), request.batch)
-    step = max(1, request.length // 16)
-    found["length"] = largest_that_fits(lambda n: small_enough(replace(request, length=n)), request.length, step)
+        step = 1
+        if request.method == "meft":  # in multiples of what a token keeps, and coarser where there are many
+            step = math.lcm(model.config.top_k, request.adapter.get("num_experts") or 1) * max(1, r // 4096)
+        found["r"] = largest(r, step, lambda n: replace(request, adapter={**request.adapter, "r": n}))
+    batch, length = request.per_device_train_batch_size, request.max_length
+    found["per_device_train_batch_size"] = largest(batch, 1, lambda n: replace(request, per_device_train_batch_size=n))
+    found["max_length"] = largest(length, max(1, length // 16), lambda n: replace(request, max_length=n))
     return found

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import PreTrainedModel
 
+from aslora_meft.config_arguments import config_fields
 from aslora_meft.errors import UsageError, as_usage_error
 
 _VIRTUAL_TOKENS = 20
@@ -31,34 +32,40 @@ def methods() -> dict[str, type[PeftConfig]]:
     return {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 
 
-def method_config(method: str, r: int | None, target_modules: list[str] | None) -> PeftConfig:
-    """The config of a method, with its defaults; MEFT's r is its neurons, else a rank.
+def known_method(method: str) -> type[PeftConfig]:
+    """The config class of a method.
 
     Raises:
-        UsageError: an unknown method, or a value that it does not know.
+        UsageError: there is no such method.
     """
     known = methods()
     if method not in known:
         close = difflib.get_close_matches(method, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(sorted(known))}"
         raise UsageError(f"method={method!r} is unknown; {hint}")
-    names = {field.name for field in dataclasses.fields(known[method])}
+    return known[method]
+
+
+def method_config(method: str, fields: Mapping[str, Any]) -> PeftConfig:
+    """The config of a method, with its defaults where `fields` does not say otherwise.
+
+    Raises:
+        UsageError: an unknown method, or a value that it does not know.
+    """
+    config: Any = known_method(method)
     given: dict[str, Any] = {"task_type": "CAUSAL_LM", **_NEEDED.get(method, {})}
-    if "num_virtual_tokens" in names:
+    if "num_virtual_tokens" in config_fields(config):
         given["num_virtual_tokens"] = _VIRTUAL_TOKENS
-    if target_modules:
-        given["target_modules"] = "all-linear" if target_modules == ["all-linear"] else target_modules
-    if r is not None:
-        given["init_r" if method == "adalora" else "r"] = r
-    for name in given:
-        if name not in names:
-            raise UsageError(f"{name}={given[name]!r} has no meaning with method={method}; drop it")
+    given |= fields
+    if method == "adalora" and "r" in given:  # its r says nothing
+        given["init_r"] = given.pop("r")
     with (
         warnings.catch_warnings(),
         as_usage_error(ValueError, TypeError, ImportError, prefix=f"method={method} cannot be planned: "),
     ):
         warnings.simplefilter("ignore")
-        return known[method](**given)
+        made: PeftConfig = config(**given)
+        return made
 
 
 def adapt(model: PreTrainedModel, config: PeftConfig, method: str) -> PeftModel:

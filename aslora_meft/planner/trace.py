@@ -29,7 +29,7 @@ class Step:
     batch: int
     length: int
     accumulation: int = 1
-    optimizer: str = "adamw"
+    optimizer: str = "adamw_torch_fused"
     checkpointing: bool = True
 
 

@@ -1,9 +1,6 @@
-import dataclasses
-
 import pytest
 
-from aslora import ASLoRAConfig
-from aslora_meft.arguments import SharingArguments, parse_train
+from aslora_meft.arguments import parse_train
 from aslora_meft.errors import UsageError
 
 NEEDED = ["--model", "m", "--data", "d.jsonl", "--output_dir", "o"]
@@ -19,31 +16,26 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
     config = write(
         tmp_path,
         "model: m\ndata: d.jsonl\noutput_dir: o\nr: 4\nlearning_rate: 3e-4\nsave_strategy: no\ncompletion_only: false\n"
-        "target_modules: [q_proj, v_proj]\nlr_scheduler_kwargs: {num_cycles: 2}\neval_data: null\nmerge_start: 0.1\n",
+        "method: aslora\nlora_alpha: null\ntarget_modules: [q_proj, v_proj]\nlr_scheduler_kwargs: {num_cycles: 2}\n"
+        "eval_data: null\nmerge_start: 0.1\n",
     )
     arguments = parse_train([config, "--r", "2", "--seed=7"])
     assert arguments.adapter.r == 2
     assert arguments.adapter.lora_alpha == 16
-    assert arguments.adapter.target_modules == ["q_proj", "v_proj"]
+    assert arguments.adapter.target_modules == {"q_proj", "v_proj"}
     assert arguments.trainer.learning_rate == 3e-4
     assert arguments.trainer.save_strategy == "no"
     assert arguments.trainer.lr_scheduler_kwargs == {"num_cycles": 2}
     assert arguments.trainer.seed == 7
     assert arguments.data.completion_only is False
     assert arguments.data.eval_data is None
-    assert arguments.sharing.merge_start == "0.1"
-
-
-def test_sharing_fields_are_those_of_the_config():
-    defaults = {item.name: item.default for item in dataclasses.fields(ASLoRAConfig)}
-    for item in dataclasses.fields(SharingArguments):
-        assert item.default == defaults[item.name], item.name
+    assert arguments.adapter.merge_start == 0.1
 
 
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["--r", "two"], ["--r", "two"]),
+        (["--r", "two"], ["r='two'", "integer", "8"]),
         (["--method", "dora"], ["--method", "dora", "aslora", "lora"]),
         (["--lerning_rate", "1"], ["--lerning_rate", "learning_rate"]),
         (["--eval_strategy", "sometimes"], ["sometimes"]),
@@ -69,7 +61,9 @@ def test_missing_fields_are_named():
         ("lora_alfa: 8\n", "did you mean 'lora_alpha'"),
         ("- r\n", "holds no fields"),
         ("r: [\n", "is not valid YAML"),
-        ("r: many\n", "invalid int value: 'many'"),
+        ("r: many\n", "r='many' is no integer"),
+        ("r: {a: 1}\n", "r='{\"a\": 1}' is no integer"),
+        ("row_optimizer: 3\nmethod: meft\n", "row_optimizer='3' is no JSON object"),
     ],
 )
 def test_bad_files_are_named(tmp_path, text, message):

@@ -1,13 +1,20 @@
+import re
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import LlamaForCausalLM
 
+import aslora_meft
+from aslora import ASLoRAConfig
+from aslora_meft.arguments import parse_train
 from aslora_meft.cli import main
-from meft import calibration, load_resident
+from aslora_meft.config_arguments import config_fields
+from aslora_meft.planner.command import parse
+from meft import MEFTConfig, calibration, load_resident
 
 
 @pytest.fixture
@@ -16,8 +23,9 @@ def words(model_dir, text_file, tmp_path):
     return [*words, "--max_length", "32", "--max_steps", "6", "--learning_rate", "1e-2", "--save_strategy", "no"]
 
 
-def test_train_then_export(words, tmp_path, model_dir, capfd):
+def test_train_then_export(words, tmp_path, model_dir, capfd, recwarn):
     assert main(words) == 0
+    assert not [warning for warning in recwarn if warning.category is FutureWarning]
     told = capfd.readouterr()
     assert "merges layers" in told.out  # beside the progress bar
     assert "6/6" in told.err
@@ -47,12 +55,13 @@ def test_train_meft_then_export(words, tmp_path, model_dir, capfd):
 
 
 def test_bad_input_in_a_process_of_its_own(words, tmp_path):
-    """One sentence on stderr, exit code 2, nothing made."""
+    """One sentence on stderr, exit code 2, nothing made, and no warning of bitsandbytes (it has one at each import)."""
     result = subprocess.run(
         [sys.executable, "-m", "aslora_meft.cli", *words, "--target_modules", "c_attn"], capture_output=True, text=True
     )
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
+    assert "gemm_4bit_forward" not in result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("aslora-meft: error: ")]
     assert len(errors) == 1
     assert "target_modules='c_attn'" in errors[0]
@@ -109,12 +118,62 @@ def test_a_bug_keeps_its_traceback(words, monkeypatch):
         main(words)
 
 
+def help_of(capsys, *argv):
+    with pytest.raises(SystemExit) as end:
+        main(list(argv))
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
 def test_help(capsys):
-    for argv, text in (([], "train"), (["train"], "--merge_scope"), (["export"], "ADAPTER_DIR")):
-        with pytest.raises(SystemExit) as end:
-            main([*argv, "--help"])
-        assert end.value.code == 0
-        assert text in capsys.readouterr().out
+    assert "train" in help_of(capsys, "--help")
+    for command in ("train", "estimate", "export", "doctor"):
+        told = help_of(capsys, command, "--help")
+        assert f"example:\n  aslora-meft {command} " in told
+        assert told.index("\n\n") < told.index("\n\n", told.index("\n\n") + 2)  # a description after the usage
+    assert "ADAPTER_DIR" in help_of(capsys, "export", "--help")
+
+
+@pytest.mark.parametrize(
+    ("command", "required"), [("train", ["--model", "--data", "--output_dir"]), ("estimate", ["--model"])]
+)
+def test_help_is_short_and_help_all_is_whole(capsys, command, required):
+    """What is required comes first, then what is common; of the rest only --help-all tells."""
+    short, whole = (help_of(capsys, command, word) for word in ("--help", "--help-all"))
+    shown = re.findall(r"^  (--\w+)", short, re.MULTILINE)
+    assert shown[: len(required)] == required
+    assert {"--method", "--r", "--max_length", "--gradient_checkpointing"} <= set(shown)
+    everything = re.findall(r"^  (--\w+)", whole, re.MULTILINE)
+    assert set(shown) < set(everything)
+    for config in (ASLoRAConfig, MEFTConfig, LoraConfig):
+        assert {f"--{name}" for name in config_fields(config)} <= set(everything)
+    assert len(short.splitlines()) < 100 < len(whole.splitlines())
+
+
+def test_version(capsys):
+    assert help_of(capsys, "--version") == f"aslora-meft {aslora_meft.__version__}\n"
+    assert aslora_meft.__version__ == version("aslora-meft")
+
+
+def test_estimate_takes_the_words_of_train(words, model_dir, tmp_path, capsys):
+    """One name for one concept, with one default: what decides on memory is copied from one command to the other."""
+    run = ["--model", str(model_dir), "--method", "meft", "--r", "64", "--top_k", "8", "--backward-rows", "refetch"]
+    run += ["--max_length", "32", "--per-device-train-batch-size", "2", "--gradient_accumulation_steps", "2"]
+    run += ["--gradient_checkpointing", "true", "--max_grad_norm", "0", "--dtype", "float32"]
+    request, _ = parse([*run])
+    given = parse_train([*run, *words[3:7]])
+    assert (request.max_length, request.optim) == (given.data.max_length, given.trainer.optim)
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm"):
+        assert getattr(request, name) == getattr(given.trainer, name)
+    assert request.gradient_checkpointing is given.trainer.gradient_checkpointing is True
+    assert all(getattr(given.adapter, name) == value for name, value in request.adapter.items())
+    assert main(["estimate", *run]) == 0
+    assert "fetched again in backward" in capsys.readouterr().out
+    default = parse(["--model", "m"])[0]
+    needed = parse_train(["--model", "m", "--data", "d", "--output_dir", str(tmp_path)])
+    assert default.method == needed.model.method
+    assert default.per_device_train_batch_size == needed.trainer.per_device_train_batch_size
+    assert default.max_length == needed.data.max_length
 
 
 def test_doctor_measures_once_and_prints(monkeypatch, tmp_path, capfd):

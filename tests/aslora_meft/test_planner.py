@@ -23,15 +23,17 @@ TINY = LLAMA_7B | {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 128,
 }  # fmt: skip
+SMALL = ["--method", "meft", "--per_device_train_batch_size", "1", "--max_length", "256"]
+SMALL += ["--gradient_checkpointing", "true"]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Makes a folder with nothing but a config.json."""
+    """Makes a folder with nothing but a config.json; returns the words that name it, and a small MEFT run."""
 
     def make(config=TINY):
         (tmp_path / "config.json").write_text(json.dumps(config))
-        return str(tmp_path)
+        return ["--model", str(tmp_path), *SMALL]
 
     return make
 
@@ -41,7 +43,7 @@ def told(folder, capsys):
     """What the command tells as JSON."""
 
     def ask(*words, config=TINY):
-        assert main(["estimate", folder(config), *map(str, words), "--json"]) == 0
+        assert main(["estimate", *folder(config), *map(str, words), "--json"]) == 0
         return json.loads(capsys.readouterr().out)
 
     return ask
@@ -50,7 +52,7 @@ def told(folder, capsys):
 @pytest.mark.parametrize(("share", "limit"), [(0.26, 15.5), (0.6, 17.0)])
 def test_7b_streamed_stays_below_the_goal(told, share, limit):
     """r 6400, bf16 base, 2 x 256, rows saved."""
-    words = ("--r", 6400, "--batch", 2, "--strategy", "stream", "--union-share", share)
+    words = ("--r", 6400, "--per_device_train_batch_size", 2, "--retrieval", "stream", "--union-share", share)
     found = told(*words, config=LLAMA_7B)
     parts = found["device_bytes"]
     assert parts["peak"] / GIB <= limit
@@ -64,7 +66,23 @@ def test_7b_streamed_stays_below_the_goal(told, share, limit):
 
 
 def test_text_says_that_it_is_predicted(folder, capsys):
-    assert main(["estimate", folder(), "--r", "256", "--batch", "2", "--length", "16", "--gpu", "3090"]) == 0
+    assert (
+        main(
+            [
+                "estimate",
+                *folder(),
+                "--r",
+                "256",
+                "--per_device_train_batch_size",
+                "2",
+                "--max_length",
+                "16",
+                "--gpu",
+                "3090",
+            ]
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     assert text.startswith("PREDICTED, nothing was run")
     for word in (
@@ -79,7 +97,18 @@ def test_text_says_that_it_is_predicted(folder, capsys):
 
 
 def test_traffic_is_the_plans(told):
-    found = told("--r", 256, "--batch", 2, "--length", 16, "--strategy", "stream", "--union-share", 0.5)
+    found = told(
+        "--r",
+        256,
+        "--per_device_train_batch_size",
+        2,
+        "--max_length",
+        16,
+        "--retrieval",
+        "stream",
+        "--union-share",
+        0.5,
+    )
     shape = AdapterShape(d=64, layers=2, r=256, experts=64, probed=8, top_k=64)
     plan = Plan(shape, Work(32, 128), "stream")
     assert found["crossing"]["bytes_to_device_per_step"] == plan.crossing(to_device=True) == 2 * 2 * (256 + 128) * 64
@@ -93,8 +122,8 @@ def gpu_of(nbytes):
 
 
 def test_auto_takes_the_preferred_one_that_fits(told):
-    words = ("--r", 8192, "--length", 32, "--union-share", 0.01)
-    peaks = [told(*words, "--strategy", s)["device_bytes"]["peak"] for s in STRATEGIES[1:]]
+    words = ("--r", 8192, "--max_length", 32, "--union-share", 0.01)
+    peaks = [told(*words, "--retrieval", s)["device_bytes"]["peak"] for s in STRATEGIES[1:]]
     room = [max(peaks) * 2, *(peak + 2**18 for peak in peaks)]  # the arithmetic adds up what is not live at one time
     taken = []
     for nbytes in room:
@@ -111,41 +140,43 @@ def test_auto_takes_the_preferred_one_that_fits(told):
 
 
 def test_what_would_fit_does_fit(told):
-    words = {"--r": 1024, "--batch": 16, "--length": 64}
-    small = told("--r", 1024, "--batch", 8, "--length", 64, "--strategy", "stream")["device_bytes"]["peak"]
+    words = {"--r": 1024, "--per_device_train_batch_size": 16, "--max_length": 64}
+    small = told("--r", 1024, "--per_device_train_batch_size", 8, "--max_length", 64, "--retrieval", "stream")[
+        "device_bytes"
+    ]["peak"]
 
     def ask(**changed):
         asked = words | {f"--{name}": value for name, value in changed.items()}
         listed = [word for pair in asked.items() for word in pair]
-        return told(*listed, "--strategy", "stream", "--gpu", gpu_of(small))
+        return told(*listed, "--retrieval", "stream", "--gpu", gpu_of(small))
 
     found = ask()
     assert found["fits"] is False
     largest = found["largest_that_fits"]
-    assert 7 <= largest["batch"] <= 9
-    assert 24 <= largest["length"] <= 40
+    assert 7 <= largest["per_device_train_batch_size"] <= 9
+    assert 24 <= largest["max_length"] <= 40
     assert largest["r"] == 0
-    for name in ("batch", "length"):
+    for name in ("per_device_train_batch_size", "max_length"):
         assert ask(**{name: largest[name]})["fits"] is True, name
-    assert ask(batch=largest["batch"] + 2)["fits"] is False
+    assert ask(per_device_train_batch_size=largest["per_device_train_batch_size"] + 2)["fits"] is False
 
 
 def test_the_largest_r_fits(told):
-    many = told("--r", 65536, "--strategy", "device-rows", "--gpu", gpu_of(2**24))["largest_that_fits"]["r"]
+    many = told("--r", 65536, "--retrieval", "device-rows", "--gpu", gpu_of(2**24))["largest_that_fits"]["r"]
     assert 0 < many < 65536
-    assert told("--r", many, "--strategy", "device-rows", "--gpu", gpu_of(2**24))["fits"] is True
+    assert told("--r", many, "--retrieval", "device-rows", "--gpu", gpu_of(2**24))["fits"] is True
 
 
 def test_other_methods(told, folder, capsys):
-    found = told("--method", "lora", "--r", 8, "--gpu", "1GiB", "--card", "l4", "--optimizer", "adamw_8bit")
+    found = told("--method", "lora", "--r", 8, "--gpu", "1GiB", "--card", "l4", "--optim", "adamw_8bit")
     assert found["trainable_values"] == 2 * 8 * (64 + 64 + 64 + 32)  # q_proj and v_proj
     assert found["strategy"] is None
     assert found["fits"] is False
-    assert set(found["largest_that_fits"]) == {"r", "batch", "length"}
+    assert set(found["largest_that_fits"]) == {"r", "per_device_train_batch_size", "max_length"}
     assert found["seconds_per_step_at_least"] > 0
-    four_bit = told("--method", "ia3", "--dtype", "nf4")["device_bytes"]["base"]
+    four_bit = told("--method", "ia3", "--load_in_4bit")["device_bytes"]["base"]
     assert four_bit < told("--method", "ia3")["device_bytes"]["base"]
-    wide = told("--method", "lora", "--target-modules", "all-linear", "--no-gradient-checkpointing")
+    wide = told("--method", "lora", "--target-modules", "all-linear", "--gradient-checkpointing", "false")
     assert wide["trainable_values"] > found["trainable_values"]
 
 
@@ -169,9 +200,9 @@ def test_longer_steps_take_longer(told):
         return told("--r", 256, "--card", "4090", *words)["seconds_per_step_at_least"]
 
     once = seconds()
-    assert once < seconds("--accumulation", 4)
-    assert once < seconds("--length", 512)
-    assert seconds("--no-clipping") <= once
+    assert once < seconds("--gradient_accumulation_steps", 4)
+    assert once < seconds("--max_length", 512)
+    assert seconds("--max_grad_norm", 0) <= once
     assert once < told("--r", 256, "--card", "l4")["seconds_per_step_at_least"] * (1 + 1e-9)
 
 
@@ -179,7 +210,7 @@ def test_longer_steps_take_longer(told):
     ("words", "named"),
     [
         (["--r", "0"], "r=0"),
-        (["--batch", "-1"], "batch=-1"),
+        (["--per_device_train_batch_size", "-1"], "per_device_train_batch_size=-1"),
         (["--r", "10"], "top_k=64"),
         (["--union-share", "1.5"], "union_share=1.5"),
         (["--gpu", "much"], "gpu='much'"),
@@ -188,16 +219,22 @@ def test_longer_steps_take_longer(told):
         (["--card", "5090ti"], "card='5090ti'"),
         (["--method", "lorra"], "did you mean 'lora'"),
         (["--method", "ia3", "--r", "8"], "r=8 has no meaning with method=ia3"),
-        (["--method", "lora", "--strategy", "stream"], "strategy=stream has no meaning"),
+        (["--method", "lora", "--retrieval", "stream"], "retrieval=stream has no meaning"),
         (["--method", "boft"], "method=boft cannot be planned: it looks at values"),
         (["--target-modules", "q_proj"], "is no FFN"),
         (["--method", "lora", "--target-modules", "c_attn"], "c_attn"),
         (["--dtype", "fp4"], "fp4"),
         (["--fast"], "--fast"),
+        (["--optim", "lion_8bit"], "adamw_8bit"),
+        (["--batch", "2"], "did you mean 'per_device_train_batch_size'"),
+        (["--optimizer", "adamw_8bit"], "or 'optim'?"),
+        (["--length", "2"], "did you mean 'max_length'"),
+        (["--load_in_4bit", "--load_in_8bit"], "exclude each other"),
+        (["--method", "lora", "--num_merges", "2"], "num_merges=2 has no meaning with method=lora; drop it or use"),
     ],
 )
 def test_bad_input_is_one_sentence(words, named, folder, capsys):
-    assert main(["estimate", folder(), *words]) == 2
+    assert main(["estimate", *folder(), *words]) == 2
     said = capsys.readouterr()
     errors = [line for line in said.err.splitlines() if line.startswith("aslora-meft: error: ")]
     assert said.out == ""
@@ -207,9 +244,9 @@ def test_bad_input_is_one_sentence(words, named, folder, capsys):
 
 @pytest.mark.parametrize("config", [None, {"model_type": "no_such_model"}, {"model_type": "vit"}])
 def test_models_that_cannot_be_planned(config, folder, tmp_path, capsys):
-    assert main(["estimate", folder(config) if config else str(tmp_path / "none")]) == 2
+    assert main(["estimate", *(folder(config) if config else ["--model", str(tmp_path / "none")])]) == 2
     said = capsys.readouterr().err
-    assert "MODEL" in said
+    assert "model" in said
     assert "Traceback" not in said
 
 
@@ -217,7 +254,7 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as end:
         main(["estimate", "--help"])
     assert end.value.code == 0
-    assert "--union-share" in capsys.readouterr().out
+    assert "--union_share" in capsys.readouterr().out
 
 
 def test_cards():
@@ -234,13 +271,13 @@ def test_cards():
 
 
 def test_a_named_gpu_is_also_the_card():
-    request, _ = parse(["m", "--gpu", "3090"])
+    request, _ = parse(["--model", "m", "--gpu", "3090"])
     assert (request.card, request.gpu) == ("3090", 24 * GIB)
-    request, _ = parse(["m", "--card", "l4"])
+    request, _ = parse(["--model", "m", "--card", "l4"])
     assert request.gpu == 24 * GIB
-    request, _ = parse(["m", "--gpu", "16GiB", "--card", "h200"])
+    request, _ = parse(["--model", "m", "--gpu", "16GiB", "--card", "h200"])
     assert (request.card, request.gpu) == ("h200", 16 * GIB)
-    request, _ = parse(["m", "--gpu", "24GiB"])
+    request, _ = parse(["--model", "m", "--gpu", "24GiB"])
     assert request.card is None
 
 

@@ -71,7 +71,7 @@ def real_peak(config, dtype, adapter, step):
 )
 def test_lora_is_traced_to_the_byte(config, dtype, step):
     config, step = CONFIGS[config], STEPS[step]
-    model = adapt(build_base(copy.deepcopy(config), dtype), method_config("lora", 8, None), "lora")
+    model = adapt(build_base(copy.deepcopy(config), dtype), method_config("lora", {"r": 8}), "lora")
     real, _ = real_peak(config, getattr(torch, dtype), LoraConfig(r=8, task_type="CAUSAL_LM"), step)
     assert trace_step(model, step, "lora").peak == real
 
@@ -135,7 +135,9 @@ def test_the_counter_gives_the_numbers_of_the_example():
             optimizer.step()
             optimizer.zero_grad()
     assert round(live.peak / GIB, 2) == 16.37
-    traced = adapt(build_base(config, "bfloat16"), method_config("lora", 64, ["q_proj", "v_proj"]), "lora")
+    traced = adapt(
+        build_base(config, "bfloat16"), method_config("lora", {"r": 64, "target_modules": ["q_proj", "v_proj"]}), "lora"
+    )
     memory = trace_step(traced, Step(2, 256), "lora")
     assert round(memory.peak / GIB, 2) == 13.24
     # 3 x 2 T of 6.6 B weights, less the recomputed products that nothing needs, as torch's checkpointing skips them.
@@ -164,16 +166,16 @@ def test_bytes_of_optimizer_states():
     state = eight_bit.state[parameter]
     own = sum(state[name].numel() * state[name].element_size() for name in ("state1", "state2", "absmax1", "absmax2"))
     assert state_bytes(parameter, "adamw_8bit") == (own, 0)
-    assert state_bytes(parameter, "adamw") == (8 * 10_000 + 4, 0)
-    assert state_bytes(parameter, "paged_adamw") == (8 * 10_000, 0)  # too small to be paged
-    assert state_bytes(torch.empty(1000, 1000), "paged_adamw") == (0, 8_000_000)
+    assert state_bytes(parameter, "adamw_torch_fused") == (8 * 10_000 + 4, 0)
+    assert state_bytes(parameter, "paged_adamw_32bit") == (8 * 10_000, 0)  # too small to be paged
+    assert state_bytes(torch.empty(1000, 1000), "paged_adamw_32bit") == (0, 8_000_000)
     assert state_bytes(torch.empty(10), "adamw_8bit") == (80, 0)
 
 
 def test_quantised_base_holds_less_and_dequantises_one_weight_at_a_time():
     config = CONFIGS["wide layers"]
     plain = trace_step(
-        adapt(build_base(copy.deepcopy(config), "bfloat16"), method_config("lora", 8, None), "lora"),
+        adapt(build_base(copy.deepcopy(config), "bfloat16"), method_config("lora", {"r": 8}), "lora"),
         STEPS["accumulation"],
         "lora",
     )
@@ -182,7 +184,7 @@ def test_quantised_base_holds_less_and_dequantises_one_weight_at_a_time():
         weights = quantise(base, kind)
         assert len(weights) == 4 * 7
         memory = trace_step(
-            adapt(base, method_config("lora", 8, None), "lora"), STEPS["accumulation"], "lora", Extra(weights=weights)
+            adapt(base, method_config("lora", {"r": 8}), "lora"), STEPS["accumulation"], "lora", Extra(weights=weights)
         )
         assert memory.parts["base"] < share * plain.parts["base"] + 128 * 64 * 4
         largest = 344 * 128 * 2
@@ -201,7 +203,7 @@ def test_which_methods_can_be_planned():
     refused = {}
     for method in methods().keys() - {"meft"}:
         try:
-            model = adapt(build_base(copy.deepcopy(config), "bfloat16"), method_config(method, None, None), method)
+            model = adapt(build_base(copy.deepcopy(config), "bfloat16"), method_config(method, {}), method)
             memory = trace_step(model, Step(1, 8), method)
             assert memory.peak > memory.parts["base"] > 0
         except UsageError as error:
