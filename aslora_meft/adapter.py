@@ -84,7 +84,7 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, *, gradient_checkpoi
 def _targets(model: PreTrainedModel, config: PeftConfig) -> set[str]:
     """Names that a method can adapt: FFNs with MEFT, else linear layers."""
     if config.peft_type == "MEFT":
-        from meft.ffn_modules import candidates
+        from meft.targets import candidates
 
         return set(candidates(model))
     return {name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)}

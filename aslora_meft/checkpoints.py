@@ -71,7 +71,7 @@ def _check_weights(folder: Path, method: str) -> None:
     if method == "ASLORA":
         from aslora.export import load_adapter as check
     elif method == "MEFT":
-        from meft.export import load_adapter as check  # type: ignore[assignment]
+        from meft.files.export import load_adapter as check  # type: ignore[assignment]
     else:
         return
     check(folder)

@@ -10,10 +10,10 @@ from adapter_kernels import host_topk
 from adapter_kernels.gather_rows import zero_copy
 from adapter_kernels.host_threads import host_threads
 from adapter_kernels.jit import AVAILABLE
-from meft.calibration import calibrated
-from meft.host_memory import available_bytes
-from meft.row_update import native_library
-from meft.waiting_threads import wait_awake
+from meft.cost.calibration import calibrated
+from meft.cost.host_memory import available_bytes
+from meft.table.row_step import native_library
+from meft.transport.openmp_waiting import wait_awake
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "triton", "bitsandbytes")
 NEEDED_BY = {

@@ -9,7 +9,7 @@
 From a checkout, with nothing installed but torch, triton, transformers and peft (bitsandbytes and torchao add rows):
 
     g++ -std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -pthread -shared -fPIC \
-        meft/row_adamw.cpp -o meft/_row_adamw.so    # the host's row update; without it torch operations do its work
+        meft/table/row_adamw.cpp -o meft/table/_row_adamw.so    # the host's row update, else by torch operations
     g++ (the same) kernels/adapter_kernels/host_topk.cpp -o kernels/adapter_kernels/_host_topk.so    # the host's picks
     PYTHONPATH=kernels:. python benchmarks/bench_24gb.py --out $OUT
 

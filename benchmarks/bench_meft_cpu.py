@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from adapter_kernels.host_threads import VARIABLE
 from meft import MEFTConfig
 from meft.layer import MEFTLayer
-from meft.routing import default_num_experts, reference
-from meft.row_steps import update_table
-from meft.row_update import StepRule
+from meft.optim.optimizer_hook import update_table
+from meft.routing.reference import default_num_experts, reference
+from meft.table.row_step import StepRule
 from peft_bridge import replace_file
 
 ROOT = Path(__file__).resolve().parent.parent

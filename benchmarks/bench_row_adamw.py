@@ -25,7 +25,7 @@ from environment import environment
 from torch import Tensor
 
 from adapter_kernels.host_threads import VARIABLE
-from meft.row_update import StepRule, native_library, update_rows
+from meft.table.row_step import StepRule, native_library, update_rows
 from peft_bridge import replace_file
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,14 +6,14 @@ import torch
 from engine_24gb_plan import Cell
 
 from meft import MEFTConfig
-from meft.plan import AdapterShape, Plan, Work
-from meft.step_time import BaseModel, Ceilings, StepTime, step_time
+from meft.cost.memory import AdapterShape, Plan, Work
+from meft.cost.step_time import BaseModel, Ceilings, StepTime, step_time
 
 WEIGHT_BYTES = {"bf16": 2.0, "nf4": 0.52}
 
 
 def bound_of(ceilings: Ceilings, cell: Cell, model: Any, config: MEFTConfig, row: dict) -> StepTime | None:
-    """The bound of `meft.step_time`; None where rows are not stepped or nothing was counted.
+    """The bound of `meft.cost.step_time`; None where rows are not stepped or nothing was counted.
 
     Args:
         model: the base's configuration. config: the adapter's.

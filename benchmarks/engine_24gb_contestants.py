@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from adapter_kernels.gather_rows import zero_copy
 from meft import MEFTConfig
-from meft.lanes import lanes_of
-from meft.store import RowTable
-from meft.transfer import Traffic
+from meft.table.row_table import RowTable
+from meft.transport.streams import lanes_of
+from meft.transport.transfer import Traffic
 
 RATE = 1e-4
 LORA_RANK = 64

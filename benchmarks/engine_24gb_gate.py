@@ -9,7 +9,7 @@ from engine_24gb_plan import HOST_STRATEGIES
 from peft import get_peft_model
 from torch import Tensor
 
-from meft.lanes import lanes_of
+from meft.transport.streams import lanes_of
 
 R, STEPS = 64, 2
 # Relative, of float32: products of a GPU add up in another order.

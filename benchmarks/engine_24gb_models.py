@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from meft.store import RowTable
+from meft.table.row_table import RowTable
 
 _MISTRAL = (MistralForCausalLM, MistralConfig)
 _LLAMA = (LlamaForCausalLM, LlamaConfig)

@@ -19,7 +19,7 @@ HEAD = (
 NOTES = (
     "`null`: the same engine with bf16 rows on the device and no host optimizer, 100 %. tokens/s is of the median",
     "step; a step ends when the device is idle, and host updates that run on are in the next one's time. To device,",
-    "to host: bytes a step / elements of two bytes. Bound: `meft.step_time` with the ceilings of the same worker.",
+    "to host: bytes a step / elements of two bytes. Bound: `meft.cost.step_time` with the ceilings of the same worker.",
     "Formula: counters beside the formula of `engine_24gb_traffic.py`,",
     "the worse way. \\|U\\|/r is forced, or drawn from a recording (`engine_24gb_routing.py`); random weights route",
     "nothing here. Ratios compare rows of one invocation only. Device GiB is what the whole device has in use; a peer",

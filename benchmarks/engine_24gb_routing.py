@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import meft.strategies
+import meft.retrieval.strategies
 
 RECORD = Path(__file__).resolve().parent / "results" / "routing_smollm2.npz"
 SUBSETS = 7  # no divisor of usual numbers of layers: a layer's subset changes from step to step
@@ -182,7 +182,7 @@ def forced_picks(ids: Ids, calls: int, T: int, K: int) -> Iterator[None]:
     Args:
         calls: after how many ids repeat; they are all made here, and all moved to a device when it first asks for one.
     """
-    original = meft.strategies.picked_neurons
+    original = meft.retrieval.strategies.picked_neurons
     here = [ids(i, T, K) for i in range(calls)]
     there = {torch.device("cpu"): here}
     call = 0
@@ -195,8 +195,8 @@ def forced_picks(ids: Ids, calls: int, T: int, K: int) -> Iterator[None]:
         call += 1
         return there[own.device][(call - 1) % calls]
 
-    meft.strategies.picked_neurons = picked
+    meft.retrieval.strategies.picked_neurons = picked
     try:
         yield
     finally:
-        meft.strategies.picked_neurons = original
+        meft.retrieval.strategies.picked_neurons = original

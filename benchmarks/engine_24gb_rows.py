@@ -12,7 +12,7 @@ from engine_24gb_targets import CARD_GIB, MEASURED
 from engine_24gb_worker import CAP_GIB, DRY, OOM
 from kernel_report import driver, installed
 
-from meft.row_update import native_library
+from meft.table.row_step import native_library
 from peft_bridge import replace_file
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "torchao", "numpy", "aslora-meft")

@@ -23,8 +23,8 @@ from engine_24gb_models import MissingError
 from engine_24gb_plan import Cell, rotated
 from engine_24gb_steps import Block, Settings, measure_block
 
-from meft.calibration import calibrated
-from meft.step_time import Ceilings
+from meft.cost.calibration import calibrated
+from meft.cost.step_time import Ceilings
 
 CAP_GIB = 22.5
 LEAK_BYTES = 64 << 20

@@ -1,4 +1,4 @@
-"""Predicts the step time of a 7B model with MEFT on 24 GB cards: the bound of `meft.step_time`, nothing is measured.
+"""Predicts the step time of a 7B model with MEFT on 24 GB cards: `meft.cost.step_time`'s bound, nothing is measured.
 
     python benchmarks/model_24gb.py            # all cells, into benchmarks/results/model_24gb.json and .md: a minute
     python benchmarks/model_24gb.py --quick    # a few cells; keeps no result
@@ -20,8 +20,8 @@ import torch
 
 from aslora_meft.planner.rates import card, ceilings, rates
 from meft import MEFTConfig
-from meft.plan import STRATEGIES, AdapterShape, Plan, Work
-from meft.step_time import BaseModel, step_time
+from meft.cost.memory import STRATEGIES, AdapterShape, Plan, Work
+from meft.cost.step_time import BaseModel, step_time
 from peft_bridge import replace_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,9 +97,9 @@ def markdown(rows: list[dict]) -> str:
         f"picking on the host {host['picking_flops']['value'] / 1e9:g} Gflop/s ({host['picking_flops']['source']}). "
         "`resident`, with its optimizer on the device, does not fit beside a bf16 base: it shows what moving costs.",
         "",
-        "What the host moves in its memory is counted in the code (`meft/host_bytes.py`): 36 bytes for each value that "
-        "is stepped, clipped or not, and more for accumulated micro-batches; a CPU that reads a cache line before it "
-        "writes it moves 42. "
+        "What the host moves in its memory is counted in the code (`meft/cost/host_bytes.py`): 36 bytes for each value "
+        "that is stepped, clipped or not, and more for accumulated micro-batches; a CPU that reads a cache line before "
+        "it writes it moves 42. "
         "Launches and Python are not counted.",
         "",
         f"Each cell: tokens/s at most, at |U|/r = {shares}.",

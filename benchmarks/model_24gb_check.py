@@ -1,4 +1,4 @@
-"""The engine on a CPU behind a slow, simulated link, beside the bound that `meft.step_time` gives for it.
+"""The engine on a CPU behind a slow, simulated link, beside the bound that `meft.cost.step_time` gives for it.
 
     python benchmarks/model_24gb_check.py            # into benchmarks/results/model_24gb_check.json: minutes
     python benchmarks/model_24gb_check.py --quick    # one strategy, fewer steps; keeps no result
@@ -26,10 +26,11 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from meft import MEFTConfig, calibration
-from meft.plan import AdapterShape, Plan, Work
-from meft.step_time import BaseModel, Ceilings, step_time
-from meft.transfer import nbytes
+from meft import MEFTConfig
+from meft.cost import calibration
+from meft.cost.memory import AdapterShape, Plan, Work
+from meft.cost.step_time import BaseModel, Ceilings, step_time
+from meft.transport.transfer import nbytes
 from peft_bridge import replace_file
 
 RESULT = Path(__file__).resolve().parent / "results" / "model_24gb_check.json"

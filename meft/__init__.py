@@ -12,13 +12,13 @@ from peft_bridge import (
 )
 
 from .config import MEFTConfig
-from .export import export_dense, export_resident, load_resident
-from .host_loading import host_storages_begin, host_storages_end  # noqa: F401  # names in optimizer.pt
+from .files.adapter_file import FILE
+from .files.export import export_dense, export_resident, load_resident
+from .files.training_state import check_training_state
 from .model import MEFTModel, take_back
-from .moments import row_moments_of_file  # noqa: F401
-from .optim import RowAdamW
-from .state import check_training_state
-from .storage import FILE
+from .optim.row_adamw import RowAdamW
+from .table.host_loading import host_storages_begin, host_storages_end  # noqa: F401  # names in optimizer.pt
+from .table.moments import row_moments_of_file  # noqa: F401
 
 register_method(name="meft", config_cls=MEFTConfig, model_cls=MEFTModel, prefix="meft_")
 write_weights_at_once("meft_", load_on_host=True)

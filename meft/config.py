@@ -11,8 +11,8 @@ import torch
 from peft_bridge import MethodConfig, is_int, is_number, known_keywords
 
 from .fields_of_0_1 import without_fields_of_0_1
-from .routing import default_num_experts, divisors_around
-from .row_options import check_row_optimizer
+from .routing.reference import default_num_experts, divisors_around
+from .row_optimizer import check_row_optimizer
 
 
 @known_keywords

@@ -12,18 +12,18 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from . import context
-from .balance import attach_balance_loss
-from .carry import Fetched, LayerRows, Picks
 from .config import MEFTConfig
-from .engine import Engine
-from .retrieval import retrieved
-from .router import Router, Routers
-from .second_order import check_not_transformed
-from .selection import Selection
-from .sparse_ffn import SparseFFN, check_versions
-from .store import RowTable
-from .transfer import Traffic, nbytes
+from .load_balancing import attach_balance_loss
+from .retrieval import forward_context as context
+from .retrieval.carry import Fetched, LayerRows, Picks
+from .retrieval.engine import Engine
+from .retrieval.in_place import retrieved
+from .retrieval.second_order import check_not_transformed
+from .retrieval.sparse_ffn import SparseFFN, check_versions
+from .routing.router import Router, Routers
+from .routing.topk import Selection
+from .table.row_table import RowTable
+from .transport.transfer import Traffic, nbytes
 
 NOT_MERGEABLE = (
     "MEFT cannot be merged: its routed ReLU neurons are no linear map of the weights. Keep the adapter beside the "

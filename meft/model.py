@@ -17,20 +17,21 @@ from torch.optim import Optimizer
 
 from peft_bridge import MethodTuner, last_loaded_folder
 
-from . import context, state
-from .auto import Surroundings, surroundings
-from .balance import note_loss_scale
 from .config import MEFTConfig
-from .distributed import RankAverage
-from .engine import Engine
-from .ffn_modules import FFN_OF, check_ffn, ffn_targets, ffn_width
-from .host_memory import require_memory_for
+from .cost.auto import Surroundings, surroundings
+from .cost.host_memory import require_memory_for
+from .files import training_state as state
+from .files.adapter_file import FILE, RESERVED
 from .layer import NOT_MERGEABLE, MEFTLayer
+from .load_balancing import note_loss_scale
+from .optim.ddp import RankAverage
+from .optim.optimizer_hook import RowSteps
 from .report import TransferReport, transfer_report
-from .row_steps import RowSteps
-from .storage import FILE, RESERVED
-from .store import RowTable
-from .waiting_threads import check_waiting
+from .retrieval import forward_context as context
+from .retrieval.engine import Engine
+from .table.row_table import RowTable
+from .targets import FFN_OF, check_ffn, ffn_targets, ffn_width
+from .transport.openmp_waiting import check_waiting
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +219,7 @@ class MEFTModel(MethodTuner):
     # ------------------------------------------------------------------ training state and runs
 
     def save_training_state(self, folder: str | os.PathLike, optimizer: Optimizer | None = None) -> None:
-        """Write moments and counts to `meft_state-*.safetensors`; see `meft.state`.
+        """Write moments and counts to `meft_state-*.safetensors`; see `meft.files.training_state`.
 
         `optimizer.state_dict()` has them too: this is for loops that do not save it. The files appear together or not
         at all. Of a distributed run one process calls this.

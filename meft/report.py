@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .layer import MEFTLayer
-from .transfer import Traffic
+from .transport.transfer import Traffic
 
 _SUMS = (
     "forwards",
@@ -24,7 +24,7 @@ _SUMS = (
 
 @dataclass(frozen=True)
 class TransferReport:
-    """Counters of an adapter; see `meft.transfer.Traffic`.
+    """Counters of an adapter; see `meft.transport.transfer.Traffic`.
 
     Attributes:
         adapter_name: the adapter.

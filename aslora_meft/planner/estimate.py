@@ -18,10 +18,10 @@ from aslora_meft.planner.neurons import PlannedFFN, lasting_bytes
 from aslora_meft.planner.quantised import QUANTISED, quantise
 from aslora_meft.planner.rates import GIB, ceilings
 from aslora_meft.planner.trace import Extra, Memory, Step, trace_step
-from meft.auto import decoder_shape
-from meft.plan import AdapterShape, Plan, Rows, Work
-from meft.step_time import BaseModel, StepTime, step_time
-from meft.what_fits import largest_that_fits, strategies_that_fit
+from meft.cost.auto import decoder_shape
+from meft.cost.fit import largest_that_fits, strategies_that_fit
+from meft.cost.memory import AdapterShape, Plan, Rows, Work
+from meft.cost.step_time import BaseModel, StepTime, step_time
 
 RESERVED = 3 * GIB // 2  # of a GPU, for the CUDA context and fragmentation: an assumption
 

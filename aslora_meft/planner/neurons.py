@@ -1,4 +1,4 @@
-"""MEFT in a trace: stands beside the FFNs, holds the bytes that `meft.plan` says, and computes nothing.
+"""MEFT in a trace: stands beside the FFNs, holds the bytes that `meft.cost.memory` says, and computes nothing.
 
 The method itself cannot run on the meta device, where no token can pick a neuron: how many rows an operation takes is
 data there. So the plan's |U| stands in for the picks, with the lifetimes that the real tensors have: picks and saved
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from aslora_meft.planner.live import LiveStorages
-from meft.plan import Plan
+from meft.cost.memory import Plan
 
 
 class _Neurons(torch.autograd.Function):

@@ -7,7 +7,7 @@ from importlib.resources import files
 from typing import Any
 
 from aslora_meft.errors import UsageError
-from meft.step_time import Ceilings
+from meft.cost.step_time import Ceilings
 
 GIB = 2**30
 _SIZES = {"gib": GIB, "gb": 10**9, "g": GIB, "mib": 2**20, "mb": 10**6}

@@ -7,7 +7,7 @@ import torch
 
 from device.chain import Setting, adapted, whole_numbers
 from device.findings import UNMEASURED, say
-from meft.lanes import HostLanes
+from meft.transport.streams import HostLanes
 
 SCALE = 1024.0
 ASLEEP = 2e8  # cycles, some 100 ms: later than whatever the host does next

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from meft import MEFTConfig
-from meft.lanes import Lanes
+from meft.transport.streams import Lanes
 
 STRATEGIES = ("host", "stream", "device-keys", "device-rows")
 WIDTH, R, LAYERS, TOKENS, STEPS = 64, 128, 3, 32, 3

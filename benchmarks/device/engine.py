@@ -20,7 +20,7 @@ from engine_24gb_plan import HOST_STRATEGIES
 from device.chain import STRATEGIES, Setting, difference, require_exact, settings, trained
 from device.findings import UNMEASURED, arguments, attempt, device_of, first_line, say, use_tests
 from device.sleepy import SleepyLanes
-from meft.lanes import HostLanes, Lanes
+from meft.transport.streams import HostLanes, Lanes
 
 CPU = torch.device("cpu")
 TARGET = "rows in place on the CPU, bit for bit"

@@ -15,9 +15,9 @@ from torch import Tensor
 from adapter_kernels import host_topk
 from device import amp
 from device.findings import UNMEASURED, arguments, attempt, device_of, say
-from meft import calibration
-from meft.row_update import native_library
-from meft.transfer import page_lock, page_unlock
+from meft.cost import calibration
+from meft.table.row_step import native_library
+from meft.transport.transfer import page_lock, page_unlock
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "numpy", "safetensors", "bitsandbytes", "trl")
 TOUCHED_GIB, ROW, TABLE, GATHERED = 40.0, 4096, 6400, 1664
@@ -121,7 +121,7 @@ def event_ms(work: object, repeats: int = 20) -> float:
 
 
 def link(device: torch.device) -> None:
-    """The ceilings of `meft.calibration`, and rows of 8 KiB by the kernel beside the large copy."""
+    """The ceilings of `meft.cost.calibration`, and rows of 8 KiB by the kernel beside the large copy."""
     found = calibration.calibrated(device, anew=True)
     print(found, flush=True)
     rates = {name: value / 1e9 for name, value in vars(found.alone).items() if "flops" not in name}

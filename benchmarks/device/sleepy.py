@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from meft.lanes import CudaLanes, Mark, _Stream
+from meft.transport.streams import CudaLanes, Mark, _Stream
 
 LONGEST = 4e6  # cycles of the multiprocessors' clock: about two milliseconds
 

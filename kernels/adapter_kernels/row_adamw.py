@@ -8,7 +8,7 @@ For a row's n-th touch, n = count + 1, with gradient g:
 Adam has g <- g + weight_decay p before it, and 1 in place of (1 - lr weight_decay).
 
 Not differentiable. Sums are in fp32 (float64 of float64 tables on the torch path), each operation rounded by itself in
-the order of `adamw_blocks`, so that the kernel, the torch path and `meft.row_update` give the same bits; the two bias
+the order of `adamw_blocks`, so that the kernel, the torch path and `meft.table.row_step` give the same bits; both bias
 corrections are reckoned in float64. bf16 tables are rounded stochastically: the low 16 bits get noise added and are cut
 off, which keeps the mean, and else most steps of a small learning rate would change nothing. The noise is a hash,
 splitmix64 of (seed, row, n) and then lowbias32 over the columns: no state, and the same in any grouping of the rows.
@@ -20,7 +20,7 @@ Two kernels (`row_adamw_kernels`): `prepare`, one row a lane, counts, hashes and
 squaring); `step` does the rest. Rows must be distinct. A row outside of 0 to r - 1 is a ValueError on the CPU and in
 debug mode, and otherwise left out. Limits: r < 2^31, n < 2^31.
 
-Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2; per-row counts as in `meft.row_update`.
+Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2; per-row counts as in `meft.table.row_step`.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def test_nan_leads_to_no_index_that_is_not_there():
 
 
 def test_with_router_topk_it_makes_the_picks_of_the_method():
-    routing = pytest.importorskip("meft.routing")
+    routing = pytest.importorskip("meft.routing.reference")
     g = generator()
     x, router, keys = (torch.randn(n, 24, generator=g, dtype=torch.float64) for n in (30, 8, 48))
     experts, factors = router_topk(x @ router.T, 3)

@@ -8,7 +8,7 @@ from selection_checks import generator
 
 from adapter_kernels import debugging, row_adamw
 from adapter_kernels.row_adamw import _op
-from meft.row_update import StepRule, native_library, update_rows
+from meft.table.row_step import StepRule, native_library, update_rows
 
 
 @pytest.mark.parametrize("table", [torch.float64, torch.float32, torch.bfloat16])

@@ -14,7 +14,8 @@ from aslora_meft.arguments import parse_train
 from aslora_meft.cli import main
 from aslora_meft.config_arguments import config_fields
 from aslora_meft.planner.command import parse
-from meft import MEFTConfig, calibration, load_resident
+from meft import MEFTConfig, load_resident
+from meft.cost import calibration
 
 
 @pytest.fixture

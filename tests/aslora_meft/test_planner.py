@@ -10,8 +10,8 @@ from aslora_meft.errors import UsageError
 from aslora_meft.planner.command import parse
 from aslora_meft.planner.estimate import RESERVED
 from aslora_meft.planner.rates import card, ceilings, device_bytes, rates
-from meft.plan import STRATEGIES, AdapterShape, Plan, Work
-from meft.what_fits import largest_that_fits
+from meft.cost.fit import largest_that_fits
+from meft.cost.memory import STRATEGIES, AdapterShape, Plan, Work
 
 GIB = 2**30
 LLAMA_7B = {

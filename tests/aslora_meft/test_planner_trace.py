@@ -17,7 +17,7 @@ from aslora_meft.planner.optimizer_state import state_bytes
 from aslora_meft.planner.quantised import quantise, quantised_bytes
 from aslora_meft.planner.trace import Extra, Step, trace_step
 from meft import MEFTConfig
-from meft.plan import AdapterShape, Plan, Work
+from meft.cost.memory import AdapterShape, Plan, Work
 
 GIB = 2**30
 CONFIGS = {

@@ -17,7 +17,7 @@ import pytest
 import torch
 from engine_24gb_contestants import missing
 
-from meft.store import RowTable
+from meft.table.row_table import RowTable
 
 CELL = plan.Cell("llama-2-7b", "bf16", 2, 256, 1, True, 6400, "meft auto", "0.26")
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import torch
 from device import amp, chain, engine, findings, ops, probe, sanitizer
 from device.sleepy import SleepyLanes
 
-from meft import calibration
+from meft.cost import calibration
 
 findings.use_tests("meft", "adapter_kernels")
 from fake_cuda import FakeCuda  # noqa: E402

@@ -11,7 +11,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import model_24gb as bench  # noqa: E402
 
-from meft.plan import STRATEGIES  # noqa: E402
+from meft.cost.memory import STRATEGIES  # noqa: E402
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ use_tests("meft", "adapter_kernels")
 
 from fake_cuda import FakeCuda  # noqa: E402
 
-from meft.lanes import CudaLanes  # noqa: E402
+from meft.transport.streams import CudaLanes  # noqa: E402
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -11,7 +11,7 @@ from device.chain import STRATEGIES, Setting, adapted, difference, end, settings
 from device.engine import in_place, lanes_maker
 from row_checks import same_bits, table
 
-from meft.transfer import bring_rows, page_locked
+from meft.transport.transfer import bring_rows, page_locked
 
 
 @pytest.fixture(scope="module", autouse=True)

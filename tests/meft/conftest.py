@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from meft import MEFTConfig
 from meft.layer import MEFTLayer
-from meft.routing import reference
+from meft.routing.reference import reference
 
 sys.path.insert(0, str(Path(__file__).parent))  # the fake device beside this file is imported by name
 settings.register_profile("busy machine", deadline=None)

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from aslora_meft.demo import LEARNT, bible
 from meft import MEFTConfig
 from meft.layer import MEFTLayer
-from meft.routing import chosen_neurons, reference
-from meft.strategies import Host, Strategy
+from meft.retrieval.strategies import Host, Strategy
+from meft.routing.reference import chosen_neurons, reference
 
 SMALL = Path(__file__).parents[2] / ".cache" / "SmolLM2-135M-Instruct"
 SMOL = {"r": 1536, "num_experts": 128, "experts_per_token": 8, "top_k": 64, "layers_to_transform": [12, 20, 29]}

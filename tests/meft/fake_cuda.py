@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from meft.lanes import _Stream
+from meft.transport.streams import _Stream
 
 
 class Used(TorchDispatchMode):
@@ -89,7 +89,7 @@ class Event:
 
 
 class FakeCuda:
-    """Takes the place of `torch.cuda` as far as `meft.lanes` asks for it.
+    """Takes the place of `torch.cuda` as far as `meft.transport.streams` asks for it.
 
     Attributes:
         notes: ("record" | "wait" | "synchronize", stream, event) in order.
@@ -114,13 +114,13 @@ class FakeCuda:
         }  # fmt: skip
         for name, value in named.items():
             monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr("meft.lanes.page_locked", self._staging)
-        monkeypatch.setattr("meft.transfer.page_lock", self._lock)
+        monkeypatch.setattr("meft.transport.streams.page_locked", self._staging)
+        monkeypatch.setattr("meft.transport.transfer.page_lock", self._lock)
         # What lanes are given as a tensor of the computation lies on the device, as far as they can tell.
-        there = property(lambda tensor: sys._getframe(1).f_globals["__name__"] == "meft.lanes")
+        there = property(lambda tensor: sys._getframe(1).f_globals["__name__"] == "meft.transport.streams")
         monkeypatch.setattr(torch.Tensor, "is_cuda", there)
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: self._record(tensor, stream))
-        monkeypatch.setattr("meft.carry.bring_rows", gather_by_ids_of_the_device)
+        monkeypatch.setattr("meft.retrieval.carry.bring_rows", gather_by_ids_of_the_device)
         self._late(monkeypatch)
 
     def _late(self, monkeypatch):

@@ -25,16 +25,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import meft.carry
-import meft.gradient_ring
-import meft.row_update
-from meft.row_gradient import RowGradient
-from meft.store import RowTable
+import meft.gradient.offload_ring
+import meft.retrieval.carry
+import meft.table.row_step
+from meft.gradient.row_gradient import RowGradient
+from meft.table.row_table import RowTable
 
 # What these files allocate is host memory; what the others allocate is of the device.
-HOST_FILES = {"store.py", "changes.py", "moments.py", "row_steps.py", "row_update.py", "adamw_blocks.py"}
-HOST_FILES |= {"row_gradient.py", "row_sums.py", "gradient_ring.py", "steps.py", "host_tensors.py", "transfer.py"}
-HOST_FILES |= {"gradient_pool.py", "gradient_drain.py"}
+HOST_FILES = {"row_table.py", "dirty_rows.py", "moments.py", "optimizer_hook.py", "row_step.py", "adamw_blocks.py"}
+HOST_FILES |= {"row_gradient.py", "accumulator.py", "offload_ring.py", "steps.py"}
+HOST_FILES |= {"host_tensors.py", "transfer.py", "pool.py", "drain.py"}
 LANES = ("inbound", "outbound", "updating")
 ALLOCATIONS = ("aten::empty", "aten::zeros", "aten::ones", "aten::full", "aten::arange", "aten::new_", "aten::scalar")
 
@@ -319,8 +319,8 @@ class Slots(queue.Queue):
 def watched(monkeypatch, dropped=()):
     """Note what happens inside of the block; what runs before it must be over."""
     watch = Watch(dropped)
-    submit, result, update = ThreadPoolExecutor.submit, Future.result, meft.row_update._call
-    drain = meft.gradient_ring.drain
+    submit, result, update = ThreadPoolExecutor.submit, Future.result, meft.table.row_step._call
+    drain = meft.gradient.offload_ring.drain
 
     def submit_watched(self, work, *args):
         stamp, made = watch.stamp(watch.thread()), []
@@ -364,9 +364,9 @@ def watched(monkeypatch, dropped=()):
     with monkeypatch.context() as patch:
         patch.setattr(ThreadPoolExecutor, "submit", submit_watched)
         patch.setattr(Future, "result", result_watched)
-        patch.setattr(meft.row_update, "_call", update_watched)
-        patch.setattr(meft.gradient_ring, "drain", drained_watched)
-        patch.setattr(meft.carry, "bring_rows", bring)
+        patch.setattr(meft.table.row_step, "_call", update_watched)
+        patch.setattr(meft.gradient.offload_ring, "drain", drained_watched)
+        patch.setattr(meft.retrieval.carry, "bring_rows", bring)
         # There is a device, whose stream can be waited for, and what others bring to the host is page-locked.
         for name, value in {
             "is_initialized": True, "device_count": 1, "current_device": 0, "current_stream": Computation(watch),
@@ -374,7 +374,7 @@ def watched(monkeypatch, dropped=()):
             patch.setattr(torch.cuda, name, lambda *_, value=value: value)
         patch.setattr(torch.Tensor, "is_pinned", lambda tensor, *_: watch.is_host(tensor))
         slots = SimpleNamespace(SimpleQueue=type("WatchedSlots", (Slots,), {"watch": watch}), Empty=queue.Empty)
-        patch.setattr(meft.gradient_ring, "queue", slots)
+        patch.setattr(meft.gradient.offload_ring, "queue", slots)
         for table in list(RowTable._all):
             watch.at_home(table.rows, table._wire)
         with Operations(watch):

@@ -5,12 +5,13 @@ import logging
 import pytest
 import torch
 
-from meft import MEFTConfig, auto
-from meft.auto import choose, surroundings
-from meft.calibration import Calibration
-from meft.carry import LayerRows
-from meft.plan import AdapterShape, Plan, Work
-from meft.step_time import BaseModel, Ceilings
+from meft import MEFTConfig
+from meft.cost import auto
+from meft.cost.auto import choose, surroundings
+from meft.cost.calibration import Calibration
+from meft.cost.memory import AdapterShape, Plan, Work
+from meft.cost.step_time import BaseModel, Ceilings
+from meft.retrieval.carry import LayerRows
 
 GIB = 2**30
 BASE = BaseModel(256, 4 * 4096**2, 3 * 4096 * 11008, 4096, 32000 * 4096)
@@ -53,7 +54,7 @@ def test_rows_are_saved_where_that_fits_and_else_fetched_again():
 
 
 def test_what_does_not_fit_at_all_takes_the_least_and_says_so(caplog):
-    with caplog.at_level(logging.WARNING, logger="meft.auto"):
+    with caplog.at_level(logging.WARNING, logger="meft.cost.auto"):
         plan = chosen(GIB // 8)
     assert (plan.strategy, plan.work.rows) == ("host", "refetch")
     assert "0.12 GiB" in caplog.text

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from meft import MEFTConfig
-from meft.balance import balance_loss
 from meft.layer import MEFTLayer
+from meft.load_balancing import balance_loss
 
 WEIGHT = 0.3
 

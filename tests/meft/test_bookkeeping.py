@@ -13,7 +13,7 @@ import torch
 from test_waits import Base, activations, change
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from meft.lanes import HostLanes
+from meft.transport.streams import HostLanes
 
 # A look at a value, of which test_waits knows whether somebody waits for it, launches nothing either.
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "view", "_unsafe_view", "reshape", "_reshape_alias", "t"}

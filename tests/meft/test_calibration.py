@@ -8,8 +8,8 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from meft import calibration
-from meft.calibration import Calibration, Sizes, cache_file, calibrated, measure, name_of
+from meft.cost import calibration
+from meft.cost.calibration import Calibration, Sizes, cache_file, calibrated, measure, name_of
 
 CPU = torch.device("cpu")
 SMALL = Sizes(copied=1 << 16, on_device=1 << 16, gemm=64, d=64, r=64, updated=16, tokens=4, repeats=1)

@@ -14,9 +14,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from meft import MEFTConfig, context
+from meft import MEFTConfig
 from meft.layer import MEFTLayer
-from meft.selection import Selection
+from meft.retrieval import forward_context as context
+from meft.routing.topk import Selection
 
 
 @pytest.fixture(autouse=True)
@@ -225,12 +226,12 @@ def test_threads_have_their_own_contexts():
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["checkpoint", "reentrant"])
 def test_a_recomputation_makes_no_picks_of_its_own(monkeypatch, reentrant):
-    import meft.retrieval
+    import meft.retrieval.in_place
 
     plain, model, calls = adapted(), checkpointed(adapted(), reentrant), []
     plain(input_ids=ids(), labels=ids()).loss.backward()
-    select = meft.retrieval.select_neurons
-    monkeypatch.setattr(meft.retrieval, "select_neurons", lambda *a, **k: calls.append(1) or select(*a, **k))
+    select = meft.retrieval.in_place.select_neurons
+    monkeypatch.setattr(meft.retrieval.in_place, "select_neurons", lambda *a, **k: calls.append(1) or select(*a, **k))
     loss = model(input_ids=ids(), labels=ids()).loss
     assert len(calls) == 2
     loss.backward()

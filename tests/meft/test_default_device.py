@@ -12,7 +12,7 @@ from thread_lanes import ThreadLanes
 
 import meft
 from meft import RowAdamW
-from meft.lanes import HostLanes
+from meft.transport.streams import HostLanes
 
 CPU = torch.device("cpu")
 LANES = {"in place": lambda: None, "host lanes": lambda: HostLanes(CPU), "late lanes": ThreadLanes}

@@ -13,17 +13,17 @@ from hypothesis import strategies as st
 from thread_lanes import ThreadLanes
 from torch import nn
 
-import meft.gradient_drain
-import meft.row_update
-import meft.stored_rows
-from meft.gradient_drain import drain, squares
-from meft.gradient_pool import GradientPool
-from meft.gradient_ring import GradientRing
-from meft.lanes import HostLanes
-from meft.row_gradient import RowGradient
-from meft.row_update import StepRule, native_library, update_rows
-from meft.transfer import Traffic
-from meft.zero_copy import ZeroCopySteps
+import meft.gradient.drain
+import meft.gradient.stored_rows
+import meft.table.row_step
+from meft.gradient.drain import drain, squares
+from meft.gradient.offload_ring import GradientRing
+from meft.gradient.pool import GradientPool
+from meft.gradient.row_gradient import RowGradient
+from meft.table.gpu_step import ZeroCopySteps
+from meft.table.row_step import StepRule, native_library, update_rows
+from meft.transport.streams import HostLanes
+from meft.transport.transfer import Traffic
 
 R, D = 40, 24
 ROWS = torch.arange(1, R, 3)
@@ -37,7 +37,7 @@ COUPLED = StepRule(lr=1e-2, beta1=0.2, beta2=0.99, eps=1e-6, weight_decay=0.1, d
 def path(request, monkeypatch):
     """With the library, and where there was no compiler."""
     if not request.param:
-        for module in (meft.gradient_drain, meft.row_update):
+        for module in (meft.gradient.drain, meft.table.row_step):
             monkeypatch.setattr(module, "native_library", lambda: None)
     return request.param
 
@@ -75,7 +75,7 @@ ODD = [math.inf, -math.inf, math.nan, 3.3e38, 1e-40, 0.0, -0.0]
 def test_the_pass_widens_and_adds_up_squares(dtype, n, d, seed, odd):
     for native in {native_library(), None}:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(meft.gradient_drain, "native_library", lambda native=native: native)
+            patch.setattr(meft.gradient.drain, "native_library", lambda native=native: native)
             values = randn(n, d, seed=seed, dtype=torch.float32).mul_(10.0 ** (seed % 30 - 15)).to(dtype)
             for i, value in enumerate(odd if n else ()):
                 values.view(-1)[(7 * i + seed) % values.numel()] = value
@@ -166,7 +166,7 @@ def test_the_norm_needs_no_look(ring, path, monkeypatch):
     table = parameter()
     table.grad, exact = sent(ring, table)
     assert table.grad.squares() == pytest.approx(float(exact.square().sum()), rel=1e-14)
-    monkeypatch.setattr(meft.stored_rows, "multiplied", None)
+    monkeypatch.setattr(meft.gradient.stored_rows, "multiplied", None)
     monkeypatch.setattr(RowGradient, "stored", None)
     norm = nn.utils.clip_grad_norm_([table], 0.5)
     assert norm.dtype == torch.float32
@@ -289,7 +289,7 @@ def states(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", [*PATHS, "by the device"])
 def test_the_update_multiplies_as_torch_does(way, dtype, rule, factors, monkeypatch):
-    monkeypatch.setattr(meft.row_update, "_BLOCK", 3 * D)
+    monkeypatch.setattr(meft.table.row_step, "_BLOCK", 3 * D)
     factors = tuple(float(torch.tensor(f, dtype=torch.float32)) for f in factors)
     gradient, found = randn(len(ROWS), D, dtype=torch.float32), []
     for given_factors in (factors, ()):

@@ -5,9 +5,9 @@ import torch
 from thread_lanes import ThreadLanes
 from torch._C._profiler import _ExperimentalConfig
 
-import meft.engine
-import meft.strategies
-from meft.routing import reference
+import meft.retrieval.engine
+import meft.retrieval.strategies
+from meft.routing.reference import reference
 
 STRATEGIES = ["host", "stream", "device-keys", "device-rows"]
 ROWS = ["save", "refetch"]
@@ -161,7 +161,7 @@ def test_auto_plans_again_when_more_tokens_come_and_when_memory_ran_out(tiny, mo
     _, ours = pair(tiny, retrieval="auto")
     on_lanes(ours)
     errors = 1
-    monkeypatch.setattr(meft.engine, "out_of_memory_errors", lambda device: errors)
+    monkeypatch.setattr(meft.retrieval.engine, "out_of_memory_errors", lambda device: errors)
     tiny.loss(ours, length=4)
     engine = ours.base_model.engines["default"]
     first = engine._strategy
@@ -176,7 +176,7 @@ def test_auto_plans_again_when_more_tokens_come_and_when_memory_ran_out(tiny, mo
 
 
 def captured(monkeypatch):
-    for module in (meft.engine, meft.strategies):
+    for module in (meft.retrieval.engine, meft.retrieval.strategies):
         monkeypatch.setattr(module, "capturing", lambda x: True)
 
 

@@ -11,9 +11,9 @@ import torch
 from test_engine import STRATEGIES, on_lanes
 from thread_lanes import CopyFailedError, ThreadLanes
 
-from meft.gradient_ring import GradientRing
-from meft.moments import Moments
-from meft.transfer import Traffic
+from meft.gradient.offload_ring import GradientRing
+from meft.table.moments import Moments
+from meft.transport.transfer import Traffic
 
 PLACES = ["first", "middle", "last"]
 

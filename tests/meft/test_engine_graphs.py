@@ -10,9 +10,9 @@ from passes import GENERATION, checkpointed
 from test_engine import ROWS, STRATEGIES, on_lanes
 from thread_lanes import ThreadLanes
 
-import meft.row_sums
+import meft.gradient.accumulator
 from meft import RowAdamW
-from meft.moments import Moments
+from meft.table.moments import Moments
 
 EACH = [(strategy, rows) for strategy in STRATEGIES for rows in ROWS]
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
@@ -285,7 +285,7 @@ def test_micro_batches_are_added_up_by_the_thread(tiny):
     for seed in range(2):
         tiny.loss(ours, seed).backward()
     grads = [t.rows.grad for t in tiny.tables(ours)]
-    assert sum(isinstance(g._stored, meft.row_sums.Pending) for g in grads) == 6
+    assert sum(isinstance(g._stored, meft.gradient.accumulator.Pending) for g in grads) == 6
     plain = tiny.adapted(3)
     for seed in range(2):
         tiny.loss(plain, seed).backward()

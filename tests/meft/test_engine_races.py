@@ -8,7 +8,7 @@ import pytest
 import torch
 from happens_before import WatchedLanes, watched
 
-import meft.strategies
+import meft.retrieval.strategies
 
 STRATEGIES = ["host", "stream", "device-keys", "device-rows"]
 ROWS = ["save", "refetch"]
@@ -77,7 +77,7 @@ def abandon(tiny, model):
     hook.remove()
     gc.collect()
     with pytest.MonkeyPatch.context() as patch, suppress(LaterError):
-        patch.setattr(meft.strategies, "gather", fail)
+        patch.setattr(meft.retrieval.strategies, "gather", fail)
         tiny.loss(model)
     gc.collect()
     tiny.loss(model).detach()

@@ -10,8 +10,8 @@ from test_engine import STRATEGIES, integers
 from thread_lanes import ThreadLanes
 
 import meft
-import meft.gradient_ring
-from meft.moments import Moments
+import meft.gradient.offload_ring
+from meft.table.moments import Moments
 
 RUNS = 200  # in all
 
@@ -32,7 +32,7 @@ def some_delay(lanes):
 def late(monkeypatch):
     """Updates and drains come late as well."""
     lanes = [LateLanes()]
-    drain = meft.gradient_ring.GradientRing._drain
+    drain = meft.gradient.offload_ring.GradientRing._drain
 
     def late_drain(self, *args):
         some_delay(lanes[0])
@@ -45,7 +45,7 @@ def late(monkeypatch):
         for x in (table, wire):
             x[rows] -= gradients.sign().to(x.dtype)
 
-    monkeypatch.setattr(meft.gradient_ring.GradientRing, "_drain", late_drain)
+    monkeypatch.setattr(meft.gradient.offload_ring.GradientRing, "_drain", late_drain)
     monkeypatch.setattr(Moments, "update", late_update)
     return lanes
 

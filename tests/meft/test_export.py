@@ -215,7 +215,7 @@ WRONG = {
 @pytest.mark.parametrize(("change", "match"), WRONG.values(), ids=WRONG)
 def test_wrong_fields_of_an_export_are_refused(tiny, exported, change, match):
     """Also where whoever changed them made a new digest."""
-    from meft.export import _digest
+    from meft.files.export import _digest
 
     tensors = {name: value for name, value in (load_file(exported) | change).items() if value is not None}
     save_file(tensors, exported, metadata={"sha256": _digest(tensors)})

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
-from meft.ffn_modules import candidates, ffn_width, is_linear
+from meft.targets import candidates, ffn_width, is_linear
 
 
 def test_candidates_are_the_ffns(tiny):

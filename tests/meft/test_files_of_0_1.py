@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from meft import MEFTConfig
-from meft.export import export_resident, load_resident
+from meft.files.export import export_resident, load_resident
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "v0_1"
 WEIGHTS = "adapter_model.safetensors"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from meft.host_tensors import host_zeros, keep_from_forks
+from meft.transport.host_tensors import host_zeros, keep_from_forks
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or sys.platform != "linux", reason="only Linux can keep pages")
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from meft.row_gradient import RowGradient
-from meft.row_sums import Pending
+from meft.gradient.accumulator import Pending
+from meft.gradient.row_gradient import RowGradient
 
 R, D = 12, 5
 TOUCHED = ([1, 4, 7], [0, 4, 11])

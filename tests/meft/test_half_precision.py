@@ -4,10 +4,10 @@ import pytest
 import torch
 from test_engine import STRATEGIES, on_lanes
 
-import meft.brought
-import meft.carry
+import meft.retrieval.carry
+import meft.retrieval.gathered_ffn
 from adapter_kernels import expert_topk, sparse_ffn, sparse_ffn_backward
-from meft.routing import reference
+from meft.routing.reference import reference
 
 HALF = torch.float16
 EPS = 2.0**-11  # half a unit in the last place
@@ -35,8 +35,8 @@ def test_kernels_get_operands_in_16_bits(tiny, monkeypatch, strategy):
 
         return noted
 
-    monkeypatch.setattr(meft.brought, "sparse_ffn", note("forward", sparse_ffn))
-    monkeypatch.setattr(meft.brought, "sparse_ffn_backward", note("backward", sparse_ffn_backward))
+    monkeypatch.setattr(meft.retrieval.gathered_ffn, "sparse_ffn", note("forward", sparse_ffn))
+    monkeypatch.setattr(meft.retrieval.gathered_ffn, "sparse_ffn_backward", note("backward", sparse_ffn_backward))
     for dtype, row_dtype, computed in (
         (HALF, "auto", HALF),
         (HALF, "bfloat16", torch.float32),
@@ -60,7 +60,7 @@ def test_picks_are_those_of_scores_in_float32(tiny, monkeypatch):
         picked.append((args, expert_topk(*args, **kwargs)))
         return picked[-1][1]
 
-    monkeypatch.setattr("meft.selection.expert_topk", noted)
+    monkeypatch.setattr("meft.routing.topk.expert_topk", noted)
     layer(x)
     ((arguments, (ids, scores, _)),) = picked
     assert arguments[0].dtype == arguments[1].dtype == HALF

@@ -19,14 +19,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import meft.gradient_drain
-import meft.row_update
-from meft.host_bytes import HostBytes
-from meft.lanes import HostLanes
-from meft.plan import AdapterShape, Plan, Work
-from meft.row_gradient import RowGradient
+import meft.gradient.drain
+import meft.table.row_step
+from meft.cost.host_bytes import HostBytes
+from meft.cost.memory import AdapterShape, Plan, Work
+from meft.gradient.row_gradient import RowGradient
+from meft.transport.streams import HostLanes
 
-SOURCE = Path(meft.row_update.__file__).with_name("row_adamw.cpp")
+SOURCE = Path(meft.table.row_step.__file__).with_name("row_adamw.cpp")
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-pthread", "-shared", "-fPIC", "-DCOUNT_BYTES"]
 COMPILER = shutil.which((sysconfig.get_config_var("CXX") or "c++").split()[0]) or shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no compiler")
@@ -75,7 +75,7 @@ def counting(tmp_path_factory):
     path = tmp_path_factory.mktemp("counting") / "row_adamw.so"
     subprocess.run([COMPILER, *FLAGS, str(SOURCE), "-o", str(path)], check=True, timeout=120)
     library = ctypes.CDLL(str(path))
-    meft.row_update.declare(library)
+    meft.table.row_step.declare(library)
     library.meft_bytes_counted.restype = ctypes.c_int64
     return library
 
@@ -83,7 +83,7 @@ def counting(tmp_path_factory):
 @pytest.fixture
 def count(counting, monkeypatch):
     """Counts what runs inside of a block: `with count(...) as bytes`, then `bytes.total`."""
-    for module in (meft.row_update, meft.gradient_drain):
+    for module in (meft.table.row_step, meft.gradient.drain):
         monkeypatch.setattr(module, "native_library", lambda: counting)
     submit = ThreadPoolExecutor.submit
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from meft import MEFTConfig, host_memory
-from meft.host_memory import available_bytes, require_memory, row_bytes
+from meft import MEFTConfig
+from meft.cost import host_memory
+from meft.cost.host_memory import available_bytes, require_memory, row_bytes
 
 
 def test_bytes_of_the_published_size():

@@ -7,7 +7,7 @@ import torch
 from fake_cuda import FakeCuda
 from test_engine import ROWS, STRATEGIES
 
-from meft.lanes import CudaLanes, HostLanes
+from meft.transport.streams import CudaLanes, HostLanes
 
 THERE = torch.device("cuda", 1)
 

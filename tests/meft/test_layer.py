@@ -24,12 +24,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-import meft.retrieval
-import meft.state
-import meft.store
-from meft import MEFTConfig, context
+import meft.files.training_state
+import meft.retrieval.in_place
+import meft.table.row_table
+from meft import MEFTConfig
 from meft.layer import MEFTLayer
-from meft.routing import chosen_neurons
+from meft.retrieval import forward_context as context
+from meft.routing.reference import chosen_neurons
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -38,7 +39,7 @@ EXACT = {"rtol": 1e-12, "atol": 1e-12}
 def picks(monkeypatch):
     """All selections that are made, in order: (ids of the neurons of each token)."""
     made = []
-    real = meft.retrieval.select_neurons
+    real = meft.retrieval.in_place.select_neurons
 
     def select_neurons(*args, **kwargs):
         selection = real(*args, **kwargs)
@@ -46,7 +47,7 @@ def picks(monkeypatch):
         made.append([tuple(selection.neuron[a:b].tolist()) for a, b in bounds])
         return selection
 
-    monkeypatch.setattr(meft.retrieval, "select_neurons", select_neurons)
+    monkeypatch.setattr(meft.retrieval.in_place, "select_neurons", select_neurons)
     return made
 
 
@@ -258,7 +259,9 @@ def test_the_saved_picks_are_used_whatever_a_new_selection_would_give(tiny, monk
     expected = gradients_of(tiny, tiny.adapted(3), lambda m: tiny.loss(m).backward())
     model = checkpointed(tiny, reentrant)
     loss = tiny.loss(model)
-    monkeypatch.setattr(meft.retrieval, "select_neurons", lambda *args, **kwargs: pytest.fail("selected again"))
+    monkeypatch.setattr(
+        meft.retrieval.in_place, "select_neurons", lambda *args, **kwargs: pytest.fail("selected again")
+    )
     loss.backward()
     tiny.assert_equal(tiny.gradients(model), expected)
 
@@ -443,7 +446,7 @@ def test_a_default_device_does_not_take_the_tables(tiny, monkeypatch):
         made.append(kwargs.get("device"))
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(meft.store.torch, "get_default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(meft.table.row_table.torch, "get_default_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch, "zeros", zeros)
     get_peft_model(base, tiny.config())
     assert made.count("cpu") >= 4
@@ -492,7 +495,7 @@ class Largest(TorchDispatchMode):
 @pytest.fixture
 def wide(tiny, monkeypatch):
     """A model whose tables are by far its largest tensors, and the bytes of one of them."""
-    monkeypatch.setattr(meft.store, "BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(meft.table.row_table, "BLOCK_BYTES", 1 << 12)
     model = tiny.adapted(1, torch.float32, r=2048, num_experts=64)
     return model, 2048 * tiny.WIDTH * 4
 
@@ -528,7 +531,7 @@ def test_a_cast_makes_the_new_table_alone(tiny, wide, dtype):
 
 
 def test_initialising_makes_no_second_table(tiny, monkeypatch):
-    monkeypatch.setattr(meft.store, "BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(meft.table.row_table, "BLOCK_BYTES", 1 << 12)
     table = 2048 * tiny.WIDTH * 4
     base = tiny.base(1, torch.float32)
     sizes = []

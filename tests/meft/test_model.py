@@ -20,7 +20,7 @@ from torch import nn
 
 from meft import MEFTConfig
 from meft.layer import MEFTLayer
-from meft.store import RowTable
+from meft.table.row_table import RowTable
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 GPT = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
@@ -87,7 +87,7 @@ def test_gradients_of_an_architecture_are_the_oracles(tiny, name):
     leaves = {}
 
     def added(layer, x):
-        from meft.routing import reference
+        from meft.routing.reference import reference
 
         keys, values = layer.tables("default")
         parameters = leaves.setdefault(

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meft import RowAdamW
-from meft.moments import KEY, Moments, RowMoments
-from meft.row_update import StepRule
-from meft.updates import UpdateQueue
+from meft.table.moments import KEY, Moments, RowMoments
+from meft.table.row_step import StepRule
+from meft.table.update_queue import UpdateQueue
 
 R, D = 9, 4
 
@@ -399,8 +399,8 @@ def test_what_is_written_into_a_gradient_after_a_step_is_too_late(tiny, write):
 PEAK = """
 import os, sys, threading, time
 import torch
-from meft.moments import Moments, RowMoments
-from meft.store import RowTable
+from meft.table.moments import Moments, RowMoments
+from meft.table.row_table import RowTable
 from meft import state
 
 def resident():  # bytes of this process that no file backs

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from meft import near
-from meft.gradient_ring import GradientRing
-from meft.row_update import native_library
-from meft.updates import UpdateQueue
+from meft.gradient.offload_ring import GradientRing
+from meft.table.row_step import native_library
+from meft.table.update_queue import UpdateQueue
+from meft.transport import numa as near
 
 CUDA = torch.device("cuda", 0)
 

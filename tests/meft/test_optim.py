@@ -14,12 +14,12 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from meft import MEFTConfig, RowAdamW
+from meft.gradient.row_gradient import RowGradient
 from meft.layer import MEFTLayer
-from meft.router import Router, Routers
-from meft.routing import reference
-from meft.row_gradient import RowGradient
-from meft.row_steps import RowSteps
-from meft.store import RowTable
+from meft.optim.optimizer_hook import RowSteps
+from meft.routing.reference import reference
+from meft.routing.router import Router, Routers
+from meft.table.row_table import RowTable
 from peft_bridge import watch_steps
 
 R, D = 10, 4

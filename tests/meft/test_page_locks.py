@@ -11,9 +11,9 @@ from fake_cuda import FakeCuda, forbid_cuda
 from peft import PeftModel
 from test_engine import STRATEGIES
 
-import meft.transfer
+import meft.transport.transfer
 from meft import RowAdamW
-from meft.lanes import CudaLanes
+from meft.transport.streams import CudaLanes
 
 CPU = torch.device("cpu")
 
@@ -50,7 +50,7 @@ def test_the_stand_in_sees_what_asks_for_cuda(tiny, monkeypatch):
     """What the test above would find."""
     forbid_cuda(monkeypatch)
     with pytest.raises(AssertionError, match=r"meft\.transfer called torch\.cuda\.device"):
-        meft.transfer.page_lock(torch.zeros(4), torch.device("cuda", 0))
+        meft.transport.transfer.page_lock(torch.zeros(4), torch.device("cuda", 0))
     with pytest.raises(AssertionError, match="a CUDA context was asked for"):
         torch.cuda.current_device()
 
@@ -138,7 +138,7 @@ def test_with_pin_memory_false_nothing_is_locked(tiny, monkeypatch):
 
 def test_the_report_names_what_the_machine_refuses(tiny, monkeypatch):
     FakeCuda(monkeypatch)
-    monkeypatch.setattr(meft.transfer, "page_lock", lambda tensor, device: False)
+    monkeypatch.setattr(meft.transport.transfer, "page_lock", lambda tensor, device: False)
     model = tiny.adapted(dtype=torch.bfloat16, row_optimizer={"zero_copy": True})
     on_cuda_lanes(model)
     tiny.loss(model)

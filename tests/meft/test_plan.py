@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meft import MEFTConfig
-from meft.plan import STRATEGIES, AdapterShape, Plan, Work
-from meft.what_fits import largest_that_fits, strategies_that_fit
+from meft.cost.fit import largest_that_fits, strategies_that_fit
+from meft.cost.memory import STRATEGIES, AdapterShape, Plan, Work
 
 GIB = 2**30
 D, L, R, E, T = 4096, 32, 6400, 320, 512

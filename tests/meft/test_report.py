@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from meft.routing import chosen_neurons
+from meft.routing.reference import chosen_neurons
 
 
 def test_the_counters_of_one_step(tiny):

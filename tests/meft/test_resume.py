@@ -13,7 +13,7 @@ import torch
 from peft import get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from meft.moments import KEY
+from meft.table.moments import KEY
 
 STEPS = 6
 RESTART = "no moments of MEFT's rows: they restart"

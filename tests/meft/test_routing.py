@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meft.routing import chosen_neurons, default_num_experts, divisors_around, reference
+from meft.routing.reference import chosen_neurons, default_num_experts, divisors_around, reference
 
 
 def by_rank(scores, ids, n):

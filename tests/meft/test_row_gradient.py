@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from meft.row_gradient import RowGradient
+from meft.gradient.row_gradient import RowGradient
 
 R, D = 12, 5
 aten = torch.ops.aten

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meft.row_gradient import RowGradient
-from meft.row_sums import Pending, RowSums, whole_of
+from meft.gradient.accumulator import Pending, RowSums, whole_of
+from meft.gradient.row_gradient import RowGradient
 
 R, D = 12, 3
 ROWS = st.sets(st.integers(0, R - 1)).map(lambda rows: torch.tensor(sorted(rows), dtype=torch.int64))

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter_kernels import adamw_blocks
-from meft import row_update
-from meft.row_update import StepRule, native_library, update_rows
+from meft.table import row_step as row_update
+from meft.table.row_step import StepRule, native_library, update_rows
 
 NEEDS_LIBRARY = pytest.mark.skipif(native_library() is None, reason="the C++ library was not built at installation")
 PATHS = [pytest.param(True, id="c++", marks=NEEDS_LIBRARY), pytest.param(False, id="torch")]
@@ -292,7 +292,7 @@ def test_calls_at_the_same_time_on_several_tables():
 # Neither tensors that torch fills with its threads nor torch.sqrt: in a fork of a process that used them, they hang.
 FORK = """
 import os, sys, torch
-from meft.row_update import StepRule, _call, _scalars, native_library
+from meft.table.row_step import StepRule, _call, _scalars, native_library
 steps = _scalars(StepRule(1e-2, 0.9, 0.999, 1e-8, 0.01, True)).expand(300, -1).clone()
 steps[:, -2], steps[:, -1] = 1e-2 / (1 - 0.9), (1 - 0.999) ** 0.5
 state = [torch.zeros(300, 1100), torch.zeros(300, 1100), torch.zeros(300, 1100)]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel
 
-from meft.store import RowTable
+from meft.table.row_table import RowTable
 
 WAYS = {
     "in place": {},

@@ -8,9 +8,9 @@ from torch.autograd import functional as AF
 from torch.utils.checkpoint import checkpoint
 
 from meft.config import MEFTConfig
+from meft.gradient.row_gradient import RowGradient
 from meft.layer import MEFTLayer
-from meft.routing import reference
-from meft.row_gradient import RowGradient
+from meft.routing.reference import reference
 
 D, T = 8, 6
 WAYS = {

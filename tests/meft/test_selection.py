@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from meft import MEFTConfig, context
+from meft import MEFTConfig
 from meft.layer import MEFTLayer
-from meft.routing import chosen_neurons
-from meft.selection import select_neurons, union
+from meft.retrieval import forward_context as context
+from meft.routing.reference import chosen_neurons
+from meft.routing.topk import select_neurons, union
 
 
 def draw(T, d, E, each, seed=0, integer=False):

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter_kernels import sparse_products
-from meft.routing import chosen_neurons, reference
-from meft.row_gradient import RowGradient
-from meft.selection import Selection, select_neurons, union
-from meft.sparse_ffn import Retrieved, SparseFFN, row_dots, token_sums, weighted_rows
+from meft.gradient.row_gradient import RowGradient
+from meft.retrieval.sparse_ffn import Retrieved, SparseFFN, row_dots, token_sums, weighted_rows
+from meft.routing.reference import chosen_neurons, reference
+from meft.routing.topk import Selection, select_neurons, union
 
 SIZES = {"T": 11, "d": 6, "E": 4, "each": 5, "P": 2, "K": 4}
 

@@ -19,8 +19,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import meft.state
-from meft.state import INDEX
+import meft.files.training_state
+from meft.files.training_state import INDEX
 
 FIELDS = {
     "float32 masters": {},
@@ -105,7 +105,7 @@ def test_a_state_before_the_first_step(tiny, tmp_path):
 
 def test_a_large_state_is_divided(tiny, tmp_path, monkeypatch):
     table = 48 * 32 * 4
-    monkeypatch.setattr(meft.state, "SHARD_BYTES", 2 * table + 500)
+    monkeypatch.setattr(meft.files.training_state, "SHARD_BYTES", 2 * table + 500)
     model = make(tiny)
     tiny.train(model, 2)
     model.save_pretrained(tmp_path)
@@ -116,14 +116,14 @@ def test_a_large_state_is_divided(tiny, tmp_path, monkeypatch):
     seen = [name for n in names for name in load_file(tmp_path / n)]
     assert len(seen) == len(set(seen)) == 4 * 3
     for name in names:
-        assert sum(t.nbytes for t in load_file(tmp_path / name).values()) <= meft.state.SHARD_BYTES
+        assert sum(t.nbytes for t in load_file(tmp_path / name).values()) <= meft.files.training_state.SHARD_BYTES
     other = reloaded(tiny, tmp_path)
     other.base_model.load_training_state(tmp_path)
     tiny.assert_equal(tiny.whole_state(other), tiny.whole_state(model))
 
 
 def test_a_tensor_larger_than_a_shard_stands_alone(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(meft.state, "SHARD_BYTES", 1)
+    monkeypatch.setattr(meft.files.training_state, "SHARD_BYTES", 1)
     model = make(tiny)
     tiny.train(model, 1)
     model.save_pretrained(tmp_path)
@@ -137,7 +137,7 @@ def test_a_tensor_larger_than_a_shard_stands_alone(tiny, tmp_path, monkeypatch):
 def test_a_second_state_replaces_the_first(tiny, tmp_path, monkeypatch):
     model = make(tiny)
     optimizer = tiny.train(model, 1)
-    monkeypatch.setattr(meft.state, "SHARD_BYTES", 1)
+    monkeypatch.setattr(meft.files.training_state, "SHARD_BYTES", 1)
     model.base_model.save_training_state(tmp_path)
     first = shards_in(tmp_path)
     monkeypatch.undo()
@@ -243,7 +243,7 @@ def test_tensors_that_do_not_fit_are_refused(tiny, good, damaged, change, match)
     index = json.loads((damaged / INDEX).read_text())
     index["files"][name] |= {
         "bytes": (damaged / name).stat().st_size,
-        "sha256": meft.state._file_digest(damaged / name),
+        "sha256": meft.files.training_state._file_digest(damaged / name),
     }
     (damaged / INDEX).write_text(json.dumps(index))
     refuses(tiny, good[1], damaged, match)
@@ -273,8 +273,8 @@ def test_a_full_disk_leaves_the_old_state_and_no_litter(tiny, damaged, monkeypat
     model = reloaded(tiny, damaged)
     model.base_model.load_training_state(damaged)
     before, state = {p.name: p.read_bytes() for p in damaged.iterdir()}, tiny.whole_state(model)
-    monkeypatch.setattr(meft.state, "SHARD_BYTES", 1)
-    real, written = meft.state.save_file, []
+    monkeypatch.setattr(meft.files.training_state, "SHARD_BYTES", 1)
+    real, written = meft.files.training_state.save_file, []
 
     def third_is_too_much(tensors, path):
         written.append(path)
@@ -283,7 +283,7 @@ def test_a_full_disk_leaves_the_old_state_and_no_litter(tiny, damaged, monkeypat
             raise OSError(errno.ENOSPC, "No space left on device")
         real(tensors, path)
 
-    monkeypatch.setattr(meft.state, "save_file", third_is_too_much)
+    monkeypatch.setattr(meft.files.training_state, "save_file", third_is_too_much)
     with pytest.raises(OSError, match="No space left"):
         model.base_model.save_training_state(damaged)
     assert {p.name: p.read_bytes() for p in damaged.iterdir()} == before
@@ -329,7 +329,7 @@ def test_an_interrupt_anywhere_leaves_a_whole_state_and_comes_out(tiny, tmp_path
     save, count, at = model.base_model.save_training_state, [0], [-1]
 
     def trace(frame, event, argument):
-        if not frame.f_code.co_filename.endswith(("meft/state.py", "peft_bridge/files.py")):
+        if not frame.f_code.co_filename.endswith(("meft/files/training_state.py", "peft_bridge/files.py")):
             return None
         if event == "line" and frame.f_code.co_name != "_remove":
             count[0] += 1

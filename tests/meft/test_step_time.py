@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meft.plan import STRATEGIES, AdapterShape, Plan, Work
-from meft.step_time import BaseModel, Ceilings, _Resource, step_time
+from meft.cost.memory import STRATEGIES, AdapterShape, Plan, Work
+from meft.cost.step_time import BaseModel, Ceilings, _Resource, step_time
 
 UNBOUND = Ceilings(*[math.inf] * 7)
 TINY = AdapterShape(d=16, layers=3, r=64, experts=8, probed=2, top_k=4)

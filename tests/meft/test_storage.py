@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from meft.storage import FILE
+from meft.files.adapter_file import FILE
 from peft_bridge.weights import _saving
 
 DIGEST = FILE.digest_key
@@ -265,7 +265,7 @@ CHILD = """
 import builtins, os, pathlib, resource, shutil, signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch, safetensors.torch, peft.peft_model, peft.config
-import meft.host_tensors, meft.state, peft_bridge.weights
+import meft.transport.host_tensors, meft.files.training_state, peft_bridge.weights
 from tests.meft.conftest import Tiny
 
 root = pathlib.Path(sys.argv[2])
@@ -311,9 +311,9 @@ ways = {
     "weights: after the rename": lambda: dying_replace(W, False),
     "between weights and config": lambda: setattr(peft.config.PeftConfigMixin, "save_pretrained", die),
     "half a config": half_a_config,
-    "state: half a shard": lambda: setattr(meft.state, "save_file", half),
-    "state: before the sync of a shard": lambda: setattr(meft.state, "sync", die),
-    "state: after the shards": lambda: setattr(meft.state, "replace_file", die),
+    "state: half a shard": lambda: setattr(meft.files.training_state, "save_file", half),
+    "state: before the sync of a shard": lambda: setattr(meft.files.training_state, "sync", die),
+    "state: after the shards": lambda: setattr(meft.files.training_state, "replace_file", die),
     "state: before the index's rename": lambda: dying_replace(S, True),
     "state: after the index's rename": lambda: dying_replace(S, False),
     "state: while old shards go": lambda: setattr(pathlib.Path, "unlink", die),
@@ -322,7 +322,7 @@ for number, (point, way) in enumerate(ways.items()):
     folder = shutil.copytree(root / "first", root / str(number))
     child = os.fork()
     if not child:
-        meft.host_tensors._forks = 0  # tables as small as these are in forked processes too
+        meft.transport.host_tensors._forks = 0  # tables as small as these are in forked processes too
         way()
         model.save_pretrained(folder)
         model.base_model.save_training_state(folder)

@@ -1,4 +1,4 @@
-"""What `meft.tensor_private` takes from torch without its documentation."""
+"""What `meft.table.torch_private` takes from torch without its documentation."""
 
 import copy
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from meft.tensor_private import GET_DATA, GET_GRAD, SET_DATA, become, is_parameter, other_users, storage_address
+from meft.table.torch_private import GET_DATA, GET_GRAD, SET_DATA, become, is_parameter, other_users, storage_address
 
 SHARING = {
     "data": lambda t: t.data,

@@ -14,7 +14,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from meft import RowAdamW, context
+from meft import RowAdamW
+from meft.retrieval import forward_context as context
 
 
 def dataset(tiny, rows=16):

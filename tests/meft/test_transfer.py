@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from meft.transfer import PageLock, page_lock, page_locked, page_unlock
+from meft.transport.transfer import PageLock, page_lock, page_locked, page_unlock
 
 OTHER, DEVICE = torch.device("cuda", 0), torch.device("cuda", 1)
 

@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 
-from meft import waiting_threads
-from meft.waiting_threads import check_waiting, wait_awake
+from meft.transport import openmp_waiting as waiting_threads
+from meft.transport.openmp_waiting import check_waiting, wait_awake
 
 
 @pytest.fixture(autouse=True)

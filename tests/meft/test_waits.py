@@ -8,11 +8,11 @@ from fake_cuda import FakeCuda
 from near_device import THERE, BlockingError, Near, NearDevice
 from torch import nn
 
-import meft.carry
-import meft.engine
-import meft.strategies
-from meft.lanes import CudaLanes, HostLanes, _Stream
-from meft.store import RowTable
+import meft.retrieval.carry
+import meft.retrieval.engine
+import meft.retrieval.strategies
+from meft.table.row_table import RowTable
+from meft.transport.streams import CudaLanes, HostLanes, _Stream
 
 WAYS = {name: {"retrieval": name} for name in ("host", "stream", "device-keys", "device-rows")}
 WAYS["resident"] = {"placement": "device"}
@@ -45,7 +45,7 @@ class Device(FakeCuda):
         monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: isinstance(tensor, Near)))
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
         monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # knows no such device
-        for module in meft.engine, meft.strategies:
+        for module in meft.retrieval.engine, meft.retrieval.strategies:
             monkeypatch.setattr(module, "capturing", lambda x: False)
         run = _Stream.run
 
@@ -226,14 +226,14 @@ def test_what_blocks_is_noticed(tiny, monkeypatch, what):
 
 
 def test_a_wait_before_the_base_ffn_is_noticed(tiny, monkeypatch):
-    layers, begin = built(tiny, retrieval="stream"), meft.engine.Engine.begin
+    layers, begin = built(tiny, retrieval="stream"), meft.retrieval.engine.Engine.begin
 
     def hasty(engine, *args):
         begun = begin(engine, *args)
         engine.complete(begun)
         return begun
 
-    monkeypatch.setattr(meft.engine.Engine, "begin", hasty)
+    monkeypatch.setattr(meft.retrieval.engine.Engine, "begin", hasty)
     with on_the_device(tiny, monkeypatch, layers) as device:
         passes(layers, Near(activations(tiny)), device.notes.clear)
         words = order_of(device.notes, device, layers[0].places["default"].engine._given)

@@ -8,12 +8,12 @@ import torch
 from test_engine import STRATEGIES, on_lanes
 from thread_lanes import ThreadLanes
 
-import meft.zero_copy
+import meft.table.gpu_step
 from meft import RowAdamW
-from meft.moments import Moments
-from meft.row_update import StepRule
-from meft.transfer import Traffic
-from meft.zero_copy import ZeroCopySteps
+from meft.table.gpu_step import ZeroCopySteps
+from meft.table.moments import Moments
+from meft.table.row_step import StepRule
+from meft.transport.transfer import Traffic
 
 RULE = StepRule(1e-2, 0.9, 0.99, 1e-8, 0.1, True)
 
@@ -21,7 +21,7 @@ RULE = StepRule(1e-2, 0.9, 0.99, 1e-8, 0.1, True)
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch):
     """So that a step takes several rounds of both buffers."""
-    monkeypatch.setattr(meft.zero_copy, "CAPACITY", 5)
+    monkeypatch.setattr(meft.table.gpu_step, "CAPACITY", 5)
 
 
 def trained(tiny, zero_copy, steps=3, clip=None, optimizer=None, **fields):
@@ -167,10 +167,12 @@ def test_where_the_device_cannot_reach_the_memory_the_host_steps(monkeypatch, ca
     lanes = ThreadLanes()
     steps, held = ZeroCopySteps(lanes, 6), []
     steps._device = torch.device("mps" if refusal == "other device" else "cuda")
-    monkeypatch.setattr(meft.zero_copy.dispatch, "on", lambda device: nullcontext())
-    monkeypatch.setattr(meft.zero_copy.PageLock, "hold", lambda self, t, device: held.append(t) or refusal != "pages")
-    monkeypatch.setattr(meft.zero_copy, "zero_copy", lambda device, **tensors: refusal != "probe")
-    monkeypatch.setattr(meft.zero_copy, "ZeroCopySteps", lambda lanes, d: steps)
+    monkeypatch.setattr(meft.table.gpu_step.dispatch, "on", lambda device: nullcontext())
+    monkeypatch.setattr(
+        meft.table.gpu_step.PageLock, "hold", lambda self, t, device: held.append(t) or refusal != "pages"
+    )
+    monkeypatch.setattr(meft.table.gpu_step, "zero_copy", lambda device, **tensors: refusal != "probe")
+    monkeypatch.setattr(meft.table.gpu_step, "ZeroCopySteps", lambda lanes, d: steps)
     monkeypatch.setitem(step_of.__globals__, "ZeroCopySteps", lambda lanes, d: steps)
     with caplog.at_level(logging.WARNING):
         step_of(lanes)
@@ -188,8 +190,8 @@ def test_the_memory_is_locked_once(monkeypatch):
     steps._device = torch.device("cuda")
     table = torch.zeros(2, 6)
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: any(self is t for t in held))
-    monkeypatch.setattr(meft.zero_copy.PageLock, "hold", lambda self, t, device: held.append(t) or True)
-    monkeypatch.setattr(meft.zero_copy, "zero_copy", lambda device, **tensors: True)
+    monkeypatch.setattr(meft.table.gpu_step.PageLock, "hold", lambda self, t, device: held.append(t) or True)
+    monkeypatch.setattr(meft.table.gpu_step, "zero_copy", lambda device, **tensors: True)
     assert steps._reaches({"table": table})
     assert steps._reaches({"table": table})
     assert len(held) == 1

@@ -16,13 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 from device.chain import STRATEGIES, Setting, difference, trained
 from mutants import mutant
 
-import meft.strategies
+import meft.retrieval.strategies
 from adapter_kernels import dispatch
-from meft.lanes import HostLanes
+from meft.transport.streams import HostLanes
 
 CPU = torch.device("cpu")
 SIZE = {"layers": 1, "tokens": 20, "steps": 1}
-THERE = ("meft.strategies", "meft.transfer")  # who asks whether tensors are on a CUDA device
+THERE = ("meft.retrieval.strategies", "meft.transport.transfer")  # who asks whether tensors are on a CUDA device
 ON_DEVICE = {"sparse_ffn", "row_union", "router_topk", "expert_topk"}
 
 
@@ -37,7 +37,7 @@ def as_on_cuda(monkeypatch):
         launched[sys._getframe(1).f_globals["__name__"].rpartition(".")[2]] += 1
         return True
 
-    picked = meft.strategies._picked
+    picked = meft.retrieval.strategies._picked
 
     def picked_on_the_host(*args):
         on_host.append(True)
@@ -49,7 +49,7 @@ def as_on_cuda(monkeypatch):
     asked = property(lambda tensor: sys._getframe(1).f_globals["__name__"] in THERE)
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "use_triton", use_triton)
-        patch.setattr(meft.strategies, "_picked", picked_on_the_host)
+        patch.setattr(meft.retrieval.strategies, "_picked", picked_on_the_host)
         patch.setattr(torch.Tensor, "is_cuda", asked)
         patch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

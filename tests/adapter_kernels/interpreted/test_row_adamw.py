@@ -9,7 +9,7 @@ from row_checks import same_bits
 from selection_checks import generator
 
 from adapter_kernels import override, row_adamw
-from meft import row_update
+from meft.table import row_step as row_update
 
 kernel = partial(row_adamw, impl="triton")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

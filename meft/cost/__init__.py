@@ -1,0 +1,1 @@
+"""What an adapter costs: bytes, seconds, and what fits."""

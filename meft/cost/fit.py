@@ -1,0 +1,53 @@
+"""Which plans fit into a device's memory, and how large they may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from .memory import STRATEGIES, AdapterShape, Plan, Rows, Work
+
+
+def strategies_that_fit(
+    shape: AdapterShape,
+    work: Work,
+    free_device_bytes: int,
+    *,
+    placement: str = "host",
+    rows: Sequence[Rows] = ("save", "refetch"),
+) -> list[Plan]:
+    """The plans whose parts on the device fit, the preferred one first: least traffic that must be waited for.
+
+    Of `rows` each takes the first that fits. `resident` is for `placement="device"` alone, and
+    nothing else is.
+
+    Args:
+        free_device_bytes: what base model and activations leave.
+        rows: what may happen with the rows for backward, the preferred one first.
+    """
+    found = []
+    for strategy in STRATEGIES:
+        if (strategy == "resident") != (placement == "device"):
+            continue
+        for kept in rows:
+            plan = Plan(shape, replace(work, rows=kept), strategy)
+            if sum(plan.device_bytes().values()) <= free_device_bytes:
+                found.append(plan)
+                break
+    return found
+
+
+def largest_that_fits(fits: Callable[[int], bool], limit: int, step: int = 1) -> int:
+    """The largest multiple of `step` up to `limit` for which `fits` is true, 0 if for none.
+
+    Args:
+        fits: true up to some number and false above it; it is asked about 1 + log2(limit / step) times.
+    """
+    low, high = 0, limit // step if fits(step) else 0  # often nothing does
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle * step):
+            low = middle
+        else:
+            high = middle - 1
+    return low * step

@@ -1,0 +1,112 @@
+"""Whether the host has the memory for an adapter's rows, asked before any of it is taken."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from torch import nn
+
+from ..config import MEFTConfig
+from ..targets import ffn_width
+
+OVERRIDE = "ASLORA_MEFT_HOST_GIB"  # GiB that may be taken, whatever the system says
+
+
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """Host memory that can be taken: what `ASLORA_MEFT_HOST_GIB` says, else the least of what the system and the
+    control groups of this process (versions 1 and 2: containers, batch jobs) have left without swapping.
+
+    Args:
+        root: where /proc and /sys are.
+
+    Returns:
+        bytes; None where nothing says.
+
+    Raises:
+        ValueError: the variable is no number.
+    """
+    if given := os.environ.get(OVERRIDE):
+        try:
+            return int(float(given) * 2**30)
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{OVERRIDE}={given!r} is no number of GiB: set it to e.g. 64, or unset it.") from error
+    left = _left_in_groups(root)
+    with suppress(OSError, StopIteration, ValueError):
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        left.append(next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")))
+    return min(left, default=None)
+
+
+def _left_in_groups(root: Path) -> list[int]:
+    """Bytes that are left in each control group, and those around it, that limits this process."""
+    left: list[int] = []
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if not kinds:
+                top, limit, used, cache = root / "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+            elif "memory" in kinds.split(","):
+                top, limit, used = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+                cache = "total_inactive_file"
+            else:
+                continue
+            group = top / path.strip("/")
+            # In a container the path may be that of the host, which is not there; what limits it is at the top then.
+            for folder in (group, *group.parents):
+                with suppress(OSError, ValueError):  # no limit ("max"), or no such group
+                    most, taken = (int((folder / name).read_text()) for name in (limit, used))
+                    left.append(max(0, most - taken + _cache(folder, cache)))
+                if folder == top:
+                    break
+    return left
+
+
+def _cache(group: Path, name: str) -> int:
+    """Bytes of file cache that the system gives up when memory is wanted."""
+    with suppress(OSError, StopIteration, ValueError):
+        lines = (group / "memory.stat").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.split()[:1] == [name])
+    return 0
+
+
+def row_bytes(config: MEFTConfig, d: int, layers: int, wire: int) -> int:
+    """Bytes of an adapter's rows in host memory: masters, the narrower copy that is read, and moments where it trains.
+
+    Args:
+        wire: bytes of a value as it is read.
+    """
+    master = {"float64": 8, "float32": 4, "bfloat16": 2}[config.master_dtype]
+    moments = 0 if config.inference_mode else 2 * max(4, master)
+    return 2 * layers * config.r * d * (master + (wire if wire < master else 0) + moments)
+
+
+def require_memory(wanted: int, config: MEFTConfig, layers: int) -> None:
+    """Raises: MemoryError: more is wanted than there is."""
+    available = available_bytes()
+    if available is None or wanted <= available:
+        return
+    fits = int(config.r * available / wanted) // config.experts * config.experts
+    remedy = f"use r={fits} or less" if fits else "use a machine with more memory"
+    raise MemoryError(
+        f"r={config.r} in {layers} layers takes {wanted:,} bytes of host memory ({wanted / 2**30:.1f} GiB), and "
+        f"{available:,} ({available / 2**30:.1f} GiB) are available: {remedy}, adapt fewer layers "
+        "(layers_to_transform), or set master_dtype='bfloat16'; where memory grows as it is used, set "
+        f"{OVERRIDE} to the GiB that may be taken."
+    )
+
+
+def require_memory_for(config: MEFTConfig, model: nn.Module) -> None:
+    """Raises: MemoryError: the rows of an adapter of this model want more host memory than there is."""
+    found = [module for path, module in model.named_modules() if check_target_module_exists(config, path)]
+    ffns: list[nn.Module] = [m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for m in found]
+    if not config.on_host or not ffns or any(p.is_meta for ffn in ffns for p in ffn.parameters()):
+        return
+    wire = min((p.element_size() for ffn in ffns for p in ffn.parameters() if p.is_floating_point()), default=4)
+    if config.row_dtype != "auto":
+        wire = getattr(torch, config.row_dtype).itemsize
+    with suppress(ValueError):  # no FFN of known width: the injection says so
+        require_memory(row_bytes(config, ffn_width(ffns[0], model), len(ffns), wire), config, len(ffns))

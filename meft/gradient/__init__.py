@@ -1,0 +1,1 @@
+"""Gradients that hold the touched rows alone, and their way to the host."""

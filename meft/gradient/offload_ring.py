@@ -1,0 +1,115 @@
+"""The way of row gradients to the host, during the backward pass: a ring of buffers and a thread that drains it."""
+
+from __future__ import annotations
+
+import math
+import queue
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from ..transport.numa import stay_near
+from ..transport.streams import Lanes, Mark
+from ..transport.transfer import Traffic, nbytes
+from .accumulator import Pending
+from .drain import drain
+from .known_values import KnownValues
+from .pool import GradientPool
+from .row_gradient import RowGradient
+
+SLOTS = 4
+
+
+class GradientRing:
+    """Staging buffers that gradients pass through in the order in which they are made.
+
+    A slot goes: free, filled by a copy beside the computation, drained by the thread into memory of the gradient's own
+    (`gradient_pool`), free. Where none is free the launching thread waits, which is counted.
+
+    Args:
+        capacity: rows of a slot; more rows take several slots.
+    """
+
+    def __init__(self, lanes: Lanes, capacity: int, width: int, dtype: torch.dtype) -> None:
+        self.lanes, self.capacity, self.dtype = lanes, capacity, dtype
+        # Of one backward pass; weak, as errors hold on to the frames that they came through, and these to graphs.
+        self._backward, self._sent = -1, list[weakref.ref[Pending]]()
+        self._pool = GradientPool(width)
+        self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+        for _ in range(SLOTS):
+            self._free.put(lanes.staging((capacity, width), dtype))
+        self._thread = ThreadPoolExecutor(1, "meft-gradients", partial(stay_near, lanes.device))
+        self._end = weakref.finalize(self, self._thread.shutdown, wait=False)
+
+    def send(self, rows: Tensor, gradient: Tensor, table: Tensor, traffic: Traffic) -> RowGradient:
+        """Let a gradient leave for the host.
+
+        Args:
+            rows: int64 [u], ascending, on the host.
+            gradient: [u, d], on the device.
+            table: the parameter.
+
+        Returns:
+            the gradient of the table, whose values arrive later.
+        """
+        self._check_earlier()
+        gradient = gradient.detach().to(self.dtype)
+        traffic.bytes_to_host += nbytes(gradient)
+        values = self._pool.take(len(gradient), torch.promote_types(table.dtype, torch.float32))
+        drained, known = [], KnownValues()
+        self.lanes.outbound.after(self.lanes.here())
+        for start in range(0, len(gradient), self.capacity):
+            part = gradient[start : start + self.capacity]
+            slot = self._slot(traffic)
+            try:
+                self.lanes.outbound.run(partial(slot[: len(part)].copy_, part, non_blocking=True), [gradient])
+                mark = self.lanes.outbound.mark()
+            except BaseException:
+                self._free.put(slot)
+                raise
+            drained.append(self._thread.submit(self._drain, slot, mark, values[start : start + len(part)]))
+        pending = Pending(self._thread.submit(_whole, drained, rows, values, known), self._thread)
+        self._sent.append(weakref.ref(pending))
+        return RowGradient.arriving(pending, table, known)
+
+    def _check_earlier(self) -> None:
+        """Raises: RuntimeError: a gradient of this backward pass did not arrive; not only when it is looked at."""
+        backward = torch._C._current_graph_task_id()
+        if self._backward != backward:
+            self._backward, self._sent = backward, []
+            self._pool.begin_pass()
+        for pending in [reference() for reference in self._sent]:
+            if pending is not None and pending.future.done() and pending.future.exception() is not None:
+                pending.landed()
+
+    def _slot(self, traffic: Traffic) -> Tensor:
+        try:
+            return self._free.get_nowait()
+        except queue.Empty:
+            traffic.ring_stalls += 1
+            with traffic.stalled():
+                return self._free.get()
+
+    def _drain(self, slot: Tensor, mark: Mark, target: Tensor) -> float | None:
+        """The sum of the squares."""
+        try:
+            mark.wait()
+            with record_function("meft: drain row gradients"):
+                return drain(slot[: len(target)], target)
+        finally:
+            self._free.put(slot)
+
+
+def _whole(
+    drained: list[Future[float | None]], rows: Tensor, values: Tensor, known: KnownValues
+) -> tuple[Tensor, Tensor]:
+    """Rows and values; raises what went wrong on their way."""
+    sums: list[float | None] = []
+    for part in drained:
+        sums.append(part.result())
+    known.land(values, None if None in sums else math.fsum(one for one in sums if one is not None))
+    return rows, values

@@ -1,0 +1,66 @@
+"""A gradient of a table [r, d] that stores only the rows that a backward pass has touched.
+
+It is what autograd accumulates in `.grad` of keys and values. Everything that happens to a gradient between backward
+and step works on it and treats the other rows as the zeros that they are: accumulation over backward passes,
+`zero_grad`, clipping by norm or value (torch, accelerate), `GradScaler.unscale_`, and whatever else leaves zeros zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .operations import operate, overflow_watchers
+from .part import PartOfGradient, plain
+from .row_rules import rows_of_whole
+from .stored_rows import SPENT, StoredRows, check_not_spent
+
+__all__ = ["SPENT", "RowGradient", "as_row_gradient", "overflow_watchers"]
+
+
+class RowGradient(StoredRows):
+    """A gradient of shape [r, d].
+
+    An operation whose result is zero wherever the gradient is works on the touched rows and gives a `RowGradient`;
+    reductions, masks and parts are those of the whole gradient; what would write into other rows is an error.
+
+    Attributes:
+        rows: int64 [n], the touched rows, ascending.
+        row_values: [n, d], their gradients, at least in float32. Of a gradient that is on its way from a device,
+            whoever reads these waits for its arrival.
+        owner: id of the table's parameter.
+        spent: whether the rows are being updated with it already, so that it can be read but not changed.
+    """
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        # By itself: torch would write into a view of some of its values.
+        check_not_spent(self)
+        whole, touched = self.to_dense(), self.touched()
+        value = tree_map(_whole, value)
+        same = isinstance(value, Tensor) and value.dtype == self.dtype
+        whole[tree_map(_whole, index)] = value.to(whole.dtype) if same else value
+        self._stored = rows_of_whole("Assigning to some of its values", whole, [touched])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return operate(func, args, kwargs or {})
+
+
+def _whole(value: Any) -> Any:
+    return value.to_dense() if isinstance(value, RowGradient) else plain(value)
+
+
+def as_row_gradient(gradient: Tensor, like: Tensor | None = None) -> RowGradient:
+    """A gradient that somebody else has made (a plain tensor, of a penalty for one): all rows are touched."""
+    if isinstance(gradient, RowGradient):
+        return gradient
+    if isinstance(gradient, PartOfGradient):
+        raise NotImplementedError(
+            "What was made of a view or a stack of gradients of MEFT rows is the .grad of rows, which would touch all "
+            "of them: make it of the gradients themselves, or of their .to_dense() if all rows shall be updated."
+        )
+    rows = torch.arange(len(gradient), device=gradient.device)
+    return RowGradient(rows, gradient, gradient if like is None else like)

@@ -1,0 +1,276 @@
+"""Rows and values of a gradient in the form of a tensor; what may be done with it is in `row_gradient`."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ..table.row_step import multiplied
+from ..transport.host_tensors import check_process, forks
+from .accumulator import Pending, Stored
+from .known_values import KnownValues
+from .pool import held_by_others
+from .row_rules import Touched
+
+
+@dataclass(eq=False)
+class _Held:
+    """What a gradient and its aliases (`.data`, `.detach()`) have in common.
+
+    Attributes:
+        in_use: whether an update that was queued reads it.
+        known: of values that were drained.
+        forks: what `host_tensors.forks` said when they were.
+        factors: float32 numbers, at most two, that the values still have to be multiplied by, in their order: the
+            update does it as it reads them, and whoever looks at them before finds them multiplied.
+        twin: of the gradient that these values were taken over from, or that has taken them over.
+    """
+
+    stored: Stored
+    spent: bool
+    in_use: bool = False
+    known: KnownValues | None = None
+    forks: int | None = None
+    factors: tuple[float, ...] = ()
+    twin: weakref.ref[_Held] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a pickle, which has memory of its own."""
+        return {"stored": self.stored, "spent": self.spent, "factors": self.factors}
+
+    @property
+    def shared(self) -> bool:
+        """Whether somebody else reads the values: nothing is written into them."""
+        return self.in_use or (self.twin is not None and self.twin() is not None)
+
+
+SPENT = (
+    "A gradient of MEFT rows that were updated within the backward pass (row_optimizer has in_backward=True) cannot be "
+    "clipped, scaled or added to any more: train without clipping (Trainer: max_grad_norm=0) and GradScaler, with one "
+    "forward pass in a backward pass, accumulate by accelerate (a Trainer does), or set in_backward=False."
+)
+
+
+class StoredRows(torch.Tensor):
+    """What a `RowGradient` consists of; see there.
+
+    Attributes:
+        rows: int64 [n], the touched rows, ascending.
+        row_values: [n, d], their gradients, at least in float32. Of a gradient that is on its way from a device,
+            whoever reads these waits for its arrival.
+        owner: id of the table's parameter.
+        spent: whether the rows are being updated with it already, so that it can be read but not changed.
+    """
+
+    owner: int
+    _held: _Held
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, rows: Tensor, row_values: Tensor, like: Tensor) -> Self:
+        """Args: like: the table; shape, dtype and device are taken from it."""
+        return cls._of((rows, row_values), like)
+
+    @classmethod
+    def arriving(cls, pending: Pending, like: Tensor, known: KnownValues | None = None) -> Self:
+        """A gradient whose rows and values come later.
+
+        Args:
+            known: of the values, once they have come.
+        """
+        self = cls._of(pending, like)
+        self._held.known, self._held.forks = known, forks()
+        return self
+
+    @classmethod
+    def _of(cls, stored: Stored, like: Tensor, dtype: torch.dtype | None = None) -> Self:
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, like.shape, dtype=dtype or like.dtype, device=like.device, requires_grad=False
+        )
+        self._held = _Held(stored, isinstance(like, StoredRows) and like.spent)
+        self.owner = like.owner if isinstance(like, StoredRows) else id(like)
+        return self
+
+    @property
+    def _stored(self) -> Stored:
+        return self._held.stored
+
+    @_stored.setter
+    def _stored(self, stored: Stored) -> None:
+        self._held.stored, self._held.known, self._held.factors = stored, None, ()
+
+    def take_over(self, other: Self) -> None:
+        """Rows and values of another gradient, which are on their way, and what is known of them."""
+        self._held.stored, self._held.factors = other._held.stored, ()
+        self._held.known, self._held.forks = other._held.known, other._held.forks
+        self._held.twin, other._held.twin = weakref.ref(other._held), weakref.ref(self._held)
+
+    def become_sum(self, stored: Stored, memory_of: Self | None) -> None:
+        """The sum of two gradients.
+
+        Args:
+            memory_of: the gradient whose memory may have taken it; None: it has memory of its own.
+        """
+        known, held = None, self._held
+        if isinstance(stored, Pending):
+            earlier = memory_of._held if memory_of is not None else None
+            if earlier is None:
+                known = KnownValues()
+            elif earlier.known is not None and (
+                isinstance(earlier.stored, Pending) or earlier.known.holds(earlier.stored[1])
+            ):
+                known = KnownValues(earlier.known)
+        self._stored = stored
+        held.known = known
+
+    @property
+    def spent(self) -> bool:
+        return self._held.spent
+
+    @spent.setter
+    def spent(self, spent: bool) -> None:
+        self._held.spent = spent
+
+    def for_update(self) -> Self:
+        """The gradient as it is now, for an update that is queued: what is written into this one later is not seen."""
+        self._held.in_use = True
+        made = self._of(self._held.stored, self)
+        made._held.known, made._held.forks, made._held.factors = (
+            self._held.known,
+            self._held.forks,
+            self._held.factors,
+        )
+        return made
+
+    def own_memory(self) -> None:
+        """Before something is written in place: an update that is queued keeps the memory that it reads."""
+        if self._held.shared:
+            rows, values = self.stored()
+            if self._held.shared:
+                self._unshare(rows, values.clone())
+
+    def _unshare(self, rows: Tensor, values: Tensor) -> None:
+        """Values of its own in place of those that somebody else reads too."""
+        self._stored, self._held.in_use, self._held.twin = (rows, values), False, None
+
+    @property
+    def rows(self) -> Tensor:
+        return self._landed()[0]
+
+    @property
+    def row_values(self) -> Tensor:
+        _, values = self.stored()
+        known = self._held.known
+        return known.watched(values) if known is not None and known.holds(values) else values
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Rows and values."""
+        rows, values = self._landed()
+        factors = self._held.factors
+        if factors and self._held.shared:
+            self._unshare(rows, multiplied(values, factors))
+        elif factors:
+            self._stored = rows, multiplied(values, factors, out=values)
+        return self._landed()
+
+    def forget(self) -> None:
+        """Before something is written into the values by an operation on the gradient, which torch counts as a write
+        into that alone."""
+        self.stored()
+        if self._held.known is not None:
+            self._held.known.forget()
+            self._held.known = None
+
+    def multiply_now(self) -> None:
+        """Before the values are used as they are stored."""
+        if self._held.factors:
+            self.stored()
+
+    def to_multiply(self) -> tuple[Tensor, Tensor, tuple[float, ...]]:
+        """Rows, values, and the factors that these still have to be multiplied by."""
+        return *self._landed(), self._held.factors
+
+    def _landed(self) -> tuple[Tensor, Tensor]:
+        held = self._held
+        if held.forks is not None:
+            check_process(held.forks)
+        if isinstance(held.stored, Pending):
+            held.stored = held.stored.result()
+            if held.known is not None:
+                held.known.land(held.stored[1])
+        return held.stored
+
+    # ------------------------------------------------------------------ without a look at the values
+
+    def squares(self) -> float | None:
+        """The sum of the squares of all values in double, finite if and only if they are; None where a look is needed.
+
+        It waits for the values.
+        """
+        _, values = self._landed()
+        known = self._held.known
+        return None if known is None else known.squares_of(values, self._held.factors)
+
+    def multiply_later(self, factor: Tensor | float) -> bool:
+        """Multiply by a number, in place, when the values are read next.
+
+        Returns:
+            False where that would not be the same: nothing is done then.
+        """
+        held = self._held
+        if held.known is None or len(held.factors) == 2:
+            return False
+        _, values = self._landed()
+        given = torch.as_tensor(factor)
+        if given.ndim or not given.is_cpu or given.dtype.is_complex or held_by_others(values):
+            return False
+        factors = *held.factors, float(given.detach().to(torch.float32))  # as torch takes it
+        if not math.isfinite(factors[-1]) or not held.known.allows(values, factors):
+            return False
+        held.factors = factors
+        return True
+
+    def touched(self) -> Touched:
+        """Rows and values, for `meft.gradient.row_rules`."""
+        return Touched(*self.stored(), self.shape)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        rows = "arriving" if isinstance(self._stored, Pending) else len(self.rows)
+        return f"{type(self).__name__}(shape={list(self.shape)}, rows={rows}, dtype={self.dtype})"
+
+    def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """The whole gradient, [r, d], zero in the other rows."""
+        return self.touched().whole()
+
+    def numpy(self, **kwargs: Any) -> Any:
+        """The whole gradient; what is written into the array would be lost, so it cannot be."""
+        array = self.to_dense().numpy(**kwargs)
+        array.flags.writeable = False
+        return array
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.numpy().__array__(*args, **kwargs)
+
+    def tolist(self) -> Any:
+        return self.to_dense().tolist()
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        """An alias, as of any tensor."""
+        return self.detach()
+
+    @data.setter
+    def data(self, values: Tensor) -> None:
+        self.copy_(values)
+
+
+def check_not_spent(gradient: StoredRows) -> None:
+    """Raises: RuntimeError: the rows are being updated with it already."""
+    if gradient.spent:
+        raise RuntimeError(SPENT)

@@ -1,0 +1,1 @@
+"""Optimizer steps on rows, by which rule and across ranks."""

@@ -1,0 +1,143 @@
+"""Rows under DistributedDataParallel: it leaves them alone, and their gradients are averaged here.
+
+At the end of each backward pass that DDP synchronises, the ranks agree on the union of their touched rows and average
+over it, so that clipping sees the same gradients on all ranks.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ..gradient.row_gradient import RowGradient, as_row_gradient
+from ..table.row_table import RowTable, row_blocks
+from .optimizer_hook import RowSteps
+
+
+class RankAverage:
+    """Averages the row gradients of one model's tables over the ranks of its DDP wrapper."""
+
+    def __init__(self, steps: RowSteps) -> None:
+        self.steps = steps
+        self._forget()
+
+    def _forget(self) -> None:
+        self._shared: weakref.ref[DistributedDataParallel] | None = None  # the wrapper whose ranks have the same rows
+        self._ddp: DistributedDataParallel | None = None  # that of the last forward pass with a graph
+        self._synchronises = False
+        self._queued = -1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+        self._forget()
+
+    def note_forward(self) -> None:
+        """A forward pass begins: whether it runs inside of DDP, and whether its gradients are to be averaged.
+
+        The first one inside of a wrapper, be it an evaluation, gives all ranks the first rank's rows.
+
+        Raises:
+            RuntimeError: it is inside of `DistributedDataParallel.join()`.
+        """
+        if not dist.is_available() or not dist.is_initialized():
+            return
+        ddp = DistributedDataParallel._get_active_ddp_module()
+        join = getattr(ddp, "_join_config", None)
+        if join is not None and join.enable:
+            raise RuntimeError(
+                "MEFT does not support DistributedDataParallel.join(): a rank without a batch would leave out the "
+                "averages of the rows' gradients; give all ranks the same number of batches (drop_last=True)."
+            )
+        if ddp is not None and (self._shared is None or self._shared() is not ddp):
+            check_left_alone(self._tables(), ddp)
+            for table in self._tables():
+                broadcast_rows(table, ddp.process_group)
+            self._shared = weakref.ref(ddp)
+        if torch.is_grad_enabled():
+            self._ddp, self.steps.averaged = ddp, ddp is not None
+            self._synchronises = ddp is not None and ddp.require_backward_grad_sync
+
+    def note_backward(self) -> None:
+        """Row gradients were made: average them when this backward pass is through."""
+        task = torch._C._current_graph_task_id()
+        if self._synchronises and self._queued != task:
+            self._queued = task
+            torch.autograd.Variable._execution_engine.queue_callback(self._average)  # type: ignore[attr-defined]
+
+    def _tables(self) -> list[RowTable]:
+        return [table for name in sorted(self.steps.tables) for table in self.steps.tables[name]]
+
+    def _average(self) -> None:
+        self._queued = -1
+        assert self._ddp is not None
+        for table in self._tables():
+            if table.rows.requires_grad:
+                average_gradient(table, self._ddp.process_group)
+
+
+def check_left_alone(tables: list[RowTable], ddp: DistributedDataParallel) -> None:
+    """Raises: RuntimeError: tables are in DDP's buckets, because it wraps more than the `PeftModel`, or none."""
+    rows = {id(table.rows) for table in tables}
+    taken = [n for n, p in ddp.module.named_parameters() if id(p) in rows and n not in ddp.parameters_to_ignore]
+    if taken:
+        raise RuntimeError(
+            f"DistributedDataParallel holds MEFT's rows ({taken[0]}), because it does not wrap the PeftModel itself: "
+            "set `module._ddp_params_and_buffers_to_ignore` of the module that it wraps to the names of its parameters "
+            "with '.meft_keys.' or '.meft_values.' before wrapping it."
+        )
+
+
+def _device(group: dist.ProcessGroup, tensor: Tensor) -> torch.device:
+    """Where a tensor has to be for the group's backend."""
+    if "gloo" in dist.get_backend(group):
+        return torch.device("cpu")
+    return tensor.device if tensor.device.type != "cpu" else torch.device("cuda", torch.cuda.current_device())
+
+
+def broadcast_rows(table: RowTable, group: dist.ProcessGroup) -> None:
+    """Give all ranks the first rank's rows, as DDP does with the parameters that it knows."""
+    source = dist.get_global_rank(group, 0)
+
+    def write(wire: Tensor | None) -> None:
+        master = table.masters
+        for block in row_blocks(master):
+            sent = master[block].to(_device(group, master), copy=True)
+            dist.broadcast(sent, source, group=group)
+            master[block].copy_(sent)
+            if wire is not None:
+                wire[block].copy_(master[block])
+
+    table.writing(write)
+
+
+def average_gradient(table: RowTable, group: dist.ProcessGroup) -> None:
+    """Replace a table's gradient by its mean over the ranks, on the union of their rows."""
+    gradient = as_row_gradient(table.rows.grad) if table.rows.grad is not None else None
+    device = _device(group, table.rows)
+    touched = torch.zeros(
+        len(table.rows) + 1, dtype=torch.uint8, device=device
+    )  # the last: whether a gradient is there
+    if gradient is not None:
+        touched[-1] = 1
+        touched[gradient.rows.to(device)] = 1
+    dist.all_reduce(touched, op=dist.ReduceOp.MAX, group=group)
+    if not bool(touched[-1]):
+        return
+    rows = touched[:-1].nonzero().flatten().to(table.rows.device)
+    dtype = torch.promote_types(table.rows.dtype, torch.float32)
+    values = torch.zeros(len(rows), table.rows.shape[1], dtype=dtype, device=table.rows.device)
+    if gradient is not None:
+        values.index_copy_(0, torch.searchsorted(rows, gradient.rows), gradient.row_values.to(dtype))
+    for block in row_blocks(values):
+        part = values[block].to(device)
+        dist.all_reduce(part, group=group)
+        values[block].copy_(part.div_(dist.get_world_size(group)))
+    table.rows.grad = RowGradient(rows, values, table.rows)

@@ -1,0 +1,257 @@
+"""Updates of the touched rows at the steps of whichever optimizer holds them; `row_adamw` says by which rule."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate.state import GradientState
+from torch import Tensor, nn
+from torch.optim import Adam, AdamW, Optimizer
+from torch.profiler import record_function
+
+from ..config import MEFTConfig
+from ..gradient.row_gradient import RowGradient, as_row_gradient, overflow_watchers
+from ..table.moments import KEY, RowMoments, count_step
+from ..table.row_step import StepRule
+from ..table.row_table import RowTable
+
+_BNB_ADAM = {"Adam", "AdamW", "Adam8bit", "AdamW8bit", "Adam32bit", "AdamW32bit"}
+
+
+def _is_bitsandbytes_adam(optimizer: Optimizer) -> bool:
+    kind = type(optimizer)
+    return kind.__module__.startswith("bitsandbytes.") and kind.__name__.removeprefix("Paged") in _BNB_ADAM
+
+
+def rule_of(optimizer: Optimizer, group: dict[str, Any], given: dict[str, Any] | None) -> StepRule:
+    """The row rule of one step.
+
+    Args:
+        optimizer: who steps.
+        group: its parameter group with the rows.
+        given: `MEFTConfig.row_optimizer`.
+
+    Raises:
+        ValueError: the optimizer is no Adam or AdamW whose rule is known, and `given` has no lr.
+    """
+    given = given or {}
+    # By exact type: a subclass may step by another rule.
+    torch_adam, bnb_adam = type(optimizer) in (Adam, AdamW), _is_bitsandbytes_adam(optimizer)
+    if not (torch_adam or bnb_adam) and "lr" not in given:
+        raise ValueError(
+            f"MEFT's rows are updated by the rule of Adam or AdamW, and {type(optimizer).__name__} is neither: use "
+            "one of these, give the rows to meft.RowAdamW, or set row_optimizer=dict(lr=..., betas=...) in MEFTConfig."
+        )
+    for name in ("amsgrad", "maximize"):
+        if (torch_adam or bnb_adam) and group.get(name):
+            raise ValueError(
+                f"{type(optimizer).__name__} has {name}=True, which MEFT's rows do not support: set it to False."
+            )
+    known = group if torch_adam or bnb_adam else {}
+    beta1, beta2 = given.get("betas", known.get("betas", (0.9, 0.999)))
+    return StepRule(
+        lr=float(given.get("lr", known.get("lr", 0.0))),
+        beta1=float(beta1),
+        beta2=float(beta2),
+        eps=float(given.get("eps", known.get("eps", 1e-8))),
+        weight_decay=float(given.get("weight_decay", known.get("weight_decay", 0.0))),
+        # Decoupled: AdamW, and all of bitsandbytes' Adams; coupled is torch's Adam alone.
+        decoupled=not torch_adam or bool(group.get("decoupled_weight_decay", type(optimizer) is AdamW)),
+    )
+
+
+def group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    """The parameter group that holds a parameter."""
+    return next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+
+
+def update_table(
+    table: RowTable, entry: RowMoments, gradient: RowGradient, rule: StepRule, *, finite_only: bool = False
+) -> None:
+    """One step of a table, now or by the thread of `table.updates`.
+
+    Args:
+        entry: the optimizer's, from `RowTable.moments_in`.
+        finite_only: leave the rows alone if a value of the gradient, which may not have landed yet, is inf or nan.
+    """
+    if not finite_only:
+        gradient.to_multiply()  # what went wrong on its way shows now
+    if table.updates is not None:
+        gradient = gradient.for_update()
+
+    def update() -> None:
+        if finite_only and not _all_finite(gradient):
+            return
+        rows, values, factors = gradient.to_multiply()
+        wide = values.to(torch.promote_types(table.rows.dtype, torch.float32)).contiguous()
+        master = table.masters
+        moments = entry.exclusive(master.device)
+        with record_function("meft: update rows"):
+            table.writing(
+                lambda wire: moments.update(master, wire, rows, wide, rule, table.seed, table.step, factors), rows=rows
+            )
+
+    if table.updates is None:
+        with torch.no_grad():
+            update()
+    else:
+        table.update_later(update)
+
+
+def _all_finite(gradient: RowGradient) -> bool:
+    squares = gradient.squares()
+    return bool(gradient.stored()[1].isfinite().all()) if squares is None else math.isfinite(squares)
+
+
+def warn_of_lost_moments(optimizer: Optimizer, tables: list[RowTable]) -> None:
+    """Warn where an optimizer that was restored has moments, but none of the rows."""
+    rows = {table.rows for table in tables}
+    others = any(state for parameter, state in optimizer.state.items() if parameter not in rows)
+    if others and not any(table.restored or KEY in optimizer.state.get(table.rows, {}) for table in tables):
+        warnings.warn(
+            f"{type(optimizer).__name__} has the state of other parameters but no moments of MEFT's rows: they "
+            "restart. A state that aslora-meft 0.1 saved has them in a file of its own: use "
+            "model.base_model.load_training_state."
+        )
+
+
+TWO_OPTIMIZERS = (
+    "A table of MEFT rows is in two optimizers, a meft.RowAdamW and another one: leave it out of one of them."
+)
+
+
+class RowSteps:
+    """A `peft_bridge.StepListener`: updates the touched rows at the steps of the optimizer that holds them.
+
+    Attributes:
+        tables: adapter -> its tables.
+        configs: adapter -> its configuration.
+        routers: adapter -> of each layer, the adapters' routers.
+        nonfinite_steps: steps that changed nothing because a gradient was inf or nan, those that a GradScaler
+            skipped included.
+        averaged: whether the gradients of the forward pass that ran last are averaged over ranks (DDP).
+    """
+
+    def __init__(self) -> None:
+        self.tables: dict[str, list[RowTable]] = {}
+        self.configs: dict[str, MEFTConfig] = {}
+        self.routers: dict[str, list[nn.ModuleDict]] = {}
+        self.nonfinite_steps = 0
+        self.averaged = False
+        self._taken: list[tuple[RowTable, RowMoments, RowGradient, StepRule]] = []
+        self._overflow: weakref.ref[Tensor] | None = None
+        self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimizers that have stepped
+        overflow_watchers.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_taken": [], "_overflow": None, "_seen": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._seen = weakref.WeakSet()
+        overflow_watchers.add(self)
+
+    def note_overflow(self, owners: set[int], found_inf: Tensor) -> None:
+        """A GradScaler has found inf or nan and will skip the step; it may look at several lists of gradients."""
+        mine = any(id(table.rows) in owners for tables in self.tables.values() for table in tables)
+        if mine and (self._overflow is None or self._overflow() is not found_inf):
+            self._overflow = weakref.ref(found_inf)
+            self.nonfinite_steps += 1
+
+    def _of(self, parameters: Iterable[nn.Parameter]) -> list[tuple[str, RowTable]]:
+        wanted = {id(p) for p in parameters}
+        return [(name, t) for name, tables in self.tables.items() for t in tables if id(t.rows) in wanted]
+
+    def watched_parameters(self) -> Iterable[nn.Parameter]:
+        """All tables, and the routers, so that a step is taken or skipped as a whole."""
+        tables = [table.rows for tables in self.tables.values() for table in tables]
+        return [
+            *tables,
+            *(p for name, owners in self.routers.items() for owner in owners for p in owner[name].parameters()),
+        ]
+
+    def before_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+        """Refuse an optimizer whose rule is unknown, before anything moves."""
+        for table, _, gradient, _ in self._taken:  # by a step that raised
+            if table.rows.grad is None:
+                table.rows.grad = gradient
+        self._taken = []
+        for name, table in self._of(parameters):
+            owner = table.claimed_by() if table.claimed_by is not None else None
+            if owner is optimizer:  # a RowAdamW, which updates by itself
+                continue
+            if owner is not None:
+                raise ValueError(TWO_OPTIMIZERS)
+            rule_of(optimizer, group_of(optimizer, table.rows), self.configs[name].row_optimizer)
+
+    def before_closure(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+        """Rows do not move before the step ends."""
+
+    def gradients_ready(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+        """Take the row gradients away, so that the optimizer leaves the tables alone, and make their moments."""
+        scaler = getattr(optimizer, "grad_scale", None)  # of a fused step under a GradScaler: not yet unscaled
+        divisor = float(scaler) if scaler is not None else 1.0
+        if optimizer not in self._seen:
+            self._seen.add(optimizer)
+            warn_of_lost_moments(optimizer, [table for _, table in self._of(parameters)])
+        found = []
+        for name, table in self._of(parameters):
+            if table.claimed_by is not None and table.claimed_by() is optimizer:
+                continue
+            if table.rows.grad is None or getattr(table.rows.grad, "spent", False):
+                table.rows.grad = None
+                continue
+            rule = rule_of(optimizer, group_of(optimizer, table.rows), self.configs[name].row_optimizer)
+            found.append((table, table.moments_in(optimizer), as_row_gradient(table.rows.grad, table.rows), rule))
+        for table, entry, gradient, rule in found:  # nothing fails from here on
+            table.rows.grad = None
+            if divisor != 1.0:
+                gradient.div_(divisor)
+            # Of an optimizer that calls its closure several times in a step, the last gradient.
+            self._taken = [taken for taken in self._taken if taken[0] is not table]
+            self._taken.append((table, entry, gradient, rule))
+
+    def after_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+        """Update the rows, those of the first layer first: the next forward pass reads them first."""
+        taken, self._taken = self._taken, []
+        for table, _, gradient, _ in taken:
+            table.rows.grad = gradient  # to be looked at until zero_grad, as any other
+        for table, entry, gradient, rule in taken:
+            count_step(optimizer, table.rows)
+            update_table(table, entry, gradient, rule)
+
+    def on_gradient(self, adapter_name: str, table: RowTable, gradient: RowGradient) -> RowGradient:
+        """A gradient has left for the host: with `in_backward` its rows are updated when it lands.
+
+        By the rule of the optimizer that has stepped the table last, as it is now: a schedule has set the next step's
+        rate. With accumulation, which accelerate (a Trainer too) tells of, by the sum when that of the last micro-batch
+        lands.
+
+        Returns:
+            what autograd shall put into `.grad`.
+        """
+        config = self.configs[adapter_name]
+        optimizer = table.stepped_by
+        if not config.updates_in_backward or optimizer is None or table.updates is None:
+            return gradient
+        if table.claimed_by is not None and table.claimed_by() is not None:
+            return gradient  # a RowAdamW updates by its own rule
+        if self.averaged:
+            return gradient  # at the end of the backward pass, over ranks: rows are updated within the step
+        if not GradientState().sync_gradients:
+            return gradient
+        if table.rows.grad is not None:
+            earlier = as_row_gradient(table.rows.grad, table.rows)
+            earlier.add_(gradient)
+            gradient, table.rows.grad = earlier, None
+        rule = rule_of(optimizer, group_of(optimizer, table.rows), config.row_optimizer)
+        gradient.spent = True
+        entry = table.moments_in(optimizer)
+        count_step(optimizer, table.rows)
+        update_table(table, entry, gradient, rule, finite_only=True)
+        return gradient

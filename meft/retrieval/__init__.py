@@ -1,0 +1,1 @@
+"""How the rows of the picked neurons reach the device where the model computes, and the FFN over them."""

@@ -1,0 +1,1 @@
+"""Which neurons a token uses."""

@@ -1,0 +1,220 @@
+"""The moments of a table's rows, and where they live: in `optimizer.state[rows]`, so that what saves an optimizer saves
+them too.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.serialization import add_safe_globals
+
+from ..transport.host_tensors import check_process, forks, keep_from_forks, like_rows
+from .host_loading import HostBegin, HostEnd
+from .row_step import StepRule, update_rows
+
+KEY = "row_moments"  # of the entry in `optimizer.state[rows]`
+
+
+@dataclass(eq=False)
+class Moments:
+    """AdamW's state of a table [r, d] (see `meft.optim.row_adamw`).
+
+    Attributes:
+        exp_avg, exp_avg_sq: [r, d], float32 (float64 for float64 masters), where the masters are.
+        counts: int32 [r], how often each row was touched.
+    """
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    counts: Tensor
+    holders: weakref.WeakSet[RowMoments] = field(default_factory=weakref.WeakSet, init=False, repr=False)
+
+    @classmethod
+    def fresh(cls, table: Tensor) -> Moments:
+        """Moments before the first step."""
+        dtype = torch.float64 if table.dtype == torch.float64 else torch.float32
+        m, v = (like_rows(table, dtype) for _ in range(2))
+        return cls(m, v, like_rows(table, torch.int32, table.shape[:1]))
+
+    def update(
+        self,
+        table: Tensor,
+        wire: Tensor | None,
+        rows: Tensor,
+        gradients: Tensor,
+        rule: StepRule,
+        seed: int,
+        step: Callable[..., None] = update_rows,
+        factors: tuple[float, ...] = (),
+    ) -> None:
+        """One optimizer step with the gradients [n, d] of the rows [n]; all other rows stay as they are.
+
+        Args:
+            seed: of the stochastic rounding of bfloat16 masters.
+            step: who steps the rows.
+            factors: what the gradients count as multiplied by, as in `update_rows`.
+        """
+        step(
+            table, self.exp_avg, self.exp_avg_sq, self.counts, rows, gradients, rule, wire=wire, seed=seed,
+            factors=factors,
+        )  # fmt: skip
+
+    def to(self, device: torch.device) -> Moments:
+        """On a device; itself if it is there."""
+        if self.exp_avg.device == device:
+            return self
+        return Moments(*(tensor.to(device) for tensor in self.tensors().values()))
+
+    def clone(self) -> Moments:
+        """A copy in memory of its own."""
+        return Moments(*(like_rows(t, t.dtype).copy_(t) for t in self.tensors().values()))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it as tensors, without a copy."""
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "counts": self.counts}
+
+    def check(self, rows: Tensor, where: str) -> None:
+        """Raises: ValueError: these are not the moments of such rows; `where` says whose they are."""
+        wanted = Moments.fresh(torch.empty(rows.shape, dtype=rows.dtype, device="meta"))
+        for name, tensor in wanted.tensors().items():
+            found = getattr(self, name)
+            if found.shape != tensor.shape or found.dtype != tensor.dtype:
+                raise ValueError(
+                    f"{where}: {name} of MEFT's rows is {found.dtype} {list(found.shape)} where {tensor.dtype} "
+                    f"{list(tensor.shape)} is needed: load the state that was saved with this adapter's r and "
+                    "master_dtype."
+                )
+
+
+class RowMoments:
+    """The entry of a table in an optimizer's state: `Moments` that other entries may share until one is updated.
+
+    It is no tensor, so that `load_state_dict` does not cast it to the dtype of the parameter and nobody moves it to a
+    device. Copies (`copy`, `deepcopy`) share the memory; who updates while others hold the same takes a copy first, so
+    that a state dict that was kept stays what it was. `torch.save` writes the tensors from where they are, and
+    `torch.load` reads them into host memory, whatever device its `map_location` names.
+
+    Args:
+        moments: shared with whoever else holds them.
+        settle: waits for updates that are queued; None: there are none.
+    """
+
+    def __init__(self, moments: Moments, settle: Callable[[], None] | None = None) -> None:
+        self._moments, self._settle = moments, settle
+        self.owner: weakref.ref[Optimizer] | None = None  # whose steps update it
+        self._forks = forks()
+        moments.holders.add(self)
+
+    @property
+    def moments(self) -> Moments:
+        """After all updates that are queued.
+
+        Raises:
+            RuntimeError: this is a forked process, which has not got the memory.
+        """
+        check_process(self._forks)
+        if self._settle is not None:
+            self._settle()
+        return self._moments
+
+    def exclusive(self, device: torch.device) -> Moments:
+        """For an update: on the device of the rows, in memory that nobody else holds."""
+        shared = any(holder is not self for holder in self._moments.holders)
+        moved = self._moments.to(device)
+        if moved is self._moments and shared:
+            moved = self._moments.clone()
+        if moved is not self._moments:
+            self._moments.holders.discard(self)
+            self._moments = moved
+            moved.holders.add(self)
+        return moved
+
+    def __copy__(self) -> RowMoments:
+        return RowMoments(self.moments)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RowMoments:
+        return memo.setdefault(id(self), RowMoments(self.moments))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return row_moments_of_file, (HostBegin(), *self.moments.tensors().values(), HostEnd())
+
+    def __repr__(self) -> str:
+        return f"RowMoments({list(self._moments.exp_avg.shape)}, {self._moments.exp_avg.dtype})"
+
+
+def row_moments_of_file(
+    begin: HostBegin, exp_avg: Tensor, exp_avg_sq: Tensor, counts: Tensor, end: HostEnd
+) -> RowMoments:
+    """What a pickle calls."""
+    return RowMoments(Moments(exp_avg, exp_avg_sq, counts))
+
+
+# The name that stands in files, wherever this module moves.
+row_moments_of_file.__module__ = "meft"
+add_safe_globals([row_moments_of_file])  # for torch.load(weights_only=True), as a Trainer calls it
+
+
+def moments_of_0_1(tensors: dict[str, Tensor]) -> Moments:
+    """Moments from the tensors that version 0.1 saved of a table.
+
+    Raises:
+        ValueError: they are of a mode that is gone.
+    """
+    if int(tensors["clock"][0]):
+        raise ValueError(
+            "The moments were saved by aslora-meft 0.1 with mode='dense', which this version does not have: go on with "
+            "aslora-meft 0.1, or train on with fresh moments."
+        )
+    return Moments(tensors["exp_avg"], tensors["exp_avg_sq"], tensors["counts"])
+
+
+def moments_of(
+    optimizer: Optimizer,
+    parameter: Tensor,
+    *,
+    rows: Tensor | None = None,
+    settle: Callable[[], None] | None = None,
+    given: RowMoments | None = None,
+) -> RowMoments:
+    """The entry of a parameter in an optimizer's state, for its step; made if there is none.
+
+    Args:
+        parameter: the key in the state.
+        rows: the parameter as [r, d]; None: it is.
+        settle: as in `RowMoments`.
+        given: takes the place of what is there.
+
+    Raises:
+        ValueError: what was loaded there does not fit.
+    """
+    rows = parameter.detach() if rows is None else rows
+    state = optimizer.state[parameter]
+    held = given if given is not None else state.get(KEY)
+    owner = held.owner() if held is not None and held.owner is not None else None
+    if held is not None and owner is optimizer:
+        return held
+    if held is None:
+        moments = Moments.fresh(rows)
+    else:  # loaded, or the entry of another optimizer: it stays what it was for whoever holds it too
+        moments = held.moments
+        moments.check(rows, f"The state of {type(optimizer).__name__}")
+        for tensor in moments.tensors().values():
+            keep_from_forks(tensor)
+    entry = RowMoments(moments, settle)
+    entry.owner = weakref.ref(optimizer)
+    # Some optimizers of torch look for a step in each entry when they load one.
+    step = state.get("step", 0.0)
+    step = step if isinstance(step, Tensor) else torch.tensor(step, device="cpu")
+    state["step"], state[KEY] = step.to(torch.float32), entry
+    return entry
+
+
+def count_step(optimizer: Optimizer, parameter: Tensor) -> None:
+    """Note that a parameter was stepped, as the optimizers of torch do; the rule goes by the counts of the rows."""
+    optimizer.state[parameter]["step"] += 1

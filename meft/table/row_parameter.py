@@ -1,0 +1,144 @@
+"""A module that keeps its rows, whoever puts another parameter in their place, and sees what is written into them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..transport.host_tensors import keep_from_forks
+from .offload_hooks import KeptParameters
+from .torch_private import without_torch_function
+from .watched_rows import Watch, WatchedRows, put, unwatched, watch
+
+State = tuple[int, int, object]  # address and version of the rows, and what changes when they are handed out
+
+SHARDED = (
+    "MEFT's rows were replaced (sharded or flattened by FSDP or DeepSpeed), which is not supported yet: train with one "
+    "process or with DistributedDataParallel."
+)
+
+
+class KeptRows(KeptParameters):
+    """Holds one parameter, `rows` [r, d].
+
+    Another parameter of that shape in its place (by loading, by assignment, by `torch.utils.swap_tensors`) is taken: it
+    gets the dtype of the one before, and the dtype in which rows are read becomes its own where they differ. accelerate
+    does not empty the module, nor move rows out of host memory.
+
+    Args:
+        read_as: the dtype in which rows are read.
+        on_host: whether they stay in host memory.
+    """
+
+    def __init__(self, rows: Tensor, *, read_as: torch.dtype, on_host: bool) -> None:
+        super().__init__()
+        self.on_host, self._dtype, self._shape = on_host, rows.dtype, rows.shape
+        self._foreign = False
+        parameter = nn.Parameter(rows)
+        self._adopt(parameter, read_as)
+        self.rows = parameter
+        self._adopt(self.rows, read_as)  # under accelerate's `init_empty_weights` another one
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {key: value for key, value in super().__getstate__().items() if key != "_watch"}
+        return {**state, "_read_as": self._watch.read_as}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({key: value for key, value in state.items() if key != "_read_as"})
+        self._adopt(self.rows, state["_read_as"])
+
+    # ------------------------------------------------------------------ whose place is it
+
+    def _placed(self, name: str, value: Any) -> Any:
+        value = super()._placed(name, value)
+        rows = self._parameters.get("rows")
+        if rows is None or value is rows or self._moving:
+            return value
+        # One of several processes may have got its part of them.
+        self._foreign = not self._fits(value) or (dist.is_available() and dist.is_initialized())
+        if not self._foreign:
+            self._adopt(value, self._watch.read_as)
+        return value
+
+    def _fits(self, value: Any) -> bool:
+        return type(value) in (Tensor, nn.Parameter, WatchedRows) and value.shape == self._shape
+
+    def _adopt(self, parameter: Any, read_as: torch.dtype) -> None:
+        keep_from_forks(unwatched(parameter))
+        if not isinstance(parameter, WatchedRows):
+            watch(parameter, Watch(read_as, self.on_host))
+        self._watch = parameter.watch
+        if parameter.dtype != self._dtype:
+            self._watch.read_as = parameter.dtype
+        here = parameter.device if parameter.is_meta or not self.on_host else torch.device("cpu")
+        if parameter.dtype != self._dtype or parameter.device != here:
+            with torch.no_grad():
+                put(parameter, parameter.detach().to(here, self._dtype))
+
+    def _replace(self, values: Tensor) -> None:
+        """Put a new parameter with these values in the place of the rows."""
+        parameter = nn.Parameter(values, self.rows.requires_grad)
+        self._moving = True
+        try:
+            self._dtype = values.dtype
+            self._adopt(parameter, self._watch.read_as)
+            self.rows = parameter
+        finally:
+            self._moving = False
+
+    def _change(self, values: Tensor) -> None:
+        """Give the rows other memory, which may have another dtype."""
+        self._dtype = values.dtype
+        put(self.rows, values)  # type: ignore[arg-type]
+
+    def _apply_to_rows(self, fn: Any, recurse: bool) -> None:
+        """As `nn.Module._apply`: the rows get the dtype and the device that `fn` gives them."""
+        self._watch.forget_plain()
+        with without_torch_function():
+            super()._apply(fn, recurse)
+        self._dtype = self.rows.dtype
+        self._adopt(self.rows, self._watch.read_as)
+        self._watch.note()
+
+    def check_whole(self) -> None:
+        """Raises: RuntimeError: an engine that shards parameters has put another one in the place of the rows."""
+        rows = self._known_rows()
+        with without_torch_function():
+            if not isinstance(rows, WatchedRows) or rows.watch is not self._watch or rows.shape != self._shape:
+                raise RuntimeError(SHARDED)
+
+    # ------------------------------------------------------------------ what was written
+
+    def _known_rows(self) -> Any:
+        """The rows; those that `torch.utils.swap_tensors` has put there are taken."""
+        rows = self._parameters.get("rows")
+        known = isinstance(rows, WatchedRows) and rows.watch is self._watch
+        if not known and not self._foreign and self._fits(rows):
+            self._adopt(rows, self._watch.read_as)
+        return rows
+
+    @property
+    def masters(self) -> Tensor:
+        """The rows, [r, d], as a plain tensor for reading, and for writing that is told (`increment_version`)."""
+        return self._watch.plain(self._known_rows())
+
+    def note_change(self) -> None:
+        """Rows may have been written in a way that nobody sees: all count as changed."""
+        self._watch.note()
+
+    def look(self) -> None:
+        """A forward pass comes: while others share the rows' memory, all may have changed."""
+        self.check_whole()
+        self._watch.look(self.rows)  # type: ignore[arg-type]
+
+    def _writes(self) -> int:
+        with without_torch_function():
+            return int(self.rows._version)
+
+    def _state(self) -> State:
+        rows = self._known_rows()
+        with without_torch_function():
+            return rows.data_ptr(), rows._version, self._watch.handed_out

@@ -1,0 +1,316 @@
+"""A table of rows: masters, the narrower copy that is read, and the optimizer's moments, all in one place."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..transport.host_tensors import host_zeros, like_rows
+from ..transport.streams import Lane, Mark
+from ..transport.transfer import PageLock
+from .dirty_rows import Changes
+from .moments import KEY, Moments, RowMoments, moments_of
+from .row_parameter import KeptRows, State
+from .row_step import update_rows
+from .update_queue import Ticket, UpdateQueue
+
+logger = logging.getLogger(__name__)
+
+# Rows handled at a time where a whole table is read or written, so that no second table comes into being.
+BLOCK_BYTES = 64 << 20
+
+
+# What a copy or a pickle of a table makes anew.
+_OF_THIS_PROCESS = frozenset(
+    ("lock", "_stepped_with", "claimed_by", "_wire", "_wire_of", "_pages", "locked_for")
+    + ("updates", "step", "_ticket", "_readers", "_changes")
+)
+
+
+def row_blocks(table: Tensor) -> Iterator[slice]:
+    """Slices of rows of about `BLOCK_BYTES` each."""
+    step = max(1, BLOCK_BYTES // max(1, table[:1].numel() * table.element_size()))
+    for start in range(0, len(table), step):
+        yield slice(start, min(start + step, len(table)))
+
+
+class RowTable(KeptRows):
+    """One row a neuron: the keys, or the values, of one layer.
+
+    It stays in host memory unless `on_host` is False: moving the model leaves it where it is. Casting the model to 16
+    bits changes what is read, to more bits what is trained too.
+
+    Attributes:
+        rows: the masters, a parameter [r, d]: what an optimizer holds and what is saved.
+        seed: of the stochastic rounding of bfloat16 masters.
+        restored: moments that were loaded without their optimizer; the next one that steps the table takes them.
+        claimed_by: the `RowAdamW` that holds the table.
+        name: for messages.
+        updates: the thread that updates it beside the computation; None: updates happen within the step.
+        step: steps its touched rows.
+        locked_for: the CUDA device whose engine reads the rows, for which they are page-locked; None: nobody has asked.
+    """
+
+    _all: ClassVar[weakref.WeakSet[RowTable]] = weakref.WeakSet()
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        *,
+        master: torch.dtype,
+        wire: torch.dtype,
+        on_host: bool,
+        pin: bool,
+        device: str = "cpu",
+    ):
+        in_host_memory = on_host and device == "cpu"
+        values = host_zeros(shape, master) if in_host_memory else torch.empty(shape, dtype=master, device=device)
+        super().__init__(values, read_as=wire, on_host=on_host)
+        self.pin = pin
+        self.seed = 0
+        self.name = "rows"
+        self.restored: RowMoments | None = None
+        self._made()
+
+    def _made(self) -> None:
+        self._stepped_with: RowMoments | None = None
+        self.claimed_by: weakref.ref[Optimizer] | None = None
+        RowTable._all.add(self)
+        self.lock = threading.RLock()
+        self._wire: Tensor | None = None
+        self._wire_of: State | None = None
+        self._pages = PageLock()
+        self.locked_for: torch.device | None = None
+        self.updates: UpdateQueue | None = None
+        self.step: Callable[..., None] = update_rows
+        self._ticket: Ticket | None = None
+        self._readers: dict[Lane, Mark] = {}
+        self._changes: Changes | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.settle()
+        return {key: value for key, value in super().__getstate__().items() if key not in _OF_THIS_PROCESS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._made()
+
+    @classmethod
+    def by_parameter(cls) -> dict[int, RowTable]:
+        """id of the parameter -> its table, for all tables there are."""
+        return {id(table.rows): table for table in list(cls._all)}
+
+    # ------------------------------------------------------------------ updates beside the computation
+
+    @property
+    def entry(self) -> RowMoments | None:
+        """The moments that the next step begins with, if the optimizer of the last one takes it; None: fresh ones."""
+        optimizer = self.stepped_by
+        if optimizer is not None:  # it may have loaded others since
+            return optimizer.state.get(self.rows, {}).get(KEY)
+        return self.restored if self.restored is not None else self._stepped_with
+
+    @property
+    def moments(self) -> Moments | None:
+        """The moments of `entry`, after all updates that are queued."""
+        entry = self.entry
+        return entry.moments if entry is not None else None
+
+    @property
+    def stepped_by(self) -> Optimizer | None:
+        """The optimizer of the last step; None where it is gone, or others' moments were `restored` since."""
+        entry = self.restored if self.restored is not None else self._stepped_with
+        return entry.owner() if entry is not None and entry.owner is not None else None
+
+    def moments_in(self, optimizer: Optimizer) -> RowMoments:
+        """The moments in an optimizer's state for its step; made if there are none.
+
+        Raises:
+            ValueError: what was loaded there does not fit.
+        """
+        self.settle()
+        entry = moments_of(optimizer, self.rows, settle=self.settle, given=self.restored)
+        self.restored, self._stepped_with = None, entry
+        return entry
+
+    def update_later(self, update: Callable[[], None]) -> None:
+        """Queue an update: whoever comes to the table waits for it."""
+        self.settle()
+        assert self.updates is not None
+        self._ticket = self.updates.add(update, self.name)
+
+    def settle(self) -> None:
+        """Wait for the update that was queued; raises what it raised, once."""
+        ticket = self._ticket
+        if ticket is None or ticket.mine:
+            return
+        try:
+            ticket.wait()
+        finally:
+            if self._ticket is ticket:
+                self._ticket = None
+
+    @property
+    def state(self) -> State:
+        """Changes with every change of the masters."""
+        self.settle()
+        return self._state()
+
+    @property
+    def version(self) -> int:
+        """Changes with every change of the masters that a backward pass must not meet."""
+        self.settle()
+        return self._writes()
+
+    def read_until(self, lane: Lane, mark: Mark) -> None:
+        """What was read under `reading` may be read on by a lane until its mark, the last one so far, is reached."""
+        self._readers[lane] = mark
+
+    def _wait_for_readers(self) -> None:
+        readers, self._readers = self._readers, {}
+        for mark in readers.values():
+            with suppress(Exception):  # whoever uses what was read is told; the rows are free either way
+                mark.wait()
+
+    def follow_changes(self) -> None:
+        """Begin to note which rows change; at first all have."""
+        self._changes = Changes(len(self.rows))
+
+    def take_changes(self) -> Tensor | None:
+        """The rows that have changed since the last call, int64 ascending (None: no row); call it under `reading`."""
+        assert self._changes is not None
+        return self._changes.take(self.state)
+
+    # ------------------------------------------------------------------ reading
+
+    @contextmanager
+    def reading(self, rows: Tensor | None = None, *, in_place: bool = False) -> Iterator[Tensor]:
+        """Yield the rows as they are read, [r, d] in the wire dtype, held still until the block ends.
+
+        Args:
+            rows: the rows that will be read, None for all.
+            in_place: they are read by the host alone: nothing is page-locked.
+        """
+        self.settle()
+        with self.lock:
+            current = self._current()
+            if not in_place:
+                self._page_lock(current)
+            yield current
+
+    def _current(self) -> Tensor:
+        master, dtype = self.masters, self.wire_dtype
+        if self._wire is not None and (self._wire.dtype != dtype or self._wire.device != master.device):
+            self._wait_for_readers()
+            self._wire = None
+        if dtype == master.dtype:
+            return master
+        if self._wire is None:
+            with torch.inference_mode(False):  # it outlives the mode
+                self._wire, self._wire_of = like_rows(master, dtype), None
+        if self._wire_of != self.state:  # somebody wrote into the masters: loading, initialisation, the user
+            self._refresh(self._wire, master)
+        return self._wire
+
+    def _refresh(self, wire: Tensor, master: Tensor) -> None:
+        self._wait_for_readers()
+        for block in row_blocks(master):
+            wire[block].copy_(master[block])
+        self._wire_of = self.state
+
+    def _page_lock(self, tensor: Tensor) -> None:
+        if self.pin and self.locked_for is not None and tensor.is_cpu:
+            self.pin = self._pages.hold(tensor, self.locked_for)
+
+    @property
+    def wire_dtype(self) -> torch.dtype:
+        """Dtype in which rows are read."""
+        read_as, own = self._watch.read_as, self._dtype
+        return read_as if read_as.itemsize < own.itemsize else own
+
+    # ------------------------------------------------------------------ writing
+
+    def writing(self, write: Callable[[Tensor | None], None], *, rows: Tensor | None = None) -> None:
+        """Call `write` with the narrower copy (None: there is none), which it keeps equal to the masters it changes.
+
+        Args:
+            rows: those that it changes; None: all.
+        """
+        self.settle()
+        with self.lock, torch.no_grad():
+            if self.masters.is_meta:
+                raise RuntimeError("MEFT rows have no values yet (meta device): load the adapter first.")
+            self._wait_for_readers()
+            self._current()
+            before = self.state
+            separate = self._wire if self.wire_dtype != self._dtype else None
+            write(separate)
+            torch.autograd.graph.increment_version(self.rows)
+            if separate is not None:
+                self._wire_of = self.state
+            if self._changes is not None:
+                self._changes.note(rows, before, self.state)
+
+    def fill(self, std: float | None) -> None:
+        """Fill with N(0, std^2) from torch's global generator, or with zeros (std None), in row blocks."""
+        with torch.no_grad():
+            for block in row_blocks(self.rows):
+                if std is None:
+                    self.rows[block].zero_()
+                else:  # drawn in float32 whatever the dtype, so that equal seeds give equal rows
+                    self.rows[block].copy_(torch.empty_like(self.rows[block], dtype=torch.float32).normal_(0, std))
+
+    # ------------------------------------------------------------------ moving, loading, saving
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RowTable:
+        self.settle()
+        if not self.on_host:
+            self._apply_to_rows(fn, recurse)
+            return self
+        # Tensors without elements tell what `fn` does to dtypes and device; where it leads to is left aside.
+        probes = [torch.empty(0, dtype=dtype, device=self.rows.device) for dtype in (torch.float32, torch.float64)]
+        told = [fn(probe) for probe in probes]
+        cast = next((new.dtype for probe, new in zip(probes, told, strict=True) if new.dtype != probe.dtype), None)
+        with self.lock, torch.no_grad():
+            if cast is not None:
+                self._wait_for_readers()  # memory that they read is given back
+                if cast.itemsize >= 4:  # to 16 bits, what is read becomes narrower; what is trained does not
+                    self._cast_masters(cast)
+                self._watch.read_as = cast
+            if self.rows.is_meta and not told[0].is_meta:
+                self._replace(host_zeros(self.rows.shape, self.rows.dtype))
+        return self
+
+    def _cast_masters(self, dtype: torch.dtype) -> None:
+        if dtype == self.rows.dtype:
+            return
+        converted = like_rows(self.masters, dtype)
+        for block in row_blocks(converted):
+            converted[block].copy_(self.rows[block])
+        self._change(converted)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.settle()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        loaded = state_dict.get(f"{prefix}rows")
+        if loaded is None or loaded.shape != self.rows.shape:
+            super()._load_from_state_dict(state_dict, prefix, *args)  # reports it
+            return
+        self.settle()  # not under the lock, which the update needs
+        with self.lock, torch.no_grad():
+            self._wait_for_readers()
+            if self.rows.is_meta:
+                here = torch.empty(0, device="cpu" if self.on_host else loaded.device)
+                self._replace(like_rows(here, self.rows.dtype, self.rows.shape))
+            for block in row_blocks(self.rows):  # whether assign=True or not: a file that is mapped may go away
+                self.rows[block].copy_(loaded[block])

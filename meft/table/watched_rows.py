@@ -1,0 +1,229 @@
+"""A parameter of rows that sees who gets hold of its memory.
+
+Torch counts in-place operations on a tensor and on its views (`_version`), but not what is written through `.data`, a
+numpy array, dlpack or a storage. `WatchedRows` notes that such a thing was handed out; its views and what `detach`
+makes are watched too. While another tensor or array shares the memory, `other_users` tells.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..transport.host_tensors import check_process, forks, like_rows
+from .torch_private import (
+    GET_DATA,
+    GET_GRAD,
+    SET_DATA,
+    become,
+    is_parameter,
+    other_users,
+    storage_address,
+    without_torch_function,
+)
+
+# They ask for storages and arrays to tell tensors apart and to save them, and write nothing.
+_READERS = {
+    "accelerate.utils.modeling",
+    "huggingface_hub.serialization._torch",
+    "safetensors.torch",
+    "transformers.pytorch_utils",
+}
+_HARMLESS = (int, float, complex, str, torch.Size, torch.dtype, torch.device, torch.layout, type(None))
+
+
+class Watch:
+    """What a parameter of rows and its views know in common.
+
+    Attributes:
+        handed_out: another object after each time that the memory was given to somebody whose writes torch does not
+            count.
+        read_as: the dtype in which rows are read, where it is narrower than the parameter's.
+        on_host: whether the parameter stays where it is, whatever is assigned.
+    """
+
+    def __init__(self, read_as: torch.dtype, on_host: bool) -> None:
+        self.handed_out = object()
+        self.read_as, self.on_host = read_as, on_host
+        self._forks = forks()
+        self._plain: Tensor | None = None
+        self._shared = False
+
+    def check_process(self) -> None:
+        """Raises: RuntimeError: this is a forked process, which has not got the memory."""
+        check_process(self._forks)
+
+    def note(self) -> None:
+        """The memory was handed out."""
+        self.handed_out = object()
+
+    def plain(self, rows: Tensor) -> Tensor:
+        """The parameter's values as one tensor without a watch, for our own reading and writing."""
+        self.check_process()
+        with without_torch_function():
+            if self._plain is None or self._plain.data_ptr() != rows.data_ptr():  # `set_` and swaps are not told
+                self._plain = unwatched(rows)
+            return self._plain
+
+    def forget_plain(self) -> None:
+        """The parameter gets other memory: this one goes."""
+        self._plain = None
+
+    def look(self, rows: Tensor) -> None:
+        """A pass comes: what somebody else holds, or held until now, may have been written through."""
+        with without_torch_function():
+            if rows.is_meta:
+                return
+            own = 0 if self._plain is None else 1
+            shared = other_users(rows) > own or (rows.is_cpu and rows.is_shared())
+        if shared or self._shared:
+            self.note()
+        self._shared = shared
+
+
+class WatchedRows(torch.Tensor):
+    """A parameter [r, d] with a `watch`, or an alias of it; results of arithmetic are plain tensors.
+
+    Assigning `.data` of another dtype changes the dtype in which rows are read; the parameter keeps its own and takes
+    the values, so that many small updates are not rounded away. A shape cannot be changed.
+    """
+
+    watch: Watch
+
+    @staticmethod
+    def __new__(cls, data: Tensor, requires_grad: bool = False, **attributes: Any) -> Any:
+        """A plain parameter: accelerate makes one in the place of another by calling its class."""
+        return nn.Parameter(unwatched(data), requires_grad)
+
+    @classmethod
+    @torch.compiler.disable  # compiled, it would call itself
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        sources = _watched(args, kwargs)
+        for source in sources:
+            source.watch.check_process()
+        if func == SET_DATA:
+            return assign(args[0], args[1])
+        with without_torch_function():
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, _HARMLESS) or func == GET_GRAD:
+                return result
+            for source in sources:
+                _hand_out(source, result, func)
+        return result
+
+    def as_subclass(self, cls: Any) -> Any:
+        """As torch's, which asks nobody."""
+        self.watch.note()
+        return super().as_subclass(cls)
+
+    def __copy__(self) -> Tensor:
+        self.watch.note()
+        return self._like_plain(unwatched(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            own = unwatched(self)
+            copied = self._like_plain(like_rows(own, own.dtype).copy_(own))
+            if is_parameter(self):
+                watch(copied, Watch(self.watch.read_as, self.watch.on_host))
+            memo[id(self)] = copied
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As that of a plain parameter or tensor: who loads it needs no class of ours."""
+        return self._like_plain(unwatched(self)).__reduce_ex__(protocol)
+
+    def _like_plain(self, values: Tensor) -> Tensor:
+        if is_parameter(self):
+            return nn.Parameter(values, self.requires_grad)
+        return values.requires_grad_(self.requires_grad)
+
+
+def _watched(args: Any, kwargs: Any) -> list[WatchedRows]:
+    found: list[WatchedRows] = []
+    for value in (*args, *(kwargs or {}).values()):
+        if isinstance(value, WatchedRows):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found.extend(each for each in value if isinstance(each, WatchedRows))
+    return found
+
+
+def _caller() -> str:
+    """The module that has called a function of torch with watched rows."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith((__name__, "torch._dynamo.")):
+        frame = frame.f_back
+    return str(frame.f_globals["__name__"])
+
+
+def _hand_out(source: WatchedRows, result: Any, func: Any) -> None:
+    """Watch a result that is an alias of `source`, or note what cannot be watched."""
+    if isinstance(result, Tensor):
+        if type(result) is not Tensor or storage_address(result) != storage_address(source):
+            return
+        if func == GET_DATA or result.is_inference():  # all other aliases share the version counter
+            source.watch.note()
+        else:
+            become(result, WatchedRows, is_parameter=False)
+            result.watch = source.watch  # type: ignore[attr-defined]
+    elif isinstance(result, list | tuple):
+        for each in result:
+            if isinstance(each, Tensor):
+                _hand_out(source, each, func)
+    elif _caller() not in _READERS:
+        source.watch.note()
+
+
+def watch(parameter: Tensor, by: Watch) -> None:
+    """Let a plain parameter be watched, in place: whoever holds it goes on holding it."""
+    become(parameter, WatchedRows, is_parameter=True)
+    parameter.watch = by  # type: ignore[attr-defined]
+
+
+def unwatched(tensor: Tensor) -> Tensor:
+    """A plain alias without a graph; what is written through it has to be told to torch or to the watch."""
+    with without_torch_function(), torch.inference_mode(False):  # it may outlive the mode
+        return tensor.detach()
+
+
+def put(parameter: WatchedRows, values: Tensor) -> None:
+    """Give a parameter other memory, which may have another dtype or be elsewhere."""
+    parameter.watch.forget_plain()
+    parameter.watch.note()
+    with without_torch_function():
+        parameter.data = values
+
+
+def assign(target: WatchedRows, values: Tensor) -> None:
+    """What `target.data = values` does.
+
+    Raises:
+        ValueError: the values have another shape, are no floating-point numbers, or have no memory.
+    """
+    if not is_parameter(target):  # somebody's alias: it leaves the rows
+        with without_torch_function():
+            target.data = values
+        return
+    if values.shape != target.shape or not values.is_floating_point():
+        raise ValueError(
+            f"MEFT rows have shape {list(target.shape)} and floating-point values: `.data` cannot become "
+            f"{list(values.shape)} {values.dtype}. Engines that shard or flatten parameters (FSDP, DeepSpeed) are not "
+            "supported yet: train with one process or with DistributedDataParallel."
+        )
+    if values.is_meta and not target.is_meta:
+        raise ValueError("MEFT rows cannot be emptied by assigning a meta tensor to `.data`: delete the adapter.")
+    moves = values.device != target.device
+    if target.is_meta or (values.dtype == target.dtype and not (moves and target.watch.on_host)):
+        put(target, values)
+        return
+    if values.dtype != target.dtype:
+        target.watch.read_as = values.dtype
+    with torch.no_grad():
+        if moves and not target.watch.on_host:
+            put(target, values.to(target.dtype))
+        else:
+            target.copy_(values)

@@ -1,0 +1,1 @@
+"""Streams, pinned memory, and copies between host and device."""
