@@ -2,8 +2,8 @@
 
 - `index.md` is the README.
 - A link from a page to a file outside of `docs/` takes the file into the site, below `repository/`.
-- `<!-- fields: package.Config -->` becomes the table of a configuration's fields; `<!-- model types -->` the list of the
-  model types whose FFN MEFT knows.
+- `<!-- fields: package.Config -->` becomes the table of a configuration's fields, `<!-- model types -->` the list of
+  the model types whose FFN MEFT knows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ OUTSIDE = "repository/"
 LINK = re.compile(r"(\]\()(?!https?:|#|mailto:)([^)#\s]+)((?:#[^)\s]*)?\))")
 FIELDS = re.compile(r"<!-- fields: (\w+)\.(\w+) -->")
 MODEL_TYPES = "<!-- model types -->"
-PAGES = {"README.md": "index.md", "CHANGELOG.md": f"{OUTSIDE}CHANGELOG.md", "CONTRIBUTING.md": f"{OUTSIDE}CONTRIBUTING.md"}
+PAGES = {
+    "README.md": "index.md",
+    "CHANGELOG.md": f"{OUTSIDE}CHANGELOG.md",
+    "CONTRIBUTING.md": f"{OUTSIDE}CONTRIBUTING.md",
+}
 
 
 def in_repository(src_uri: str) -> str:

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # ASLoRA, step by step
 #
-# Fine-tunes a small model with ASLoRA in a loop of its own, looks at what the layers share, saves and loads the adapter,
-# and exports it to plain LoRA. Run it as a script, or cell by cell in an editor that knows `# %%`.
+# Fine-tunes a small model with ASLoRA in its own loop, looks at what the layers share, saves and loads the adapter, and
+# exports it to plain LoRA. Run it as a script, or cell by cell in an editor that knows `# %%`.
 #
 # `MODEL` and `STEPS` are read from the environment. With the default model it takes a few minutes on a CPU.
 
@@ -29,8 +29,8 @@ TEXTS = [
 # %% [markdown]
 # ## The model
 #
-# One line is new: `ASLoRAConfig` instead of `LoraConfig`. Merges come at fractions of the run, so a loop of your own needs
-# `total_steps`. A Trainer tells it by itself.
+# One line is new: `ASLoRAConfig` instead of `LoraConfig`. Merges come at fractions of the run, so your own loop needs
+# `total_steps`. A Trainer knows it.
 
 # %%
 torch.manual_seed(0)
@@ -91,7 +91,7 @@ print("the loaded adapter computes the same:", same)
 # %% [markdown]
 # ## Export to LoRA
 #
-# The export is exact, and loads with stock PEFT. Logits may differ by rounding, because LoRA multiplies in another order.
+# The export is exact, and loads with stock PEFT. Logits may differ by rounding.
 
 # %%
 export_to_lora(folder / "aslora", folder / "lora")

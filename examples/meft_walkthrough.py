@@ -1,8 +1,8 @@
 # %% [markdown]
 # # MEFT, step by step
 #
-# Fine-tunes a small model with MEFT in a loop of its own, looks at what was used and moved, continues from a checkpoint,
-# and exports the adapter to plain tensors. Run it as a script, or cell by cell in an editor that knows `# %%`.
+# Fine-tunes a small model with MEFT in its own loop, looks at what was used and moved, continues from a checkpoint, and
+# exports the adapter to plain tensors. Run it as a script, or cell by cell in an editor that knows `# %%`.
 #
 # `MODEL`, `STEPS` and `R` are read from the environment. With the default model it takes a few minutes on a CPU.
 
@@ -108,8 +108,8 @@ print("the resumed run has the same losses:", same)
 # %% [markdown]
 # ## Export
 #
-# A routed adapter cannot be merged. The export to plain tensors is read by `meft.load_resident`. Logits are compared at the
-# tokens of the texts: in the export, padding uses neurons too.
+# A routed adapter cannot be merged. The export to plain tensors is read by `meft.load_resident`. Logits are compared at
+# the tokens of the texts: in the export, padding uses neurons too.
 
 # %%
 export_resident(folder / "meft", folder / "resident")
