@@ -64,8 +64,8 @@ for step in range(1, STEPS + 1):
 # %% [markdown]
 # ## What the layers share
 #
-# The report names the groups of layers and their sizes. `to_dict()` has each merge with its step and distance. In a run as
-# short as this one it warns that merges come early.
+# The report names the groups of layers and their sizes. `to_dict()` has each merge with its step and distance. In a run
+# as short as this one it warns that merges come early.
 
 # %%
 report = model.base_model.sharing_report()
