@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export TRITON_CACHE_DIR ?= $(CURDIR)/.cache/triton
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint accept aot bench-kernels
+.PHONY: help setup demo test test-gpu lint accept aot bench-kernels
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -27,6 +27,9 @@ demo: setup ## fine-tune SmolLM2-135M with ASLoRA (or METHOD=meft), export it, c
 
 test: setup ## the whole test suite
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n 2 --dist worksteal
+
+test-gpu: $(INSTALLED) ## the tests that need a CUDA GPU
+	$(PY) -m pytest -m gpu -n 4 --dist worksteal
 
 lint: $(INSTALLED) ## ruff, ruff format, mypy
 	$(PY) -m ruff check .

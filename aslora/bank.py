@@ -106,7 +106,7 @@ class SharedB(nn.Module):
         return self._clock[1]
 
     def _set_clock(self, values: list[int]) -> None:
-        self.clock.copy_(torch.tensor(values), non_blocking=True)
+        self.clock.copy_(torch.tensor(values, device="cpu"), non_blocking=True)
         if not on_host(self.clock):
             self._clock = (self.clock.clone(), values)
 
@@ -286,7 +286,7 @@ class SharedB(nn.Module):
     def adopt(self, owners: list[int]) -> None:
         """Share as `owners` says, which was found from the values; no merges follow, and none are recorded."""
         self.forget_views()
-        self.rows.copy_(torch.tensor(owners))
+        self.rows.copy_(torch.tensor(owners, device="cpu"))
         self.history.fill_(-1)
         self.distances.zero_()
         self.ties = Ties(owners)

@@ -95,11 +95,11 @@ def _compact_group(prefix: str, tensors: Mapping[str, Tensor], B: Tensor, layers
         average is None and not own["clock"][2]
     ):
         own = {
-            "layers": torch.tensor(layers),
-            "rows": torch.tensor(map_by_value(B, claim)),
-            "clock": torch.tensor([0, 0, 1]),
-            "history": torch.full((n - 1, 3), -1),
-            "distances": torch.zeros(n - 1),
+            "layers": torch.tensor(layers, device="cpu"),
+            "rows": torch.tensor(map_by_value(B, claim), device="cpu"),
+            "clock": torch.tensor([0, 0, 1], device="cpu"),
+            "history": torch.full((n - 1, 3), -1, device="cpu"),
+            "distances": torch.zeros(n - 1, device="cpu"),
         }
     live = own["rows"].unique()
     own["stacked_B"] = B.index_select(0, live.to(B.device))

@@ -191,8 +191,8 @@ class MergeUnit:
     def _squares(self) -> Tensor:
         """Squared distances [k, k] of the k live groups, summed over the members; -1 where both are zero."""
         live = self.leader.live_rows
-        total = torch.zeros(len(live), len(live), dtype=torch.float64)
-        zero = torch.ones(len(live), dtype=torch.bool)
+        total = torch.zeros(len(live), len(live), dtype=torch.float64, device="cpu")
+        zero = torch.ones(len(live), dtype=torch.bool, device="cpu")
         for member, shared_a in self.members.values():
             basis = None
             if self.config.similarity == "product":

@@ -46,7 +46,7 @@ def load_model(args: ModelArguments, device: torch.device) -> PreTrainedModel:
     """Load the base model, in a type that suits ``device``.
 
     Raises:
-        UsageError: there is none, or it is no causal language model.
+        UsageError: there is none, it is no causal language model, or what its quantisation needs is not installed.
     """
     on_cpu = device.type == "cpu"
     dtype: Any = args.dtype
@@ -58,7 +58,7 @@ def load_model(args: ModelArguments, device: torch.device) -> PreTrainedModel:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
         )
-    with as_usage_error(OSError, ValueError, prefix=f"model={args.model!r} could not be loaded: "):
+    with as_usage_error(ImportError, OSError, ValueError, prefix=f"model={args.model!r} could not be loaded: "):
         model = AutoModelForCausalLM.from_pretrained(args.model, **options)
     module: Any
     for module in model.modules():

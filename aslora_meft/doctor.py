@@ -16,6 +16,10 @@ from meft.row_update import native_library
 from meft.waiting_threads import wait_awake
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "triton", "bitsandbytes")
+NEEDED_BY = {
+    "triton": ": needed on a GPU only",
+    "bitsandbytes": ": needed by 4-bit and 8-bit bases and by its own optimizers only",
+}
 
 
 def report(*, anew: bool = False) -> str:
@@ -48,7 +52,7 @@ def _version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
-        return "not installed"
+        return "not installed" + NEEDED_BY.get(name, "")
 
 
 def _devices() -> list[torch.device]:

@@ -12,20 +12,22 @@ def expected_bytes(
     """Bytes to the device and to the host of a step; None: no formula.
 
     Per layer and micro-batch, u = |U|, rows of d bf16 values: `host` x and logits down, 2 u rows, ids and places up;
-    `stream` all r keys and u values up, ids down; `device-keys` u values up, ids down; `device-rows` ids down. All: 2 u
-    row gradients down. Once a step `device-keys` brings the keys that the step before has changed, `device-rows` the
-    values too. With `refetch`, rows that are not on the device are brought once more.
+    `stream` all r keys and u values up, ids down; `device-keys` u values up, ids down; `device-rows` ids down. Ids that
+    go down have room for as many as there can be, and their number. All: 2 u row gradients down. Once a step
+    `device-keys` brings the keys that the step before has changed, `device-rows` the values too. With
+    `refetch`, rows that are not on the device are brought once more.
 
     Args:
         strategy: the one in use. union: mean |U| of a layer and micro-batch. stepped: share of r changed in a step.
     """
     T, row = cell.batch * cell.length, ELEMENT * d
-    gradients, ids = 2 * union * row, 4 * union
-    changed = (stepped or 0.0) * cell.r * row
+    gradients, ids = 2 * union * row, 4 * (1 + min(cell.r, T * top_k))
+    stepped = stepped or 0.0
+    changed = stepped * cell.r * (row + (4 if stepped < 1 else 0))  # with their ids, unless all have changed
     if strategy == "resident":
         return 0.0, 0.0
     if strategy == "host":
-        up, down, once = 2 * union * row + ids + 4 * T * top_k, T * row + 4 * T * experts, 0.0
+        up, down, once = union * (2 * row + 4) + 4 * T * top_k, T * row + 4 * T * experts, 0.0
     elif strategy == "stream":
         up, down, once = (cell.r + union) * row, ids, 0.0
     elif strategy == "device-keys":

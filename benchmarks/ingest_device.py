@@ -16,6 +16,7 @@ from pathlib import Path
 
 from device.verdicts import table
 from device_check import source
+from engine_24gb_worker import MEASURED, OOM, OOM_HOST
 
 from peft_bridge import replace_file
 
@@ -29,6 +30,7 @@ COLUMNS = {
     "of null": ("of_null", "{:.2f}"), "bound": ("bound_ms", "{:.0f} ms"), "host": ("host_gib", "{:.1f} GiB"),
     "first peak": ("first_peak_gib", "{:.1f} GiB"), "stall": ("stall_ms", "{:.0f} ms"),
 }  # fmt: skip
+NO_ROOM = {OOM: "does not fit", OOM_HOST: "does not fit the host"}
 # Of a finding: its number, form.
 NUMBERS = {"gb_s": "{:.1f} GB/s", "gflop_s": "{:.1f} Gflop/s", "tflop_s": "{:.0f} Tflop/s", "of_copy": "{:.2f}"}
 
@@ -63,16 +65,19 @@ def rows(results: dict) -> list[dict]:
 def cells(results: dict) -> dict[str, str]:
     """Key -> text, of all that was measured.
 
-    `24gb CONTESTANT ROUTING COLUMN` (`24gb meft auto 0.26 peak`), `PART FINDING` as it was said, and
-    `PART FINDING: NUMBER` for its numbers alone (`probe link up: gb_s`).
+    `24gb CONTESTANT ROUTING COLUMN` (`24gb meft auto 0.26 peak`), where it did not fit that it did not; `PART FINDING`
+    as it was said, and `PART FINDING: NUMBER` for its numbers alone (`probe link up: gb_s`).
     """
     found: dict[str, str] = {}
     if results["rehearsal"]:
         return found
     for row in rows(results):
-        for key, (column, form) in COLUMNS.items() if row["status"] == "measured" else ():
-            if row.get(column) is not None:
-                found[f"24gb {row['contestant']} {row['routing']} {key}"] = form.format(row[column])
+        for key, (column, form) in COLUMNS.items():
+            name = f"24gb {row['contestant']} {row['routing']} {key}"
+            if row["status"] in NO_ROOM:
+                found[name] = NO_ROOM[row["status"]]
+            elif row["status"] == MEASURED and row.get(column) is not None:
+                found[name] = form.format(row[column])
     for each in results["findings"]:
         if each["measured"].startswith("not measured") or "row" in each["values"]:
             continue

@@ -2,7 +2,6 @@
 
 import csv
 import datetime
-import importlib.metadata
 import io
 import os
 import platform
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from environment import installed
 from kernel_inputs import OURS
 from kernel_targets import OK, Row, number
 
@@ -22,14 +22,6 @@ COLUMNS = (
     "capability", "driver", "torch", "cuda", "triton", "python", "date",
 )  # fmt: skip
 REHEARSAL = "REHEARSAL on the CPU: not a measurement"
-
-
-def installed(name: str) -> str:
-    """The version of a package, or nothing."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def driver() -> str:

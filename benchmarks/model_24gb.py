@@ -97,8 +97,9 @@ def markdown(rows: list[dict]) -> str:
         f"picking on the host {host['picking_flops']['value'] / 1e9:g} Gflop/s ({host['picking_flops']['source']}). "
         "`resident`, with its optimizer on the device, does not fit beside a bf16 base: it shows what moving costs.",
         "",
-        "The bounds are too high for the code as it is: with clipping they count 40 bytes of host memory for each "
-        "value that is stepped, and the code moves 52 (58 to 62 where a cache line is read before it is written). "
+        "What the host moves in its memory is counted in the code (`meft/host_bytes.py`): 36 bytes for each value that "
+        "is stepped, clipped or not, and more for accumulated micro-batches; a CPU that reads a cache line before it "
+        "writes it moves 42. "
         "Launches and Python are not counted.",
         "",
         f"Each cell: tokens/s at most, at |U|/r = {shares}.",

@@ -100,6 +100,11 @@ def free_bytes(device: torch.device) -> int:
     return min(free + reserved - allocated, limit - allocated)
 
 
+def out_of_memory_errors(device: torch.device) -> int:
+    """How often torch's allocator has found no memory on a CUDA device, for whomever."""
+    return int(torch.cuda.memory_stats_as_nested_dict(device).get("num_ooms", 0))
+
+
 def choose(
     config: MEFTConfig, layers: Sequence[LayerRows], x: Tensor, around: Surroundings | None, free: int,
     calibration: Calibration | None,
@@ -145,11 +150,21 @@ def choose(
 
 
 def chosen(config: MEFTConfig, layers: Sequence[LayerRows], x: Tensor, around: Surroundings | None) -> Plan:
-    """The plan for inputs like x [T, d] on their CUDA device; says once what was chosen."""
+    """The plan for inputs like x [T, d] on their CUDA device, by the memory that is free now; says what was chosen."""
     free = free_bytes(x.device)
-    plan = choose(config, layers, x, around, free, calibrated(x.device))
+    plan = choose(config, layers, x, around, free, _calibration(x.device))
     logger.info(
         "MEFT: retrieval='%s', backward_rows='%s' (%.2f of %.2f GiB left on the device, %d tokens).",
         plan.strategy, plan.work.rows, sum(plan.device_bytes().values()) / 2**30, free / 2**30, len(x),
     )  # fmt: skip
     return plan
+
+
+def _calibration(device: torch.device) -> Calibration | None:
+    try:
+        return calibrated(device)
+    except torch.OutOfMemoryError:
+        logger.warning(
+            "MEFT: the device has no memory left to be measured in; retrieval='auto' goes by what fits and moves least."
+        )
+        return None

@@ -1,6 +1,7 @@
 """What this machine reaches: the ceilings that `meft.step_time` reckons with, measured in seconds and kept in a file.
 
-The link is measured twice: alone, and while the row optimizer's threads use the host's memory, as in training.
+The link is measured twice: alone, and while the row optimizer's threads use the host's memory, as in training. It may
+come in the middle of the first forward pass: at most 0.25 GiB of the device is used at a time, and given back.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .lanes import lanes_of
 from .moments import Moments
 from .row_update import StepRule, update_rows
 from .step_time import Ceilings
-from .transfer import Traffic, nbytes, page_locked
+from .transfer import Traffic, nbytes
 from .zero_copy import ZeroCopySteps
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Sizes:
     """
 
     copied: int = 64 << 20
-    on_device: int = 256 << 20
+    on_device: int = 128 << 20
     gemm: int = 4096
     d: int = 4096
     r: int = 2048
@@ -96,12 +97,13 @@ class _Machine:
 
     def __init__(self, device: torch.device, sizes: Sizes) -> None:
         self.device, self.sizes = device, sizes
-        self.half = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.table = torch.zeros(sizes.r, sizes.d)
-        self.wire = torch.zeros(sizes.r, sizes.d, dtype=torch.bfloat16)
+        self.half = torch.float16 if device.type == "cuda" else torch.float32  # older cards have no fast bf16
+        self.table = torch.zeros(sizes.r, sizes.d, device="cpu")
+        self.wire = torch.zeros(sizes.r, sizes.d, dtype=torch.bfloat16, device="cpu")
         self.moments = Moments.fresh(self.table)
-        self.rows = torch.randperm(sizes.r, generator=torch.Generator().manual_seed(0))[: sizes.updated].sort().values
-        self.gradient = torch.full((sizes.updated, sizes.d), 1e-3)
+        shuffled = torch.randperm(sizes.r, generator=torch.Generator().manual_seed(0), device="cpu")
+        self.rows = shuffled[: sizes.updated].sort().values
+        self.gradient = torch.full((sizes.updated, sizes.d), 1e-3, device="cpu")
 
     def seconds(self, work: Callable[[], object]) -> float:
         """Median seconds of some work, after a first time."""
@@ -142,7 +144,7 @@ class _Machine:
     def link(self) -> tuple[float, float, float]:
         """Bytes/s to the device, to the host, and the sum of both at once."""
         n = self.sizes.copied
-        here = [page_locked((n,), torch.uint8).zero_() for _ in range(2)]
+        here = [lanes_of(self.device).staging((n,), torch.uint8).zero_() for _ in range(2)]
         there = [torch.zeros(n, dtype=torch.uint8, device=self.device) for _ in range(2)]
         beside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
@@ -187,15 +189,27 @@ class _Machine:
         """Flop/s of picking on the host, of what `host` does: routing and scoring, by keys in bf16."""
         config = MEFTConfig(r=self.sizes.r, top_k=min(64, self.sizes.r))
         random = torch.Generator().manual_seed(0)
-        x = torch.randn(self.sizes.tokens, self.sizes.d, generator=random)
-        logits = torch.randn(self.sizes.tokens, config.experts, generator=random)
+        x = torch.randn(self.sizes.tokens, self.sizes.d, generator=random, device="cpu")
+        logits = torch.randn(self.sizes.tokens, config.experts, generator=random, device="cpu")
         candidates = config.probed * config.r // config.experts
         flops = 2 * self.sizes.tokens * candidates * self.sizes.d
         return flops / self.seconds(lambda: picked_neurons(x, logits, self.wire, config))
 
 
 def measure(device: torch.device, sizes: Sizes | None = None) -> Calibration:
-    """Measure a machine and one of its devices, in a few seconds."""
+    """Measure a machine and one of its devices, in a few seconds.
+
+    Raises:
+        torch.OutOfMemoryError: the device has not even the memory for that.
+    """
+    try:
+        return _measured(device, sizes)
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # once on a machine: its file is kept
+
+
+def _measured(device: torch.device, sizes: Sizes | None) -> Calibration:
     machine = _Machine(device, sizes or (Sizes() if device.type == "cuda" else Sizes(gemm=1024)))
     flops, device_bytes = machine.device_rates()
     host_bytes, picking = machine.host_rates()

@@ -122,7 +122,7 @@ class MEFTConfig(MethodConfig):
         default="auto",
         metadata={
             "help": "Dtype in which row gradients are stored and leave the device: 'auto' (the one that the FFN is "
-            "computed in: bfloat16 where hidden states and rows are bfloat16, else float32) or 'float32' (twice the "
+            "computed in, bfloat16 where hidden states and rows are bfloat16; else float32) or 'float32' (twice the "
             "bytes of bfloat16, and the sums over tokens are not rounded to it; on a GPU their terms are, as tensor "
             "cores take them). Sums are in float32."
         },
@@ -131,7 +131,8 @@ class MEFTConfig(MethodConfig):
         default="auto",
         metadata={
             "help": "Dtype in which rows are read and cross to the device: 'auto' (16-bit for a 16-bit base model, "
-            "else the master's), 'float32', 'bfloat16', 'float16', 'float64'; never wider than master_dtype."
+            "else the master's), 'float32', 'bfloat16', 'float16', 'float64'; never wider than master_dtype. Where it "
+            "is not that of the hidden states, products are in float32, on a GPU without tensor cores."
         },
     )
     master_dtype: str = field(
@@ -143,7 +144,7 @@ class MEFTConfig(MethodConfig):
     )
     pin_memory: bool = field(
         default=True,
-        metadata={"help": "Page-lock the rows that cross to a CUDA device; without CUDA nothing is locked."},
+        metadata={"help": "Page-lock the rows that cross to a CUDA device; for a model on the CPU nothing is locked."},
     )
     row_optimizer: dict[str, Any] | None = field(
         default=None,

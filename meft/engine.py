@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from .auto import Surroundings, chosen
+from .auto import Surroundings, chosen, out_of_memory_errors
 from .brought import BroughtFFN, BroughtRows
-from .carry import Fetched, LayerRows, Picks
+from .carry import Fetched, LayerRows, Picks, experts_of
 from .config import MEFTConfig
 from .gradient_ring import GradientRing
-from .lanes import Lanes, lanes_of
+from .lanes import CudaLanes, Lanes, lanes_of
 from .refetch import refetched_in_backward
 from .row_gradient import RowGradient
 from .second_order import AsRowGradient
@@ -42,16 +42,19 @@ class Begun:
     """A layer's work that was queued beside the base FFN.
 
     Attributes:
-        fetched: the rows; None once they were used.
+        picks: the picks; None until somebody has waited for them.
+        fetched: the rows; None before their way was queued, and once they were used.
         versions: of keys and values as they are read.
         again: whether this is a recomputation.
+        complete: waits for the picks and queues the way of their rows, if that was not done yet.
     """
 
     layer: LayerRows
-    picks: Picks
+    picks: Picks | None
     fetched: Fetched | None
     versions: tuple[int, int]
     again: bool
+    complete: Callable[[], tuple[Picks, Fetched]] | None = None
 
 
 class Engine:
@@ -78,7 +81,7 @@ class Engine:
         self._for: tuple[Any, ...] | None = None
         self.lanes: Lanes | None = None
         self._plan: tuple[str, str] | None = None
-        self._planned_tokens: int | None = None  # by `auto`
+        self._planned_for: tuple[int, int] | None = None  # by `auto`: tokens, and errors for want of memory until then
         self._strategy: Strategy | None = None
         self._rings: dict[torch.dtype, GradientRing] = {}
         self._below: Any = None
@@ -113,6 +116,18 @@ class Engine:
         return self._plan[0] if self._plan is not None else None
 
     @property
+    def refused(self) -> tuple[str, ...]:
+        """What was asked for and this machine refuses, so far: 'pin_memory' (rows in pageable memory cross more
+        slowly), 'zero_copy' (the host steps the rows).
+        """
+        steps = [getattr(layer.keys.step, "func", None) for layer in self.layers]
+        found = {
+            "pin_memory": self.config.pin_memory and not all(t.pin for e in self.layers for t in (e.keys, e.values)),
+            "zero_copy": any(isinstance(step, ZeroCopySteps) and step.refused for step in steps),
+        }
+        return tuple(name for name, is_refused in found.items() if is_refused)
+
+    @property
     def refetches(self) -> bool:
         """Whether the rows for the backward pass are brought again."""
         return self._plan is not None and self._plan[1] == "refetch"
@@ -127,7 +142,7 @@ class Engine:
         if not x.is_cuda:
             return "host", rows
         plan = chosen(config, self.layers, x, self.around() if self.around is not None else None)
-        self._planned_tokens = len(x)
+        self._planned_for = len(x), out_of_memory_errors(x.device)
         return plan.strategy, plan.work.rows
 
     def _ready(self, layer: LayerRows, x: Tensor) -> Strategy:
@@ -144,6 +159,7 @@ class Engine:
                 )
             self._forget()
             self._for, self.lanes = now, self._given or lanes_of(x.device)
+            self._lock_pages(self.lanes)
             self._plan = self._planned(x)
             with torch.inference_mode(False):  # its buffers outlive the mode
                 strategy = STRATEGIES[self._plan[0]](self.lanes, self.layers)
@@ -158,6 +174,11 @@ class Engine:
                 self._step_by_device(self.lanes)
             self._strategy = strategy  # last: what fails for want of memory is made anew with a smaller batch
         return self._strategy
+
+    def _lock_pages(self, lanes: Lanes) -> None:
+        device = lanes.device if isinstance(lanes, CudaLanes) and self.config.on_host else None
+        for layer in self.layers:
+            layer.keys.locked_for = layer.values.locked_for = device
 
     def _step_by_device(self, lanes: Lanes) -> None:
         with torch.inference_mode(False):  # as above
@@ -176,15 +197,15 @@ class Engine:
     def compute_dtype(self, layer: LayerRows, given: torch.dtype) -> torch.dtype:
         """What a layer computes in: the rows' dtype if the input is given in it too, else float32 or more.
 
-        Scores in float16 can overflow.
+        On a GPU only products of 16-bit tensors run on tensor cores. Scores and sums are float32 in any case.
         """
         wire = layer.keys.wire_dtype
-        if given == wire and wire != torch.float16:
+        if given == wire:
             return wire
         return torch.promote_types(torch.promote_types(given, wire), torch.float32)
 
     def begin(self, layer: LayerRows, x: Tensor, logits: Tensor, picks: Picks | None, kept: Fetched | None) -> Begun:
-        """Pick a layer's neurons and queue the way of their rows.
+        """Begin to pick a layer's neurons; the host waits for nothing on the device. Known picks: queue their rows.
 
         Args:
             x: [T, d] in `compute_dtype`, without a graph. logits: W_g x, [T, E], without a graph.
@@ -196,26 +217,47 @@ class Engine:
                 "Do without CUDA graphs (torch.compile: mode='default'), or set placement='device' and capture a pass "
                 "under torch.no_grad()."
             )
-        if picks is None and not layer.number and self._planned_tokens is not None and len(x) > self._planned_tokens:
-            self._forget()  # what fits beside fewer tokens (an evaluation, a short batch) may not fit beside these
+        if picks is None and not layer.number and self._planned_for is not None:
+            tokens, errors = self._planned_for
+            # What fits beside fewer tokens (an evaluation, a short batch) may not fit beside these; nor what did before
+            # an optimizer, another adapter or another process took memory, if it has run out since.
+            if len(x) > tokens or out_of_memory_errors(x.device) > errors:
+                self._forget()
         strategy = self._ready(layer, x)
-        again = picks is not None
         with layer.traffic.stalled():  # for the updates of these rows
             versions = layer.versions
-        if picks is None:
-            with record_function("meft: pick"):
-                picks = strategy.pick(layer, x, logits)
-        if kept is None:
+        if picks is not None:
+            if kept is None:
+                with record_function("meft: fetch rows"):
+                    kept = strategy.fetch(layer, picks)
+            self._count(layer, x, picks)
+            return Begun(layer, picks, kept, versions, True)
+        with record_function("meft: pick"):
+            picking = strategy.pick(layer, x, logits)
+
+        def complete() -> tuple[Picks, Fetched]:
+            picks = picking.wait()
             with record_function("meft: fetch rows"):
-                kept = strategy.fetch(layer, picks, again)
+                fetched = strategy.fetch(layer, picks, picking.made)
+            self._count(layer, x, picks)
+            return picks, fetched
+
+        return Begun(layer, None, None, versions, False, complete)
+
+    @staticmethod
+    def _count(layer: LayerRows, x: Tensor, picks: Picks) -> None:
         traffic = layer.traffic
-        if not again and len(picks.rows):
-            neuron = picks.rows[picks.position.clamp(min=0)].where(picks.position >= 0, -1)
-            traffic.count_experts(neuron, self.config.r // self.config.experts, self.config.experts)
         traffic.forwards += 1
         traffic.tokens += len(x)
         traffic.union_rows += len(picks.rows)
-        return Begun(layer, picks, kept, versions, again)
+
+    def complete(self, begun: Begun) -> Fetched:
+        """Wait for the picks, now that the base FFN is queued, and queue the way of their rows."""
+        if begun.complete is not None:
+            complete, begun.complete = begun.complete, None
+            begun.picks, begun.fetched = complete()
+        assert begun.fetched is not None
+        return begun.fetched
 
     def finish(self, begun: Begun, x: Tensor, logits: Tensor, refetch: bool, done: Callable[[], None]) -> Tensor:
         """The adapter's output, [T, d].
@@ -226,24 +268,23 @@ class Engine:
             done: called when the gradients of the rows have been made.
         """
         assert self.lanes is not None
-        layer, picks, fetched = begun.layer, begun.picks, begun.fetched
-        assert fetched is not None
+        layer, fetched, picks = begun.layer, self.complete(begun), begun.picks
+        assert picks is not None
         begun.fetched = None  # the graph holds `begun`
         if not begun.again and self._strategy is not None:
             # Now that the base FFN is queued: the next layer's rows may have to wait for their update.
             self._strategy.begun(layer, len(x))
-        if fetched.arrival is not None:
-            self.lanes.join(fetched.arrival)
+        picks.join(self.lanes)
+        fetched.join(self.lanes)
         near = (fetched.keys.detach().to(x.dtype), fetched.values.detach().to(x.dtype))
         idle = None if self.config.router_factor else logits  # its router gets a gradient of zero, as in place
-        wide = self.config.gradient_dtype == "float32"
+        # Sums over tokens pass the range of float16 where their terms do not.
+        wide = self.config.gradient_dtype == "float32" or x.dtype == torch.float16
         dtype = torch.promote_types(x.dtype, torch.float32) if wide else x.dtype
         rows = BroughtRows.apply(layer.keys.rows, layer.values.rows, near[0], dtype, idle, self, begun, done)
         factors = None
         if self.config.router_factor:
-            each = self.config.r // self.config.experts
-            neuron = picks.rows[picks.position.clamp(min=0)] if len(picks.rows) else picks.position
-            factors = logits.gather(1, torch.div(neuron.to(torch.int64), each, rounding_mode="floor").clamp(min=0))
+            factors = logits.gather(1, experts_of(picks, self.config.r // self.config.experts))
         absent = refetched_in_backward(self, begun, near, refetch, self._below)
         with absent as self._below, record_function("meft: sparse FFN"):
             return BroughtFFN.apply(x, *rows, factors, *near, picks.position)
@@ -257,24 +298,24 @@ class Engine:
         assert self._strategy is not None
         check_versions(begun.versions, begun.layer.versions)
         with record_function("meft: fetch rows again"):
-            return self._strategy.fetch(begun.layer, begun.picks, again=True)
+            return self._strategy.fetch(begun.layer, _known(begun))
 
     def fetch_below(self, layer: LayerRows, picks: Picks) -> Fetched:
         """Queue the way of the rows of the layer below for its recomputation."""
         assert self._strategy is not None
         with record_function("meft: fetch rows again"):
-            return self._strategy.fetch(self.layers[layer.number - 1], picks, again=True)
+            return self._strategy.fetch(self.layers[layer.number - 1], picks)
 
     # ------------------------------------------------------------------ backward
 
     def keep_graph(self, begun: Begun, which: int, gradient: Tensor) -> RowGradient:
         """As `send_back`, with a graph, and at once."""
         table = (begun.layer.keys, begun.layer.values)[which].rows
-        return AsRowGradient.apply(gradient, begun.picks.host_rows, table)
+        return AsRowGradient.apply(gradient, _known(begun).host_rows, table)
 
     def send_back(self, begun: Begun, which: int, gradient: Tensor) -> RowGradient:
         """A gradient of the rows of keys (0) or values (1), [u, d], leaves for its table."""
-        layer, rows = begun.layer, begun.picks.host_rows
+        layer, rows = begun.layer, _known(begun).host_rows
         owner = (layer.keys, layer.values)[which]
         table = owner.rows
         if not self.config.on_host:
@@ -287,3 +328,8 @@ class Engine:
         with record_function("meft: row gradients"):
             leaving = self._rings[dtype].send(rows, gradient, table, layer.traffic)
         return self.on_gradient(owner, leaving) if self.on_gradient is not None else leaving
+
+
+def _known(begun: Begun) -> Picks:
+    assert begun.picks is not None
+    return begun.picks

@@ -77,7 +77,8 @@ def export_resident(adapter_dir: str | Path, out_dir: str | Path) -> None:
     """
     config, layers, others = load_adapter(adapter_dir)
     fields = (config.experts, config.probed, config.top_k, int(config.router_factor), 0)
-    tensors = {f"routing.{name}": torch.tensor(value) for name, value in zip(_ROUTING, fields, strict=True)}
+    named = zip(_ROUTING, fields, strict=True)
+    tensors = {f"routing.{name}": torch.tensor(value, device="cpu") for name, value in named}
     tensors |= others
     tensors |= {f"{path}.{part}": tensor for path, parts in layers.items() for part, tensor in parts.items()}
     with folder_replaced_at_once(out_dir) as draft:

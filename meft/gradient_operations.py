@@ -21,8 +21,9 @@ from .transfer import wait_for_copies
 aten = torch.ops.aten
 
 
-def _stored(tensor: Any) -> Any:
-    return tensor.row_values if isinstance(tensor, StoredRows) else tensor
+def _values(tensor: Any) -> Any:
+    """The touched values, for our own reading and writing."""
+    return tensor.stored()[1] if isinstance(tensor, StoredRows) else tensor
 
 
 def _with(gradient: StoredRows, rows: Tensor, values: Tensor) -> StoredRows:
@@ -44,35 +45,57 @@ def _add(func: Any, a: Any, b: Any, *, alpha: float = 1) -> Any:
         if not isinstance(other, Tensor) or other.shape != own.shape:
             return NotImplemented
         if func is aten.add_.Tensor and own is b:  # a plain tensor stays one
-            return a.index_add_(0, b.rows, b.row_values.to(a.dtype), alpha=alpha)
+            return a.index_add_(0, b.rows, _values(b).to(a.dtype), alpha=alpha)
         if not _by_autograd():
             return NotImplemented
         # A gradient of all rows, of a penalty for one, comes to that of some: all rows are touched.
         whole = _with(own, torch.arange(len(other), device=other.device), other)
         a, b = (own, whole) if own is a else (whole, own)
     if alpha != 1:
-        b = _with(b, b.rows, b.row_values * alpha)
+        b = _with(b, b.rows, _values(b) * alpha)
+    in_place = func is aten.add_.Tensor
     if not isinstance(a._stored, Pending) and not len(a.rows):  # what `zero_grad(set_to_none=False)` leaves
         a.spent = b.spent
+        if in_place and isinstance(b._stored, Pending):
+            a.take_over(b)
+            return a
     elif a.spent or b.spent:
         raise RuntimeError(SPENT)
-    stored = merged(a._stored, b._stored, len(a), in_place=func is aten.add_.Tensor)
-    if func is aten.add.Tensor:
-        return a._of(stored, a)
-    a._stored = stored
-    return a
+    for each in (a, b):
+        each.multiply_now()
+    total = a if in_place else a._of(a._stored, a)
+    total.become_sum(merged(a._stored, b._stored, len(a), in_place=in_place), a if in_place else None)
+    return total
 
 
 def _in_place(func: Any, a: StoredRows, *args: Any, **kwargs: Any) -> StoredRows:
     """Operations that leave zeros zero."""
     if any(isinstance(arg, Tensor) and (isinstance(arg, StoredRows) or arg.numel() != 1) for arg in (a, *args)[1:]):
         return NotImplemented
-    func(a.row_values, *args, **kwargs)
+    func(_values(a), *args, **kwargs)
     return a
 
 
 def _foreach_in_place(func: Any, gradients: list[Tensor], *args: Any, **kwargs: Any) -> None:
-    func([_stored(g) for g in gradients], *args, **kwargs)
+    func([_values(g) for g in gradients], *args, **kwargs)
+
+
+def _is_number(factor: Any) -> bool:
+    """Whether it is a real number that can be looked at without waiting for a device."""
+    if isinstance(factor, Tensor):
+        return type(factor) is Tensor and not factor.ndim and factor.is_cpu and not factor.is_complex()
+    return isinstance(factor, int | float)
+
+
+def _still_to_scale(func: Any, gradients: list[Any], factor: Any) -> list[Any]:
+    """Without those that scaling by 1 leaves as they are, and those that are multiplied when they are read next."""
+    if not _is_number(factor):
+        return gradients
+    if float(factor) == 1.0:
+        return [g for g in gradients if not (isinstance(g, StoredRows) and g.is_cpu)]
+    if func not in _PRODUCTS:
+        return gradients
+    return [g for g in gradients if not (isinstance(g, StoredRows) and g.multiply_later(factor))]
 
 
 class OverflowWatcher(Protocol):
@@ -89,11 +112,26 @@ def _unscale(func: Any, gradients: list[Tensor], found_inf: Tensor, inverse_scal
     if found_inf.is_cpu:
         # GradScaler brings both from its device without waiting: late, the flag would overwrite what is set here.
         wait_for_copies([found_inf, inverse_scale])
-    _foreach_in_place(func, gradients, found_inf, inverse_scale)
+    left = [g for g in gradients if not _unscaled(g, inverse_scale)]
+    for gradient in left:
+        if isinstance(gradient, StoredRows):
+            gradient.forget()
+    if left:
+        _foreach_in_place(func, left, found_inf, inverse_scale)
     owners = {g.owner for g in gradients if isinstance(g, StoredRows)}
     if owners and bool(found_inf > 0):
         for watcher in list(overflow_watchers):
             watcher.note_overflow(owners, found_inf)
+
+
+def _unscaled(gradient: Any, inverse_scale: Tensor) -> bool:
+    """Whether a gradient is known to be finite and unscaled now, without a look at its values."""
+    if not isinstance(gradient, StoredRows) or not inverse_scale.is_cpu:
+        return False
+    known = gradient.squares()
+    if known is None or not math.isfinite(known):
+        return False
+    return float(inverse_scale) == 1.0 or gradient.multiply_later(inverse_scale.reshape(()))
 
 
 def _clamp(
@@ -103,7 +141,7 @@ def _clamp(
     max: float | None = None,  # torch's names
 ) -> StoredRows:
     _check_bounds(min, max)
-    func(a.row_values, min, max)
+    func(_values(a), min, max)
     return a
 
 
@@ -123,9 +161,13 @@ def _check_bounds(low: float | None, high: float | None) -> None:
 def _norm(func: Any, a: StoredRows, ord: float = 2, *args: Any, **kwargs: Any) -> Tensor:
     if any(arg not in (None, False) for arg in args) or kwargs.get("dim") is not None or ord < 0:
         return NotImplemented
-    if not a.row_values.numel():
-        return a.row_values.new_zeros(())  # the inf-norm of nothing raises
-    return func(a.row_values, ord, *args, **kwargs)
+    known = a.squares() if ord == 2 and not kwargs.keys() - {"dtype"} else None
+    if known is not None:
+        return torch.tensor(math.sqrt(known), dtype=kwargs.get("dtype") or torch.float32, device="cpu")
+    values = _values(a)
+    if not values.numel():
+        return values.new_zeros(())  # the inf-norm of nothing raises
+    return func(values, ord, *args, **kwargs)
 
 
 def _foreach_norm(func: Any, gradients: list[Tensor], ord: float = 2, dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -135,7 +177,7 @@ def _foreach_norm(func: Any, gradients: list[Tensor], ord: float = 2, dtype: tor
 def _nothing(a: StoredRows) -> tuple[Tensor, Tensor]:
     """No rows; not a slice, which would hold on to the memory of all."""
     waits = isinstance(a._stored, Pending)
-    dtype = torch.promote_types(a.dtype, torch.float32) if waits else a.row_values.dtype
+    dtype = torch.promote_types(a.dtype, torch.float32) if waits else _values(a).dtype
     none = torch.empty(0, *a.shape[1:], dtype=dtype, device=a.device)
     return torch.empty(0, dtype=torch.int64, device=a.device), none
 
@@ -169,7 +211,7 @@ def _seen_whole(func: Any, a: StoredRows, *args: Any) -> StoredRows:
 
 
 def _copied(func: Any, a: StoredRows, **kwargs: Any) -> StoredRows:
-    return _with(a, a.rows, a.row_values.clone())
+    return _with(a, a.rows, _values(a).clone())
 
 
 def _empty(func: Any, a: StoredRows, size: Any, *args: Any, **kwargs: Any) -> StoredRows:
@@ -184,7 +226,10 @@ def _copy_from(func: Any, a: Any, b: Any, non_blocking: bool = False) -> Any:
     if not isinstance(b, StoredRows):
         return NotImplemented
     # What is on its way belongs to nobody else: autograd copies it only because the copy is a tensor subclass.
-    a._stored = b._stored if isinstance(b._stored, Pending) else (b.rows, b.row_values.clone())
+    if isinstance(b._stored, Pending):
+        a.take_over(b)
+    else:
+        a._stored = b.rows, _values(b).clone()
     a.spent = b.spent
     return a
 
@@ -242,22 +287,34 @@ _CHANGES = {func for func, handler in _HANDLERS.items() if handler in (_in_place
 }
 # What gives a gradient other memory and writes into none.
 _REPLACES = {aten.zero_.default, aten._foreach_zero_.default, aten.copy_.default}
+# What says itself what is known of a gradient's values then.
+_TELLS = {aten.add_.Tensor, aten._amp_foreach_non_finite_check_and_unscale_.default}
 _PRODUCTS = {aten.mul_.Tensor, aten.mul_.Scalar, aten._foreach_mul_.Tensor, aten._foreach_mul_.Scalar}
+_QUOTIENTS = {aten.div_.Tensor, aten.div_.Scalar, aten._foreach_div_.Tensor, aten._foreach_div_.Scalar}
+_SCALINGS = _PRODUCTS | _QUOTIENTS
 
 
 def operate(func: Any, args: Any, kwargs: Any) -> Any:
     """What `__torch_dispatch__` of a gradient does."""
+    several = bool(args) and isinstance(args[0], list | tuple)
+    if func in _CHANGES and _spent(args[0]):
+        if func not in _PRODUCTS or not _changes_nothing(args[1]):
+            raise RuntimeError(SPENT)
+        if not several:
+            return args[0]
+        args = ([g for g in args[0] if not _spent(g)], *args[1:])
+    if func in _SCALINGS and not kwargs:
+        left = _still_to_scale(func, list(args[0]) if several else [args[0]], args[1])
+        if not left:
+            return None if several else args[0]
+        args = (left if several else args[0], *args[1:])
     if func._schema.is_mutable and func not in _REPLACES:
-        for gradient in args[0] if isinstance(args[0], list | tuple) else args[:1]:
+        for gradient in args[0] if several else args[:1]:
             if isinstance(gradient, StoredRows):
                 gradient.own_memory()
+                if func not in _TELLS:
+                    gradient.forget()
     if func in _HANDLERS:
-        if func in _CHANGES and _spent(args[0]):
-            if func not in _PRODUCTS or not _changes_nothing(args[1]):
-                raise RuntimeError(SPENT)
-            if not isinstance(args[0], list | tuple):
-                return args[0]
-            args = ([g for g in args[0] if not _spent(g)], *args[1:])
         made = _HANDLERS[func](func, *args, **kwargs)
         if made is not NotImplemented:
             return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from .gradient_drain import drain
+from .gradient_pool import GradientPool
+from .known_values import KnownValues
 from .lanes import Lanes, Mark
 from .near import stay_near
 from .row_gradient import RowGradient
@@ -23,8 +27,8 @@ SLOTS = 4
 class GradientRing:
     """Staging buffers that gradients pass through in the order in which they are made.
 
-    A slot goes: free, filled by a copy beside the computation, drained by the thread into memory of the gradient's own,
-    free. Where none is free the launching thread waits, which is counted.
+    A slot goes: free, filled by a copy beside the computation, drained by the thread into memory of the gradient's own
+    (`gradient_pool`), free. Where none is free the launching thread waits, which is counted.
 
     Args:
         capacity: rows of a slot; more rows take several slots.
@@ -34,6 +38,7 @@ class GradientRing:
         self.lanes, self.capacity, self.dtype = lanes, capacity, dtype
         # Of one backward pass; weak, as errors hold on to the frames that they came through, and these to graphs.
         self._backward, self._sent = -1, list[weakref.ref[Pending]]()
+        self._pool = GradientPool(width)
         self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         for _ in range(SLOTS):
             self._free.put(lanes.staging((capacity, width), dtype))
@@ -54,9 +59,8 @@ class GradientRing:
         self._check_earlier()
         gradient = gradient.detach().to(self.dtype)
         traffic.bytes_to_host += nbytes(gradient)
-        # Its pages are touched by the thread that drains, not by the one that launches.
-        values = torch.empty(gradient.shape, dtype=torch.promote_types(table.dtype, torch.float32))
-        drained = []
+        values = self._pool.take(len(gradient), torch.promote_types(table.dtype, torch.float32))
+        drained, known = [], KnownValues()
         self.lanes.outbound.after(self.lanes.here())
         for start in range(0, len(gradient), self.capacity):
             part = gradient[start : start + self.capacity]
@@ -68,15 +72,16 @@ class GradientRing:
                 self._free.put(slot)
                 raise
             drained.append(self._thread.submit(self._drain, slot, mark, values[start : start + len(part)]))
-        pending = Pending(self._thread.submit(_whole, drained, rows, values), self._thread)
+        pending = Pending(self._thread.submit(_whole, drained, rows, values, known), self._thread)
         self._sent.append(weakref.ref(pending))
-        return RowGradient.arriving(pending, table)
+        return RowGradient.arriving(pending, table, known)
 
     def _check_earlier(self) -> None:
         """Raises: RuntimeError: a gradient of this backward pass did not arrive; not only when it is looked at."""
         backward = torch._C._current_graph_task_id()
         if self._backward != backward:
             self._backward, self._sent = backward, []
+            self._pool.begin_pass()
         for pending in [reference() for reference in self._sent]:
             if pending is not None and pending.future.done() and pending.future.exception() is not None:
                 pending.landed()
@@ -89,17 +94,22 @@ class GradientRing:
             with traffic.stalled():
                 return self._free.get()
 
-    def _drain(self, slot: Tensor, mark: Mark, target: Tensor) -> None:
+    def _drain(self, slot: Tensor, mark: Mark, target: Tensor) -> float | None:
+        """The sum of the squares."""
         try:
             mark.wait()
             with record_function("meft: drain row gradients"):
-                target.copy_(slot[: len(target)])
+                return drain(slot[: len(target)], target)
         finally:
             self._free.put(slot)
 
 
-def _whole(drained: list[Future[None]], rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def _whole(
+    drained: list[Future[float | None]], rows: Tensor, values: Tensor, known: KnownValues
+) -> tuple[Tensor, Tensor]:
     """Rows and values; raises what went wrong on their way."""
+    sums: list[float | None] = []
     for part in drained:
-        part.result()
+        sums.append(part.result())
+    known.land(values, None if None in sums else math.fsum(one for one in sums if one is not None))
     return rows, values

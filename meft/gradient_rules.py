@@ -52,7 +52,7 @@ def by_rule(func: Any, args: Any, kwargs: Any) -> Any:
 def _on_the_whole(func: Any, args: Any, kwargs: Any, targets: list[Any], touched: dict[int, Touched]) -> Any:
     changed = [leaf for leaf in targets if isinstance(leaf, StoredRows)]
     wholes = {key: one.whole() for key, one in touched.items()}
-    narrow = {g.dtype: g.row_values.dtype for g in changed}  # values are held in float32 at least
+    narrow = {g.dtype: g.stored()[1].dtype for g in changed}  # values are held in float32 at least
 
     def on_whole(leaf: Any) -> Any:
         if id(leaf) in wholes:
@@ -91,7 +91,7 @@ def _is_gradient(leaf: Any, like: StoredRows) -> bool:
 
 
 def _made(rows: Tensor, values: Tensor, *, like: StoredRows, changed: bool = False) -> StoredRows:
-    held = like.row_values.dtype
+    held = like.stored()[1].dtype
     dtype = like.dtype if values.dtype == held else values.dtype
     stored = rows, values.to(torch.promote_types(values.dtype, torch.float32))
     if not changed:

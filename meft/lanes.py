@@ -38,6 +38,9 @@ class Lane(Protocol):
     def mark(self) -> Mark:
         """The point after all that is queued so far."""
 
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory of the device into which the lane writes without a wait for the computation; see `Lanes.use`."""
+
 
 class Lanes(Protocol):
     """The lanes of one device.
@@ -58,6 +61,9 @@ class Lanes(Protocol):
     def join(self, mark: Mark) -> None:
         """What the computation queues from now on waits for the mark."""
 
+    def use(self, tensors: Sequence[Tensor]) -> None:
+        """The computation reads a lane's memory (`Lane.empty`) from now on: it stays until that is through."""
+
     def staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Host memory for copies from and to the device."""
 
@@ -71,6 +77,9 @@ class _Done:
 class _AtOnce:
     """The lane of a CPU: work is done when it is queued."""
 
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
     def run(self, work: Callable[[], object], uses: Sequence[Tensor] = ()) -> None:
         work()
 
@@ -80,15 +89,18 @@ class _AtOnce:
     def mark(self) -> Mark:
         return _Done()
 
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
 
 class HostLanes:
     """For a model on the CPU, or on a device without streams: nothing runs beside anything."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.inbound: Lane = _AtOnce()
-        self.outbound: Lane = _AtOnce()
-        self.updating: Lane = _AtOnce()
+        self.inbound: Lane = _AtOnce(device)
+        self.outbound: Lane = _AtOnce(device)
+        self.updating: Lane = _AtOnce(device)
 
     def here(self) -> Mark:
         return _Done()
@@ -96,8 +108,10 @@ class HostLanes:
     def join(self, mark: Mark) -> None:
         mark.wait()
 
+    def use(self, tensors: Sequence[Tensor]) -> None: ...
+
     def staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 class _Event:
@@ -115,12 +129,14 @@ class _Stream:
     """A CUDA stream."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         # Before the computation: a gather's few programs need not wait until a GEMM has placed all of its own.
         self.stream = torch.cuda.Stream(device, priority=-1)
 
     def run(self, work: Callable[[], object], uses: Sequence[Tensor] = ()) -> None:
         try:
-            with torch.cuda.stream(self.stream):
+            # On leaving, `stream` sets the device that was current before it, which would get a context.
+            with torch.cuda.device(self.stream.device), torch.cuda.stream(self.stream):
                 work()
         finally:  # also where some of the work was queued before it failed
             for tensor in uses:
@@ -133,6 +149,11 @@ class _Stream:
 
     def mark(self) -> Mark:
         return _Event(self.stream)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        # Of the stream's own memory. The computation's may be such as it has given back, but not done with yet.
+        with torch.cuda.device(self.stream.device), torch.cuda.stream(self.stream):
+            return torch.empty(shape, dtype=dtype, device=self.device)
 
 
 class CudaLanes:
@@ -151,8 +172,13 @@ class CudaLanes:
         assert isinstance(mark, _Event)
         torch.cuda.current_stream(self.device).wait_event(mark.event)
 
+    def use(self, tensors: Sequence[Tensor]) -> None:
+        stream = torch.cuda.current_stream(self.device)
+        for tensor in tensors:
+            tensor.record_stream(stream)
+
     def staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return page_locked(shape, dtype)
+        return page_locked(shape, dtype, self.device)
 
 
 def lanes_of(device: torch.device) -> Lanes:

@@ -59,11 +59,16 @@ class _Call(NamedTuple):
 
 
 class _Begun(NamedTuple):
-    """An adapter's output that was begun: what ends it, its picks, and rows to keep for a recomputation."""
+    """An adapter's output that was begun.
 
+    Attributes:
+        known: its picks, and rows to keep for a recomputation; waits for them. Called before `finish`.
+        finish: ends it.
+        refetched: whether rows are brought again for a recomputation.
+    """
+
+    known: Callable[[], tuple[Selection | Picks | None, Fetched | None]]
     finish: Callable[[], Tensor]
-    picks: Selection | Picks
-    kept: Fetched | None
     refetched: bool = False
 
 
@@ -99,7 +104,11 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: MEFTConfig) -> None:
         """Add an adapter's keys, values and router."""
-        _, base_dtype = self._base_device_and_dtype()
+        base_device, base_dtype = self._base_device_and_dtype()
+        # A default device (torch.set_default_device) takes nothing but what a model without values gets; one that is
+        # offloaded has values.
+        empty = base_device.type == "meta" and torch.get_default_device().type == "meta"
+        made_on = "meta" if empty else "cpu"
         master = getattr(torch, config.master_dtype)
         if config.row_dtype != "auto":
             wire = getattr(torch, config.row_dtype)
@@ -107,11 +116,16 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             wire = base_dtype if base_dtype.itemsize < master.itemsize else master
         tables = [
             RowTable(
-                (config.r, self.in_features), master=master, wire=wire, on_host=config.on_host, pin=config.pin_memory
+                (config.r, self.in_features),
+                master=master,
+                wire=wire,
+                on_host=config.on_host,
+                pin=config.pin_memory,
+                device=made_on,
             )
             for _ in range(2)
         ]
-        router = Router(config.experts, self.in_features, torch.promote_types(base_dtype, torch.float32))
+        router = Router(config.experts, self.in_features, torch.promote_types(base_dtype, torch.float32), made_on)
         self.configs[adapter_name] = config
         self.traffic[adapter_name] = Traffic()
         self.meft_keys[adapter_name], self.meft_values[adapter_name] = tables
@@ -220,7 +234,8 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
     @torch.compiler.disable
     def _finish(self, begun: list[Callable[[], Tensor]], x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return sum(finish() for finish in begun).view(x.shape)  # type: ignore[union-attr]
+            first, *others = [finish() for finish in begun]
+            return sum(others, first).view(x.shape)
 
     def _begin_one(self, x: Tensor, shape: torch.Size, adapter_name: str) -> Callable[[], Tensor]:
         """Begin with an adapter's output; what is returned ends it: [T, d]."""
@@ -245,14 +260,20 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         begun = begin(_Call(kept.dtype, wide, router, adapter_name, stash, now, partial(self._done, now, stashed)))
         if stash is not None and stash.refetched and now is not None:
             self._bring_below(now, key)
+        probe = None
         if stash is None and now is not None and now.recorded and context.checkpointed():
-            rows, probe = self.places[adapter_name].rows, context.probe_of(x)
-            made = context.Stash(rows.number, begun.picks, real, probe, rows.versions, begun.kept, begun.refetched)
-            now.stashes.setdefault(key, []).append(made)
-            stashed.append(made)
-        if real is None:
-            return begun.finish
-        return lambda: x.new_zeros(x.shape, dtype=(y := begun.finish()).dtype).index_copy(0, real, y)
+            probe = context.probe_of(x)  # now: the base FFN may write into its input
+
+        def finish() -> Tensor:
+            if probe is not None:
+                rows, (picks, rows_kept) = self.places[adapter_name].rows, begun.known()
+                made = context.Stash(rows.number, picks, real, probe, rows.versions, rows_kept, begun.refetched)
+                now.stashes.setdefault(key, []).append(made)  # type: ignore[union-attr]
+                stashed.append(made)
+            y = begun.finish()
+            return y if real is None else x.new_zeros(x.shape, dtype=y.dtype).index_copy(0, real, y)
+
+        return finish
 
     def _with_engine(self, call: _Call) -> _Begun:
         config, (engine, layer) = self.configs[call.adapter_name], self.places[call.adapter_name]
@@ -262,10 +283,13 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         begun = engine.begin(layer, x.detach(), logits.detach(), picks, fetched)  # type: ignore[arg-type]
         # Of a checkpointed layer the rows are kept for its recomputation, whose graph then has them.
         refetches, checkpointed = engine.refetches, context.checkpointed()
-        kept = begun.fetched if checkpointed and not refetches else None
         if stash is not None:
             stash.fetched = None
         absent = refetches and torch.is_grad_enabled() and not checkpointed and not context.recomputing()
+
+        def known() -> tuple[Picks | None, Fetched | None]:
+            rows = engine.complete(begun)
+            return begun.picks, rows if checkpointed and not refetches else None
 
         def finish() -> Tensor:
             y = engine.finish(begun, x, logits, absent, call.done)
@@ -273,7 +297,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
                 return attach_balance_loss(y, logits, config, call.now)
             return y
 
-        return _Begun(finish, begun.picks, kept, checkpointed and refetches)
+        return _Begun(known, finish, checkpointed and refetches)
 
     def _bring_below(self, now: context.ForwardContext, key: tuple[int, str]) -> None:
         """Queue the way of the rows that the recomputation of the layer below will read."""
@@ -301,7 +325,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             y = SparseFFN.apply(wide, router, layer.keys.rows, layer.values.rows, found, factors, done)
         if config.balance_loss_weight and torch.is_grad_enabled():
             y = attach_balance_loss(y, F.linear(wide, router), config, call.now)
-        return _Begun(lambda: y, found.selection, None)
+        return _Begun(lambda: (found.selection, None), lambda: y)
 
     def _done(self, now: context.ForwardContext | None, stashed: list[context.Stash]) -> None:
         """Row gradients were made, by the backward pass that something was stashed for."""

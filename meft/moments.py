@@ -51,14 +51,19 @@ class Moments:
         rule: StepRule,
         seed: int,
         step: Callable[..., None] = update_rows,
+        factors: tuple[float, ...] = (),
     ) -> None:
         """One optimizer step with the gradients [n, d] of the rows [n]; all other rows stay as they are.
 
         Args:
             seed: of the stochastic rounding of bfloat16 masters.
             step: who steps the rows.
+            factors: what the gradients count as multiplied by, as in `update_rows`.
         """
-        step(table, self.exp_avg, self.exp_avg_sq, self.counts, rows, gradients, rule, wire=wire, seed=seed)
+        step(
+            table, self.exp_avg, self.exp_avg_sq, self.counts, rows, gradients, rule, wire=wire, seed=seed,
+            factors=factors,
+        )  # fmt: skip
 
     def to(self, device: torch.device) -> Moments:
         """On a device; itself if it is there."""
@@ -204,7 +209,9 @@ def moments_of(
     entry = RowMoments(moments, settle)
     entry.owner = weakref.ref(optimizer)
     # Some optimizers of torch look for a step in each entry when they load one.
-    state["step"], state[KEY] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32), entry
+    step = state.get("step", 0.0)
+    step = step if isinstance(step, Tensor) else torch.tensor(step, device="cpu")
+    state["step"], state[KEY] = step.to(torch.float32), entry
     return entry
 
 

@@ -116,4 +116,4 @@ class RowAdamW(Optimizer):
 
 
 def _entry_of_0_1(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    return {"step": torch.zeros(()), KEY: RowMoments(moments_of_0_1(tensors).clone())}
+    return {"step": torch.zeros((), device="cpu"), KEY: RowMoments(moments_of_0_1(tensors).clone())}

@@ -59,9 +59,10 @@ class AdapterShape:
         own = base_dtype if config.row_dtype == "auto" else getattr(torch, config.row_dtype)
         wire = min(own.itemsize, master)
         moment = 8 if config.master_dtype == "float64" else FP32
+        narrow = own == base_dtype == torch.bfloat16 and config.gradient_dtype == "auto"
         return cls(
             d, layers, config.r, config.experts, config.probed, config.top_k, wire, master, moment,
-            base_dtype.itemsize, wire,
+            base_dtype.itemsize, wire if narrow else max(FP32, wire),
         )  # fmt: skip
 
     @property
@@ -217,12 +218,14 @@ class Plan:
         if self.strategy == "resident":
             return {}
         wire, master = s.values * s.wire, s.values * s.master
+        store = 2 * s.layers * s.d * self.step_union * FP32
         separate = s.wire < s.master
         return {
             "wire rows, page-locked": wire if separate else 0,
             "masters" if separate else "masters, page-locked": master,
             "moments": 2 * s.values * s.moment,
-            "gradient store": 2 * s.layers * s.d * self.step_union * FP32,
+            "gradient store": store,
+            "gradient store, kept for larger ones": store // 8,
             "gradient ring, page-locked": SLOTS * self.union_values * s.gradient,
         }
 

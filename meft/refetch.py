@@ -38,9 +38,8 @@ class _Absent:
         below = self._below() if self._below is not None else None
         if below is not None:
             below.bring()
-        if fetched.arrival is not None:
-            assert self.engine.lanes is not None
-            self.engine.lanes.join(fetched.arrival)
+        assert self.engine.lanes is not None
+        fetched.join(self.engine.lanes)
         self._taken += 1
         if self._taken == 2:  # the backward pass has both
             self._fetched = None

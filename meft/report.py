@@ -31,12 +31,15 @@ class TransferReport:
         r: neurons a layer.
         strategy: the retrieval strategy in use; None where rows are read in place.
         layers: path of the FFN -> its counters.
+        refused: what was asked for and this machine refuses, so far: 'pin_memory' (rows in pageable memory cross more
+            slowly), 'zero_copy' (the host steps the rows).
     """
 
     adapter_name: str
     r: int
     strategy: str | None
     layers: dict[str, Traffic]
+    refused: tuple[str, ...] = ()
 
     def _sum(self, name: str) -> float:
         return sum(getattr(traffic, name) for traffic in self.layers.values())
@@ -81,11 +84,17 @@ class TransferReport:
         """Sums over the layers, and the means above."""
         shares = ("union_share", "busiest_expert_share", "idle_expert_share")
         head = {"adapter_name": self.adapter_name, "r": self.r, "strategy": self.strategy}
-        return {**head, **self.totals(), **{name: getattr(self, name) for name in shares}}
+        return {
+            **head,
+            "refused": list(self.refused),
+            **self.totals(),
+            **{name: getattr(self, name) for name in shares},
+        }
 
     def __str__(self) -> str:
         lines = [
             ("retrieval", self.strategy or "in place"),
+            ("refused by this machine", ", ".join(self.refused) or "nothing"),
             ("host to device", f"{self._sum('bytes_to_device') / 2**20:,.1f} MiB"),
             ("device to host", f"{self._sum('bytes_to_host') / 2**20:,.1f} MiB"),
             ("waited for", f"{self._sum('stall_ms'):,.0f} ms"),
@@ -106,6 +115,6 @@ def transfer_report(adapter_name: str, layers: Mapping[str, MEFTLayer]) -> Trans
     if not adapted:
         raise ValueError(f"adapter_name='{adapter_name}' is no MEFT adapter here.")
     first = next(iter(adapted.values()))
-    strategy = first.places[adapter_name].engine.strategy_name
+    engine = first.places[adapter_name].engine
     counters = {path: layer.traffic[adapter_name] for path, layer in adapted.items()}
-    return TransferReport(adapter_name, first.configs[adapter_name].r, strategy, counters)
+    return TransferReport(adapter_name, first.configs[adapter_name].r, engine.strategy_name, counters, engine.refused)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from .carry import LayerRows
@@ -27,14 +28,14 @@ def retrieved(x: Tensor, logits: Tensor, layer: LayerRows, selection: Selection 
         selection: picks to use instead of new ones (recomputation).
     """
     config, traffic = layer.config, layer.traffic
-    with layer.keys.reading() as keys:
+    with layer.keys.reading(in_place=True) as keys:
         if selection is None:
             selection = select_neurons(
                 x, logits, keys, experts_per_token=config.probed, top_k=config.top_k, factor=config.router_factor
             )
             _count_picks(traffic, selection, config, nbytes(x) + nbytes(logits))
         rows, order = union(selection.neuron, len(keys))
-        with layer.values.reading(rows) as values:
+        with layer.values.reading(rows, in_place=True) as values:
             traffic.forwards += 1
             traffic.tokens += len(x)
             traffic.union_rows += len(rows)
@@ -48,7 +49,9 @@ def retrieved(x: Tensor, logits: Tensor, layer: LayerRows, selection: Selection 
 
 
 def _count_picks(traffic: Traffic, selection: Selection, config: MEFTConfig, down: int) -> None:
-    traffic.count_experts(selection.neuron, config.r // config.experts, config.experts)
+    expert = torch.div(selection.neuron, config.r // config.experts, rounding_mode="floor")
+    load = traffic.load_on(expert.device, config.experts)
+    load += torch.bincount(expert, minlength=config.experts)
     if config.on_host:
         traffic.bytes_to_host += down
         traffic.bytes_to_device += selection.nbytes()

@@ -17,9 +17,9 @@ class Router(KeptParameters):
         weight: [E, d].
     """
 
-    def __init__(self, experts: int, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, experts: int, width: int, dtype: torch.dtype, device: str = "cpu") -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(experts, width, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(experts, width, dtype=dtype, device=device))
 
     def extra_repr(self) -> str:
         """Experts and width."""

@@ -1,19 +1,23 @@
-// AdamW and Adam on scattered rows of a table, over a plain C interface: no Python or torch header, so that one build
-// serves all their versions. Loaded by row_update.py.
+// AdamW and Adam on scattered rows of a table, and the way of their gradients to it, over a plain C interface: no Python
+// or torch header, so that one build serves all their versions. Loaded by row_update.py.
 //
 // Each operation rounds by itself (built with -ffp-contract=off), in the order of adapter_kernels/adamw_blocks.py, the
 // torch path: both give the same bits, whatever instructions the machine has.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <type_traits>
+#include <vector>
 
 #include "../kernels/adapter_kernels/helper_threads.h"
 
 // One build for every x86-64: the loader picks the widest clone that the processor has.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__has_attribute)
+#if defined(COUNT_BYTES)
+#elif defined(__x86_64__) && defined(__gnu_linux__) && defined(__has_attribute)
 #if __has_attribute(target_clones)
 #define FOR_EACH_VECTOR_WIDTH __attribute__((target_clones("default", "avx2", "avx512f")))
 #endif
@@ -35,6 +39,27 @@
 
 namespace {
 
+// Values in memory as the loops see them. A build with -DCOUNT_BYTES adds up what each load and store moves, which
+// tests/meft/test_host_bytes.py compares with step_time.py.
+#ifdef COUNT_BYTES
+std::atomic<int64_t> counted{0};
+
+template <class T>
+struct Counted {
+    struct Place {
+        T* at;
+        operator std::remove_const_t<T>() const { counted += sizeof(T); return *at; }
+        void operator=(T value) const { counted += sizeof(T); *at = value; }
+    };
+    T* at;
+    Counted(T* first) : at(first) {}
+    Place operator[](int64_t i) const { return {at + i}; }
+};
+#define MEMORY(T) Counted<T>
+#else
+#define MEMORY(T) T* RESTRICT
+#endif
+
 // The scalars of one step, in the order of _COLUMNS in row_update.py.
 struct Step {
     float mix;       // of (g - m): 1 - beta1 added to m, or -beta1 added to g
@@ -49,48 +74,57 @@ struct Step {
 };
 static_assert(sizeof(Step) == 9 * sizeof(float), "Step is handed over as nine floats");
 
-template <bool COUPLED, bool FROM_GRAD>
-INLINE void step_as(float* RESTRICT p, float* RESTRICT m, float* RESTRICT v, const float* RESTRICT grad,
-                    int64_t width, const Step& s) {
+// float32 to bfloat16, to the nearest, ties to even; NaN stays NaN.
+INLINE uint16_t narrow(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint32_t nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : nearest);
+}
+
+// What gradients are multiplied by as they are read, one after the other; 1 changes no bit.
+struct Factors {
+    float first, second;
+};
+
+template <bool WIRE, bool COUPLED, bool FROM_GRAD>
+INLINE void step_as(MEMORY(float) p, MEMORY(float) m, MEMORY(float) v, MEMORY(uint16_t) wire, MEMORY(const float) grad,
+                    int64_t width, const Step& s, const Factors& f) {
     const float mix = s.mix, beta2 = s.beta2, fresh2 = s.fresh2, eps = s.eps, decay = s.decay;
     const float coupled = s.coupled, step_size = s.step_size, root2 = s.root2;
+    const float first = f.first, second = f.second;
     for (int64_t i = 0; i < width; ++i) {
-        float g = grad[i];
-        if (COUPLED) g = g + coupled * p[i];
-        const float moved = mix * (g - m[i]);
-        const float m_new = (FROM_GRAD ? g : m[i]) + moved;
+        const float p_old = p[i], m_old = m[i];
+        float g = (grad[i] * first) * second;
+        if (COUPLED) g = g + coupled * p_old;
+        const float moved = mix * (g - m_old);
+        const float m_new = (FROM_GRAD ? g : m_old) + moved;
         const float v_new = v[i] * beta2 + (fresh2 * g) * g;
+        const float p_new = p_old * decay - (m_new * step_size) / (std::sqrt(v_new) / root2 + eps);
         m[i] = m_new;
         v[i] = v_new;
-        p[i] = p[i] * decay - (m_new * step_size) / (std::sqrt(v_new) / root2 + eps);
+        p[i] = p_new;
+        if (WIRE) wire[i] = narrow(p_new);
     }
 }
 
-template <bool COUPLED>
-INLINE void step_from(float* p, float* m, float* v, const float* grad, int64_t width, const Step& s) {
-    if (s.from_grad != 0.0f)
-        step_as<COUPLED, true>(p, m, v, grad, width, s);
-    else
-        step_as<COUPLED, false>(p, m, v, grad, width, s);
+template <bool WIRE>
+INLINE void step_from(float* p, float* m, float* v, uint16_t* wire, const float* grad, int64_t width, const Step& s,
+                      const Factors& f) {
+    const bool coupled = s.coupled != 0.0f, from_grad = s.from_grad != 0.0f;
+    if (coupled && from_grad) return step_as<WIRE, true, true>(p, m, v, wire, grad, width, s, f);
+    if (coupled) return step_as<WIRE, true, false>(p, m, v, wire, grad, width, s, f);
+    if (from_grad) return step_as<WIRE, false, true>(p, m, v, wire, grad, width, s, f);
+    step_as<WIRE, false, false>(p, m, v, wire, grad, width, s, f);
 }
 
 FOR_EACH_VECTOR_WIDTH
-void step_block(float* p, float* m, float* v, const float* grad, int64_t width, const Step& s) {
-    if (s.coupled != 0.0f)
-        step_from<true>(p, m, v, grad, width, s);
+void step_row(float* p, float* m, float* v, uint16_t* wire, const float* grad, int64_t width, const Step& s,
+              const Factors& f) {
+    if (wire)
+        step_from<true>(p, m, v, wire, grad, width, s, f);
     else
-        step_from<false>(p, m, v, grad, width, s);
-}
-
-// float32 to bfloat16, to the nearest, ties to even; NaN stays NaN.
-FOR_EACH_VECTOR_WIDTH
-void round_block(uint16_t* RESTRICT wire, const float* RESTRICT p, int64_t width) {
-    for (int64_t i = 0; i < width; ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, p + i, sizeof bits);
-        const uint32_t nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-        wire[i] = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : nearest);
-    }
+        step_from<false>(p, m, v, wire, grad, width, s, f);
 }
 
 struct Job {
@@ -99,6 +133,7 @@ struct Job {
     const float* grads;
     const int64_t* rows;
     const Step* steps;
+    Factors factors;
     int64_t count, width;
 
     // The processor's own prefetch ends with the row and with each page: touch those of the next row. More costs time.
@@ -113,15 +148,76 @@ struct Job {
     void row(int64_t i) const {
         const int64_t at = rows[i] * width;
         if (i + 1 < count) look_ahead(rows[i + 1] * width);
-        step_block(table + at, exp_avg + at, exp_avg_sq + at, grads + i * width, width, steps[i]);
-        if (wire) round_block(wire + at, table + at, width);
+        step_row(table + at, exp_avg + at, exp_avg_sq + at, wire ? wire + at : nullptr, grads + i * width, width,
+                 steps[i], factors);
     }
 };
+
+INLINE float widen(float value) { return value; }
+
+INLINE float widen(uint16_t bfloat16) {
+    const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// The sum of the squares of a row, by LANES sums whatever the vector width, so that all machines give the same bits. A
+// square of float32 is exact in double and no sum of them overflows: it is finite if and only if all values are.
+template <bool KEEP, class From>
+INLINE double squares_as(MEMORY(const From) from, MEMORY(float) to, int64_t width) {
+    constexpr int64_t LANES = 16;
+    double sums[LANES] = {};
+    int64_t begin = 0;
+    for (; begin + LANES <= width; begin += LANES)
+        for (int64_t lane = 0; lane < LANES; ++lane) {
+            const float value = widen(static_cast<From>(from[begin + lane]));
+            if (KEEP) to[begin + lane] = value;
+            sums[lane] += static_cast<double>(value) * static_cast<double>(value);
+        }
+    for (int64_t lane = 0; begin + lane < width; ++lane) {
+        const float value = widen(static_cast<From>(from[begin + lane]));
+        if (KEEP) to[begin + lane] = value;
+        sums[lane] += static_cast<double>(value) * static_cast<double>(value);
+    }
+    double sum = 0.0;
+    for (const double one : sums) sum += one;
+    return sum;
+}
+
+FOR_EACH_VECTOR_WIDTH
+double drain_bfloat16(const uint16_t* from, float* to, int64_t width) {
+    return squares_as<true, uint16_t>(from, to, width);
+}
+
+FOR_EACH_VECTOR_WIDTH
+double drain_float(const float* from, float* to, int64_t width) { return squares_as<true, float>(from, to, width); }
+
+FOR_EACH_VECTOR_WIDTH
+double squares_float(const float* from, float*, int64_t width) {
+    return squares_as<false, float>(from, nullptr, width);
+}
+
+// Rows taken at a time.
+int64_t piece(int64_t width) { return std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, width)); }
+
+// The sum over rows, added up in their order whatever the number of threads.
+template <class From>
+double over_rows(double (*row)(const From*, float*, int64_t), const From* from, float* to, int64_t count, int64_t width,
+                 int threads) {
+    std::vector<double> sums(static_cast<size_t>(count));
+    in_pieces(count, piece(width), threads, [&](int64_t first, int64_t end) {
+        for (int64_t i = first; i < end; ++i) sums[i] = row(from + i * width, to ? to + i * width : nullptr, width);
+    });
+    double sum = 0.0;
+    for (const double one : sums) sum += one;
+    return sum;
+}
 
 } // namespace
 
 // Changes with the arguments below or with Step, so that a stale build is not called.
-EXPORT int meft_row_adamw_version() { return 3; }
+EXPORT int meft_row_adamw_version() { return 4; }
 
 // Whether rows ascend, each once, from 0 to limit - 1.
 EXPORT int meft_rows_ascend(const int64_t* rows, int64_t count, int64_t limit) {
@@ -131,14 +227,35 @@ EXPORT int meft_rows_ascend(const int64_t* rows, int64_t count, int64_t limit) {
     return 1;
 }
 
-// Row rows[i] takes steps[i] with grads[i]. Rows must be distinct and in range. `wire` (bfloat16) may be null.
+// Row rows[i] takes steps[i] with grads[i] times both factors. Rows must be distinct and in range. `wire` (bfloat16)
+// may be null.
 EXPORT void meft_row_adamw(float* table, float* exp_avg, float* exp_avg_sq, uint16_t* wire, const float* grads,
-                           const int64_t* rows, int64_t count, int64_t width, const float* steps, int threads) {
+                           const int64_t* rows, int64_t count, int64_t width, const float* steps, float first,
+                           float second, int threads) {
     static_assert(alignof(Step) == alignof(float), "steps are read in place");
-    const Job job{table, exp_avg, exp_avg_sq, wire, grads, rows, reinterpret_cast<const Step*>(steps), count, width};
-
-    const int64_t share = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, width)); // rows taken at a time
-    in_pieces(count, share, threads, [&](int64_t from, int64_t to) {
+    const Job job{table, exp_avg, exp_avg_sq, wire, grads, rows, reinterpret_cast<const Step*>(steps), {first, second},
+                  count, width};
+    in_pieces(count, piece(width), threads, [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) job.row(i);
     });
 }
+
+// Copy rows [count, width] of bfloat16 into float32; returns the sum of the squares.
+EXPORT double meft_drain_bfloat16(const uint16_t* from, float* to, int64_t count, int64_t width, int threads) {
+    return over_rows(drain_bfloat16, from, to, count, width, threads);
+}
+
+// As above, of float32.
+EXPORT double meft_drain_float(const float* from, float* to, int64_t count, int64_t width, int threads) {
+    return over_rows(drain_float, from, to, count, width, threads);
+}
+
+// The sum of the squares of rows [count, width].
+EXPORT double meft_squares(const float* from, int64_t count, int64_t width, int threads) {
+    return over_rows<float>(squares_float, from, nullptr, count, width, threads);
+}
+
+#ifdef COUNT_BYTES
+// Bytes since the last call.
+EXPORT int64_t meft_bytes_counted() { return counted.exchange(0); }
+#endif

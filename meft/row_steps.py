@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Iterable
@@ -79,20 +80,20 @@ def update_table(
         finite_only: leave the rows alone if a value of the gradient, which may not have landed yet, is inf or nan.
     """
     if not finite_only:
-        gradient.stored()  # what went wrong on its way shows now
+        gradient.to_multiply()  # what went wrong on its way shows now
     if table.updates is not None:
         gradient = gradient.for_update()
 
     def update() -> None:
-        rows, values = gradient.stored()
-        if finite_only and not bool(values.isfinite().all()):
+        if finite_only and not _all_finite(gradient):
             return
+        rows, values, factors = gradient.to_multiply()
         wide = values.to(torch.promote_types(table.rows.dtype, torch.float32)).contiguous()
         master = table.masters
         moments = entry.exclusive(master.device)
         with record_function("meft: update rows"):
             table.writing(
-                lambda wire: moments.update(master, wire, rows, wide, rule, table.seed, table.step), rows=rows
+                lambda wire: moments.update(master, wire, rows, wide, rule, table.seed, table.step, factors), rows=rows
             )
 
     if table.updates is None:
@@ -100,6 +101,11 @@ def update_table(
             update()
     else:
         table.update_later(update)
+
+
+def _all_finite(gradient: RowGradient) -> bool:
+    squares = gradient.squares()
+    return bool(gradient.stored()[1].isfinite().all()) if squares is None else math.isfinite(squares)
 
 
 def warn_of_lost_moments(optimizer: Optimizer, tables: list[RowTable]) -> None:

@@ -24,8 +24,8 @@ class RowSums:
         rows, self._values = first
         self._rows = [rows]
         self._count, self._most = len(rows), most
-        self._place = torch.full((most,), -1, dtype=torch.int64)
-        self._place[rows] = torch.arange(len(rows))
+        self._place = torch.full((most,), -1, dtype=torch.int64, device=rows.device)
+        self._place[rows] = torch.arange(len(rows), device=rows.device)
 
     def add(self, landed: Landed) -> RowSums:
         """Add the gradients of some rows."""
@@ -40,7 +40,7 @@ class RowSums:
         self._values.index_add_(0, place[known], values[known])
         end = self._count + len(fresh)
         torch.index_select(values, 0, fresh, out=self._values[self._count : end])
-        self._place[rows[fresh]] = torch.arange(self._count, end)
+        self._place[rows[fresh]] = torch.arange(self._count, end, device=rows.device)
         self._rows.append(rows[fresh])
         self._count = end
         return self

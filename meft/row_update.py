@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import torch
@@ -19,9 +20,10 @@ from adapter_kernels import row_adamw
 from adapter_kernels.adamw_blocks import StepRule
 from adapter_kernels.host_threads import host_threads
 
-__all__ = ["StepRule", "native_library", "update_rows"]
+__all__ = ["StepRule", "multiplied", "native_library", "update_rows"]
 
-_VERSION = 3  # of the library's arguments
+_VERSION = 4  # of the library's arguments
+_BLOCK = 1 << 20  # values that torch multiplies at a time
 _COLUMNS = ("mix", "from_grad", "beta2", "fresh2", "eps", "decay", "coupled", "step_size", "root2")  # `Step` there
 
 
@@ -36,6 +38,7 @@ def update_rows(
     *,
     wire: Tensor | None = None,
     seed: int = 0,
+    factors: tuple[float, ...] = (),
     native: bool | None = None,
 ) -> None:
     """Take one step of the touched rows, in place; all other rows, moments and counts keep their bits.
@@ -50,6 +53,8 @@ def update_rows(
         rows: [n] int64, ascending, each once.
         grads: [n, d] in the table's dtype or float32.
         wire: [r, d], a copy of the table in a narrower dtype, rewritten for the touched rows.
+        factors: at most two float32 numbers that `grads`, float32 then, count as multiplied by, in this order; they
+            stay as they are.
         native: True takes the C++ library, False adapter_kernels, None (the default) the library where it applies.
 
     Raises:
@@ -61,28 +66,48 @@ def update_rows(
         return
     with torch.no_grad():
         if library is None:
-            row_adamw(
-                table,
-                exp_avg,
-                exp_avg_sq,
-                count,
-                rows.contiguous(),
-                grads.contiguous(),
-                lr=rule.lr,
-                betas=(rule.beta1, rule.beta2),
-                eps=rule.eps,
-                weight_decay=rule.weight_decay,
-                decoupled=rule.decoupled,
-                wire=wire,
-                seed=seed,
-            )
+            for part, given in _multiplied(grads, factors):
+                row_adamw(
+                    table,
+                    exp_avg,
+                    exp_avg_sq,
+                    count,
+                    rows[part].contiguous(),
+                    given.contiguous(),
+                    lr=rule.lr,
+                    betas=(rule.beta1, rule.beta2),
+                    eps=rule.eps,
+                    weight_decay=rule.weight_decay,
+                    decoupled=rule.decoupled,
+                    wire=wire,
+                    seed=seed,
+                )
             return
         touches = count.index_select(0, rows) + 1
         n = touches.to(torch.float64)
         steps = _scalars(rule).expand(len(rows), -1).clone()
         steps[:, -2], steps[:, -1] = rule.lr / (1 - rule.beta1**n), (1 - rule.beta2**n).sqrt()
-        _call(library, table, exp_avg, exp_avg_sq, wire, rows, grads, steps)
+        _call(library, table, exp_avg, exp_avg_sq, wire, rows, grads, steps, factors)
         count.index_copy_(0, rows, touches)
+
+
+def _multiplied(grads: Tensor, factors: tuple[float, ...]) -> Iterator[tuple[slice, Tensor]]:
+    """Rows and their multiplied gradients, in blocks, so that no second gradient comes into being."""
+    each = max(1, _BLOCK // max(1, grads.shape[1])) if factors else len(grads)
+    for start in range(0, len(grads), each):
+        part = slice(start, start + each)
+        yield part, multiplied(grads[part], factors)
+
+
+def multiplied(values: Tensor, factors: tuple[float, ...], out: Tensor | None = None) -> Tensor:
+    """Values times each of the factors, in their order.
+
+    Args:
+        out: takes them; None: new memory, where there are factors.
+    """
+    for factor in factors:
+        values = out = torch.mul(values, factor, out=out)
+    return values if out is None or values is out else out.copy_(values)
 
 
 def _check(
@@ -129,11 +154,19 @@ def native_library() -> ctypes.CDLL | None:
             return None
     except (ImportError, OSError, AttributeError):
         return None
-    p, i = ctypes.c_void_p, ctypes.c_int64
-    library.meft_row_adamw.argtypes = [p, p, p, p, p, p, i, i, p, ctypes.c_int]
+    declare(library)
+    return library
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Tell ctypes the arguments of the library's functions."""
+    p, i, f, n = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+    library.meft_row_adamw.argtypes = [p, p, p, p, p, p, i, i, p, f, f, n]
     library.meft_row_adamw.restype = None
     library.meft_rows_ascend.argtypes = [p, i, i]
-    return library
+    for drain in (library.meft_drain_bfloat16, library.meft_drain_float):
+        drain.argtypes, drain.restype = [p, p, i, i, n], ctypes.c_double
+    library.meft_squares.argtypes, library.meft_squares.restype = [p, i, i, n], ctypes.c_double
 
 
 def _choose(native: bool | None, table: Tensor, wire: Tensor | None) -> ctypes.CDLL | None:
@@ -172,10 +205,12 @@ def _call(
     rows: Tensor,
     grads: Tensor,
     steps: Tensor,
+    factors: tuple[float, ...] = (),
 ) -> None:
+    first, second = (*factors, 1.0, 1.0)[:2]
     held = [None if x is None else x.contiguous() for x in (table, exp_avg, exp_avg_sq, wire, grads, rows)]
     pointers = [_address(x) for x in held]
-    library.meft_row_adamw(*pointers, len(rows), table.shape[1], steps.data_ptr(), host_threads())
+    library.meft_row_adamw(*pointers, len(rows), table.shape[1], steps.data_ptr(), first, second, host_threads())
     for changed in (table, exp_avg, exp_avg_sq, wire):
         if changed is not None and not changed.is_inference():
             torch.autograd.graph.increment_version(changed)

@@ -23,6 +23,7 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass
 
+from .host_bytes import HostBytes
 from .plan import FP32, Flow, Plan
 
 _STEPS, _COUNTED = 5, 2  # simulated optimizer steps, and those at the end that are averaged: a steady state
@@ -148,22 +149,18 @@ class _Seconds:
         self.router_update = s.layers * 7 * plan.router() / at.device_bytes
         host_scoring = max(2 * T * candidates * d / at.host_flops, key_rows / at.host_bytes)
         self.host_scoring = host_scoring if on_host else 0.0
-        changed = 2 * d * plan.step_union
-        per_value = 2 * s.master + 4 * s.moment + FP32 + (wire if wire < s.master else 0)
+        self.host = HostBytes(plan)
         resident = plan.strategy == "resident"
-        self.update = changed * per_value / at.host_bytes if not resident else 0.0
-        self.device_update = changed * per_value / at.device_bytes if resident else 0.0
-        self.norm = s.layers * changed * FP32 / at.host_bytes if not resident else 0.0
+        self.update = self.host.updated() / at.host_bytes if not resident else 0.0
+        self.device_update = self.host.updated() / at.device_bytes if resident else 0.0
+        self.norm = self.host.looked_at() / at.host_bytes
 
     def _device(self, flops: float, read: float) -> float:
         return max(flops / self.at.flops, read / self.at.device_bytes)
 
-    def stored(self, first: bool) -> float:
-        """Adding one layer's row gradients to the host's store: written alone the first time, else read too."""
-        if self.plan.strategy == "resident":
-            return 0.0
-        each = self.plan.shape.gradient + FP32 * (1 if first else 2)
-        return self.plan.union_values * each / self.at.host_bytes
+    def stored(self, micro_batch: int) -> float:
+        """Adding one layer's row gradients to the host's store."""
+        return self.host.drained(micro_batch) / self.at.host_bytes
 
     def flows(self, when: str, to_device: bool, only_table: bool | None = None) -> float:
         """Moving what one layer moves: only_table says whether the key table alone, or all but it."""
@@ -223,10 +220,9 @@ def step_time(
                     t = compute.run(seconds.attention + seconds.ffn, t)
                     t = compute.run(seconds.sparse, t, fetched)
                 t = compute.run(seconds.sparse_backward, t, fetched)
-                due[layer] = host.run(seconds.stored(micro_batch == 0), down.run(leaving, t))
+                due[layer] = host.run(seconds.stored(micro_batch), down.run(leaving, t))
                 t = compute.run(seconds.below + seconds.router_backward, t)
-        if clipping:
-            due = [host.run(seconds.norm, t, *due)] * L
+        due = [host.run(L * seconds.norm, t, *due)] * L if clipping else [host.run(seconds.norm, each) for each in due]
         ends.append(t)
 
     names = ("compute", "to device", "to host", "host")

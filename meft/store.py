@@ -30,7 +30,7 @@ BLOCK_BYTES = 64 << 20
 
 # What a copy or a pickle of a table makes anew.
 _OF_THIS_PROCESS = frozenset(
-    ("lock", "_stepped_with", "claimed_by", "_wire", "_wire_of", "_pages")
+    ("lock", "_stepped_with", "claimed_by", "_wire", "_wire_of", "_pages", "locked_for")
     + ("updates", "step", "_ticket", "_readers", "_changes")
 )
 
@@ -56,14 +56,23 @@ class RowTable(KeptRows):
         name: for messages.
         updates: the thread that updates it beside the computation; None: updates happen within the step.
         step: steps its touched rows.
+        locked_for: the CUDA device whose engine reads the rows, for which they are page-locked; None: nobody has asked.
     """
 
     _all: ClassVar[weakref.WeakSet[RowTable]] = weakref.WeakSet()
 
-    def __init__(self, shape: tuple[int, int], *, master: torch.dtype, wire: torch.dtype, on_host: bool, pin: bool):
-        # A default device (torch.set_default_device) does not take host rows; that of a meta model does.
-        in_host_memory = on_host and torch.get_default_device().type != "meta"
-        values = host_zeros(shape, master) if in_host_memory else torch.empty(shape, dtype=master)
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        *,
+        master: torch.dtype,
+        wire: torch.dtype,
+        on_host: bool,
+        pin: bool,
+        device: str = "cpu",
+    ):
+        in_host_memory = on_host and device == "cpu"
+        values = host_zeros(shape, master) if in_host_memory else torch.empty(shape, dtype=master, device=device)
         super().__init__(values, read_as=wire, on_host=on_host)
         self.pin = pin
         self.seed = 0
@@ -79,6 +88,7 @@ class RowTable(KeptRows):
         self._wire: Tensor | None = None
         self._wire_of: State | None = None
         self._pages = PageLock()
+        self.locked_for: torch.device | None = None
         self.updates: UpdateQueue | None = None
         self.step: Callable[..., None] = update_rows
         self._ticket: Ticket | None = None
@@ -174,23 +184,27 @@ class RowTable(KeptRows):
         """Begin to note which rows change; at first all have."""
         self._changes = Changes(len(self.rows))
 
-    def take_changes(self) -> Tensor:
-        """The rows that have changed since the last call, int64 ascending; call it under `reading`."""
+    def take_changes(self) -> Tensor | None:
+        """The rows that have changed since the last call, int64 ascending (None: no row); call it under `reading`."""
         assert self._changes is not None
         return self._changes.take(self.state)
 
     # ------------------------------------------------------------------ reading
 
     @contextmanager
-    def reading(self, rows: Tensor | None = None) -> Iterator[Tensor]:
+    def reading(self, rows: Tensor | None = None, *, in_place: bool = False) -> Iterator[Tensor]:
         """Yield the rows as they are read, [r, d] in the wire dtype, held still until the block ends.
 
         Args:
             rows: the rows that will be read, None for all.
+            in_place: they are read by the host alone: nothing is page-locked.
         """
         self.settle()
         with self.lock:
-            yield self._current()
+            current = self._current()
+            if not in_place:
+                self._page_lock(current)
+            yield current
 
     def _current(self) -> Tensor:
         master, dtype = self.masters, self.wire_dtype
@@ -198,14 +212,12 @@ class RowTable(KeptRows):
             self._wait_for_readers()
             self._wire = None
         if dtype == master.dtype:
-            self._page_lock(master)
             return master
         if self._wire is None:
             with torch.inference_mode(False):  # it outlives the mode
                 self._wire, self._wire_of = like_rows(master, dtype), None
         if self._wire_of != self.state:  # somebody wrote into the masters: loading, initialisation, the user
             self._refresh(self._wire, master)
-        self._page_lock(self._wire)
         return self._wire
 
     def _refresh(self, wire: Tensor, master: Tensor) -> None:
@@ -215,8 +227,8 @@ class RowTable(KeptRows):
         self._wire_of = self.state
 
     def _page_lock(self, tensor: Tensor) -> None:
-        if self.pin and tensor.device.type == "cpu" and torch.cuda.is_available():
-            self.pin = self._pages.hold(tensor)
+        if self.pin and self.locked_for is not None and tensor.is_cpu:
+            self.pin = self._pages.hold(tensor, self.locked_for)
 
     @property
     def wire_dtype(self) -> torch.dtype:

@@ -2,23 +2,51 @@
 
 from __future__ import annotations
 
+import math
+import weakref
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from .gradient_pool import held_by_others
+from .host_tensors import check_process, forks
+from .known_values import KnownValues
 from .row_rules import Touched
 from .row_sums import Pending, Stored
+from .row_update import multiplied
 
 
-@dataclass
+@dataclass(eq=False)
 class _Held:
-    """What a gradient and its aliases (`.data`, `.detach()`) have in common."""
+    """What a gradient and its aliases (`.data`, `.detach()`) have in common.
+
+    Attributes:
+        in_use: whether an update that was queued reads it.
+        known: of values that were drained.
+        forks: what `host_tensors.forks` said when they were.
+        factors: float32 numbers, at most two, that the values still have to be multiplied by, in their order: the
+            update does it as it reads them, and whoever looks at them before finds them multiplied.
+        twin: of the gradient that these values were taken over from, or that has taken them over.
+    """
 
     stored: Stored
     spent: bool
-    in_use: bool = False  # by an update that was queued
+    in_use: bool = False
+    known: KnownValues | None = None
+    forks: int | None = None
+    factors: tuple[float, ...] = ()
+    twin: weakref.ref[_Held] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a pickle, which has memory of its own."""
+        return {"stored": self.stored, "spent": self.spent, "factors": self.factors}
+
+    @property
+    def shared(self) -> bool:
+        """Whether somebody else reads the values: nothing is written into them."""
+        return self.in_use or (self.twin is not None and self.twin() is not None)
 
 
 SPENT = (
@@ -50,9 +78,15 @@ class StoredRows(torch.Tensor):
         return cls._of((rows, row_values), like)
 
     @classmethod
-    def arriving(cls, pending: Pending, like: Tensor) -> Self:
-        """A gradient whose rows and values come later."""
-        return cls._of(pending, like)
+    def arriving(cls, pending: Pending, like: Tensor, known: KnownValues | None = None) -> Self:
+        """A gradient whose rows and values come later.
+
+        Args:
+            known: of the values, once they have come.
+        """
+        self = cls._of(pending, like)
+        self._held.known, self._held.forks = known, forks()
+        return self
 
     @classmethod
     def _of(cls, stored: Stored, like: Tensor, dtype: torch.dtype | None = None) -> Self:
@@ -69,7 +103,31 @@ class StoredRows(torch.Tensor):
 
     @_stored.setter
     def _stored(self, stored: Stored) -> None:
-        self._held.stored = stored
+        self._held.stored, self._held.known, self._held.factors = stored, None, ()
+
+    def take_over(self, other: Self) -> None:
+        """Rows and values of another gradient, which are on their way, and what is known of them."""
+        self._held.stored, self._held.factors = other._held.stored, ()
+        self._held.known, self._held.forks = other._held.known, other._held.forks
+        self._held.twin, other._held.twin = weakref.ref(other._held), weakref.ref(self._held)
+
+    def become_sum(self, stored: Stored, memory_of: Self | None) -> None:
+        """The sum of two gradients.
+
+        Args:
+            memory_of: the gradient whose memory may have taken it; None: it has memory of its own.
+        """
+        known, held = None, self._held
+        if isinstance(stored, Pending):
+            earlier = memory_of._held if memory_of is not None else None
+            if earlier is None:
+                known = KnownValues()
+            elif earlier.known is not None and (
+                isinstance(earlier.stored, Pending) or earlier.known.holds(earlier.stored[1])
+            ):
+                known = KnownValues(earlier.known)
+        self._stored = stored
+        held.known = known
 
     @property
     def spent(self) -> bool:
@@ -82,27 +140,101 @@ class StoredRows(torch.Tensor):
     def for_update(self) -> Self:
         """The gradient as it is now, for an update that is queued: what is written into this one later is not seen."""
         self._held.in_use = True
-        return self._of(self._stored, self)
+        made = self._of(self._held.stored, self)
+        made._held.known, made._held.forks, made._held.factors = (
+            self._held.known,
+            self._held.forks,
+            self._held.factors,
+        )
+        return made
 
     def own_memory(self) -> None:
         """Before something is written in place: an update that is queued keeps the memory that it reads."""
-        if self._held.in_use:
+        if self._held.shared:
             rows, values = self.stored()
-            self._stored, self._held.in_use = (rows, values.clone()), False
+            if self._held.shared:
+                self._unshare(rows, values.clone())
+
+    def _unshare(self, rows: Tensor, values: Tensor) -> None:
+        """Values of its own in place of those that somebody else reads too."""
+        self._stored, self._held.in_use, self._held.twin = (rows, values), False, None
 
     @property
     def rows(self) -> Tensor:
-        return self.stored()[0]
+        return self._landed()[0]
 
     @property
     def row_values(self) -> Tensor:
-        return self.stored()[1]
+        _, values = self.stored()
+        known = self._held.known
+        return known.watched(values) if known is not None and known.holds(values) else values
 
     def stored(self) -> tuple[Tensor, Tensor]:
         """Rows and values."""
-        if isinstance(self._stored, Pending):
-            self._stored = self._stored.result()
-        return self._stored
+        rows, values = self._landed()
+        factors = self._held.factors
+        if factors and self._held.shared:
+            self._unshare(rows, multiplied(values, factors))
+        elif factors:
+            self._stored = rows, multiplied(values, factors, out=values)
+        return self._landed()
+
+    def forget(self) -> None:
+        """Before something is written into the values by an operation on the gradient, which torch counts as a write
+        into that alone."""
+        self.stored()
+        if self._held.known is not None:
+            self._held.known.forget()
+            self._held.known = None
+
+    def multiply_now(self) -> None:
+        """Before the values are used as they are stored."""
+        if self._held.factors:
+            self.stored()
+
+    def to_multiply(self) -> tuple[Tensor, Tensor, tuple[float, ...]]:
+        """Rows, values, and the factors that these still have to be multiplied by."""
+        return *self._landed(), self._held.factors
+
+    def _landed(self) -> tuple[Tensor, Tensor]:
+        held = self._held
+        if held.forks is not None:
+            check_process(held.forks)
+        if isinstance(held.stored, Pending):
+            held.stored = held.stored.result()
+            if held.known is not None:
+                held.known.land(held.stored[1])
+        return held.stored
+
+    # ------------------------------------------------------------------ without a look at the values
+
+    def squares(self) -> float | None:
+        """The sum of the squares of all values in double, finite if and only if they are; None where a look is needed.
+
+        It waits for the values.
+        """
+        _, values = self._landed()
+        known = self._held.known
+        return None if known is None else known.squares_of(values, self._held.factors)
+
+    def multiply_later(self, factor: Tensor | float) -> bool:
+        """Multiply by a number, in place, when the values are read next.
+
+        Returns:
+            False where that would not be the same: nothing is done then.
+        """
+        held = self._held
+        if held.known is None or len(held.factors) == 2:
+            return False
+        _, values = self._landed()
+        given = torch.as_tensor(factor)
+        if given.ndim or not given.is_cpu or given.dtype.is_complex or held_by_others(values):
+            return False
+        factors = *held.factors, float(given.detach().to(torch.float32))  # as torch takes it
+        if not math.isfinite(factors[-1]) or not held.known.allows(values, factors):
+            return False
+        held.factors = factors
+        return True
 
     def touched(self) -> Touched:
         """Rows and values, for `meft.row_rules`."""

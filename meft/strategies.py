@@ -15,9 +15,23 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .carry import DeviceCopy, Fetched, KeyBuffers, LayerRows, Picks, gather, picked_neurons, union_of
-from .lanes import Lanes
+from .carry import (
+    DeviceCopy,
+    Fetched,
+    KeyBuffers,
+    LayerRows,
+    Picking,
+    Picks,
+    gather,
+    picked_neurons,
+    rows_of,
+    union_of,
+)
+from .lanes import Lanes, Mark
+from .staging import Coming, Slot
 from .transfer import nbytes
+
+_ALIGNED = 4  # ids of 4 bytes that end where another tensor may begin: kernels read 16 bytes at a time
 
 
 def capturing(x: Tensor) -> bool:
@@ -34,6 +48,7 @@ class Strategy(ABC):
 
     def __init__(self, lanes: Lanes, layers: Sequence[LayerRows]) -> None:
         self.lanes, self.layers = lanes, layers
+        self._slots: list[Slot] = []
 
     def begin_pass(self) -> None:  # noqa: B027 - most have nothing to bring
         """A pass of many tokens begins: what its first layer needs may be brought."""
@@ -42,33 +57,41 @@ class Strategy(ABC):
         """All that a layer needs is queued: what the next one needs may be brought."""
 
     @abstractmethod
-    def pick(self, layer: LayerRows, x: Tensor, logits: Tensor) -> Picks:
-        """The picks of a layer.
+    def pick(self, layer: LayerRows, x: Tensor, logits: Tensor) -> Picking:
+        """Begin with the picks of a layer: queue all that comes before a wait.
 
         Args:
             x: [T, d]. logits: W_g x, [T, E], float32 or float64; both on the device.
         """
 
     @abstractmethod
-    def fetch(self, layer: LayerRows, picks: Picks, again: bool = False) -> Fetched:
+    def fetch(self, layer: LayerRows, picks: Picks, made: Mark | None = None) -> Fetched:
         """Queue the way of a union's rows.
 
         Args:
-            again: for a backward pass; `pick` was not called before.
+            made: of the picking; None: for a backward pass, `pick` was not called before.
         """
 
-    def _pick_there(self, layer: LayerRows, x: Tensor, logits: Tensor, keys: Tensor) -> Picks:
-        """Picks that are made on the device; the host waits for the size of the union."""
+    def _pick_there(self, layer: LayerRows, x: Tensor, logits: Tensor, keys: Tensor) -> Picking:
+        """Picks that are made on the device; the host learns the size of the union, and its rows, by a copy."""
         if keys.is_cuda and keys.dtype != x.dtype:
             # The kernel multiplies one dtype; the torch path would launch some products an expert and wait for counts.
             keys = keys.to(x.dtype)
         ids = picked_neurons(x, logits, keys, layer.config)
-        with layer.traffic.stalled():  # for the number of rows, that is for all that is queued on the device
-            rows, position = union_of(ids, layer.config)
-            home = rows.to(layer.keys.masters.device, torch.int64)
+        rows, count, position = union_of(ids, layer)
+        told = [count, rows] if layer.config.on_host else [count]
+        coming = Coming(self.lanes, told, self._slots)
         if layer.config.on_host:
-            layer.traffic.bytes_to_host += nbytes(rows)
-        return Picks(rows, position, home)
+            layer.traffic.bytes_to_host += sum(map(nbytes, told))
+
+        def wait() -> Picks:
+            with layer.traffic.stalled():
+                size, *there = coming.wait()
+            union = rows[: int(size)]
+            home = there[0][: len(union)] if there else union
+            return Picks(union, position, home.to(torch.int64))
+
+        return Picking(wait, coming.made)
 
 
 class Host(Strategy):
@@ -76,42 +99,46 @@ class Host(Strategy):
 
     def __init__(self, lanes: Lanes, layers: Sequence[LayerRows]) -> None:
         super().__init__(lanes, layers)
-        self._staged: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._up = Slot(lanes)
 
-    def pick(self, layer: LayerRows, x: Tensor, logits: Tensor) -> Picks:
-        down = [self._stage("x", x), self._stage("logits", logits)]
-        self.lanes.outbound.after(self.lanes.here())
-        self.lanes.outbound.run(partial(_copy_all, down, [x, logits]), [x, logits])
+    def pick(self, layer: LayerRows, x: Tensor, logits: Tensor) -> Picking:
+        coming = Coming(self.lanes, [x, logits], self._slots)
         layer.traffic.bytes_to_host += nbytes(x) + nbytes(logits)
-        with layer.traffic.stalled():
-            self.lanes.outbound.mark().wait()
-        with layer.keys.reading() as wire, layer.traffic.host_work():  # the lock is this thread's, as everywhere
-            rows, position = _picked(layer, wire, *down)
-        layer.traffic.bytes_to_device += nbytes(rows) + nbytes(position)
-        device = self.lanes.device
-        return Picks(rows.to(device), position.to(device), rows.to(torch.int64))
 
-    def _stage(self, name: str, like: Tensor) -> Tensor:
-        """Host memory for a copy of `like`; there is one of a name, and what was in it is done with by now."""
-        key = (name, like.dtype)
-        if key not in self._staged or self._staged[key].numel() < like.numel():
-            with torch.inference_mode(False):  # it outlives the mode
-                self._staged[key] = self.lanes.staging((like.numel(),), like.dtype)
-        return self._staged[key][: like.numel()].view(like.shape)
+        def wait() -> Picks:
+            with layer.traffic.stalled():
+                down = coming.wait()
+            with layer.keys.reading() as wire, layer.traffic.host_work():  # the lock is this thread's, as everywhere
+                rows, position = _picked(layer, wire, *down)
+            return self._sent(layer, rows, position)
 
-    def fetch(self, layer: LayerRows, picks: Picks, again: bool = False) -> Fetched:
-        (keys, values), arrival = gather(self.lanes, layer, [layer.keys, layer.values], picks)
-        return Fetched(keys, values, arrival)
+        return Picking(wait, coming.made)
+
+    def _sent(self, layer: LayerRows, rows: Tensor, position: Tensor) -> Picks:
+        """The same picks on the device, in the order of the inbound lane."""
+        start = -(-position.numel() // _ALIGNED) * _ALIGNED
+        (here,) = self._up.take(((start + len(rows),), torch.int32))
+        here[: position.numel()].view(position.shape).copy_(position)
+        here[start:].copy_(rows)
+        with torch.inference_mode(False):  # as in `carry.gather`
+            there = self.lanes.inbound.empty(tuple(here.shape), here.dtype)
+        try:
+            self.lanes.inbound.run(partial(there.copy_, here, non_blocking=True), [there])
+        finally:  # also where it was queued
+            arrival = self._up.busy = self.lanes.inbound.mark()
+        layer.traffic.bytes_to_device += nbytes(there)
+        places = there[: position.numel()].view(position.shape)
+        return Picks(there[start:], places, rows.to(torch.int64), arrival)
+
+    def fetch(self, layer: LayerRows, picks: Picks, made: Mark | None = None) -> Fetched:
+        (keys, values), arrival = gather(self.lanes, layer, [layer.keys, layer.values], picks, made)
+        return Fetched(keys, values, arrival, () if made is None else (keys, values))
 
 
 @torch.no_grad()
 def _picked(layer: LayerRows, wire: Tensor, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    return union_of(picked_neurons(x, logits, wire, layer.config), layer.config)
-
-
-def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
-    for target, source in zip(targets, sources, strict=True):
-        target.copy_(source, non_blocking=True)
+    rows, count, position = union_of(picked_neurons(x, logits, wire, layer.config), layer)
+    return rows[: int(count)], position
 
 
 class Stream(Strategy):
@@ -133,18 +160,20 @@ class Stream(Strategy):
         """Few tokens, as in decoding, probe fewer neurons than there are: then the host picks."""
         return tokens * layer.config.probed >= layer.config.experts
 
-    def pick(self, layer: LayerRows, x: Tensor, logits: Tensor) -> Picks:
+    def pick(self, layer: LayerRows, x: Tensor, logits: Tensor) -> Picking:
         if not self._streams(layer, len(x)):
             return self._host.pick(layer, x, logits)
-        return self._pick_there(layer, x, logits, self._keys.take(layer))
+        picking = self._pick_there(layer, x, logits, self._keys.take(layer))
+        self._keys.done(layer)  # if the pass goes no further
+        return picking
 
-    def fetch(self, layer: LayerRows, picks: Picks, again: bool = False) -> Fetched:
-        if again or not self._streams(layer, len(picks.position)):
-            return self._host.fetch(layer, picks)
+    def fetch(self, layer: LayerRows, picks: Picks, made: Mark | None = None) -> Fetched:
+        if made is None or not self._streams(layer, len(picks.position)):
+            return self._host.fetch(layer, picks, made)
+        (values,), arrival = gather(self.lanes, layer, [layer.values], picks, made)
         keys = self._keys.take(layer).index_select(0, picks.rows)
         self._keys.done(layer)
-        (values,), arrival = gather(self.lanes, layer, [layer.values], picks)
-        return Fetched(keys, values, arrival)
+        return Fetched(keys, values, arrival, (values,))
 
 
 class DeviceKeys(Strategy):
@@ -158,13 +187,13 @@ class DeviceKeys(Strategy):
         if layer.number + 1 < len(self.layers):
             self._keys[layer.number + 1].prefetch()
 
-    def pick(self, layer: LayerRows, x: Tensor, logits: Tensor) -> Picks:
+    def pick(self, layer: LayerRows, x: Tensor, logits: Tensor) -> Picking:
         return self._pick_there(layer, x, logits, self._keys[layer.number].current())
 
-    def fetch(self, layer: LayerRows, picks: Picks, again: bool = False) -> Fetched:
+    def fetch(self, layer: LayerRows, picks: Picks, made: Mark | None = None) -> Fetched:
+        (values,), arrival = gather(self.lanes, layer, [layer.values], picks, made)
         keys = self._keys[layer.number].current().index_select(0, picks.rows)
-        (values,), arrival = gather(self.lanes, layer, [layer.values], picks)
-        return Fetched(keys, values, arrival)
+        return Fetched(keys, values, arrival, () if made is None else (values,))
 
 
 class DeviceRows(DeviceKeys):
@@ -179,25 +208,28 @@ class DeviceRows(DeviceKeys):
         if layer.number + 1 < len(self.layers):
             self._values[layer.number + 1].prefetch()
 
-    def fetch(self, layer: LayerRows, picks: Picks, again: bool = False) -> Fetched:
-        keys, values = self._keys[layer.number].current(), self._values[layer.number].current(picks.host_rows)
-        return Fetched(keys.index_select(0, picks.rows), values.index_select(0, picks.rows), None)
+    def fetch(self, layer: LayerRows, picks: Picks, made: Mark | None = None) -> Fetched:
+        tables = self._keys[layer.number].current(), self._values[layer.number].current(picks.host_rows)
+        keys, values = rows_of(picks.rows, tables)
+        return Fetched(keys, values, None)
 
 
 class Resident(Strategy):
     """The tables themselves are on the device."""
 
-    def pick(self, layer: LayerRows, x: Tensor, logits: Tensor) -> Picks:
+    def pick(self, layer: LayerRows, x: Tensor, logits: Tensor) -> Picking:
         with layer.keys.reading() as keys:
             if not capturing(x):
                 return self._pick_there(layer, x, logits, keys)
             # A graph has fixed sizes and does not wait: all rows stand for the union.
             rows = torch.arange(layer.config.r, device=x.device)
-            return Picks(rows.to(torch.int32), picked_neurons(x, logits, keys, layer.config), rows)
+            picks = Picks(rows.to(torch.int32), picked_neurons(x, logits, keys, layer.config), rows)
+            return Picking(lambda: picks, None)
 
-    def fetch(self, layer: LayerRows, picks: Picks, again: bool = False) -> Fetched:
+    def fetch(self, layer: LayerRows, picks: Picks, made: Mark | None = None) -> Fetched:
         with layer.keys.reading() as keys, layer.values.reading(picks.host_rows) as values:
-            return Fetched(keys.index_select(0, picks.rows), values.index_select(0, picks.rows), None)
+            near = rows_of(picks.rows, [keys, values])
+        return Fetched(near[0], near[1], None)
 
 
 STRATEGIES: dict[str, type[Strategy]] = {

@@ -36,7 +36,7 @@ def _users(tensor: Tensor) -> int:
         return torch._C._storage_Use_Count(storage._cdata) + sys.getrefcount(storage)  # type: ignore[attr-defined]
 
 
-_ALONE = _users(torch.empty(1))
+_ALONE = _users(torch.empty(1, device="cpu"))
 
 
 def other_users(tensor: Tensor) -> int:

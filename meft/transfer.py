@@ -30,12 +30,14 @@ class Traffic:
         tokens: tokens of these passes, without padding.
         union_rows: sum over the passes of |U|, the distinct neurons that were used.
         bytes_to_device: rows, and the picks' ids and scores, brought to the device.
-        bytes_to_host: hidden states, router logits, ids and row gradients brought to the host.
+        bytes_to_host: hidden states, router logits, ids and row gradients brought to the host. Ids that are picked on
+            the device come with room for as many as there can be, before anybody knows how many there are.
         bytes_zero_copy: rows, moments and gradients that steps by the device moved, both ways (`zero_copy`).
         stall_ms: milliseconds for which the launching thread waited for copies, updates and free staging memory.
         host_ms: milliseconds of picking on the host.
         ring_stalls: how often a gradient found no free staging buffer.
-        expert_load: int64 [E], picks of neurons of each expert.
+        loads: device -> int64 [E], picks of neurons of each expert that were made there: of each token of each forward
+            pass up to `top_k`, not of recomputations, nor of passes captured into a CUDA graph.
     """
 
     forwards: int = 0
@@ -47,7 +49,7 @@ class Traffic:
     stall_ms: float = 0.0
     host_ms: float = 0.0
     ring_stalls: int = 0
-    expert_load: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    loads: dict[torch.device, Tensor] = field(default_factory=dict)
 
     @contextmanager
     def stalled(self) -> Iterator[None]:
@@ -68,16 +70,18 @@ class Traffic:
         finally:
             self.host_ms += 1e3 * (time.perf_counter() - began)
 
-    def count_experts(self, neuron: Tensor, each: int, experts: int) -> None:
-        """Add picks to the experts' load, without waiting for a device.
+    def load_on(self, device: torch.device, experts: int) -> Tensor:
+        """The counts of a device, int64 [E], for whoever picks there to add to."""
+        if device not in self.loads:
+            with torch.inference_mode(False):  # they outlive the mode
+                self.loads[device] = torch.zeros(experts, dtype=torch.int64, device=device)
+        return self.loads[device]
 
-        Args:
-            neuron: int [n], ids; -1 is no pick. each: neurons of an expert.
-        """
-        expert = torch.div(neuron.flatten().to(torch.int64), each, rounding_mode="floor")
-        load = torch.zeros(experts + 1, dtype=torch.int64, device=neuron.device)
-        load.index_add_(0, expert.where(expert >= 0, experts), torch.ones_like(expert))
-        self.expert_load = load[:-1] if not len(self.expert_load) else self.expert_load.to(load.device) + load[:-1]
+    @property
+    def expert_load(self) -> Tensor:
+        """Picks of neurons of each expert, int64 [E] in host memory; none before the first pass. Waits for devices."""
+        found = [load.cpu() for load in self.loads.values()]
+        return torch.stack(found).sum(0) if found else torch.zeros(0, dtype=torch.int64, device="cpu")
 
 
 def nbytes(tensor: Tensor) -> int:
@@ -114,44 +118,56 @@ def wait_for_copies(tensors: Sequence[Tensor]) -> None:
 # ------------------------------------------------------------------------------------------------ page-locked memory
 
 
-def page_lock(tensor: Tensor) -> bool:
+def page_lock(tensor: Tensor, device: torch.device) -> bool:
     """Page-lock the memory of a CPU tensor, so that a CUDA device reads it at full speed.
 
     Registering takes exactly the tensor's bytes, where `pin_memory` would round up to a power of two.
 
+    Args:
+        device: a CUDA device, in whose context it is locked; no other device gets a context by it.
+
     Returns:
-        Whether it is locked now: False without CUDA, or where the driver refuses (too little lockable memory).
+        Whether it is locked now: False where the driver refuses (too little lockable memory).
     """
-    if not torch.cuda.is_available() or not tensor.numel():
+    if not tensor.numel():
         return False
-    if int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), nbytes(tensor), 0)) == 0:
-        return True
-    with suppress(RuntimeError):  # takes the driver's error up, which the next launch would raise otherwise
-        torch.empty(1, device="cuda").zero_()
+    with torch.cuda.device(device):
+        if int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), nbytes(tensor), 0)) == 0:
+            return True
+        with suppress(RuntimeError):  # takes the driver's error up, which the next launch would raise otherwise
+            torch.empty(1, device=device).zero_()
     return False
 
 
-def page_unlock(address: int) -> None:
-    """Undo `page_lock` of the memory at an address; copies from or to it are through by then.
+def page_unlock(address: int, device: torch.device) -> None:
+    """Undo `page_lock` of the memory at an address; the device's copies from or to it are through by then.
 
-    A finalizer: it raises nothing.
+    A finalizer, in whichever thread collects garbage: it raises nothing.
+
+    Args:
+        device: the one that it was locked for, which alone is waited for.
     """
     if not torch.cuda.is_initialized():  # a forked child, which has inherited the finalizer but not the lock
         return
     # CUDA does not promise that unregistering waits for copies (HIP's does), and no finalizer knows their streams.
     with suppress(Exception):  # a device that has failed: nothing runs there any more
-        _wait_for_devices()
-    with suppress(Exception):
+        if not _captures(device):  # waiting would break the capture, which began with a wait
+            torch.cuda.synchronize(device)
+    with suppress(Exception), torch.cuda.device(device):  # else this thread's device would get a context
         torch.cuda.cudart().cudaHostUnregister(address)
 
 
-def _wait_for_devices() -> None:
-    """Wait for all that is queued on the devices that this process uses."""
-    if torch.cuda.is_current_stream_capturing():  # waiting would break the capture, which began with a wait
-        return
-    for device in range(torch.cuda.device_count()):
-        if torch._C._cuda_hasPrimaryContext(device):  # type: ignore[attr-defined] # else the wait would make one
-            torch.cuda.synchronize(device)
+def _captures(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured: on a current stream of this thread, or on the one that `torch.cuda.graph`
+    captures on unless it is given another, whichever thread does.
+    """
+    streams = [torch.cuda.current_stream(), torch.cuda.current_stream(device), torch.cuda.graph.default_capture_stream]
+    for stream in streams:
+        if stream is not None:
+            with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+                if torch.cuda.is_current_stream_capturing():
+                    return True
+    return False
 
 
 class PageLock:
@@ -160,26 +176,31 @@ class PageLock:
     def __init__(self) -> None:
         self._held: weakref.finalize | None = None
 
-    def hold(self, tensor: Tensor) -> bool:
-        """Page-lock a CPU tensor, if it is not yet; False, with a warning, where the driver refuses."""
-        address = tensor.data_ptr()
-        if self._held is not None and self._held.alive and self._held.peek()[2] == (address,):  # type: ignore[index]
+    def hold(self, tensor: Tensor, device: torch.device) -> bool:
+        """Page-lock a CPU tensor for a CUDA device, if it is not yet; False, with a warning, where the driver refuses.
+
+        A tensor that was locked for another device is locked anew.
+        """
+        wanted = (tensor.data_ptr(), device)
+        if self._held is not None and self._held.alive and self._held.peek()[2] == wanted:  # type: ignore[index]
             return True
         if self._held is not None:
             self._held()
-        if tensor.is_pinned():  # locked by somebody else, for as long as its memory lives
+        with torch.cuda.device(device):  # the driver is asked, in some device's context
+            locked = tensor.is_pinned()
+        if locked:  # by somebody else, for as long as its memory lives
             self._held = None
             return True
-        if not page_lock(tensor):
+        if not page_lock(tensor, device):
             logger.warning("%d bytes of MEFT rows could not be page-locked: transfers are slower.", nbytes(tensor))
             return False
-        self._held = weakref.finalize(tensor.untyped_storage(), page_unlock, address)
+        self._held = weakref.finalize(tensor.untyped_storage(), page_unlock, *wanted)
         return True
 
 
-def page_locked(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A new CPU tensor, page-locked if the driver allows it."""
+def page_locked(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A new CPU tensor, page-locked for a CUDA device if the driver allows it."""
     tensor = host_zeros(shape, dtype)
-    if page_lock(tensor):
-        weakref.finalize(tensor.untyped_storage(), page_unlock, tensor.data_ptr())
+    if page_lock(tensor, device):
+        weakref.finalize(tensor.untyped_storage(), page_unlock, tensor.data_ptr(), device)
     return tensor

@@ -13,7 +13,7 @@ from adapter_kernels import dispatch, row_adamw
 from adapter_kernels.gather_rows import zero_copy
 
 from .lanes import Lanes, Mark
-from .row_update import StepRule, update_rows
+from .row_update import StepRule, multiplied, update_rows
 from .transfer import PageLock, Traffic, nbytes
 
 logger = logging.getLogger(__name__)
@@ -31,12 +31,14 @@ class _Buffer:
         self._lane.after(lanes.here())  # the computation may still use what this memory was before
         self._free: Mark | None = None
 
-    def step(self, kernel: Callable[[Tensor, Tensor], None], rows: Tensor, grads: Tensor) -> None:
+    def step(
+        self, kernel: Callable[[Tensor, Tensor], None], rows: Tensor, grads: Tensor, factors: tuple[float, ...]
+    ) -> None:
         """Queue a step of at most `CAPACITY` rows, once what was queued before is done."""
         self.wait()
         n = len(rows)
-        for here, given in zip(self._here, (rows, grads), strict=True):
-            here[:n].copy_(given)
+        self._here[0][:n].copy_(rows)
+        multiplied(grads, factors, out=self._here[1][:n])
 
         def work() -> None:
             for there, here in zip(self._there, self._here, strict=True):
@@ -84,19 +86,21 @@ class ZeroCopySteps:
         *,
         wire: Tensor | None,
         seed: int,
+        factors: tuple[float, ...] = (),
     ) -> None:
         """A step of the rows, done when this returns.
 
         Args:
             traffic: gets what it moves.
-            table, ..., seed: as in `update_rows`.
+            table, ..., factors: as in `update_rows`.
         """
         tensors = {"table": table, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "count": count, "wire": wire}
         # The thread that updates has a current device of its own.
         with dispatch.on(self._device):
             there = {name: tensor for name, tensor in tensors.items() if tensor is not None}
             if table.dtype == torch.float64 or not self._reaches(there):  # the kernel has no float64
-                update_rows(table, exp_avg, exp_avg_sq, count, rows, grads, rule, wire=wire, seed=seed)
+                state = table, exp_avg, exp_avg_sq, count
+                update_rows(*state, rows, grads, rule, wire=wire, seed=seed, factors=factors)
                 return
             kernel = partial(
                 row_adamw,
@@ -115,7 +119,7 @@ class ZeroCopySteps:
             try:
                 for i, start in enumerate(range(0, len(rows), CAPACITY)):
                     part = slice(start, start + CAPACITY)
-                    self._buffers[i % 2].step(kernel, rows[part], grads[part])
+                    self._buffers[i % 2].step(kernel, rows[part], grads[part], factors)
             finally:
                 self._finish()
         twice = sum(nbytes(t[:1]) for t in (table, exp_avg, exp_avg_sq, count))
@@ -134,7 +138,9 @@ class ZeroCopySteps:
         if self.refused or self._device.type == "cpu":
             return not self.refused
         cuda = self._device.type == "cuda"
-        locked = cuda and all(tensor.is_pinned() or PageLock().hold(tensor) for tensor in tensors.values())
+        locked = cuda and all(
+            tensor.is_pinned() or PageLock().hold(tensor, self._device) for tensor in tensors.values()
+        )
         self.refused = not (locked and zero_copy(self._device, **tensors))
         if self.refused:
             logger.warning("MEFT: the device cannot step rows in host memory (zero_copy): the host does.")

@@ -159,7 +159,7 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def _scaler_skips(optimizer: Optimizer) -> bool:
     """True if a GradScaler hands its verdict to a fused optimizer, whose kernel then leaves all parameters alone."""
     found_inf = getattr(optimizer, "found_inf", None)
-    return found_inf is not None and bool(torch.as_tensor(found_inf) > 0)
+    return found_inf is not None and bool(found_inf > 0)
 
 
 def _all_finite(parameters: list[nn.Parameter]) -> bool:
@@ -169,15 +169,15 @@ def _all_finite(parameters: list[nn.Parameter]) -> bool:
     finite, and where they do not, each steps by itself.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    # Of a gradient that is stored in part (DTensor's shard, a table's touched rows), the stored part.
-    local = [getattr(g, "_local_tensor", getattr(g, "row_values", g)) for g in gradients]
+    # Of a DTensor, this rank's part. A gradient of touched rows may know its norm without a look at its values.
+    local = [getattr(g, "_local_tensor", g) for g in gradients]
     finite = True
     if local:
         # On a CPU the 2-norm takes a tenth of the inf-norm's time, and it knows empty shards. If it is finite, so is
         # every value; it may also overflow, then the values themselves are looked at.
         norms = torch._foreach_norm(local)
         finite = bool(torch.stack([n.isfinite().to(local[0].device) for n in norms]).all())
-        finite = finite or all(bool(g.isfinite().all()) for g in local)
+        finite = finite or all(bool(getattr(g, "row_values", g).isfinite().all()) for g in local)
     for mesh, dim in _sharded_over(parameters):
         bad = torch.tensor(int(not finite), dtype=torch.int32, device=mesh.device_type)
         dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=mesh.get_group(dim))

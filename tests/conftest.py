@@ -1,6 +1,15 @@
-"""For all tests: the order in which they run."""
+"""For all tests: the order in which they run, and those that need a GPU."""
+
+import pytest
 
 
 def pytest_collection_modifyitems(items):
-    """Those of a minute first, so that no process is left alone with one at the end."""
+    """Those of a minute first, so that no process is left alone with one at the end; `gpu` only where there is one."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    gpu = [item for item in items if item.get_closest_marker("gpu") is not None]
+    if gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in gpu:
+                item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ import kernel_checks  # noqa: E402
 import lora_checks  # noqa: E402
 import row_checks  # noqa: E402
 import selection_checks  # noqa: E402
-from mutants import mutant  # noqa: E402
+from mutations import MUTATIONS, is_noticed  # noqa: E402
 from on_device import on_device  # noqa: E402
 from selection_checks import generator  # noqa: E402
 
@@ -45,10 +46,12 @@ class Battery:
 
     Args:
         tiny: a few small ones, for the interpreter and for compute-sanitizer.
+        dtypes: names in `DTYPES`; what has no dtype belongs to "fp32".
     """
 
-    def __init__(self, device: torch.device, tiny: bool) -> None:
+    def __init__(self, device: torch.device, tiny: bool, dtypes: Sequence[str] = tuple(DTYPES)) -> None:
         self.device, self.tiny = device, tiny
+        self.dtypes = {name: DTYPES[name] for name in dtypes}
 
     def at(self, op: Op) -> Op:
         """The op's kernels, on the device, for arguments on the CPU."""
@@ -58,18 +61,20 @@ class Battery:
         """An op's checks; unless `right_only` the last one has a kernel with a changed line, which must not pass."""
         found = [Check(what, dtype, partial(in_fences, run)) for what, dtype, run in getattr(self, f"_{op}")()]
         if not right_only:
-            found.append(Check("a wrong kernel is noticed", "", partial(self._noticed, *MUTANTS[op])))
+            found.append(Check("a wrong kernel is noticed", "", partial(self._noticed, op)))
         return found
 
     def _router_topk(self) -> Iterator[tuple[str, str, Callable[[], None]]]:
         op = self.at(adapter_kernels.router_topk)
-        for name, dtype in DTYPES.items():
+        for name, dtype in self.dtypes.items():
             for T, E, P in ((37, 12, 5),) if self.tiny else ((37, 12, 5), (512, 320, 8), (2048, 368, 8), (2, 1000, 32)):
                 logits = (4 * torch.randn(T, E, generator=generator())).round().to(dtype) / 4
                 logits[1, 2:5] = torch.tensor([torch.nan, -torch.nan, -0.0])
                 yield f"T {T} E {E}", name, partial(selection_checks.check_router, op, logits, P)
 
     def _row_union(self) -> Iterator[tuple[str, str, Callable[[], None]]]:
+        if "fp32" not in self.dtypes:
+            return
         op, window = self.at(adapter_kernels.row_union), self.at(adapter_kernels.row_union_window)
         shapes = [(9, 7, 50)] if self.tiny else [(9, 7, 50), (512, 64, 6400), (512, 4, 1025), (3, 2, 1024)]
         for T, K, r in shapes:
@@ -78,11 +83,12 @@ class Battery:
             yield f"T {T} r {r}", "", partial(selection_checks.check_union, op, ids, r)
             yield f"T {T} r {r}, some not valid", "", partial(selection_checks.check_union, op, ids, r, valid)
             yield f"T {T} r {r}, windows", "", partial(selection_checks.check_window, window, ids, r, r // 3)
+            yield f"T {T} r {r}, counted", "", partial(selection_checks.check_load, window, ids, r, math.gcd(r, 320))
 
     def _expert_topk(self) -> Iterator[tuple[str, str, Callable[[], None]]]:
         op, Case = self.at(adapter_kernels.expert_topk), selection_checks.Case
         exactly = selection_checks.check_expert_exactly
-        for name, dtype in DTYPES.items():
+        for name, dtype in self.dtypes.items():
             whole = partial(Case, dtype=dtype, integers=True)
             yield "integers", name, partial(exactly, op, whole(37, 12, E=7, each=5, P=3, K=6))
             yield "odd rows", name, partial(exactly, op, whole(20, 33, E=2, each=3, P=1, K=3))
@@ -93,6 +99,8 @@ class Battery:
                 case = Case(96, 4096, E=32, each=20, P=8, K=64, dtype=dtype, layout=layout)
                 yield f"d 4096, {layout}", name, partial(few_differ, op, case)
             yield "T 512 r 6400", name, partial(few_differ, op, Case(512, 4096, E=320, each=20, P=8, K=64, dtype=dtype))
+        if "fp32" not in self.dtypes:
+            return
         case = Case(4, 8, E=5, each=4, P=3, K=9, integers=True)
         yield "by neuron", "fp32", partial(selection_checks.check_by_neuron, op, case)
         ops = self.at(adapter_kernels.router_topk), op, self.at(adapter_kernels.row_union)
@@ -101,7 +109,7 @@ class Battery:
     def _gather_rows(self) -> Iterator[tuple[str, str, Callable[[], None]]]:
         gather, scatter = self.at(adapter_kernels.gather_rows), self.at(adapter_kernels.scatter_rows)
         shapes = [(37, 72, 50), (3, 7, 50)] if self.tiny else [(1664, 4096, 6400), (37, 576, 50), (5, 4100, 50)]
-        for name, dtype in DTYPES.items():
+        for name, dtype in self.dtypes.items():
             for n, d, r in shapes:
                 for tables in (1, 2):
                     both = [row_checks.table(r, d, dtype, seed) for seed in range(tables)]
@@ -116,7 +124,7 @@ class Battery:
     def _sparse_ffn(self) -> Iterator[tuple[str, str, Callable[[], None]]]:
         op = self.at(adapter_kernels.sparse_ffn)
         backward = on_device(adapter_kernels.sparse_ffn_backward, self.device)  # the check says which implementation
-        for name, dtype in DTYPES.items():
+        for name, dtype in self.dtypes.items():
             cases = {"masked form": (20, 40, 17, 5), "token form": (3, 40, 9, 5), "odd rows": (20, 33, 7, 12)}
             if not self.tiny:
                 cases |= {
@@ -139,7 +147,7 @@ class Battery:
         op, Tables = self.at(adapter_kernels.row_adamw), adamw_checks.Tables
         shapes = [(5, 33)] if self.tiny else [(13, 576), (5, 33), (64, 4096)]
         for table in ("fp32", "bf16"):
-            for name, dtype in DTYPES.items():
+            for name, dtype in self.dtypes.items():
                 for n, d in shapes:
                     wire = (torch.bfloat16 if name == "fp32" else dtype) if table == "fp32" else None
                     tables = Tables(80, d, DTYPES[table], wire=wire)
@@ -148,7 +156,8 @@ class Battery:
                     for decoupled in (True, False):
                         check = partial(adamw_checks.check_adamw, op, tables, rows, grads, decoupled=decoupled)
                         yield f"{table} table, {n} rows of {d}, {'AdamW' if decoupled else 'Adam'}", name, check
-            yield f"{table} table, bits of the torch path", table, partial(self._same_bits, op, DTYPES[table])
+            if table in self.dtypes:
+                yield f"{table} table, bits of the torch path", table, partial(self._same_bits, op, DTYPES[table])
 
     def _same_bits(self, op: Op, table: torch.dtype) -> None:
         """Three steps by the kernel and by torch operations on the CPU."""
@@ -168,20 +177,17 @@ class Battery:
         if not self.tiny:
             shapes += [(512, 4096, 16, [4096, 4096]), (1, 4096, 8, [4096, 1024])]
             shapes += [(37, 576, 16, [576]), (40, 200, 9, [140, 70])]
-        for name, dtype in DTYPES.items():
+        for name, dtype in self.dtypes.items():
             for T, d, rank, out in shapes:
                 for layout in kernel_checks.LAYOUTS if d <= 576 else ["contiguous"]:
                     case = lora_checks.Case(T, d, rank, out, dtype, layout=layout)
                     yield f"T {T} d {d}, {layout}", name, partial(lora_checks.check_lora, op, case)
 
-    def _noticed(self, op: str, before: str, after: str, check: Callable[[Op], None]) -> None:
-        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-            wrong, _ = mutant(Path(folder), patch, op, before, after)
-            try:
-                check(on_device(wrong, self.device))
-            except AssertionError:
-                return
-        raise AssertionError(f"{op} with {after!r} in place of {before!r} passes its check")
+    def _noticed(self, op: str) -> None:
+        first = next(each for each in MUTATIONS if each.op == op)
+        with tempfile.TemporaryDirectory() as folder:
+            noticed = is_noticed(first, Path(folder), self.device)
+        assert noticed, f"{op} with {first.after!r} in place of {first.before!r} passes its check"
 
 
 def in_fences(run: Callable[[], None]) -> None:
@@ -197,46 +203,3 @@ def few_differ(op: Op, case: selection_checks.Case) -> None:
     differing, picks = selection_checks.check_expert(op, case)
     assert picks, "nothing was picked"
     assert differing <= 0.01 * picks, f"{differing} of {picks} picks differ"
-
-
-def _router(op: Op) -> None:
-    selection_checks.check_router(op, torch.tensor([[0.0, -0.0, 1.0], [-0.0, 0.0, -1.0]]), 2)
-
-
-def _expert(op: Op) -> None:
-    Case = selection_checks.Case
-    selection_checks.check_expert_exactly(op, Case(10, 16, E=3, each=5, P=2, K=4, integers=True))
-
-
-def _union(op: Op) -> None:
-    ids = torch.randint(-1, 3000, (20, 10), generator=generator(), dtype=torch.int32)
-    selection_checks.check_union(op, ids, 3000)
-
-
-def _gather(op: Op) -> None:
-    ids = torch.randint(0, 9, (21,), generator=generator())
-    row_checks.check_gather(op, ids, [row_checks.table(9, 24, torch.float32)])
-
-
-def _ffn(op: Op) -> None:
-    ffn_checks.check_ffn(op, ffn_checks.Case(20, 40, 17, 5))
-
-
-def _lora(op: Op) -> None:
-    lora_checks.check_lora(op, lora_checks.Case(20, 300, 5, [140, 7]))
-
-
-def _adamw(op: Op) -> None:
-    adamw_checks.check_adamw(op, adamw_checks.Tables(9, 33), torch.tensor([8, 0, 3]), torch.ones(3, 33))
-
-
-# Of each op a line, what is put in its place, and the check that must notice.
-MUTANTS: dict[str, tuple[str, str, str, Callable[[Op], None]]] = {
-    "router_topk": ("router_topk", "value == 0.0, 0.0, value", "value == 0.0, value, value", _router),
-    "row_union": ("row_union", "range(0, block)", "range(1, block)", _union),
-    "expert_topk": ("expert_topk", "0xFFFFF - neuron", "0xFFFFE - neuron", _expert),
-    "gather_rows": ("gather_rows", "(row >= 0) & (row < r)", "(row >= 0) & (row < r) & (k != 4)", _gather),
-    "sparse_ffn": ("sparse_ffn", "ds = ds * factor", "ds = ds", _ffn),
-    "row_adamw": ("row_adamw", "p * decay", "p", _adamw),
-    "shared_lora": ("shared_lora", "range(pieces)", "range(pieces - 1)", _lora),
-}  # fmt: skip

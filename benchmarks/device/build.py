@@ -18,9 +18,14 @@ def libraries() -> list[dict]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
 
 
-def build(library: dict, folder: Path) -> bool:
+def place(library: dict) -> Path:
+    """Where its package looks for it: beside its sources."""
+    return ROOT / Path(library["sources"][0]).parent / f"{library['name'].rpartition('.')[2]}.so"
+
+
+def build(library: dict, target: Path) -> bool:
     """Compile one library; whether it loads."""
-    began, target = time.perf_counter(), folder / f"{library['name'].rpartition('.')[2]}.so"
+    began = time.perf_counter()
     compiler = os.environ.get("CXX", "g++")
     command = [compiler, *library["extra-compile-args"], "-shared", "-fPIC", *library["sources"], "-o", str(target)]
     run = subprocess.run(
@@ -65,11 +70,12 @@ def main() -> int:
         say("C++ libraries", f"{UNMEASURED}: no g++ here", None if given.rehearse else False, "compile and load")
         return int(not given.rehearse)
     with tempfile.TemporaryDirectory() as folder:
-        # A rehearsal leaves what is installed as it is.
         built = []
         for library in libraries():
-            there = (ROOT / "meft" / f"{library['name'].rpartition('.')[2]}.so").exists()
-            built.append(build(library, Path(folder) if given.rehearse and there else ROOT / "meft"))
+            target = place(library)
+            # A rehearsal leaves what is installed as it is.
+            there = any(target.parent.glob(f"{target.stem}.*so"))
+            built.append(build(library, Path(folder, target.name) if given.rehearse and there else target))
     if given.rehearse:
         say("first launches", UNMEASURED)
     else:

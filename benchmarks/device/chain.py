@@ -93,9 +93,9 @@ class Fold(torch.autograd.Function):
         return gradients[0].remainder(4) - 2
 
 
-def adapted(setting: Setting, dtype: torch.dtype = torch.float32) -> Any:
+def adapted(setting: Setting, dtype: torch.dtype = torch.float32, layers: int = LAYERS) -> Any:
     """The model on the CPU, its tables and routers of -1, 0 and 1; the same for all settings."""
-    shape = {"vocab_size": 8, "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": LAYERS}
+    shape = {"vocab_size": 8, "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": layers}
     base = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=1)).to(dtype)
     fields = {"r": R, "num_experts": 16, "experts_per_token": 4, "top_k": 8, "init_weights": False}
     if dtype == torch.float64:
@@ -111,50 +111,92 @@ def adapted(setting: Setting, dtype: torch.dtype = torch.float32) -> Any:
     return model
 
 
-def whole_numbers(seed: int, dtype: torch.dtype) -> Tensor:
-    """[1, TOKENS, WIDTH] of -2 to 1."""
+def whole_numbers(seed: int, dtype: torch.dtype, tokens: int = TOKENS) -> Tensor:
+    """[1, tokens, WIDTH] of -2 to 1."""
     chance = torch.Generator().manual_seed(seed)
-    return torch.randint(-2, 2, (1, TOKENS, WIDTH), generator=chance).to(dtype)
+    return torch.randint(-2, 2, (1, tokens, WIDTH), generator=chance).to(dtype)
 
 
-def trained(
-    setting: Setting, device: torch.device, lanes: Lanes | None = None, dtype: torch.dtype = torch.float32
+def use(model: Any, lanes: Lanes | None) -> Any:
+    """The model whose engines have these lanes; None: those of the device."""
+    for engine in model.base_model.engines.values() if lanes is not None else ():
+        engine.use(lanes)
+    return model
+
+
+def tables_of(model: Any) -> list[Any]:
+    """Keys and values of all layers."""
+    return [table for found in model.base_model.steps.tables.values() for table in found]
+
+
+def stepping(model: Any) -> torch.optim.Optimizer:
+    """The optimizer that steps down signs."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **SIGN)
+
+
+def passed(model: Any, x: Tensor, checkpointing: str = "") -> Tensor:
+    """x through the chain."""
+    for layer in model.base_model.adapted_ffns().values():
+        y = checkpoint(layer, x, use_reentrant=checkpointing == "reentrant") if checkpointing else layer(x)
+        x = Fold.apply(y)
+    return x
+
+
+def weighed(y: Tensor) -> Tensor:
+    """The loss: small whole numbers as weights."""
+    weights = torch.arange(y[0].numel(), device=y.device).reshape(y[0].shape) % 5 - 2
+    return (y * weights.to(y.dtype)).sum()
+
+
+def train(
+    model: Any, optimizer: torch.optim.Optimizer, setting: Setting, steps: Sequence[int], tokens: int = TOKENS
 ) -> list[Tensor]:
-    """Outputs, gradients of the routers, tables and moments of some steps, on the CPU.
-
-    Args:
-        lanes: the engine's; None: those of the device.
-    """
-    model = adapted(setting, dtype).to(device)
-    if lanes is not None:
-        for engine in model.base_model.engines.values():
-            engine.use(lanes)
-    tables = [table for found in model.base_model.steps.tables.values() for table in found]
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **SIGN)
-    weights = (torch.arange(TOKENS * WIDTH, device=device).reshape(1, TOKENS, WIDTH) % 5 - 2).to(dtype)
+    """Outputs, gradients of the inputs and of the routers of some steps, which say by their numbers what they see."""
+    frozen = next(p for p in model.parameters() if not p.requires_grad)
     routers = [p for name, p in model.named_parameters() if p.requires_grad and "router" in name]
     seen: list[Tensor] = []
-    for step in range(STEPS):
+    for step in steps:
         for micro in range(setting.accumulation):
-            x = y = whole_numbers(10 * step + micro, dtype).to(device).requires_grad_()
-            for layer in model.base_model.adapted_ffns().values():
-                if setting.checkpointing:
-                    z = checkpoint(layer, y, use_reentrant=setting.checkpointing == "reentrant")
-                else:
-                    z = layer(y)
-                y = Fold.apply(z)
-            (y * weights).sum().backward()
+            x = whole_numbers(10 * step + micro, frozen.dtype, tokens).to(frozen.device).requires_grad_()
+            y = passed(model, x, setting.checkpointing)
+            weighed(y).backward()
             assert x.grad is not None
             seen += [y.detach(), x.grad]
         seen += [p.grad.clone() for p in routers if p.grad is not None]
         optimizer.step()
         optimizer.zero_grad()
-    for table in tables:
+    return seen
+
+
+def end(model: Any) -> list[Tensor]:
+    """Tables and moments."""
+    seen = []
+    for table in tables_of(model):
         table.settle()
         seen.append(table.rows.detach().clone())
         if table.moments is not None:  # None: no step was taken, for a gradient was not finite
             seen += [table.moments.exp_avg.clone(), table.moments.counts.clone()]
-    return [tensor.detach().cpu() for tensor in seen]
+    return seen
+
+
+def trained(
+    setting: Setting,
+    device: torch.device,
+    lanes: Lanes | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    layers: int = LAYERS,
+    tokens: int = TOKENS,
+    steps: int = STEPS,
+) -> list[Tensor]:
+    """What `train` and `end` give of some steps, on the CPU.
+
+    Args:
+        lanes: the engine's; None: those of the device.
+    """
+    model = use(adapted(setting, dtype, layers).to(device), lanes)
+    seen = train(model, stepping(model), setting, range(steps), tokens)
+    return [tensor.detach().cpu() for tensor in [*seen, *end(model)]]
 
 
 def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> str:

@@ -12,6 +12,7 @@ import torch
 from kernel_report import driver, installed
 from torch import Tensor
 
+from adapter_kernels import host_topk
 from device import amp
 from device.findings import UNMEASURED, arguments, attempt, device_of, say
 from meft import calibration
@@ -32,6 +33,7 @@ def environment(cuda: bool) -> None:
         "cores": os.cpu_count(), "cores_allowed": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(),
         "numa_nodes": len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))),
         "host_gib": round(meminfo("MemTotal"), 1), "native_row_update": native_library() is not None,
+        "native_picks": host_topk.native_library() is not None,
         "cuda": torch.version.cuda or "", "torch": torch.__version__,
     }  # fmt: skip
     if cuda:
@@ -42,8 +44,9 @@ def environment(cuda: bool) -> None:
         }  # fmt: skip
     said = f"{found.get('gpu', 'no GPU')}, torch {found['torch']}, {found['cores']} cores, {found['numa_nodes']} NUMA"
     say("machine", f"{said} nodes, {found['host_gib']} GiB", **found)
-    loads = bool(found["native_row_update"])
-    say("C++ row update", "loaded" if loads else "missing", loads or (False if cuda else None), "loads")
+    for what, name in (("C++ row update", "native_row_update"), ("C++ picks", "native_picks")):
+        loads = bool(found[name])
+        say(what, "loaded" if loads else "missing", loads or (False if cuda else None), "loads")
 
 
 def meminfo(name: str) -> float:
@@ -80,7 +83,7 @@ def memory_growth(gib: float) -> None:
     say("host memory", said, touch_gib_s=gib / seconds, **values)
 
 
-def locks() -> None:
+def locks(device: torch.device) -> None:
     """Page locks of odd sizes, two in one page, and what torch says of slices."""
     memory = torch.zeros(64 << 20, dtype=torch.uint8)
     base = (-memory.data_ptr()) % 4096
@@ -92,13 +95,13 @@ def locks() -> None:
     }
     taken: dict[str, bool] = {}
     for name, part in parts.items():
-        taken[name] = page_lock(part)
+        taken[name] = page_lock(part, device)
     slices = {
         name: (part.is_pinned(), part[100:200].is_pinned(), part.clone().is_pinned()) for name, part in parts.items()
     }
     for name, part in parts.items():
         if taken[name]:
-            page_unlock(part.data_ptr())
+            page_unlock(part.data_ptr(), device)
     right = all(taken.values()) and all(each == (True, True, False) for each in slices.values())
     said = ", ".join(f"{name}: {'locked' if taken[name] else 'refused'}" for name in parts)
     say("page locks", said, right, "1 KiB, 25 KiB, 52 MB, two in a page; slices are pinned", taken=taken, pinned=slices)
@@ -146,7 +149,7 @@ def zero_copy_gather(device: torch.device, ceiling: float) -> None:
     reached = _host_memory_reachable(device)
     say("kernels reach page-locked host memory", "yes" if reached else "no", reached, "yes")
     tables = [torch.ones(TABLE, ROW, dtype=torch.bfloat16) for _ in range(2)]
-    if not all(page_lock(table) for table in tables):
+    if not all(page_lock(table, device) for table in tables):
         say("zero-copy gather", "the tables could not be page-locked", False)
         return
     try:
@@ -160,7 +163,7 @@ def zero_copy_gather(device: torch.device, ceiling: float) -> None:
             gb_s=rate, of_copy=rate / ceiling)  # fmt: skip
     finally:
         for table in tables:
-            page_unlock(table.data_ptr())
+            page_unlock(table.data_ptr(), device)
 
 
 def main() -> int:
@@ -170,7 +173,7 @@ def main() -> int:
     device = device_of(given.rehearse)
     gib = 1 / 16 if given.rehearse else min(TOUCHED_GIB, 0.4 * meminfo("MemTotal"))
     if cuda:
-        well.append(attempt("page locks", locks))
+        well.append(attempt("page locks", lambda: locks(device)))
         well.append(attempt("link", lambda: link(device)))
     else:
         well.append(attempt("calibration", lambda: print(calibration.measure(device, TINY).machine)))

@@ -57,7 +57,7 @@ class Block:
         self.wire, self.seed, self.dtype = wire, seed, exp_avg.dtype
         self.size = min(most, max(1, _CHUNK // max(1, table.shape[1])))
         self.buffers = torch.empty(6, self.size, table.shape[1], dtype=self.dtype, device=table.device)
-        self.rows = torch.empty(0, dtype=torch.int64)
+        self.rows = torch.empty(0, dtype=torch.int64, device=table.device)
 
     def parts(self, count: int) -> list[slice]:
         """Slices of at most a block's rows that cover `count` rows."""

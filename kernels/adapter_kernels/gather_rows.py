@@ -99,7 +99,8 @@ def _host_memory_reachable(device: torch.device) -> bool:
     try:
         if not jit.AVAILABLE:
             raise RuntimeError("triton is not installed")
-        table = torch.arange(64, dtype=torch.float32).view(1, 64).pin_memory()
+        with dispatch.on(device):  # page-locking makes a context on the current device
+            table = torch.arange(64, dtype=torch.float32, device="cpu").view(1, 64).pin_memory()
         if table.is_pinned():
             ids = torch.zeros(1, dtype=torch.int32, device=device)
             out = torch.empty(1, 64, device=device)

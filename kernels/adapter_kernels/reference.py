@@ -35,14 +35,23 @@ def expert_topk(
     """Ids int32 [T, K] by descending score, ties to the lower id, -1 after the last positive one; scores; dots."""
     scores, dots = expert_scores(x, keys, experts, factors, E)
     scores = torch.where(scores > 0, scores, -torch.inf)  # NaN is not positive
-    ids = torch.full((len(x), K), -1, dtype=torch.int32)
-    best, dot = torch.zeros(len(x), K, dtype=x.dtype), torch.zeros(len(x), K, dtype=x.dtype)
+    ids = x.new_full((len(x), K), -1, dtype=torch.int32)
+    best, dot = (x.new_zeros(len(x), K) for _ in range(2))
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :K]
     for t, row in enumerate(order.tolist()):
         for j, neuron in enumerate(row):
             if scores[t, neuron] > 0:
                 ids[t, j], best[t, j], dot[t, j] = neuron, scores[t, neuron], dots[t, neuron]
     return ids, best, dot
+
+
+def load_of(ids: Tensor, r: int, E: int, valid: Tensor | None = None) -> Tensor:
+    """Picks of each of E groups of r / E rows, int64 [E]."""
+    load = torch.zeros(E, dtype=torch.int64)
+    for i in (ids if valid is None else ids[valid]).flatten().tolist():
+        if 0 <= i < r:
+            load[i // (r // E)] += 1
+    return load
 
 
 def row_union(ids: Tensor, r: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -56,7 +65,7 @@ def row_union(ids: Tensor, r: int, valid: Tensor | None = None) -> tuple[Tensor,
     position = [
         [place[i] if a else -1 for i, a in zip(row, used, strict=True)] for row, used in zip(picks, alive, strict=True)
     ]
-    return torch.tensor(union, dtype=torch.int32), torch.tensor(position, dtype=torch.int32).reshape(ids.shape)
+    return ids.new_tensor(union, dtype=torch.int32), ids.new_tensor(position, dtype=torch.int32).reshape(ids.shape)
 
 
 def gather_rows(ids: Tensor, table: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def _step_kernel(
 
 def _halves(value: float) -> tuple[float, float]:
     """fp32 numbers whose sum is the float64 to 48 bits."""
-    high = float(torch.tensor(value, dtype=torch.float32))
+    high = float(torch.tensor(value, dtype=torch.float32, device="cpu"))
     return high, value - high
 
 

@@ -8,7 +8,8 @@ and raises a flag on the device when more follows, which the caller fetches with
 so). Picks outside of the window have the position -1 there, and each pick is in one window exactly: nothing is cut.
 
 Integers only, no gradient. No sort either: a mark for each of the r rows, then a prefix sum over the marks.
-1. `mark`: marks[id] = 1 for each valid pick. Programs that write one mark write the same byte, so no atomics.
+1. `mark`: marks[id] = 1 for each valid pick. Programs that write one mark write the same byte, so no atomics there.
+   Where picks are counted by groups of rows, it adds them up: atomics, but of integers, in whose order nothing lies.
 2. `number`: a program takes a block of rows, adds up the marks before it and then its own, and writes the rows of the
    window. Reading all earlier marks in each program costs r^2 / (2 BLOCK) bytes of L2 reads (36 KB at r 8464) and
    saves a second launch for the sums of the blocks.
@@ -40,14 +41,19 @@ _NUMBER = launch.Table("row_union.number", {"BLOCK": 1024, "num_warps": 8, "num_
 
 
 @kernel("n")
-def _mark_kernel(ids_ptr, valid_ptr, marks_ptr, n, r, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """marks[id] = 1; an id outside of 0 to r - 1 is no pick."""
+def _mark_kernel(
+    ids_ptr, valid_ptr, marks_ptr, load_ptr, n, r, each,
+    MASKED: tl.constexpr, COUNTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """marks[id] = 1; an id outside of 0 to r - 1 is no pick. load[id // each] += 1."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(ids_ptr + i, mask=i < n, other=-1)
     used = (row >= 0) & (row < r)
     if MASKED:
         used = used & (tl.load(valid_ptr + i, mask=i < n, other=0) != 0)
     tl.store(marks_ptr + row, tl.full((BLOCK,), 1, tl.int8), mask=used)
+    if COUNTED:
+        tl.atomic_add(load_ptr + row // each, tl.full((BLOCK,), 1, tl.int64), mask=used, sem="relaxed")
 
 
 @kernel("capacity")
@@ -86,11 +92,11 @@ def _place_kernel(ids_ptr, valid_ptr, places_ptr, position_ptr, n, r, MASKED: tl
 
 
 def _triton(
-    ids: Tensor, valid: Tensor | None, r: int, start: int, capacity: int
+    ids: Tensor, valid: Tensor | None, load: Tensor | None, r: int, start: int, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     device, n = ids.device, ids.numel()
     ids = ids.contiguous()
-    mask = valid.contiguous().view(torch.int8) if valid is not None else None
+    valid = valid.contiguous().view(torch.int8) if valid is not None else None
     rows = dispatch.empty((capacity,), torch.int32, device)
     count = dispatch.empty((1,), torch.int32, device)
     more = dispatch.empty((1,), torch.int32, device)
@@ -102,13 +108,16 @@ def _triton(
     mark, number, place = _MARK.on(device), _NUMBER.on(device), _PLACE.on(device)
     with dispatch.on(device):
         if n:
-            _mark_kernel[(triton.cdiv(n, mark["BLOCK"]),)](ids, mask, marks, n, r, MASKED=mask is not None, **mark)
+            each = r // len(load) if load is not None else 1
+            _mark_kernel[(triton.cdiv(n, mark["BLOCK"]),)](
+                ids, valid, marks, load, n, r, each, MASKED=valid is not None, COUNTED=load is not None, **mark
+            )
         _number_kernel[(triton.cdiv(r, number["BLOCK"]),)](
             marks, places, rows, count, more, r, start, capacity, **number
         )
         if n:
             _place_kernel[(triton.cdiv(n, place["BLOCK"]),)](
-                ids, mask, places, position, n, r, MASKED=mask is not None, **place
+                ids, valid, places, position, n, r, MASKED=valid is not None, **place
             )
     return rows, count, more, position
 
@@ -118,7 +127,7 @@ def _refusals(r: int) -> list[tuple[str, str]]:
 
 
 def _torch(
-    ids: Tensor, valid: Tensor | None, r: int, start: int, capacity: int
+    ids: Tensor, valid: Tensor | None, load: Tensor | None, r: int, start: int, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     used = (ids >= 0) & (ids < r)
     if valid is not None:
@@ -127,6 +136,9 @@ def _torch(
     chosen = ids.to(torch.int64).where(used, r).flatten()
     marks = torch.zeros(r + 1, dtype=torch.bool, device=ids.device).index_fill_(0, chosen, True)
     marks[r] = False
+    if load is not None and len(load):
+        each = r // len(load)
+        load += torch.bincount(torch.div(chosen, each, rounding_mode="floor"), minlength=len(load) + 1)[: len(load)]
     places = marks.cumsum(0) - 1 - start
     inside = marks & (places >= 0) & (places < capacity)
     count = marks.sum(dtype=torch.int32).view(1)
@@ -144,18 +156,19 @@ def _check_values(ids: Tensor, valid: Tensor | None, r: int) -> None:
     dispatch.require(not bool(outside.any()), "ids", f"ids outside of -1 to r - 1 = {r - 1}")
 
 
-@torch.library.custom_op("adapter_kernels::row_union_window", mutates_args=())
+@torch.library.custom_op("adapter_kernels::row_union_window", mutates_args=("load",))
 def _window_op(
-    ids: Tensor, valid: Tensor | None, r: int, start: int, capacity: int, impl: str | None
+    ids: Tensor, valid: Tensor | None, load: Tensor | None, r: int, start: int, capacity: int, impl: str | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if dispatch.debug():
         _check_values(ids, valid, r)
-    return (_triton if dispatch.use_triton(impl, ids.device, _refusals(r)) else _torch)(ids, valid, r, start, capacity)
+    implementation = _triton if dispatch.use_triton(impl, ids.device, _refusals(r)) else _torch
+    return implementation(ids, valid, load, r, start, capacity)
 
 
 @_window_op.register_fake
 def _(
-    ids: Tensor, valid: Tensor | None, r: int, start: int, capacity: int, impl: str | None
+    ids: Tensor, valid: Tensor | None, load: Tensor | None, r: int, start: int, capacity: int, impl: str | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     new = ids.new_empty
     return (
@@ -171,7 +184,7 @@ def _op(ids: Tensor, valid: Tensor | None, r: int, impl: str | None) -> tuple[Te
     if dispatch.debug():
         _check_values(ids, valid, r)
     implementation = _triton if dispatch.use_triton(impl, ids.device, _refusals(r)) else _torch
-    rows, count, _, position = implementation(ids, valid, r, 0, min(r, ids.numel()))
+    rows, count, _, position = implementation(ids, valid, None, r, 0, min(r, ids.numel()))
     return rows[: int(count)], position
 
 
@@ -211,7 +224,14 @@ def row_union(ids: Tensor, r: int, *, valid: Tensor | None = None, impl: str | N
 
 
 def row_union_window(
-    ids: Tensor, r: int, capacity: int, *, start: int = 0, valid: Tensor | None = None, impl: str | None = None
+    ids: Tensor,
+    r: int,
+    capacity: int,
+    *,
+    start: int = 0,
+    valid: Tensor | None = None,
+    load: Tensor | None = None,
+    impl: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The entries `start` to `start + capacity - 1` of the union, without waiting for the device.
 
@@ -219,6 +239,7 @@ def row_union_window(
         ids, r, valid, impl: as in `row_union`.
         capacity: length of the buffer, at least 1.
         start: first entry.
+        load: int64 [E], E a divisor of r, to which the picks of each group of r/E rows are added; None: not counted.
 
     Returns:
         rows: int32 [capacity], ascending, -1 after the last entry.
@@ -227,12 +248,17 @@ def row_union_window(
         position: int32 [T, K], place within `rows`, -1 where the pick is none or in another window.
 
     Raises:
-        ValueError: as `row_union`; capacity < 1 or start < 0.
+        ValueError: as `row_union`; capacity < 1 or start < 0; a load of another form.
     """
     _check(ids, valid, r)
+    if load is not None:
+        dispatch.require(load.dtype == torch.int64, "load", f"torch.int64 is needed, not {load.dtype}")
+        dispatch.require(load.ndim == 1 and load.is_contiguous(), "load", "one contiguous dimension is needed")
+        dispatch.require(len(load) > 0 and r % len(load) == 0, "load", f"{len(load)} groups do not divide {r} rows")
+        dispatch.require_same_device(ids=ids, load=load)
     dispatch.require(capacity >= 1, "capacity", f"at least 1 is needed, not {capacity}")
     dispatch.require(start >= 0, "start", f"at least 0 is needed, not {start}")
-    return _window_op(ids, valid, r, start, capacity, impl)
+    return _window_op(ids, valid, load, r, start, capacity, impl)
 
 
 def union_windows(
@@ -253,17 +279,19 @@ def union_windows(
 
 
 def variants(capability: int | None) -> list[Variant]:
-    """What a launch can be: ids of both widths, with and without a mask."""
+    """What a launch can be: ids of both widths, with and without a mask, with and without picks that are counted."""
     found = []
-    for table, function, extra in (
-        (_MARK, _mark_kernel, {"marks_ptr": "*i8"}),
-        (_PLACE, _place_kernel, {"places_ptr": "*i32", "position_ptr": "*i32"}),
+    marked: dict[str, str] = {"marks_ptr": "*i8", "each": "i32"}
+    for table, function, extra, more in (
+        (_MARK, _mark_kernel, marked, {"COUNTED": False, "load_ptr": None}),
+        (_MARK, _mark_kernel, marked | {"load_ptr": "*i64"}, {"COUNTED": True}),
+        (_PLACE, _place_kernel, {"places_ptr": "*i32", "position_ptr": "*i32"}, {}),
     ):
         blocks, options = split(table.at(capability))
         for ids in ("*i32", "*i64"):
             for masked in (False, True):
                 types = {"ids_ptr": ids, "n": "i32", "r": "i32"} | extra | ({"valid_ptr": "*i8"} if masked else {})
-                constants = blocks | {"MASKED": masked} | ({} if masked else {"valid_ptr": None})
+                constants = blocks | {"MASKED": masked} | ({} if masked else {"valid_ptr": None}) | more
                 found.append(Variant(function, types, constants, options, wide=True))
     blocks, options = split(_NUMBER.at(capability))
     types = {"marks_ptr": "*i8", "places_ptr": "*i32", "rows_ptr": "*i32", "count_ptr": "*i32", "more_ptr": "*i32"}

@@ -20,7 +20,8 @@ def has_sparse_products(tensor: Tensor) -> bool:
 def _csr(starts: Tensor, column: Tensor, weights: Tensor, width: int) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that CSR is in beta, and about its checks
-        return torch.sparse_csr_tensor(starts, column, weights, (len(starts) - 1, width), check_invariants=False)
+        size, device = (len(starts) - 1, width), weights.device  # else the default device
+        return torch.sparse_csr_tensor(starts, column, weights, size, device=device, check_invariants=False)
 
 
 def entry_dots(starts: Tensor, column: Tensor, line: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers.trainer  # noqa: F401 - asks for datasets once, and must not meet the stand-in
 from adopted import ADOPTED, LEFT_OUT
 from models import MODELS, Deep
 from rows import ADDED, EXTRA, NotOurs, as_aslora, translate_row, with_options

@@ -71,6 +71,7 @@ def layer(T, d, r, E, P, K, U, dtype, row_gradients=None):
     keys = torch.zeros(r, d, dtype=dtype)
     ids, _, _ = ops.expert_topk(x, keys, torch.zeros(T, P, dtype=torch.int32), logits, K, E=E)
     ids.fill_(3)  # what a kernel would write is not there: any legal ids
+    ops.row_union_window(ids, r, min(r, T * K), load=torch.zeros(E, dtype=torch.int64))
     ops.row_union_window(ids, r, min(r, T * K))
     rows, position = torch.arange(U, dtype=torch.int32), torch.zeros(T, K, dtype=torch.int32)
     near = ops.gather_rows(rows, [keys, keys])
@@ -114,7 +115,8 @@ def launch_all() -> None:
     ]  # fmt: skip
     for shape in shapes:
         layer(*shape)
-    layer(512, 4096, 640, 32, 8, 64, 64, half, row_gradients=single)
+    for dtype in (half, torch.float16):
+        layer(512, 4096, 640, 32, 8, 64, 64, dtype, row_gradients=single)
     for master, wire in ((single, half), (single, None), (half, None), (single, torch.float16)):
         for gradient in (single, half):
             step(640, 4096, 256, master, wire, gradient)

@@ -51,6 +51,16 @@ def check_window(op: Op, ids: Tensor, r: int, capacity: int, valid: Tensor | Non
         assert torch.equal(position, torch.where(inside, oracle_position - start, -1))
 
 
+def check_load(op: Op, ids: Tensor, r: int, E: int, valid: Tensor | None = None) -> None:
+    """Picks of each group of rows are added to what was there, and all else is as without counting."""
+    before = torch.arange(E) << 33
+    load = before.clone()
+    found = op(ids, r, max(1, r // 2), valid=valid, load=load)
+    assert torch.equal(load, before + reference.load_of(ids, r, E, valid))
+    for mine, other in zip(found, op(ids, r, max(1, r // 2), valid=valid), strict=True):
+        assert torch.equal(mine, other)
+
+
 class Case:
     """Arguments of expert_topk."""
 

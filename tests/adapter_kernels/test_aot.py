@@ -39,6 +39,18 @@ def test_a_breach_is_refused(router, change, problem):
     assert row.problems[0].startswith(problem)
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_products_of_16_bits_run_on_tensor_cores(dtype):
+    """Products of fp32 do not: they are exact ("ieee")."""
+    ptx = {}
+    for name in (dtype, "fp32"):
+        dots = next(v for v in expert_topk(86) if v.types.get("x_ptr") == f"*{name}")
+        ptx[name] = aot._compile(dots, 86).asm["ptx"]
+    operand = {"fp16": "f16", "bf16": "bf16"}[dtype]
+    assert re.search(rf"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.{operand}\.{operand}\.f32", ptx[dtype])
+    assert "mma.sync" not in ptx["fp32"]
+
+
 def test_too_much_shared_memory_is_refused():
     dots = next(v for v in expert_topk(80) if v.types.get("x_ptr") == "*fp16")
     large = dataclasses.replace(dots, constants=dots.constants | {"BM": 64, "BN": 64, "BK": 256})

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from selection_checks import check_union, check_window, generator
+from selection_checks import check_load, check_union, check_window, generator
 
 from adapter_kernels import debugging, row_union, row_union_window, union_windows
 from adapter_kernels.row_union import _op, _window_op
@@ -18,6 +18,13 @@ def test_equals_the_oracle(T, K, r, masked, capacity, seed):
     check_union(row_union, ids, r, valid)
     check_union(row_union, ids.long(), r, valid)
     check_window(row_union_window, ids, r, capacity, valid)
+
+
+@given(st.integers(0, 9), st.integers(1, 6), st.integers(1, 9), st.integers(1, 5), st.booleans(), st.integers(0, 99))
+def test_picks_are_counted(T, K, E, each, masked, seed):
+    g, r = generator(seed), E * each
+    ids = torch.randint(-2, r + 3, (T, K), generator=g, dtype=torch.int32)
+    check_load(row_union_window, ids, r, E, torch.rand(T, K, generator=g) < 0.7 if masked else None)
 
 
 def test_windows_end_when_the_union_does():
@@ -34,7 +41,8 @@ def test_registration():
     ids = torch.randint(-1, 50, (6, 4), generator=generator(), dtype=torch.int32)
     valid = torch.rand(6, 4, generator=generator()) < 0.7
     torch.library.opcheck(_op, (ids, valid, 50, None))
-    torch.library.opcheck(_window_op, (ids, None, 50, 3, 8, None))
+    torch.library.opcheck(_window_op, (ids, None, None, 50, 3, 8, None))
+    torch.library.opcheck(_window_op, (ids, valid, torch.zeros(5, dtype=torch.int64), 50, 3, 8, None))
 
     def body(ids):
         rows, position = row_union(ids, 50)
@@ -60,6 +68,11 @@ def test_registration():
         ({"valid": torch.zeros(3, 2, dtype=torch.bool, device="meta")}, "valid: is on meta, but ids is on cpu"),
         ({"capacity": 0}, "capacity: at least 1"),
         ({"start": -1}, "start: at least 0"),
+        ({"load": torch.zeros(5)}, "load: torch.int64 is needed"),
+        ({"load": torch.zeros(5, 1, dtype=torch.int64)}, "load: one contiguous dimension"),
+        ({"load": torch.zeros(0, dtype=torch.int64)}, "load: 0 groups do not divide 5 rows"),
+        ({"load": torch.zeros(4, dtype=torch.int64)}, "load: 4 groups do not divide 5 rows"),
+        ({"load": torch.zeros(5, dtype=torch.int64, device="meta")}, "load: is on meta, but ids is on cpu"),
     ],
 )
 def test_bad_input(change, message):

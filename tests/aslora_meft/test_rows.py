@@ -67,8 +67,7 @@ def test_without_datasets_a_hub_id_names_the_remedy(monkeypatch):
 
 
 def test_a_hub_id_is_read_by_datasets(monkeypatch):
-    import datasets
-
+    datasets = pytest.importorskip("datasets")
     rows = [{"text": "a"}, {"text": "b"}]
     asked = []
     monkeypatch.setattr(

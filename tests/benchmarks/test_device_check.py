@@ -1,4 +1,4 @@
-"""The device check: a rehearsal from end to end, parts that fail or are late, verdicts, and what is made of results."""
+"""The device check: a rehearsal from end to end, the README that a device fills, parts that fail, verdicts."""
 
 import json
 import os
@@ -7,26 +7,20 @@ import resource
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import device_check as check
 import ingest_device as ingest
 import pytest
-from device import build, findings, sanitizer, verdicts
+import torch
+from device import build, findings, headline, probe, sanitizer, verdicts
+from engine_24gb_plan import quick_plan
+from kernel_targets import targets as kernel_targets
+from made_results import finding, results_of
 
 ROOT = Path(check.ROOT)
-
-
-def finding(what, measured="1 GB/s", holds=None, part="probe", target="", **values):
-    return {"part": part, "what": what, "measured": measured, "holds": holds, "target": target, "values": values}
-
-
-def results_of(*found, rehearsal=False, parts=(), machine=None, files=None):
-    machine = {"gpu": "NVIDIA X9", "torch": "9"} if machine is None else machine
-    return {
-        "version": 1, "rehearsal": rehearsal, "began": "2030-01-02T03:04:05+00:00", "machine": machine,
-        "source": {"commit": "", "digest": "d"}, "parts": list(parts), "findings": list(found), "files": files or {},
-    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- a rehearsal
@@ -82,6 +76,61 @@ def test_a_rehearsal_stays_out_of_the_results(rehearsal, tmp_path, capsys):
     names = {path.name for path in tmp_path.iterdir()}
     assert {"device_rehearsal.json", "device_rehearsal.md", "device_rehearsal_24gb.json"} <= names
     assert str(out) not in (tmp_path / "device_rehearsal.json").read_text()
+
+
+# --------------------------------------------------------------------------------------------------------- the README
+
+README = (ROOT / "README.md").read_text()
+
+
+def rows_of_a_device(dry):
+    """A row of a rehearsal for each cell that part "headline" measures, as if it had been."""
+    cells = [cell for group in quick_plan() for cell in group.cells if re.search(headline.CELLS, cell.title())]
+    assert {cell.contestant for cell in cells} > {"null", "meft auto", "lora"}
+    assert {*dry} >= {column for column, _ in ingest.COLUMNS.values()} - {"bound_ms", "of_null"}
+    numbers = {column: 1.5 for column, _ in ingest.COLUMNS.values()}
+    return [dry | numbers | cell.key | {"status": "measured"} for cell in cells]
+
+
+def findings_of_a_device(monkeypatch, capsys):
+    """What parts "probe" and "kernels" say of a device, from their own code and made-up rates."""
+    names = ("to_device", "to_host", "both_ways", "host_bytes", "device_bytes", "flops", "host_flops")
+    rates = SimpleNamespace(**dict.fromkeys(names, 5e10))
+    found = SimpleNamespace(alone=rates, contended=rates, zero_copy=3e10)
+    monkeypatch.setattr(probe.calibration, "calibrated", lambda device, anew: found)
+    monkeypatch.setattr(probe, "zero_copy_gather", lambda device, ceiling: None)
+    capsys.readouterr()
+    probe.environment(False)
+    probe.link(torch.device("cpu"))
+    said = [findings.heard(line) for line in capsys.readouterr().out.splitlines()]
+    said = [each | {"part": "probe"} for each in said if each]
+    return said + [finding(target.name, "worst of 3: 1.5", part="kernels") for target in kernel_targets([], "X9", 90)]
+
+
+@pytest.mark.long
+def test_a_device_fills_every_mark_of_the_readme(rehearsal, tmp_path, monkeypatch, capsys):
+    out, results, _ = rehearsal
+    marks = [match[2] for match in ingest.MARKED.finditer(README)]
+    assert len(set(marks)) > 20
+    assert README.count("<!-- device:") == README.count("<!-- /device -->") == len(marks)
+    copy = tmp_path / "README.md"
+    copy.write_text(README)
+    # A rehearsal has measured nothing: all stays as it is.
+    ingest.main([str(out / "results.json"), "--out", str(tmp_path / "out"), "--readme", str(copy)])
+    assert copy.read_text() == README
+    capsys.readouterr()
+
+    name, dry = next((name, json.loads(text)["rows"][0]) for name, text in results["files"].items() if "24gb" in name)
+    files = {name: json.dumps({"rows": rows_of_a_device(dry)})}
+    whole = results_of(*findings_of_a_device(monkeypatch, capsys), files=files)
+    path = tmp_path / "results.json"
+    for began in ("2030-01-02", "2031-03-04"):  # a later run replaces what an earlier one wrote
+        path.write_text(json.dumps(whole | {"began": began}))
+        ingest.main([str(path), "--out", str(tmp_path / "out"), "--readme", str(copy)])
+        assert capsys.readouterr().out.endswith(f"{len(marks)} cells\n")  # and none without a value
+        filled = copy.read_text()
+        assert filled.count(f"(measured on NVIDIA X9, {began})<!-- /device -->") == len(marks)
+        assert ingest.MARKED.sub("", filled) == ingest.MARKED.sub("", README)
 
 
 # -------------------------------------------------------------------------------------------------------------- parts
@@ -178,11 +227,14 @@ def test_memory_that_may_be_taken_is_said_once(monkeypatch):
     assert check.surroundings(False)["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
-def test_the_call_for_a_bare_machine_is_short():
-    call = check.__doc__.split("in its root:")[1]
-    assert "--no-index" in call
-    assert "device_check.py --out $OUT" in call
+def test_the_call_for_a_bare_machine_is_one_short_line():
+    call = check.__doc__.split("as one line:\n")[1].replace("\\\n", "").strip()
+    assert "\n" not in call
     assert len(call) < 2000
+    assert subprocess.run(["bash", "-n", "-c", call], check=False).returncode == 0
+    command, _, options = call.partition("benchmarks/device_check.py ")[2].partition("$OUT")
+    assert command == "--out "
+    assert check.parse(["--out", "out", *options.split()]).seconds == 480
 
 
 # ----------------------------------------------------------------------------------------------------------- verdicts
@@ -217,70 +269,9 @@ def test_what_a_sanitizer_says():
         assert not sanitizer.judged(output, code)[1]
 
 
-def test_libraries_are_those_that_are_installed():
-    assert "meft._row_adamw" in [library["name"] for library in build.libraries()]
-
-
-# ------------------------------------------------------------------------------------------------------------- ingest
-
-
-@pytest.fixture
-def returned(tmp_path):
-    """results.json of a made-up device."""
-    row = {
-        "contestant": "meft auto",
-        "routing": "0.26",
-        "status": "measured",
-        "peak_gib": 15.04,
-        "tokens_per_s": 1234.5,
-    }
-    files = {"24gb_x9_quick.json": json.dumps({"rows": [row]}), "kernels_x9.csv": "op\n"}
-    found = [
-        finding("link up", "50.0 GB/s", gb_s=50.0), finding("link down", findings.UNMEASURED),
-        finding("sparse_ffn", "3/4", False, "ops", "its float64 oracle"),
-    ]  # fmt: skip
-    path = tmp_path / "in" / "results.json"
-    path.parent.mkdir()
-    path.write_text(json.dumps(results_of(*found, files=files)))
-    (path.parent / "24gb_x9_quick.png").write_bytes(b"plot")
-    return path
-
-
-def test_files_of_a_device(returned, tmp_path):
-    out = tmp_path / "out"
-    assert ingest.main([str(returned), "--out", str(out)]) == 0
-    names = ["", "_24gb.json", "_24gb.png", "_kernels.csv"]
-    assert {path.name for path in out.iterdir()} >= {f"device_nvidia_x9{name}" for name in names if name}
-    text = (out / "device_nvidia_x9.md").read_text()
-    assert "FAILS        ops        sparse_ffn: 3/4" in text  # bad results are kept too
-    assert "other code than this" in text
-    assert "files" not in json.loads((out / "device_nvidia_x9.json").read_text())
-
-
-def test_only_marked_places_are_replaced(returned, tmp_path):
-    readme = tmp_path / "README.md"
-    marks = (
-        "a <!-- device:probe link up: gb_s -->old<!-- /device --> b <!-- device:probe link down -->old<!-- /device -->"
-    )
-    readme.write_text(f"{marks} <!-- device:24gb meft auto 0.26 peak -->\nold\n<!-- /device --> old\n")
-    ingest.main([str(returned), "--out", str(tmp_path / "out"), "--readme", str(readme)])
-    where = "measured on NVIDIA X9, 2030-01-02"
-    assert readme.read_text() == (
-        f"a <!-- device:probe link up: gb_s -->50.0 GB/s ({where})<!-- /device --> "
-        "b <!-- device:probe link down -->old<!-- /device --> "  # not measured: as it was
-        f"<!-- device:24gb meft auto 0.26 peak -->15.0 GiB ({where})<!-- /device --> old\n"
-    )
-
-
-def test_a_miss_says_so(returned):
-    found = ingest.cells(json.loads(returned.read_text()))
-    assert found["ops sparse_ffn"] == "3/4, which misses the target"
-    assert found["24gb meft auto 0.26 tokens/s"] == "1,234 tokens/s"
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 9}'])
-def test_files_that_are_no_results(text, tmp_path):
-    path = tmp_path / "results.json"
-    path.write_text(text)
-    with pytest.raises(SystemExit, match=r"no results\.json|of version 9"):
-        ingest.main([str(path)])
+def test_libraries_are_built_where_their_packages_look_for_them():
+    names = [library["name"] for library in build.libraries()]
+    assert names == ["adapter_kernels._host_topk", "meft._row_adamw"]
+    for library in build.libraries():
+        package = find_spec(library["name"].rpartition(".")[0])
+        assert build.place(library).parent == Path(package.submodule_search_locations[0])

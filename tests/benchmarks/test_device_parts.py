@@ -73,11 +73,11 @@ def test_memory_that_is_touched(told):
 def test_page_locks(monkeypatch, told, taken):
     """Two of the four share a page; all are given back."""
     locked, freed = [], []
-    monkeypatch.setattr(probe, "page_lock", lambda tensor: locked.append(tensor) or taken)
-    monkeypatch.setattr(probe, "page_unlock", freed.append)
+    monkeypatch.setattr(probe, "page_lock", lambda tensor, device: locked.append(tensor) or taken)
+    monkeypatch.setattr(probe, "page_unlock", lambda address, device: freed.append(address))
     pinned = lambda tensor: taken and any(tensor.untyped_storage() is part.untyped_storage() for part in locked)  # noqa: E731
     monkeypatch.setattr(torch.Tensor, "is_pinned", pinned)
-    probe.locks()
+    probe.locks(CPU)
     assert [part.numel() for part in locked] == [1 << 10, 25 << 10, 52_428_800, 1 << 10]
     assert locked[0].data_ptr() // 4096 == locked[3].data_ptr() // 4096
     assert freed == [part.data_ptr() for part in locked] * taken
@@ -85,8 +85,8 @@ def test_page_locks(monkeypatch, told, taken):
 
 
 def test_the_link(monkeypatch, cuda, told):
-    monkeypatch.setattr(probe, "page_lock", lambda tensor: True)
-    monkeypatch.setattr(probe, "page_unlock", lambda address: None)
+    monkeypatch.setattr(probe, "page_lock", lambda tensor, device: True)
+    monkeypatch.setattr(probe, "page_unlock", lambda address, device: None)
     monkeypatch.setattr(calibration, "calibrated", lambda device, anew: calibration.measure(device, probe.TINY))
     module = sys.modules["adapter_kernels.gather_rows"]  # the package has a function of this name
     monkeypatch.setattr(module, "_host_memory_reachable", lambda device: False)

@@ -62,7 +62,13 @@ def test_formula(strategy, elements):
     ways = expected_bytes(
         strategy, CELL, d=4096, layers=32, experts=320, top_k=64, union=1664, stepped=1664 / 6400
     )  # fmt: skip
-    small = {"host": 4 * 1664 + 4 * 512 * 64 + 4 * 512 * 320}.get(strategy, 4 * 1664)
+    told = 4 * (1 + 6400)  # the union's size, and room for its ids
+    small = {
+        "host": 4 * 1664 + 4 * 512 * 64 + 4 * 512 * 320,
+        "stream": told,
+        "device-keys": told + 4 * 1664,
+        "device-rows": told + 2 * 4 * 1664,
+    }[strategy]
     assert sum(ways) == 32 * (2 * 4096 * elements + small)
     again = expected_bytes(
         strategy, CELL, d=4096, layers=32, experts=320, top_k=64, union=1664, stepped=1664 / 6400, refetch=True

@@ -6,6 +6,7 @@ waits for an event behind it. So whoever reads too early reads what was there be
 
 import sys
 import threading
+import types
 from contextlib import contextmanager
 
 import torch
@@ -95,23 +96,26 @@ class FakeCuda:
         recorded: streams for which `record_stream` was called, by the address of a tensor's memory.
         used: (stream, memory) of what was done on streams.
         staged: host memory that was asked for. asked: devices of `current_stream`.
+        locked: (address, device) of memory that was page-locked where it lies.
+        made: (stream, address) of memory that a lane gave; it holds no numbers yet.
         full: whether queueing fails.
     """
 
     def __init__(self, monkeypatch, device="cpu"):
         self.device, self.lock = torch.device(device), threading.RLock()
         self.notes, self.recorded, self.used, self.staged, self.asked = [], {}, [], [], []
-        self.full = False
+        self.made, self.entered, self.locked, self.full = [], [], [], False
         self.inside = threading.local()  # a thread has a current stream of its own
         self.computation = Stream(self, self.device)
         self.streams = []
         named = {
             "Stream": self._stream, "Event": lambda **fields: Event(self, **fields), "stream": self._inside,
-            "current_stream": self._current,
+            "current_stream": self._current, "device": self._on,
         }  # fmt: skip
         for name, value in named.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr("meft.lanes.page_locked", self._staging)
+        monkeypatch.setattr("meft.transfer.page_lock", self._lock)
         # What lanes are given as a tensor of the computation lies on the device, as far as they can tell.
         there = property(lambda tensor: sys._getframe(1).f_globals["__name__"] == "meft.lanes")
         monkeypatch.setattr(torch.Tensor, "is_cuda", there)
@@ -126,6 +130,7 @@ class FakeCuda:
         def late(lane, work, uses=()):
             def queue():
                 assert self._current(self.device) is lane.stream, "work on a stream that is not the lane's"
+                assert self.inside.device == self.device, "leaving the stream makes a context on the device before"
                 if self.full:
                     raise RuntimeError("nothing more can be queued")
                 lane.stream.add(lambda: self._do(lane.stream, work))
@@ -133,6 +138,16 @@ class FakeCuda:
             run(lane, queue, uses)
 
         monkeypatch.setattr(_Stream, "run", late)
+        empty = _Stream.empty
+
+        def poisoned(lane, shape, dtype):
+            inside = len(self.entered)
+            made = empty(lane, shape, dtype)
+            assert self.entered[inside:] == [lane.stream], "memory that is not of the lane's stream"
+            self.made.append((lane.stream, made.untyped_storage().data_ptr()))
+            return made.fill_(self._poison(dtype))
+
+        monkeypatch.setattr(_Stream, "empty", poisoned)
 
     def _do(self, stream, work):
         with torch.no_grad(), Used() as used:
@@ -150,8 +165,17 @@ class FakeCuda:
         return self.streams[-1]
 
     @contextmanager
+    def _on(self, device):
+        before, self.inside.device = getattr(self.inside, "device", None), device
+        try:
+            yield
+        finally:
+            self.inside.device = before
+
+    @contextmanager
     def _inside(self, stream):
         self.current.append(stream)
+        self.entered.append(stream)
         try:
             yield
         finally:
@@ -161,10 +185,46 @@ class FakeCuda:
         self.asked.append(device)
         return self.current[-1] if self.current else self.computation
 
-    def _staging(self, shape, dtype):
-        poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
-        self.staged.append(torch.full(shape, poison, dtype=dtype))
+    def _lock(self, tensor, device):
+        self.locked.append((tensor.data_ptr(), device))
+        return True
+
+    @staticmethod
+    def _poison(dtype):
+        return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+
+    def _staging(self, shape, dtype, device):
+        assert device == self.device
+        self.staged.append(torch.full(shape, self._poison(dtype), dtype=dtype, device="cpu"))
         return self.staged[-1]
 
     def _record(self, tensor, stream):
         self.recorded.setdefault(tensor.untyped_storage().data_ptr(), []).append(stream)
+
+
+OURS = ("meft", "adapter_kernels", "peft_bridge", "aslora")
+
+
+def forbid_cuda(monkeypatch):
+    """A machine with CUDA that nothing may touch: what asks for a context raises, and so does whatever else the
+    packages call of `torch.cuda`, except whether others have initialised it.
+    """
+    for name, value in vars(torch.cuda).items():
+        if isinstance(value, types.FunctionType | type) and not name.startswith("_") and name != "is_initialized":
+            monkeypatch.setattr(torch.cuda, name, _refusing(name, value))
+    monkeypatch.setattr(torch.cuda, "is_available", _refusing("is_available", lambda: True))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", _failing)
+
+
+def _failing():
+    raise AssertionError("a CUDA context was asked for")
+
+
+def _refusing(name, value):
+    def refusing(*args, **kwargs):
+        caller = sys._getframe(1).f_globals["__name__"]
+        assert caller.split(".")[0] not in OURS, f"{caller} called torch.cuda.{name}"
+        return value(*args, **kwargs)
+
+    return refusing

@@ -1,8 +1,12 @@
 """A checker of hand-overs: lanes that do everything at once and note with vector clocks what would be ordered.
 
 Actors: each host thread, the computation (what the launching thread does with tensors of the device), and the lanes.
-Two accesses to one storage of which one writes must be ordered by a hand-over: a mark, a future, a ring slot. Locks and
-the host's looks at results of the device do not count: the first order nothing for certain, the second come by chance.
+Two accesses to one storage of which one writes must be ordered by a hand-over: a mark, a future, a ring slot, or that
+the host waits for the computation's stream. Locks and the host's looks at results of the device do not count: the first
+order nothing for certain, the second come by chance.
+What others queue without waiting (`non_blocking=True`: torch's GradScaler brings its scale and its flag to the host so)
+is done by the computation, whichever memory it is in. All else that they do with gradients and rows in host memory
+(autograd that adds them up, clipping, unscaling, an optimizer, an average of the parameters) the calling thread does.
 A hand-over can be dropped: it is made but not counted, so that a race is found if nothing else gives its order.
 """
 
@@ -24,15 +28,17 @@ from torch.utils._pytree import tree_leaves
 import meft.carry
 import meft.gradient_ring
 import meft.row_update
-import meft.strategies
 from meft.row_gradient import RowGradient
 from meft.store import RowTable
 
 # What these files allocate is host memory; what the others allocate is of the device.
 HOST_FILES = {"store.py", "changes.py", "moments.py", "row_steps.py", "row_update.py", "adamw_blocks.py"}
-HOST_FILES |= {"row_gradient.py", "row_sums.py", "gradient_ring.py", "steps.py", "host_tensors.py"}
+HOST_FILES |= {"row_gradient.py", "row_sums.py", "gradient_ring.py", "steps.py", "host_tensors.py", "transfer.py"}
+HOST_FILES |= {"gradient_pool.py", "gradient_drain.py"}
 LANES = ("inbound", "outbound", "updating")
 ALLOCATIONS = ("aten::empty", "aten::zeros", "aten::ones", "aten::full", "aten::arange", "aten::new_", "aten::scalar")
+
+aten = torch.ops.aten
 
 
 def caller():
@@ -49,19 +55,20 @@ def caller():
 @functools.cache
 def engine_file(path):
     folder, name = os.path.split(path)
-    ours = os.path.basename(folder) in ("meft", "peft_bridge") and "tests" not in folder
+    around, package = os.path.split(folder)
+    ours = package in ("meft", "peft_bridge") and os.path.basename(around) != "tests"
     return name if ours else ""
 
 
 class State:
     """Who has touched a storage: its last write, and the last read of each actor since."""
 
-    def __init__(self, host):
-        self.host = host
+    def __init__(self, host, home="computation"):
+        self.host, self.home = host, home  # whose memory it is, of the device's
         self.write = None
         self.reads = {}
-        self.by_lane = {}
-        self.given = set()  # lanes that the allocator was told of
+        self.by_others = {}
+        self.given = set()  # actors that the allocator was told of
 
 
 class Watch:
@@ -109,12 +116,12 @@ class Watch:
         return self.states[key]
 
     def freed(self, key):
-        """Its memory goes to whatever the computation allocates next."""
+        """Its memory goes to whatever its home, the computation or a lane, allocates next."""
         with self.lock:
             state = self.states.pop(key)
-            for lane, (time, where) in state.by_lane.items():
-                if lane not in state.given and not state.host and self.clocks["computation"][lane] < time:
-                    self.races[("freed", where)] = f"memory is freed while the {lane} lane may use it ({where})"
+            for actor, (time, where) in state.by_others.items():
+                if actor not in state.given and not state.host and self.clocks[state.home][actor] < time:
+                    self.races[("freed", where)] = f"memory is freed while {actor} may use it ({where})"
 
     def touch(self, state, actor, writes, where):
         clock = self.clocks[actor]
@@ -128,11 +135,15 @@ class Watch:
             state.write, state.reads = mine, {}
         else:
             state.reads[actor] = mine
-        if actor in LANES:
-            state.by_lane[actor] = (clock[actor], where)
+        if actor != state.home and actor in (*LANES, "computation"):
+            state.by_others[actor] = (clock[actor], where)
 
-    def accesses(self, reads, writes, made, where, host_made):
-        """An operation of the calling thread."""
+    def accesses(self, reads, writes, made, where, host_made, queued=False):
+        """An operation of the calling thread.
+
+        Args:
+            queued: it does not wait for it, wherever the memory is.
+        """
         with self.lock:
             thread = self.thread()
             lane = getattr(self.doing, "lane", None)
@@ -143,6 +154,7 @@ class Watch:
                 actors = (thread, "computation")
             else:
                 actors = (thread, thread)
+            host_actor = actors[1] if queued else actors[0]
             for actor in set(actors):
                 self.stamp(actor)
             old = {t.untyped_storage()._cdata for t in [*reads, *writes]}
@@ -151,7 +163,15 @@ class Watch:
                     storage = tensor.untyped_storage()
                     if storage.nbytes() and (tensors is not made or storage._cdata not in old):
                         state = self.state(storage, host_made or actors[0] == actors[1])
-                        self.touch(state, actors[0] if state.host else actors[1], kind, where)
+                        self.touch(state, host_actor if state.host else actors[1], kind, where)
+
+    def uses(self, actor, tensors, where):
+        """The allocator is told that an actor uses these."""
+        with self.lock:
+            for i, tensor in enumerate(tensors):
+                self.seen.add(("uses", f"{where} {i}"))
+                if tensor.untyped_storage().nbytes() and ("uses", f"{where} {i}") not in self.dropped:
+                    self.state(tensor.untyped_storage(), False).given.add(actor)
 
     def is_host(self, tensor):
         state = self.states.get(tensor.untyped_storage()._cdata)
@@ -191,14 +211,15 @@ class Operations(TorchDispatchMode):
             found = [t for t in tree_leaves(value) if isinstance(t, torch.Tensor)]
             (writes if argument.alias_info is not None and argument.alias_info.is_write else reads).extend(found)
         made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        queued = bool(kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:] == (True,)))
         file, where = caller()
-        if func._schema.name.startswith(ALLOCATIONS):
+        if queued and func is aten._to_copy.default and torch.device(kwargs.get("device") or "meta").type == "cpu":
+            host = True
+        elif func._schema.name.startswith(ALLOCATIONS):
             reads, host = [], file in HOST_FILES
-        elif where == "DeviceCopy.prefetch":  # ids that go to the device
-            host = False
         else:
             host = bool(reads or writes) and all(map(self.watch.is_host, [*reads, *writes]))
-        self.watch.accesses(reads, writes, made, where, host)
+        self.watch.accesses(reads, writes, made, where, host, queued)
         return result
 
 
@@ -222,17 +243,25 @@ class Lane:
             work()
         finally:
             watch.doing.lane = None
-        for i, tensor in enumerate(uses):
-            with watch.lock:
-                watch.seen.add(("uses", f"{where} {i}"))
-                if tensor.untyped_storage().nbytes() and ("uses", f"{where} {i}") not in watch.dropped:
-                    watch.state(tensor.untyped_storage(), False).given.add(self.name)
+        watch.uses(self.name, uses, where)
 
     def after(self, mark):
         self.watch.order(self.name, mark.stamp, "after", caller()[1])
 
     def mark(self):
         return Mark(self.watch, self.watch.stamp(self.name))
+
+    def empty(self, shape, dtype):
+        watch = self.watch
+        with watch.lock, torch.utils._python_dispatch._disable_current_modes():
+            watch.order(self.name, watch.stamp(watch.thread()))
+            made = torch.empty(shape, dtype=dtype)
+            if made.untyped_storage().nbytes():
+                state = watch.state(made.untyped_storage(), False)
+                state.home = self.name
+                watch.stamp(self.name)
+                watch.touch(state, self.name, True, caller()[1])
+        return made
 
 
 class WatchedLanes:
@@ -247,10 +276,24 @@ class WatchedLanes:
     def join(self, mark):
         self.watch.order("computation", mark.stamp, "join", caller()[1])
 
+    def use(self, tensors):
+        self.watch.uses("computation", tensors, caller()[1])
+
     def staging(self, shape, dtype):
         made = torch.empty(shape, dtype=dtype)
         self.watch.at_home(made)
         return made
+
+
+class Computation:
+    """The stream that computes, as `torch.cuda.current_stream` gives it."""
+
+    def __init__(self, watch):
+        self.watch = watch
+
+    def synchronize(self):
+        self.watch.order("computation", self.watch.stamp(self.watch.thread()))
+        self.watch.order(self.watch.thread(), self.watch.stamp("computation"), "synchronize", caller()[1])
 
 
 class Slots(queue.Queue):
@@ -276,12 +319,8 @@ class Slots(queue.Queue):
 def watched(monkeypatch, dropped=()):
     """Note what happens inside of the block; what runs before it must be over."""
     watch = Watch(dropped)
-    submit, result, update, pick = (
-        ThreadPoolExecutor.submit,
-        Future.result,
-        meft.row_update._call,
-        meft.strategies.Strategy._pick_there,
-    )
+    submit, result, update = ThreadPoolExecutor.submit, Future.result, meft.row_update._call
+    drain = meft.gradient_ring.drain
 
     def submit_watched(self, work, *args):
         stamp, made = watch.stamp(watch.thread()), []
@@ -310,10 +349,10 @@ def watched(monkeypatch, dropped=()):
         watch.accesses([t for t in (rows, grads) if t is not None], some, [], "row_adamw", True)
         return update(library, table, m, v, wire, rows, grads, *rest)
 
-    def picked_watched(*args):
-        picks = pick(*args)
-        watch.at_home(picks.host_rows)
-        return picks
+    def drained_watched(source, target):
+        watch.accesses([source], [target], [], caller()[1], True)
+        with torch.utils._python_dispatch._disable_current_modes():
+            return drain(source, target)
 
     def bring(rows, host_rows, tables, out):
         # As a gather on the device does it: ids that are there, tables in host memory.
@@ -326,8 +365,14 @@ def watched(monkeypatch, dropped=()):
         patch.setattr(ThreadPoolExecutor, "submit", submit_watched)
         patch.setattr(Future, "result", result_watched)
         patch.setattr(meft.row_update, "_call", update_watched)
-        patch.setattr(meft.strategies.Strategy, "_pick_there", picked_watched)
+        patch.setattr(meft.gradient_ring, "drain", drained_watched)
         patch.setattr(meft.carry, "bring_rows", bring)
+        # There is a device, whose stream can be waited for, and what others bring to the host is page-locked.
+        for name, value in {
+            "is_initialized": True, "device_count": 1, "current_device": 0, "current_stream": Computation(watch),
+        }.items():  # fmt: skip
+            patch.setattr(torch.cuda, name, lambda *_, value=value: value)
+        patch.setattr(torch.Tensor, "is_pinned", lambda tensor, *_: watch.is_host(tensor))
         slots = SimpleNamespace(SimpleQueue=type("WatchedSlots", (Slots,), {"watch": watch}), Empty=queue.Empty)
         patch.setattr(meft.gradient_ring, "queue", slots)
         for table in list(RowTable._all):

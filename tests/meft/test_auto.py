@@ -98,3 +98,33 @@ def test_an_engine_on_the_cpu_with_auto_reads_in_place(tiny):
     model = tiny.adapted()
     tiny.loss(model).backward()
     assert model.base_model.transfer_report().strategy is None
+
+
+def test_a_device_without_the_memory_to_be_measured_gets_what_moves_least(monkeypatch, caplog):
+    def full(device):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(auto, "calibrated", full)
+    monkeypatch.setattr(auto, "free_bytes", lambda device: 10**15)
+    layers = [LayerRows(i, None, None, config(), None) for i in range(32)]
+    plan = auto.chosen(config(), layers, torch.empty(512, 4096, dtype=torch.bfloat16), None)
+    assert plan == chosen(10**15)
+    assert "no memory left to be measured in" in caplog.text
+
+
+def test_each_plan_reads_the_memory_that_is_free_then(monkeypatch):
+    monkeypatch.setattr(auto, "calibrated", lambda device: None)
+    layers = [LayerRows(i, None, None, config(), None) for i in range(32)]
+    x, found = torch.empty(512, 4096, dtype=torch.bfloat16), []
+    for free in (10**15, 1):
+        monkeypatch.setattr(auto, "free_bytes", lambda device, free=free: free)
+        found.append(auto.chosen(config(), layers, x, None).strategy)
+    assert found == ["device-rows", "host"]
+
+
+def test_errors_for_want_of_memory_are_counted_by_the_allocator(monkeypatch):
+    stats = {"num_ooms": 3}
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: stats)
+    assert auto.out_of_memory_errors(torch.device("cuda", 0)) == 3
+    stats.clear()  # a backend of the allocator that does not count
+    assert auto.out_of_memory_errors(torch.device("cuda", 0)) == 0

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 
 import pytest
@@ -57,3 +58,25 @@ def test_where_nothing_can_be_kept_it_is_measured_each_time(quick, monkeypatch, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     calibrated(CPU), calibrated(CPU)
     assert len(quick) == 2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_measurement_takes_of_the_device_is_given_back(monkeypatch, fails):
+    """It may come in the first forward pass, beside a model that needs all of it."""
+    device, calls = torch.device("cuda", 1), []
+
+    def measured(device, sizes):
+        calls.append("measured")
+        if fails:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(calibration, "_measured", measured)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("given back"))
+    with pytest.raises(torch.OutOfMemoryError) if fails else nullcontext():
+        measure(device)
+    assert calls == ["measured", "given back"]
+
+
+def test_a_measurement_takes_little_of_the_device():
+    sizes = Sizes()
+    assert max(2 * sizes.on_device, 3 * 2 * sizes.gemm**2, 2 * sizes.copied) <= 1 << 28

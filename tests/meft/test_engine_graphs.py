@@ -6,8 +6,8 @@ import time
 
 import pytest
 import torch
+from passes import GENERATION, checkpointed
 from test_engine import ROWS, STRATEGIES, on_lanes
-from test_layer import GENERATION, checkpointed
 from thread_lanes import ThreadLanes
 
 import meft.row_sums

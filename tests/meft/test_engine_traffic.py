@@ -97,24 +97,30 @@ def test_the_formulas(tiny, counted, strategy, rows, checkpointing):
                 union //= 2
             again = union if rows == "refetch" else 0
             step_keys, step_values = (sum(changed[i::2]) if micro == 0 else 0 for i in (0, 1))
+            places = LAYERS * 4 * (14 * top_k + 2)  # up to where 16 bytes can be read at a time
             inbound = {
                 "host": 2 * union + 2 * again,
                 "stream": LAYERS * r + union + 2 * again,
                 "device-keys": union + again + step_keys,
                 "device-rows": step_keys + step_values,
             }[strategy] * row
+            ids = {
+                "host": 4 * union + places,
+                "stream": 0,
+                "device-keys": 4 * step_keys,
+                "device-rows": 4 * (step_keys + step_values),
+            }[strategy]
             if (
                 strategy == "stream" and micro == 1
             ):  # of three layers through two buffers, the middle one is there still
                 inbound -= r * row
             outbound = 2 * union * row
-            ids = 4 * union
-            down = tokens * d * 2 + tokens * experts * 4 if strategy == "host" else 0
-            assert copied == {"inbound": inbound, "outbound": outbound + down}
-            up = ids + 4 * tokens * top_k if strategy == "host" else 0
-            told = 0 if strategy == "host" else ids
-            assert delta["bytes_to_device"] == inbound + up
-            assert delta["bytes_to_host"] == outbound + down + told
+            # Of picks on the device the host gets their number, and room for as many as there can be.
+            told = LAYERS * 4 * (1 + r)
+            down = tokens * d * 2 + tokens * experts * 4 if strategy == "host" else told
+            assert copied == {"inbound": inbound + ids, "outbound": outbound + down}
+            assert delta["bytes_to_device"] == copied["inbound"]
+            assert delta["bytes_to_host"] == copied["outbound"]
 
 
 def test_checkpointing_with_kept_rows_gathers_once(tiny, counted, monkeypatch):
@@ -122,9 +128,9 @@ def test_checkpointing_with_kept_rows_gathers_once(tiny, counted, monkeypatch):
     calls = []
     real = meft.carry.gather
 
-    def gather(lanes, layer, tables, picks):
+    def gather(lanes, layer, *rest):
         calls.append(layer.number)
-        return real(lanes, layer, tables, picks)
+        return real(lanes, layer, *rest)
 
     monkeypatch.setattr(meft.strategies, "gather", gather)
     for rows, expected in (("save", [0, 1, 2]), ("refetch", [0, 0, 1, 1, 2, 2])):

@@ -1,5 +1,7 @@
 """CUDA lanes over a stand-in for torch.cuda: what waits for what, on which device, and until when memory is kept."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from fake_cuda import FakeCuda
@@ -82,6 +84,15 @@ def test_the_memory_of_all_uses_is_kept_for_the_stream_also_where_work_fails(fak
     assert not cuda.current
 
 
+def test_memory_of_a_lane_is_its_streams_and_kept_for_the_computation(fake):
+    cuda, lanes = fake(), CudaLanes(torch.device("cpu"))
+    rows = lanes.inbound.empty((2, 3), torch.bfloat16)
+    assert (rows.shape, rows.dtype) == ((2, 3), torch.bfloat16)
+    assert cuda.made == [(lanes.inbound.stream, rows.untyped_storage().data_ptr())]
+    lanes.use([rows])
+    assert cuda.recorded[rows.untyped_storage().data_ptr()] == [cuda.computation]
+
+
 def test_staging_is_page_locked(fake):
     cuda, lanes = fake(THERE), CudaLanes(THERE)
     assert lanes.staging((2, 3), torch.float32) is cuda.staged[0]
@@ -153,4 +164,5 @@ def test_a_wait_that_is_left_out_shows(tiny, fake, monkeypatch, strategy):
     losses, _, _ = trained(tiny, HostLanes(torch.device("cpu")), retrieval=strategy)
     fake()
     monkeypatch.setattr(CudaLanes, "join", lambda lanes, mark: None)
-    assert not torch.equal(trained(tiny, CudaLanes(torch.device("cpu")), retrieval=strategy)[0], losses)
+    with suppress(IndexError):  # ids of `host` that are not there yet
+        assert not torch.equal(trained(tiny, CudaLanes(torch.device("cpu")), retrieval=strategy)[0], losses)

@@ -5,10 +5,10 @@ import gc
 import itertools
 import weakref
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from accelerate import Accelerator
+from passes import GENERATION, checkpointed
 from peft import PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -197,14 +197,6 @@ def test_cached_decoding_equals_the_full_forward_pass(tiny, adapted, side):
     torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real], **EXACT)
 
 
-GENERATION = {
-    "greedy": {},
-    "sampling": {"do_sample": True, "top_k": 20, "temperature": 0.8},
-    "beam": {"num_beams": 3},
-    "beam with several": {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5},
-}
-
-
 @pytest.mark.parametrize("kind", GENERATION)
 def test_generation_with_a_cache_equals_generation_without(tiny, adapted, kind):
     ids = tiny.batch(2, 6)
@@ -232,13 +224,6 @@ def test_generation_with_a_cache_equals_generation_without(tiny, adapted, kind):
 # ---------------------------------------------------------------------- gradient checkpointing
 
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-
-
-def checkpointed(tiny, reentrant, **fields):
-    model = tiny.adapted(3, **fields)
-    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-    return model.train()
 
 
 def gradients_of(tiny, model, backward):
@@ -627,7 +612,7 @@ BNB = {
 
 @pytest.fixture(scope="module")
 def base_dir(tmp_path_factory):
-    pytest.importorskip("bitsandbytes", reason="it is not made for this platform")
+    pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -732,6 +717,7 @@ def test_a_layer_is_found_and_says_what_it_is(tiny):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_beside_packed_weights_are_read_in_the_dtype_of_the_computation(dtype):
+    bnb = pytest.importorskip("bitsandbytes")
     ffn = nn.Sequential(bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=dtype))
     ffn[0].weight.data = torch.zeros(2048, 1, dtype=torch.uint8)
     layer = MEFTLayer(ffn, 64)

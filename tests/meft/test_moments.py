@@ -10,7 +10,6 @@ import threading
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from accelerate import Accelerator
@@ -127,7 +126,7 @@ OPTIMIZERS = {
     "adamw foreach": lambda p: torch.optim.AdamW(p, foreach=True, **FIELDS),
     "adamw fused": lambda p: torch.optim.AdamW(p, fused=True, **FIELDS),
     "adam": lambda p: torch.optim.Adam(p, **FIELDS),
-    "bitsandbytes": lambda p: bnb.optim.AdamW8bit(p, **FIELDS),
+    "bitsandbytes": lambda p: pytest.importorskip("bitsandbytes").optim.AdamW8bit(p, **FIELDS),
     "RowAdamW": lambda p: RowAdamW(p, **FIELDS),
 }
 

@@ -28,6 +28,7 @@ def test_sizes_of_the_paper():
     lasting = [host[name] for name in ("wire rows, page-locked", "masters", "moments")]
     assert sum(lasting) == 14 * 1_677_721_600 == 23_488_102_400
     assert host["gradient store"] == 2 * L * D * U * 4 == 1_744_830_464
+    assert host["gradient store, kept for larger ones"] == host["gradient store"] // 8  # as the pool's test has it
     assert host["gradient ring, page-locked"] == 4 * 2 * U * D * 2
 
 

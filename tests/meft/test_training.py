@@ -8,8 +8,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-import trl
-from datasets import Dataset
 from peft import get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -106,6 +104,7 @@ def test_a_trainer_with_an_optimizer_that_has_no_rule_stops_before_anything_move
 
 def test_trls_sft_trainer_lowers_the_loss_at_its_defaults(tiny, tmp_path):
     """Its own wrapping of the model, bf16 and gradient checkpointing included."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     words = {f"w{i}": i for i in range(tiny.VOCAB)}
     backend = Tokenizer(WordLevel(words, unk_token="w2"))
     backend.pre_tokenizer = Whitespace()
@@ -114,7 +113,7 @@ def test_trls_sft_trainer_lowers_the_loss_at_its_defaults(tiny, tmp_path):
     trainer = trl.SFTTrainer(
         tiny.base(dtype=torch.float32),
         args=arguments(tmp_path, trl.SFTConfig, learning_rate=2e-2),
-        train_dataset=Dataset.from_dict({"text": texts}),
+        train_dataset=datasets.Dataset.from_dict({"text": texts}),
         processing_class=tokenizer,
         peft_config=tiny.config(init_weights=True, r=128, num_experts=16, task_type="CAUSAL_LM"),
     )

@@ -168,7 +168,7 @@ def test_where_the_device_cannot_reach_the_memory_the_host_steps(monkeypatch, ca
     steps, held = ZeroCopySteps(lanes, 6), []
     steps._device = torch.device("mps" if refusal == "other device" else "cuda")
     monkeypatch.setattr(meft.zero_copy.dispatch, "on", lambda device: nullcontext())
-    monkeypatch.setattr(meft.zero_copy.PageLock, "hold", lambda self, t: held.append(t) or refusal != "pages")
+    monkeypatch.setattr(meft.zero_copy.PageLock, "hold", lambda self, t, device: held.append(t) or refusal != "pages")
     monkeypatch.setattr(meft.zero_copy, "zero_copy", lambda device, **tensors: refusal != "probe")
     monkeypatch.setattr(meft.zero_copy, "ZeroCopySteps", lambda lanes, d: steps)
     monkeypatch.setitem(step_of.__globals__, "ZeroCopySteps", lambda lanes, d: steps)
@@ -188,7 +188,7 @@ def test_the_memory_is_locked_once(monkeypatch):
     steps._device = torch.device("cuda")
     table = torch.zeros(2, 6)
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: any(self is t for t in held))
-    monkeypatch.setattr(meft.zero_copy.PageLock, "hold", lambda self, t: held.append(t) or True)
+    monkeypatch.setattr(meft.zero_copy.PageLock, "hold", lambda self, t, device: held.append(t) or True)
     monkeypatch.setattr(meft.zero_copy, "zero_copy", lambda device, **tensors: True)
     assert steps._reaches({"table": table})
     assert steps._reaches({"table": table})

@@ -36,6 +36,12 @@ def serve(work):
         del each
 
 
+def poisoned(shape, dtype):
+    """Memory that nobody has written into."""
+    poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+    return torch.full(shape, poison, dtype=dtype, device="cpu")
+
+
 class ThreadLane:
     """Work in the order in which it was queued, each after a delay that `lanes.delay` gives."""
 
@@ -73,6 +79,9 @@ class ThreadLane:
 
         self.work.put(reach)
         return mark
+
+    def empty(self, shape, dtype):
+        return poisoned(shape, dtype)
 
 
 class ThreadLanes:
@@ -117,9 +126,11 @@ class ThreadLanes:
         if self.keeps("join", "inbound"):
             mark.wait()
 
+    def use(self, tensors):
+        pass
+
     def staging(self, shape, dtype):
-        poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
-        self.staged.append(torch.full(shape, poison, dtype=dtype))
+        self.staged.append(poisoned(shape, dtype))
         return self.staged[-1]
 
     def close(self):

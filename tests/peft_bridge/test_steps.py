@@ -4,7 +4,6 @@ import gc
 import warnings
 import weakref
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from accelerate import Accelerator
@@ -18,8 +17,8 @@ OPTIMIZERS = {
     "adamw foreach": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),
     "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
     "lbfgs": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3),
-    "adamw8bit": lambda p: bnb.optim.AdamW8bit(p, lr=0.1),
-    "paged adamw8bit": lambda p: bnb.optim.PagedAdamW8bit(p, lr=0.1),
+    "adamw8bit": lambda p: pytest.importorskip("bitsandbytes").optim.AdamW8bit(p, lr=0.1),
+    "paged adamw8bit": lambda p: pytest.importorskip("bitsandbytes").optim.PagedAdamW8bit(p, lr=0.1),
 }
 
 

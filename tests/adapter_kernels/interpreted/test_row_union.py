@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_checks import every_second_row, transposed
-from selection_checks import check_union, check_window, generator
+from selection_checks import check_load, check_union, check_window, generator
 
 from adapter_kernels import row_union, row_union_window, union_windows
 
@@ -47,6 +47,14 @@ def test_windows_hold_the_union_and_never_cut_it(fenced):
         check_window(window, ids, 1300, capacity)
     union = torch.cat([rows for rows, _ in union_windows(ids, 1300, 97, impl="triton")])
     assert torch.equal(union[union >= 0], ids[ids >= 0].unique())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("T", "K", "r", "E"), [(1, 1, 1, 1), (37, 64, 960, 48), (512, 4, 1025, 41), (9, 7, 50, 50)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_picks_are_counted(fenced, dtype, T, K, r, E, masked):
+    ids = torch.randint(-2, r + 2, (T, K), generator=generator(), dtype=dtype)
+    check_load(window, ids, r, E, torch.rand(T, K, generator=generator(1)) < 0.7 if masked else None)
 
 
 @given(st.data())

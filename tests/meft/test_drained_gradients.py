@@ -1,0 +1,450 @@
+"""Gradients that were drained: what is known of them, factors that wait for the update, memory that is used again."""
+
+import copy
+import io
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from thread_lanes import ThreadLanes
+from torch import nn
+
+import meft.gradient_drain
+import meft.row_update
+import meft.stored_rows
+from meft.gradient_drain import drain, squares
+from meft.gradient_pool import GradientPool
+from meft.gradient_ring import GradientRing
+from meft.lanes import HostLanes
+from meft.row_gradient import RowGradient
+from meft.row_update import StepRule, native_library, update_rows
+from meft.transfer import Traffic
+from meft.zero_copy import ZeroCopySteps
+
+R, D = 40, 24
+ROWS = torch.arange(1, R, 3)
+NEEDS_LIBRARY = pytest.mark.skipif(native_library() is None, reason="the C++ library was not built at installation")
+PATHS = [pytest.param(True, id="c++", marks=NEEDS_LIBRARY), pytest.param(False, id="torch")]
+RULE = StepRule(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, decoupled=True)
+COUPLED = StepRule(lr=1e-2, beta1=0.2, beta2=0.99, eps=1e-6, weight_decay=0.1, decoupled=False)
+
+
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch):
+    """With the library, and where there was no compiler."""
+    if not request.param:
+        for module in (meft.gradient_drain, meft.row_update):
+            monkeypatch.setattr(module, "native_library", lambda: None)
+    return request.param
+
+
+@pytest.fixture
+def ring():
+    return GradientRing(HostLanes(torch.device("cpu")), 8, D, torch.bfloat16)  # two slots a gradient
+
+
+def randn(*shape, seed=0, dtype=torch.bfloat16):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def parameter():
+    return nn.Parameter(torch.zeros(R, D))
+
+
+def sent(ring, table, seed=0, rows=ROWS, values=None):
+    """A gradient on its way, and its values in float64."""
+    values = randn(len(rows), D, seed=seed) if values is None else values
+    return ring.send(rows, values, table, Traffic()), values.double()
+
+
+# ---------------------------------------------------------------------- the pass
+
+
+ODD = [math.inf, -math.inf, math.nan, 3.3e38, 1e-40, 0.0, -0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16, torch.float64])
+@settings(max_examples=25)
+@given(
+    n=st.integers(0, 9), d=st.integers(1, 70), seed=st.integers(0, 99), odd=st.lists(st.sampled_from(ODD), max_size=2)
+)
+def test_the_pass_widens_and_adds_up_squares(dtype, n, d, seed, odd):
+    for native in {native_library(), None}:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(meft.gradient_drain, "native_library", lambda native=native: native)
+            values = randn(n, d, seed=seed, dtype=torch.float32).mul_(10.0 ** (seed % 30 - 15)).to(dtype)
+            for i, value in enumerate(odd if n else ()):
+                values.view(-1)[(7 * i + seed) % values.numel()] = value
+            target = torch.full((n, d), 7.0)
+            found, exact = drain(values, target), values.double().square().sum().item()
+            torch.testing.assert_close(target, values.float(), rtol=0, atol=0, equal_nan=True)
+            assert found == squares(target) or math.isnan(found)
+            if dtype != torch.float64:  # else the values are rounded on their way
+                assert found == pytest.approx(exact, rel=1e-12, nan_ok=True)
+            assert math.isfinite(found) == bool(target.isfinite().all())
+
+
+@NEEDS_LIBRARY
+def test_the_number_of_threads_changes_no_bit_of_the_sum(monkeypatch):
+    values, found = randn(301, 1100), set()
+    for threads in (1, 2, 7):
+        monkeypatch.setenv("ASLORA_MEFT_THREADS", str(threads))
+        found.add(drain(values, torch.empty(301, 1100)))
+    with ThreadPoolExecutor(4) as pool:  # at the same time, beside updates
+        found |= set(pool.map(lambda _: drain(values, torch.empty(301, 1100)), range(16)))
+    assert len(found) == 1
+
+
+def test_masters_in_float64_are_looked_at():
+    table = nn.Parameter(torch.zeros(R, D, dtype=torch.float64))
+    gradient, exact = sent(GradientRing(HostLanes(torch.device("cpu")), 8, D, torch.bfloat16), table)
+    assert gradient.squares() is None
+    assert float(gradient.norm()) == pytest.approx(float(exact.norm()), rel=1e-14)
+
+
+# ---------------------------------------------------------------------- what is known, and who ends it
+
+
+def writes_by_array(g):
+    g.row_values.numpy()[0] = 5.0
+
+
+def second(g):
+    g.add_(RowGradient(ROWS, torch.ones(len(ROWS), D), torch.zeros(R, D)))
+
+
+WRITES = {
+    "an element": lambda g: g.row_values.__setitem__((0, 0), math.inf),
+    "a view of the values": lambda g: g.row_values[2:4].mul_(3.0),
+    "values that were detached": lambda g: g.row_values.detach().view(-1)[3:9].fill_(4.0),
+    ".data": lambda g: g.row_values.data.mul_(2.0),
+    ".data of a view": lambda g: g.row_values[1].data.zero_(),
+    "an array": writes_by_array,
+    "dlpack": lambda g: torch.from_dlpack(g.row_values).mul_(2.0),
+    "a storage": lambda g: torch.empty(0).set_(g.row_values.untyped_storage()).fill_(1.5),
+    "neg_ and mul_": lambda g: g.neg_().mul_(math.inf),
+    "mul_ by rows": lambda g: g.mul_(torch.arange(R)[:, None]),
+    "mul_ by nan": lambda g: g.mul_(math.nan),
+    "div_": lambda g: g.div_(3.0),
+    "clamp_": lambda g: g.clamp_(-0.1, 0.1),
+    "an alias's clamp_": lambda g: g.detach().clamp_(-0.1, 0.1),
+    ".data of the gradient": lambda g: g.data.clamp_(-0.1, 0.1),
+    "masked_fill_": lambda g: g.masked_fill_(g > 0, 0.0),
+    "an item": lambda g: g.__setitem__((int(ROWS[0]), 0), 9.0),
+    "add_": second,
+    "add_ of itself": lambda g: g.add_(g.clone()),
+    "_foreach_clamp_max_": lambda g: torch._foreach_clamp_max_([g], 0.01),
+    "_foreach_neg_": lambda g: torch._foreach_neg_([g]),
+    "out=": lambda g: torch.mul(g, 2.0, out=g),
+    "copy_": lambda g: g.copy_(g.to_dense() * 2),
+    "zero_": lambda g: g.zero_(),
+}
+
+
+@pytest.mark.parametrize("known_first", [False, True], ids=["", "after a norm"])
+@pytest.mark.parametrize("name", WRITES)
+def test_whoever_writes_into_it_is_noticed(ring, name, known_first):
+    table = parameter()
+    table.grad, _ = sent(ring, table)
+    if known_first:
+        table.grad.norm()
+        table.grad.mul_(0.5)
+    WRITES[name](table.grad)
+    exact = table.grad.to_dense().double().norm()
+    for norm in (table.grad.norm(), torch._foreach_norm([table.grad])[0], torch.linalg.vector_norm(table.grad)):
+        torch.testing.assert_close(norm.double(), exact, rtol=1e-5, atol=0, equal_nan=True)
+    found_inf, scale = torch.zeros(()), torch.ones(())
+    torch._amp_foreach_non_finite_check_and_unscale_([table.grad], found_inf, scale)
+    assert bool(found_inf) == (not exact.isfinite())
+
+
+def test_the_norm_needs_no_look(ring, path, monkeypatch):
+    table = parameter()
+    table.grad, exact = sent(ring, table)
+    assert table.grad.squares() == pytest.approx(float(exact.square().sum()), rel=1e-14)
+    monkeypatch.setattr(meft.stored_rows, "multiplied", None)
+    monkeypatch.setattr(RowGradient, "stored", None)
+    norm = nn.utils.clip_grad_norm_([table], 0.5)
+    assert norm.dtype == torch.float32
+    assert float(norm) == float(exact.norm().float())
+    assert float(nn.utils.get_total_norm([table.grad])) == pytest.approx(0.5, rel=1e-5)
+
+
+# ---------------------------------------------------------------------- factors
+
+
+FACTORS = {
+    "1": [1.0],
+    "a number": [0.3],
+    "a tensor": [torch.tensor(0.3)],
+    "a tensor in float64": [torch.tensor(0.3, dtype=torch.float64)],
+    "two": [2.0**-16, 0.3],
+    "1 between": [0.3, 1.0, torch.tensor(0.7)],
+    "four": [0.3, 0.7, 1.1, -0.9],
+    "zero": [0.0],
+    "zero, then more": [0.0, 2.0],
+    "too small for float32": [1e-30, 1e-30],
+    "tiny": [1e-42],
+    "too large for float32": [1e30, 1e30],
+    "huge": [1e300],
+    "inf": [math.inf],
+    "nan": [torch.tensor(math.nan)],
+}
+
+
+@pytest.mark.parametrize(
+    "multiply", [lambda g, f: g.mul_(f), lambda g, f: torch._foreach_mul_([g], f)], ids=["", "all"]
+)
+@pytest.mark.parametrize("name", FACTORS)
+def test_whoever_reads_finds_it_multiplied(ring, name, multiply):
+    table = parameter()
+    table.grad, values = sent(ring, table)
+    plain = values.float()
+    for factor in FACTORS[name]:
+        multiply(table.grad, factor)
+        multiply(plain, factor)
+        norm = table.grad.norm().double()
+        torch.testing.assert_close(norm, plain.double().norm(), rtol=1e-5, atol=1e-28, equal_nan=True)
+    for look in (table.grad.clone(), table.grad.detach(), table.grad.row_values, table.grad * 1.0, table.grad):
+        found = look.to_dense()[ROWS] if isinstance(look, RowGradient) else look
+        torch.testing.assert_close(found, plain, rtol=0, atol=0, equal_nan=True)
+
+
+def test_one_value_of_another_dtype_multiplies_as_it_does_a_plain_tensor(ring):
+    table, factor = parameter(), torch.tensor([0.3], dtype=torch.float64)
+    table.grad, values = sent(ring, table)
+    assert torch.equal(table.grad.mul_(factor).row_values, values.float().mul_(factor))
+
+
+def test_who_holds_the_values_sees_them_multiplied(ring):
+    table = parameter()
+    for hold in (lambda g: g.row_values, lambda g: g.row_values.numpy(), lambda g: g.detach(), lambda g: g.stored()[1]):
+        table.grad, values = sent(ring, table)
+        held = hold(table.grad)
+        nn.utils.clip_grad_norm_([table], 0.1)
+        found = held.row_values if isinstance(held, RowGradient) else torch.as_tensor(held)
+        assert torch.equal(found, table.grad.row_values)
+        assert not torch.equal(found, values.float())
+
+
+def through_a_file(gradient):
+    file = io.BytesIO()
+    torch.save(gradient, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, through_a_file])
+def test_copies_are_multiplied_and_stay_what_they_are(ring, copied):
+    table = parameter()
+    table.grad, values = sent(ring, table)
+    table.grad.mul_(0.3)
+    made = copied(table.grad)
+    assert torch.equal(made.row_values, values.float() * 0.3)
+    assert torch.equal(table.grad.row_values, values.float() * 0.3)
+    if copied is not copy.copy:
+        table.grad.neg_()
+        assert torch.equal(made.row_values, values.float() * 0.3)
+
+
+def test_a_micro_batch_that_comes_later_is_not_multiplied(ring):
+    table = parameter()
+    table.grad, first = sent(ring, table)
+    table.grad.mul_(0.25)
+    other, more = sent(ring, table, seed=1)
+    table.grad.add_(other)
+    assert torch.equal(table.grad.row_values, (first * 0.25 + more).float())
+    assert float(table.grad.norm()) == pytest.approx(float((first * 0.25 + more).norm()), rel=1e-6)
+
+
+def test_unscaling_and_clipping_need_no_look(ring, path, monkeypatch):
+    table = parameter()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaler.scale(torch.ones(()))
+    optimizer = torch.optim.SGD([table], lr=0.1)
+    table.grad, values = sent(ring, table)
+    stored = RowGradient.stored
+    monkeypatch.setattr(RowGradient, "stored", None)
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_([table], 1e-6)
+    monkeypatch.setattr(RowGradient, "stored", stored)
+    assert not any(bool(v) for v in scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values())
+    assert float(norm) == pytest.approx(float(values.norm()) * 2.0**-16, rel=1e-6)
+    factor = (1e-6 / (norm + 1e-6)).clamp(max=1.0)
+    assert torch.equal(table.grad.row_values, values.float().mul(2.0**-16).mul(factor))
+
+
+def states(dtype):
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(R, D, generator=generator).to(dtype)
+    return [table, torch.zeros(R, D), torch.zeros(R, D), torch.zeros(R, dtype=torch.int32)]
+
+
+@pytest.mark.parametrize("factors", [(), (0.3,), (2.0**-16, 0.3), (1e-38, 1e-5), (-0.7, 0.0)], ids=str)
+@pytest.mark.parametrize("rule", [RULE, COUPLED], ids=["AdamW", "Adam"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", [*PATHS, "by the device"])
+def test_the_update_multiplies_as_torch_does(way, dtype, rule, factors, monkeypatch):
+    monkeypatch.setattr(meft.row_update, "_BLOCK", 3 * D)
+    factors = tuple(float(torch.tensor(f, dtype=torch.float32)) for f in factors)
+    gradient, found = randn(len(ROWS), D, dtype=torch.float32), []
+    for given_factors in (factors, ()):
+        state, wire = states(dtype), torch.zeros(R, D, dtype=torch.bfloat16)
+        for scale in (1.0, -3.0):
+            grads = gradient * scale
+            for factor in () if given_factors else factors:
+                grads = grads * factor
+            if way == "by the device":
+                lanes = ThreadLanes()
+                ZeroCopySteps(lanes, D)(
+                    Traffic(), *state, ROWS, grads, rule, wire=wire if dtype == torch.float32 else None, seed=3,
+                    factors=given_factors,
+                )  # fmt: skip
+                lanes.close()
+            else:
+                native = way if dtype == torch.float32 else None
+                kept = wire if dtype == torch.float32 else None
+                update_rows(*state, ROWS, grads, rule, wire=kept, seed=3, factors=given_factors, native=native)
+        found.append([*state, wire])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("fields", [{}, {"row_optimizer": {"zero_copy": True}}, {"master_dtype": "bfloat16"}], ids=str)
+def test_clipped_training_equals_that_with_gradients_that_are_multiplied(tiny, path, monkeypatch, fields):
+    found = []
+    for later in (True, False):
+        if not later:
+            monkeypatch.setattr(RowGradient, "multiply_later", lambda self, factor: False)
+        model = tiny.adapted(2, dtype=torch.bfloat16, retrieval="stream", **fields)
+        lanes = ThreadLanes()
+        model.base_model.engines["default"].use(lanes)
+        optimizer = tiny.adamw(model)
+        for step in range(3):
+            for micro in range(1 + step % 2):
+                tiny.loss(model, 2 * step + micro).backward()
+            nn.utils.clip_grad_norm_(tiny.trainable(model), 0.01)
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(tiny.whole_state(model))
+        lanes.close()
+    tiny.assert_equal(*found)
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def address(gradient):
+    return gradient.stored()[1].untyped_storage().data_ptr()
+
+
+def zeroed(table):
+    torch.optim.SGD([table]).zero_grad(set_to_none=False)
+
+
+def dropped(table):
+    torch.optim.SGD([table]).zero_grad()
+
+
+@pytest.mark.parametrize("reset", [zeroed, dropped])
+def test_memory_comes_back_at_zero_grad(ring, reset):
+    table, found = parameter(), set()
+    for step in range(4):
+        gradient, values = sent(ring, table, step)
+        if table.grad is None:
+            table.grad = gradient
+        else:
+            table.grad.add_(gradient)
+        del gradient
+        assert torch.equal(table.grad.row_values, values.float())
+        found.add(address(table.grad))
+        reset(table)
+    assert len(found) == 1
+
+
+KEPT = {
+    "the gradient": lambda g: (g, lambda g: g.row_values),
+    "an alias": lambda g: (g.detach(), lambda g: g.row_values),
+    "its values": lambda g: (g.row_values, lambda v: v),
+    "a row": lambda g: (g.row_values[2], lambda v: v),
+    "an array": lambda g: (g.row_values.numpy(), torch.as_tensor),
+    "dlpack": lambda g: (torch.from_dlpack(g.row_values), lambda v: v),
+    "a storage": lambda g: (g.row_values.untyped_storage(), lambda s: torch.empty(0).set_(s)),
+    "an update that is queued": lambda g: (g.for_update(), lambda g: g.to_multiply()[1]),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_somebody_keeps_never_changes(ring, name):
+    table = parameter()
+    table.grad, _ = sent(ring, table)
+    kept, look = KEPT[name](table.grad)
+    before = look(kept).clone()
+    for step in range(1, 5):
+        dropped(table)
+        table.grad, values = sent(ring, table, step)
+        assert torch.equal(table.grad.row_values, values.float())
+        table.grad.mul_(0.5)
+    assert torch.equal(look(kept), before)
+
+
+def test_what_a_hook_keeps_does_not_change(tiny):
+    model = tiny.adapted(1, dtype=torch.bfloat16, retrieval="stream")
+    model.base_model.engines["default"].use(HostLanes(torch.device("cpu")))
+    rows, kept = tiny.tables(model)[0].rows, []
+    rows.register_hook(kept.append)
+    tiny.loss(model).backward()
+    before = kept[0].to_dense()
+    nn.utils.clip_grad_norm_([rows], 1e-3)
+    assert not torch.equal(rows.grad.to_dense(), before)
+    rows.grad.clamp_(-1e-6, 1e-6)
+    assert torch.equal(kept[0].to_dense(), before)
+
+
+def test_the_pool_takes_no_more_than_gradients_took_at_a_time():
+    pool, largest = GradientPool(D), 0
+    random = torch.Generator().manual_seed(0)
+    for step in range(30):
+        pool.begin_pass()
+        sizes = torch.randint(1, 1000 if step < 20 else 50, (8,), generator=random).tolist()
+        held = [pool.take(rows, torch.float32) for rows in sizes]
+        assert all(len(values) == rows for values, rows in zip(held, sizes, strict=True))
+        assert len({values.untyped_storage().data_ptr() for values in held}) == 8
+        largest = max(largest, sum(sizes))
+        assert pool.nbytes <= 8 * 1000 * 1.125 * D * 4
+        if step >= 25:
+            assert pool.nbytes <= 2 * 8 * 60 * D * 4  # what a smaller step does not need was given back
+        del held
+    for _ in range(4):
+        pool.begin_pass()
+    assert pool.nbytes == 0
+
+
+def test_equal_steps_take_the_same_memory():
+    pool, found = GradientPool(D), []
+    for _ in range(3):
+        pool.begin_pass()
+        held = [pool.take(rows, torch.float32) for rows in (100, 200, 300, 200)]
+        found.append({values.untyped_storage().data_ptr() for values in held})
+        del held
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_forked_process_that_reads_it_gets_a_sentence(ring):
+    table = parameter()
+    table.grad, _ = sent(ring, table)
+    values = table.grad.row_values
+    child = os.fork()
+    if child == 0:
+        told = 0
+        for read in (lambda: table.grad.rows, lambda: table.grad.norm(), lambda: values[0]):
+            try:
+                read()
+            except RuntimeError as error:
+                told += "forked" in str(error)
+        os._exit(told)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3

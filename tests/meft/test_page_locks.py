@@ -1,0 +1,152 @@
+"""Rows are page-locked where an engine with CUDA lanes reads them, for its device; elsewhere CUDA is not touched."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fake_cuda import FakeCuda, forbid_cuda
+from peft import PeftModel
+from test_engine import STRATEGIES
+
+import meft.transfer
+from meft import RowAdamW
+from meft.lanes import CudaLanes
+
+CPU = torch.device("cpu")
+
+
+def life(tiny, folder, **fields):
+    """Build, train, save, load, decode and evaluate on the CPU."""
+    model = tiny.adapted(layers=2, dtype=torch.bfloat16, row_optimizer={"zero_copy": True}, **fields)
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer = tiny.adamw(model) if fields else RowAdamW(model.parameters())
+    for step in range(2):
+        scaler.scale(tiny.loss(model, step)).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(tiny.trainable(model), 0.5)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    loaded = PeftModel.from_pretrained(tiny.base(2, torch.bfloat16), folder).to("cpu").float()
+    with torch.inference_mode():
+        loaded.generate(input_ids=tiny.batch(1, 3), max_new_tokens=2)
+    return model.base_model.transfer_report()
+
+
+@pytest.mark.parametrize("fields", [{}, {"row_dtype": "float32"}, *({"retrieval": s} for s in STRATEGIES)], ids=str)
+def test_a_model_on_the_cpu_touches_no_cuda(tiny, tmp_path, monkeypatch, fields):
+    forbid_cuda(monkeypatch)
+    assert torch.cuda.is_available()
+    assert life(tiny, tmp_path, **fields).refused == ()
+
+
+def test_the_stand_in_sees_what_asks_for_cuda(tiny, monkeypatch):
+    """What the test above would find."""
+    forbid_cuda(monkeypatch)
+    with pytest.raises(AssertionError, match=r"meft\.transfer called torch\.cuda\.device"):
+        meft.transfer.page_lock(torch.zeros(4), torch.device("cuda", 0))
+    with pytest.raises(AssertionError, match="a CUDA context was asked for"):
+        torch.cuda.current_device()
+
+
+CHILD = """
+import os, sys, tempfile
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from conftest import Tiny
+from fake_cuda import forbid_cuda
+from pytest import MonkeyPatch
+from test_page_locks import life
+
+with tempfile.TemporaryDirectory() as folder:
+    life(Tiny(), folder)
+    child = os.fork()
+    if not child:
+        try:
+            forbid_cuda(MonkeyPatch())  # in a forked process CUDA cannot be initialised
+            life(Tiny(), folder)
+            os._exit(7)
+        except BaseException as error:
+            print(type(error), error, flush=True)
+            os._exit(8)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_touches_no_cuda():
+    run = [sys.executable, "-c", CHILD, str(Path(__file__).parent)]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1:] == ["7"], done.stdout
+
+
+# ----------------------------------------------------------------------------------------------- an engine that asks
+
+
+def on_cuda_lanes(model):
+    for engine in model.base_model.engines.values():
+        engine.use(CudaLanes(CPU))
+
+
+def wires(tiny, model):
+    return [table._wire if table._wire is not None else table.masters for table in tiny.tables(model)]
+
+
+@pytest.mark.parametrize("row_dtype", ["auto", "float32"], ids=["a narrower copy", "the masters"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_an_engine_reads_is_locked_for_its_device_once(tiny, monkeypatch, strategy, row_dtype):
+    cuda = FakeCuda(monkeypatch)
+    model = tiny.adapted(layers=2, dtype=torch.bfloat16, retrieval=strategy, row_dtype=row_dtype)
+    on_cuda_lanes(model)
+    assert cuda.locked == []
+    tiny.train(model, 2)
+    assert sorted(cuda.locked) == sorted((wire.data_ptr(), CPU) for wire in wires(tiny, model))
+    assert model.base_model.transfer_report().refused == ()
+
+
+def test_rows_that_get_other_memory_are_locked_where_an_engine_reads_them_and_not_in_place(tiny, monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    model = tiny.adapted(layers=2, dtype=torch.bfloat16)
+    on_cuda_lanes(model)
+    tiny.loss(model).backward()
+    first = list(cuda.locked)
+    for engine in model.base_model.engines.values():
+        engine._given = None  # the model is on the CPU now
+    model.half()
+    tiny.loss(model).backward()
+    assert cuda.locked == first
+    on_cuda_lanes(model)
+    tiny.loss(model).backward()
+    assert sorted(cuda.locked[len(first) :]) == sorted((wire.data_ptr(), CPU) for wire in wires(tiny, model))
+
+
+def test_with_pin_memory_false_nothing_is_locked(tiny, monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    model = tiny.adapted(layers=2, dtype=torch.bfloat16, pin_memory=False)
+    on_cuda_lanes(model)
+    tiny.train(model, 1)
+    assert cuda.locked == []
+    assert model.base_model.transfer_report().refused == ()
+
+
+def test_the_report_names_what_the_machine_refuses(tiny, monkeypatch):
+    FakeCuda(monkeypatch)
+    monkeypatch.setattr(meft.transfer, "page_lock", lambda tensor, device: False)
+    model = tiny.adapted(dtype=torch.bfloat16, row_optimizer={"zero_copy": True})
+    on_cuda_lanes(model)
+    tiny.loss(model)
+    report = model.base_model.transfer_report()
+    assert report.refused == ("pin_memory",)
+    for table in tiny.tables(model)[:1]:
+        table.step.func.refused = True
+    report = model.base_model.transfer_report()
+    assert report.to_dict()["refused"] == ["pin_memory", "zero_copy"]
+    assert "refused by this machine" in str(report)
+    assert "pin_memory, zero_copy" in str(report)
