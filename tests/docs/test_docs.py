@@ -122,6 +122,14 @@ def test_options_are_fields(page, config):
     assert set(named) <= {field.name for field in dataclasses.fields(config)}
 
 
+def test_the_page_of_kernels_names_every_op():
+    text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(?:adapter_kernels\.)?(\w+)(?:\(.*?\))?`", text)
+    assert set(adapter_kernels.__all__) <= set(named)
+    first_cells = re.findall(r"^\| (`[^|]*) \|", text, re.MULTILINE)
+    assert {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)} <= set(adapter_kernels.__all__)
+
+
 @pytest.mark.parametrize("package", [aslora, meft])
 def test_the_reference_has_every_public_name(package):
     text = (ROOT / "docs" / "api" / f"{package.__name__}.md").read_text(encoding="utf-8")
