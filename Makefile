@@ -46,6 +46,15 @@ aot: $(INSTALLED) ## compile the Triton kernels for each GPU (needs none), with 
 bench-kernels: $(INSTALLED) ## measure the kernels on a CUDA GPU, into benchmarks/results (8 minutes)
 	$(PY) benchmarks/bench_kernels.py
 
+DOCS_INSTALLED := $(VENV)/.docs-installed
+.PHONY: docs
+docs: $(DOCS_INSTALLED) ## build the documentation into build/site; a warning is an error (half a minute)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(PIP) -e '.[docs]'
+	@touch $@
+
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)

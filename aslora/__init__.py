@@ -3,6 +3,7 @@
 Importing this package makes PEFT know the method: `get_peft_model(model, ASLoRAConfig(...))`.
 """
 
+from peft_bridge import __version__ as __version__
 from peft_bridge import index_when_offloaded, refuse_lora_optimizer, register_method, write_weights_at_once
 
 from .config import ASLoRAConfig

@@ -1,11 +1,11 @@
-"""What `device_check.py` brought back, as committed result files and as cells of the README.
+"""What `device_check.py` brought back, as committed result files and as cells of README.md and docs/*.md.
 
-    python benchmarks/ingest_device.py DIR/results.json             # into benchmarks/results, and README.md
+    python benchmarks/ingest_device.py DIR/results.json             # into benchmarks/results, and the marked cells
     python benchmarks/ingest_device.py DIR/results.json --keys      # which cells there are, and what each would say
 
 Written are device_GPU.json (all findings, whatever they say), .md (the verdicts), and the files of the two benchmarks
-beside them. In the README only what stands between `<!-- device:KEY -->` and `<!-- /device -->` is replaced, by a value
-and what it was measured on; a key that this run has no value for is left as it is, and named.
+beside them. Of README.md and docs/*.md only what stands between `<!-- device:KEY -->` and `<!-- /device -->` is
+replaced, by a value and what it was measured on; a key that this run has no value for is left as it is, and named.
 """
 
 import argparse
@@ -109,6 +109,12 @@ def fill(text: str, found: dict[str, str], where: str) -> tuple[str, list[str], 
     return MARKED.sub(place, text), done, left
 
 
+def marked_pages(root: Path) -> list[Path]:
+    """README.md and the pages of docs/ that have marked cells."""
+    pages = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    return [page for page in pages if MARKED.search(page.read_text(encoding="utf-8"))]
+
+
 def written(results: dict, beside: Path, folder: Path) -> list[Path]:
     """The result files, and the plots from beside the results."""
     name, made = stem(results), []
@@ -142,7 +148,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the files (default: benchmarks/results)")
-    parser.add_argument("--readme", type=Path, help="default: README.md, where the files go to benchmarks/results")
+    parser.add_argument(
+        "--readme",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="files with marked cells (default: README.md and docs/*.md, where results go to benchmarks/results)",
+    )
     parser.add_argument("--keys", action="store_true", help="only print the cells")
     given = parser.parse_args(arguments)
     results = read(given.results)
@@ -155,11 +167,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("a rehearsal has measured nothing: it needs --out, and not benchmarks/results")
     given.out.mkdir(parents=True, exist_ok=True)
     print("\n".join(map(str, written(results, given.results.parent, given.out))))
-    readme = given.readme or (ROOT / "README.md" if results_folder else None)
-    if readme is not None:
-        text, done, left = fill(readme.read_text(), found, measured_on(results))
-        replace_file(readme, text.encode())
-        print(f"{readme}: {len(done)} cells" + (f"; no value for {', '.join(left)}" if left else ""))
+    for page in given.readme or (marked_pages(ROOT) if results_folder else []):
+        text, done, left = fill(page.read_text(encoding="utf-8"), found, measured_on(results))
+        replace_file(page, text.encode())
+        print(f"{page}: {len(done)} cells" + (f"; no value for {', '.join(left)}" if left else ""))
     return 0
 
 

@@ -3,6 +3,7 @@
 Importing this package makes PEFT know the method: `get_peft_model(model, MEFTConfig(...))`.
 """
 
+from peft_bridge import __version__ as __version__
 from peft_bridge import (
     check_native_loads,
     index_when_offloaded,

@@ -1,5 +1,7 @@
 """What every PEFT method outside PEFT needs: registration, configuration, step and run events, reading and writing."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from .adapter_file import AdapterFile, check_digest, check_known_fields, check_shapes, digest, read_adapter
 from .config_base import MethodConfig, is_int, is_number, known_keywords
 from .files import folder_replaced_at_once, process_runs, replace_file, sync
@@ -11,6 +13,11 @@ from .steps import StepListener, watch_steps
 from .trainer import RunListener, watch_runs
 from .tuner_base import Injection, MethodTuner
 from .weights import last_loaded_folder, write_weights_at_once
+
+try:
+    __version__ = version("aslora-meft")
+except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "unknown"
 
 __all__ = [
     "AdapterFile",

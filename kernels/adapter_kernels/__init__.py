@@ -1,5 +1,7 @@
 """Triton ops for routing and the sparse FFN, with torch paths for the CPU; they take and return plain tensors."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from .dispatch import debugging
 from .expert_topk import expert_topk
 from .gather_rows import gather_rows, scatter_rows
@@ -9,6 +11,11 @@ from .row_adamw import row_adamw
 from .row_union import row_union, row_union_window, union_windows
 from .shared_lora import shared_lora
 from .sparse_ffn import sparse_ffn, sparse_ffn_backward
+
+try:
+    __version__ = version("aslora-meft")
+except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "unknown"
 
 __all__ = [
     "debugging",

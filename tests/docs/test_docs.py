@@ -1,0 +1,162 @@
+"""The documentation agrees with the results, the code and itself."""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import re
+import shlex
+import statistics
+from pathlib import Path
+
+import pytest
+
+import adapter_kernels
+import aslora
+import meft
+import peft_bridge
+from aslora_meft.arguments import parse_train
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md", *ROOT.glob("docs/**/*.md")]
+RESULTS = ROOT / "benchmarks" / "results"
+BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+
+
+def rows_of(name):
+    return json.loads((RESULTS / name).read_text())["rows"]
+
+
+def slug(heading):
+    """The anchor that GitHub and mkdocs give a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.replace("`", "")).strip().lower().replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in map(slug, headings), target
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_figure_is_what_the_results_give():
+    pytest.importorskip("matplotlib")
+    script = ROOT / "docs" / "figures" / "overview.py"
+    spec = importlib.util.spec_from_file_location("overview", script)
+    overview = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(overview)
+    assert overview.draw() == overview.FIGURE.read_bytes(), f"run python {script.relative_to(ROOT)}"
+
+
+def test_the_table_of_quality():
+    found = {}
+    for row in rows_of("aslora_quality.json"):
+        if row["split"] == "test":
+            found.setdefault((row["method"], row["task"]), []).append(row)
+    table = re.findall(r"^\| (\w[^|]*) \| ([\d,]+) \| (\d[^|]*) \| (\d[^|]*) \|$", BENCHMARKS, re.MULTILINE)
+    assert len(table) == 5
+    for method, values, matches, loss in table:
+        intents, gsm8k = found[method, "banking77"], found[method, "gsm8k"]
+        assert values == f"{intents[0]['parameters_end']:,}"
+        exact = [100 * row["exact_match"] for row in intents]
+        assert matches == f"{statistics.mean(exact):.1f} ± {statistics.stdev(exact):.1f}"
+        losses = [row["loss"] for row in gsm8k]
+        assert loss == f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}"
+
+
+def test_the_table_of_steps_and_the_readme_s_ratios():
+    ratios = []
+    for row in rows_of("aslora_step.json"):
+        size = {
+            name: row[f"{name}"]["parameters"] + row[f"{name}"]["optimizer state"]
+            for name in ("lora bytes", "aslora bytes at the end")
+        }
+        ratios.append(size["aslora bytes at the end"] / size["lora bytes"])
+        file = row["aslora bytes at the end"]["file"] / row["lora bytes"]["file"]
+        low, high = row["step ratio interval"]
+        line = (
+            f"| {row['model']} | {row['targets']} | {row['settings']['r']} | {row['step ratio']:.3f} "
+            f"[{low:.3f}, {high:.3f}] | {row['extra steps of a merge']:+.2f} | {ratios[-1]:.2f} | {file:.2f} |"
+        )
+        assert line in BENCHMARKS
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{min(ratios):.2f} to {max(ratios):.2f} of LoRA's" in readme
+    files = {row["method"]: row["file_bytes"] for row in rows_of("aslora_quality.json")}
+    share = f"{files['ASLoRA r 8'] / files['LoRA r 8']:.2f}"
+    assert f"{share} of LoRA's" in readme
+    assert f"{share} times\nLoRA's" in BENCHMARKS
+
+
+def test_the_table_of_a_layer_on_a_cpu():
+    found = {(row["r"], row["tokens"], row["input"]): row for row in rows_of("meft_cpu.json")}
+    table = re.findall(r"^\| (\d+) \| (\d+) \| (\w+) \| (\d+) % \| ([\d.]+) \| ([^|]*) \|$", BENCHMARKS, re.MULTILINE)
+    assert len(table) == 7
+    for r, tokens, kind, used, times, split in table:
+        row = found[int(r), int(tokens), kind.lower()]
+        assert used == f"{100 * row['|U| / r']:.0f}"
+        assert times == f"{row['times as fast']:.1f}"
+        theirs, ours = (
+            ", ".join(f"{row['milliseconds'][name][part]:.0f}" for part in ("forward", "backward", "update"))
+            for name in ("dense", "meft")
+        )
+        assert split == f"{ours} against {theirs}"
+
+
+@pytest.mark.parametrize(("page", "config"), [("aslora", aslora.ASLoRAConfig), ("meft", meft.MEFTConfig)])
+def test_options_are_fields(page, config):
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    section = text.partition("## Options\n")[2].partition("\n## ")[0]
+    first_cells = re.findall(r"^\| (`[^|]*) \|", section, re.MULTILINE)
+    named = [name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)]
+    assert len(named) >= 8
+    assert set(named) <= {field.name for field in dataclasses.fields(config)}
+
+
+def test_the_page_of_kernels_names_every_op():
+    text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(?:adapter_kernels\.)?(\w+)(?:\(.*?\))?`", text)
+    assert set(adapter_kernels.__all__) <= set(named)
+    first_cells = re.findall(r"^\| (`[^|]*) \|", text, re.MULTILINE)
+    assert {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)} <= set(adapter_kernels.__all__)
+
+
+@pytest.mark.parametrize("package", [aslora, meft])
+def test_the_reference_has_every_public_name(package):
+    text = (ROOT / "docs" / "api" / f"{package.__name__}.md").read_text(encoding="utf-8")
+    for name in package.__all__:
+        assert re.search(rf"\b{name}\b", text), name
+    listed = re.findall(r"::: (\S+)\n    options:(?:\n      .*)*?\n      members: \[([^\]]*)\]", text)
+    for path, members in listed:
+        owner = importlib.import_module(path.partition(".")[0])
+        for part in path.split(".")[1:]:
+            owner = getattr(owner, part)
+        assert all(hasattr(owner, name) for name in members.split(", ")), path
+
+
+@pytest.mark.parametrize("package", [aslora, meft, peft_bridge, adapter_kernels])
+def test_packages_know_their_version(package):
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*|unknown", package.__version__)
+
+
+def test_documented_training_commands_are_understood(tmp_path, monkeypatch):
+    (tmp_path / "recipe.yaml").write_text("model: m\ndata: d.jsonl\noutput_dir: out\n")
+    monkeypatch.chdir(tmp_path)
+    commands = set()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        commands |= set(re.findall(r"^aslora-meft train (.*)$", text, re.MULTILINE))
+    assert len(commands) >= 4
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        words = [str(ROOT / word) if word.startswith("examples/") else word for word in words]
+        parse_train([*words, "--use_cpu", "true"])

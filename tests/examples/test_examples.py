@@ -1,0 +1,85 @@
+"""Every example runs: recipes with a tiny model and few steps, walk-throughs as they are."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from aslora_meft.cli import main
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    """A saved random Llama of 4 layers with a tokenizer of bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(
+        models.BPE(vocab={token: i for i, token in enumerate(["<pad>", "<eos>", *alphabet])}, merges=[])
+    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2,
+        max_position_embeddings=1024, pad_token_id=0, eos_token_id=1, bos_token_id=1,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe(recipe, model_dir, tmp_path):
+    data = tmp_path / "train.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": f"{i} plus 1", "completion": f" {i + 1}"}) for i in range(40)))
+    fields = yaml.safe_load(recipe.read_text())
+    if fields.get("load_in_4bit"):
+        pytest.importorskip("bitsandbytes")
+    words = ["--model", model_dir, "--data", data, "--output_dir", tmp_path / "out", "--max_length", 32]
+    words += ["--max_steps", 4, "--gradient_accumulation_steps", 1, "--use_cpu", "true", "--disable_tqdm", "true"]
+    words += ["--r", 64] if fields["method"] == "meft" else []
+    assert main(["train", str(recipe), *map(str, words)]) == 0
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert saved["peft_type"] == fields["method"].upper()
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["after"]["loss"] != results["before"]["loss"]
+
+
+def test_recipes_are_found():
+    assert {path.stem.partition("_")[0] for path in RECIPES} == {"aslora", "meft"}
+
+
+@pytest.fixture
+def walk(model_dir, monkeypatch):
+    """Runs a walk-through on the tiny model; gives its names."""
+
+    def walk(name, **environment):
+        for key, value in {"MODEL": model_dir, **environment}.items():
+            monkeypatch.setenv(key, str(value))
+        return runpy.run_path(str(EXAMPLES / name))
+
+    return walk
+
+
+def test_aslora_walkthrough(walk):
+    names = walk("aslora_walkthrough.py", STEPS=20)
+    assert names["losses"][-1] < names["losses"][0]
+    assert names["report"].to_dict()["merges"]
+    assert names["same"]
+    assert names["difference"] < 1e-5
+    assert names["sizes"]["aslora"] < names["sizes"]["lora"]
+
+
+def test_meft_walkthrough(walk):
+    names = walk("meft_walkthrough.py", STEPS=10, R=64)
+    assert names["losses"][-1] < names["losses"][0]
+    assert names["same"]
+    assert names["difference"] < 1e-5
