@@ -7,7 +7,7 @@ from peft_bridge import __version__ as __version__
 from peft_bridge import index_when_offloaded, refuse_lora_optimizer, register_method, write_weights_at_once
 
 from .config import ASLoRAConfig
-from .export import export_to_lora
+from .files.export import export_to_lora
 from .model import ASLoRAModel
 
 register_method(name="aslora", config_cls=ASLoRAConfig, model_cls=ASLoRAModel, prefix="aslora_")

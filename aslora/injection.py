@@ -15,12 +15,12 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_bridge import Injection
 
-from .bank import SharedA, SharedB
 from .config import ASLoRAConfig
-from .groups import a_group_of, b_group_name, group_of_key, module_key, place, tower_of
 from .layer import Linear
-from .sharing import planned_merges
-from .unit import MergeUnit
+from .layer_groups import a_group_of, b_group_name, group_of_key, module_key, place, tower_of
+from .sharing.merge_math import planned_merges
+from .sharing.merge_unit import MergeUnit
+from .sharing.shared_tensors import SharedA, SharedB
 
 # To modules_to_save, by task_type, whether the model has such a module or not.
 _ADDED_BY_PEFT = {"classifier", "score", "qa_outputs"}

@@ -12,8 +12,8 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
-from .bank import SharedA, SharedB
 from .config import ASLoRAConfig
+from .sharing.shared_tensors import SharedA, SharedB
 
 
 class ASLoRALayer(BaseTunerLayer):

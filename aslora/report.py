@@ -6,10 +6,10 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .bank import SharedB
-from .groups import module_path
-from .sharing import groups_of, merged
-from .unit import MergeUnit
+from .layer_groups import module_path
+from .sharing.merge_math import groups_of, merged
+from .sharing.merge_unit import MergeUnit
+from .sharing.shared_tensors import SharedB
 
 EARLY_STEPS = 20  # after the warm-up: averages of fewer steps say little
 

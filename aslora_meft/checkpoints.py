@@ -69,7 +69,7 @@ def _check_weights(folder: Path, method: str) -> None:
     except Exception as error:  # safetensors' own error is no ValueError
         raise ValueError(f"{path.name} is damaged ({error})") from error
     if method == "ASLORA":
-        from aslora.export import load_adapter as check
+        from aslora.files.export import load_adapter as check
     elif method == "MEFT":
         from meft.files.export import load_adapter as check  # type: ignore[assignment]
     else:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from aslora.bank import SharedA, SharedB
-from aslora.merge import Merge
+from aslora.sharing.merge import Merge
+from aslora.sharing.shared_tensors import SharedA, SharedB
 
 CPU = torch.device("cpu")
 

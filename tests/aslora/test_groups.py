@@ -20,14 +20,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from aslora.groups import (
-    a_group_of,
-    b_group_name,
-    in_features_of,
-    module_path,
-    place,
-    tower_of,
-)
+from aslora.layer_groups import a_group_of, b_group_name, in_features_of, module_path, place, tower_of
 
 SIZES = {"num_hidden_layers": 3, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
 GPT2 = GPT2Config(n_layer=3, n_embd=8, n_head=2)

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from aslora import ASLoRAConfig, ASLoRAModel
-from aslora.storage import RESERVED
+from aslora.files.adapter_file import RESERVED
 
 FILE = "adapter_model.safetensors"
 

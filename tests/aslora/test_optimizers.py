@@ -7,8 +7,8 @@ import torch
 import transformers
 from peft import PeftModel
 
-from aslora import merge as merge_module
-from aslora.optimizers import learning_rate
+from aslora.sharing import merge as merge_module
+from aslora.sharing.optimizers import learning_rate
 
 
 def rows_equal(tiny, model):

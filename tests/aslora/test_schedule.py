@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aslora import ASLoRAConfig
-from aslora.schedule import due, merge_steps, uses_published_steps
-from aslora.sharing import planned_merges
+from aslora.sharing.merge_math import planned_merges
+from aslora.sharing.schedule import due, merge_steps, uses_published_steps
 
 
 def plan(merges, total_steps=None, warmup_steps=0, **fields):

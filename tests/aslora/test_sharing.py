@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aslora.sharing import (
+from aslora.sharing.merge_math import (
     change_of_basis,
     closest_pair,
     common_refinement,

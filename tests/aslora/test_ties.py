@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aslora import bank as bank_module
-from aslora import ties as ties_module
-from aslora.sharing import is_sharing_map, records_fit
-from aslora.ties import Ties, any_of, borne_out, filled, map_by_value
+from aslora.sharing import shared_tensors as bank_module
+from aslora.sharing import ties as ties_module
+from aslora.sharing.merge_math import is_sharing_map, records_fit
+from aslora.sharing.ties import Ties, any_of, borne_out, filled, map_by_value
 
 
 def rows(*values, dtype=torch.float64):

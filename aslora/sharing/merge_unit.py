@@ -8,18 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .bank import SharedA, SharedB, gathered
-from .config import ASLoRAConfig
+from ..config import ASLoRAConfig
 from .merge import Merge
+from .merge_math import change_of_basis, closest_pair, common_refinement, planned_merges, records_fit, squared_distances
 from .schedule import due, merge_steps
-from .sharing import (
-    change_of_basis,
-    closest_pair,
-    common_refinement,
-    planned_merges,
-    records_fit,
-    squared_distances,
-)
+from .shared_tensors import SharedA, SharedB, gathered
 from .ties import Ties, borne_out, map_by_value
 from .unseen_steps import UNSEEN_STEP
 

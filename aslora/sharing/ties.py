@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .sharing import is_sharing_map
+from .merge_math import is_sharing_map
 
 _SAMPLES = 32  # values of a row that are looked at before two rows are compared in full
 _INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

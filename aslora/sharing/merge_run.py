@@ -9,11 +9,11 @@ from functools import partial
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from .bank import SharedB
+from .merge_unit import MergeUnit
 from .optimizers import learning_rate, moves_between_steps, refuse_norms
 from .schedule import PUBLISHED_INTERVAL, PUBLISHED_START, uses_published_steps
+from .shared_tensors import SharedB
 from .ties import any_of
-from .unit import MergeUnit
 
 
 class SharingRun:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .merge_math import groups_of, is_sharing_map
 from .shared_rows import AllRows, Arrivals, OneRow, in_backward
-from .sharing import groups_of, is_sharing_map
 from .ties import Ties, borne_out, filled, on_host
 from .unseen_steps import CompiledArrivals
 

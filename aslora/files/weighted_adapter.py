@@ -10,12 +10,12 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
-from .bank import SharedB
-from .groups import a_group_of, module_path
-from .sharing import common_refinement
+from ..layer_groups import a_group_of, module_path
+from ..sharing.merge_math import common_refinement
+from ..sharing.shared_tensors import SharedB
 
 if TYPE_CHECKING:
-    from .model import ASLoRAModel
+    from ..model import ASLoRAModel
 
 
 def combine(

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from peft_bridge import folder_replaced_at_once, read_adapter
 
-from . import storage
-from .config import ASLoRAConfig
-from .groups import a_group_of, module_path
+from ..config import ASLoRAConfig
+from ..layer_groups import a_group_of, module_path
+from . import adapter_file as storage
 
 
 def export_to_lora(adapter_dir: str | Path, out_dir: str | Path) -> None:

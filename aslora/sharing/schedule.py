@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 from fractions import Fraction
 
-from .config import ASLoRAConfig
+from ..config import ASLoRAConfig
 
 PUBLISHED_START, PUBLISHED_INTERVAL = 320, 240  # Table 5
 # Of the steps after the warm-up, in a run of known length: time to learn apart before, time to settle after.

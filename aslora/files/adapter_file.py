@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor
 
 from peft_bridge import check_digest, check_known_fields, check_shapes, digest
 
-from .config import ASLoRAConfig
-from .groups import a_group_of, group_of_key, module_key
-from .sharing import groups_of, is_sharing_map, records_fit
-from .ties import borne_out, filled, map_by_value
+from ..config import ASLoRAConfig
+from ..layer_groups import a_group_of, group_of_key, module_key
+from ..sharing.merge_math import groups_of, is_sharing_map, records_fit
+from ..sharing.ties import borne_out, filled, map_by_value
 
 A_PREFIX, B_PREFIX, DIGEST = "base_model.aslora_A.", "base_model.aslora_B.", "base_model.aslora_digest"
 _VALUES = (".shared_A", ".stacked_B")

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .bank import SharedB, distributed, gathered
-from .sharing import groups_of, merged
+from .merge_math import groups_of, merged
+from .shared_tensors import SharedB, distributed, gathered
 from .ties import Ties
 
 

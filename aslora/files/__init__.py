@@ -1,0 +1,1 @@
+"""What is written: adapters, exports, and adapters made of others."""
