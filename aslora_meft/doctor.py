@@ -6,10 +6,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from adapter_kernels import host_topk
-from adapter_kernels.gather_rows import zero_copy
-from adapter_kernels.host_threads import host_threads
-from adapter_kernels.jit import AVAILABLE
+from adapter_kernels.rows.gather_rows import zero_copy
+from adapter_kernels.runtime.host_threads import host_threads
+from adapter_kernels.runtime.triton_shim import AVAILABLE
+from adapter_kernels.topk import host_topk
 from meft.cost.calibration import calibrated
 from meft.cost.host_memory import available_bytes
 from meft.table.row_step import native_library

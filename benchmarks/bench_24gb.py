@@ -10,7 +10,8 @@ From a checkout, with nothing installed but torch, triton, transformers and peft
 
     g++ -std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -pthread -shared -fPIC \
         meft/table/row_adamw.cpp -o meft/table/_row_adamw.so    # the host's row update, else by torch operations
-    g++ (the same) kernels/adapter_kernels/host_topk.cpp -o kernels/adapter_kernels/_host_topk.so    # the host's picks
+    g++ (the same) \
+        kernels/adapter_kernels/topk/host_topk.cpp -o kernels/adapter_kernels/topk/_host_topk.so    # the host's picks
     PYTHONPATH=kernels:. python benchmarks/bench_24gb.py --out $OUT
 
 Llama-2-7B and Mistral-7B shapes with random frozen weights; torch's allocator is capped at 22.5 GiB. |U| / r is forced,

@@ -28,9 +28,10 @@ import torch
 from environment import environment
 from torch import Tensor
 
-from adapter_kernels import expert_topk, host_topk, router_topk
-from adapter_kernels.host_threads import VARIABLE
-from adapter_kernels.host_topk import native_library
+from adapter_kernels import expert_topk, router_topk
+from adapter_kernels.runtime.host_threads import VARIABLE
+from adapter_kernels.topk import host_topk
+from adapter_kernels.topk.host_topk import native_library
 from peft_bridge import replace_file
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -24,7 +24,7 @@ import torch
 from environment import environment
 from torch import Tensor, nn
 
-from adapter_kernels.host_threads import VARIABLE
+from adapter_kernels.runtime.host_threads import VARIABLE
 from meft import MEFTConfig
 from meft.layer import MEFTLayer
 from meft.optim.optimizer_hook import update_table

@@ -24,7 +24,7 @@ import torch
 from environment import environment
 from torch import Tensor
 
-from adapter_kernels.host_threads import VARIABLE
+from adapter_kernels.runtime.host_threads import VARIABLE
 from meft.table.row_step import StepRule, native_library, update_rows
 from peft_bridge import replace_file
 

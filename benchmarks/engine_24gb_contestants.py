@@ -13,7 +13,7 @@ from engine_24gb_plan import HOST_STRATEGIES, Cell
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from adapter_kernels.gather_rows import zero_copy
+from adapter_kernels.rows.gather_rows import zero_copy
 from meft import MEFTConfig
 from meft.table.row_table import RowTable
 from meft.transport.streams import lanes_of

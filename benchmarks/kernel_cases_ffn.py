@@ -11,7 +11,7 @@ from kernel_inputs import OURS, Bench, Case, Planned, close, find, forced_picks,
 from kernel_timing import Contestant
 from torch import Tensor
 
-from adapter_kernels import plain_ffn
+from adapter_kernels.ffn import plain_ffn
 
 YARDSTICK, BARE, DENSE = "torch, mask and ReLU apart", "the bare GEMMs", "dense adapter of all r"
 TOKEN, MASKED = "ours, token form", "ours, masked form"
@@ -139,7 +139,7 @@ def sparse(bench: Bench) -> list[Planned]:
 @contextlib.contextmanager
 def token_form(limit: int) -> Iterator[None]:
     """Another number of tokens up to which the op takes its token form."""
-    module: Any = importlib.import_module("adapter_kernels.sparse_ffn_kernels")
+    module: Any = importlib.import_module("adapter_kernels.ffn.sparse_ffn_kernels")
     before, module.TOKEN_FORM = module.TOKEN_FORM, limit
     try:
         yield

@@ -22,7 +22,7 @@ def require_zero_copy(bench: Bench) -> None:
     """`MissingError` where the device cannot reach page-locked memory: the op would be its own rival there."""
     if bench.rehearsal:
         return
-    module = importlib.import_module("adapter_kernels.gather_rows")
+    module = importlib.import_module("adapter_kernels.rows.gather_rows")
     if not module.zero_copy(bench.device, table=bench.pinned(torch.zeros(1, 64))):
         raise MissingError("kernels cannot read page-locked host memory here")
 

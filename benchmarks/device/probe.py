@@ -12,7 +12,7 @@ import torch
 from kernel_report import driver, installed
 from torch import Tensor
 
-from adapter_kernels import host_topk
+from adapter_kernels.topk import host_topk
 from device import amp
 from device.findings import UNMEASURED, arguments, attempt, device_of, say
 from meft.cost import calibration
@@ -144,7 +144,7 @@ def link(device: torch.device) -> None:
 def zero_copy_gather(device: torch.device, ceiling: float) -> None:
     """Rows out of page-locked memory."""
     from adapter_kernels import gather_rows
-    from adapter_kernels.gather_rows import _host_memory_reachable
+    from adapter_kernels.rows.gather_rows import _host_memory_reachable
 
     reached = _host_memory_reachable(device)
     say("kernels reach page-locked host memory", "yes" if reached else "no", reached, "yes")

@@ -2,15 +2,15 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .dispatch import debugging
-from .expert_topk import expert_topk
-from .gather_rows import gather_rows, scatter_rows
-from .launch import override
-from .router_topk import router_topk
-from .row_adamw import row_adamw
-from .row_union import row_union, row_union_window, union_windows
+from .adamw.row_adamw import row_adamw
+from .ffn.sparse_ffn import sparse_ffn, sparse_ffn_backward
+from .rows.gather_rows import gather_rows, scatter_rows
+from .rows.row_union import row_union, row_union_window, union_windows
+from .runtime.dispatch import debugging
+from .runtime.launch_config import override
 from .shared_lora import shared_lora
-from .sparse_ffn import sparse_ffn, sparse_ffn_backward
+from .topk.expert_topk import expert_topk
+from .topk.router_topk import router_topk
 
 try:
     __version__ = version("aslora-meft")

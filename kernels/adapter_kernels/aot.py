@@ -26,15 +26,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from . import jit
-from .expert_topk import variants as expert_topk
-from .gather_rows import variants as gather_rows
-from .router_topk import variants as router_topk
-from .row_adamw import variants as row_adamw
-from .row_union import variants as row_union
+from .adamw.row_adamw import variants as row_adamw
+from .ffn.sparse_ffn import variants as sparse_ffn
+from .rows.gather_rows import variants as gather_rows
+from .rows.row_union import variants as row_union
+from .runtime import triton_shim as jit
+from .runtime.specialisation import Variant, Variants
 from .shared_lora import variants as shared_lora
-from .sparse_ffn import variants as sparse_ffn
-from .variant import Variant, Variants
+from .topk.expert_topk import variants as expert_topk
+from .topk.router_topk import variants as router_topk
 
 OPS: dict[str, Variants] = {
     "router_topk": router_topk,

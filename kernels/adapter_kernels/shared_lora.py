@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, launch
-from .jit import kernel, tl, triton
-from .variant import KINDS_OF_ROWS, Variant, odd, split
+from .runtime import dispatch
+from .runtime import launch_config as launch
+from .runtime.specialisation import KINDS_OF_ROWS, Variant, odd, split
+from .runtime.triton_shim import kernel, tl, triton
 
 MAX_RANK = 64
 

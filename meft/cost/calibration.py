@@ -20,7 +20,7 @@ from statistics import median
 
 import torch
 
-from adapter_kernels.host_threads import host_threads
+from adapter_kernels.runtime.host_threads import host_threads
 from peft_bridge.files import replace_file
 
 from ..config import MEFTConfig

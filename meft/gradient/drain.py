@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adapter_kernels.host_threads import host_threads
+from adapter_kernels.runtime.host_threads import host_threads
 
 from ..table.row_step import native_library
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapter_kernels.sparse_products import column_sums, entry_dots, line_sums
+from adapter_kernels.ffn.sparse_products import column_sums, entry_dots, line_sums
 
 from ..gradient.row_gradient import RowGradient
 from ..routing.topk import Selection

@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from adapter_kernels import dispatch, row_adamw
-from adapter_kernels.gather_rows import zero_copy
+from adapter_kernels import row_adamw
+from adapter_kernels.rows.gather_rows import zero_copy
+from adapter_kernels.runtime import dispatch
 
 from ..transport.streams import Lanes, Mark
 from ..transport.transfer import PageLock, Traffic, nbytes

@@ -13,7 +13,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../../kernels/adapter_kernels/helper_threads.h"
+#include "../../kernels/adapter_kernels/runtime/helper_threads.h"
 
 // One build for every x86-64: the loader picks the widest clone that the processor has.
 #if defined(COUNT_BYTES)

@@ -3,7 +3,7 @@
 float32 tables on the CPU take a small C++ library, if there was a compiler at installation; all others, and machines
 without it, take `adapter_kernels`: for a table on a GPU the kernel of its `row_adamw`, for all else torch operations.
 All give the same bits: the same operations in the same order, each rounded. The library's threads are its own, as many
-as `adapter_kernels.host_threads` says.
+as `adapter_kernels.runtime.host_threads` says.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from adapter_kernels import row_adamw
-from adapter_kernels.adamw_blocks import StepRule
-from adapter_kernels.host_threads import host_threads
+from adapter_kernels.adamw.adamw_blocks import StepRule
+from adapter_kernels.runtime.host_threads import host_threads
 
 __all__ = ["StepRule", "multiplied", "native_library", "update_rows"]
 

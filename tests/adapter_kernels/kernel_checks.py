@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapter_kernels import dispatch
+from adapter_kernels.runtime import dispatch
 
 EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # half a unit in the last place
 IN_NORM = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}

@@ -54,7 +54,8 @@ class Driver:
 
 def mock(capability: int) -> None:
     """Let ops on CPU tensors launch their kernels on a GPU that is not there."""
-    from adapter_kernels import dispatch, launch
+    from adapter_kernels.runtime import dispatch
+    from adapter_kernels.runtime import launch_config as launch
 
     triton.runtime.driver.set_active(Driver(capability))
     triton.compiler.compile = lambda source, target=None, options=None, **_: Kernel(source, options)

@@ -9,7 +9,7 @@ from row_checks import check_gather, check_scatter, same_bits, table
 from selection_checks import generator
 
 from adapter_kernels import debugging, gather_rows, scatter_rows
-from adapter_kernels.gather_rows import (
+from adapter_kernels.rows.gather_rows import (
     _gather_op,
     _gather_torch,
     _host_memory_reachable,
@@ -18,7 +18,7 @@ from adapter_kernels.gather_rows import (
     zero_copy,
 )
 
-MODULE = sys.modules["adapter_kernels.gather_rows"]  # the package has the function of that name
+MODULE = sys.modules["adapter_kernels.rows.gather_rows"]  # the package has the function of that name
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from adapter_kernels import host_threads as module
-from adapter_kernels.host_threads import VARIABLE, host_threads
+from adapter_kernels.runtime import host_threads as module
+from adapter_kernels.runtime.host_threads import VARIABLE, host_threads
 
 
 @pytest.fixture

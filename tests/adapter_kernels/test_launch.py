@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from adapter_kernels import dispatch, jit, launch
+from adapter_kernels.runtime import dispatch
+from adapter_kernels.runtime import launch_config as launch
+from adapter_kernels.runtime import triton_shim as jit
 
 
 @pytest.fixture

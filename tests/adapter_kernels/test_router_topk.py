@@ -8,7 +8,7 @@ from kernel_checks import LAYOUTS
 from selection_checks import check_router, generator
 
 from adapter_kernels import debugging, router_topk
-from adapter_kernels.router_topk import _op
+from adapter_kernels.topk.router_topk import _op
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

@@ -7,7 +7,7 @@ from row_checks import same_bits
 from selection_checks import generator
 
 from adapter_kernels import debugging, row_adamw
-from adapter_kernels.row_adamw import _op
+from adapter_kernels.adamw.row_adamw import _op
 from meft.table.row_step import StepRule, native_library, update_rows
 
 

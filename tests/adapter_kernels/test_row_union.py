@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from selection_checks import check_load, check_union, check_window, generator
 
 from adapter_kernels import debugging, row_union, row_union_window, union_windows
-from adapter_kernels.row_union import _op, _window_op
+from adapter_kernels.rows.row_union import _op, _window_op
 
 
 @given(st.integers(0, 9), st.integers(1, 6), st.integers(0, 40), st.booleans(), st.integers(1, 12), st.integers(0, 99))

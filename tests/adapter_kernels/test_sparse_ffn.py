@@ -8,8 +8,9 @@ from ffn_checks import Case, check_ffn, check_wide_row_gradients
 from kernel_checks import LAYOUTS
 from selection_checks import generator
 
-from adapter_kernels import debugging, override, plain_ffn, sparse_ffn, sparse_ffn_backward
-from adapter_kernels.sparse_ffn import _backward_op, _backward_torch, _forward_torch, _op
+from adapter_kernels import debugging, override, sparse_ffn, sparse_ffn_backward
+from adapter_kernels.ffn import plain_ffn
+from adapter_kernels.ffn.sparse_ffn import _backward_op, _backward_torch, _forward_torch, _op
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -34,7 +35,7 @@ def test_without_sparse_products(monkeypatch, dtype):
 def test_plain_products(monkeypatch, dtype, T, d, U, K, factor):
     case = Case(T, d, U, K, dtype, layout="strided", factor=factor, base=factor, narrow=True)
     for name in ("forward", "backward"):
-        monkeypatch.setattr(sys.modules["adapter_kernels.sparse_ffn"], f"_{name}_torch", None)  # not called
+        monkeypatch.setattr(sys.modules["adapter_kernels.ffn.sparse_ffn"], f"_{name}_torch", None)  # not called
     with override("sparse_ffn.plain", TOKENS=T):
         check_ffn(sparse_ffn, case)
         assert not plain_ffn.chosen(case.x[1:])

@@ -178,7 +178,7 @@ def test_a_wrong_peer_alone_has_no_time(monkeypatch, machine):
 
 
 def test_a_missing_op_is_a_row(monkeypatch, machine):
-    monkeypatch.delattr(importlib.import_module("adapter_kernels.sparse_ffn"), "sparse_ffn")
+    monkeypatch.delattr(importlib.import_module("adapter_kernels.ffn.sparse_ffn"), "sparse_ffn")
     (row,) = run_op(machine, "sparse_ffn")
     assert row["status"].startswith("missing: sparse_ffn")
     assert run_op(machine, "router_topk")[0]["status"] == run.OK

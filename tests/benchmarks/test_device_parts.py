@@ -88,7 +88,7 @@ def test_the_link(monkeypatch, cuda, told):
     monkeypatch.setattr(probe, "page_lock", lambda tensor, device: True)
     monkeypatch.setattr(probe, "page_unlock", lambda address, device: None)
     monkeypatch.setattr(calibration, "calibrated", lambda device, anew: calibration.measure(device, probe.TINY))
-    module = sys.modules["adapter_kernels.gather_rows"]  # the package has a function of this name
+    module = sys.modules["adapter_kernels.rows.gather_rows"]  # the package has a function of this name
     monkeypatch.setattr(module, "_host_memory_reachable", lambda device: False)
     probe.link(CPU)
     found = told()

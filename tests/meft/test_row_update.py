@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapter_kernels import adamw_blocks
+from adapter_kernels.adamw import adamw_blocks
 from meft.table import row_step as row_update
 from meft.table.row_step import StepRule, native_library, update_rows
 

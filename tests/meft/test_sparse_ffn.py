@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapter_kernels import sparse_products
+from adapter_kernels.ffn import sparse_products
 from meft.gradient.row_gradient import RowGradient
 from meft.retrieval.sparse_ffn import Retrieved, SparseFFN, row_dots, token_sums, weighted_rows
 from meft.routing.reference import chosen_neurons, reference

@@ -17,7 +17,7 @@ from device.chain import STRATEGIES, Setting, difference, trained
 from mutants import mutant
 
 import meft.retrieval.strategies
-from adapter_kernels import dispatch
+from adapter_kernels.runtime import dispatch
 from meft.transport.streams import HostLanes
 
 CPU = torch.device("cpu")

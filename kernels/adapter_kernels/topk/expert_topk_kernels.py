@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import dispatch, launch
-from .jit import kernel, tl, triton
-from .variant import KINDS_OF_ROWS, TYPE_NAMES, Variant, odd, split, with_odd_rows
+from ..runtime import dispatch
+from ..runtime import launch_config as launch
+from ..runtime.specialisation import KINDS_OF_ROWS, TYPE_NAMES, Variant, odd, split, with_odd_rows
+from ..runtime.triton_shim import kernel, tl, triton
 
 MAX_CANDIDATES = 1024
 MAX_PICKS = 256

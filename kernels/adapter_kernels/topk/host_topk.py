@@ -15,8 +15,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from . import dispatch
-from .host_threads import host_threads
+from ..runtime import dispatch
+from ..runtime.host_threads import host_threads
 
 __all__ = ["expert_topk", "native_library", "router_topk", "serves"]
 
@@ -29,7 +29,7 @@ _KEY_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 def native_library() -> ctypes.CDLL | None:
     """The library that was built at installation; None if there is none, or one of another version."""
     try:
-        spec = find_spec("adapter_kernels._host_topk")
+        spec = find_spec("adapter_kernels.topk._host_topk")
         library = ctypes.CDLL(spec.origin) if spec and spec.origin else None
         if library is None or library.host_topk_version() != _VERSION:
             return None

@@ -28,9 +28,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import dispatch, row_adamw_kernels
+from ..rows.gather_rows import require_reachable, zero_copy
+from ..runtime import dispatch
+from . import row_adamw_kernels
 from .adamw_blocks import StepRule, step_rows
-from .gather_rows import require_reachable, zero_copy
 from .row_adamw_kernels import variants
 
 __all__ = ["row_adamw", "variants"]

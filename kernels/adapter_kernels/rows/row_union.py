@@ -25,9 +25,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import dispatch, launch
-from .jit import kernel, tl, triton
-from .variant import Variant, split, with_odd_rows
+from ..runtime import dispatch
+from ..runtime import launch_config as launch
+from ..runtime.specialisation import Variant, split, with_odd_rows
+from ..runtime.triton_shim import kernel, tl, triton
 
 MAX_ROWS = 1 << 20
 

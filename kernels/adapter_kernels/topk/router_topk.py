@@ -23,9 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, host_topk, launch, ordering
-from .jit import kernel, tl, triton
-from .variant import TYPE_NAMES, Variant, split, with_odd_rows
+from ..runtime import dispatch
+from ..runtime import launch_config as launch
+from ..runtime.specialisation import TYPE_NAMES, Variant, split, with_odd_rows
+from ..runtime.triton_shim import kernel, tl, triton
+from . import host_topk, ordering
 
 MAX_EXPERTS = 1024
 MAX_PICKS = 32

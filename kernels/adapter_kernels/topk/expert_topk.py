@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from . import dispatch, expert_topk_kernels, host_topk, ordering
+from ..runtime import dispatch
+from . import expert_topk_kernels, host_topk, ordering
 from .expert_topk_kernels import variants
 
 __all__ = ["expert_topk", "variants"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import launch
+from ..runtime import launch_config as launch
 
 # TOKENS: from how many tokens on this runs; 0: never. Not measured.
 _FORM = launch.Table("sparse_ffn.plain", {"TOKENS": 0})

@@ -18,7 +18,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "helper_threads.h"
+#include "../runtime/helper_threads.h"
 
 #define RESTRICT __restrict__
 

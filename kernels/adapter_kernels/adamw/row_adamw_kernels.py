@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import dispatch, launch
+from ..runtime import dispatch
+from ..runtime import launch_config as launch
+from ..runtime.specialisation import TYPE_NAMES, Variant, split, with_odd_rows
+from ..runtime.triton_shim import kernel, tl, triton
 from .adamw_blocks import StepRule
-from .jit import kernel, tl, triton
-from .variant import TYPE_NAMES, Variant, split, with_odd_rows
 
 # Derived, not measured: one row a lane; 1,600 rows are 13 programs.
 _PREPARE = launch.Table("row_adamw.prepare", {"BLOCK": 128, "num_warps": 4, "num_stages": 1})

@@ -16,9 +16,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import dispatch, launch
-from .jit import kernel, tl, triton
-from .variant import TYPE_NAMES, Variant, odd, split, with_odd_rows
+from ..runtime import dispatch
+from ..runtime import launch_config as launch
+from ..runtime.specialisation import TYPE_NAMES, Variant, odd, split, with_odd_rows
+from ..runtime.triton_shim import kernel, tl, triton
 
 # Derived, not measured: tensor cores take 16 tokens at least, and a token's 64 picks read by 32 and 64 programs keep
 # more of the memory busy than the few tiles of a GEMM with so few rows.

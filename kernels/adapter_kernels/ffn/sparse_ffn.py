@@ -35,7 +35,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, plain_ffn, sparse_ffn_kernels
+from ..runtime import dispatch
+from . import plain_ffn, sparse_ffn_kernels
 from .sparse_ffn_kernels import variants
 from .sparse_products import column_sums, entry_dots, line_sums
 

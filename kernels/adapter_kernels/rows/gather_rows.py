@@ -27,9 +27,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import dispatch, jit, launch
-from .jit import kernel, tl, triton
-from .variant import TYPE_NAMES, Variant, split
+from ..runtime import dispatch
+from ..runtime import launch_config as launch
+from ..runtime import triton_shim as jit
+from ..runtime.specialisation import TYPE_NAMES, Variant, split
+from ..runtime.triton_shim import kernel, tl, triton
 
 _log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""AdamW on single rows of a table."""

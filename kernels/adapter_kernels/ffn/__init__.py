@@ -1,0 +1,1 @@
+"""The sparse FFN over gathered rows, forward and backward."""

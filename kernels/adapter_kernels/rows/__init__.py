@@ -1,0 +1,1 @@
+"""Rows of tables: the union of what tokens picked, and copies of it."""

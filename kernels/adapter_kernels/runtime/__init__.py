@@ -1,0 +1,1 @@
+"""What every op needs: Triton or torch, launches, specialisations for ahead-of-time compilation, threads."""
