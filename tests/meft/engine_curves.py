@@ -5,6 +5,7 @@ The long run, SmolLM2-135M with all of its layers, is benchmarks/bench_engine_cu
 
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -51,11 +52,18 @@ def by_the_engine(model, batches, lanes):
 
     def recorded(pick):
         def record(self, layer, x, logits):
-            picks = pick(self, layer, x, logits)
-            mask = torch.zeros(len(x), layer.config.r + 1, dtype=torch.bool)
-            ids = torch.where(picks.position >= 0, picks.rows[picks.position.clamp(min=0)], layer.config.r)
-            masks.append(mask.scatter_(1, ids.to(torch.int64), True)[:, :-1])
-            return picks
+            picking = pick(self, layer, x, logits)
+
+            def wait():
+                picks = picking.wait()
+                if picks.arrival is not None:
+                    picks.arrival.wait()
+                mask = torch.zeros(len(x), layer.config.r + 1, dtype=torch.bool)
+                ids = torch.where(picks.position >= 0, picks.rows[picks.position.clamp(min=0)], layer.config.r)
+                masks.append(mask.scatter_(1, ids.to(torch.int64), True)[:, :-1])
+                return picks
+
+            return replace(picking, wait=wait)
 
         return record
 
