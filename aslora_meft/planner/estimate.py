@@ -251,8 +251,9 @@ def _largest(model: _Model, config: Any, request: Request) -> dict[str, int]:
     found, r = {}, getattr(model.config, "r", None)
     if isinstance(r, int):
         step = 1
-        if request.method == "meft":  # in multiples of what a token keeps, and coarser where there are many
-            step = math.lcm(model.config.top_k, request.adapter.get("num_experts") or 1) * max(1, r // 4096)
+        if request.method == "meft":  # whole experts, in multiples of what a token keeps, coarser where there are many
+            whole = math.lcm(model.config.top_k, request.adapter.get("num_experts") or 1)
+            step = whole * max(1, model.config.top_k * max(1, r // 4096) // whole)
         found["r"] = largest(r, step, lambda n: replace(request, adapter={**request.adapter, "r": n}))
     batch, length = request.per_device_train_batch_size, request.max_length
     found["per_device_train_batch_size"] = largest(batch, 1, lambda n: replace(request, per_device_train_batch_size=n))

@@ -167,6 +167,13 @@ def test_the_largest_r_fits(told):
     assert told("--r", many, "--retrieval", "device-rows", "--gpu", gpu_of(2**24))["fits"] is True
 
 
+def test_the_largest_r_is_one_that_num_experts_divides(told):
+    words = ("--num_experts", 41, "--retrieval", "device-rows", "--gpu", gpu_of(2**24))
+    many = told("--r", 65600, *words)["largest_that_fits"]["r"]
+    assert 0 < many < 65600
+    assert told("--r", many, *words)["fits"] is True
+
+
 def test_other_methods(told, folder, capsys):
     found = told("--method", "lora", "--r", 8, "--gpu", "1GiB", "--card", "l4", "--optim", "adamw_8bit")
     assert found["trainable_values"] == 2 * 8 * (64 + 64 + 64 + 32)  # q_proj and v_proj
