@@ -18,7 +18,6 @@ from peft_bridge import MethodTuner
 
 from .config import ASLoRAConfig
 from .files import adapter_file as storage
-from .files.weighted_adapter import combine
 from .injection import build, check_names, merge_units, new_layer
 from .layer import ASLoRALayer, Linear
 from .layer_groups import group_of_key
@@ -26,6 +25,7 @@ from .mixed_batch import adapters_per_sample
 from .report import SharingReport, report
 from .sharing.merge_run import SharingRun
 from .sharing.shared_tensors import SharedA, SharedB
+from .weighted_adapter import combine
 
 
 class ASLoRAModel(MethodTuner):
@@ -204,7 +204,7 @@ class ASLoRAModel(MethodTuner):
         density: float | None = None,
         majority_sign_method: str = "total",
     ) -> None:
-        """Add an adapter that combines others; see `aslora.files.weighted_adapter.combine`.
+        """Add an adapter that combines others; see `aslora.weighted_adapter.combine`.
 
         `density` and `majority_sign_method` are PEFT's, for kinds of combination that ASLoRA does not have; they are
         not used.

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from adapter_kernels.runtime.host_threads import VARIABLE
 from meft import MEFTConfig
 from meft.layer import MEFTLayer
+from meft.num_experts import default_num_experts
 from meft.optim.optimizer_hook import update_table
-from meft.routing.reference import default_num_experts, reference
+from meft.routing.reference import reference
 from meft.table.row_step import StepRule
 from peft_bridge import replace_file
 

@@ -18,6 +18,7 @@ from .files.export import export_dense, export_resident, load_resident
 from .files.training_state import check_training_state
 from .model import MEFTModel, take_back
 from .optim.row_adamw import RowAdamW
+from .row_optimizer import RowOptimizerConfig
 from .table.host_loading import host_storages_begin, host_storages_end  # noqa: F401  # names in optimizer.pt
 from .table.moments import row_moments_of_file  # noqa: F401
 
@@ -39,6 +40,7 @@ __all__ = [
     "MEFTConfig",
     "MEFTModel",
     "RowAdamW",
+    "RowOptimizerConfig",
     "check_training_state",
     "export_dense",
     "export_resident",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -11,8 +11,8 @@ import torch
 from peft_bridge import MethodConfig, is_int, is_number, known_keywords
 
 from .fields_of_0_1 import without_fields_of_0_1
-from .routing.reference import default_num_experts, divisors_around
-from .row_optimizer import check_row_optimizer
+from .num_experts import default_num_experts, divisors_around
+from .row_optimizer import RowOptimizerConfig
 
 
 @known_keywords
@@ -146,21 +146,11 @@ class MEFTConfig(MethodConfig):
         default=True,
         metadata={"help": "Page-lock the rows that cross to a CUDA device; for a model on the CPU nothing is locked."},
     )
-    row_optimizer: dict[str, Any] | None = field(
+    row_optimizer: RowOptimizerConfig | dict[str, Any] | None = field(
         default=None,
         metadata={
-            "help": "How rows are updated. None: lr, betas, eps and weight decay of the Adam or AdamW that holds them; "
-            "a row's moments and bias correction advance only when it is touched. A dict may set 'in_backward' (True: "
-            "from the second step on, rows of a model on a GPU are updated while the backward pass goes on, as their "
-            "gradients reach the host, with accumulation by accelerate or a Trainer in that of the last micro-batch; "
-            "clipping, GradScaler, other accumulation and two forward passes in a backward pass then raise an error, "
-            "and a gradient that is not finite stops the update of its own rows only), 'zero_copy' (True: a kernel on "
-            "the GPU steps the rows "
-            "over PCIe in place of the host's threads, for hosts with few cores: `aslora-meft doctor` measures both; "
-            "masters and moments are page-locked for it, and neither retrieval='auto' nor `aslora-meft estimate` "
-            "reckons with it), and 'lr', 'betas', 'eps', 'weight_decay' in place of the optimizer's; with 'lr', which "
-            "no schedule changes, any optimizer will do. meft.RowAdamW has these four itself and reads 'zero_copy' "
-            "alone."
+            "help": "How rows are updated: a `meft.RowOptimizerConfig`, or a dict of its fields (in_backward, "
+            "zero_copy, lr, betas, eps, weight_decay). None: by the rule of the Adam or AdamW that holds them."
         },
     )
     balance_loss_weight: float = field(
@@ -183,7 +173,7 @@ class MEFTConfig(MethodConfig):
         if not is_number(self.balance_loss_weight) or self.balance_loss_weight < 0:
             raise ValueError(f"balance_loss_weight={self.balance_loss_weight!r} must be a number of at least 0.")
         self._check_placement()
-        check_row_optimizer(self)
+        self._check_row_optimizer()
 
     def _check_sizes(self) -> None:
         experts = self.num_experts
@@ -223,6 +213,28 @@ class MEFTConfig(MethodConfig):
             if (self.row_dtype, self.master_dtype) == ("float16", "bfloat16"):
                 raise ValueError("row_dtype='float16' cannot hold master_dtype='bfloat16': use row_dtype='auto'.")
 
+    def _check_row_optimizer(self) -> None:
+        given = self.row_optimizer
+        if given is None:
+            return
+        if not isinstance(given, RowOptimizerConfig):
+            names = [f.name for f in fields(RowOptimizerConfig)]
+            if not isinstance(given, Mapping) or set(given) - set(names):
+                raise ValueError(
+                    f"row_optimizer={given!r} must be None, a RowOptimizerConfig or a dict with some of "
+                    f"{', '.join(names)}."
+                )
+            given = self.row_optimizer = RowOptimizerConfig(**given)
+        if not given.zero_copy:
+            return
+        needs = "row_optimizer: zero_copy=True needs"
+        if self.master_dtype == "float64":
+            raise ValueError(f"{needs} master_dtype='float32' or 'bfloat16': the GPU's kernel has no float64.")
+        if not (self.on_host and self.pin_memory):
+            raise ValueError(
+                f"{needs} rows in page-locked host memory: leave placement='host' and pin_memory=True, or leave it out."
+            )
+
     @classmethod
     def upgraded(cls, saved: Mapping[str, Any]) -> dict[str, Any]:
         """Take fields of 0.1 out."""
@@ -255,11 +267,17 @@ class MEFTConfig(MethodConfig):
         return self.placement != "device"
 
     @property
+    def row_rule(self) -> RowOptimizerConfig:
+        """`row_optimizer`, or its defaults."""
+        given = self.row_optimizer
+        return given if isinstance(given, RowOptimizerConfig) else RowOptimizerConfig(**(given or {}))
+
+    @property
     def updates_in_backward(self) -> bool:
         """Whether rows are updated as their gradients land."""
-        return bool((self.row_optimizer or {}).get("in_backward", False))
+        return self.row_rule.in_backward
 
     @property
     def zero_copy(self) -> bool:
         """Whether the GPU steps rows in host memory."""
-        return bool((self.row_optimizer or {}).get("zero_copy", False))
+        return self.row_rule.zero_copy

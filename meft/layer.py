@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from .config import MEFTConfig
 from .load_balancing import attach_balance_loss
 from .retrieval import forward_context as context
-from .retrieval.carry import Fetched, LayerRows, Picks
 from .retrieval.engine import Engine
 from .retrieval.in_place import retrieved
 from .retrieval.second_order import check_not_transformed
 from .retrieval.sparse_ffn import SparseFFN, check_versions
+from .retrieval.types import Fetched, Picks
 from .routing.router import Router, Routers
 from .routing.topk import Selection
+from .table.layer_rows import LayerRows
 from .table.row_table import RowTable
 from .transport.transfer import Traffic, nbytes
 

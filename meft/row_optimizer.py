@@ -1,45 +1,60 @@
-"""What `MEFTConfig.row_optimizer` may hold."""
+"""How the rows of an adapter are updated: a part of `MEFTConfig`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 from peft_bridge import is_number
 
-if TYPE_CHECKING:
-    from .config import MEFTConfig
 
-_KEYS = ("in_backward", "zero_copy", "lr", "betas", "eps", "weight_decay")
+@dataclass
+class RowOptimizerConfig:
+    """How MEFT's rows are updated. What is None is that of the Adam or AdamW that holds them.
 
+    A row's moments and bias correction advance only when it is touched. `meft.RowAdamW` has `lr`, `betas`, `eps` and
+    `weight_decay` itself and reads `zero_copy` alone.
 
-def check_row_optimizer(config: MEFTConfig) -> None:
-    """Raises: ValueError: a key is unknown, or a value impossible, alone or beside the other fields."""
-    given = config.row_optimizer
-    if given is None:
-        return
-    if not isinstance(given, Mapping) or set(given) - set(_KEYS):
-        raise ValueError(f"row_optimizer={given!r} must be None or a dict with some of {', '.join(_KEYS)}.")
-    for name in ("in_backward", "zero_copy"):
-        if not isinstance(given.get(name, False), bool):
-            raise ValueError(f"row_optimizer: {name}={given[name]!r} must be True or False.")
-    if given.get("zero_copy", False):
-        _check_zero_copy(config)
-    for name in ("lr", "eps", "weight_decay"):
-        if name in given and (not is_number(given[name]) or given[name] < 0):
-            raise ValueError(f"row_optimizer: {name}={given[name]!r} must be a number of at least 0.")
-    if "betas" in given:
-        betas = given["betas"]
+    Raises:
+        ValueError: a field has an impossible value; the message names the field, the value and the remedy.
+    """
+
+    in_backward: bool = field(
+        default=False,
+        metadata={
+            "help": "From the second step on, update rows of a model on a GPU while the backward pass goes on, as "
+            "their gradients reach the host; with accumulation by accelerate or a Trainer in the backward pass of the "
+            "last micro-batch. Clipping, GradScaler, other accumulation and two forward passes in a backward pass then "
+            "raise an error, and a gradient that is not finite stops the update of its own rows only."
+        },
+    )
+    zero_copy: bool = field(
+        default=False,
+        metadata={
+            "help": "A kernel on the GPU steps the rows over PCIe in place of the host's threads, for hosts with few "
+            "cores: `aslora-meft doctor` measures both. Masters and moments are page-locked for it; neither "
+            "retrieval='auto' nor `aslora-meft estimate` reckons with it."
+        },
+    )
+    lr: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate, which no schedule changes; with it, any optimizer may hold the rows."},
+    )
+    betas: tuple[float, float] | None = field(default=None, metadata={"help": "Two numbers in [0, 1)."})
+    eps: float | None = field(default=None, metadata={"help": "Term added to the denominator, at least 0."})
+    weight_decay: float | None = field(default=None, metadata={"help": "Decoupled weight decay, at least 0."})
+
+    def __post_init__(self) -> None:
+        for name in ("in_backward", "zero_copy"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"row_optimizer: {name}={getattr(self, name)!r} must be True or False.")
+        for name in ("lr", "eps", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None and (not is_number(value) or value < 0):
+                raise ValueError(f"row_optimizer: {name}={value!r} must be a number of at least 0.")
+        betas = self.betas
+        if betas is None:
+            return
         good = isinstance(betas, list | tuple) and len(betas) == 2
         if not good or not all(is_number(b) and 0 <= b < 1 for b in betas):
             raise ValueError(f"row_optimizer: betas={betas!r} must be two numbers in [0, 1), e.g. (0.9, 0.999).")
-
-
-def _check_zero_copy(config: MEFTConfig) -> None:
-    needs = "row_optimizer: zero_copy=True needs"
-    if config.master_dtype == "float64":
-        raise ValueError(f"{needs} master_dtype='float32' or 'bfloat16': the GPU's kernel has no float64.")
-    if not (config.on_host and config.pin_memory):
-        raise ValueError(
-            f"{needs} rows in page-locked host memory: leave placement='host' and pin_memory=True, or leave it out."
-        )
+        self.betas = (betas[0], betas[1])

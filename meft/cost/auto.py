@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..config import MEFTConfig
-from ..retrieval.carry import LayerRows
 from .calibration import Calibration, calibrated
 from .fit import strategies_that_fit
 from .memory import AdapterShape, Plan, Rows, Work
@@ -106,7 +105,7 @@ def out_of_memory_errors(device: torch.device) -> int:
 
 
 def choose(
-    config: MEFTConfig, layers: Sequence[LayerRows], x: Tensor, around: Surroundings | None, free: int,
+    config: MEFTConfig, layers: int, x: Tensor, around: Surroundings | None, free: int,
     calibration: Calibration | None,
 ) -> Plan:  # fmt: skip
     """The plan of an adapter whose rows are in host memory.
@@ -116,11 +115,12 @@ def choose(
     one that moves least, and if none fits the one that takes least.
 
     Args:
+        layers: how many the adapter has.
         x: [T, d], the input of a layer in the first pass.
         free: bytes that can still be allocated on the device.
     """
     T, d = x.shape
-    shape = AdapterShape.of(config, d=d, layers=len(layers), base_dtype=x.dtype)
+    shape = AdapterShape.of(config, d=d, layers=layers, base_dtype=x.dtype)
     work = Work(tokens=T, union=min(config.r, T * config.top_k))
     if around is not None:
         free -= around.activations(T)
@@ -149,7 +149,7 @@ def choose(
     return min(plans, key=seconds)
 
 
-def chosen(config: MEFTConfig, layers: Sequence[LayerRows], x: Tensor, around: Surroundings | None) -> Plan:
+def chosen(config: MEFTConfig, layers: int, x: Tensor, around: Surroundings | None) -> Plan:
     """The plan for inputs like x [T, d] on their CUDA device, by the memory that is free now; says what was chosen."""
     free = free_bytes(x.device)
     plan = choose(config, layers, x, around, free, _calibration(x.device))

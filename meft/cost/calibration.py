@@ -24,7 +24,7 @@ from adapter_kernels.runtime.host_threads import host_threads
 from peft_bridge.files import replace_file
 
 from ..config import MEFTConfig
-from ..retrieval.carry import picked_neurons
+from ..routing.topk import picked_neurons
 from ..table.gpu_step import ZeroCopySteps
 from ..table.moments import Moments
 from ..table.row_step import StepRule, update_rows

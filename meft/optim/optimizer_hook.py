@@ -16,6 +16,7 @@ from torch.profiler import record_function
 
 from ..config import MEFTConfig
 from ..gradient.row_gradient import RowGradient, as_row_gradient, overflow_watchers
+from ..row_optimizer import RowOptimizerConfig
 from ..table.moments import KEY, RowMoments, count_step
 from ..table.row_step import StepRule
 from ..table.row_table import RowTable
@@ -28,21 +29,20 @@ def _is_bitsandbytes_adam(optimizer: Optimizer) -> bool:
     return kind.__module__.startswith("bitsandbytes.") and kind.__name__.removeprefix("Paged") in _BNB_ADAM
 
 
-def rule_of(optimizer: Optimizer, group: dict[str, Any], given: dict[str, Any] | None) -> StepRule:
+def rule_of(optimizer: Optimizer, group: dict[str, Any], given: RowOptimizerConfig) -> StepRule:
     """The row rule of one step.
 
     Args:
         optimizer: who steps.
         group: its parameter group with the rows.
-        given: `MEFTConfig.row_optimizer`.
+        given: what goes before the group's own fields.
 
     Raises:
         ValueError: the optimizer is no Adam or AdamW whose rule is known, and `given` has no lr.
     """
-    given = given or {}
     # By exact type: a subclass may step by another rule.
     torch_adam, bnb_adam = type(optimizer) in (Adam, AdamW), _is_bitsandbytes_adam(optimizer)
-    if not (torch_adam or bnb_adam) and "lr" not in given:
+    if not (torch_adam or bnb_adam) and given.lr is None:
         raise ValueError(
             f"MEFT's rows are updated by the rule of Adam or AdamW, and {type(optimizer).__name__} is neither: use "
             "one of these, give the rows to meft.RowAdamW, or set row_optimizer=dict(lr=..., betas=...) in MEFTConfig."
@@ -53,13 +53,18 @@ def rule_of(optimizer: Optimizer, group: dict[str, Any], given: dict[str, Any] |
                 f"{type(optimizer).__name__} has {name}=True, which MEFT's rows do not support: set it to False."
             )
     known = group if torch_adam or bnb_adam else {}
-    beta1, beta2 = given.get("betas", known.get("betas", (0.9, 0.999)))
+    beta1, beta2 = given.betas or known.get("betas", (0.9, 0.999))
+
+    def own(name: str, default: float) -> float:
+        value = getattr(given, name)
+        return float(known.get(name, default) if value is None else value)
+
     return StepRule(
-        lr=float(given.get("lr", known.get("lr", 0.0))),
+        lr=own("lr", 0.0),
         beta1=float(beta1),
         beta2=float(beta2),
-        eps=float(given.get("eps", known.get("eps", 1e-8))),
-        weight_decay=float(given.get("weight_decay", known.get("weight_decay", 0.0))),
+        eps=own("eps", 1e-8),
+        weight_decay=own("weight_decay", 0.0),
         # Decoupled: AdamW, and all of bitsandbytes' Adams; coupled is torch's Adam alone.
         decoupled=not torch_adam or bool(group.get("decoupled_weight_decay", type(optimizer) is AdamW)),
     )
@@ -187,7 +192,7 @@ class RowSteps:
                 continue
             if owner is not None:
                 raise ValueError(TWO_OPTIMIZERS)
-            rule_of(optimizer, group_of(optimizer, table.rows), self.configs[name].row_optimizer)
+            rule_of(optimizer, group_of(optimizer, table.rows), self.configs[name].row_rule)
 
     def before_closure(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         """Rows do not move before the step ends."""
@@ -206,7 +211,7 @@ class RowSteps:
             if table.rows.grad is None or getattr(table.rows.grad, "spent", False):
                 table.rows.grad = None
                 continue
-            rule = rule_of(optimizer, group_of(optimizer, table.rows), self.configs[name].row_optimizer)
+            rule = rule_of(optimizer, group_of(optimizer, table.rows), self.configs[name].row_rule)
             found.append((table, table.moments_in(optimizer), as_row_gradient(table.rows.grad, table.rows), rule))
         for table, entry, gradient, rule in found:  # nothing fails from here on
             table.rows.grad = None
@@ -249,7 +254,7 @@ class RowSteps:
             earlier = as_row_gradient(table.rows.grad, table.rows)
             earlier.add_(gradient)
             gradient, table.rows.grad = earlier, None
-        rule = rule_of(optimizer, group_of(optimizer, table.rows), config.row_optimizer)
+        rule = rule_of(optimizer, group_of(optimizer, table.rows), config.row_rule)
         gradient.spent = True
         entry = table.moments_in(optimizer)
         count_step(optimizer, table.rows)

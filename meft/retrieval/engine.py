@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,40 +20,22 @@ from ..cost.auto import Surroundings, chosen, out_of_memory_errors
 from ..gradient.offload_ring import GradientRing
 from ..gradient.row_gradient import RowGradient
 from ..table.gpu_step import ZeroCopySteps
+from ..table.layer_rows import LayerRows
 from ..table.row_table import RowTable
 from ..table.update_queue import UpdateQueue
 from ..transport.openmp_waiting import check_waiting
 from ..transport.streams import CudaLanes, Lanes, lanes_of
-from .carry import Fetched, LayerRows, Picks, experts_of
+from .gather import experts_of
 from .gathered_ffn import BroughtFFN, BroughtRows
 from .refetch import refetched_in_backward
 from .second_order import AsRowGradient
 from .sparse_ffn import check_versions
 from .strategies import STRATEGIES, Strategy, capturing
+from .types import Begun, Fetched, Picks
 
 logger = logging.getLogger(__name__)
 
 _LEAST_SLOT = 256  # rows of a staging buffer, however few the first gradient has: a batch of padding has none
-
-
-@dataclass(eq=False)
-class Begun:
-    """A layer's work that was queued beside the base FFN.
-
-    Attributes:
-        picks: the picks; None until somebody has waited for them.
-        fetched: the rows; None before their way was queued, and once they were used.
-        versions: of keys and values as they are read.
-        again: whether this is a recomputation.
-        complete: waits for the picks and queues the way of their rows, if that was not done yet.
-    """
-
-    layer: LayerRows
-    picks: Picks | None
-    fetched: Fetched | None
-    versions: tuple[int, int]
-    again: bool
-    complete: Callable[[], tuple[Picks, Fetched]] | None = None
 
 
 class Engine:
@@ -141,7 +122,7 @@ class Engine:
             return strategy, rows
         if not x.is_cuda:
             return "host", rows
-        plan = chosen(config, self.layers, x, self.around() if self.around is not None else None)
+        plan = chosen(config, len(self.layers), x, self.around() if self.around is not None else None)
         self._planned_for = len(x), out_of_memory_errors(x.device)
         return plan.strategy, plan.work.rows
 

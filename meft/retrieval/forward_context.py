@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..routing.topk import Selection
-from .carry import Fetched, Picks
+from .types import Fetched, Picks
 
 
 @dataclass

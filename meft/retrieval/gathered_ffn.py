@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,9 +12,17 @@ from adapter_kernels import sparse_ffn, sparse_ffn_backward
 
 from .forward_context import graph_kept
 from .second_order import ValuesOf, check_not_batched, ffn_of_picks, gradients
+from .types import Begun
 
-if TYPE_CHECKING:
-    from .engine import Begun, Engine
+
+class GradientSink(Protocol):
+    """Who takes the gradients of gathered rows: of keys (0) or values (1), [u, d]."""
+
+    def send_back(self, begun: Begun, which: int, gradient: Tensor) -> Tensor:
+        """The gradient of the table, which leaves for it."""
+
+    def keep_graph(self, begun: Begun, which: int, gradient: Tensor) -> Tensor:
+        """The same with a graph, and at once."""
 
 
 class BroughtRows(torch.autograd.Function):
@@ -32,7 +40,7 @@ class BroughtRows(torch.autograd.Function):
         key_rows: Tensor,
         dtype: torch.dtype,
         idle: Tensor | None,
-        engine: Engine,
+        engine: GradientSink,
         begun: Begun,
         done: Callable[[], None],
     ) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..config import MEFTConfig
 from ..routing.topk import Selection, select_neurons, union
+from ..table.layer_rows import LayerRows
 from ..transport.transfer import Traffic, nbytes
-from .carry import LayerRows
 from .sparse_ffn import Retrieved
 
 

@@ -5,21 +5,32 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .carry import Fetched
+from ..transport.streams import Lanes
+from .types import Begun, Fetched
 
-if TYPE_CHECKING:
-    from .engine import Begun, Engine
+
+class Fetcher(Protocol):
+    """Who brings rows again.
+
+    Attributes:
+        lanes: in whose order they arrive.
+    """
+
+    lanes: Lanes | None
+
+    def fetch_again(self, begun: Begun) -> Fetched:
+        """Queue the way of a layer's rows; raises RuntimeError where they have been updated."""
 
 
 class _Absent:
     """Rows of one layer in one pass that its graph names instead of keeping."""
 
-    def __init__(self, engine: Engine, begun: Begun, dtype: torch.dtype, below: _Absent | None) -> None:
+    def __init__(self, engine: Fetcher, begun: Begun, dtype: torch.dtype, below: _Absent | None) -> None:
         self.engine, self.begun, self.dtype = engine, begun, dtype
         self._below = weakref.ref(below) if below is not None else None
         self._fetched: Fetched | None = None
@@ -48,7 +59,7 @@ class _Absent:
 
 @contextmanager
 def refetched_in_backward(
-    engine: Engine, begun: Begun, rows: tuple[Tensor, Tensor], wanted: bool, below: _Absent | None
+    engine: Fetcher, begun: Begun, rows: tuple[Tensor, Tensor], wanted: bool, below: _Absent | None
 ) -> Iterator[_Absent | None]:
     """Let what is recorded in the block not keep `rows`, where that is wanted.
 

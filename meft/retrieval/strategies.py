@@ -15,21 +15,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..routing.topk import picked_neurons
+from ..table.layer_rows import LayerRows
 from ..transport.staging import Coming, Slot
 from ..transport.streams import Lanes, Mark
 from ..transport.transfer import nbytes
-from .carry import (
-    DeviceCopy,
-    Fetched,
-    KeyBuffers,
-    LayerRows,
-    Picking,
-    Picks,
-    gather,
-    picked_neurons,
-    rows_of,
-    union_of,
-)
+from .device_cache import DeviceCopy, KeyBuffers
+from .gather import gather, rows_of, union_of
+from .types import Fetched, Picking, Picks
 
 _ALIGNED = 4  # ids of 4 bytes that end where another tensor may begin: kernels read 16 bytes at a time
 
@@ -120,7 +113,7 @@ class Host(Strategy):
         (here,) = self._up.take(((start + len(rows),), torch.int32))
         here[: position.numel()].view(position.shape).copy_(position)
         here[start:].copy_(rows)
-        with torch.inference_mode(False):  # as in `carry.gather`
+        with torch.inference_mode(False):  # as in `gather`
             there = self.lanes.inbound.empty(tuple(here.shape), here.dtype)
         try:
             self.lanes.inbound.run(partial(there.copy_, here, non_blocking=True), [there])

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from adapter_kernels import expert_topk, router_topk
 
+from ..config import MEFTConfig
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -92,3 +94,12 @@ def union(neuron: Tensor, r: int) -> tuple[Tensor, Tensor]:
     used[neuron] = True
     place = used.cumsum(0) - 1
     return used.nonzero().flatten(), place[neuron]
+
+
+def picked_neurons(x: Tensor, logits: Tensor, keys: Tensor, config: MEFTConfig) -> Tensor:
+    """Ids of the neurons of each token, int32 [T, K], -1 where there are fewer; computed where the keys are.
+
+    Args:
+        x: [T, d]. logits: W_g x, [T, E]. keys: [r, d].
+    """
+    return best_neurons(x, logits, keys, config.probed, config.top_k, config.router_factor, by_neuron=False)[0]

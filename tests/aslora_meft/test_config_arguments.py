@@ -9,7 +9,7 @@ from aslora import ASLoRAConfig
 from aslora_meft.arguments import parse_train
 from aslora_meft.config_arguments import METHODS, config_fields, make_config
 from aslora_meft.errors import UsageError
-from meft import MEFTConfig
+from meft import MEFTConfig, RowOptimizerConfig
 
 NEEDED = ["--model", "m", "--data", "d.jsonl", "--output_dir", "o"]
 
@@ -32,7 +32,7 @@ MEFT = {
     "placement": ("host", "host"), "retrieval": ("stream", "stream"), "backward_rows": ("refetch", "refetch"),
     "gradient_dtype": ("float32", "float32"), "row_dtype": ("bfloat16", "bfloat16"),
     "master_dtype": ("bfloat16", "bfloat16"), "pin_memory": ("0", False),
-    "row_optimizer": ('{"lr": 1e-3, "betas": [0.9, 0.99]}', {"lr": 1e-3, "betas": [0.9, 0.99]}),
+    "row_optimizer": ('{"lr": 1e-3, "betas": [0.9, 0.99]}', RowOptimizerConfig(lr=1e-3, betas=(0.9, 0.99))),
     "balance_loss_weight": (".5", 0.5),
 }  # fmt: skip
 COMMON = {
@@ -90,7 +90,7 @@ def test_nested_mappings_of_a_file(tmp_path):
         "target_modules: '.*mlp'\n"
     )
     config = parse_train([str(path), *NEEDED]).adapter
-    assert config.row_optimizer == {"lr": 1e-3, "in_backward": True, "betas": [0.9, 0.99]}
+    assert config.row_optimizer == RowOptimizerConfig(lr=1e-3, in_backward=True, betas=(0.9, 0.99))
     assert config.target_modules == ".*mlp"
 
 

@@ -120,7 +120,7 @@ class FakeCuda:
         there = property(lambda tensor: sys._getframe(1).f_globals["__name__"] == "meft.transport.streams")
         monkeypatch.setattr(torch.Tensor, "is_cuda", there)
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: self._record(tensor, stream))
-        monkeypatch.setattr("meft.retrieval.carry.bring_rows", gather_by_ids_of_the_device)
+        monkeypatch.setattr("meft.retrieval.gather.bring_rows", gather_by_ids_of_the_device)
         self._late(monkeypatch)
 
     def _late(self, monkeypatch):

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import meft.gradient.offload_ring
-import meft.retrieval.carry
+import meft.retrieval.gather
 import meft.table.row_step
 from meft.gradient.row_gradient import RowGradient
 from meft.table.row_table import RowTable
@@ -366,7 +366,7 @@ def watched(monkeypatch, dropped=()):
         patch.setattr(Future, "result", result_watched)
         patch.setattr(meft.table.row_step, "_call", update_watched)
         patch.setattr(meft.gradient.offload_ring, "drain", drained_watched)
-        patch.setattr(meft.retrieval.carry, "bring_rows", bring)
+        patch.setattr(meft.retrieval.gather, "bring_rows", bring)
         # There is a device, whose stream can be waited for, and what others bring to the host is page-locked.
         for name, value in {
             "is_initialized": True, "device_count": 1, "current_device": 0, "current_stream": Computation(watch),

@@ -11,7 +11,6 @@ from meft.cost.auto import choose, surroundings
 from meft.cost.calibration import Calibration
 from meft.cost.memory import AdapterShape, Plan, Work
 from meft.cost.step_time import BaseModel, Ceilings
-from meft.retrieval.carry import LayerRows
 
 GIB = 2**30
 BASE = BaseModel(256, 4 * 4096**2, 3 * 4096 * 11008, 4096, 32000 * 4096)
@@ -25,7 +24,7 @@ def config(**fields):
 
 def chosen(free, given=None, calibration=None, tokens=512):
     given = given or config()
-    layers = [LayerRows(i, None, None, given, None) for i in range(32)]
+    layers = 32
     around = auto.Surroundings(BASE, lambda tokens: 0)
     return choose(given, layers, torch.empty(tokens, 4096, dtype=torch.bfloat16), around, free, calibration)
 
@@ -62,7 +61,7 @@ def test_what_does_not_fit_at_all_takes_the_least_and_says_so(caplog):
 
 
 def test_activations_are_left_room():
-    layers = [LayerRows(i, None, None, config(), None) for i in range(32)]
+    layers = 32
     around = auto.Surroundings(BASE, lambda tokens: tokens * GIB // 512)
     free = size("device-rows", "save")
     x = torch.empty(512, 4096, dtype=torch.bfloat16)
@@ -107,7 +106,7 @@ def test_a_device_without_the_memory_to_be_measured_gets_what_moves_least(monkey
 
     monkeypatch.setattr(auto, "calibrated", full)
     monkeypatch.setattr(auto, "free_bytes", lambda device: 10**15)
-    layers = [LayerRows(i, None, None, config(), None) for i in range(32)]
+    layers = 32
     plan = auto.chosen(config(), layers, torch.empty(512, 4096, dtype=torch.bfloat16), None)
     assert plan == chosen(10**15)
     assert "no memory left to be measured in" in caplog.text
@@ -115,7 +114,7 @@ def test_a_device_without_the_memory_to_be_measured_gets_what_moves_least(monkey
 
 def test_each_plan_reads_the_memory_that_is_free_then(monkeypatch):
     monkeypatch.setattr(auto, "calibrated", lambda device: None)
-    layers = [LayerRows(i, None, None, config(), None) for i in range(32)]
+    layers = 32
     x, found = torch.empty(512, 4096, dtype=torch.bfloat16), []
     for free in (10**15, 1):
         monkeypatch.setattr(auto, "free_bytes", lambda device, free=free: free)

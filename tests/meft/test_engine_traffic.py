@@ -4,7 +4,7 @@ import pytest
 import torch
 from thread_lanes import ThreadLanes
 
-import meft.retrieval.carry
+import meft.retrieval.gather
 import meft.retrieval.strategies
 
 STRATEGIES = ["host", "stream", "device-keys", "device-rows"]
@@ -23,7 +23,7 @@ class CountingLanes(ThreadLanes):
 def counted(monkeypatch):
     """Count in the copies: their targets, whatever the engine says of them."""
     lanes = CountingLanes()
-    bring, copy = meft.retrieval.carry.bring_rows, torch.Tensor.copy_
+    bring, copy = meft.retrieval.gather.bring_rows, torch.Tensor.copy_
 
     def bring_counted(rows, host_rows, tables, out):
         lanes.bytes["inbound"] += sum(x.numel() * x.element_size() for x in out)
@@ -35,7 +35,7 @@ def counted(monkeypatch):
             lanes.bytes["outbound" if staged else "inbound"] += self.numel() * self.element_size()
         return copy(self, source, non_blocking)
 
-    monkeypatch.setattr(meft.retrieval.carry, "bring_rows", bring_counted)
+    monkeypatch.setattr(meft.retrieval.gather, "bring_rows", bring_counted)
     monkeypatch.setattr(torch.Tensor, "copy_", copy_counted)
     yield lanes
     lanes.close()
@@ -126,7 +126,7 @@ def test_the_formulas(tiny, counted, strategy, rows, checkpointing):
 def test_checkpointing_with_kept_rows_gathers_once(tiny, counted, monkeypatch):
     """Not again for the recomputation, and not again for the backward pass behind it."""
     calls = []
-    real = meft.retrieval.carry.gather
+    real = meft.retrieval.gather.gather
 
     def gather(lanes, layer, *rest):
         calls.append(layer.number)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_engine import STRATEGIES, on_lanes
 
-import meft.retrieval.carry
+import meft.retrieval.gather
 import meft.retrieval.gathered_ffn
 from adapter_kernels import expert_topk, sparse_ffn, sparse_ffn_backward
 from meft.routing.reference import reference

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meft.routing.reference import chosen_neurons, default_num_experts, divisors_around, reference
+from meft.num_experts import default_num_experts, divisors_around
+from meft.routing.reference import chosen_neurons, reference
 
 
 def by_rank(scores, ids, n):

@@ -8,8 +8,8 @@ from fake_cuda import FakeCuda
 from near_device import THERE, BlockingError, Near, NearDevice
 from torch import nn
 
-import meft.retrieval.carry
 import meft.retrieval.engine
+import meft.retrieval.gather
 import meft.retrieval.strategies
 from meft.table.row_table import RowTable
 from meft.transport.streams import CudaLanes, HostLanes, _Stream

@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from peft.utils import ModulesToSaveWrapper
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..layer_groups import a_group_of, module_path
-from ..sharing.merge_math import common_refinement
-from ..sharing.shared_tensors import SharedB
+from .config import ASLoRAConfig
+from .layer_groups import a_group_of, module_path
+from .sharing.merge_math import common_refinement
+from .sharing.shared_tensors import SharedA, SharedB
 
-if TYPE_CHECKING:
-    from ..model import ASLoRAModel
+
+class Tuner(Protocol):
+    """What a combination needs of the tuner; see `ASLoRAModel`."""
+
+    model: nn.Module
+    peft_config: dict[str, Any]
+
+    @property
+    def configs(self) -> dict[str, ASLoRAConfig]: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def shared_a(self, adapter_name: str) -> dict[str, SharedA]: ...
+
+    def shared_b(self, adapter_name: str) -> dict[str, SharedB]: ...
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str) -> None: ...
+
+    def set_requires_grad(self, adapter_names: str, requires_grad: bool) -> None: ...
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool) -> None: ...
 
 
 def combine(
-    tuner: ASLoRAModel,
+    tuner: Tuner,
     adapters: list[str],
     weights: list[float],
     adapter_name: str,
@@ -118,7 +139,7 @@ def combine(
 class _Source:
     """One input of a combination: reads its A and, by layer index, its B, in float64."""
 
-    def __init__(self, tuner: ASLoRAModel, name: str, weight: float) -> None:
+    def __init__(self, tuner: Tuner, name: str, weight: float) -> None:
         config = tuner.configs[name]
         self.r = config.r
         self.factor = weight * config.scaling
@@ -152,7 +173,7 @@ class _Source:
 
 
 @torch.no_grad()
-def _fill(tuner: ASLoRAModel, adapter_name: str, sources: list[_Source], combination_type: str) -> None:
+def _fill(tuner: Tuner, adapter_name: str, sources: list[_Source], combination_type: str) -> None:
     """Write the values and maps of the new adapter, one A-group after the other."""
     config = tuner.configs[adapter_name]
     for a_group, shared_a in tuner.shared_a(adapter_name).items():

@@ -1,0 +1,92 @@
+"""The union of the picks, and the way of its rows to the device.
+
+The order of a hand-over. Host to device: the launching thread takes a table's lock, which waits for its update, queues
+the copy and leaves its mark with the table (`RowTable.read_until`); an update waits for the marks before it writes.
+A copy into memory that was computed with waits for the mark of that computation; the computation joins the copy's mark.
+In a forward pass rows come beside the base FFN, which is queued before anybody knows how many there are: memory that it
+has given back may be in use until it is through, so they go into memory of the lane (`Lane.empty`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from adapter_kernels import gather_rows, row_union_window
+
+from ..table.layer_rows import LayerRows
+from ..table.row_table import RowTable
+from ..transport.streams import Lanes, Mark
+from ..transport.transfer import bring_rows, nbytes
+from .types import Picks
+
+
+def union_of(ids: Tensor, layer: LayerRows) -> tuple[Tensor, Tensor, Tensor]:
+    """The union of some picks, where they are; without a wait. The experts' load is counted.
+
+    Returns:
+        rows, int32 [as many as there can be], of which the first `count` are the union; count, int32 [1]; the places of
+        the picks in it, int32 [T, K].
+    """
+    r, load = layer.config.r, layer.traffic.load_on(ids.device, layer.config.experts)
+    rows, count, _, position = row_union_window(ids, r, max(1, min(r, ids.numel())), load=load)
+    return rows, count, position
+
+
+def experts_of(picks: Picks, each: int) -> Tensor:
+    """The expert of each pick, int64 [T, K]; any where there is no pick.
+
+    Args:
+        each: neurons of an expert.
+    """
+    if not len(picks.rows):
+        return picks.position.new_zeros(picks.position.shape, dtype=torch.int64)
+    experts = torch.empty(picks.rows.shape, dtype=torch.int64, device=picks.rows.device)
+    torch.div(picks.rows, each, rounding_mode="floor", out=experts)
+    return experts[picks.position]  # -1 is the last one
+
+
+def rows_of(rows: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
+    """Rows of two tables that are on the device."""
+    if tables[0].dtype == tables[1].dtype:
+        return gather_rows(rows, tables)
+    return [table.index_select(0, rows) for table in tables]
+
+
+def gather(
+    lanes: Lanes, layer: LayerRows, tables: Sequence[RowTable], picks: Picks, made: Mark | None = None
+) -> tuple[list[Tensor], Mark]:
+    """Queue the way of a union's rows out of host memory.
+
+    Args:
+        made: the point of the computation where the picks' ids are on the device: rows go into memory of the lane and
+            wait for no more. None: for all that the computation has queued, as memory that it gave back may be theirs.
+
+    Returns:
+        of each table [u, d] in the dtype in which it is read, and the mark after which they are there.
+    """
+    with ExitStack() as held:
+        wires = [held.enter_context(table.reading(picks.host_rows)) for table in tables]
+        forms = [((len(picks.rows), wire.shape[1]), wire.dtype) for wire in wires]
+        with torch.inference_mode(False):  # a lane, which may be a thread, writes into them
+            if made is None:
+                out = [torch.empty(shape, dtype=dtype, device=lanes.device) for shape, dtype in forms]
+            else:
+                out = [lanes.inbound.empty(*form) for form in forms]
+        lanes.inbound.after(lanes.here() if made is None else made)
+        lanes.inbound.run(partial(bring_rows, picks.rows, picks.host_rows, wires, out), [picks.rows, *out])
+        arrival = lanes.inbound.mark()
+        for table in tables:
+            table.read_until(lanes.inbound, arrival)
+    layer.traffic.bytes_to_device += sum(map(nbytes, out))
+    return out, arrival
+
+
+def bring_changed(here: Tensor, ids: Tensor, changed: Tensor, wire: Tensor, near: Tensor) -> None:
+    """Bring rows that have changed and, before them, their ids, which the host has staged in `here`."""
+    ids.copy_(here, non_blocking=True)
+    bring_rows(ids, changed, [wire], [near])

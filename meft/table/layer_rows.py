@@ -1,0 +1,29 @@
+"""The tables of an adapter in one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config import MEFTConfig
+from ..transport.transfer import Traffic
+from .row_table import RowTable
+
+
+@dataclass(eq=False)
+class LayerRows:
+    """An adapter's part in one layer.
+
+    Attributes:
+        number: place of the layer among those of the adapter.
+    """
+
+    number: int
+    keys: RowTable
+    values: RowTable
+    config: MEFTConfig
+    traffic: Traffic
+
+    @property
+    def versions(self) -> tuple[int, int]:
+        """Of keys and values; they change with every update."""
+        return self.keys.version, self.values.version
