@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 import torch
-from kernel_cases_ffn import gate_ffn, gate_lora, shared, sparse
+from kernel_cases_ffn import gate_ffn, sparse
 from kernel_cases_rows import adamw, gate_adamw, gate_rows, gather, scatter
 from kernel_cases_selection import gate_selection, neurons, routing, routing_and_union, union
 from kernel_inputs import FULL, TINY, TOY, Bench, Shapes
@@ -44,7 +44,6 @@ OPS: dict[str, tuple[Plan, Gate, float]] = {
     "router_topk": (routing, gate_selection, 0.5),
     "row_union": (union, gate_selection, 1.0),
     "row_adamw": (adamw, gate_adamw, 2.0),
-    "shared_lora": (shared, gate_lora, 1.0),
 }
 
 

@@ -1,4 +1,4 @@
-"""Cases of the ops with products: sparse_ffn and shared_lora, forward and backward."""
+"""Cases of the ops with products: sparse_ffn, forward and backward."""
 
 import contextlib
 import importlib
@@ -15,8 +15,6 @@ from adapter_kernels.ffn import plain_ffn
 
 YARDSTICK, BARE, DENSE = "torch, mask and ReLU apart", "the bare GEMMs", "dense adapter of all r"
 TOKEN, MASKED = "ours, token form", "ours, masked form"
-SEPARATE, TOGETHER = "torch, each projection by itself", "torch, x A once"
-RANK, SCALING = 16, 2.0
 
 
 def plain_forward(x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor) -> Tensor:
@@ -151,61 +149,6 @@ def unchecked(result: object) -> None:
     """Of what computes something else on purpose: a scale, not a rival."""
 
 
-def shared(bench: Bench) -> list[Planned]:
-    """The updates of q and v, beside torch with and without sharing x A."""
-    op, d = find("shared_lora"), bench.shapes.d
-
-    def build(T: int, backward: bool) -> Case:
-        x, A = bench.randn(T, d, seed=1), bench.randn(RANK, d, seed=2, scale=0.02)
-        bases, Bs = ([bench.randn(n, m, seed=s) for s in (3, 4)] for n, m in ((T, d), (d, RANK)))
-        gs = [bench.randn(T, d, seed=s) for s in (5, 6)]
-
-        def separate(x: Tensor, A: Tensor, *others: Tensor) -> list[Tensor]:
-            return [base + ((x @ A.T) @ B.T) * SCALING for base, B in zip(others[:2], others[2:], strict=True)]
-
-        def together(x: Tensor, A: Tensor, *others: Tensor) -> list[Tensor]:
-            h = (x @ A.T) * SCALING
-            return [torch.addmm(base, h, B.T) for base, B in zip(others[:2], others[2:], strict=True)]
-
-        def ours(x: Tensor, A: Tensor, *others: Tensor) -> list[Tensor]:
-            return op(x, A, list(zip(others[:2], others[2:], strict=True)), SCALING, impl=bench.impl)
-
-        ways = {OURS: ours, SEPARATE: separate, TOGETHER: together}
-        tensors = [x, A, *bases, *Bs]
-        wide = leaves(*(tensor.float() for tensor in tensors))
-        expected = separate(*wide)
-        size = x.element_size()
-        if not backward:
-            outputs = [y.detach() for y in expected]
-
-            def verify(result: list[Tensor]) -> None:
-                for i, (found, output) in enumerate(zip(result, outputs, strict=True)):
-                    close(found, output, f"output {i}")
-
-            contestants = {name: Contestant(partial(way, *tensors)) for name, way in ways.items()}
-            return Case(contestants, verify, 5 * T * d * size, "device copy", 6 * T * d * RANK)
-        trained = [0, 1, 4, 5]  # x, A and both B
-        gradients = torch.autograd.grad(expected, [wide[i] for i in trained], [g.float() for g in gs])
-
-        def backward_of(way: Callable[..., list[Tensor]]) -> Callable[[], tuple[Tensor, ...]]:
-            tracked = leaves(*tensors)
-            ys, inputs = way(*tracked), [tracked[i] for i in trained]
-            return lambda: torch.autograd.grad(ys, inputs, gs, retain_graph=True)
-
-        def verify_gradients(result: tuple[Tensor, ...]) -> None:
-            for name, found, gradient in zip(("dx", "dA", "dB of q", "dB of v"), result, gradients, strict=True):
-                close(found, gradient, name, 2e-2 if found.dtype == torch.bfloat16 else 1e-5)
-
-        contestants = {name: Contestant(backward_of(way)) for name, way in ways.items()}
-        return Case(contestants, verify_gradients, 4 * T * d * size, "device copy", 12 * T * d * RANK)
-
-    return [
-        Planned("backward" if back else "forward", {"r": RANK, "T": T}, partial(build, T, back))
-        for T in sorted(bench.shapes.tokens, key=lambda T: bench.shapes.main[1] != T)
-        for back in (False, True)
-    ]
-
-
 def gate_ffn(bench: Bench) -> None:
     """Output and gradients on few tokens beside the package's own reference in float64, in both forms."""
     from adapter_kernels import reference
@@ -224,26 +167,3 @@ def gate_ffn(bench: Bench) -> None:
         found = torch.autograd.grad(y, tracked, g)
         gradients = torch.autograd.grad(expected, wide, g.cpu().double())
         check_gradients(list(gradients))(tuple(grad.cpu() for grad in found))
-
-
-def gate_lora(bench: Bench) -> None:
-    """Outputs and gradients on few tokens beside the package's own reference in float64, one and two projections."""
-    from adapter_kernels import reference
-
-    op, (T, d, rank) = find("shared_lora"), (37, 96, 5)
-    for widths in ((56,), (96, 40)):
-        x, A = bench.randn(T, d, seed=1), bench.randn(rank, d, seed=2, scale=0.1)
-        bases = [bench.randn(T, n, seed=3 + n) for n in widths]
-        tensors = [x, A, *bases, *(bench.randn(n, rank, seed=4 + n) for n in widths)]
-        gs = [bench.randn(T, n, seed=5 + n) for n in widths]
-        tracked, wide = leaves(*tensors), leaves(*(tensor.cpu().double() for tensor in tensors))
-        k = len(widths)
-        ys = op(*tracked[:2], list(zip(tracked[2 : 2 + k], tracked[2 + k :], strict=True)), SCALING, impl=bench.impl)
-        pairs = zip(wide[2 : 2 + k], wide[2 + k :], strict=True)
-        expected = [reference.shared_lora(wide[0], wide[1], base, B, SCALING) for base, B in pairs]
-        for y, theirs in zip(ys, expected, strict=True):
-            close(y.detach().cpu(), theirs.detach(), "shared_lora: y")
-        found = torch.autograd.grad(ys, tracked, gs)
-        gradients = torch.autograd.grad(expected, wide, [g.cpu().double() for g in gs])
-        for ours, theirs in zip(found, gradients, strict=True):
-            close(ours.cpu(), theirs, "shared_lora: a gradient", 2e-2 if ours.dtype == torch.bfloat16 else 1e-5)

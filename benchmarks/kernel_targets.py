@@ -132,7 +132,6 @@ def choices(rows: list[Row]) -> list[str]:
         "sparse_ffn": (YARDSTICK,),
         "expert_topk": (DENSE,),
         "scatter_rows": (TO_COMPACT, TO_TABLE),
-        "shared_lora": None,
     }
     lines = []
     for row in rows:

@@ -21,7 +21,6 @@ use_tests("adapter_kernels")
 import adamw_checks  # noqa: E402
 import ffn_checks  # noqa: E402
 import kernel_checks  # noqa: E402
-import lora_checks  # noqa: E402
 import row_checks  # noqa: E402
 import selection_checks  # noqa: E402
 from mutations import MUTATIONS, is_noticed  # noqa: E402
@@ -170,18 +169,6 @@ class Battery:
                 tables.step(by, rows, grads, betas=(0.9, 0.99), seed=7)
         for name in both[0].fenced:
             assert torch.equal(both[0][name], both[1][name]), f"{name}: other bits than the torch path's"
-
-    def _shared_lora(self) -> Iterator[tuple[str, str, Callable[[], None]]]:
-        op = self.at(adapter_kernels.shared_lora)
-        shapes = [(20, 40, 5, [24, 7])]
-        if not self.tiny:
-            shapes += [(512, 4096, 16, [4096, 4096]), (1, 4096, 8, [4096, 1024])]
-            shapes += [(37, 576, 16, [576]), (40, 200, 9, [140, 70])]
-        for name, dtype in self.dtypes.items():
-            for T, d, rank, out in shapes:
-                for layout in kernel_checks.LAYOUTS if d <= 576 else ["contiguous"]:
-                    case = lora_checks.Case(T, d, rank, out, dtype, layout=layout)
-                    yield f"T {T} d {d}, {layout}", name, partial(lora_checks.check_lora, op, case)
 
     def _noticed(self, op: str) -> None:
         first = next(each for each in MUTATIONS if each.op == op)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from device.findings import UNMEASURED, arguments, first_line, heard, say
 
-OPS = ("sparse_ffn", "expert_topk", "row_adamw", "gather_rows", "shared_lora", "row_union", "router_topk")
+OPS = ("sparse_ffn", "expert_topk", "row_adamw", "gather_rows", "row_union", "router_topk")
 TARGET = "its float64 oracle"
 
 
@@ -33,14 +33,14 @@ def apart(ops: Sequence[str], options: list[str], seconds: float) -> bool:
 def gated(op: str, device: object, tiny: bool) -> list[str]:
     """What the gates of the kernel benchmark have against an op."""
     import torch
-    from kernel_cases_ffn import gate_ffn, gate_lora
+    from kernel_cases_ffn import gate_ffn
     from kernel_cases_rows import gate_adamw, gate_rows
     from kernel_cases_selection import gate_selection
     from kernel_inputs import TINY, Bench
     from kernel_timing import Clock
 
     gates = {
-        "sparse_ffn": gate_ffn, "shared_lora": gate_lora, "row_adamw": gate_adamw, "gather_rows": gate_rows,
+        "sparse_ffn": gate_ffn, "row_adamw": gate_adamw, "gather_rows": gate_rows,
         "row_union": gate_selection,
     }  # fmt: skip
     wrong = []

@@ -5,10 +5,9 @@ from importlib.metadata import PackageNotFoundError, version
 from .adamw.row_adamw import row_adamw
 from .ffn.sparse_ffn import sparse_ffn, sparse_ffn_backward
 from .rows.gather_rows import gather_rows, scatter_rows
-from .rows.row_union import row_union, row_union_window, union_windows
+from .rows.row_union import row_union, row_union_window
 from .runtime.dispatch import debugging
 from .runtime.launch_config import override
-from .shared_lora import shared_lora
 from .topk.expert_topk import expert_topk
 from .topk.router_topk import router_topk
 
@@ -27,8 +26,6 @@ __all__ = [
     "row_union",
     "row_union_window",
     "scatter_rows",
-    "shared_lora",
     "sparse_ffn",
     "sparse_ffn_backward",
-    "union_windows",
 ]

@@ -32,7 +32,6 @@ from .rows.gather_rows import variants as gather_rows
 from .rows.row_union import variants as row_union
 from .runtime import triton_shim as jit
 from .runtime.specialisation import Variant, Variants
-from .shared_lora import variants as shared_lora
 from .topk.expert_topk import variants as expert_topk
 from .topk.router_topk import variants as router_topk
 
@@ -43,7 +42,6 @@ OPS: dict[str, Variants] = {
     "gather_rows": gather_rows,
     "sparse_ffn": sparse_ffn,
     "row_adamw": row_adamw,
-    "shared_lora": shared_lora,
 }
 # KiB of shared memory a block may opt in to (CUDA programming guide, table of compute capabilities).
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}

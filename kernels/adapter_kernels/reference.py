@@ -112,8 +112,3 @@ def row_adamw(
     p = p * (1 - lr * decay) if decoupled else p
     step = lr * (m / (1 - betas[0] ** touches)) / ((v / (1 - betas[1] ** touches)).sqrt() + eps)
     return p - step, m, v
-
-
-def shared_lora(x: Tensor, A: Tensor, base: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """base + scaling * (x A^T) B^T of one projection; autograd makes the gradient."""
-    return base + scaling * (B @ (A @ x.T)).T

@@ -94,16 +94,6 @@ def step(r, d, n, master, wire, gradient):
     ops.row_adamw(table, m, v, counts, rows, grads, lr=1e-3, weight_decay=0.01, wire=read, seed=5)
 
 
-def lora(T, d, rank, widths, dtype):
-    """The projections that share a matrix."""
-    import adapter_kernels as ops
-
-    x, A = torch.zeros(T, d, dtype=dtype), torch.zeros(rank, d, dtype=dtype)
-    pairs = [(torch.zeros(T, n, dtype=dtype), torch.zeros(n, rank, dtype=dtype)) for n in widths]
-    leaves = [each.requires_grad_() for each in (x, A, *(B for _, B in pairs))]
-    torch.autograd.backward(ops.shared_lora(leaves[0], leaves[1], pairs, 2.0), [base for base, _ in pairs])
-
-
 def launch_all() -> None:
     """At the sizes of models, of decoding, and of tests."""
     half, single = torch.bfloat16, torch.float32
@@ -122,9 +112,6 @@ def launch_all() -> None:
         for gradient in (single, half):
             step(640, 4096, 256, master, wire, gradient)
             step(37, 72, 4, master, wire, gradient)
-    for dtype in (half, torch.float16, single):
-        lora(512, 4096, 16, [4096, 1024], dtype)
-        lora(7, 576, 8, [576], dtype)
 
 
 def form(name, arguments, types, constants, aligned, options):

@@ -13,8 +13,6 @@ import torch
 from adamw_checks import Tables, check_adamw
 from ffn_checks import Case as FFNCase
 from ffn_checks import check_ffn, check_wide_row_gradients
-from lora_checks import Case as LoraCase
-from lora_checks import check_lora
 from mutants import mutant
 from on_device import on_device
 from row_checks import check_gather, check_scatter, table
@@ -112,10 +110,6 @@ def _adamw_bits(kernels: Kernels) -> None:
     assert torch.equal(ours["table"], theirs["table"])
 
 
-def _lora(kernels: Kernels) -> None:
-    check_lora(kernels.op, LoraCase(20, 300, 5, [140, 7]))
-
-
 # Of each op the first stands for all where time is short.
 MUTATIONS = [
     Mutation("router_topk", _router, "value == 0.0, 0.0, value", "value == 0.0, value, value"),
@@ -153,10 +147,6 @@ MUTATIONS = [
     Mutation("row_adamw", _adamw, "(item % blocks) * BN", "(item % blocks) * BN + 1"),
     Mutation("row_adamw", _adamw_bits, "(noise >> 15) ^ (key", "(noise >> 14) ^ (key"),
     Mutation("row_adamw", _adamw_bits, "0xBF58476D1CE4E5B9\n", "0\n    key = key + 1\n"),
-    Mutation("shared_lora", _lora, "range(pieces)", "range(pieces - 1)"),
-    Mutation("shared_lora", _lora, "range(tl.program_id(1) * BK, D", "range(tl.program_id(1) * BK, D - BK"),
-    Mutation("shared_lora", _lora, "+ m)[:, None] * R", "+ tl.maximum(m, 1))[:, None] * R"),
-    Mutation("shared_lora", _lora, "inside = (m < T)[:, None]", "inside = ((m < T) & (m != 19))[:, None]"),
 ]
 PAIRS = list(dict.fromkeys((each.op, each.check) for each in MUTATIONS))  # an op, and a check that is used for it
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from selection_checks import check_load, check_union, check_window, generator
 
-from adapter_kernels import debugging, row_union, row_union_window, union_windows
+from adapter_kernels import debugging, row_union, row_union_window
 from adapter_kernels.rows.row_union import _op, _window_op
 
 
@@ -25,16 +25,6 @@ def test_picks_are_counted(T, K, E, each, masked, seed):
     g, r = generator(seed), E * each
     ids = torch.randint(-2, r + 3, (T, K), generator=g, dtype=torch.int32)
     check_load(row_union_window, ids, r, E, torch.rand(T, K, generator=g) < 0.7 if masked else None)
-
-
-def test_windows_end_when_the_union_does():
-    ids = torch.arange(20).view(4, 5)
-    assert [rows.tolist() for rows, _ in union_windows(ids, 20, 8)] == [
-        list(range(8)),
-        list(range(8, 16)),
-        [16, 17, 18, 19, -1, -1, -1, -1],
-    ]
-    assert len(list(union_windows(ids, 20, 20))) == 1
 
 
 def test_registration():

@@ -34,7 +34,6 @@ USERS = {
     "expert_topk": ("expert_topk",),
     "sparse_ffn": ("sparse_ffn",),
     "row_adamw": ("row_adamw",),
-    "shared_lora": ("shared_lora",),
 }
 
 

@@ -4,8 +4,7 @@
 
 `row_union` returns rows of exactly that length, for which the host must read the count: its only synchronisation.
 `row_union_window` needs none. It fills a buffer of fixed capacity with the part of the union that begins at `start`
-and raises a flag on the device when more follows, which the caller fetches with a further window (`union_windows` does
-so). Picks outside of the window have the position -1 there, and each pick is in one window exactly: nothing is cut.
+and raises a flag on the device when more follows, which a further window has. Picks outside of the window have the position -1 there, and each pick is in one window exactly: nothing is cut.
 
 Integers only, no gradient. No sort either: a mark for each of the r rows, then a prefix sum over the marks.
 1. `mark`: marks[id] = 1 for each valid pick. Programs that write one mark write the same byte, so no atomics there.
@@ -19,8 +18,6 @@ Limits: r <= 2^20 (the reads of `number` grow with r^2), T K < 2^31.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -260,23 +257,6 @@ def row_union_window(
     dispatch.require(capacity >= 1, "capacity", f"at least 1 is needed, not {capacity}")
     dispatch.require(start >= 0, "start", f"at least 0 is needed, not {start}")
     return _window_op(ids, valid, load, r, start, capacity, impl)
-
-
-def union_windows(
-    ids: Tensor, r: int, capacity: int, *, valid: Tensor | None = None, impl: str | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Windows (rows, position) of `row_union_window` until the union is complete.
-
-    The flag is read after the caller has come back for more, so that the work on the first window is queued by then
-    and a union that fits costs no idle time.
-    """
-    start = 0
-    while True:
-        rows, _, more, position = row_union_window(ids, r, capacity, start=start, valid=valid, impl=impl)
-        yield rows, position
-        if not bool(more):
-            return
-        start += capacity
 
 
 def variants(capability: int | None) -> list[Variant]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kernel_checks import every_second_row, transposed
 from selection_checks import check_load, check_union, check_window, generator
 
-from adapter_kernels import row_union, row_union_window, union_windows
+from adapter_kernels import row_union, row_union_window
 
 kernel = partial(row_union, impl="triton")
 window = partial(row_union_window, impl="triton")
@@ -45,8 +45,6 @@ def test_windows_hold_the_union_and_never_cut_it(fenced):
     ids = torch.randint(-1, 1300, (20, 30), generator=generator(), dtype=torch.int32)
     for capacity in (1000, 200, 97):
         check_window(window, ids, 1300, capacity)
-    union = torch.cat([rows for rows, _ in union_windows(ids, 1300, 97, impl="triton")])
-    assert torch.equal(union[union >= 0], ids[ids >= 0].unique())
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
