@@ -4,7 +4,8 @@
 
 `row_union` returns rows of exactly that length, for which the host must read the count: its only synchronisation.
 `row_union_window` needs none. It fills a buffer of fixed capacity with the part of the union that begins at `start`
-and raises a flag on the device when more follows, which a further window has. Picks outside of the window have the position -1 there, and each pick is in one window exactly: nothing is cut.
+and raises a flag on the device when more follows, which a further window has. Picks outside of the window have the
+position -1 there, and each pick is in one window exactly: nothing is cut.
 
 Integers only, no gradient. No sort either: a mark for each of the r rows, then a prefix sum over the marks.
 1. `mark`: marks[id] = 1 for each valid pick. Programs that write one mark write the same byte, so no atomics there.
