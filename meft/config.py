@@ -31,8 +31,8 @@ class MEFTConfig(MethodConfig):
 
     method = "MEFT"
     choices: ClassVar = {
-        "placement": ("auto", "host", "device"),
-        "retrieval": ("auto", "host", "stream", "device-keys", "device-rows", "resident"),
+        "placement": ("host", "device"),
+        "retrieval": ("auto", "host", "stream", "device-keys", "device-rows"),
         "backward_rows": ("auto", "save", "refetch"),
         "gradient_dtype": ("auto", "float32"),
         "row_dtype": ("auto", "float64", "float32", "bfloat16", "float16"),
@@ -93,10 +93,10 @@ class MEFTConfig(MethodConfig):
         },
     )
     placement: str = field(
-        default="auto",
+        default="host",
         metadata={
-            "help": "Where keys and values live: 'host' (CPU memory, whatever the model's device; the paper's), "
-            "'device' (with the model), 'auto' (host)."
+            "help": "Where keys and values live: 'host' (CPU memory, whatever the model's device; the paper's) or "
+            "'device' (with the model, where nothing has to cross)."
         },
     )
     retrieval: str = field(
@@ -105,9 +105,8 @@ class MEFTConfig(MethodConfig):
             "help": "How neurons are picked and their rows come to the device. 'host': the hidden states go to the "
             "host, ids and rows come back (the paper's); 'stream': the keys pass through the device ahead of their "
             "use, only values are gathered; 'device-keys', 'device-rows': keys, or keys and values, are on the device "
-            "too, in row_dtype, and the optimizer's changes are brought; 'resident': all is on the device (needs "
-            "placement='device'). 'auto': the one that fits into the device's memory and moves least; a model on the "
-            "CPU reads rows in place."
+            "too, in row_dtype, and the optimizer's changes are brought. 'auto': the one that fits into the device's "
+            "memory and moves least; a model on the CPU reads rows in place. Of no meaning with placement='device'."
         },
     )
     backward_rows: str = field(
@@ -194,15 +193,10 @@ class MEFTConfig(MethodConfig):
             )
 
     def _check_placement(self) -> None:
-        if self.retrieval == "resident" and self.placement != "device":
-            raise ValueError(
-                f"retrieval='resident' picks among rows on the device, but placement={self.placement!r} keeps them in "
-                "host memory: set placement='device', or retrieval='host'."
-            )
-        if self.retrieval not in ("auto", "resident") and self.placement == "device":
+        if self.retrieval != "auto" and self.placement == "device":
             raise ValueError(
                 f"retrieval='{self.retrieval}' is for rows in host memory, but placement='device' keeps them on the "
-                "device: set placement='host', or retrieval='resident'."
+                "device: set placement='host', or leave retrieval out."
             )
         if self.row_dtype != "auto":
             if getattr(torch, self.row_dtype).itemsize > getattr(torch, self.master_dtype).itemsize:

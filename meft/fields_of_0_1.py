@@ -20,6 +20,10 @@ def without_fields_of_0_1(fields: Mapping[str, Any]) -> dict[str, Any]:
             f"routing={routing!r} is an option of aslora-meft 0.1 that this version does not have: use this adapter "
             "with aslora-meft 0.1."
         )
+    if kept.get("placement") == "auto":
+        kept["placement"] = "host"
+    if kept.get("retrieval") == "resident":  # which needed placement="device", and is what that means
+        kept["retrieval"] = "auto"
     options = kept.get("row_optimizer")
     if isinstance(options, Mapping) and "mode" in options:
         if options["mode"] != "lazy":

@@ -110,6 +110,14 @@ def test_a_configuration_of_0_1_is_read_without_a_warning(recwarn):
         MEFTConfig(routing="per_token")
 
 
+@pytest.mark.parametrize(("placement", "retrieval", "now"), [("auto", "host", "host"), ("device", "resident", "auto")])
+def test_values_that_are_gone_have_their_meaning(placement, retrieval, now):
+    config = MEFTConfig(peft_type="MEFT", placement=placement, retrieval=retrieval)  # as from a file
+    assert (config.on_host, config.retrieval) == (placement == "auto", now)
+    with pytest.raises(ValueError, match="is unknown"):
+        MEFTConfig(placement=placement, retrieval=retrieval)
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_state_dict_loads(assign):
     model = get_peft_model(base(), MEFTConfig(r=32, num_experts=8, experts_per_token=4, top_k=16))

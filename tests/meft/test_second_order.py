@@ -20,7 +20,7 @@ WAYS = {
     "stream, refetch": {"retrieval": "stream", "backward_rows": "refetch"},
     "device-keys": {"retrieval": "device-keys"},
     "device-rows, refetch": {"retrieval": "device-rows", "backward_rows": "refetch"},
-    "resident": {"placement": "device", "retrieval": "resident"},
+    "resident": {"placement": "device"},
 }
 
 
