@@ -10,7 +10,17 @@ from kernel_timing import Clock, Contestant
 from torch import Tensor
 
 OURS = "ours"
-MODULES = {"scatter_rows": "gather_rows", "row_union_window": "row_union"}  # of ops that have no file of their own
+# Where an op is, below its package.
+MODULES = {
+    "gather_rows": "rows.gather_rows",
+    "scatter_rows": "rows.gather_rows",
+    "row_union": "rows.row_union",
+    "row_union_window": "rows.row_union",
+    "router_topk": "topk.router_topk",
+    "expert_topk": "topk.expert_topk",
+    "sparse_ffn": "ffn.sparse_ffn",
+    "row_adamw": "adamw.row_adamw",
+}
 # Of the norm, as in the ops' own tests.
 LIMITS = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float64: 1e-12}
 
@@ -138,8 +148,8 @@ class Bench:
 def find(name: str) -> Callable[..., Any]:
     """The op, or `MissingError`."""
     try:
-        return getattr(importlib.import_module(f"adapter_kernels.{MODULES.get(name, name)}"), name)
-    except (ImportError, AttributeError, SyntaxError, NameError) as error:
+        return getattr(importlib.import_module(f"adapter_kernels.{MODULES[name]}"), name)
+    except (ImportError, AttributeError, KeyError, SyntaxError, NameError) as error:
         raise MissingError(f"{name}: {type(error).__name__}: {error}".splitlines()[0]) from error
 
 

@@ -47,7 +47,7 @@ def expert_topk(
 
 def load_of(ids: Tensor, r: int, E: int, valid: Tensor | None = None) -> Tensor:
     """Picks of each of E groups of r / E rows, int64 [E]."""
-    load = torch.zeros(E, dtype=torch.int64)
+    load = torch.zeros(E, dtype=torch.int64, device=ids.device)
     for i in (ids if valid is None else ids[valid]).flatten().tolist():
         if 0 <= i < r:
             load[i // (r // E)] += 1

@@ -182,7 +182,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import safetensors.torch
-from aslora import export, export_to_lora
+from aslora import export_to_lora
+from aslora.files import export
 folder = Path(sys.argv[1])
 
 def kill(*args, **kwargs):

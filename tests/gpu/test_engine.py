@@ -51,10 +51,11 @@ def test_steps_are_taken_by_the_device(device, lanes):
 @pytest.mark.parametrize("width", [40, 7, 4096])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_rows_come_out_of_page_locked_memory(device, dtype, width):
-    tables = [page_locked((50, width), dtype) for _ in range(2)]
+    form, locked = ((50, width), dtype), device.type == "cuda"
+    tables = [page_locked(*form, device) if locked else torch.empty(form[0], dtype=dtype) for _ in range(2)]
     for seed, one in enumerate(tables):
         one.copy_(table(50, width, dtype, seed).nan_to_num())
-        assert one.is_pinned() == (device.type == "cuda")
+        assert one.is_pinned() == locked
     ids = torch.randperm(50, generator=torch.Generator().manual_seed(0))[:37].sort().values
     out = [torch.full((37, width), torch.nan, dtype=dtype, device=device) for _ in tables]
     bring_rows(ids.to(device, torch.int32), ids, tables, out)

@@ -11,7 +11,6 @@ A hand-over can be dropped: it is made but not counted, so that a race is found 
 """
 
 import functools
-import os
 import queue
 import sys
 import threading
@@ -19,6 +18,7 @@ import weakref
 from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -54,10 +54,9 @@ def caller():
 
 @functools.cache
 def engine_file(path):
-    folder, name = os.path.split(path)
-    around, package = os.path.split(folder)
-    ours = package in ("meft", "peft_bridge") and os.path.basename(around) != "tests"
-    return name if ours else ""
+    *_, above, package, room, name = ["", "", "", *Path(path).parts]
+    in_room = package in ("meft", "peft_bridge") and above != "tests"
+    return name if in_room or (room in ("meft", "peft_bridge") and package != "tests") else ""
 
 
 class State:

@@ -38,7 +38,7 @@ def late(monkeypatch):
         some_delay(lanes[0])
         drain(self, *args)
 
-    def late_update(self, table, wire, rows, gradients, rule, seed, step):
+    def late_update(self, table, wire, rows, gradients, rule, seed, step, factors):
         """One step down the sign of the gradient: integers stay integers, as with AdamW's they would not."""
         some_delay(lanes[0])
         self.counts[rows] += 1

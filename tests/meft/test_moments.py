@@ -401,7 +401,7 @@ import os, sys, threading, time
 import torch
 from meft.table.moments import Moments, RowMoments
 from meft.table.row_table import RowTable
-from meft import state
+from meft.files import training_state as state
 
 def resident():  # bytes of this process that no file backs
     return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024

@@ -49,7 +49,7 @@ def test_a_model_on_the_cpu_touches_no_cuda(tiny, tmp_path, monkeypatch, fields)
 def test_the_stand_in_sees_what_asks_for_cuda(tiny, monkeypatch):
     """What the test above would find."""
     forbid_cuda(monkeypatch)
-    with pytest.raises(AssertionError, match=r"meft\.transfer called torch\.cuda\.device"):
+    with pytest.raises(AssertionError, match=r"meft\.transport\.transfer called torch\.cuda\.device"):
         meft.transport.transfer.page_lock(torch.zeros(4), torch.device("cuda", 0))
     with pytest.raises(AssertionError, match="a CUDA context was asked for"):
         torch.cuda.current_device()

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -55,8 +56,13 @@ class ShiftModel(MethodTuner):
         layer.update_layer(adapter_name, config)
 
 
-register_method("shift", ShiftConfig, ShiftModel, "shift_")
-write_weights_at_once("shift_")
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    kind = register_method("shift", ShiftConfig, ShiftModel, "shift_")
+    write_weights_at_once("shift_")
+    yield
+    for known in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
+        del known[kind]  # tests that ask PEFT for its methods are not meant
 
 
 class Net(nn.Module):

@@ -1,0 +1,35 @@
+"""What a wheel contains."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("adapter_kernels", "aslora", "aslora_meft", "meft", "peft_bridge")
+
+
+@pytest.mark.long
+def test_a_wheel_contains_every_module(tmp_path):
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("the checkout is no git repository")
+    checkout = tmp_path / "checkout"
+    for name in tracked.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, checkout / name)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, "."]
+    subprocess.run(build, cwd=checkout, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        found = {name for name in file.namelist() if name.split("/")[0] in PACKAGES}
+    wanted = {name.removeprefix("kernels/") for name in tracked.stdout.splitlines()}
+    wanted = {name for name in wanted if name.split("/")[0] in PACKAGES and name.endswith((".py", ".typed", ".json"))}
+    assert wanted <= found
+    libraries = {name.split(".")[0] for name in found - wanted}
+    assert libraries <= {"adapter_kernels/topk/_host_topk", "meft/table/_row_adamw"}  # where there is a compiler: both
+    assert len(libraries) == (2 if shutil.which("g++") else 0)
