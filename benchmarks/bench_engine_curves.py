@@ -26,14 +26,14 @@ from peft_bridge import replace_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests" / "meft"))
 from engine_curves import SMALL, SMOL, differences, smol  # noqa: E402 - the tests run them on small models
-from thread_lanes import ThreadLanes  # noqa: E402
+from thread_streams import ThreadStreams  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "engine_curves.json"
 LIMIT = 1e-5  # between the losses of the engine and those of the formula with its picks
 
 
 def first_above(values: list[float], limit: float) -> int | None:
-    """Place of the first value above a limit."""
+    """LayerSlot of the first value above a limit."""
     return next((i for i, value in enumerate(values) if value > limit), None)
 
 
@@ -60,7 +60,7 @@ def main() -> int:
     steps = 3 if args.quick else args.steps
     sizes = SMOL | {"r": args.r, "layers_to_transform": None}
     began = time.perf_counter()
-    engine, replayed, free = smol(steps, args.strategy, ThreadLanes(longest=args.delay), args.length, **sizes)
+    engine, replayed, free = smol(steps, args.strategy, ThreadStreams(longest=args.delay), args.length, **sizes)
     seconds = time.perf_counter() - began
     same, own = differences(engine, replayed), differences(engine, free)
     for i, row in enumerate(zip(engine, replayed, free, strict=True)):

@@ -136,7 +136,7 @@ def host_gib() -> float | None:
     return round(0.9 * min(found), 1) if found else None
 
 
-def surroundings(rehearse: bool) -> dict[str, str]:
+def model_profile(rehearse: bool) -> dict[str, str]:
     """The environment of a part."""
     folders = [str(ROOT / "benchmarks"), str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     found = os.environ | {
@@ -237,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
             # The environment is made for each part: a machine may have more memory once some was touched.
             # A rehearsal measures nothing: on busy cores it may take what time it needs.
             limit = left if given.only or given.rehearse else min(part.most, left)
-            row = run(part, options, limit, results, surroundings(given.rehearse))
+            row = run(part, options, limit, results, model_profile(given.rehearse))
         results.held["parts"].append(row)
         results.write()
         print(f"{row['part']:10} {row['status']:24} {row['seconds']:6.1f} s", flush=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from adapter_kernels.rows.gather_rows import zero_copy
 from meft import MEFTConfig
 from meft.table.row_table import RowTable
-from meft.transport.streams import lanes_of
+from meft.transport.streams import streams_of
 from meft.transport.transfer import Traffic
 
 RATE = 1e-4
@@ -132,7 +132,7 @@ class MeftContestants(Contestant):
             self._park(self.device)
             self.model.peft_config["default"].retrieval = HOST_STRATEGIES[name]
         engine = self.model.base_model.engines[self.adapter]
-        engine.use(lanes_of(self.device))
+        engine.use(streams_of(self.device))
         self.traffic = [layer.traffic[self.adapter] for layer in self.model.base_model.adapted_ffns().values()]
 
     @property
@@ -147,9 +147,9 @@ class MeftContestants(Contestant):
         self.optimizer.zero_grad()
         for table in self._tables():
             table.rows.grad = None
-            table.settle()
-        # Lanes anew: the strategy lets go of its buffers.
-        self.model.base_model.engines[self.adapter].use(lanes_of(self.device))
+            table.synchronize()
+        # DeviceStreams anew: the strategy lets go of its buffers.
+        self.model.base_model.engines[self.adapter].use(streams_of(self.device))
         if self.adapter == "null":
             self.model.set_adapter("default")
             self.model.delete_adapter("null")

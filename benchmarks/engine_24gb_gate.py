@@ -9,7 +9,7 @@ from engine_24gb_plan import HOST_STRATEGIES
 from peft import get_peft_model
 from torch import Tensor
 
-from meft.transport.streams import lanes_of
+from meft.transport.streams import streams_of
 
 R, STEPS = 64, 2
 # Relative, of float32: products of a GPU add up in another order.
@@ -30,7 +30,7 @@ def trained(device: torch.device, here: bool, **fields: object) -> tuple[list[fl
     torch.manual_seed(1)
     model = get_peft_model(base, meft_config(R, True, init_weights=False, row_dtype="float32", **fields)).to(device)
     if not here:
-        model.base_model.engines["default"].use(lanes_of(device))
+        model.base_model.engines["default"].use(streams_of(device))
     tables = model.base_model.steps.tables["default"]
     before = [table.rows.detach().cpu().clone() for table in tables]
     # With a large eps a step is no sign: a rounding of a small gradient stays small.
@@ -45,7 +45,7 @@ def trained(device: torch.device, here: bool, **fields: object) -> tuple[list[fl
         optimizer.zero_grad()
         losses.append(loss.item())
     for table in tables:
-        table.settle()
+        table.synchronize()
     return losses, before, [table.rows.detach().cpu().clone() for table in tables]
 
 

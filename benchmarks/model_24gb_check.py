@@ -3,10 +3,10 @@
     python benchmarks/model_24gb_check.py            # into benchmarks/results/model_24gb_check.json: minutes
     python benchmarks/model_24gb_check.py --quick    # one strategy, fewer steps; keeps no result
 
-The lanes are threads that take `bytes / rate` for a copy, one each way, as a card's two copy engines; picks, gradients,
-the host's store and the row optimizer are the real ones. What is checked is the schedule: whether the engine overlaps
-what the bound lets overlap, and whether the bound is one. Rates of the link are set, those of the CPU are measured in
-the same run. It says nothing of a GPU's speed.
+The streams are threads that take `bytes / rate` for a copy, one each way, as a card's two copy engines; picks,
+gradients, the host's store and the row optimizer are the real ones. What is checked is the schedule: whether the engine
+overlaps what the bound lets overlap, and whether the bound is one. Rates of the link are set, those of the CPU are
+measured in the same run. It says nothing of a GPU's speed.
 """
 
 import argparse
@@ -41,7 +41,7 @@ RATE = 30e6  # bytes/s each way: slow beside the CPU, as PCIe is beside a card
 STEPS = 4  # after a first one
 
 
-class SlowLane:
+class SlowStream:
     """Copies in their order, each taking its bytes at the rate of the link."""
 
     def __init__(self, rate: float) -> None:
@@ -68,17 +68,17 @@ class SlowLane:
 
         self._work.put(copy)
 
-    def after(self, mark: "Point") -> None:
-        """Wait in the lane."""
+    def wait_event(self, event: "Point") -> None:
+        """Wait in the stream."""
 
         def wait(begin: float) -> float:
-            mark.wait()
-            return max(begin, mark.at)
+            event.wait()
+            return max(begin, event.at)
 
         self._work.put(wait)
 
-    def mark(self) -> "Point":
-        """A point of the lane."""
+    def record_event(self) -> "Point":
+        """A point of the stream."""
         point = Point()
 
         def reach(begin: float) -> float:
@@ -91,7 +91,7 @@ class SlowLane:
 
 
 class Point:
-    """A mark."""
+    """An event."""
 
     def __init__(self) -> None:
         self.reached: Future[None] = Future()
@@ -102,23 +102,23 @@ class Point:
         self.reached.result()
 
 
-class SlowLanes:
+class SlowStreams:
     """A link; the computation is the calling thread."""
 
     def __init__(self, rate: float) -> None:
         self.device = torch.device("cpu")
-        self.inbound, self.outbound = SlowLane(rate), SlowLane(rate)
+        self.inbound, self.outbound = SlowStream(rate), SlowStream(rate)
 
-    def here(self) -> Point:
+    def record_event(self) -> Point:
         """Reached: what the thread has asked for is done."""
         point = Point()
         point.at = time.perf_counter()
         point.reached.set_result(None)
         return point
 
-    def join(self, mark: Point) -> None:
+    def wait_event(self, event: Point) -> None:
         """Wait."""
-        mark.wait()
+        event.wait()
 
     def staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Host memory."""
@@ -140,7 +140,7 @@ def seconds_of_a_step(strategy: str, rate: float, steps: int) -> tuple[list[floa
     """Seconds of each step after the first, and the mean |U|."""
     model = model_of(strategy)
     engine = model.base_model.engines["default"]
-    engine.use(SlowLanes(rate))
+    engine.use(SlowStreams(rate))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     random = torch.Generator().manual_seed(0)
     times = []

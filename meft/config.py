@@ -43,6 +43,7 @@ class MEFTConfig(MethodConfig):
         "lora_dropout": "leave it out, MEFT has no dropout",
         "init_lora_weights": "use init_weights, True or False",
         "rank_pattern": "set r, the number of neurons beside each FFN",
+        "balance_loss_weight": "use router_aux_loss_coef, as it is called now",
     }
 
     r: int = field(
@@ -152,7 +153,7 @@ class MEFTConfig(MethodConfig):
             "zero_copy, lr, betas, eps, weight_decay). None: by the rule of the Adam or AdamW that holds them."
         },
     )
-    balance_loss_weight: float = field(
+    router_aux_loss_coef: float = field(
         default=0.0,
         metadata={
             "help": "Weight of a loss that evens the experts' load, num_experts * sum_e(share of probes_e * mean "
@@ -169,8 +170,8 @@ class MEFTConfig(MethodConfig):
         self._check_sizes()
         if not is_number(self.router_init_scale) or self.router_init_scale <= 0:
             raise ValueError(f"router_init_scale={self.router_init_scale!r} must be a number above 0 (paper: 50).")
-        if not is_number(self.balance_loss_weight) or self.balance_loss_weight < 0:
-            raise ValueError(f"balance_loss_weight={self.balance_loss_weight!r} must be a number of at least 0.")
+        if not is_number(self.router_aux_loss_coef) or self.router_aux_loss_coef < 0:
+            raise ValueError(f"router_aux_loss_coef={self.router_aux_loss_coef!r} must be a number of at least 0.")
         self._check_placement()
         self._check_row_optimizer()
 

@@ -20,6 +20,8 @@ def without_fields_of_0_1(fields: Mapping[str, Any]) -> dict[str, Any]:
             f"routing={routing!r} is an option of aslora-meft 0.1 that this version does not have: use this adapter "
             "with aslora-meft 0.1."
         )
+    if "balance_loss_weight" in kept:
+        kept["router_aux_loss_coef"] = kept.pop("balance_loss_weight")
     if kept.get("placement") == "auto":
         kept["placement"] = "host"
     if kept.get("retrieval") == "resident":  # which needed placement="device", and is what that means

@@ -19,7 +19,7 @@ from .retrieval.engine import Engine
 from .retrieval.in_place import retrieved
 from .retrieval.second_order import check_not_transformed
 from .retrieval.sparse_ffn import SparseFFN, check_versions
-from .retrieval.types import Fetched, Picks
+from .retrieval.types import GatheredRows, Picks
 from .routing.router import Router, Routers
 from .routing.topk import Selection
 from .table.layer_rows import LayerRows
@@ -32,7 +32,7 @@ NOT_MERGEABLE = (
 )
 
 
-class Place(NamedTuple):
+class LayerSlot(NamedTuple):
     """A layer's rows in one adapter, and the adapter's engine."""
 
     engine: Engine
@@ -54,7 +54,7 @@ class _Call(NamedTuple):
     wide: Tensor
     router: Tensor
     adapter_name: str
-    stash: context.Stash | None
+    stash: context.SavedSelection | None
     now: context.ForwardContext | None
     done: Callable[[], None]
 
@@ -68,7 +68,7 @@ class _Begun(NamedTuple):
         refetched: whether rows are brought again for a recomputation.
     """
 
-    known: Callable[[], tuple[Selection | Picks | None, Fetched | None]]
+    known: Callable[[], tuple[Selection | Picks | None, GatheredRows | None]]
     finish: Callable[[], Tensor]
     refetched: bool = False
 
@@ -96,7 +96,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         self.meft_router = Routers()
         self.configs: dict[str, MEFTConfig] = {}
         self.traffic: dict[str, Traffic] = {}
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, LayerSlot] = {}
         self.on_backward: Callable[[], None] | None = None  # set by the tuner
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -145,7 +145,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         """
         config = self.configs[adapter_name]
         rows = LayerRows(number, *self.tables(adapter_name), config, self.traffic[adapter_name])
-        self.places[adapter_name] = Place(engine if engine is not None else Engine(config, [rows]), rows)
+        self.places[adapter_name] = LayerSlot(engine if engine is not None else Engine(config, [rows]), rows)
         return rows
 
     def _initialise(self, adapter_name: str, config: MEFTConfig) -> None:
@@ -242,7 +242,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         """Begin with an adapter's output; what is returned ends it: [T, d]."""
         now, stash = context.current(), None
         key = (id(self), adapter_name)
-        if now is None and context.recomputing():
+        if now is None and context.in_checkpoint_recompute():
             found = context.find_stash(key, x)
             if found is not None:
                 now, stash = found
@@ -255,7 +255,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         kept = x if real is None else x.index_select(0, real)
         wide = kept.to(torch.promote_types(x.dtype, torch.float32))
         router = self.router(adapter_name).to(wide)  # under offloading it may be elsewhere
-        by_engine = self.places[adapter_name].engine.serves(x.device)
+        by_engine = self.places[adapter_name].engine.handles(x.device)
         begin = self._with_engine if by_engine else self._in_place
         stashed = [] if stash is None else [stash]
         begun = begin(_Call(kept.dtype, wide, router, adapter_name, stash, now, partial(self._done, now, stashed)))
@@ -263,12 +263,14 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             self._bring_below(now, key)
         probe = None
         if stash is None and now is not None and now.recorded and context.checkpointed():
-            probe = context.probe_of(x)  # now: the base FFN may write into its input
+            probe = context.input_fingerprint(x)  # now: the base FFN may write into its input
 
         def finish() -> Tensor:
             if probe is not None:
                 rows, (picks, rows_kept) = self.places[adapter_name].rows, begun.known()
-                made = context.Stash(rows.number, picks, real, probe, rows.versions, rows_kept, begun.refetched)
+                made = context.SavedSelection(
+                    rows.number, picks, real, probe, rows.versions, rows_kept, begun.refetched
+                )
                 now.stashes.setdefault(key, []).append(made)  # type: ignore[union-attr]
                 stashed.append(made)
             y = begun.finish()
@@ -286,15 +288,15 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         refetches, checkpointed = engine.refetches, context.checkpointed()
         if stash is not None:
             stash.fetched = None
-        absent = refetches and torch.is_grad_enabled() and not checkpointed and not context.recomputing()
+        absent = refetches and torch.is_grad_enabled() and not checkpointed and not context.in_checkpoint_recompute()
 
-        def known() -> tuple[Picks | None, Fetched | None]:
+        def known() -> tuple[Picks | None, GatheredRows | None]:
             rows = engine.complete(begun)
             return begun.picks, rows if checkpointed and not refetches else None
 
         def finish() -> Tensor:
             y = engine.finish(begun, x, logits, absent, call.done)
-            if config.balance_loss_weight and torch.is_grad_enabled():
+            if config.router_aux_loss_coef and torch.is_grad_enabled():
                 return attach_balance_loss(y, logits, config, call.now)
             return y
 
@@ -324,15 +326,15 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         with retrieved(wide.detach(), logits, layer, picks) as found:  # type: ignore[arg-type]
             factors = logits if config.router_factor else None
             y = SparseFFN.apply(wide, router, layer.keys.rows, layer.values.rows, found, factors, done)
-        if config.balance_loss_weight and torch.is_grad_enabled():
+        if config.router_aux_loss_coef and torch.is_grad_enabled():
             y = attach_balance_loss(y, F.linear(wide, router), config, call.now)
         return _Begun(lambda: (found.selection, None), lambda: y)
 
-    def _done(self, now: context.ForwardContext | None, stashed: list[context.Stash]) -> None:
+    def _done(self, now: context.ForwardContext | None, stashed: list[context.SavedSelection]) -> None:
         """Row gradients were made, by the backward pass that something was stashed for."""
         if now is not None:
             for stash in stashed:
-                now.let_go(stash)
+                now.release(stash)
         if self.on_backward is not None:
             self.on_backward()
 

@@ -59,7 +59,7 @@ def attach_balance_loss(y: Tensor, logits: Tensor, config: MEFTConfig, context: 
     if not len(logits):
         return y
     layers = max(1, context.layers if context is not None else 1)
-    return _Attached.apply(y, balance_loss(logits, config) * (config.balance_loss_weight / layers), context)
+    return _Attached.apply(y, balance_loss(logits, config) * (config.router_aux_loss_coef / layers), context)
 
 
 def note_loss_scale(loss: Tensor, context: ForwardContext) -> Tensor:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from peft_bridge import MethodTuner, last_loaded_folder
 
 from .config import MEFTConfig
-from .cost.auto import Surroundings, surroundings
+from .cost.auto import ModelProfile, model_profile
 from .cost.host_memory import require_memory_for
 from .files import training_state as state
 from .files.adapter_file import FILE, RESERVED
@@ -142,12 +142,12 @@ class MEFTModel(MethodTuner):
             logger.info("MEFT: num_experts=%d for r=%d (4 sqrt(r), rounded to a divisor).", config.experts, config.r)
         check_waiting()
 
-    def _around(self) -> Surroundings:
+    def _around(self) -> ModelProfile:
         """What the engines have to know of the base model."""
         layers = self.adapted_ffns().values()
         own = {id(m) for layer in layers for part in (layer.meft_keys, layer.meft_values) for m in part.modules()}
         own |= {id(layer) for layer in layers}
-        return surroundings(self.model, [layer.base_layer for layer in layers], lambda module: id(module) in own)
+        return model_profile(self.model, [layer.base_layer for layer in layers], lambda module: id(module) in own)
 
     def forget(self, adapter_name: str) -> None:
         for table in self.steps.tables.get(adapter_name, []):
@@ -203,7 +203,7 @@ class MEFTModel(MethodTuner):
             return
         context.keep_with_graph(opened, output)
         loss = getattr(output, "loss", None)
-        weighted = any(self.configs[name].balance_loss_weight for name in self.active_adapters if name in self.configs)
+        weighted = any(self.configs[name].router_aux_loss_coef for name in self.active_adapters if name in self.configs)
         if weighted and isinstance(loss, Tensor) and loss.requires_grad:
             output.loss = note_loss_scale(loss, opened)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from aslora_meft.planner.live import LiveStorages
+from aslora_meft.planner.live import MemoryTracker
 
 NAME = "traced"  # with "flash" in it transformers would look for a kernel
 
@@ -37,8 +37,8 @@ class _Attention(torch.autograd.Function):
 
 def _note(products: int, query: Tensor, key: Tensor) -> None:
     """Flops of so many products over the causal half of the pairs."""
-    if LiveStorages.current is not None:
-        LiveStorages.current.note_flops(products * query.numel() * key.shape[2])
+    if MemoryTracker.current is not None:
+        MemoryTracker.current.note_flops(products * query.numel() * key.shape[2])
 
 
 def _forward(

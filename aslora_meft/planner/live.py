@@ -17,7 +17,7 @@ PARTS = (
 )  # fmt: skip
 
 
-class LiveStorages(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Sees each tensor that an operation returns, and counts its storage until it is freed.
 
     Attributes:
@@ -27,7 +27,7 @@ class LiveStorages(TorchDispatchMode):
         flops: of the matrix products (torch's own formulas), and what `note_flops` was told.
     """
 
-    current: ClassVar[LiveStorages | None] = None
+    current: ClassVar[MemoryTracker | None] = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,12 +77,12 @@ class LiveStorages(TorchDispatchMode):
         self.parts[part] -= size
         self.total -= size
 
-    def __enter__(self) -> LiveStorages:
-        LiveStorages.current = self
+    def __enter__(self) -> MemoryTracker:
+        MemoryTracker.current = self
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        LiveStorages.current = None
+        MemoryTracker.current = None
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

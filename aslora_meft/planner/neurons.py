@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aslora_meft.planner.live import LiveStorages
+from aslora_meft.planner.live import MemoryTracker
 from meft.cost.memory import Plan
 
 
@@ -41,9 +41,9 @@ class _Neurons(torch.autograd.Function):
         return found
 
 
-def _live() -> LiveStorages:
-    assert LiveStorages.current is not None
-    return LiveStorages.current
+def _live() -> MemoryTracker:
+    assert MemoryTracker.current is not None
+    return MemoryTracker.current
 
 
 class PlannedFFN(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aslora_meft.errors import UsageError
-from aslora_meft.planner.live import LiveStorages
+from aslora_meft.planner.live import MemoryTracker
 
 QUANTISED = ("nf4", "int8")
 _BLOCK, _OUTER = 64, 256
@@ -40,8 +40,8 @@ class _Product(torch.autograd.Function):
         if kind == "int8":  # int8 products of a quantised x, summed in int32
             quantised = torch.empty_like(x, dtype=torch.int8)
             sums = x.new_empty(*x.shape[:-1], len(weight), dtype=torch.int32)
-            if LiveStorages.current is not None:
-                LiveStorages.current.note_flops(2 * quantised.numel() * len(weight))
+            if MemoryTracker.current is not None:
+                MemoryTracker.current.note_flops(2 * quantised.numel() * len(weight))
             return torch.empty_like(sums, dtype=x.dtype)
         return x @ _dequantised(weight, x).T
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aslora_meft.planner.live import LiveStorages
+from aslora_meft.planner.live import MemoryTracker
 from aslora_meft.planner.methods import TASK_IDS, untraceable
 from aslora_meft.planner.optimizer_state import StateBytes, state_bytes
 
@@ -80,7 +80,7 @@ def trace_step(model: nn.Module, step: Step, method: str, extra: Extra | None = 
         UsageError: the method's forward or backward pass looks at values.
     """
     extra = extra or Extra()
-    live = LiveStorages()
+    live = MemoryTracker()
     states = StateBytes(0, 0)
     trainable = [p for p in model.parameters() if p.requires_grad]
     for name, parameter in model.named_parameters():
@@ -109,7 +109,7 @@ def trace_step(model: nn.Module, step: Step, method: str, extra: Extra | None = 
 
 
 @contextmanager
-def _ready(model: Any, step: Step, trainable: list[nn.Parameter], live: LiveStorages) -> Iterator[None]:
+def _ready(model: Any, step: Step, trainable: list[nn.Parameter], live: MemoryTracker) -> Iterator[None]:
     """In training mode; gradients are told apart from other tensors."""
 
     def note(parameter: Tensor) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from device.chain import Setting, adapted, whole_numbers
 from device.findings import UNMEASURED, say
-from meft.transport.streams import HostLanes
+from meft.transport.streams import HostStreams
 
 SCALE = 1024.0
 ASLEEP = 2e8  # cycles, some 100 ms: later than whatever the host does next
@@ -44,7 +44,7 @@ def step(device: torch.device, overflow: bool, cuda: bool) -> tuple[float, bool]
     model = adapted(Setting("stream", wire="float32")).to(device)
     if device.type != "cuda":
         for engine in model.base_model.engines.values():
-            engine.use(HostLanes(device))
+            engine.use(HostStreams(device))
     tables = [table for found in model.base_model.steps.tables.values() for table in found]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1.0)
     layer = next(iter(model.base_model.adapted_ffns().values()))
@@ -70,7 +70,7 @@ def step(device: torch.device, overflow: bool, cuda: bool) -> tuple[float, bool]
     scaler.step(optimizer)
     scaler.update()
     for table in tables:
-        table.settle()
+        table.synchronize()
     # Routers tell too, and the scale: MEFT leaves its rows alone for a value that is not finite, whoever has seen it.
     moved = any(not torch.equal(new.detach(), old) for new, old in zip(trained, before, strict=True))
     return worst, moved or (overflow and scaler.get_scale() == SCALE)

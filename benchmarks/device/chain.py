@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from meft import MEFTConfig
-from meft.transport.streams import Lanes
+from meft.transport.streams import DeviceStreams
 
 STRATEGIES = ("host", "stream", "device-keys", "device-rows")
 WIDTH, R, LAYERS, TOKENS, STEPS = 64, 128, 3, 32, 3
@@ -117,10 +117,10 @@ def whole_numbers(seed: int, dtype: torch.dtype, tokens: int = TOKENS) -> Tensor
     return torch.randint(-2, 2, (1, tokens, WIDTH), generator=chance).to(dtype)
 
 
-def use(model: Any, lanes: Lanes | None) -> Any:
-    """The model whose engines have these lanes; None: those of the device."""
-    for engine in model.base_model.engines.values() if lanes is not None else ():
-        engine.use(lanes)
+def use(model: Any, streams: DeviceStreams | None) -> Any:
+    """The model whose engines have these streams; None: those of the device."""
+    for engine in model.base_model.engines.values() if streams is not None else ():
+        engine.use(streams)
     return model
 
 
@@ -172,7 +172,7 @@ def end(model: Any) -> list[Tensor]:
     """Tables and moments."""
     seen = []
     for table in tables_of(model):
-        table.settle()
+        table.synchronize()
         seen.append(table.rows.detach().clone())
         if table.moments is not None:  # None: no step was taken, for a gradient was not finite
             seen += [table.moments.exp_avg.clone(), table.moments.counts.clone()]
@@ -182,7 +182,7 @@ def end(model: Any) -> list[Tensor]:
 def trained(
     setting: Setting,
     device: torch.device,
-    lanes: Lanes | None = None,
+    streams: DeviceStreams | None = None,
     dtype: torch.dtype = torch.float32,
     *,
     layers: int = LAYERS,
@@ -192,9 +192,9 @@ def trained(
     """What `train` and `end` give of some steps, on the CPU.
 
     Args:
-        lanes: the engine's; None: those of the device.
+        streams: the engine's; None: those of the device.
     """
-    model = use(adapted(setting, dtype, layers).to(device), lanes)
+    model = use(adapted(setting, dtype, layers).to(device), streams)
     seen = train(model, stepping(model), setting, range(steps), tokens)
     return [tensor.detach().cpu() for tensor in [*seen, *end(model)]]
 

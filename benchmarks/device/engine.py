@@ -2,7 +2,7 @@
 
 First the gate of `bench_24gb.py` (a tiny model, within rounding); then a chain over small integers (`chain.py`), bit
 for bit: strategy x save or refetch x checkpointing x in_backward x zero_copy, in mixed order, so that a limit cuts a
-little of each. With `--sleepy` the same in streams that sleep at random, and lanes that leave out a hand-over,
+little of each. With `--sleepy` the same in streams that sleep at random, and streams that leave out a hand-over,
 which must show. A rehearsal has threads with delays for streams.
 """
 
@@ -19,8 +19,8 @@ from engine_24gb_plan import HOST_STRATEGIES
 
 from device.chain import STRATEGIES, Setting, difference, require_exact, settings, trained
 from device.findings import UNMEASURED, arguments, attempt, device_of, first_line, say, use_tests
-from device.sleepy import SleepyLanes
-from meft.transport.streams import HostLanes, Lanes
+from device.sleepy import SleepyStreams
+from meft.transport.streams import DeviceStreams, HostStreams
 
 CPU = torch.device("cpu")
 TARGET = "rows in place on the CPU, bit for bit"
@@ -36,10 +36,10 @@ def in_place(accumulation: int) -> list[torch.Tensor]:
     return expected
 
 
-def wrong_of(setting: Setting, device: torch.device, lanes: Lanes | None) -> str:
+def wrong_of(setting: Setting, device: torch.device, streams: DeviceStreams | None) -> str:
     """How a setting's training differs, or its error; "" where it does not."""
     try:
-        return difference(trained(setting, device, lanes), in_place(setting.accumulation))
+        return difference(trained(setting, device, streams), in_place(setting.accumulation))
     except Exception as error:  # the other settings go on
         traceback.print_exc()
         return first_line(error)
@@ -100,24 +100,24 @@ def engine(device: torch.device, until: float, rehearse: bool) -> bool:
         if time.perf_counter() > until:
             tally.skip(setting)
             continue
-        tally.add(setting, wrong_of(setting, device, HostLanes(device) if rehearse else None))
+        tally.add(setting, wrong_of(setting, device, HostStreams(device) if rehearse else None))
     return tally.tell("")
 
 
-def lanes_maker(device: torch.device, rehearse: bool) -> Callable[[int, bool], Lanes]:
-    """Sleepy lanes by their seed, or such as leave out a hand-over."""
+def streams_maker(device: torch.device, rehearse: bool) -> Callable[[int, bool], DeviceStreams]:
+    """Sleepy streams by their seed, or such as leave out a hand-over."""
     if not rehearse:
-        return lambda seed, careless: SleepyLanes(device, seed, careless)
+        return lambda seed, careless: SleepyStreams(device, seed, careless)
     use_tests("meft")
-    from thread_lanes import ThreadLanes
+    from thread_streams import ThreadStreams
 
     dropped = [("join", "inbound")]
-    return lambda seed, careless: ThreadLanes(seed, 2e-3, dropped=dropped if careless else ())  # type: ignore[return-value]
+    return lambda seed, careless: ThreadStreams(seed, 2e-3, dropped=dropped if careless else ())  # type: ignore[return-value]
 
 
 def sleepy(device: torch.device, until: float, rehearse: bool) -> bool:
     """Other settings with each seed."""
-    tally, make = Tally(), lanes_maker(device, rehearse)
+    tally, make = Tally(), streams_maker(device, rehearse)
     chance, every = random.Random(1), settings()
     for seed in range(3 if rehearse else SEEDS):
         for strategy in STRATEGIES:
@@ -144,7 +144,9 @@ def main() -> int:
     until = began + given.seconds
     if given.warm:
         for setting in (Setting("stream", zero_copy=True), Setting("host"), Setting("resident")):
-            print(setting.title(), wrong_of(setting, device, HostLanes(device) if given.rehearse else None) or "equal")
+            print(
+                setting.title(), wrong_of(setting, device, HostStreams(device) if given.rehearse else None) or "equal"
+            )
         return 0
     if not attempt("the chain is exact", lambda: [in_place(n) for n in (1, 2)] and None):
         return 1

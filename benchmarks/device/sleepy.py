@@ -1,4 +1,4 @@
-"""CUDA lanes that sleep on the device before each piece of work: a hand-over that is left out shows as other bits."""
+"""CUDA streams that sleep on the device before each piece of work: a hand-over that is left out shows as other bits."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from meft.transport.streams import CudaLanes, Mark, _Stream
+from meft.transport.streams import CudaStreams, StreamEvent, _Stream
 
 LONGEST = 4e6  # cycles of the multiprocessors' clock: about two milliseconds
 
@@ -24,7 +24,7 @@ class _Sleepy(_Stream):
         super().run(late, uses)
 
 
-class SleepyLanes(CudaLanes):
+class SleepyStreams(CudaStreams):
     """Args: careless: leave out what the computation has to wait for."""
 
     def __init__(self, device: torch.device, seed: int = 0, careless: bool = False) -> None:
@@ -33,6 +33,6 @@ class SleepyLanes(CudaLanes):
         self.inbound, self.outbound, self.updating = (_Sleepy(device, chance) for _ in range(3))
         self.careless = careless
 
-    def join(self, mark: Mark) -> None:
+    def wait_event(self, event: StreamEvent) -> None:
         if not self.careless:
-            super().join(mark)
+            super().wait_event(event)

@@ -31,7 +31,7 @@ from .ffn.sparse_ffn import variants as sparse_ffn
 from .rows.gather_rows import variants as gather_rows
 from .rows.row_union import variants as row_union
 from .runtime import triton_shim as jit
-from .runtime.specialisation import Variant, Variants
+from .runtime.specialisation import Specialisation, Variants
 from .topk.expert_topk import variants as expert_topk
 from .topk.router_topk import variants as router_topk
 
@@ -63,7 +63,7 @@ class Row:
     problems: tuple[str, ...] = ()
 
 
-def examine(variant: Variant, target: int | str) -> Row:
+def examine(variant: Specialisation, target: int | str) -> Row:
     """Compile a variant for a compute capability or an AMD architecture."""
     name = f"sm_{target}" if isinstance(target, int) else target
     required = target in REQUIRED
@@ -93,7 +93,7 @@ def examine(variant: Variant, target: int | str) -> Row:
     return Row(variant.label, name, required, usage["reg"], spilled, shared, wide, tuple(problems))
 
 
-def _compile(variant: Variant, target: int | str) -> Any:
+def _compile(variant: Specialisation, target: int | str) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -125,7 +125,7 @@ def _loads_16_bytes(ptx: str) -> bool:
 
 
 @cache
-def _variants(op: str, capability: int | None) -> list[Variant]:
+def _variants(op: str, capability: int | None) -> list[Specialisation]:
     return OPS[op](capability)
 
 

@@ -24,7 +24,7 @@ ACCUMULATIONS = (1, 16)
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class ModelProfile:
     """What of the model an engine has to know to choose.
 
     Attributes:
@@ -59,7 +59,7 @@ def decoder_shape(
     return BaseModel(length, rest // len(ffns), int(ffn * used) // len(ffns), attended, head, weight_bytes)
 
 
-def surroundings(model: nn.Module, ffns: Sequence[nn.Module], own: Callable[[nn.Module], bool]) -> Surroundings:
+def model_profile(model: nn.Module, ffns: Sequence[nn.Module], own: Callable[[nn.Module], bool]) -> ModelProfile:
     """Of a transformers model; arguments as in `decoder_shape`."""
     frozen = [p for ffn in ffns for p in ffn.parameters()]
     itemsize = min((p.element_size() for p in frozen if p.is_floating_point()), default=2)
@@ -75,7 +75,7 @@ def surroundings(model: nn.Module, ffns: Sequence[nn.Module], own: Callable[[nn.
         layer = 17 * tokens * d * itemsize
         return (layers * tokens * d * itemsize + layer if saved else layers * layer) + tokens * vocabulary * 10
 
-    return Surroundings(base, activations)
+    return ModelProfile(base, activations)
 
 
 def _text_config(model: nn.Module) -> Any:
@@ -105,7 +105,7 @@ def out_of_memory_errors(device: torch.device) -> int:
 
 
 def choose(
-    config: MEFTConfig, layers: int, x: Tensor, around: Surroundings | None, free: int,
+    config: MEFTConfig, layers: int, x: Tensor, around: ModelProfile | None, free: int,
     calibration: Calibration | None,
 ) -> Plan:  # fmt: skip
     """The plan of an adapter whose rows are in host memory.
@@ -149,7 +149,7 @@ def choose(
     return min(plans, key=seconds)
 
 
-def chosen(config: MEFTConfig, layers: int, x: Tensor, around: Surroundings | None) -> Plan:
+def chosen(config: MEFTConfig, layers: int, x: Tensor, around: ModelProfile | None) -> Plan:
     """The plan for inputs like x [T, d] on their CUDA device, by the memory that is free now; says what was chosen."""
     free = free_bytes(x.device)
     plan = choose(config, layers, x, around, free, _calibration(x.device))

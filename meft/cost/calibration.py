@@ -28,7 +28,7 @@ from ..routing.topk import picked_neurons
 from ..table.gpu_step import ZeroCopySteps
 from ..table.moments import Moments
 from ..table.row_step import StepRule, update_rows
-from ..transport.streams import lanes_of
+from ..transport.streams import streams_of
 from ..transport.transfer import Traffic, nbytes
 from .step_time import Ceilings
 
@@ -144,7 +144,7 @@ class _Machine:
     def link(self) -> tuple[float, float, float]:
         """Bytes/s to the device, to the host, and the sum of both at once."""
         n = self.sizes.copied
-        here = [lanes_of(self.device).staging((n,), torch.uint8).zero_() for _ in range(2)]
+        here = [streams_of(self.device).staging((n,), torch.uint8).zero_() for _ in range(2)]
         there = [torch.zeros(n, dtype=torch.uint8, device=self.device) for _ in range(2)]
         beside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
@@ -181,7 +181,7 @@ class _Machine:
         """Bytes/s of a row update by the device; the tables are page-locked by it."""
         if self.device.type != "cuda":
             return None
-        steps = ZeroCopySteps(lanes_of(self.device), self.sizes.d)
+        steps = ZeroCopySteps(streams_of(self.device), self.sizes.d)
         seconds = self.seconds(partial(self.update, partial(steps, Traffic())))
         return None if steps.refused else self.updated_bytes / seconds
 

@@ -42,7 +42,7 @@ _DAMAGED = "The training state in '{folder}' is damaged ({what}): restore it, or
 
 def weights_digest(table: RowTable) -> str:
     """SHA-256 of a table's masters with dtype and shape, as hexadecimal digits."""
-    table.settle()
+    table.synchronize()
     rows = table.masters
     sha = hashlib.sha256(f"{rows.dtype}|{list(rows.shape)}|".encode())
     for block in row_blocks(rows):
@@ -179,9 +179,9 @@ def load(tables: Mapping[str, RowTable], folder: str | os.PathLike, optimizer: O
         restored[name] = _moments(folder, name, tensors, tables[name].rows)
     steps = unwrapped(optimizer)
     for name, table in tables.items():
-        table.settle()
+        table.synchronize()
         moments = restored[name] if name in restored else Moments.fresh(table.masters)
-        table.restored = RowMoments(moments, table.settle)
+        table.restored = RowMoments(moments, table.synchronize)
         if steps is not None and any(p is table.rows for g in steps.param_groups for p in g["params"]):
             table.moments_in(steps)
 

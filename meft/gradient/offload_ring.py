@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ..transport.numa import stay_near
-from ..transport.streams import Lanes, Mark
+from ..transport.streams import DeviceStreams, StreamEvent
 from ..transport.transfer import Traffic, nbytes
 from .accumulator import Pending
 from .drain import drain
@@ -34,15 +34,15 @@ class GradientRing:
         capacity: rows of a slot; more rows take several slots.
     """
 
-    def __init__(self, lanes: Lanes, capacity: int, width: int, dtype: torch.dtype) -> None:
-        self.lanes, self.capacity, self.dtype = lanes, capacity, dtype
+    def __init__(self, streams: DeviceStreams, capacity: int, width: int, dtype: torch.dtype) -> None:
+        self.streams, self.capacity, self.dtype = streams, capacity, dtype
         # Of one backward pass; weak, as errors hold on to the frames that they came through, and these to graphs.
         self._backward, self._sent = -1, list[weakref.ref[Pending]]()
         self._pool = GradientPool(width)
         self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         for _ in range(SLOTS):
-            self._free.put(lanes.staging((capacity, width), dtype))
-        self._thread = ThreadPoolExecutor(1, "meft-gradients", partial(stay_near, lanes.device))
+            self._free.put(streams.staging((capacity, width), dtype))
+        self._thread = ThreadPoolExecutor(1, "meft-gradients", partial(stay_near, streams.device))
         self._end = weakref.finalize(self, self._thread.shutdown, wait=False)
 
     def send(self, rows: Tensor, gradient: Tensor, table: Tensor, traffic: Traffic) -> RowGradient:
@@ -61,17 +61,17 @@ class GradientRing:
         traffic.bytes_to_host += nbytes(gradient)
         values = self._pool.take(len(gradient), torch.promote_types(table.dtype, torch.float32))
         drained, known = [], KnownValues()
-        self.lanes.outbound.after(self.lanes.here())
+        self.streams.outbound.wait_event(self.streams.record_event())
         for start in range(0, len(gradient), self.capacity):
             part = gradient[start : start + self.capacity]
             slot = self._slot(traffic)
             try:
-                self.lanes.outbound.run(partial(slot[: len(part)].copy_, part, non_blocking=True), [gradient])
-                mark = self.lanes.outbound.mark()
+                self.streams.outbound.run(partial(slot[: len(part)].copy_, part, non_blocking=True), [gradient])
+                event = self.streams.outbound.record_event()
             except BaseException:
                 self._free.put(slot)
                 raise
-            drained.append(self._thread.submit(self._drain, slot, mark, values[start : start + len(part)]))
+            drained.append(self._thread.submit(self._drain, slot, event, values[start : start + len(part)]))
         pending = Pending(self._thread.submit(_whole, drained, rows, values, known), self._thread)
         self._sent.append(weakref.ref(pending))
         return RowGradient.arriving(pending, table, known)
@@ -94,10 +94,10 @@ class GradientRing:
             with traffic.stalled():
                 return self._free.get()
 
-    def _drain(self, slot: Tensor, mark: Mark, target: Tensor) -> float | None:
+    def _drain(self, slot: Tensor, event: StreamEvent, target: Tensor) -> float | None:
         """The sum of the squares."""
         try:
-            mark.wait()
+            event.wait()
             with record_function("meft: drain row gradients"):
                 return drain(slot[: len(target)], target)
         finally:

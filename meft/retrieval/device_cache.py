@@ -19,7 +19,7 @@ from ..table.layer_rows import LayerRows
 from ..table.row_parameter import State
 from ..table.row_table import RowTable
 from ..transport.staging import Slot
-from ..transport.streams import Lanes, Mark
+from ..transport.streams import DeviceStreams, StreamEvent
 from ..transport.transfer import Traffic, nbytes
 from .gather import bring_changed
 
@@ -27,12 +27,12 @@ from .gather import bring_changed
 class KeyBuffers:
     """Two buffers on the device through which the keys of all layers pass."""
 
-    def __init__(self, lanes: Lanes, layers: Sequence[LayerRows]) -> None:
-        self.lanes, self._layers = lanes, layers
+    def __init__(self, streams: DeviceStreams, layers: Sequence[LayerRows]) -> None:
+        self.streams, self._layers = streams, layers
         with layers[0].keys.reading() as wire:
-            self._buffers = [torch.empty_like(wire, device=lanes.device) for _ in range(2)]
+            self._buffers = [torch.empty_like(wire, device=streams.device) for _ in range(2)]
         self._holds: list[tuple[int, State] | None] = [None, None]
-        self._free = [lanes.here()] * 2
+        self._free = [streams.record_event()] * 2
         self._arrival = list(self._free)
 
     def prefetch(self, layer: LayerRows) -> None:
@@ -45,13 +45,13 @@ class KeyBuffers:
             buffer = self._buffers[place]
             if buffer.dtype != wire.dtype:  # rows of another dtype were assigned
                 with torch.inference_mode(False):  # as in `gather`
-                    buffer = self._buffers[place] = torch.empty_like(wire, device=self.lanes.device)
+                    buffer = self._buffers[place] = torch.empty_like(wire, device=self.streams.device)
             self._holds[place] = None  # whatever happens to the copy
-            self.lanes.inbound.after(self._free[place])
+            self.streams.inbound.wait_event(self._free[place])
             with record_function("meft: bring keys"):
-                self.lanes.inbound.run(partial(buffer.copy_, wire, non_blocking=True), [buffer])
-            self._arrival[place] = self.lanes.inbound.mark()
-            layer.keys.read_until(self.lanes.inbound, self._arrival[place])
+                self.streams.inbound.run(partial(buffer.copy_, wire, non_blocking=True), [buffer])
+            self._arrival[place] = self.streams.inbound.record_event()
+            layer.keys.add_reader_event(self.streams.inbound, self._arrival[place])
             self._holds[place] = held
         layer.traffic.bytes_to_device += nbytes(buffer)
 
@@ -60,7 +60,7 @@ class KeyBuffers:
         self.prefetch(layer)
         place = layer.number % 2
         try:
-            self.lanes.join(self._arrival[place])
+            self.streams.wait_event(self._arrival[place])
         except BaseException:
             self._holds[place] = None
             raise
@@ -68,20 +68,20 @@ class KeyBuffers:
 
     def done(self, layer: LayerRows) -> None:
         """The computation has queued its last read of the layer's keys."""
-        self._free[layer.number % 2] = self.lanes.here()
+        self._free[layer.number % 2] = self.streams.record_event()
 
 
 class DeviceCopy:
     """A table's rows on the device; those that change on the host are copied again before they are read."""
 
-    def __init__(self, lanes: Lanes, table: RowTable, traffic: Traffic) -> None:
-        self.lanes, self.table, self.traffic = lanes, table, traffic
+    def __init__(self, streams: DeviceStreams, table: RowTable, traffic: Traffic) -> None:
+        self.streams, self.table, self.traffic = streams, table, traffic
         table.follow_changes()
         with table.reading() as wire:
-            self._rows = torch.empty_like(wire, device=lanes.device)
-        self._ids = Slot(lanes)
+            self._rows = torch.empty_like(wire, device=streams.device)
+        self._ids = Slot(streams)
         # Some rows, or all (None), on their way: they join the others when these are read next.
-        self._coming: tuple[Tensor | None, Tensor, Mark] | None = None
+        self._coming: tuple[Tensor | None, Tensor, StreamEvent] | None = None
 
     def prefetch(self, rows: Tensor | None = None) -> None:
         """Queue the copy of what has changed.
@@ -94,30 +94,30 @@ class DeviceCopy:
                 self._coming = None
                 self.table.follow_changes()
                 with torch.inference_mode(False):  # as in `gather`
-                    self._rows = torch.empty_like(wire, device=self.lanes.device)
+                    self._rows = torch.empty_like(wire, device=self.streams.device)
             changed = self.table.take_changes()
             if changed is None:
                 return
-            self._settle()
+            self._synchronize()
             everything = len(changed) == len(wire)
             near = self._rows
             uses = [near]
             work: Callable[[], object] = partial(near.copy_, wire, non_blocking=True)
             if not everything:
                 with torch.inference_mode(False):  # as in `gather`
-                    near = torch.empty(len(changed), wire.shape[1], dtype=wire.dtype, device=self.lanes.device)
-                    ids = torch.empty(changed.shape, dtype=torch.int32, device=self.lanes.device)
+                    near = torch.empty(len(changed), wire.shape[1], dtype=wire.dtype, device=self.streams.device)
+                    ids = torch.empty(changed.shape, dtype=torch.int32, device=self.streams.device)
                 (here,) = self._ids.take((changed.shape, ids.dtype))
                 here.copy_(changed)
                 uses, work = [near, ids], partial(bring_changed, here, ids, changed, wire, near)
-            self.lanes.inbound.after(self.lanes.here())
+            self.streams.inbound.wait_event(self.streams.record_event())
             try:
                 with record_function("meft: bring changed rows"):
-                    self.lanes.inbound.run(work, uses)
+                    self.streams.inbound.run(work, uses)
             finally:  # also where some of it was queued
-                arrival = self.lanes.inbound.mark()
+                arrival = self.streams.inbound.record_event()
                 self._ids.busy = None if everything else arrival
-            self.table.read_until(self.lanes.inbound, arrival)
+            self.table.add_reader_event(self.streams.inbound, arrival)
         self._coming = (None if everything else ids, near, arrival)
         self.traffic.bytes_to_device += nbytes(near) + (0 if everything else nbytes(ids))
 
@@ -135,13 +135,13 @@ class DeviceCopy:
         """All rows, [r, d], in the order of the computation; of `rows` (None: all) those of now."""
         self.prefetch(rows)
         with self._or_all_again():
-            self._settle()
+            self._synchronize()
         return self._rows
 
-    def _settle(self) -> None:
+    def _synchronize(self) -> None:
         if self._coming is None:
             return
         (ids, near, arrival), self._coming = self._coming, None
-        self.lanes.join(arrival)
+        self.streams.wait_event(arrival)
         if ids is not None:
             scatter_rows(ids, [near], [self._rows])

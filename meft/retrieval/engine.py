@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ..config import MEFTConfig
-from ..cost.auto import Surroundings, chosen, out_of_memory_errors
+from ..cost.auto import ModelProfile, chosen, out_of_memory_errors
 from ..gradient.offload_ring import GradientRing
 from ..gradient.row_gradient import RowGradient
 from ..table.gpu_step import ZeroCopySteps
@@ -24,14 +24,14 @@ from ..table.layer_rows import LayerRows
 from ..table.row_table import RowTable
 from ..table.update_queue import UpdateQueue
 from ..transport.openmp_waiting import check_waiting
-from ..transport.streams import CudaLanes, Lanes, lanes_of
+from ..transport.streams import CudaStreams, DeviceStreams, streams_of
 from .gather import experts_of
-from .gathered_ffn import BroughtFFN, BroughtRows
+from .gathered_ffn import GatheredFFN, RowGradientSink
 from .refetch import refetched_in_backward
 from .second_order import AsRowGradient
 from .sparse_ffn import check_versions
 from .strategies import STRATEGIES, Strategy, capturing
-from .types import Begun, Fetched, Picks
+from .types import GatheredRows, PendingForward, Picks
 
 logger = logging.getLogger(__name__)
 
@@ -50,17 +50,17 @@ class Engine:
     """
 
     def __init__(
-        self, config: MEFTConfig, layers: list[LayerRows], around: Callable[[], Surroundings] | None = None
+        self, config: MEFTConfig, layers: list[LayerRows], around: Callable[[], ModelProfile] | None = None
     ) -> None:
         self.config, self.layers, self.around = config, layers, around
         self.on_gradient: Callable[[RowTable, RowGradient], RowGradient] | None = None
-        self._given: Lanes | None = None
+        self._given: DeviceStreams | None = None
         self._updates: UpdateQueue | None = None
         self._forget()
 
     def _forget(self) -> None:
         self._for: tuple[Any, ...] | None = None
-        self.lanes: Lanes | None = None
+        self.streams: DeviceStreams | None = None
         self._plan: tuple[str, str] | None = None
         self._planned_for: tuple[int, int] | None = None  # by `auto`: tokens, and errors for want of memory until then
         self._strategy: Strategy | None = None
@@ -76,12 +76,12 @@ class Engine:
         Engine.__init__(self, **state)
         self.on_gradient = on_gradient
 
-    def use(self, lanes: Lanes) -> None:
-        """Take these lanes, whatever the device."""
+    def use(self, streams: DeviceStreams) -> None:
+        """Take these streams, whatever the device."""
         self._forget()
-        self._given = lanes
+        self._given = streams
 
-    def serves(self, device: torch.device) -> bool:
+    def handles(self, device: torch.device) -> bool:
         """Whether inputs on a device take this way."""
         home = self.layers[0].keys.masters.device
         named = self.config.retrieval in ("stream", "device-keys", "device-rows")
@@ -139,11 +139,11 @@ class Engine:
                     "device only; put the model on one GPU (device_map={'': 0}), or set placement='device'."
                 )
             self._forget()
-            self._for, self.lanes = now, self._given or lanes_of(x.device)
-            self._lock_pages(self.lanes)
+            self._for, self.streams = now, self._given or streams_of(x.device)
+            self._lock_pages(self.streams)
             self._plan = self._planned(x)
             with torch.inference_mode(False):  # its buffers outlive the mode
-                strategy = STRATEGIES[self._plan[0]](self.lanes, self.layers)
+                strategy = STRATEGIES[self._plan[0]](self.streams, self.layers)
             beside = self.updates_beside(x.device)
             if beside and self._updates is None:
                 self._updates = UpdateQueue()
@@ -152,18 +152,18 @@ class Engine:
                 each.keys.updates = each.values.updates = self._updates
                 each.keys.name, each.values.name = (f"{part} of layer {each.number}" for part in ("keys", "values"))
             if beside and self.config.zero_copy:
-                self._step_by_device(self.lanes)
+                self._step_by_device(self.streams)
             self._strategy = strategy  # last: what fails for want of memory is made anew with a smaller batch
         return self._strategy
 
-    def _lock_pages(self, lanes: Lanes) -> None:
-        device = lanes.device if isinstance(lanes, CudaLanes) and self.config.on_host else None
+    def _lock_pages(self, streams: DeviceStreams) -> None:
+        device = streams.device if isinstance(streams, CudaStreams) and self.config.on_host else None
         for layer in self.layers:
             layer.keys.locked_for = layer.values.locked_for = device
 
-    def _step_by_device(self, lanes: Lanes) -> None:
+    def _step_by_device(self, streams: DeviceStreams) -> None:
         with torch.inference_mode(False):  # as above
-            steps = ZeroCopySteps(lanes, self.layers[0].keys.rows.shape[1])
+            steps = ZeroCopySteps(streams, self.layers[0].keys.rows.shape[1])
         for layer in self.layers:
             layer.keys.step = layer.values.step = partial(steps, layer.traffic)
 
@@ -185,7 +185,9 @@ class Engine:
             return wire
         return torch.promote_types(torch.promote_types(given, wire), torch.float32)
 
-    def begin(self, layer: LayerRows, x: Tensor, logits: Tensor, picks: Picks | None, kept: Fetched | None) -> Begun:
+    def begin(
+        self, layer: LayerRows, x: Tensor, logits: Tensor, picks: Picks | None, kept: GatheredRows | None
+    ) -> PendingForward:
         """Begin to pick a layer's neurons; the host waits for nothing on the device. Known picks: queue their rows.
 
         Args:
@@ -212,18 +214,18 @@ class Engine:
                 with record_function("meft: fetch rows"):
                     kept = strategy.fetch(layer, picks)
             self._count(layer, x, picks)
-            return Begun(layer, picks, kept, versions, True)
+            return PendingForward(layer, picks, kept, versions, True)
         with record_function("meft: pick"):
             picking = strategy.pick(layer, x, logits)
 
-        def complete() -> tuple[Picks, Fetched]:
+        def complete() -> tuple[Picks, GatheredRows]:
             picks = picking.wait()
             with record_function("meft: fetch rows"):
                 fetched = strategy.fetch(layer, picks, picking.made)
             self._count(layer, x, picks)
             return picks, fetched
 
-        return Begun(layer, None, None, versions, False, complete)
+        return PendingForward(layer, None, None, versions, False, complete)
 
     @staticmethod
     def _count(layer: LayerRows, x: Tensor, picks: Picks) -> None:
@@ -232,7 +234,7 @@ class Engine:
         traffic.tokens += len(x)
         traffic.union_rows += len(picks.rows)
 
-    def complete(self, begun: Begun) -> Fetched:
+    def complete(self, begun: PendingForward) -> GatheredRows:
         """Wait for the picks, now that the base FFN is queued, and queue the way of their rows."""
         if begun.complete is not None:
             complete, begun.complete = begun.complete, None
@@ -240,7 +242,9 @@ class Engine:
         assert begun.fetched is not None
         return begun.fetched
 
-    def finish(self, begun: Begun, x: Tensor, logits: Tensor, refetch: bool, done: Callable[[], None]) -> Tensor:
+    def finish(
+        self, begun: PendingForward, x: Tensor, logits: Tensor, refetch: bool, done: Callable[[], None]
+    ) -> Tensor:
         """The adapter's output, [T, d].
 
         Args:
@@ -248,29 +252,29 @@ class Engine:
             refetch: rows are not kept for the backward pass, which brings them again.
             done: called when the gradients of the rows have been made.
         """
-        assert self.lanes is not None
+        assert self.streams is not None
         layer, fetched, picks = begun.layer, self.complete(begun), begun.picks
         assert picks is not None
         begun.fetched = None  # the graph holds `begun`
         if not begun.again and self._strategy is not None:
             # Now that the base FFN is queued: the next layer's rows may have to wait for their update.
             self._strategy.begun(layer, len(x))
-        picks.join(self.lanes)
-        fetched.join(self.lanes)
+        picks.join(self.streams)
+        fetched.join(self.streams)
         near = (fetched.keys.detach().to(x.dtype), fetched.values.detach().to(x.dtype))
         idle = None if self.config.router_factor else logits  # its router gets a gradient of zero, as in place
         # Sums over tokens pass the range of float16 where their terms do not.
         wide = self.config.gradient_dtype == "float32" or x.dtype == torch.float16
         dtype = torch.promote_types(x.dtype, torch.float32) if wide else x.dtype
-        rows = BroughtRows.apply(layer.keys.rows, layer.values.rows, near[0], dtype, idle, self, begun, done)
+        rows = RowGradientSink.apply(layer.keys.rows, layer.values.rows, near[0], dtype, idle, self, begun, done)
         factors = None
         if self.config.router_factor:
             factors = logits.gather(1, experts_of(picks, self.config.r // self.config.experts))
         absent = refetched_in_backward(self, begun, near, refetch, self._below)
         with absent as self._below, record_function("meft: sparse FFN"):
-            return BroughtFFN.apply(x, *rows, factors, *near, picks.position)
+            return GatheredFFN.apply(x, *rows, factors, *near, picks.position)
 
-    def fetch_again(self, begun: Begun) -> Fetched:
+    def fetch_again(self, begun: PendingForward) -> GatheredRows:
         """Queue the way of a layer's rows for its backward pass.
 
         Raises:
@@ -281,7 +285,7 @@ class Engine:
         with record_function("meft: fetch rows again"):
             return self._strategy.fetch(begun.layer, _known(begun))
 
-    def fetch_below(self, layer: LayerRows, picks: Picks) -> Fetched:
+    def fetch_below(self, layer: LayerRows, picks: Picks) -> GatheredRows:
         """Queue the way of the rows of the layer below for its recomputation."""
         assert self._strategy is not None
         with record_function("meft: fetch rows again"):
@@ -289,12 +293,12 @@ class Engine:
 
     # ------------------------------------------------------------------ backward
 
-    def keep_graph(self, begun: Begun, which: int, gradient: Tensor) -> RowGradient:
+    def keep_graph(self, begun: PendingForward, which: int, gradient: Tensor) -> RowGradient:
         """As `send_back`, with a graph, and at once."""
         table = (begun.layer.keys, begun.layer.values)[which].rows
         return AsRowGradient.apply(gradient, _known(begun).host_rows, table)
 
-    def send_back(self, begun: Begun, which: int, gradient: Tensor) -> RowGradient:
+    def send_back(self, begun: PendingForward, which: int, gradient: Tensor) -> RowGradient:
         """A gradient of the rows of keys (0) or values (1), [u, d], leaves for its table."""
         layer, rows = begun.layer, _known(begun).host_rows
         owner = (layer.keys, layer.values)[which]
@@ -303,14 +307,14 @@ class Engine:
             return RowGradient(rows, gradient.to(torch.promote_types(table.dtype, torch.float32)), table)
         dtype = gradient.dtype if self.config.gradient_dtype == "auto" else torch.float32  # float64 is narrowed
         if dtype not in self._rings:
-            assert self.lanes is not None
+            assert self.streams is not None
             capacity = min(self.config.r, max(_LEAST_SLOT, 2 * len(gradient)))
-            self._rings[dtype] = GradientRing(self.lanes, capacity, gradient.shape[1], dtype)
+            self._rings[dtype] = GradientRing(self.streams, capacity, gradient.shape[1], dtype)
         with record_function("meft: row gradients"):
             leaving = self._rings[dtype].send(rows, gradient, table, layer.traffic)
         return self.on_gradient(owner, leaving) if self.on_gradient is not None else leaving
 
 
-def _known(begun: Begun) -> Picks:
+def _known(begun: PendingForward) -> Picks:
     assert begun.picks is not None
     return begun.picks

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..routing.topk import Selection
-from .types import Fetched, Picks
+from .types import GatheredRows, Picks
 
 
 @dataclass
-class Stash:
+class SavedSelection:
     """The picks of one layer in one forward pass.
 
     Attributes:
@@ -40,7 +40,7 @@ class Stash:
     real: Tensor | None
     probe: Tensor
     versions: tuple[int, int]
-    fetched: Fetched | None = None
+    fetched: GatheredRows | None = None
     refetched: bool = False
 
 
@@ -64,7 +64,7 @@ class ForwardContext:
     layers: int
     number: int
     real: dict[torch.device, Tensor | None] = field(default_factory=dict)
-    stashes: dict[tuple[int, str], list[Stash]] = field(default_factory=dict)
+    stashes: dict[tuple[int, str], list[SavedSelection]] = field(default_factory=dict)
     loss_scale: Tensor | None = None
     graph_kept: bool = False
     _running: Callable[[], object] = field(default=lambda: None, repr=False)
@@ -77,7 +77,9 @@ class ForwardContext:
     @torch.compiler.disable
     def begin_backward(self, _gradients: object) -> None:
         """A hook before the nodes of the outputs."""
-        if not recomputing():  # compiled autograd, which has no backward pass that a callback can be queued for
+        if (
+            not in_checkpoint_recompute()
+        ):  # compiled autograd, which has no backward pass that a callback can be queued for
             return
         token = _Token()
         self._running = weakref.ref(token)
@@ -85,7 +87,7 @@ class ForwardContext:
         # The engine holds the callback, and with it the token, until the backward pass is over or has failed.
         torch.autograd.Variable._execution_engine.queue_callback(partial(_nothing, token))
 
-    def let_go(self, stash: Stash) -> None:
+    def release(self, stash: SavedSelection) -> None:
         """The backward pass of the layer that made the stash is over."""
         if self.in_backward and not self.graph_kept:
             stash.picks = stash.fetched = None
@@ -111,7 +113,7 @@ def current() -> ForwardContext | None:
     return getattr(_here, "context", None)
 
 
-def recomputing() -> bool:
+def in_checkpoint_recompute() -> bool:
     """Whether this is a recomputation of gradient checkpointing: a forward pass inside of a backward pass."""
     return torch._C._current_graph_task_id() != -1
 
@@ -239,12 +241,12 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def probe_of(x: Tensor) -> Tensor:
+def input_fingerprint(x: Tensor) -> Tensor:
     """A small part of a layer's input [T, d]."""
     return x.detach()[:, :8].clone()
 
 
-def find_stash(key: tuple[int, str], x: Tensor) -> tuple[ForwardContext, Stash] | None:
+def find_stash(key: tuple[int, str], x: Tensor) -> tuple[ForwardContext, SavedSelection] | None:
     """The picks that a layer made for the input x [T, d] in the pass that is being recomputed.
 
     Where one call alone can be meant, its picks are found without a look at the input. Of several it is the one whose
@@ -254,7 +256,7 @@ def find_stash(key: tuple[int, str], x: Tensor) -> tuple[ForwardContext, Stash] 
     """
     with _alive_lock:
         contexts = sorted(_alive, key=lambda context: -context.number)
-    probe = probe_of(x).float()
+    probe = input_fingerprint(x).float()
     fitting = [(c, s) for c in contexts for s in c.stashes.get(key, []) if s.probe.shape == probe.shape]
     candidates = [each for each in fitting if each[1].picks is not None] or fitting
     going_on = [each for each in candidates if each[0].in_backward]

@@ -1,10 +1,11 @@
 """The union of the picks, and the way of its rows to the device.
 
 The order of a hand-over. Host to device: the launching thread takes a table's lock, which waits for its update, queues
-the copy and leaves its mark with the table (`RowTable.read_until`); an update waits for the marks before it writes.
-A copy into memory that was computed with waits for the mark of that computation; the computation joins the copy's mark.
+the copy and leaves its event with the table (`RowTable.add_reader_event`); an update waits for these events before it
+writes. A copy into memory that was computed with waits for the event of that computation; the computation waits for the
+event of the copy.
 In a forward pass rows come beside the base FFN, which is queued before anybody knows how many there are: memory that it
-has given back may be in use until it is through, so they go into memory of the lane (`Lane.empty`).
+has given back may be in use until it is through, so they go into memory of the stream (`CopyStream.empty`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from adapter_kernels import gather_rows, row_union_window
 
 from ..table.layer_rows import LayerRows
 from ..table.row_table import RowTable
-from ..transport.streams import Lanes, Mark
+from ..transport.streams import DeviceStreams, StreamEvent
 from ..transport.transfer import bring_rows, nbytes
 from .types import Picks
 
@@ -58,30 +59,30 @@ def rows_of(rows: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
 
 
 def gather(
-    lanes: Lanes, layer: LayerRows, tables: Sequence[RowTable], picks: Picks, made: Mark | None = None
-) -> tuple[list[Tensor], Mark]:
+    streams: DeviceStreams, layer: LayerRows, tables: Sequence[RowTable], picks: Picks, made: StreamEvent | None = None
+) -> tuple[list[Tensor], StreamEvent]:
     """Queue the way of a union's rows out of host memory.
 
     Args:
-        made: the point of the computation where the picks' ids are on the device: rows go into memory of the lane and
+        made: the point of the computation where the picks' ids are on the device: rows go into memory of the stream and
             wait for no more. None: for all that the computation has queued, as memory that it gave back may be theirs.
 
     Returns:
-        of each table [u, d] in the dtype in which it is read, and the mark after which they are there.
+        of each table [u, d] in the dtype in which it is read, and the event after which they are there.
     """
     with ExitStack() as held:
         wires = [held.enter_context(table.reading(picks.host_rows)) for table in tables]
         forms = [((len(picks.rows), wire.shape[1]), wire.dtype) for wire in wires]
-        with torch.inference_mode(False):  # a lane, which may be a thread, writes into them
+        with torch.inference_mode(False):  # a stream, which may be a thread, writes into them
             if made is None:
-                out = [torch.empty(shape, dtype=dtype, device=lanes.device) for shape, dtype in forms]
+                out = [torch.empty(shape, dtype=dtype, device=streams.device) for shape, dtype in forms]
             else:
-                out = [lanes.inbound.empty(*form) for form in forms]
-        lanes.inbound.after(lanes.here() if made is None else made)
-        lanes.inbound.run(partial(bring_rows, picks.rows, picks.host_rows, wires, out), [picks.rows, *out])
-        arrival = lanes.inbound.mark()
+                out = [streams.inbound.empty(*form) for form in forms]
+        streams.inbound.wait_event(streams.record_event() if made is None else made)
+        streams.inbound.run(partial(bring_rows, picks.rows, picks.host_rows, wires, out), [picks.rows, *out])
+        arrival = streams.inbound.record_event()
         for table in tables:
-            table.read_until(lanes.inbound, arrival)
+            table.add_reader_event(streams.inbound, arrival)
     layer.traffic.bytes_to_device += sum(map(nbytes, out))
     return out, arrival
 

@@ -12,20 +12,20 @@ from adapter_kernels import sparse_ffn, sparse_ffn_backward
 
 from .forward_context import graph_kept
 from .second_order import ValuesOf, check_not_batched, ffn_of_picks, gradients
-from .types import Begun
+from .types import PendingForward
 
 
-class GradientSink(Protocol):
+class GradientReceiver(Protocol):
     """Who takes the gradients of gathered rows: of keys (0) or values (1), [u, d]."""
 
-    def send_back(self, begun: Begun, which: int, gradient: Tensor) -> Tensor:
+    def send_back(self, begun: PendingForward, which: int, gradient: Tensor) -> Tensor:
         """The gradient of the table, which leaves for it."""
 
-    def keep_graph(self, begun: Begun, which: int, gradient: Tensor) -> Tensor:
+    def keep_graph(self, begun: PendingForward, which: int, gradient: Tensor) -> Tensor:
         """The same with a graph, and at once."""
 
 
-class BroughtRows(torch.autograd.Function):
+class RowGradientSink(torch.autograd.Function):
     """Rows that were brought, as a function of their tables.
 
     What stands for the rows in the graph, [u, d], has the dtype of their gradients and no memory: autograd rounds a
@@ -40,8 +40,8 @@ class BroughtRows(torch.autograd.Function):
         key_rows: Tensor,
         dtype: torch.dtype,
         idle: Tensor | None,
-        engine: GradientSink,
-        begun: Begun,
+        engine: GradientReceiver,
+        begun: PendingForward,
         done: Callable[[], None],
     ) -> tuple[Tensor, Tensor]:
         ctx.engine, ctx.begun, ctx.done = engine, begun, done
@@ -64,7 +64,7 @@ class BroughtRows(torch.autograd.Function):
         return *made, None, None, ctx.zeros, None, None, None
 
 
-class BroughtFFN(torch.autograd.Function):
+class GatheredFFN(torch.autograd.Function):
     """`sparse_ffn` of rows; their gradients go to what stands for them, in its dtype."""
 
     @staticmethod

@@ -10,33 +10,33 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..transport.streams import Lanes
-from .types import Begun, Fetched
+from ..transport.streams import DeviceStreams
+from .types import GatheredRows, PendingForward
 
 
 class Fetcher(Protocol):
     """Who brings rows again.
 
     Attributes:
-        lanes: in whose order they arrive.
+        streams: in whose order they arrive.
     """
 
-    lanes: Lanes | None
+    streams: DeviceStreams | None
 
-    def fetch_again(self, begun: Begun) -> Fetched:
+    def fetch_again(self, begun: PendingForward) -> GatheredRows:
         """Queue the way of a layer's rows; raises RuntimeError where they have been updated."""
 
 
-class _Absent:
+class RefetchedRows:
     """Rows of one layer in one pass that its graph names instead of keeping."""
 
-    def __init__(self, engine: Fetcher, begun: Begun, dtype: torch.dtype, below: _Absent | None) -> None:
+    def __init__(self, engine: Fetcher, begun: PendingForward, dtype: torch.dtype, below: RefetchedRows | None) -> None:
         self.engine, self.begun, self.dtype = engine, begun, dtype
         self._below = weakref.ref(below) if below is not None else None
-        self._fetched: Fetched | None = None
+        self._fetched: GatheredRows | None = None
         self._taken = 0
 
-    def bring(self) -> Fetched:
+    def bring(self) -> GatheredRows:
         """Queue their way, once."""
         if self._fetched is None:
             self._fetched = self.engine.fetch_again(self.begun)
@@ -49,8 +49,8 @@ class _Absent:
         below = self._below() if self._below is not None else None
         if below is not None:
             below.bring()
-        assert self.engine.lanes is not None
-        fetched.join(self.engine.lanes)
+        assert self.engine.streams is not None
+        fetched.join(self.engine.streams)
         self._taken += 1
         if self._taken == 2:  # the backward pass has both
             self._fetched = None
@@ -59,8 +59,8 @@ class _Absent:
 
 @contextmanager
 def refetched_in_backward(
-    engine: Fetcher, begun: Begun, rows: tuple[Tensor, Tensor], wanted: bool, below: _Absent | None
-) -> Iterator[_Absent | None]:
+    engine: Fetcher, begun: PendingForward, rows: tuple[Tensor, Tensor], wanted: bool, below: RefetchedRows | None
+) -> Iterator[RefetchedRows | None]:
     """Let what is recorded in the block not keep `rows`, where that is wanted.
 
     Args:
@@ -69,7 +69,7 @@ def refetched_in_backward(
     if not wanted or not rows[0].numel():
         yield None
         return
-    absent = _Absent(engine, begun, rows[0].dtype, below)
+    absent = RefetchedRows(engine, begun, rows[0].dtype, below)
     addresses = [row.data_ptr() for row in rows]
 
     def pack(tensor: Tensor) -> Any:

@@ -18,11 +18,11 @@ from torch import Tensor
 from ..routing.topk import picked_neurons
 from ..table.layer_rows import LayerRows
 from ..transport.staging import Coming, Slot
-from ..transport.streams import Lanes, Mark
+from ..transport.streams import DeviceStreams, StreamEvent
 from ..transport.transfer import nbytes
 from .device_cache import DeviceCopy, KeyBuffers
 from .gather import gather, rows_of, union_of
-from .types import Fetched, Picking, Picks
+from .types import GatheredRows, Picking, Picks
 
 _ALIGNED = 4  # ids of 4 bytes that end where another tensor may begin: kernels read 16 bytes at a time
 
@@ -39,8 +39,8 @@ class Strategy(ABC):
         layers: an adapter's layers, in the order in which they run.
     """
 
-    def __init__(self, lanes: Lanes, layers: Sequence[LayerRows]) -> None:
-        self.lanes, self.layers = lanes, layers
+    def __init__(self, streams: DeviceStreams, layers: Sequence[LayerRows]) -> None:
+        self.streams, self.layers = streams, layers
         self._slots: list[Slot] = []
 
     def begin_pass(self) -> None:  # noqa: B027 - most have nothing to bring
@@ -58,7 +58,7 @@ class Strategy(ABC):
         """
 
     @abstractmethod
-    def fetch(self, layer: LayerRows, picks: Picks, made: Mark | None = None) -> Fetched:
+    def fetch(self, layer: LayerRows, picks: Picks, made: StreamEvent | None = None) -> GatheredRows:
         """Queue the way of a union's rows.
 
         Args:
@@ -73,7 +73,7 @@ class Strategy(ABC):
         ids = picked_neurons(x, logits, keys, layer.config)
         rows, count, position = union_of(ids, layer)
         told = [count, rows] if layer.config.on_host else [count]
-        coming = Coming(self.lanes, told, self._slots)
+        coming = Coming(self.streams, told, self._slots)
         if layer.config.on_host:
             layer.traffic.bytes_to_host += sum(map(nbytes, told))
 
@@ -90,12 +90,12 @@ class Strategy(ABC):
 class Host(Strategy):
     """Picks are made in host memory."""
 
-    def __init__(self, lanes: Lanes, layers: Sequence[LayerRows]) -> None:
-        super().__init__(lanes, layers)
-        self._up = Slot(lanes)
+    def __init__(self, streams: DeviceStreams, layers: Sequence[LayerRows]) -> None:
+        super().__init__(streams, layers)
+        self._up = Slot(streams)
 
     def pick(self, layer: LayerRows, x: Tensor, logits: Tensor) -> Picking:
-        coming = Coming(self.lanes, [x, logits], self._slots)
+        coming = Coming(self.streams, [x, logits], self._slots)
         layer.traffic.bytes_to_host += nbytes(x) + nbytes(logits)
 
         def wait() -> Picks:
@@ -108,24 +108,24 @@ class Host(Strategy):
         return Picking(wait, coming.made)
 
     def _sent(self, layer: LayerRows, rows: Tensor, position: Tensor) -> Picks:
-        """The same picks on the device, in the order of the inbound lane."""
+        """The same picks on the device, in the order of the inbound stream."""
         start = -(-position.numel() // _ALIGNED) * _ALIGNED
         (here,) = self._up.take(((start + len(rows),), torch.int32))
         here[: position.numel()].view(position.shape).copy_(position)
         here[start:].copy_(rows)
         with torch.inference_mode(False):  # as in `gather`
-            there = self.lanes.inbound.empty(tuple(here.shape), here.dtype)
+            there = self.streams.inbound.empty(tuple(here.shape), here.dtype)
         try:
-            self.lanes.inbound.run(partial(there.copy_, here, non_blocking=True), [there])
+            self.streams.inbound.run(partial(there.copy_, here, non_blocking=True), [there])
         finally:  # also where it was queued
-            arrival = self._up.busy = self.lanes.inbound.mark()
+            arrival = self._up.busy = self.streams.inbound.record_event()
         layer.traffic.bytes_to_device += nbytes(there)
         places = there[: position.numel()].view(position.shape)
         return Picks(there[start:], places, rows.to(torch.int64), arrival)
 
-    def fetch(self, layer: LayerRows, picks: Picks, made: Mark | None = None) -> Fetched:
-        (keys, values), arrival = gather(self.lanes, layer, [layer.keys, layer.values], picks, made)
-        return Fetched(keys, values, arrival, () if made is None else (keys, values))
+    def fetch(self, layer: LayerRows, picks: Picks, made: StreamEvent | None = None) -> GatheredRows:
+        (keys, values), arrival = gather(self.streams, layer, [layer.keys, layer.values], picks, made)
+        return GatheredRows(keys, values, arrival, () if made is None else (keys, values))
 
 
 @torch.no_grad()
@@ -137,10 +137,10 @@ def _picked(layer: LayerRows, wire: Tensor, x: Tensor, logits: Tensor) -> tuple[
 class Stream(Strategy):
     """The keys of one layer after the other come to the device, ahead of their use."""
 
-    def __init__(self, lanes: Lanes, layers: Sequence[LayerRows]) -> None:
-        super().__init__(lanes, layers)
-        self._keys = KeyBuffers(lanes, layers)
-        self._host = Host(lanes, layers)
+    def __init__(self, streams: DeviceStreams, layers: Sequence[LayerRows]) -> None:
+        super().__init__(streams, layers)
+        self._keys = KeyBuffers(streams, layers)
+        self._host = Host(streams, layers)
 
     def begin_pass(self) -> None:
         self._keys.prefetch(self.layers[0])
@@ -160,21 +160,21 @@ class Stream(Strategy):
         self._keys.done(layer)  # if the pass goes no further
         return picking
 
-    def fetch(self, layer: LayerRows, picks: Picks, made: Mark | None = None) -> Fetched:
+    def fetch(self, layer: LayerRows, picks: Picks, made: StreamEvent | None = None) -> GatheredRows:
         if made is None or not self._streams(layer, len(picks.position)):
             return self._host.fetch(layer, picks, made)
-        (values,), arrival = gather(self.lanes, layer, [layer.values], picks, made)
+        (values,), arrival = gather(self.streams, layer, [layer.values], picks, made)
         keys = self._keys.take(layer).index_select(0, picks.rows)
         self._keys.done(layer)
-        return Fetched(keys, values, arrival, (values,))
+        return GatheredRows(keys, values, arrival, (values,))
 
 
 class DeviceKeys(Strategy):
     """The keys are on the device too; values are gathered."""
 
-    def __init__(self, lanes: Lanes, layers: Sequence[LayerRows]) -> None:
-        super().__init__(lanes, layers)
-        self._keys = [DeviceCopy(lanes, layer.keys, layer.traffic) for layer in layers]
+    def __init__(self, streams: DeviceStreams, layers: Sequence[LayerRows]) -> None:
+        super().__init__(streams, layers)
+        self._keys = [DeviceCopy(streams, layer.keys, layer.traffic) for layer in layers]
 
     def begun(self, layer: LayerRows, tokens: int) -> None:
         if layer.number + 1 < len(self.layers):
@@ -183,28 +183,28 @@ class DeviceKeys(Strategy):
     def pick(self, layer: LayerRows, x: Tensor, logits: Tensor) -> Picking:
         return self._pick_there(layer, x, logits, self._keys[layer.number].current())
 
-    def fetch(self, layer: LayerRows, picks: Picks, made: Mark | None = None) -> Fetched:
-        (values,), arrival = gather(self.lanes, layer, [layer.values], picks, made)
+    def fetch(self, layer: LayerRows, picks: Picks, made: StreamEvent | None = None) -> GatheredRows:
+        (values,), arrival = gather(self.streams, layer, [layer.values], picks, made)
         keys = self._keys[layer.number].current().index_select(0, picks.rows)
-        return Fetched(keys, values, arrival, () if made is None else (values,))
+        return GatheredRows(keys, values, arrival, () if made is None else (values,))
 
 
 class DeviceRows(DeviceKeys):
     """Keys and values are on the device too; masters and moments are on the host."""
 
-    def __init__(self, lanes: Lanes, layers: Sequence[LayerRows]) -> None:
-        super().__init__(lanes, layers)
-        self._values = [DeviceCopy(lanes, layer.values, layer.traffic) for layer in layers]
+    def __init__(self, streams: DeviceStreams, layers: Sequence[LayerRows]) -> None:
+        super().__init__(streams, layers)
+        self._values = [DeviceCopy(streams, layer.values, layer.traffic) for layer in layers]
 
     def begun(self, layer: LayerRows, tokens: int) -> None:
         super().begun(layer, tokens)
         if layer.number + 1 < len(self.layers):
             self._values[layer.number + 1].prefetch()
 
-    def fetch(self, layer: LayerRows, picks: Picks, made: Mark | None = None) -> Fetched:
+    def fetch(self, layer: LayerRows, picks: Picks, made: StreamEvent | None = None) -> GatheredRows:
         tables = self._keys[layer.number].current(), self._values[layer.number].current(picks.host_rows)
         keys, values = rows_of(picks.rows, tables)
-        return Fetched(keys, values, None)
+        return GatheredRows(keys, values, None)
 
 
 class Resident(Strategy):
@@ -219,10 +219,10 @@ class Resident(Strategy):
             picks = Picks(rows.to(torch.int32), picked_neurons(x, logits, keys, layer.config), rows)
             return Picking(lambda: picks, None)
 
-    def fetch(self, layer: LayerRows, picks: Picks, made: Mark | None = None) -> Fetched:
+    def fetch(self, layer: LayerRows, picks: Picks, made: StreamEvent | None = None) -> GatheredRows:
         with layer.keys.reading() as keys, layer.values.reading(picks.host_rows) as values:
             near = rows_of(picks.rows, [keys, values])
-        return Fetched(near[0], near[1], None)
+        return GatheredRows(near[0], near[1], None)
 
 
 STRATEGIES: dict[str, type[Strategy]] = {

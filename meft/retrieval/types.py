@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..table.layer_rows import LayerRows
-from ..transport.streams import Lanes, Mark
+from ..transport.streams import DeviceStreams, StreamEvent
 
 
 @dataclass(frozen=True)
@@ -19,19 +19,20 @@ class Picks:
         rows: int32 [u], the union: distinct neurons, ascending, on the device.
         position: int32 [T, K], place of each pick in `rows`; -1 is none.
         host_rows: int64 [u], the union where the tables are.
-        arrival: the mark after which `rows` and `position`, in one piece of a lane's memory, are there; None: they are.
+        arrival: the event after which `rows` and `position`, in one piece of a stream's memory, are there; None: they
+            are.
     """
 
     rows: Tensor
     position: Tensor
     host_rows: Tensor
-    arrival: Mark | None = None
+    arrival: StreamEvent | None = None
 
-    def join(self, lanes: Lanes) -> None:
+    def join(self, streams: DeviceStreams) -> None:
         """What the computation queues from now on uses the picks."""
         if self.arrival is not None:
-            lanes.join(self.arrival)
-            lanes.use([self.position])
+            streams.wait_event(self.arrival)
+            streams.use([self.position])
 
 
 @dataclass(frozen=True)
@@ -40,38 +41,38 @@ class Picking:
 
     Attributes:
         wait: waits until the host knows them.
-        made: the point of the computation from which on a lane finds on the device what the picks are made of; None:
-            no lane will ask.
+        made: the point of the computation from which on a stream finds on the device what the picks are made of; None:
+            no stream will ask.
     """
 
     wait: Callable[[], Picks]
-    made: Mark | None
+    made: StreamEvent | None
 
 
 @dataclass(frozen=True)
-class Fetched:
+class GatheredRows:
     """Rows of a union on their way to the device.
 
     Attributes:
         keys, values: [u, d] in the dtype in which rows are read.
-        arrival: the mark after which they are there; None: they are, in the order of the computation.
-        of_lane: what of them is in a lane's memory.
+        arrival: the event after which they are there; None: they are, in the order of the computation.
+        of_stream: what of them is in a stream's memory.
     """
 
     keys: Tensor
     values: Tensor
-    arrival: Mark | None
-    of_lane: tuple[Tensor, ...] = ()
+    arrival: StreamEvent | None
+    of_stream: tuple[Tensor, ...] = ()
 
-    def join(self, lanes: Lanes) -> None:
+    def join(self, streams: DeviceStreams) -> None:
         """What the computation queues from now on uses the rows."""
         if self.arrival is not None:
-            lanes.join(self.arrival)
-            lanes.use(self.of_lane)
+            streams.wait_event(self.arrival)
+            streams.use(self.of_stream)
 
 
 @dataclass(eq=False)
-class Begun:
+class PendingForward:
     """A layer's work that was queued beside the base FFN.
 
     Attributes:
@@ -84,7 +85,7 @@ class Begun:
 
     layer: LayerRows
     picks: Picks | None
-    fetched: Fetched | None
+    fetched: GatheredRows | None
     versions: tuple[int, int]
     again: bool
-    complete: Callable[[], tuple[Picks, Fetched]] | None = None
+    complete: Callable[[], tuple[Picks, GatheredRows]] | None = None

@@ -13,7 +13,7 @@ from adapter_kernels import row_adamw
 from adapter_kernels.rows.gather_rows import zero_copy
 from adapter_kernels.runtime import dispatch
 
-from ..transport.streams import Lanes, Mark
+from ..transport.streams import DeviceStreams, StreamEvent
 from ..transport.transfer import PageLock, Traffic, nbytes
 from .row_step import StepRule, multiplied, update_rows
 
@@ -25,12 +25,12 @@ CAPACITY = 256  # rows of a buffer: some milliseconds over PCIe, many of its lau
 class _Buffer:
     """Where gradients, float32 [CAPACITY, d], and ids wait for the kernel: on the host, then on the device."""
 
-    def __init__(self, lanes: Lanes, d: int) -> None:
-        self._lane = lanes.updating
-        self._here = [lanes.staging((CAPACITY,), torch.int32), lanes.staging((CAPACITY, d), torch.float32)]
-        self._there = [torch.empty_like(here, device=lanes.device) for here in self._here]
-        self._lane.after(lanes.here())  # the computation may still use what this memory was before
-        self._free: Mark | None = None
+    def __init__(self, streams: DeviceStreams, d: int) -> None:
+        self._stream = streams.updating
+        self._here = [streams.staging((CAPACITY,), torch.int32), streams.staging((CAPACITY, d), torch.float32)]
+        self._there = [torch.empty_like(here, device=streams.device) for here in self._here]
+        self._stream.wait_event(streams.record_event())  # the computation may still use what this memory was before
+        self._free: StreamEvent | None = None
 
     def step(
         self, kernel: Callable[[Tensor, Tensor], None], rows: Tensor, grads: Tensor, factors: tuple[float, ...]
@@ -47,15 +47,15 @@ class _Buffer:
             kernel(*(there[:n] for there in self._there))
 
         try:
-            self._lane.run(work, self._there)
+            self._stream.run(work, self._there)
         finally:  # also where some of it was queued
-            self._free = self._lane.mark()
+            self._free = self._stream.record_event()
 
     def wait(self) -> None:
         """Raises what the work raised."""
-        mark, self._free = self._free, None
-        if mark is not None:
-            mark.wait()
+        event, self._free = self._free, None
+        if event is not None:
+            event.wait()
 
 
 class ZeroCopySteps:
@@ -70,9 +70,9 @@ class ZeroCopySteps:
         refused: whether the device cannot reach them.
     """
 
-    def __init__(self, lanes: Lanes, d: int) -> None:
-        self._device, self.refused = lanes.device, False
-        self._buffers = [_Buffer(lanes, d) for _ in range(2)]
+    def __init__(self, streams: DeviceStreams, d: int) -> None:
+        self._device, self.refused = streams.device, False
+        self._buffers = [_Buffer(streams, d) for _ in range(2)]
 
     def __call__(
         self,

@@ -102,11 +102,11 @@ class RowMoments:
 
     Args:
         moments: shared with whoever else holds them.
-        settle: waits for updates that are queued; None: there are none.
+        synchronize: waits for updates that are queued; None: there are none.
     """
 
-    def __init__(self, moments: Moments, settle: Callable[[], None] | None = None) -> None:
-        self._moments, self._settle = moments, settle
+    def __init__(self, moments: Moments, synchronize: Callable[[], None] | None = None) -> None:
+        self._moments, self._synchronize = moments, synchronize
         self.owner: weakref.ref[Optimizer] | None = None  # whose steps update it
         self._forks = forks()
         moments.holders.add(self)
@@ -119,8 +119,8 @@ class RowMoments:
             RuntimeError: this is a forked process, which has not got the memory.
         """
         check_process(self._forks)
-        if self._settle is not None:
-            self._settle()
+        if self._synchronize is not None:
+            self._synchronize()
         return self._moments
 
     def exclusive(self, device: torch.device) -> Moments:
@@ -179,7 +179,7 @@ def moments_of(
     parameter: Tensor,
     *,
     rows: Tensor | None = None,
-    settle: Callable[[], None] | None = None,
+    synchronize: Callable[[], None] | None = None,
     given: RowMoments | None = None,
 ) -> RowMoments:
     """The entry of a parameter in an optimizer's state, for its step; made if there is none.
@@ -187,7 +187,7 @@ def moments_of(
     Args:
         parameter: the key in the state.
         rows: the parameter as [r, d]; None: it is.
-        settle: as in `RowMoments`.
+        synchronize: as in `RowMoments`.
         given: takes the place of what is there.
 
     Raises:
@@ -206,7 +206,7 @@ def moments_of(
         moments.check(rows, f"The state of {type(optimizer).__name__}")
         for tensor in moments.tensors().values():
             keep_from_forks(tensor)
-    entry = RowMoments(moments, settle)
+    entry = RowMoments(moments, synchronize)
     entry.owner = weakref.ref(optimizer)
     # Some optimizers of torch look for a step in each entry when they load one.
     step = state.get("step", 0.0)

@@ -46,14 +46,14 @@ std::atomic<int64_t> counted{0};
 
 template <class T>
 struct Counted {
-    struct Place {
+    struct LayerSlot {
         T* at;
         operator std::remove_const_t<T>() const { counted += sizeof(T); return *at; }
         void operator=(T value) const { counted += sizeof(T); *at = value; }
     };
     T* at;
     Counted(T* first) : at(first) {}
-    Place operator[](int64_t i) const { return {at + i}; }
+    LayerSlot operator[](int64_t i) const { return {at + i}; }
 };
 #define MEMORY(T) Counted<T>
 #else
@@ -170,15 +170,15 @@ INLINE double squares_as(MEMORY(const From) from, MEMORY(float) to, int64_t widt
     double sums[LANES] = {};
     int64_t begin = 0;
     for (; begin + LANES <= width; begin += LANES)
-        for (int64_t lane = 0; lane < LANES; ++lane) {
-            const float value = widen(static_cast<From>(from[begin + lane]));
-            if (KEEP) to[begin + lane] = value;
-            sums[lane] += static_cast<double>(value) * static_cast<double>(value);
+        for (int64_t stream = 0; stream < LANES; ++stream) {
+            const float value = widen(static_cast<From>(from[begin + stream]));
+            if (KEEP) to[begin + stream] = value;
+            sums[stream] += static_cast<double>(value) * static_cast<double>(value);
         }
-    for (int64_t lane = 0; begin + lane < width; ++lane) {
-        const float value = widen(static_cast<From>(from[begin + lane]));
-        if (KEEP) to[begin + lane] = value;
-        sums[lane] += static_cast<double>(value) * static_cast<double>(value);
+    for (int64_t stream = 0; begin + stream < width; ++stream) {
+        const float value = widen(static_cast<From>(from[begin + stream]));
+        if (KEEP) to[begin + stream] = value;
+        sums[stream] += static_cast<double>(value) * static_cast<double>(value);
     }
     double sum = 0.0;
     for (const double one : sums) sum += one;

@@ -103,7 +103,7 @@ class KeptRows(KeptParameters):
         self._adopt(self.rows, self._watch.read_as)
         self._watch.note()
 
-    def check_whole(self) -> None:
+    def check_not_sharded(self) -> None:
         """Raises: RuntimeError: an engine that shards parameters has put another one in the place of the rows."""
         rows = self._known_rows()
         with without_torch_function():
@@ -131,7 +131,7 @@ class KeptRows(KeptParameters):
 
     def look(self) -> None:
         """A forward pass comes: while others share the rows' memory, all may have changed."""
-        self.check_whole()
+        self.check_not_sharded()
         self._watch.look(self.rows)  # type: ignore[arg-type]
 
     def _writes(self) -> int:

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..transport.host_tensors import host_zeros, like_rows
-from ..transport.streams import Lane, Mark
+from ..transport.streams import CopyStream, StreamEvent
 from ..transport.transfer import PageLock
 from .dirty_rows import Changes
 from .moments import KEY, Moments, RowMoments, moments_of
 from .row_parameter import KeptRows, State
 from .row_step import update_rows
-from .update_queue import Ticket, UpdateQueue
+from .update_queue import PendingUpdate, UpdateQueue
 
 logger = logging.getLogger(__name__)
 
@@ -91,12 +91,12 @@ class RowTable(KeptRows):
         self.locked_for: torch.device | None = None
         self.updates: UpdateQueue | None = None
         self.step: Callable[..., None] = update_rows
-        self._ticket: Ticket | None = None
-        self._readers: dict[Lane, Mark] = {}
+        self._ticket: PendingUpdate | None = None
+        self._readers: dict[CopyStream, StreamEvent] = {}
         self._changes: Changes | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        self.settle()
+        self.synchronize()
         return {key: value for key, value in super().__getstate__().items() if key not in _OF_THIS_PROCESS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -136,18 +136,18 @@ class RowTable(KeptRows):
         Raises:
             ValueError: what was loaded there does not fit.
         """
-        self.settle()
-        entry = moments_of(optimizer, self.rows, settle=self.settle, given=self.restored)
+        self.synchronize()
+        entry = moments_of(optimizer, self.rows, synchronize=self.synchronize, given=self.restored)
         self.restored, self._stepped_with = None, entry
         return entry
 
     def update_later(self, update: Callable[[], None]) -> None:
         """Queue an update: whoever comes to the table waits for it."""
-        self.settle()
+        self.synchronize()
         assert self.updates is not None
         self._ticket = self.updates.add(update, self.name)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait for the update that was queued; raises what it raised, once."""
         ticket = self._ticket
         if ticket is None or ticket.mine:
@@ -161,24 +161,24 @@ class RowTable(KeptRows):
     @property
     def state(self) -> State:
         """Changes with every change of the masters."""
-        self.settle()
+        self.synchronize()
         return self._state()
 
     @property
     def version(self) -> int:
         """Changes with every change of the masters that a backward pass must not meet."""
-        self.settle()
+        self.synchronize()
         return self._writes()
 
-    def read_until(self, lane: Lane, mark: Mark) -> None:
-        """What was read under `reading` may be read on by a lane until its mark, the last one so far, is reached."""
-        self._readers[lane] = mark
+    def add_reader_event(self, stream: CopyStream, event: StreamEvent) -> None:
+        """What was read under `reading` may be read on by a stream until its event, the last one so far, is reached."""
+        self._readers[stream] = event
 
     def _wait_for_readers(self) -> None:
         readers, self._readers = self._readers, {}
-        for mark in readers.values():
+        for event in readers.values():
             with suppress(Exception):  # whoever uses what was read is told; the rows are free either way
-                mark.wait()
+                event.wait()
 
     def follow_changes(self) -> None:
         """Begin to note which rows change; at first all have."""
@@ -199,7 +199,7 @@ class RowTable(KeptRows):
             rows: the rows that will be read, None for all.
             in_place: they are read by the host alone: nothing is page-locked.
         """
-        self.settle()
+        self.synchronize()
         with self.lock:
             current = self._current()
             if not in_place:
@@ -244,7 +244,7 @@ class RowTable(KeptRows):
         Args:
             rows: those that it changes; None: all.
         """
-        self.settle()
+        self.synchronize()
         with self.lock, torch.no_grad():
             if self.masters.is_meta:
                 raise RuntimeError("MEFT rows have no values yet (meta device): load the adapter first.")
@@ -271,7 +271,7 @@ class RowTable(KeptRows):
     # ------------------------------------------------------------------ moving, loading, saving
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RowTable:
-        self.settle()
+        self.synchronize()
         if not self.on_host:
             self._apply_to_rows(fn, recurse)
             return self
@@ -298,7 +298,7 @@ class RowTable(KeptRows):
         self._change(converted)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.settle()
+        self.synchronize()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
@@ -306,7 +306,7 @@ class RowTable(KeptRows):
         if loaded is None or loaded.shape != self.rows.shape:
             super()._load_from_state_dict(state_dict, prefix, *args)  # reports it
             return
-        self.settle()  # not under the lock, which the update needs
+        self.synchronize()  # not under the lock, which the update needs
         with self.lock, torch.no_grad():
             self._wait_for_readers()
             if self.rows.is_meta:

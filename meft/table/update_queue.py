@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 
-class Ticket:
+class PendingUpdate:
     """A queued update, and whoever waits for it."""
 
     def __init__(self, update: Callable[[], None], what: str) -> None:
@@ -49,8 +49,8 @@ class UpdateQueue:
         self._thread = ThreadPoolExecutor(1, "meft-update")
         self._end = weakref.finalize(self, self._thread.shutdown, wait=False)
 
-    def add(self, update: Callable[[], None], what: str) -> Ticket:
+    def add(self, update: Callable[[], None], what: str) -> PendingUpdate:
         """Queue an update of `what`."""
-        ticket = Ticket(update, what)
+        ticket = PendingUpdate(update, what)
         ticket.future = self._thread.submit(ticket.run)
         return ticket

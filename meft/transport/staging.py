@@ -12,20 +12,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .streams import Lanes, Mark
+from .streams import DeviceStreams, StreamEvent
 
 
 class Slot:
     """Host memory of one copy at a time.
 
     Attributes:
-        busy: the mark after which the copy is through; None: the memory is free.
+        busy: the event after which the copy is through; None: the memory is free.
     """
 
-    def __init__(self, lanes: Lanes) -> None:
-        self._lanes = lanes
+    def __init__(self, streams: DeviceStreams) -> None:
+        self._streams = streams
         self._memory: dict[tuple[int, torch.dtype], Tensor] = {}
-        self.busy: Mark | None = None
+        self.busy: StreamEvent | None = None
 
     def take(self, *forms: tuple[Sequence[int], torch.dtype]) -> list[Tensor]:
         """Memory of these shapes and dtypes, once the copy before is through."""
@@ -39,7 +39,7 @@ class Slot:
         held = self._memory.get((place, dtype))
         if held is None or held.numel() < shape.numel():
             with torch.inference_mode(False):  # it outlives the mode
-                held = self._memory[place, dtype] = self._lanes.staging((shape.numel(),), dtype)
+                held = self._memory[place, dtype] = self._streams.staging((shape.numel(),), dtype)
         return held[: shape.numel()].view(shape)
 
 
@@ -50,25 +50,25 @@ class Coming:
         made: the point of the computation from which on the tensors have their values.
     """
 
-    def __init__(self, lanes: Lanes, tensors: Sequence[Tensor], free: list[Slot]) -> None:
+    def __init__(self, streams: DeviceStreams, tensors: Sequence[Tensor], free: list[Slot]) -> None:
         """Args: free: slots that nobody uses; the one that is taken comes back, also if nobody waits for the copies."""
-        self._free, self._slot = free, free.pop() if free else Slot(lanes)
+        self._free, self._slot = free, free.pop() if free else Slot(streams)
         self._here = self._slot.take(*((tensor.shape, tensor.dtype) for tensor in tensors))
-        self.made = lanes.here()
-        lanes.outbound.after(self.made)
+        self.made = streams.record_event()
+        streams.outbound.wait_event(self.made)
         try:
-            lanes.outbound.run(partial(_copy_all, self._here, tensors), tensors)
+            streams.outbound.run(partial(_copy_all, self._here, tensors), tensors)
         finally:  # also where some were queued
-            self._slot.busy = lanes.outbound.mark()
+            self._slot.busy = streams.outbound.record_event()
 
     def wait(self) -> list[Tensor]:
         """Wait for the copies; their memory is lent for as long as this object lives.
 
         Raises what went wrong on their way.
         """
-        mark, self._slot.busy = self._slot.busy, None
-        if mark is not None:
-            mark.wait()
+        event, self._slot.busy = self._slot.busy, None
+        if event is not None:
+            event.wait()
         return self._here
 
     def __del__(self) -> None:

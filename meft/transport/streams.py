@@ -1,7 +1,7 @@
-"""Work beside the computation: a lane is an ordered queue of copies, a mark a point of it that others can wait for.
+"""Copy streams: work beside the computation in an order of its own, and events that others can wait for.
 
-On a CUDA device a lane is a stream and a mark an event. On the CPU work is done where it is asked for. The engine is
-written against these few operations alone, so that tests put threads with random delays in their place.
+On a CUDA device these are CUDA streams and events. On the CPU work is done where it is asked for. The engine is written
+against these few operations alone, so that tests put threads with random delays in their place.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from torch import Tensor
 from .transfer import page_locked
 
 
-class Mark(Protocol):
-    """A point in the order of a lane, or of the computation."""
+class StreamEvent(Protocol):
+    """A point in the order of a stream, or of the computation."""
 
     def wait(self) -> None:
-        """Let the calling thread wait until all work before the mark is done; raises what that work raised."""
+        """Let the calling thread wait until all work before the event is done; raises what that work raised."""
 
 
-class Lane(Protocol):
+class CopyStream(Protocol):
     """Work that is done in its order, beside the computation."""
 
     def run(self, work: Callable[[], object], uses: Sequence[Tensor] = ()) -> None:
-        """Queue `work`; of the device's memory it takes none that leaves the lane.
+        """Queue `work`; of the device's memory it takes none that leaves the stream.
 
         Args:
             uses: tensors of the computation that the work reads or writes.
         """
 
-    def after(self, mark: Mark) -> None:
-        """What is queued from now on waits for the mark; the calling thread does not."""
+    def wait_event(self, event: StreamEvent) -> None:
+        """What is queued from now on waits for the event; the calling thread does not."""
 
-    def mark(self) -> Mark:
+    def record_event(self) -> StreamEvent:
         """The point after all that is queued so far."""
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Memory of the device into which the lane writes without a wait for the computation; see `Lanes.use`."""
+        """Memory into which the stream writes without a wait for the computation; see `DeviceStreams.use`."""
 
 
-class Lanes(Protocol):
-    """The lanes of one device.
+class DeviceStreams(Protocol):
+    """The streams of one device.
 
     Attributes:
         device: where the computation runs.
@@ -51,31 +51,31 @@ class Lanes(Protocol):
     """
 
     device: torch.device
-    inbound: Lane
-    outbound: Lane
-    updating: Lane
+    inbound: CopyStream
+    outbound: CopyStream
+    updating: CopyStream
 
-    def here(self) -> Mark:
+    def record_event(self) -> StreamEvent:
         """The point after all that the computation has queued so far."""
 
-    def join(self, mark: Mark) -> None:
-        """What the computation queues from now on waits for the mark."""
+    def wait_event(self, event: StreamEvent) -> None:
+        """What the computation queues from now on waits for the event."""
 
     def use(self, tensors: Sequence[Tensor]) -> None:
-        """The computation reads a lane's memory (`Lane.empty`) from now on: it stays until that is through."""
+        """The computation reads a stream's memory (`CopyStream.empty`) from now on: it stays until that is through."""
 
     def staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Host memory for copies from and to the device."""
 
 
 class _Done:
-    """A mark that has been reached."""
+    """An event that has been reached."""
 
     def wait(self) -> None: ...
 
 
 class _AtOnce:
-    """The lane of a CPU: work is done when it is queued."""
+    """The stream of a CPU: work is done when it is queued."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -83,30 +83,30 @@ class _AtOnce:
     def run(self, work: Callable[[], object], uses: Sequence[Tensor] = ()) -> None:
         work()
 
-    def after(self, mark: Mark) -> None:
-        mark.wait()
+    def wait_event(self, event: StreamEvent) -> None:
+        event.wait()
 
-    def mark(self) -> Mark:
+    def record_event(self) -> StreamEvent:
         return _Done()
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
 
-class HostLanes:
+class HostStreams:
     """For a model on the CPU, or on a device without streams: nothing runs beside anything."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.inbound: Lane = _AtOnce(device)
-        self.outbound: Lane = _AtOnce(device)
-        self.updating: Lane = _AtOnce(device)
+        self.inbound: CopyStream = _AtOnce(device)
+        self.outbound: CopyStream = _AtOnce(device)
+        self.updating: CopyStream = _AtOnce(device)
 
-    def here(self) -> Mark:
+    def record_event(self) -> StreamEvent:
         return _Done()
 
-    def join(self, mark: Mark) -> None:
-        mark.wait()
+    def wait_event(self, event: StreamEvent) -> None:
+        event.wait()
 
     def use(self, tensors: Sequence[Tensor]) -> None: ...
 
@@ -143,11 +143,11 @@ class _Stream:
                 if tensor.is_cuda:  # its memory is not given to another tensor before this stream is through
                     tensor.record_stream(self.stream)
 
-    def after(self, mark: Mark) -> None:
-        assert isinstance(mark, _Event)
-        self.stream.wait_event(mark.event)
+    def wait_event(self, event: StreamEvent) -> None:
+        assert isinstance(event, _Event)
+        self.stream.wait_event(event.event)
 
-    def mark(self) -> Mark:
+    def record_event(self) -> StreamEvent:
         return _Event(self.stream)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -156,21 +156,21 @@ class _Stream:
             return torch.empty(shape, dtype=dtype, device=self.device)
 
 
-class CudaLanes:
+class CudaStreams:
     """Streams beside the one that computes: a device has a copy engine each way."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.inbound: Lane = _Stream(device)
-        self.outbound: Lane = _Stream(device)
-        self.updating: Lane = _Stream(device)
+        self.inbound: CopyStream = _Stream(device)
+        self.outbound: CopyStream = _Stream(device)
+        self.updating: CopyStream = _Stream(device)
 
-    def here(self) -> Mark:
+    def record_event(self) -> StreamEvent:
         return _Event(torch.cuda.current_stream(self.device))
 
-    def join(self, mark: Mark) -> None:
-        assert isinstance(mark, _Event)
-        torch.cuda.current_stream(self.device).wait_event(mark.event)
+    def wait_event(self, event: StreamEvent) -> None:
+        assert isinstance(event, _Event)
+        torch.cuda.current_stream(self.device).wait_event(event.event)
 
     def use(self, tensors: Sequence[Tensor]) -> None:
         stream = torch.cuda.current_stream(self.device)
@@ -181,6 +181,6 @@ class CudaLanes:
         return page_locked(shape, dtype, self.device)
 
 
-def lanes_of(device: torch.device) -> Lanes:
-    """The lanes of a device."""
-    return CudaLanes(device) if device.type == "cuda" else HostLanes(device)
+def streams_of(device: torch.device) -> DeviceStreams:
+    """The streams of a device."""
+    return CudaStreams(device) if device.type == "cuda" else HostStreams(device)

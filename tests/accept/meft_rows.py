@@ -10,7 +10,7 @@ from meft import MEFTConfig
 _SIZES = {"r": 32, "num_experts": 8, "experts_per_token": 4, "top_k": 8}
 # PEFT trains its MLPs with SGD, which MEFT accepts where the rows have a learning rate of their own.
 _MLP = {"target_modules": ["lin0"], "row_optimizer": {"lr": 0.5}, **_SIZES}
-_DEVICE = {**_MLP, "placement": "device", "balance_loss_weight": 0.1}
+_DEVICE = {**_MLP, "placement": "device", "router_aux_loss_coef": 0.1}
 _RANDOM = {"target_modules": ["lin0"], "init_weights": False}
 _MODELS = {("config_cls", "config_kwargs"): [("sizes", [MEFTConfig, _SIZES])]}
 

@@ -59,7 +59,7 @@ def mock(capability: int) -> None:
 
     triton.runtime.driver.set_active(Driver(capability))
     triton.compiler.compile = lambda source, target=None, options=None, **_: Kernel(source, options)
-    dispatch.use_triton = lambda impl, device, refusals=(): not any(refusals)
+    dispatch.use_triton = lambda impl, device, unsupported=(): not any(unsupported)
     launch.capability = lambda device: capability
 
 

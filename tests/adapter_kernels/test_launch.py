@@ -39,8 +39,8 @@ def test_an_override_must_exist(table, name, field, message):
 def test_what_a_kernel_does_not_take_goes_to_torch(monkeypatch):
     for name, value in (("AVAILABLE", True), ("INTERPRETED", False)):
         monkeypatch.setattr(jit, name, value)
-    device, refusals = torch.device("cuda"), [("K", "too large")]
+    device, unsupported = torch.device("cuda"), [("K", "too large")]
     assert dispatch.use_triton(None, device)
-    assert not dispatch.use_triton(None, device, refusals)
+    assert not dispatch.use_triton(None, device, unsupported)
     with pytest.raises(ValueError, match="K: too large; pass impl='torch'"):
-        dispatch.use_triton("triton", device, refusals)
+        dispatch.use_triton("triton", device, unsupported)

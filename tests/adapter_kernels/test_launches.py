@@ -22,8 +22,8 @@ def launched(capability):
 
 
 def one_alignment_alone(name, types, constants, aligned, options):
-    """One argument is a multiple of 16 where its fellow is none, which `Variant.aligned` cannot say: loads are narrow
-    either way, and what is known of the one leaves fewer registers in use, not more."""
+    """One argument is a multiple of 16 where its fellow is none, which `Specialisation.aligned` cannot say: loads are
+    narrow either way, and what is known of the one leaves fewer registers in use, not more."""
     return (name, "stride_base" in aligned or "width" in aligned) in (
         ("_slots_kernel", True), ("_token_values_kernel", True),
     )  # fmt: skip

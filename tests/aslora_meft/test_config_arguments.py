@@ -33,7 +33,7 @@ MEFT = {
     "gradient_dtype": ("float32", "float32"), "row_dtype": ("bfloat16", "bfloat16"),
     "master_dtype": ("bfloat16", "bfloat16"), "pin_memory": ("0", False),
     "row_optimizer": ('{"lr": 1e-3, "betas": [0.9, 0.99]}', RowOptimizerConfig(lr=1e-3, betas=(0.9, 0.99))),
-    "balance_loss_weight": (".5", 0.5),
+    "router_aux_loss_coef": (".5", 0.5),
 }  # fmt: skip
 COMMON = {
     "target_modules": ("q_proj v_proj", {"q_proj", "v_proj"}), "exclude_modules": ("q_proj", {"q_proj"}),

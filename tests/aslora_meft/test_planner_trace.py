@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from aslora_meft.errors import UsageError
 from aslora_meft.planner.base import build_base
-from aslora_meft.planner.live import LiveStorages
+from aslora_meft.planner.live import MemoryTracker
 from aslora_meft.planner.methods import adapt, method_config, methods
 from aslora_meft.planner.neurons import PlannedFFN, lasting_bytes
 from aslora_meft.planner.optimizer_state import state_bytes
@@ -44,7 +44,7 @@ def real_peak(config, dtype, adapter, step):
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    live = LiveStorages()
+    live = MemoryTracker()
     for tensor in (*model.parameters(), *model.buffers()):
         live.see(tensor)
     ids = torch.randint(0, config.vocab_size, (step.batch, step.length), generator=torch.Generator().manual_seed(0))
@@ -124,7 +124,7 @@ def test_the_counter_gives_the_numbers_of_the_example():
     ids = torch.zeros(2, 256, dtype=torch.long, device="meta")
     mask = torch.ones(2, 1, 256, 256, dtype=torch.bool, device="meta")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
-    live = LiveStorages()
+    live = MemoryTracker()
     for parameter in model.parameters():
         live.see(parameter)
     assert round(live.peak / GIB, 2) == 12.68
@@ -214,7 +214,7 @@ def test_which_methods_can_be_planned():
 
 
 def test_parts_are_told_apart_and_freed():
-    live = LiveStorages()
+    live = MemoryTracker()
     held = live.allocate(100, "buffers")
     with live:
         x = torch.empty(50, dtype=torch.uint8, device="meta")
@@ -230,4 +230,4 @@ def test_parts_are_told_apart_and_freed():
     assert live.at_peak["activations"] == 50
     del held
     assert live.total == 0
-    assert LiveStorages.current is None
+    assert MemoryTracker.current is None

@@ -220,11 +220,11 @@ def test_the_gate_is_left_out_only_where_it_has_passed(tmp_path):
 
 def test_memory_that_may_be_taken_is_said_once(monkeypatch):
     monkeypatch.delenv("ASLORA_MEFT_HOST_GIB", raising=False)
-    said = float(check.surroundings(False)["ASLORA_MEFT_HOST_GIB"])
+    said = float(check.model_profile(False)["ASLORA_MEFT_HOST_GIB"])
     assert 0 < said < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     monkeypatch.setenv("ASLORA_MEFT_HOST_GIB", "7")
-    assert check.surroundings(False)["ASLORA_MEFT_HOST_GIB"] == "7"
-    assert check.surroundings(False)["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert check.model_profile(False)["ASLORA_MEFT_HOST_GIB"] == "7"
+    assert check.model_profile(False)["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
 def test_the_call_for_a_bare_machine_is_one_short_line():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from device import amp, chain, engine, findings, ops, probe, sanitizer
-from device.sleepy import SleepyLanes
+from device.sleepy import SleepyStreams
 
 from meft.cost import calibration
 
@@ -146,16 +146,16 @@ def test_an_op_on_a_device_gives_back_all_that_it_wrote():
     assert PAD % 16 == 0
 
 
-def test_sleepy_lanes_sleep_and_lose_nothing(monkeypatch, cuda):
+def test_sleepy_streams_sleep_and_lose_nothing(monkeypatch, cuda):
     fake = FakeCuda(monkeypatch)
     expected = engine.in_place(1)
     for setting in (chain.Setting("stream", "refetch"), chain.Setting("host", zero_copy=True)):
-        lanes = SleepyLanes(CPU, seed=1)
-        assert chain.difference(chain.trained(setting, CPU, lanes), expected) == ""
-        assert {lanes.inbound.stream, lanes.outbound.stream} <= {stream for stream, _ in fake.used}
+        streams = SleepyStreams(CPU, seed=1)
+        assert chain.difference(chain.trained(setting, CPU, streams), expected) == ""
+        assert {streams.inbound.stream, streams.outbound.stream} <= {stream for stream, _ in fake.used}
     assert len(cuda) > 20
     assert len(set(cuda)) > 10
-    careless = SleepyLanes(CPU, seed=1, careless=True)
+    careless = SleepyStreams(CPU, seed=1, careless=True)
     assert chain.difference(chain.trained(chain.Setting("stream"), CPU, careless), expected)
 
 

@@ -22,7 +22,7 @@ use_tests("meft", "adapter_kernels")
 
 from fake_cuda import FakeCuda  # noqa: E402
 
-from meft.transport.streams import CudaLanes  # noqa: E402
+from meft.transport.streams import CudaStreams  # noqa: E402
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -32,9 +32,9 @@ def device(request):
 
 
 @pytest.fixture
-def lanes(device, monkeypatch):
+def streams(device, monkeypatch):
     """None: those of the device. On the CPU the real ones over a stand-in for `torch.cuda`, as late as they can be."""
     if device.type == "cuda":
         return None
     FakeCuda(monkeypatch)
-    return CudaLanes(device)
+    return CudaStreams(device)

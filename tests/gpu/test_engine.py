@@ -1,6 +1,6 @@
 """Training by each strategy on a device against rows that are read in place: bit for bit, for all values are whole.
 
-On the CPU a stand-in for `torch.cuda` is under the real lanes, whose streams are as late as they can be.
+On the CPU a stand-in for `torch.cuda` is under the real streams, whose streams are as late as they can be.
 """
 
 import random
@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 from device.chain import STRATEGIES, Setting, adapted, difference, end, settings, stepping, train, trained, use
-from device.engine import in_place, lanes_maker
+from device.engine import in_place, streams_maker
 from row_checks import same_bits, table
 
 from meft.transport.transfer import bring_rows, page_locked
@@ -21,13 +21,13 @@ def expected():
 
 
 @pytest.mark.parametrize("setting", settings(), ids=Setting.title)
-def test_training_equals_that_with_rows_in_place(device, lanes, expected, setting):
-    assert difference(trained(setting, device, lanes), expected[setting.accumulation]) == ""
+def test_training_equals_that_with_rows_in_place(device, streams, expected, setting):
+    assert difference(trained(setting, device, streams), expected[setting.accumulation]) == ""
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_streams_that_sleep_change_no_bit(device, expected, strategy):
-    make = lanes_maker(device, device.type == "cpu")
+    make = streams_maker(device, device.type == "cpu")
     for seed in range(10 if device.type == "cuda" else 2):
         setting = random.Random(seed).choice([each for each in settings() if each.strategy == strategy])
         wrong = difference(trained(setting, device, make(seed, False)), expected[setting.accumulation])
@@ -35,14 +35,14 @@ def test_streams_that_sleep_change_no_bit(device, expected, strategy):
 
 
 def test_a_hand_over_that_is_left_out_shows(device, expected):
-    make = lanes_maker(device, device.type == "cpu")
+    make = streams_maker(device, device.type == "cpu")
     assert any(difference(trained(Setting("stream"), device, make(seed, True)), expected[1]) for seed in range(5))
 
 
-def test_steps_are_taken_by_the_device(device, lanes):
+def test_steps_are_taken_by_the_device(device, streams):
     """Equal bits do not tell: where the device does not reach the rows, the host steps them."""
     setting = Setting("stream", zero_copy=True)
-    model = use(adapted(setting).to(device), lanes)
+    model = use(adapted(setting).to(device), streams)
     train(model, stepping(model), setting, range(1))
     end(model)
     assert model.base_model.transfer_report().to_dict()["bytes_zero_copy"] > 0

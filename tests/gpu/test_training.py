@@ -40,8 +40,8 @@ def on_cpu(tensors):
 
 
 @ways
-def test_a_run_that_is_resumed_ends_with_the_same_bits(device, lanes, in_place, tmp_path, setting):
-    model = use(adapted(setting).to(device), lanes)
+def test_a_run_that_is_resumed_ends_with_the_same_bits(device, streams, in_place, tmp_path, setting):
+    model = use(adapted(setting).to(device), streams)
     optimizer = stepping(model)
     seen = train(model, optimizer, setting, range(2))
     model.save_pretrained(tmp_path)
@@ -51,7 +51,7 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(device, lanes, in_place, 
     with torch.no_grad():
         for parameter in again.parameters():
             parameter.fill_(7)
-    use(again.to(device), lanes)
+    use(again.to(device), streams)
     set_peft_model_state_dict(again, load_peft_weights(str(tmp_path), device=str(device)))
     optimizer = stepping(again)
     optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt", map_location=device))
@@ -87,8 +87,8 @@ def little_memory(device, model, room):
 
 @pytest.mark.parametrize("room", [0, 640 << 20], ids=["little", "some"])
 @ways
-def test_a_smaller_batch_after_one_that_did_not_fit(device, lanes, in_place, setting, room):
-    model = use(adapted(setting).to(device), lanes)
+def test_a_smaller_batch_after_one_that_did_not_fit(device, streams, in_place, setting, room):
+    model = use(adapted(setting).to(device), streams)
     optimizer = stepping(model)
     seen = train(model, optimizer, setting, range(2))
     large = whole_numbers(0, torch.float32, MANY if device.type == "cuda" else 64).to(device).requires_grad_()
@@ -108,7 +108,7 @@ def test_a_grad_scaler_whose_stream_sleeps(device, overflow):
 
 
 @ways
-def test_a_model_that_moves(device, lanes, in_place, setting):
+def test_a_model_that_moves(device, streams, in_place, setting):
     """Between the CPU and each device; the optimizer's state follows as it does for other parameters."""
     places = [
         CPU,
@@ -116,7 +116,7 @@ def test_a_model_that_moves(device, lanes, in_place, setting):
         CPU,
         torch.device("cuda", torch.cuda.device_count() - 1) if device.type == "cuda" else device,
     ]
-    model = use(adapted(setting), lanes)
+    model = use(adapted(setting), streams)
     optimizer, seen = stepping(model), []
     for step, place in enumerate(places):
         model.to(place)

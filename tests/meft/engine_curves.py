@@ -45,9 +45,9 @@ def losses_of(model, batches, parameters, optimizer=None):
     return losses
 
 
-def by_the_engine(model, batches, lanes):
+def by_the_engine(model, batches, streams):
     """Losses, and of each pass and layer the picks as bool [T, r]."""
-    model.base_model.engines["default"].use(lanes)
+    model.base_model.engines["default"].use(streams)
     masks = []
 
     def recorded(pick):
@@ -128,7 +128,7 @@ def by_the_oracle(base, adapted, batches, masks=None):
     return losses_of(base, batches, [*routers, *tables], optimizer)
 
 
-def curves(make_base, config, batches, lanes, prepare=lambda model: None):
+def curves(make_base, config, batches, streams, prepare=lambda model: None):
     """Losses by the engine, by the oracle with its picks, and by the oracle with its own."""
 
     def adapted():
@@ -137,14 +137,14 @@ def curves(make_base, config, batches, lanes, prepare=lambda model: None):
         prepare(model)
         return model
 
-    engine, masks = by_the_engine(adapted(), batches, lanes)
+    engine, masks = by_the_engine(adapted(), batches, streams)
     start = adapted()
     assert len(masks) == len(batches) * sum(isinstance(m, MEFTLayer) for m in start.modules())
     replayed = by_the_oracle(make_base(), start, batches, masks)
     return engine, replayed, by_the_oracle(make_base(), start, batches)
 
 
-def smol(steps, strategy, lanes, length=64, **fields):
+def smol(steps, strategy, streams, length=64, **fields):
     """Curves of SmolLM2-135M over the text of `make demo` in float32, a window a step.
 
     Args:
@@ -157,7 +157,7 @@ def smol(steps, strategy, lanes, length=64, **fields):
     def base():
         return AutoModelForCausalLM.from_pretrained(SMALL, dtype=torch.float32)
 
-    return curves(base, config, [tokens[None, s : s + length] for s in starts], lanes)
+    return curves(base, config, [tokens[None, s : s + length] for s in starts], streams)
 
 
 def differences(a, b):

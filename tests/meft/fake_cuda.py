@@ -1,4 +1,4 @@
-"""A stand-in for `torch.cuda` that writes down what it is asked, under the real `CudaLanes`.
+"""A stand-in for `torch.cuda` that writes down what it is asked, under the real `CudaStreams`.
 
 The computation's stream is done at once. What is queued on any other stream is done as late as can be: when somebody
 waits for an event behind it. So whoever reads too early reads what was there before.
@@ -97,7 +97,7 @@ class FakeCuda:
         used: (stream, memory) of what was done on streams.
         staged: host memory that was asked for. asked: devices of `current_stream`.
         locked: (address, device) of memory that was page-locked where it lies.
-        made: (stream, address) of memory that a lane gave; it holds no numbers yet.
+        made: (stream, address) of memory that a stream gave; it holds no numbers yet.
         full: whether queueing fails.
     """
 
@@ -116,7 +116,7 @@ class FakeCuda:
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr("meft.transport.streams.page_locked", self._staging)
         monkeypatch.setattr("meft.transport.transfer.page_lock", self._lock)
-        # What lanes are given as a tensor of the computation lies on the device, as far as they can tell.
+        # What streams are given as a tensor of the computation lies on the device, as far as they can tell.
         there = property(lambda tensor: sys._getframe(1).f_globals["__name__"] == "meft.transport.streams")
         monkeypatch.setattr(torch.Tensor, "is_cuda", there)
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: self._record(tensor, stream))
@@ -124,27 +124,27 @@ class FakeCuda:
         self._late(monkeypatch)
 
     def _late(self, monkeypatch):
-        """Work that a lane queues is done later."""
+        """Work that a stream queues is done later."""
         run = _Stream.run
 
-        def late(lane, work, uses=()):
+        def late(stream, work, uses=()):
             def queue():
-                assert self._current(self.device) is lane.stream, "work on a stream that is not the lane's"
+                assert self._current(self.device) is stream.stream, "work on a stream that is not the stream's"
                 assert self.inside.device == self.device, "leaving the stream makes a context on the device before"
                 if self.full:
                     raise RuntimeError("nothing more can be queued")
-                lane.stream.add(lambda: self._do(lane.stream, work))
+                stream.stream.add(lambda: self._do(stream.stream, work))
 
-            run(lane, queue, uses)
+            run(stream, queue, uses)
 
         monkeypatch.setattr(_Stream, "run", late)
         empty = _Stream.empty
 
-        def poisoned(lane, shape, dtype):
+        def poisoned(stream, shape, dtype):
             inside = len(self.entered)
-            made = empty(lane, shape, dtype)
-            assert self.entered[inside:] == [lane.stream], "memory that is not of the lane's stream"
-            self.made.append((lane.stream, made.untyped_storage().data_ptr()))
+            made = empty(stream, shape, dtype)
+            assert self.entered[inside:] == [stream.stream], "memory that is not of the stream's stream"
+            self.made.append((stream.stream, made.untyped_storage().data_ptr()))
             return made.fill_(self._poison(dtype))
 
         monkeypatch.setattr(_Stream, "empty", poisoned)

@@ -1,7 +1,7 @@
-"""A checker of hand-overs: lanes that do everything at once and note with vector clocks what would be ordered.
+"""A checker of hand-overs: streams that do everything at once and note with vector clocks what would be ordered.
 
-Actors: each host thread, the computation (what the launching thread does with tensors of the device), and the lanes.
-Two accesses to one storage of which one writes must be ordered by a hand-over: a mark, a future, a ring slot, or that
+Actors: each host thread, the computation (what the launching thread does with tensors of the device), and the streams.
+Two accesses to one storage of which one writes must be ordered by a hand-over: an event, a future, a ring slot, or that
 the host waits for the computation's stream. Locks and the host's looks at results of the device do not count: the first
 order nothing for certain, the second come by chance.
 What others queue without waiting (`non_blocking=True`: torch's GradScaler brings its scale and its flag to the host so)
@@ -83,7 +83,7 @@ class Watch:
         self.states = {}
         self.lock = threading.RLock()
         self.main = threading.get_ident()
-        self.doing = threading.local()  # the lane whose work a thread is doing
+        self.doing = threading.local()  # the stream whose work a thread is doing
 
     # ---------------------------------------------------------------- order
 
@@ -115,7 +115,7 @@ class Watch:
         return self.states[key]
 
     def freed(self, key):
-        """Its memory goes to whatever its home, the computation or a lane, allocates next."""
+        """Its memory goes to whatever its home, the computation or a stream, allocates next."""
         with self.lock:
             state = self.states.pop(key)
             for actor, (time, where) in state.by_others.items():
@@ -145,9 +145,9 @@ class Watch:
         """
         with self.lock:
             thread = self.thread()
-            lane = getattr(self.doing, "lane", None)
-            if lane is not None:
-                actors = (lane, lane)
+            stream = getattr(self.doing, "stream", None)
+            if stream is not None:
+                actors = (stream, stream)
             elif thread == "launching thread":
                 self.order("computation", self.stamp(thread))
                 actors = (thread, "computation")
@@ -222,7 +222,7 @@ class Operations(TorchDispatchMode):
         return result
 
 
-class Mark:
+class StreamEvent:
     def __init__(self, watch, stamp):
         self.watch, self.stamp = watch, stamp
 
@@ -230,25 +230,25 @@ class Mark:
         self.watch.order(self.watch.thread(), self.stamp, "wait", caller()[1])
 
 
-class Lane:
+class CopyStream:
     def __init__(self, watch, name):
         self.watch, self.name = watch, name
 
     def run(self, work, uses=()):
         watch, where = self.watch, caller()[1]
         watch.order(self.name, watch.stamp(watch.thread()))
-        watch.doing.lane = self.name
+        watch.doing.stream = self.name
         try:
             work()
         finally:
-            watch.doing.lane = None
+            watch.doing.stream = None
         watch.uses(self.name, uses, where)
 
-    def after(self, mark):
-        self.watch.order(self.name, mark.stamp, "after", caller()[1])
+    def wait_event(self, event):
+        self.watch.order(self.name, event.stamp, "after", caller()[1])
 
-    def mark(self):
-        return Mark(self.watch, self.watch.stamp(self.name))
+    def record_event(self):
+        return StreamEvent(self.watch, self.watch.stamp(self.name))
 
     def empty(self, shape, dtype):
         watch = self.watch
@@ -263,17 +263,17 @@ class Lane:
         return made
 
 
-class WatchedLanes:
+class WatchedStreams:
     def __init__(self, watch):
         self.watch, self.device = watch, torch.device("cpu")
-        self.inbound, self.outbound, self.updating = (Lane(watch, name) for name in LANES)
+        self.inbound, self.outbound, self.updating = (CopyStream(watch, name) for name in LANES)
 
-    def here(self):
+    def record_event(self):
         self.watch.order("computation", self.watch.stamp(self.watch.thread()))
-        return Mark(self.watch, self.watch.stamp("computation"))
+        return StreamEvent(self.watch, self.watch.stamp("computation"))
 
-    def join(self, mark):
-        self.watch.order("computation", mark.stamp, "join", caller()[1])
+    def wait_event(self, event):
+        self.watch.order("computation", event.stamp, "join", caller()[1])
 
     def use(self, tensors):
         self.watch.uses("computation", tensors, caller()[1])

@@ -1,7 +1,7 @@
 """A device that is not there: its tensors are in host memory and say that they are elsewhere, so that they show.
 
 Whatever would let the launching thread wait for the device is an error: a look at a value, an operation whose result is
-as long as there are values of some kind, and a copy from or to the device, unless it is queued on a lane and has
+as long as there are values of some kind, and a copy from or to the device, unless it is queued on a stream and has
 page-locked memory at its other end.
 """
 
@@ -47,13 +47,13 @@ class NearDevice(TorchDispatchMode):
     """Does the device's work.
 
     Args:
-        page_locked: whether a host tensor's memory is. on_a_lane: whether the current stream is a lane's.
+        page_locked: whether a host tensor's memory is. on_a_stream: whether the current stream is a stream's.
         note: called with the name of each operation.
     """
 
-    def __init__(self, page_locked, on_a_lane, note):
+    def __init__(self, page_locked, on_a_stream, note):
         super().__init__()
-        self.page_locked, self.on_a_lane, self.note = page_locked, on_a_lane, note
+        self.page_locked, self.on_a_stream, self.note = page_locked, on_a_stream, note
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -81,5 +81,5 @@ class NearDevice(TorchDispatchMode):
                 raise BlockingError("a copy between the device and pageable memory")
             if True not in (kwargs.get("non_blocking"), *args[2:]):
                 raise BlockingError("a copy that is waited for")
-            if not self.on_a_lane():
+            if not self.on_a_stream():
                 raise BlockingError("a copy on the stream of the computation")

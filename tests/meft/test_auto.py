@@ -7,7 +7,7 @@ import torch
 
 from meft import MEFTConfig
 from meft.cost import auto
-from meft.cost.auto import choose, surroundings
+from meft.cost.auto import choose, model_profile
 from meft.cost.calibration import Calibration
 from meft.cost.memory import AdapterShape, Plan, Work
 from meft.cost.step_time import BaseModel, Ceilings
@@ -25,7 +25,7 @@ def config(**fields):
 def chosen(free, given=None, calibration=None, tokens=512):
     given = given or config()
     layers = 32
-    around = auto.Surroundings(BASE, lambda tokens: 0)
+    around = auto.ModelProfile(BASE, lambda tokens: 0)
     return choose(given, layers, torch.empty(tokens, 4096, dtype=torch.bfloat16), around, free, calibration)
 
 
@@ -62,7 +62,7 @@ def test_what_does_not_fit_at_all_takes_the_least_and_says_so(caplog):
 
 def test_activations_are_left_room():
     layers = 32
-    around = auto.Surroundings(BASE, lambda tokens: tokens * GIB // 512)
+    around = auto.ModelProfile(BASE, lambda tokens: tokens * GIB // 512)
     free = size("device-rows", "save")
     x = torch.empty(512, 4096, dtype=torch.bfloat16)
     assert choose(config(), layers, x, around, free + GIB, None).strategy == "device-rows"
@@ -85,7 +85,7 @@ def test_what_an_engine_knows_of_its_model(tiny):
     own |= {id(m) for layer in tiny.layers(model) for m in layer.meft_values.modules()}
     own |= {id(layer) for layer in tiny.layers(model)}
     ffns = [layer.base_layer for layer in tiny.layers(model)]
-    base = surroundings(model.base_model.model, ffns, lambda m: id(m) in own).base
+    base = model_profile(model.base_model.model, ffns, lambda m: id(m) in own).base
     assert base.ffn == 3 * 32 * 64
     assert base.head == 64 * 32
     assert base.weight_bytes == 4

@@ -33,7 +33,7 @@ def adapted(checkpointing=None, **fields):
     ).double()
     sizes = {"r": 16, "num_experts": 4, "experts_per_token": 2, "top_k": 3, "init_weights": False}
     config = MEFTConfig(
-        **sizes | {"task_type": "CAUSAL_LM", "master_dtype": "float64", "balance_loss_weight": WEIGHT} | fields
+        **sizes | {"task_type": "CAUSAL_LM", "master_dtype": "float64", "router_aux_loss_coef": WEIGHT} | fields
     )
     model = get_peft_model(model, config)
     if checkpointing is not None:
@@ -66,7 +66,7 @@ def loss_with_explicit_sum(model, inputs):
     seen, handles = [], []
     for layer in layers:
         handles.append(layer.register_forward_pre_hook(lambda module, args: seen.append((module, args[0]))))
-        layer.configs["default"].balance_loss_weight = 0.0
+        layer.configs["default"].router_aux_loss_coef = 0.0
     loss = model(**inputs).loss
     for handle in handles:
         handle.remove()
@@ -110,7 +110,7 @@ def test_the_loss_of_a_layer_equals_loops_and_is_one_where_the_load_is_even():
 @CHECKPOINTING
 @pytest.mark.parametrize("padding", [0, 3])
 def test_it_equals_an_explicit_sum_in_the_loss(checkpointing, padding):
-    ours, theirs, plain = adapted(checkpointing), adapted(), adapted(balance_loss_weight=0.0)
+    ours, theirs, plain = adapted(checkpointing), adapted(), adapted(router_aux_loss_coef=0.0)
     ours(**batch(1, padding)).loss.backward()
     loss_with_explicit_sum(theirs, batch(1, padding)).backward()
     assert_equal_gradients(ours, theirs)
@@ -139,7 +139,7 @@ def test_passes_that_are_alive_together_have_their_own_scales(checkpointing):
 
 
 def test_the_reported_loss_has_no_balance_loss_in_it():
-    with_loss, without = adapted(), adapted(balance_loss_weight=0.0)
+    with_loss, without = adapted(), adapted(router_aux_loss_coef=0.0)
     assert torch.equal(with_loss(**batch(1)).loss, without(**batch(1)).loss)
 
 

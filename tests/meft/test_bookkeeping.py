@@ -3,7 +3,7 @@
 Counted is all that the launching thread asks of aten, be it of tensors of the device or of the host, but
 - what moves nothing and computes nothing: views, and memory that is made and not filled (`FREE`);
 - the router's product, the operations of `adapter_kernels`, the base FFN, and the addition of what comes out;
-- what lanes run: rows, ids and hidden states on their way. On a GPU these are copy engines' and `gather_rows`' work.
+- what streams run: rows, ids and hidden states on their way. On a GPU these are copy engines' and `gather_rows`' work.
 """
 
 from collections import Counter
@@ -13,7 +13,7 @@ import torch
 from test_waits import Base, activations, change
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from meft.transport.streams import HostLanes
+from meft.transport.streams import HostStreams
 
 # A look at a value, of which test_waits knows whether somebody waits for it, launches nothing either.
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "view", "_unsafe_view", "reshape", "_reshape_alias", "t"}
@@ -25,40 +25,40 @@ WAYS["resident"] = {"placement": "device"}
 
 
 class Count(TorchDispatchMode):
-    """What is asked for, by whom: the layer itself, and the lanes."""
+    """What is asked for, by whom: the layer itself, and the streams."""
 
     def __init__(self):
         super().__init__()
-        self.own, self.lanes, self.on_a_lane = Counter(), Counter(), False
+        self.own, self.streams, self.on_a_stream = Counter(), Counter(), False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         space, name = func._schema.name.split("::")
         if space == "aten" and name not in FREE:
-            (self.lanes if self.on_a_lane else self.own)[name] += 1
+            (self.streams if self.on_a_stream else self.own)[name] += 1
         return func(*args, **(kwargs or {}))
 
 
-def counting(monkeypatch, count, lanes):
-    """Let the work of lanes count as theirs."""
+def counting(monkeypatch, count, streams):
+    """Let the work of streams count as theirs."""
     for name in ("inbound", "outbound"):
-        lane = getattr(lanes, name)
+        stream = getattr(streams, name)
 
-        def run(work, uses=(), run=lane.run):
-            count.on_a_lane = True
+        def run(work, uses=(), run=stream.run):
+            count.on_a_stream = True
             run(work, uses)
-            count.on_a_lane = False
+            count.on_a_stream = False
 
-        monkeypatch.setattr(lane, "run", run)
+        monkeypatch.setattr(stream, "run", run)
 
 
 def bookkeeping(tiny, monkeypatch, stepped, **fields):
     """Of the second layer's forward pass with a graph, for which some rows are new or none are."""
     model = tiny.adapted(layers=3, dtype=torch.bfloat16, master_dtype="float32", row_dtype="bfloat16", **fields)
-    layers, count, lanes = tiny.layers(model), Count(), HostLanes(torch.device("cpu"))
-    counting(monkeypatch, count, lanes)
+    layers, count, streams = tiny.layers(model), Count(), HostStreams(torch.device("cpu"))
+    counting(monkeypatch, count, streams)
     for layer in layers:
         layer.base_layer = Base(lambda: None)
-    layers[0].places["default"].engine.use(lanes)
+    layers[0].places["default"].engine.use(streams)
     x = activations(tiny)
     for layer in layers:
         layer(x)
@@ -69,13 +69,13 @@ def bookkeeping(tiny, monkeypatch, stepped, **fields):
         layers[1](x.requires_grad_())
     assert count.own["mm"] == 1
     assert count.own["add"] == 1
-    return count.own - Counter(mm=1, add=1), count.lanes
+    return count.own - Counter(mm=1, add=1), count.streams
 
 
 @pytest.mark.parametrize("stepped", [False, True])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_layer_asks_for_few_operations_of_its_own(tiny, monkeypatch, way, stepped):
-    own, lanes = bookkeeping(tiny, monkeypatch, stepped, **WAYS[way])
+    own, streams = bookkeeping(tiny, monkeypatch, stepped, **WAYS[way])
     assert own.total() <= MOST, own
     # `host`: hidden states, logits; ids; keys, values. Else number, ids, and rows by table. Some rows by ids are two.
-    assert lanes.total() <= 6, lanes
+    assert streams.total() <= 6, streams

@@ -40,7 +40,7 @@ REFUSED = [
         for v in (0, -1.0, float("nan"), float("inf"), "50", True)
     ),
     *(
-        ({"balance_loss_weight": v}, [f"balance_loss_weight={v!r}", "a number of at least 0"])
+        ({"router_aux_loss_coef": v}, [f"router_aux_loss_coef={v!r}", "a number of at least 0"])
         for v in (-0.1, float("nan"), "1", True, None)
     ),
     (
@@ -92,7 +92,7 @@ def test_the_defaults_are_the_papers():
     assert (config.router_factor, config.router_init_scale) == (True, 50.0)
     assert (config.placement, config.retrieval, config.pin_memory) == ("host", "auto", True)
     assert (config.row_dtype, config.master_dtype, config.row_optimizer) == ("auto", "float32", None)
-    assert (config.balance_loss_weight, config.init_weights, config.target_modules) == (0.0, True, None)
+    assert (config.router_aux_loss_coef, config.init_weights, config.target_modules) == (0.0, True, None)
     assert config.peft_type == PeftType.MEFT
     assert config.foreign_fields == []
 
@@ -107,7 +107,7 @@ def test_every_field_of_its_own_is_documented():
 def test_the_edges_of_the_ranges_are_allowed():
     MEFTConfig(r=1, num_experts=1, experts_per_token=1, top_k=1)
     MEFTConfig(r=6, num_experts=6, experts_per_token=6, top_k=6)
-    MEFTConfig(balance_loss_weight=0, router_init_scale=1)
+    MEFTConfig(router_aux_loss_coef=0, router_init_scale=1)
     MEFTConfig(placement="device")
     MEFTConfig(placement="host", retrieval="host")
     MEFTConfig(row_optimizer={})
@@ -136,7 +136,7 @@ FULL = {
     "master_dtype": "bfloat16",
     "pin_memory": False,
     "row_optimizer": {"lr": 1e-3, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.1},
-    "balance_loss_weight": 0.25,
+    "router_aux_loss_coef": 0.25,
     "trainable_token_indices": {"embed_tokens": [1, 2]},
     "ensure_weight_tying": True,
 }

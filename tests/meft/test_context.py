@@ -250,7 +250,7 @@ def test_picks_are_let_go_when_the_layers_backward_pass_is_over(monkeypatch, ree
 
     layers = [m for m in model.modules() if isinstance(m, MEFTLayer)]
     for layer in layers:
-        layer.register_forward_pre_hook(lambda *_: seen.append(left()) if context.recomputing() else None)
+        layer.register_forward_pre_hook(lambda *_: seen.append(left()) if context.in_checkpoint_recompute() else None)
     loss = model(input_ids=ids(), labels=ids()).loss
     assert left() == [True, True]
     loss.backward(retain_graph=retain)
@@ -324,7 +324,9 @@ def test_a_layer_that_is_used_twice_in_a_pass_gets_the_picks_of_each_use():
 
 def stash_of(x, neuron):
     one = torch.tensor([neuron])
-    return context.Stash(0, Selection(torch.tensor([0, 1]), torch.tensor([0]), one), None, context.probe_of(x), (0, 0))
+    return context.SavedSelection(
+        0, Selection(torch.tensor([0, 1]), torch.tensor([0]), one), None, context.input_fingerprint(x), (0, 0)
+    )
 
 
 def test_the_stash_with_the_closest_input_is_found():
@@ -471,8 +473,8 @@ def test_recomputing_is_known_by_the_backward_pass():
     seen = []
     x = torch.ones((), requires_grad=True)
     y = x * 2
-    y.register_hook(lambda g: seen.append(context.recomputing()))
-    assert not context.recomputing()
+    y.register_hook(lambda g: seen.append(context.in_checkpoint_recompute()))
+    assert not context.in_checkpoint_recompute()
     y.backward()
     assert seen == [True]
-    assert not context.recomputing()
+    assert not context.in_checkpoint_recompute()

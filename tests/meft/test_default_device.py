@@ -8,17 +8,17 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from test_engine import STRATEGIES
-from thread_lanes import ThreadLanes
+from thread_streams import ThreadStreams
 
 import meft
 from meft import RowAdamW
-from meft.transport.streams import HostLanes
+from meft.transport.streams import HostStreams
 
 CPU = torch.device("cpu")
-LANES = {"in place": lambda: None, "host lanes": lambda: HostLanes(CPU), "late lanes": ThreadLanes}
+LANES = {"in place": lambda: None, "host streams": lambda: HostStreams(CPU), "late streams": ThreadStreams}
 
 
-def run(tiny, folder, default, lanes, optimizer_of, **fields):
+def run(tiny, folder, default, streams, optimizer_of, **fields):
     """Everything that a short life of an adapter leaves: losses, state, moments, and what loads from its file."""
     base, again = (tiny.base(2, torch.bfloat16) for _ in range(2))
     config = tiny.config(**fields)
@@ -27,7 +27,7 @@ def run(tiny, folder, default, lanes, optimizer_of, **fields):
     losses = []
     with torch.device(default) if default else nullcontext():
         model = get_peft_model(base, config)
-        if (given := lanes()) is not None:
+        if (given := streams()) is not None:
             for engine in model.base_model.engines.values():
                 engine.use(given)
         optimizer = optimizer_of(model)
@@ -53,14 +53,14 @@ def row_adamw(model):
     return RowAdamW((p for p in model.parameters() if p.requires_grad), lr=2e-2)
 
 
-CASES = [(lanes, strategy) for strategy in STRATEGIES for lanes in ("host lanes", "late lanes")]
+CASES = [(streams, strategy) for strategy in STRATEGIES for streams in ("host streams", "late streams")]
 
 
-@pytest.mark.parametrize(("lanes", "strategy"), [("in place", "auto"), *CASES])
-def test_a_life_is_the_same_bit_for_bit(tiny, tmp_path, lanes, strategy):
-    fields = {"retrieval": strategy, "balance_loss_weight": 0.1}
-    losses, *states = run(tiny, tmp_path / "without", None, LANES[lanes], row_adamw, **fields)
-    again, *others = run(tiny, tmp_path / "with", "meta", LANES[lanes], row_adamw, **fields)
+@pytest.mark.parametrize(("streams", "strategy"), [("in place", "auto"), *CASES])
+def test_a_life_is_the_same_bit_for_bit(tiny, tmp_path, streams, strategy):
+    fields = {"retrieval": strategy, "router_aux_loss_coef": 0.1}
+    losses, *states = run(tiny, tmp_path / "without", None, LANES[streams], row_adamw, **fields)
+    again, *others = run(tiny, tmp_path / "with", "meta", LANES[streams], row_adamw, **fields)
     assert torch.equal(losses, again)
     for state, other in zip(states, others, strict=True):
         tiny.assert_equal(other, state)

@@ -20,7 +20,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.meft.conftest import Tiny
-from tests.meft.thread_lanes import ThreadLanes
+from tests.meft.thread_streams import ThreadStreams
 
 WORLD, STEPS, ROWS, LENGTH = 2, 5, 2, 6
 ENGINES = {
@@ -30,10 +30,10 @@ ENGINES = {
 
 
 def adapted(seed=0, delay=None, **fields):
-    """Args: delay: longest, in seconds, of the copies by fake lanes; None: rows are in place."""
+    """Args: delay: longest, in seconds, of the copies by fake streams; None: rows are in place."""
     model = Tiny.adapted(2, torch.float64, seed=seed, **fields)
     if delay is not None:
-        model.base_model.engines["default"].use(ThreadLanes(seed, delay))
+        model.base_model.engines["default"].use(ThreadStreams(seed, delay))
     return model
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from thread_lanes import ThreadLanes
+from thread_streams import ThreadStreams
 from torch import nn
 
 import meft.gradient.drain
@@ -22,7 +22,7 @@ from meft.gradient.pool import GradientPool
 from meft.gradient.row_gradient import RowGradient
 from meft.table.gpu_step import ZeroCopySteps
 from meft.table.row_step import StepRule, native_library, update_rows
-from meft.transport.streams import HostLanes
+from meft.transport.streams import HostStreams
 from meft.transport.transfer import Traffic
 
 R, D = 40, 24
@@ -44,7 +44,7 @@ def path(request, monkeypatch):
 
 @pytest.fixture
 def ring():
-    return GradientRing(HostLanes(torch.device("cpu")), 8, D, torch.bfloat16)  # two slots a gradient
+    return GradientRing(HostStreams(torch.device("cpu")), 8, D, torch.bfloat16)  # two slots a gradient
 
 
 def randn(*shape, seed=0, dtype=torch.bfloat16):
@@ -101,7 +101,7 @@ def test_the_number_of_threads_changes_no_bit_of_the_sum(monkeypatch):
 
 def test_masters_in_float64_are_looked_at():
     table = nn.Parameter(torch.zeros(R, D, dtype=torch.float64))
-    gradient, exact = sent(GradientRing(HostLanes(torch.device("cpu")), 8, D, torch.bfloat16), table)
+    gradient, exact = sent(GradientRing(HostStreams(torch.device("cpu")), 8, D, torch.bfloat16), table)
     assert gradient.squares() is None
     assert float(gradient.norm()) == pytest.approx(float(exact.norm()), rel=1e-14)
 
@@ -299,12 +299,12 @@ def test_the_update_multiplies_as_torch_does(way, dtype, rule, factors, monkeypa
             for factor in () if given_factors else factors:
                 grads = grads * factor
             if way == "by the device":
-                lanes = ThreadLanes()
-                ZeroCopySteps(lanes, D)(
+                streams = ThreadStreams()
+                ZeroCopySteps(streams, D)(
                     Traffic(), *state, ROWS, grads, rule, wire=wire if dtype == torch.float32 else None, seed=3,
                     factors=given_factors,
                 )  # fmt: skip
-                lanes.close()
+                streams.close()
             else:
                 native = way if dtype == torch.float32 else None
                 kept = wire if dtype == torch.float32 else None
@@ -320,8 +320,8 @@ def test_clipped_training_equals_that_with_gradients_that_are_multiplied(tiny, p
         if not later:
             monkeypatch.setattr(RowGradient, "multiply_later", lambda self, factor: False)
         model = tiny.adapted(2, dtype=torch.bfloat16, retrieval="stream", **fields)
-        lanes = ThreadLanes()
-        model.base_model.engines["default"].use(lanes)
+        streams = ThreadStreams()
+        model.base_model.engines["default"].use(streams)
         optimizer = tiny.adamw(model)
         for step in range(3):
             for micro in range(1 + step % 2):
@@ -330,7 +330,7 @@ def test_clipped_training_equals_that_with_gradients_that_are_multiplied(tiny, p
             optimizer.step()
             optimizer.zero_grad()
         found.append(tiny.whole_state(model))
-        lanes.close()
+        streams.close()
     tiny.assert_equal(*found)
 
 
@@ -393,7 +393,7 @@ def test_what_somebody_keeps_never_changes(ring, name):
 
 def test_what_a_hook_keeps_does_not_change(tiny):
     model = tiny.adapted(1, dtype=torch.bfloat16, retrieval="stream")
-    model.base_model.engines["default"].use(HostLanes(torch.device("cpu")))
+    model.base_model.engines["default"].use(HostStreams(torch.device("cpu")))
     rows, kept = tiny.tables(model)[0].rows, []
     rows.register_hook(kept.append)
     tiny.loss(model).backward()

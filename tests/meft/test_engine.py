@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from thread_lanes import ThreadLanes
+from thread_streams import ThreadStreams
 from torch._C._profiler import _ExperimentalConfig
 
 import meft.retrieval.engine
@@ -13,12 +13,12 @@ STRATEGIES = ["host", "stream", "device-keys", "device-rows"]
 ROWS = ["save", "refetch"]
 
 
-def on_lanes(model, **fields):
-    """Let the model's engines take fake lanes; updates run beside the computation too, then."""
-    lanes = ThreadLanes(**fields)
+def on_streams(model, **fields):
+    """Let the model's engines take fake streams; updates run beside the computation too, then."""
+    streams = ThreadStreams(**fields)
     for engine in model.base_model.engines.values():
-        engine.use(lanes)
-    return lanes
+        engine.use(streams)
+    return streams
 
 
 def integers(model):
@@ -40,7 +40,7 @@ def pair(tiny, dtype=torch.float64, layers=3, **fields):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_training_equals_that_with_rows_in_place(tiny, strategy, rows):
     plain, ours = pair(tiny, retrieval=strategy, backward_rows=rows)
-    lanes = on_lanes(ours, longest=2e-3)
+    streams = on_streams(ours, longest=2e-3)
     for model in (plain, ours):
         optimizer = tiny.adamw(model)
         losses = []
@@ -53,7 +53,7 @@ def test_training_equals_that_with_rows_in_place(tiny, strategy, rows):
             torch.nn.utils.clip_grad_norm_(tiny.trainable(model), 0.5)
             optimizer.step()
         model.losses = losses
-    assert min(lanes.numbers["inbound"], lanes.numbers["outbound"]) > 0
+    assert min(streams.numbers["inbound"], streams.numbers["outbound"]) > 0
     assert ours.losses == pytest.approx(plain.losses, rel=1e-10)
     ours_state, plain_state = tiny.whole_state(ours), tiny.whole_state(plain)
     assert ours_state.keys() == plain_state.keys()
@@ -64,7 +64,7 @@ def test_training_equals_that_with_rows_in_place(tiny, strategy, rows):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_experts_load_is_that_with_rows_in_place(tiny, strategy):
     plain, ours = pair(tiny, retrieval=strategy)
-    on_lanes(ours)
+    on_streams(ours)
     reports = []
     for model in (plain, ours):
         tiny.loss(model).backward()
@@ -79,7 +79,7 @@ def test_the_experts_load_is_that_with_rows_in_place(tiny, strategy):
 def test_what_a_pass_without_autograd_has_made_serves_training(tiny, strategy):
     """Buffers that were made in inference mode cannot be written outside of it."""
     plain, ours = pair(tiny, retrieval=strategy)
-    on_lanes(ours)
+    on_streams(ours)
     with torch.inference_mode():
         tiny.loss(ours)
     for model in (plain, ours):
@@ -91,7 +91,7 @@ def test_what_a_pass_without_autograd_has_made_serves_training(tiny, strategy):
 def error_of_row_gradients(tiny, **fields):
     """The largest and the least, in norm, of keys and values of one layer in bfloat16, and what has crossed."""
     model = tiny.adapted(layers=1, dtype=torch.bfloat16, **fields)
-    on_lanes(model)
+    on_streams(model)
     (layer,) = tiny.layers(model)
     generator = torch.Generator().manual_seed(0)
     x, g = torch.randn(2, 40, tiny.WIDTH, generator=generator).bfloat16()
@@ -129,7 +129,7 @@ def test_row_gradients_in_float32_are_those_of_a_checkpointed_layer(tiny, rows, 
     found = []
     for checkpointed in (False, True):
         model = tiny.adapted(**fields)
-        on_lanes(model)
+        on_streams(model)
         if checkpointed:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
@@ -148,7 +148,7 @@ def test_row_gradients_in_float32_are_those_of_a_checkpointed_layer(tiny, rows, 
 
 def test_a_model_on_several_devices_is_refused(tiny):
     _, ours = pair(tiny, retrieval="stream")
-    on_lanes(ours)
+    on_streams(ours)
     tiny.loss(ours)
     engine = ours.base_model.engines["default"]
     layer, x = engine.layers[1], torch.zeros(1, tiny.WIDTH, device="meta")
@@ -159,7 +159,7 @@ def test_a_model_on_several_devices_is_refused(tiny):
 @pytest.mark.parametrize("reason", ["more tokens", "no memory"])
 def test_auto_plans_again_when_more_tokens_come_and_when_memory_ran_out(tiny, monkeypatch, reason):
     _, ours = pair(tiny, retrieval="auto")
-    on_lanes(ours)
+    on_streams(ours)
     errors = 1
     monkeypatch.setattr(meft.retrieval.engine, "out_of_memory_errors", lambda device: errors)
     tiny.loss(ours, length=4)
@@ -182,7 +182,7 @@ def captured(monkeypatch):
 
 def test_a_captured_pass_over_rows_on_the_device_equals_another(tiny, monkeypatch):
     plain, ours = pair(tiny, placement="device")
-    on_lanes(ours)
+    on_streams(ours)
     captured(monkeypatch)
     with torch.no_grad():
         torch.testing.assert_close(tiny.loss(ours), tiny.loss(plain), rtol=1e-12, atol=0)
@@ -192,7 +192,7 @@ def test_a_captured_pass_over_rows_on_the_device_equals_another(tiny, monkeypatc
 @pytest.mark.parametrize("fields", [{"retrieval": "stream"}])
 def test_other_passes_are_not_captured(tiny, monkeypatch, fields):
     _, ours = pair(tiny, **fields)
-    on_lanes(ours)
+    on_streams(ours)
     captured(monkeypatch)
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"CUDA graph.*placement='device'"):
         tiny.loss(ours)
@@ -200,7 +200,7 @@ def test_other_passes_are_not_captured(tiny, monkeypatch, fields):
 
 def test_training_is_not_captured(tiny, monkeypatch):
     _, ours = pair(tiny, placement="device")
-    on_lanes(ours)
+    on_streams(ours)
     captured(monkeypatch)
     with pytest.raises(RuntimeError, match=r"under torch\.no_grad"):
         tiny.loss(ours)
@@ -218,11 +218,11 @@ OWN_PHASES = {
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_profile_names_the_phases(tiny, strategy):
     model = tiny.adapted(layers=2, retrieval=strategy, backward_rows="refetch")
-    on_lanes(model)
+    on_streams(model)
     optimizer = tiny.train(model, 1)
     with torch.profiler.profile(experimental_config=_ExperimentalConfig(profile_all_threads=True)) as profile:
         tiny.train(model, 2, optimizer)
         for table in tiny.tables(model):
-            table.settle()
+            table.synchronize()
     named = {event.key.removeprefix("meft: ") for event in profile.key_averages() if event.key.startswith("meft: ")}
     assert named == PHASES | OWN_PHASES[strategy] | {"fetch rows again"}

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_engine import STRATEGIES, on_lanes
-from thread_lanes import CopyFailedError, ThreadLanes
+from test_engine import STRATEGIES, on_streams
+from thread_streams import CopyFailedError, ThreadStreams
 
 from meft.gradient.offload_ring import GradientRing
 from meft.table.moments import Moments
@@ -42,9 +42,9 @@ def snapshot(tiny, model):
     return state
 
 
-def trained(tiny, fields, steps, **lanes):
+def trained(tiny, fields, steps, **streams):
     model = tiny.adapted(layers=3, dtype=torch.float32, row_dtype="bfloat16", **fields)
-    on_lanes(model, **lanes)
+    on_streams(model, **streams)
     optimizer = tiny.adamw(model)
     for seed, rows in steps:
         step(tiny, model, optimizer, seed, rows)
@@ -52,20 +52,20 @@ def trained(tiny, fields, steps, **lanes):
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("lane", ["inbound", "outbound"])
+@pytest.mark.parametrize("stream", ["inbound", "outbound"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_failing_copy(tiny, strategy, lane, place):
+def test_a_failing_copy(tiny, strategy, stream, place):
     fields = {"retrieval": strategy, "backward_rows": "refetch"}
     model, optimizer = trained(tiny, fields, [(0, 2)])
-    lanes = model.base_model.engines["default"].lanes
-    before, first = snapshot(tiny, model), lanes.numbers[lane]
+    streams = model.base_model.engines["default"].streams
+    before, first = snapshot(tiny, model), streams.numbers[stream]
     other, _ = trained(tiny, fields, [(0, 2)])
-    other_lanes = other.base_model.engines["default"].lanes
-    start = other_lanes.numbers[lane]
+    other_streams = other.base_model.engines["default"].streams
+    start = other_streams.numbers[stream]
     snapshot(tiny, other)
     step(tiny, other, _, 1)
-    count = other_lanes.numbers[lane] - start
-    lanes.failing = {(lane, first + {"first": 0, "middle": count // 2, "last": count - 1}[place])}
+    count = other_streams.numbers[stream] - start
+    streams.failing = {(stream, first + {"first": 0, "middle": count // 2, "last": count - 1}[place])}
     with pytest.raises(RuntimeError) as failed:
         step(tiny, model, optimizer, 1)
     assert any(isinstance(error, CopyFailedError) for error in causes(failed.value))
@@ -77,7 +77,7 @@ def test_a_failing_copy(tiny, strategy, lane, place):
     tiny.assert_equal(snapshot(tiny, model), snapshot(tiny, other))
     (ring,) = model.base_model.engines["default"]._rings.values()
     for table in tiny.tables(model):
-        table.settle()
+        table.synchronize()
     assert ring._free.qsize() == 4  # no slot is lost
 
 
@@ -192,7 +192,7 @@ def test_a_cast_waits_for_readers(tiny, dtype):
     model = tiny.adapted(layers=1, dtype=torch.float32)
     waited = []
     for table in tiny.tables(model):
-        table.read_until(object(), SimpleNamespace(wait=lambda: waited.append(1)))
+        table.add_reader_event(object(), SimpleNamespace(wait=lambda: waited.append(1)))
     model.to(dtype)
     assert len(waited) == 2
 
@@ -200,7 +200,7 @@ def test_a_cast_waits_for_readers(tiny, dtype):
 def test_readers_are_not_collected(tiny):
     """Marks of a generation that nothing is ever updated behind."""
     model = tiny.adapted(layers=2, retrieval="stream")
-    on_lanes(model)
+    on_streams(model)
     with torch.no_grad():
         for seed in range(5):
             tiny.loss(model, seed)
@@ -211,11 +211,11 @@ def test_an_engine_that_is_made_anew_between_micro_batches(tiny):
     """As for another device or dtype: what its thread has brought is added up all the same."""
     model, plain = tiny.adapted(layers=2, retrieval="stream"), tiny.adapted(layers=2)
     for seed in range(3):
-        on_lanes(model)
+        on_streams(model)
         gc.collect()
         tiny.loss(model, seed).backward()
         tiny.loss(plain, seed).backward()
-    on_lanes(model)
+    on_streams(model)
     gc.collect()
     for table, other in zip(tiny.tables(model), tiny.tables(plain), strict=True):
         ours, theirs = table.rows.grad + table.rows.grad, other.rows.grad + other.rows.grad
@@ -226,14 +226,14 @@ EXIT = """
 import sys; sys.path.insert(0, {folder!r})
 import torch
 from conftest import Tiny
-from test_engine import on_lanes
+from test_engine import on_streams
 model = Tiny.adapted(layers=2, retrieval="stream")
-lanes = on_lanes(model, longest=0.02)
+streams = on_streams(model, longest=0.02)
 optimizer = Tiny.adamw(model)
 Tiny.loss(model).backward()
 optimizer.step()
 Tiny.loss(model).backward()  # gradients and an update are under way
-lanes.failing = {{("outbound", lanes.numbers["outbound"] + 2)}}  # behind what the two layers tell of their picks
+streams.failing = {{("outbound", streams.numbers["outbound"] + 2)}}  # behind what the two layers tell of their picks
 Tiny.loss(model).backward()
 print("end")
 """
@@ -247,12 +247,12 @@ def test_no_thread_holds_the_interpreter(tiny):
 
 
 def test_a_gradient_that_did_not_arrive_ends_the_backward_pass_at_the_next_layer():
-    lanes = ThreadLanes(failing=[("outbound", 0)])
-    ring = GradientRing(lanes, 4, 3, torch.float32)
+    streams = ThreadStreams(failing=[("outbound", 0)])
+    ring = GradientRing(streams, 4, 3, torch.float32)
     table, rows, gradient = torch.zeros(8, 3), torch.arange(4), torch.ones(4, 3)
     first = ring.send(rows, gradient, table, Traffic())
     ring._thread.submit(lambda: None).result()  # it has been drained
-    with pytest.raises(RuntimeError, match="did not arrive: copy 0 of the outbound lane"):
+    with pytest.raises(RuntimeError, match="did not arrive: copy 0 of the outbound stream"):
         ring.send(rows, gradient, table, Traffic())
     assert "arriving" in repr(first)
-    lanes.close()
+    streams.close()

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 from passes import GENERATION, checkpointed
-from test_engine import ROWS, STRATEGIES, on_lanes
-from thread_lanes import ThreadLanes
+from test_engine import ROWS, STRATEGIES, on_streams
+from thread_streams import ThreadStreams
 
 import meft.gradient.accumulator
 from meft import RowAdamW
@@ -24,7 +24,7 @@ checkpointing = pytest.mark.parametrize("how", [None, False, True], ids=["plain"
 
 def engine_model(tiny, how=None, **fields):
     model = tiny.adapted(3, **fields) if how is None else checkpointed(tiny, how, **fields)
-    on_lanes(model, longest=1e-3)
+    on_streams(model, longest=1e-3)
     return model
 
 
@@ -126,7 +126,7 @@ def test_gradients_are_those_of_rows_in_place(tiny, strategy, rows, how):
 CONFIGS = {
     "no factor": {"router_factor": False},
     "dense adapter": {"experts_per_token": 8, "top_k": 48, "router_factor": False},
-    "balance loss": {"balance_loss_weight": 0.1},
+    "balance loss": {"router_aux_loss_coef": 0.1},
 }
 
 
@@ -149,7 +149,7 @@ def test_two_adapters_and_none(tiny, strategy):
         return model.train()
 
     plain, ours = build(), build(retrieval=strategy)
-    on_lanes(ours)
+    on_streams(ours)
     for model in (plain, ours):
         tiny.train(model, 2)
     assert_close(tiny.state(ours), tiny.state(plain))
@@ -243,7 +243,7 @@ def test_a_copy_trains_as_the_original(tiny):
     ours = engine_model(tiny, retrieval="device-rows")
     optimizer = tiny.train(ours, 2)
     other = copy.deepcopy(ours)
-    on_lanes(other)
+    on_streams(other)
     second = tiny.adamw(other)
     second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for model, its in ((ours, optimizer), (other, second)):
@@ -263,7 +263,7 @@ def test_resuming_is_bit_equal(tiny, tmp_path, strategy, rows):
     other = tiny.adapted(3, seed=0, **fields)
     other.load_adapter(tmp_path, "default")
     other.base_model.load_training_state(tmp_path)
-    on_lanes(other)
+    on_streams(other)
     second = tiny.adamw(other)
     second.load_state_dict(saved)
     for model, its in ((ours, optimizer), (other, second)):
@@ -277,11 +277,11 @@ def test_resuming_is_bit_equal(tiny, tmp_path, strategy, rows):
 def test_micro_batches_are_added_up_by_the_thread(tiny):
     """Nobody waits for a gradient before the optimizer does."""
     ours = engine_model(tiny, retrieval="device-rows")
-    lanes = ThreadLanes()
-    ours.base_model.engines["default"].use(lanes)
+    streams = ThreadStreams()
+    ours.base_model.engines["default"].use(streams)
     ordinary(tiny, ours)
     ours.zero_grad()
-    lanes.longest, lanes.random.random = 0.03, lambda: 1.0
+    streams.longest, streams.random.random = 0.03, lambda: 1.0
     for seed in range(2):
         tiny.loss(ours, seed).backward()
     grads = [t.rows.grad for t in tiny.tables(ours)]
@@ -332,7 +332,7 @@ def test_a_first_gradient_without_rows_makes_no_tiny_slots(tiny):
     engine = ours.base_model.engines["default"]
     assert [ring.capacity for ring in engine._rings.values()] == [tiny.R]
     rows = torch.arange(3)
-    begun = type("Begun", (), {"layer": engine.layers[0], "picks": type("Picks", (), {"host_rows": rows})})
+    begun = type("PendingForward", (), {"layer": engine.layers[0], "picks": type("Picks", (), {"host_rows": rows})})
     for dtype in (torch.bfloat16, torch.float32):
         gradient = torch.full((3, tiny.WIDTH), 1.01, dtype=dtype)
         assert torch.equal(engine.send_back(begun, 0, gradient).row_values, gradient.to(torch.float64))
@@ -357,7 +357,7 @@ def test_all_ways_pick_the_same_in_narrow_dtypes(tiny, base, row_dtype):
     found = []
     for strategy in STRATEGIES:
         model = tiny.adapted(2, base, retrieval=strategy, row_dtype=row_dtype)
-        on_lanes(model)
+        on_streams(model)
         tiny.train(model, 2)
         found.append((tiny.loss(model).detach(), tiny.whole_state(model)))
     for loss, state in found[1:]:
@@ -370,7 +370,7 @@ def test_compiled_autograd_goes_by_the_engine(tiny):
     gradients = []
     for compiled in (False, True):
         model = tiny.adapted(layers=1, retrieval="stream")
-        on_lanes(model)
+        on_streams(model)
         loss = tiny.loss(model)
         with torch._dynamo.utils.maybe_enable_compiled_autograd(compiled, fullgraph=False):
             loss.backward()

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from happens_before import WatchedLanes, watched
+from happens_before import WatchedStreams, watched
 
 import meft.retrieval.strategies
 
@@ -15,8 +15,8 @@ ROWS = ["save", "refetch"]
 
 # Hand-overs without which the order is the same, and why they are there.
 NEEDLESS = {
-    ("join", "Picks.join"): "rows come behind their ids on the lane; it raises what went wrong with these",
-    ("uses", "Host._sent 0"): "memory of the lane itself",
+    ("join", "Picks.join"): "rows come behind their ids on the stream; it raises what went wrong with these",
+    ("uses", "Host._sent 0"): "memory of the stream itself",
     ("future", "_whole"): "the parts were drained by the same thread; it raises what went wrong with them",
     ("after", "_Buffer.__init__"): "gradients come from the computation, and later; one that is set by hand does not",
 }
@@ -68,7 +68,7 @@ def abandon(tiny, model):
         gc.collect()
         if not grad:
             for engine in model.base_model.engines.values():
-                engine.use(engine.lanes)
+                engine.use(engine.streams)
     gc.collect()
     # In a backward pass, when the rows of the layer below are on their way; and when ids are.
     hook = tiny.layers(model)[2].register_forward_pre_hook(fail_in_backward)
@@ -93,7 +93,7 @@ def run(tiny, monkeypatch, dropped=(), checkpointing=None, clip=True, dtype=torc
         model.train()
     with watched(monkeypatch, dropped) as watch:
         for engine in model.base_model.engines.values():
-            engine.use(WatchedLanes(watch))
+            engine.use(WatchedStreams(watch))
         train(tiny, model, clip)
         abandon(tiny, model)
     gc.unfreeze()

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 from test_engine import STRATEGIES, integers
-from thread_lanes import ThreadLanes
+from thread_streams import ThreadStreams
 
 import meft
 import meft.gradient.offload_ring
@@ -16,38 +16,38 @@ from meft.table.moments import Moments
 RUNS = 200  # in all
 
 
-class LateLanes(ThreadLanes):
-    """Some copies come at once and some late, so that the lanes, the updates and the drains overtake each other."""
+class LateStreams(ThreadStreams):
+    """Some copies come at once and some late, so that the streams, the updates and the drains overtake each other."""
 
     def delay(self, name):
         return self.random.choice((0, 0, 0, self.longest)) * self.random.random()
 
 
-def some_delay(lanes):
-    if lanes.random.random() < 0.2:
-        time.sleep(lanes.longest * lanes.random.random())
+def some_delay(streams):
+    if streams.random.random() < 0.2:
+        time.sleep(streams.longest * streams.random.random())
 
 
 @pytest.fixture
 def late(monkeypatch):
     """Updates and drains come late as well."""
-    lanes = [LateLanes()]
+    streams = [LateStreams()]
     drain = meft.gradient.offload_ring.GradientRing._drain
 
     def late_drain(self, *args):
-        some_delay(lanes[0])
+        some_delay(streams[0])
         drain(self, *args)
 
     def late_update(self, table, wire, rows, gradients, rule, seed, step, factors):
         """One step down the sign of the gradient: integers stay integers, as with AdamW's they would not."""
-        some_delay(lanes[0])
+        some_delay(streams[0])
         self.counts[rows] += 1
         for x in (table, wire):
             x[rows] -= gradients.sign().to(x.dtype)
 
     monkeypatch.setattr(meft.gradient.offload_ring.GradientRing, "_drain", late_drain)
     monkeypatch.setattr(Moments, "update", late_update)
-    return lanes
+    return streams
 
 
 def run(tiny, model, start):
@@ -105,14 +105,14 @@ def test_the_same_bits_in_every_run(tiny, late, strategy, rows):
     before = sum("meft" in thread.name for thread in threading.enumerate())
     began = time.monotonic()
     for seed in range(RUNS // 8):
-        lanes = late[0] = LateLanes(seed, longest=1e-3)
-        model.base_model.engines["default"].use(lanes)
+        streams = late[0] = LateStreams(seed, longest=1e-3)
+        model.base_model.engines["default"].use(streams)
         found = run(tiny, model, start)
         assert len(found) == len(expected)
         for ours, theirs in zip(found, expected, strict=True):
             assert torch.equal(ours, theirs)
-        lanes.close()
+        streams.close()
     assert time.monotonic() - began < 60
     gc.collect()
-    # The threads of engines and lanes that are gone are too.
+    # The threads of engines and streams that are gone are too.
     assert sum("meft" in thread.name for thread in threading.enumerate()) <= before + 3

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from thread_lanes import ThreadLanes
+from thread_streams import ThreadStreams
 
 import meft.retrieval.gather
 import meft.retrieval.strategies
@@ -11,8 +11,8 @@ STRATEGIES = ["host", "stream", "device-keys", "device-rows"]
 LAYERS = 3
 
 
-class CountingLanes(ThreadLanes):
-    """Lanes that add up the bytes of what is copied on them."""
+class CountingStreams(ThreadStreams):
+    """DeviceStreams that add up the bytes of what is copied on them."""
 
     def __init__(self):
         super().__init__()
@@ -22,29 +22,29 @@ class CountingLanes(ThreadLanes):
 @pytest.fixture
 def counted(monkeypatch):
     """Count in the copies: their targets, whatever the engine says of them."""
-    lanes = CountingLanes()
+    streams = CountingStreams()
     bring, copy = meft.retrieval.gather.bring_rows, torch.Tensor.copy_
 
     def bring_counted(rows, host_rows, tables, out):
-        lanes.bytes["inbound"] += sum(x.numel() * x.element_size() for x in out)
+        streams.bytes["inbound"] += sum(x.numel() * x.element_size() for x in out)
         bring(rows, host_rows, tables, out)
 
     def copy_counted(self, source, non_blocking=False):
-        if non_blocking:  # as all copies of the lanes are, and no other
-            staged = any(self.untyped_storage()._cdata == s.untyped_storage()._cdata for s in lanes.staged)
-            lanes.bytes["outbound" if staged else "inbound"] += self.numel() * self.element_size()
+        if non_blocking:  # as all copies of the streams are, and no other
+            staged = any(self.untyped_storage()._cdata == s.untyped_storage()._cdata for s in streams.staged)
+            streams.bytes["outbound" if staged else "inbound"] += self.numel() * self.element_size()
         return copy(self, source, non_blocking)
 
     monkeypatch.setattr(meft.retrieval.gather, "bring_rows", bring_counted)
     monkeypatch.setattr(torch.Tensor, "copy_", copy_counted)
-    yield lanes
-    lanes.close()
+    yield streams
+    streams.close()
 
 
-def build(tiny, lanes, **fields):
+def build(tiny, streams, **fields):
     model = tiny.adapted(layers=LAYERS, dtype=torch.bfloat16, master_dtype="float32", **fields)
     for engine in model.base_model.engines.values():
-        engine.use(lanes)
+        engine.use(streams)
     return model
 
 
@@ -52,9 +52,9 @@ def report(model):
     return model.base_model.transfer_report().to_dict()
 
 
-def passes(tiny, model, lanes, seeds, backward=True):
+def passes(tiny, model, streams, seeds, backward=True):
     """Union rows, bytes each way by the copies, and by the counters."""
-    before, copied = report(model), dict(lanes.bytes)
+    before, copied = report(model), dict(streams.bytes)
     for seed in seeds:
         loss = tiny.loss(model, seed)
         if backward:
@@ -64,7 +64,7 @@ def passes(tiny, model, lanes, seeds, backward=True):
             table.rows.grad.row_values  # noqa: B018 - waits for it
     after = report(model)
     delta = {name: after[name] - before[name] for name in ("union_rows", "bytes_to_device", "bytes_to_host", "tokens")}
-    return delta, {name: lanes.bytes[name] - copied[name] for name in copied}
+    return delta, {name: streams.bytes[name] - copied[name] for name in copied}
 
 
 def touched(tiny, model):
@@ -128,9 +128,9 @@ def test_checkpointing_with_kept_rows_gathers_once(tiny, counted, monkeypatch):
     calls = []
     real = meft.retrieval.gather.gather
 
-    def gather(lanes, layer, *rest):
+    def gather(streams, layer, *rest):
         calls.append(layer.number)
-        return real(lanes, layer, *rest)
+        return real(streams, layer, *rest)
 
     monkeypatch.setattr(meft.retrieval.strategies, "gather", gather)
     for rows, expected in (("save", [0, 1, 2]), ("refetch", [0, 0, 1, 1, 2, 2])):

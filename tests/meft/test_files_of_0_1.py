@@ -118,6 +118,12 @@ def test_values_that_are_gone_have_their_meaning(placement, retrieval, now):
         MEFTConfig(placement=placement, retrieval=retrieval)
 
 
+def test_a_field_that_was_renamed():
+    assert MEFTConfig(peft_type="MEFT", balance_loss_weight=0.5).router_aux_loss_coef == 0.5  # as from a file
+    with pytest.raises(TypeError, match="use router_aux_loss_coef"):
+        MEFTConfig(balance_loss_weight=0.5)
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_state_dict_loads(assign):
     model = get_peft_model(base(), MEFTConfig(r=32, num_experts=8, experts_per_token=4, top_k=16))

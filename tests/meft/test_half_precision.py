@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_engine import STRATEGIES, on_lanes
+from test_engine import STRATEGIES, on_streams
 
 import meft.retrieval.gather
 import meft.retrieval.gathered_ffn
@@ -15,7 +15,7 @@ EPS = 2.0**-11  # half a unit in the last place
 
 def one_layer(tiny, dtype=HALF, **fields):
     model = tiny.adapted(layers=1, dtype=dtype, **fields)
-    on_lanes(model)
+    on_streams(model)
     return tiny.layers(model)[0]
 
 
@@ -101,7 +101,7 @@ def test_sums_over_tokens_may_pass_the_range_of_float16(tiny):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_an_overflow_under_a_scaler_costs_a_step_and_a_smaller_scale_trains(tiny, strategy):
     model = tiny.adapted(layers=2, dtype=HALF, retrieval=strategy)
-    on_lanes(model)
+    on_streams(model)
     optimizer, scaler = tiny.adamw(model), torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-28)
     before = tiny.state(model)
     for step in range(3):

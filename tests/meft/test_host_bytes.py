@@ -24,7 +24,7 @@ import meft.table.row_step
 from meft.cost.host_bytes import HostBytes
 from meft.cost.memory import AdapterShape, Plan, Work
 from meft.gradient.row_gradient import RowGradient
-from meft.transport.streams import HostLanes
+from meft.transport.streams import HostStreams
 
 SOURCE = Path(meft.table.row_step.__file__).with_name("row_adamw.cpp")
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-pthread", "-shared", "-fPIC", "-DCOUNT_BYTES"]
@@ -108,23 +108,23 @@ def count(counting, monkeypatch):
     return counted
 
 
-class Link(HostLanes):
-    """What the device copies is not of the host: copies on the lanes are not counted."""
+class Link(HostStreams):
+    """What the device copies is not of the host: copies on the streams are not counted."""
 
-    class Lane:
+    class CopyStream:
         def run(self, work, uses=()):
             with torch.utils._python_dispatch._disable_current_modes():
                 work()
 
-        def after(self, mark):
-            mark.wait()
+        def wait_event(self, event):
+            event.wait()
 
-        def mark(self):
-            return HostLanes(torch.device("cpu")).here()
+        def record_event(self):
+            return HostStreams(torch.device("cpu")).record_event()
 
     def __init__(self):
         super().__init__(torch.device("cpu"))
-        self.outbound = self.Lane()
+        self.outbound = self.CopyStream()
 
 
 def trained(tiny, dtype, **fields):
@@ -136,7 +136,7 @@ def trained(tiny, dtype, **fields):
     optimizer.zero_grad()
     tables = tiny.tables(model)
     for table in tables:
-        table.settle()
+        table.synchronize()
     return model, optimizer, tables
 
 
@@ -163,7 +163,7 @@ def bytes_of_a_step(tiny, count, dtype, clip, micro_batches, **fields):
             nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
         optimizer.step()
         for table in tables:
-            table.settle()
+            table.synchronize()
         optimizer.zero_grad()
     stepped = len(torch.cat(micro_batches).unique()) * len(tables) * tiny.WIDTH
     return counted.total / stepped, counted.by_name
@@ -217,7 +217,7 @@ def test_what_a_backward_pass_makes(tiny, count):
         nn.utils.clip_grad_norm_(tiny.trainable(model), 1e-3)
         optimizer.step()
         for table in tables:
-            table.settle()
+            table.synchronize()
     assert counted.total == counted.in_loops == 30 * stepped, counted.by_name
 
 
@@ -232,5 +232,5 @@ def test_a_look_at_the_values_costs_what_it_did(tiny, count):
         nn.utils.clip_grad_norm_([table.rows for table in tables], 1e-3)
         optimizer.step()
         for table in tables:
-            table.settle()
+            table.synchronize()
     assert counted.total / (len(HALF) * len(tables) * tiny.WIDTH) >= 36 + 8 + 4 + 8 + 4

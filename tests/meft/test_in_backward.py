@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from test_engine import STRATEGIES, on_lanes
+from test_engine import STRATEGIES, on_streams
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
@@ -16,7 +16,7 @@ from meft import RowAdamW
 def adapted(tiny, in_backward=True, strategy="stream", **fields):
     rule = {"in_backward": in_backward} | fields.pop("row_optimizer", {})
     model = tiny.adapted(layers=3, retrieval=strategy, row_optimizer=rule, **fields)
-    return model, on_lanes(model, longest=1e-3)
+    return model, on_streams(model, longest=1e-3)
 
 
 def run(tiny, model, steps=4, schedule=True, between=lambda: None):
@@ -254,7 +254,7 @@ def test_a_copy_of_the_model_updates_its_own_rows(tiny):
     model, _ = adapted(tiny)
     run(tiny, model, steps=1)
     twin = copy.deepcopy(model)
-    on_lanes(twin)
+    on_streams(twin)
     before = tiny.whole_state(model)
     run(tiny, twin, steps=2)
     tiny.assert_equal(tiny.whole_state(model), before)
@@ -278,6 +278,6 @@ def test_rows_wait_for_the_step_only_where_ranks_average(tiny, monkeypatch, aver
     monkeypatch.setattr(model.base_model.ranks, "_shared", lambda: ddp)  # it has broadcast its rows
     tiny.loss(model).backward()
     for table in tiny.tables(model):
-        table.settle()
+        table.synchronize()
         assert bool(getattr(table.rows.grad, "spent", False)) is not averages
     optimizer.zero_grad()

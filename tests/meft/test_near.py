@@ -80,8 +80,8 @@ def test_a_thread_that_may_use_none_of_them_is_left_alone(system):
 def test_the_thread_that_copies_stays_near_the_device_and_the_one_that_updates_does_not(system):
     mine = os.sched_getaffinity(0)
     system(0, node0=str(max(mine)))
-    lanes = SimpleNamespace(device=CUDA, staging=lambda shape, dtype: torch.empty(shape, dtype=dtype))
-    copies, updates = GradientRing(lanes, 1, 1, torch.float32), UpdateQueue()
+    streams = SimpleNamespace(device=CUDA, staging=lambda shape, dtype: torch.empty(shape, dtype=dtype))
+    copies, updates = GradientRing(streams, 1, 1, torch.float32), UpdateQueue()
     assert copies._thread.submit(os.sched_getaffinity, 0).result() == {max(mine)}
     assert updates._thread.submit(os.sched_getaffinity, 0).result() == mine
 

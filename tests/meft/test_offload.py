@@ -8,7 +8,7 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model, init_empty_weights
 from accelerate.hooks import remove_hook_from_submodules
 from peft import PeftModel
-from thread_lanes import ThreadLanes
+from thread_streams import ThreadStreams
 from transformers import AutoModelForCausalLM
 
 HOST = torch.device("cpu")
@@ -32,7 +32,7 @@ def trained(tiny, dtype=torch.float32, **fields):
     model = tiny.adapted(dtype=dtype, **fields)
     if "retrieval" in fields:
         for engine in model.base_model.engines.values():
-            engine.use(ThreadLanes())
+            engine.use(ThreadStreams())
     tiny.train(model, 2)
     return model.eval()
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from happens_before import WatchedLanes, watched
+from happens_before import WatchedStreams, watched
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import meft.gradient.operations
@@ -31,7 +31,7 @@ def train(tiny, model, fused, unscale, settles):
         scaler.step(optimizer)
         scaler.update()
         for table in tiny.tables(model) if settles else ():  # as README asks of whoever reads the parameters themselves
-            table.settle()
+            table.synchronize()
         averaged.update_parameters(model)
 
 
@@ -41,7 +41,7 @@ def run(tiny, monkeypatch, plant=lambda patch: None, fused=False, unscale=True, 
     with watched(monkeypatch) as watch, monkeypatch.context() as patch:
         plant(patch)
         for engine in model.base_model.engines.values():
-            engine.use(WatchedLanes(watch))
+            engine.use(WatchedStreams(watch))
         train(tiny, model, fused, unscale, settles)
     gc.unfreeze()
     return watch

@@ -1,4 +1,4 @@
-"""Rows are page-locked where an engine with CUDA lanes reads them, for its device; elsewhere CUDA is not touched."""
+"""Rows are page-locked where an engine with CUDA streams reads them, for its device; elsewhere CUDA is not touched."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from test_engine import STRATEGIES
 
 import meft.transport.transfer
 from meft import RowAdamW
-from meft.transport.streams import CudaLanes
+from meft.transport.streams import CudaStreams
 
 CPU = torch.device("cpu")
 
@@ -90,9 +90,9 @@ def test_a_forked_child_touches_no_cuda():
 # ----------------------------------------------------------------------------------------------- an engine that asks
 
 
-def on_cuda_lanes(model):
+def on_cuda_streams(model):
     for engine in model.base_model.engines.values():
-        engine.use(CudaLanes(CPU))
+        engine.use(CudaStreams(CPU))
 
 
 def wires(tiny, model):
@@ -104,7 +104,7 @@ def wires(tiny, model):
 def test_what_an_engine_reads_is_locked_for_its_device_once(tiny, monkeypatch, strategy, row_dtype):
     cuda = FakeCuda(monkeypatch)
     model = tiny.adapted(layers=2, dtype=torch.bfloat16, retrieval=strategy, row_dtype=row_dtype)
-    on_cuda_lanes(model)
+    on_cuda_streams(model)
     assert cuda.locked == []
     tiny.train(model, 2)
     assert sorted(cuda.locked) == sorted((wire.data_ptr(), CPU) for wire in wires(tiny, model))
@@ -114,7 +114,7 @@ def test_what_an_engine_reads_is_locked_for_its_device_once(tiny, monkeypatch, s
 def test_rows_that_get_other_memory_are_locked_where_an_engine_reads_them_and_not_in_place(tiny, monkeypatch):
     cuda = FakeCuda(monkeypatch)
     model = tiny.adapted(layers=2, dtype=torch.bfloat16)
-    on_cuda_lanes(model)
+    on_cuda_streams(model)
     tiny.loss(model).backward()
     first = list(cuda.locked)
     for engine in model.base_model.engines.values():
@@ -122,7 +122,7 @@ def test_rows_that_get_other_memory_are_locked_where_an_engine_reads_them_and_no
     model.half()
     tiny.loss(model).backward()
     assert cuda.locked == first
-    on_cuda_lanes(model)
+    on_cuda_streams(model)
     tiny.loss(model).backward()
     assert sorted(cuda.locked[len(first) :]) == sorted((wire.data_ptr(), CPU) for wire in wires(tiny, model))
 
@@ -130,7 +130,7 @@ def test_rows_that_get_other_memory_are_locked_where_an_engine_reads_them_and_no
 def test_with_pin_memory_false_nothing_is_locked(tiny, monkeypatch):
     cuda = FakeCuda(monkeypatch)
     model = tiny.adapted(layers=2, dtype=torch.bfloat16, pin_memory=False)
-    on_cuda_lanes(model)
+    on_cuda_streams(model)
     tiny.train(model, 1)
     assert cuda.locked == []
     assert model.base_model.transfer_report().refused == ()
@@ -140,7 +140,7 @@ def test_the_report_names_what_the_machine_refuses(tiny, monkeypatch):
     FakeCuda(monkeypatch)
     monkeypatch.setattr(meft.transport.transfer, "page_lock", lambda tensor, device: False)
     model = tiny.adapted(dtype=torch.bfloat16, row_optimizer={"zero_copy": True})
-    on_cuda_lanes(model)
+    on_cuda_streams(model)
     tiny.loss(model)
     report = model.base_model.transfer_report()
     assert report.refused == ("pin_memory",)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from thread_lanes import ThreadLanes
+from thread_streams import ThreadStreams
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel
@@ -30,7 +30,7 @@ def make(tiny, dtype, way="in place", **fields):
     model = tiny.adapted(dtype=dtype, **(WAYS[way] | fields)).eval()
     if way != "in place":
         for engine in model.base_model.engines.values():
-            engine.use(ThreadLanes())
+            engine.use(ThreadStreams())
     return model
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from thread_lanes import ThreadLanes
+from thread_streams import ThreadStreams
 from torch.autograd import forward_ad, gradgradcheck
 from torch.autograd import functional as AF
 from torch.utils.checkpoint import checkpoint
@@ -39,7 +39,7 @@ def make(way="in place", **fields):
     layer.update_layer("default", config)
     layer.set_adapter("default")
     if way not in ("in place", "copies"):
-        layer.places["default"].engine.use(ThreadLanes())
+        layer.places["default"].engine.use(ThreadStreams())
     parameters = [layer.router("default"), *(table.rows for table in layer.tables("default"))]
     with torch.no_grad():
         for p in parameters:

@@ -273,7 +273,7 @@ def test_three_hundred_steps_of_random_lengths_hold_no_more_than_fifty(tiny, che
         if step in (50, 300):
             optimizer.zero_grad()
             for table in tiny.tables(model):
-                table.settle()
+                table.synchronize()
             after[step] = living()
     assert after[300][0] <= after[50][0] + 5
     assert after[300][1] <= after[50][1] + 4096

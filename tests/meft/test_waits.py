@@ -12,7 +12,7 @@ import meft.retrieval.engine
 import meft.retrieval.gather
 import meft.retrieval.strategies
 from meft.table.row_table import RowTable
-from meft.transport.streams import CudaLanes, HostLanes, _Stream
+from meft.transport.streams import CudaStreams, HostStreams, _Stream
 
 WAYS = {name: {"retrieval": name} for name in ("host", "stream", "device-keys", "device-rows")}
 WAYS["resident"] = {"placement": "device"}
@@ -49,9 +49,9 @@ class Device(FakeCuda):
             monkeypatch.setattr(module, "capturing", lambda x: False)
         run = _Stream.run
 
-        def noted(lane, work, uses=()):
-            self.notes.append(("queue", lane.stream, None))
-            run(lane, work, uses)
+        def noted(stream, work, uses=()):
+            self.notes.append(("queue", stream.stream, None))
+            run(stream, work, uses)
 
         monkeypatch.setattr(_Stream, "run", noted)
         self.doing = False
@@ -74,7 +74,7 @@ class Device(FakeCuda):
 
 @contextmanager
 def on_the_device(tiny, monkeypatch, layers):
-    """Layers whose engine has CUDA lanes, and what is asked of the device."""
+    """Layers whose engine has CUDA streams, and what is asked of the device."""
     device = Device(monkeypatch, layers)
     for layer in layers:
         router = layer.meft_router["default"]
@@ -94,7 +94,7 @@ def on_the_device(tiny, monkeypatch, layers):
 
         monkeypatch.setattr(RowTable, "reading", there)
         monkeypatch.setattr(RowTable, "to", lambda table, device: table)
-    layers[0].places["default"].engine.use(CudaLanes(THERE))
+    layers[0].places["default"].engine.use(CudaStreams(THERE))
     with device.mode():
         yield device
 
@@ -121,13 +121,13 @@ def change(layers):
             table.writing(write, rows=rows)
 
 
-def passes(layers, x, mark=lambda: None):
+def passes(layers, x, event=lambda: None):
     """The output of the second layer in a second pass, for which some rows are new."""
     for layer in layers:
         layer(x.detach())
     change(layers)
     layers[0](x.detach())
-    mark()
+    event()
     return layers[1](x)
 
 
@@ -135,9 +135,9 @@ def activations(tiny):
     return torch.randn(2, TOKENS // 2, tiny.WIDTH, generator=torch.Generator().manual_seed(0)).bfloat16()
 
 
-def order_of(notes, device, lanes):
+def order_of(notes, device, streams):
     """The notes of one layer as words."""
-    names = {lanes.inbound.stream: "inbound", lanes.outbound.stream: "outbound"}
+    names = {streams.inbound.stream: "inbound", streams.outbound.stream: "outbound"}
     words = []
     for kind, what, _ in notes:
         if kind == "queue":
@@ -165,19 +165,19 @@ EXPECTED = {
 def test_the_base_ffn_is_launched_before_the_wait_for_the_union(tiny, monkeypatch, way):
     """Picks, the copy of their number, the base FFN; one wait, for that copy; then rows are gathered."""
     expected = built(tiny, **WAYS[way])
-    expected[0].places["default"].engine.use(HostLanes(torch.device("cpu")))
+    expected[0].places["default"].engine.use(HostStreams(torch.device("cpu")))
     y = passes(expected, activations(tiny))
     layers, x = built(tiny, **WAYS[way]), activations(tiny)
     with on_the_device(tiny, monkeypatch, layers) as device:
-        lanes, begin = layers[0].places["default"].engine._given, []
+        streams, begin = layers[0].places["default"].engine._given, []
         found = passes(layers, Near(x), lambda: begin.append(len(device.notes)))
         notes = device.notes[begin[0] :]
     assert torch.equal(found.here, y)
-    assert order_of(notes, device, lanes) == EXPECTED[way]
+    assert order_of(notes, device, streams) == EXPECTED[way]
     # What is waited for is the copy of the number, or of the hidden states, and nothing behind it. The memory in which
     # `host` sends ids was free before: the computation has had those of the layer below.
     waited, *earlier = [event for kind, _, event in notes if kind == "synchronize"]
-    assert waited.stream is lanes.outbound.stream
+    assert waited.stream is streams.outbound.stream
     recorded = {event for kind, _, event in notes if kind == "record"}
     assert waited in recorded
     assert not recorded & set(earlier)
@@ -185,21 +185,21 @@ def test_the_base_ffn_is_launched_before_the_wait_for_the_union(tiny, monkeypatc
 
 @pytest.mark.parametrize("way", WAYS)
 def test_gathered_rows_do_not_wait_for_the_base_ffn(tiny, monkeypatch, way):
-    """The inbound lane waits for points of the computation that lie before it."""
+    """The inbound stream waits for points of the computation that lie before it."""
     layers = built(tiny, **WAYS[way])
     with on_the_device(tiny, monkeypatch, layers) as device:
-        lanes, begin = layers[0].places["default"].engine._given, []
+        streams, begin = layers[0].places["default"].engine._given, []
         passes(layers, Near(activations(tiny)), lambda: begin.append(len(device.notes)))
     notes = device.notes[begin[0] :]
     base = next(i for i, note in enumerate(notes) if note[0] == "base")
     recorded = {event: i for i, (kind, _, event) in enumerate(notes) if kind == "record"}
     # Up to the wait for keys and changed rows of the next layer, which are behind all of this one.
-    queued = [i for i, note in enumerate(notes) if note[:2] == ("queue", lanes.inbound.stream)]
+    queued = [i for i, note in enumerate(notes) if note[:2] == ("queue", streams.inbound.stream)]
     gathered = {"host": 2, "stream": 1, "device-keys": 1}.get(way, 0)
     assert len(queued) >= gathered
     if gathered:
         last = queued[gathered - 1]
-        awaited = [e for kind, s, e in notes[:last] if kind == "wait" and s is lanes.inbound.stream]
+        awaited = [e for kind, s, e in notes[:last] if kind == "wait" and s is streams.inbound.stream]
         assert awaited
         assert all(recorded[event] < base for event in awaited)
 
@@ -220,7 +220,7 @@ def test_what_blocks_is_noticed(tiny, monkeypatch, what):
     layers = built(tiny, retrieval="stream")
     with on_the_device(tiny, monkeypatch, layers) as device:
         near, staged = torch.ones(3, device=THERE), device._staging((3,), torch.float32, THERE)
-        CudaLanes(THERE).outbound.run(lambda: staged.copy_(near, non_blocking=True), [near])  # as it should be
+        CudaStreams(THERE).outbound.run(lambda: staged.copy_(near, non_blocking=True), [near])  # as it should be
         with pytest.raises(BlockingError):
             BLOCKING[what](near, staged)
 

@@ -1,12 +1,12 @@
-"""Steps of rows in host memory by the device; the device here is the CPU, and its lane a thread with delays."""
+"""Steps of rows in host memory by the device; the device here is the CPU, and its stream a thread with delays."""
 
 import logging
 from contextlib import nullcontext
 
 import pytest
 import torch
-from test_engine import STRATEGIES, on_lanes
-from thread_lanes import ThreadLanes
+from test_engine import STRATEGIES, on_streams
+from thread_streams import ThreadStreams
 
 import meft.table.gpu_step
 from meft import RowAdamW
@@ -28,7 +28,7 @@ def trained(tiny, zero_copy, steps=3, clip=None, optimizer=None, **fields):
     rule = {"zero_copy": zero_copy} | fields.pop("row_optimizer", {})
     sizes = {"master_dtype": "float32", "retrieval": "stream"}
     model = tiny.adapted(layers=3, dtype=torch.bfloat16, row_optimizer=rule, **(sizes | fields))
-    lanes = on_lanes(model, longest=1e-3)
+    streams = on_streams(model, longest=1e-3)
     optimizer = optimizer(model) if optimizer is not None else tiny.adamw(model, lr=2e-2)
     for step in range(steps):
         for micro in range(2):
@@ -37,7 +37,7 @@ def trained(tiny, zero_copy, steps=3, clip=None, optimizer=None, **fields):
             torch.nn.utils.clip_grad_norm_(tiny.trainable(model), clip)
         optimizer.step()
         optimizer.zero_grad()
-    return model, lanes
+    return model, streams
 
 
 def row_adamw(model):
@@ -56,10 +56,10 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_result_is_that_of_the_host_to_the_bit(tiny, variant):
     """Of the host's C++ too, where the variant takes it."""
-    by_host, lanes = trained(tiny, False, **VARIANTS[variant])
-    assert lanes.numbers["updating"] == 0
-    by_device, lanes = trained(tiny, True, **VARIANTS[variant])
-    assert lanes.numbers["updating"] > 3 * 6  # more than one round of each table
+    by_host, streams = trained(tiny, False, **VARIANTS[variant])
+    assert streams.numbers["updating"] == 0
+    by_device, streams = trained(tiny, True, **VARIANTS[variant])
+    assert streams.numbers["updating"] > 3 * 6  # more than one round of each table
     tiny.assert_equal(tiny.whole_state(by_device), tiny.whole_state(by_host))
 
 
@@ -68,23 +68,23 @@ def test_with_updates_in_the_backward_pass(tiny):
     for zero_copy in (False, True):
         rule = {"in_backward": True, "zero_copy": zero_copy}
         model = tiny.adapted(layers=3, dtype=torch.bfloat16, master_dtype="float32", row_optimizer=rule)
-        lanes = on_lanes(model, longest=1e-3)
+        streams = on_streams(model, longest=1e-3)
         optimizer = tiny.adamw(model, lr=2e-2)
         for step in range(4):
             tiny.loss(model, step).backward()
             optimizer.step()
             optimizer.zero_grad()
         states.append(tiny.whole_state(model))
-        assert (lanes.numbers["updating"] > 0) == zero_copy
+        assert (streams.numbers["updating"] > 0) == zero_copy
     tiny.assert_equal(*states)
 
 
-def step_of(lanes, traffic=None, seed=0, n=13, r=20, d=6):
+def step_of(streams, traffic=None, seed=0, n=13, r=20, d=6):
     """One step of a new table by the device; the table, its moments and what a host's step gives."""
     chance = torch.Generator().manual_seed(seed)
     master, gradient = torch.randn(r, d, generator=chance), torch.randn(n, d, generator=chance)
     rows = torch.randperm(r, generator=chance)[:n].sort().values
-    steps = ZeroCopySteps(lanes, d)
+    steps = ZeroCopySteps(streams, d)
     found = []
     for by_device in (False, True):
         table, wire = master.clone(), master.to(torch.bfloat16)
@@ -99,7 +99,7 @@ def step_of(lanes, traffic=None, seed=0, n=13, r=20, d=6):
 @pytest.mark.parametrize("n", [0, 1, 5, 6, 10, 11, 20])
 def test_any_number_of_rows(n):
     traffic = Traffic()
-    step_of(ThreadLanes(longest=1e-3), traffic, n=n)
+    step_of(ThreadStreams(longest=1e-3), traffic, n=n)
     # Up: gradient, master, both moments, count, id; down: master, both moments, count, wire.
     assert traffic.bytes_zero_copy == n * (6 * (4 * 4 + 3 * 4 + 2) + 3 * 4)
 
@@ -107,52 +107,52 @@ def test_any_number_of_rows(n):
 def test_a_model_that_was_made_float64_steps_on_the_host(tiny):
     states = []
     for zero_copy in (False, True):
-        model, lanes = trained(tiny, zero_copy, steps=1)
+        model, streams = trained(tiny, zero_copy, steps=1)
         model.double()
-        before = lanes.numbers["updating"]
+        before = streams.numbers["updating"]
         optimizer = tiny.adamw(model)
         tiny.loss(model).backward()
         optimizer.step()
         states.append(tiny.whole_state(model))
-        assert lanes.numbers["updating"] == before
+        assert streams.numbers["updating"] == before
     tiny.assert_equal(*states)
 
 
 def test_what_was_queued_before_a_failure_is_waited_for():
-    lanes, waited = ThreadLanes(), []
+    streams, waited = ThreadStreams(), []
 
-    class Mark:
+    class StreamEvent:
         def wait(self):
             waited.append(1)
 
-    class Lane:
-        def after(self, mark): ...
+    class CopyStream:
+        def wait_event(self, event): ...
 
         def run(self, work, uses=()):
             raise ZeroDivisionError
 
-        def mark(self):
-            return Mark()
+        def record_event(self):
+            return StreamEvent()
 
-    lanes.updating = Lane()
+    streams.updating = CopyStream()
     with pytest.raises(ZeroDivisionError):
-        step_of(lanes)
+        step_of(streams)
     assert waited == [1]
 
 
 def test_both_buffers_are_waited_for_when_a_step_fails(tiny):
-    model, lanes = trained(tiny, True, steps=1)
+    model, streams = trained(tiny, True, steps=1)
     for table in tiny.tables(model):
-        table.settle()
-    lanes.failing = {("updating", lanes.numbers["updating"] + 1)}
+        table.synchronize()
+    streams.failing = {("updating", streams.numbers["updating"] + 1)}
     optimizer = tiny.adamw(model)
     tiny.loss(model).backward()
     optimizer.step()
-    with pytest.raises(RuntimeError, match=r"keys of layer 0 failed: copy .* of the updating lane"):
-        tiny.tables(model)[0].settle()
+    with pytest.raises(RuntimeError, match=r"keys of layer 0 failed: copy .* of the updating stream"):
+        tiny.tables(model)[0].synchronize()
     (steps,) = {table.step.func for table in tiny.tables(model)}
     for table in tiny.tables(model):
-        table.settle()  # the others, which came after it
+        table.synchronize()  # the others, which came after it
     assert all(buffer._free is None for buffer in steps._buffers)
     before = tiny.whole_state(model)
     optimizer.zero_grad()
@@ -164,21 +164,21 @@ def test_both_buffers_are_waited_for_when_a_step_fails(tiny):
 
 @pytest.mark.parametrize("refusal", ["pages", "probe", "other device"])
 def test_where_the_device_cannot_reach_the_memory_the_host_steps(monkeypatch, caplog, refusal):
-    lanes = ThreadLanes()
-    steps, held = ZeroCopySteps(lanes, 6), []
+    streams = ThreadStreams()
+    steps, held = ZeroCopySteps(streams, 6), []
     steps._device = torch.device("mps" if refusal == "other device" else "cuda")
     monkeypatch.setattr(meft.table.gpu_step.dispatch, "on", lambda device: nullcontext())
     monkeypatch.setattr(
         meft.table.gpu_step.PageLock, "hold", lambda self, t, device: held.append(t) or refusal != "pages"
     )
     monkeypatch.setattr(meft.table.gpu_step, "zero_copy", lambda device, **tensors: refusal != "probe")
-    monkeypatch.setattr(meft.table.gpu_step, "ZeroCopySteps", lambda lanes, d: steps)
-    monkeypatch.setitem(step_of.__globals__, "ZeroCopySteps", lambda lanes, d: steps)
+    monkeypatch.setattr(meft.table.gpu_step, "ZeroCopySteps", lambda streams, d: steps)
+    monkeypatch.setitem(step_of.__globals__, "ZeroCopySteps", lambda streams, d: steps)
     with caplog.at_level(logging.WARNING):
-        step_of(lanes)
-        step_of(lanes, seed=1)
+        step_of(streams)
+        step_of(streams, seed=1)
     assert steps.refused
-    assert lanes.numbers["updating"] == 0
+    assert streams.numbers["updating"] == 0
     assert [record.message for record in caplog.records if "zero_copy" in record.message] == [
         "MEFT: the device cannot step rows in host memory (zero_copy): the host does."
     ]
@@ -186,7 +186,7 @@ def test_where_the_device_cannot_reach_the_memory_the_host_steps(monkeypatch, ca
 
 
 def test_the_memory_is_locked_once(monkeypatch):
-    steps, held = ZeroCopySteps(ThreadLanes(), 6), []
+    steps, held = ZeroCopySteps(ThreadStreams(), 6), []
     steps._device = torch.device("cuda")
     table = torch.zeros(2, 6)
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: any(self is t for t in held))

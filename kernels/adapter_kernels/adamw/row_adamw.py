@@ -72,8 +72,8 @@ def _op(
         inside = bool(((rows >= 0) & (rows < len(table))).all())
         dispatch.require(inside, "rows", f"rows outside of 0 to {len(table) - 1}")
         dispatch.require(len(rows.unique()) == len(rows), "rows", "a row is there twice")
-    refusals = [("table", f"the Triton kernel has no {table.dtype}")] if table.dtype == torch.float64 else []
-    step = row_adamw_kernels.step if dispatch.use_triton(impl, rows.device, refusals) and reachable else _torch
+    unsupported = [("table", f"the Triton kernel has no {table.dtype}")] if table.dtype == torch.float64 else []
+    step = row_adamw_kernels.step if dispatch.use_triton(impl, rows.device, unsupported) and reachable else _torch
     rule = StepRule(lr, beta1, beta2, eps, weight_decay, decoupled)
     step(table, exp_avg, exp_avg_sq, count, wire, rows, grads, rule, seed)
 

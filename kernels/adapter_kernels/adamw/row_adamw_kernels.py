@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..runtime import dispatch
 from ..runtime import launch_config as launch
-from ..runtime.specialisation import TYPE_NAMES, Variant, split, with_odd_rows
+from ..runtime.specialisation import TYPE_NAMES, Specialisation, split, with_odd_rows
 from ..runtime.triton_shim import kernel, tl, triton
 from .adamw_blocks import StepRule
 
@@ -138,7 +138,7 @@ def step(
         )  # fmt: skip
 
 
-def variants(capability: int | None) -> list[Variant]:
+def variants(capability: int | None) -> list[Specialisation]:
     """What a launch can be: each dtype of tables, gradients and wire."""
     blocks, options = split(_PREPARE.at(capability))
     first, second, _ = map(signed, SPLITMIX)
@@ -148,7 +148,7 @@ def variants(capability: int | None) -> list[Variant]:
     }
     # A seed that fits 32 bits, as the 0 of fp32 tables does, comes as an i32.
     seeds = [types | {"seed": kind} for kind in ("i32", "i64")]
-    found = [Variant(_prepare_kernel, types, blocks | {"C1": first, "C2": second}, options) for types in seeds]
+    found = [Specialisation(_prepare_kernel, types, blocks | {"C1": first, "C2": second}, options) for types in seeds]
     blocks, options = split(_STEP.at(capability))
     blocks = {"BN": blocks["BN"]}
     kinds = [("fp32", grads, wire) for grads in TYPE_NAMES.values() for wire in (None, "fp16", "bf16")]
@@ -160,5 +160,5 @@ def variants(capability: int | None) -> list[Variant]:
         constants = blocks | ({} if wire else {"wire_ptr": None})
         constants |= {"STOCHASTIC": table == "bf16", "WIRE": wire is not None}
         launched = options | {"enable_fp_fusion": False}
-        found.append(Variant(_step_kernel, types, constants, launched, wide=True))
+        found.append(Specialisation(_step_kernel, types, constants, launched, wide=True))
     return with_odd_rows(found)

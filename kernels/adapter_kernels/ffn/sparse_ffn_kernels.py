@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..runtime import dispatch
 from ..runtime import launch_config as launch
-from ..runtime.specialisation import TYPE_NAMES, Variant, odd, split, with_odd_rows
+from ..runtime.specialisation import TYPE_NAMES, Specialisation, odd, split, with_odd_rows
 from ..runtime.triton_shim import kernel, tl, triton
 
 # Derived, not measured: tensor cores take 16 tokens at least, and a token's 64 picks read by 32 and 64 programs keep
@@ -290,7 +290,7 @@ def backward(
         return dx, dkeys, dvalues, dfactors
 
 
-def variants(capability: int | None) -> list[Variant]:
+def variants(capability: int | None) -> list[Specialisation]:
     """What a launch can be: both forms, both directions, every dtype; factors in the dtype of x or in fp32.
 
     Odd rows are there for the token form alone.
@@ -298,8 +298,8 @@ def variants(capability: int | None) -> list[Variant]:
     blocks, options = split(_SLOTS.at(capability))
     sizes = dict.fromkeys(("T", "U", "D", "K", "width", "stride_x", "stride_g"), "i32")
     types = {"position_ptr": "*i32", "slots_ptr": "*i16", **sizes}
-    found: list[Variant] = []
-    direct = [Variant(_slots_kernel, types, blocks, options, wide=True)]
+    found: list[Specialisation] = []
+    direct = [Specialisation(_slots_kernel, types, blocks, options, wide=True)]
     for dtype, name in TYPE_NAMES.items():
         data = f"*{name}"
         tables = _tables(dtype)
@@ -316,11 +316,11 @@ def variants(capability: int | None) -> list[Variant]:
                 blocks, options = split(tables[backward_too].at(capability))
                 constants = blocks | dict.fromkeys(pointers - types.keys(), None)
                 constants |= {"FACTOR": factor is not None, "BACKWARD": backward_too, "PRECISION": "ieee"}
-                found.append(Variant(_scores_kernel, types, constants, options, wide=True))
+                found.append(Specialisation(_scores_kernel, types, constants, options, wide=True))
             blocks, options = split(_TOKEN_SCORES.at(capability))
             types = {"x_ptr": data, "keys_ptr": data, "position_ptr": "*i32", "active_ptr": "*fp32"} | factored | sizes
             constants = blocks | absent | {"FACTOR": factor is not None}
-            direct.append(Variant(_token_scores_kernel, types, constants, options, wide=True))
+            direct.append(Specialisation(_token_scores_kernel, types, constants, options, wide=True))
         for base in (False, True):
             added: dict[str, str] = {"base_ptr": data} if base else {}
             absent = {} if base else {"base_ptr": None}
@@ -331,8 +331,10 @@ def variants(capability: int | None) -> list[Variant]:
                 blocks, options = split(tables[2].at(capability))
                 constants = blocks | absent | {"TRANSPOSED": transposed, "BASE": base, "PRECISION": "ieee"}
                 product = types | {"a_ptr": data, "b_ptr": data, "out_ptr": out}
-                found.append(Variant(_product_kernel, product, constants, options, wide=True))
+                found.append(Specialisation(_product_kernel, product, constants, options, wide=True))
             blocks, options = split(_TOKEN_VALUES.at(capability))
             types = types | {"active_ptr": "*fp32", "values_ptr": data, "position_ptr": "*i32"}
-            direct.append(Variant(_token_values_kernel, types, blocks | absent | {"BASE": base}, options, wide=True))
+            direct.append(
+                Specialisation(_token_values_kernel, types, blocks | absent | {"BASE": base}, options, wide=True)
+            )
     return found + with_odd_rows(direct)

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..runtime import dispatch
 from ..runtime import launch_config as launch
 from ..runtime import triton_shim as jit
-from ..runtime.specialisation import TYPE_NAMES, Variant, split
+from ..runtime.specialisation import TYPE_NAMES, Specialisation, split
 from ..runtime.triton_shim import kernel, tl, triton
 
 _log = logging.getLogger(__name__)
@@ -268,7 +268,7 @@ def scatter_rows(ids: Tensor, rows: Sequence[Tensor], tables: Sequence[Tensor], 
     _scatter_op(ids, [x.detach() for x in rows], [table.detach() for table in tables], impl)
 
 
-def variants(capability: int | None) -> list[Variant]:
+def variants(capability: int | None) -> list[Specialisation]:
     """What a launch can be: both directions, one or two tables, every dtype, rows of whole 16 bytes and others."""
     blocks, options = split(_COPY.at(capability))
     blocks = {name: blocks[name] for name in ("BM", "BN")}
@@ -281,5 +281,5 @@ def variants(capability: int | None) -> list[Variant]:
                 types |= dict.fromkeys(pointers, f"*{name}")
                 constants = blocks | {"SCATTER": scatter, "TWO": two, "UNIT": unit}
                 constants |= {} if two else {"source2_ptr": None, "target2_ptr": None}
-                found.append(Variant(_copy_rows_kernel, types, constants, options, wide=unit > 1))
+                found.append(Specialisation(_copy_rows_kernel, types, constants, options, wide=unit > 1))
     return found

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..runtime import dispatch
 from ..runtime import launch_config as launch
-from ..runtime.specialisation import Variant, split, with_odd_rows
+from ..runtime.specialisation import Specialisation, split, with_odd_rows
 from ..runtime.triton_shim import kernel, tl, triton
 
 MAX_ROWS = 1 << 20
@@ -260,7 +260,7 @@ def row_union_window(
     return _window_op(ids, valid, load, r, start, capacity, impl)
 
 
-def variants(capability: int | None) -> list[Variant]:
+def variants(capability: int | None) -> list[Specialisation]:
     """What a launch can be: ids of both widths, with and without a mask, with and without picks that are counted."""
     found = []
     marked: dict[str, str] = {"marks_ptr": "*i8", "each": "i32"}
@@ -274,9 +274,9 @@ def variants(capability: int | None) -> list[Variant]:
             for masked in (False, True):
                 types = {"ids_ptr": ids, "n": "i32", "r": "i32"} | extra | ({"valid_ptr": "*i8"} if masked else {})
                 constants = blocks | {"MASKED": masked} | ({} if masked else {"valid_ptr": None}) | more
-                found.append(Variant(function, types, constants, options, wide=True))
+                found.append(Specialisation(function, types, constants, options, wide=True))
     blocks, options = split(_NUMBER.at(capability))
     types = {"marks_ptr": "*i8", "places_ptr": "*i32", "rows_ptr": "*i32", "count_ptr": "*i32", "more_ptr": "*i32"}
     types |= dict.fromkeys(("r", "start", "capacity"), "i32")
-    found.append(Variant(_number_kernel, types, blocks, options))
+    found.append(Specialisation(_number_kernel, types, blocks, options))
     return with_odd_rows(found)

@@ -22,17 +22,17 @@ INTS = (torch.int32, torch.int64)
 _debug = os.environ.get("ADAPTER_KERNELS_DEBUG", "0") not in ("", "0")
 
 
-def use_triton(impl: str | None, device: torch.device, refusals: Iterable[tuple[str, str]] = ()) -> bool:
+def use_triton(impl: str | None, device: torch.device, unsupported: Iterable[tuple[str, str]] = ()) -> bool:
     """Whether an op whose ids and outputs live on `device` runs its Triton kernel (or else its torch path).
 
     Args:
-        refusals: arguments that the kernel does not take, and why: torch runs, unless `impl` asks for Triton.
+        unsupported: arguments that the kernel does not take, and why: torch runs, unless `impl` asks for Triton.
 
     Raises:
         ValueError: `impl` is unknown, or asks for Triton where it cannot run.
     """
     if impl is None:
-        return device.type == "cuda" and jit.AVAILABLE and not jit.INTERPRETED and not any(refusals)
+        return device.type == "cuda" and jit.AVAILABLE and not jit.INTERPRETED and not any(unsupported)
     require(impl in ("triton", "torch"), "impl", f'"triton", "torch" or None is needed, not {impl!r}')
     if impl == "triton":
         require(jit.AVAILABLE, "impl", "triton is not installed; leave impl at None")
@@ -41,7 +41,7 @@ def use_triton(impl: str | None, device: torch.device, refusals: Iterable[tuple[
             "impl",
             f'"triton" needs CUDA tensors, or the interpreter (TRITON_INTERPRET=1); the tensors are on {device}',
         )
-        for argument, why in refusals:
+        for argument, why in unsupported:
             require(False, argument, f"{why}; pass impl='torch'")
     return impl == "triton"
 

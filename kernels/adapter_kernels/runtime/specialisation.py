@@ -18,7 +18,7 @@ KINDS_OF_ROWS = [(dtype, name, False) for dtype, name in TYPE_NAMES.items()] + [
 
 
 @dataclass(frozen=True)
-class Variant:
+class Specialisation:
     """A specialisation of a kernel.
 
     Attributes:
@@ -53,7 +53,7 @@ class Variant:
         return " ".join([self.kernel.__name__.strip("_").removesuffix("_kernel"), "/".join(data), *fields, *odd])
 
 
-def with_odd_rows(found: list[Variant]) -> list[Variant]:
+def with_odd_rows(found: list[Specialisation]) -> list[Specialisation]:
     """The variants and, of those that are compiled anew for them, the ones for sizes that are no multiples of 16.
 
     Those in fp16 are left out, as in KINDS_OF_ROWS.
@@ -74,4 +74,4 @@ def split(config: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 # What an op's module offers to the check: its variants for a compute capability (None: the default configurations).
-Variants = Callable[[int | None], list[Variant]]
+Variants = Callable[[int | None], list[Specialisation]]

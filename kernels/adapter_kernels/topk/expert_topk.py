@@ -112,7 +112,7 @@ def _op(
         dispatch.require(not bool(twice.any()), "experts", "a token probes an expert twice")
         for tensor, name in ((x, "x"), (factors, "factors")):
             dispatch.require(tensor is None or not bool(tensor.isnan().any()), name, "NaN")
-    if not dispatch.use_triton(impl, experts.device, expert_topk_kernels.refusals(x, keys, experts.shape[1], K, E)):
+    if not dispatch.use_triton(impl, experts.device, expert_topk_kernels.unsupported(x, keys, experts.shape[1], K, E)):
         select = host_topk.expert_topk if impl is None and host_topk.serves(x, keys, experts, E) else _torch
         return select(x, keys, experts, factors, K, E, by_neuron)
     ids, scores, dots = expert_topk_kernels.select(x, keys, experts, factors, K, E)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..runtime import dispatch
 from ..runtime import launch_config as launch
-from ..runtime.specialisation import KINDS_OF_ROWS, TYPE_NAMES, Variant, odd, split, with_odd_rows
+from ..runtime.specialisation import KINDS_OF_ROWS, TYPE_NAMES, Specialisation, odd, split, with_odd_rows
 from ..runtime.triton_shim import kernel, tl, triton
 
 MAX_CANDIDATES = 1024
@@ -134,7 +134,7 @@ def _dots_table(dtype: torch.dtype, odd_rows: bool) -> launch.Table:
     return _DOTS_ODD if odd_rows else _DOTS
 
 
-def refusals(x: Tensor, keys: Tensor, P: int, K: int, E: int) -> Iterator[tuple[str, str]]:
+def unsupported(x: Tensor, keys: Tensor, P: int, K: int, E: int) -> Iterator[tuple[str, str]]:
     """What the kernels do not take: the argument, and why."""
     each = len(keys) // E
     if x.dtype not in dispatch.FLOATS:
@@ -185,12 +185,12 @@ def select(
     return ids, scores, picked
 
 
-def variants(capability: int | None) -> list[Variant]:
+def variants(capability: int | None) -> list[Specialisation]:
     """What a launch can be: every dtype, block and width."""
-    found: list[Variant] = []
+    found: list[Specialisation] = []
     blocks, options = split(_GROUP.at(capability))
     types = {"experts_ptr": "*i32", "pairs_ptr": "*i32", "spans_ptr": "*i32", "n": "i32"}
-    found += with_odd_rows([Variant(_group_kernel, types, blocks, options, wide=True)])
+    found += with_odd_rows([Specialisation(_group_kernel, types, blocks, options, wide=True)])
     for dtype, name, odd_rows in KINDS_OF_ROWS:
         blocks, options = split(_dots_table(dtype, odd_rows).at(capability))
         del blocks["SPLITS"]
@@ -198,14 +198,16 @@ def variants(capability: int | None) -> list[Variant]:
         types |= {"dots_ptr": "*fp32"} | dict.fromkeys(("D", "P", "each", "stride_x"), "i32")
         for block in sorted({_column_block(each, dtype) for each in range(1, MAX_CANDIDATES + 1)}):
             constants = blocks | {"BN": block, "PRECISION": "ieee"}
-            found.append(Variant(_dots_kernel, types, constants, options, aligned=not odd_rows, wide=not odd_rows))
+            found.append(
+                Specialisation(_dots_kernel, types, constants, options, aligned=not odd_rows, wide=not odd_rows)
+            )
     picks = {tuple(_pick_config(c, K, capability).items()) for c in (256, MAX_CANDIDATES) for K in range(1, 257)}
     for pick in sorted(picks):
         blocks, options = split(dict(pick))
         types = {"dots_ptr": "*fp32", "experts_ptr": "*i32", "ids_ptr": "*i32", "scores_ptr": "*fp32"}
         types |= {"picked_ptr": "*fp32"} | dict.fromkeys(("E", "P", "each", "K"), "i32")
-        found.append(Variant(_pick_kernel, types, blocks | {"FACTOR": False, "factors_ptr": None}, options))
+        found.append(Specialisation(_pick_kernel, types, blocks | {"FACTOR": False, "factors_ptr": None}, options))
         for name in TYPE_NAMES.values():
             with_factor = types | {"factors_ptr": f"*{name}"}
-            found.append(Variant(_pick_kernel, with_factor, blocks | {"FACTOR": True}, options))
+            found.append(Specialisation(_pick_kernel, with_factor, blocks | {"FACTOR": True}, options))
     return found

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..runtime import dispatch
 from ..runtime import launch_config as launch
-from ..runtime.specialisation import TYPE_NAMES, Variant, split, with_odd_rows
+from ..runtime.specialisation import TYPE_NAMES, Specialisation, split, with_odd_rows
 from ..runtime.triton_shim import kernel, tl, triton
 from . import host_topk, ordering
 
@@ -149,12 +149,12 @@ def router_topk(logits: Tensor, P: int, *, impl: str | None = None) -> tuple[Ten
     return experts, picked
 
 
-def variants(capability: int | None) -> list[Variant]:
+def variants(capability: int | None) -> list[Specialisation]:
     """What a launch can be: every dtype and block."""
     blocks, options = split(_TABLE.at(capability))
     return with_odd_rows(
         [
-            Variant(
+            Specialisation(
                 _router_topk_kernel,
                 {
                     "logits_ptr": f"*{name}",

@@ -18,7 +18,7 @@ from mutants import mutant
 
 import meft.retrieval.strategies
 from adapter_kernels.runtime import dispatch
-from meft.transport.streams import HostLanes
+from meft.transport.streams import HostStreams
 
 CPU = torch.device("cpu")
 SIZE = {"layers": 1, "tokens": 20, "steps": 1}
@@ -31,8 +31,8 @@ def as_on_cuda(monkeypatch):
     """Yields how often each op ran its kernels."""
     launched, on_host = Counter(), []
 
-    def use_triton(impl, device, refusals=()):
-        if on_host or any(refusals):
+    def use_triton(impl, device, unsupported=()):
+        if on_host or any(unsupported):
             return False
         launched[sys._getframe(1).f_globals["__name__"].rpartition(".")[2]] += 1
         return True
@@ -67,7 +67,7 @@ def test_a_layer_with_its_kernels_equals_rows_in_place(fenced, monkeypatch, in_p
     # One has rows in the dtype of the inputs and keeps them, the other has narrower ones and brings them again.
     wire, rows = ("float32", "refetch") if zero_copy else ("bfloat16", "save")
     with as_on_cuda(monkeypatch) as launched:
-        found = trained(Setting(strategy, rows, zero_copy=zero_copy, wire=wire), CPU, HostLanes(CPU), **SIZE)
+        found = trained(Setting(strategy, rows, zero_copy=zero_copy, wire=wire), CPU, HostStreams(CPU), **SIZE)
     assert difference(found, in_place[wire]) == ""
     expected = {"sparse_ffn"} if strategy == "host" else set(ON_DEVICE)
     expected |= {"gather_rows"} if strategy != "device-rows" else set()
@@ -78,5 +78,5 @@ def test_a_layer_with_its_kernels_equals_rows_in_place(fenced, monkeypatch, in_p
 def test_a_wrong_kernel_shows(fenced, monkeypatch, in_place, tmp_path):
     mutant(tmp_path, monkeypatch, "sparse_ffn", "ds = ds * factor", "ds = ds")
     with as_on_cuda(monkeypatch):
-        found = trained(Setting("device-rows"), CPU, HostLanes(CPU), **SIZE)
+        found = trained(Setting("device-rows"), CPU, HostStreams(CPU), **SIZE)
     assert difference(found, in_place["bfloat16"])

@@ -1,4 +1,4 @@
-"""CUDA lanes over a stand-in for torch.cuda: what waits for what, on which device, and until when memory is kept."""
+"""CUDA streams over a stand-in for torch.cuda: what waits for what, on which device, and until when memory is kept."""
 
 from contextlib import suppress
 
@@ -7,7 +7,7 @@ import torch
 from fake_cuda import FakeCuda
 from test_engine import ROWS, STRATEGIES
 
-from meft.transport.streams import CudaLanes, HostLanes
+from meft.transport.streams import CudaStreams, HostStreams
 
 THERE = torch.device("cuda", 1)
 
@@ -17,96 +17,96 @@ def fake(monkeypatch):
     return lambda device="cpu": FakeCuda(monkeypatch, device)
 
 
-def lanes_by_name(lanes):
-    return {name: getattr(lanes, name) for name in ("inbound", "outbound", "updating")}
+def streams_by_name(streams):
+    return {name: getattr(streams, name) for name in ("inbound", "outbound", "updating")}
 
 
 # --------------------------------------------------------------------------------------------------------- one by one
 
 
-def test_each_lane_is_a_stream_of_its_own_before_the_computation(fake):
-    cuda, lanes = fake(THERE), CudaLanes(THERE)
-    streams = [lane.stream for lane in lanes_by_name(lanes).values()]
+def test_each_stream_is_a_stream_of_its_own_before_the_computation(fake):
+    cuda, streams = fake(THERE), CudaStreams(THERE)
+    streams = [stream.stream for stream in streams_by_name(streams).values()]
     assert streams == cuda.streams
     assert len(set(map(id, streams))) == 3
     assert all(stream.device == THERE and stream.priority == -1 for stream in streams)
 
 
-def test_here_and_join_are_of_the_stream_that_computes_on_the_lanes_device(fake):
-    cuda, lanes = fake(THERE), CudaLanes(THERE)
-    mark = lanes.here()
-    assert cuda.notes == [("record", cuda.computation, mark.event)]
-    lanes.join(lanes.inbound.mark())
+def test_here_and_join_are_of_the_stream_that_computes_on_the_streams_device(fake):
+    cuda, streams = fake(THERE), CudaStreams(THERE)
+    event = streams.record_event()
+    assert cuda.notes == [("record", cuda.computation, event.event)]
+    streams.wait_event(streams.inbound.record_event())
     assert cuda.notes[-1][:2] == ("wait", cuda.computation)
     assert cuda.asked == [THERE, THERE]  # not the thread's current device
     beside = cuda._stream(THERE)
     with torch.cuda.stream(beside):  # whoever computes on another stream is waited for there
-        assert lanes.here().event.stream is beside
+        assert streams.record_event().event.stream is beside
 
 
 @pytest.mark.parametrize("name", ["inbound", "outbound", "updating"])
-def test_a_mark_is_an_event_of_its_lane_that_sleeps(fake, name):
-    cuda, lanes = fake(THERE), CudaLanes(THERE)
-    lane, done = getattr(lanes, name), []
-    lane.run(lambda: done.append(1))
-    mark = lane.mark()
-    lane.run(lambda: done.append(2))
-    assert mark.event.stream is lane.stream
-    assert mark.event.blocking
+def test_a_mark_is_an_event_of_its_stream_that_sleeps(fake, name):
+    cuda, streams = fake(THERE), CudaStreams(THERE)
+    stream, done = getattr(streams, name), []
+    stream.run(lambda: done.append(1))
+    event = stream.record_event()
+    stream.run(lambda: done.append(2))
+    assert event.event.stream is stream.stream
+    assert event.event.blocking
     assert done == []
-    mark.wait()  # for what was queued before it, and no more
+    event.wait()  # for what was queued before it, and no more
     assert done == [1]
-    assert cuda.notes[-1] == ("synchronize", None, mark.event)
+    assert cuda.notes[-1] == ("synchronize", None, event.event)
 
 
-def test_a_lane_waits_for_a_mark_and_nobody_else_does(fake):
-    cuda, lanes = fake(THERE), CudaLanes(THERE)
+def test_a_stream_waits_for_a_mark_and_nobody_else_does(fake):
+    cuda, streams = fake(THERE), CudaStreams(THERE)
     done = []
-    lanes.inbound.run(lambda: done.append("rows"))
-    lanes.outbound.after(lanes.inbound.mark())
-    lanes.outbound.run(lambda: done.append("gradients"))
-    assert cuda.notes[-1][:2] == ("wait", lanes.outbound.stream)
+    streams.inbound.run(lambda: done.append("rows"))
+    streams.outbound.wait_event(streams.inbound.record_event())
+    streams.outbound.run(lambda: done.append("gradients"))
+    assert cuda.notes[-1][:2] == ("wait", streams.outbound.stream)
     assert done == []
-    lanes.outbound.mark().wait()
+    streams.outbound.record_event().wait()
     assert done == ["rows", "gradients"]
 
 
 def test_the_memory_of_all_uses_is_kept_for_the_stream_also_where_work_fails(fake):
-    cuda, lanes = fake(THERE), CudaLanes(THERE)
+    cuda, streams = fake(THERE), CudaStreams(THERE)
     uses = [torch.ones(2), torch.ones(3)]
-    lanes.outbound.run(lambda: None, uses)
+    streams.outbound.run(lambda: None, uses)
     cuda.full = True
     with pytest.raises(RuntimeError, match="nothing more"):
-        lanes.inbound.run(lambda: None, uses)
+        streams.inbound.run(lambda: None, uses)
     for tensor in uses:
         kept = cuda.recorded[tensor.untyped_storage().data_ptr()]
-        assert kept == [lanes.outbound.stream, lanes.inbound.stream]
+        assert kept == [streams.outbound.stream, streams.inbound.stream]
     assert not cuda.current
 
 
-def test_memory_of_a_lane_is_its_streams_and_kept_for_the_computation(fake):
-    cuda, lanes = fake(), CudaLanes(torch.device("cpu"))
-    rows = lanes.inbound.empty((2, 3), torch.bfloat16)
+def test_memory_of_a_stream_is_its_streams_and_kept_for_the_computation(fake):
+    cuda, streams = fake(), CudaStreams(torch.device("cpu"))
+    rows = streams.inbound.empty((2, 3), torch.bfloat16)
     assert (rows.shape, rows.dtype) == ((2, 3), torch.bfloat16)
-    assert cuda.made == [(lanes.inbound.stream, rows.untyped_storage().data_ptr())]
-    lanes.use([rows])
+    assert cuda.made == [(streams.inbound.stream, rows.untyped_storage().data_ptr())]
+    streams.use([rows])
     assert cuda.recorded[rows.untyped_storage().data_ptr()] == [cuda.computation]
 
 
 def test_staging_is_page_locked(fake):
-    cuda, lanes = fake(THERE), CudaLanes(THERE)
-    assert lanes.staging((2, 3), torch.float32) is cuda.staged[0]
+    cuda, streams = fake(THERE), CudaStreams(THERE)
+    assert streams.staging((2, 3), torch.float32) is cuda.staged[0]
 
 
 # --------------------------------------------------------------------------------------------------------- the engine
 
 
-def trained(tiny, lanes, zero_copy=False, **fields):
-    """Losses and whole state after some steps of two micro-batches each, the model, and the lanes."""
+def trained(tiny, streams, zero_copy=False, **fields):
+    """Losses and whole state after some steps of two micro-batches each, the model, and the streams."""
     fields = {"row_optimizer": {"zero_copy": zero_copy}, "master_dtype": "float32"} | fields
     model = tiny.adapted(layers=3, dtype=torch.bfloat16, **fields)
     for engine in model.base_model.engines.values():
-        engine.use(lanes)
+        engine.use(streams)
     optimizer, losses = tiny.adamw(model, lr=2e-2), []
     for step in range(3):
         for micro in range(2):
@@ -135,9 +135,9 @@ def on_the_host(cuda, tiny, model):
 def test_whoever_needs_something_waits_for_it(tiny, fake, strategy, rows, zero_copy):
     """Streams are as late as they can be, and the result is that of copies that are done at once."""
     fields = {"retrieval": strategy, "backward_rows": rows, "zero_copy": zero_copy}
-    losses, state, _ = trained(tiny, HostLanes(torch.device("cpu")), **fields)
+    losses, state, _ = trained(tiny, HostStreams(torch.device("cpu")), **fields)
     cuda = fake()
-    late_losses, late_state, _ = trained(tiny, CudaLanes(torch.device("cpu")), **fields)
+    late_losses, late_state, _ = trained(tiny, CudaStreams(torch.device("cpu")), **fields)
     assert torch.equal(losses, late_losses)
     tiny.assert_equal(late_state, state)
     busy = {stream for stream, _ in cuda.used}
@@ -150,7 +150,7 @@ def test_whoever_needs_something_waits_for_it(tiny, fake, strategy, rows, zero_c
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_memory_of_the_device_is_kept_for_each_stream_that_uses_it(tiny, fake, strategy, rows):
     cuda = fake()
-    _, _, model = trained(tiny, CudaLanes(torch.device("cpu")), retrieval=strategy, backward_rows=rows)
+    _, _, model = trained(tiny, CudaStreams(torch.device("cpu")), retrieval=strategy, backward_rows=rows)
     host = on_the_host(cuda, tiny, model)
     used = [(stream, tensor) for stream, tensor in cuda.used if tensor.untyped_storage().data_ptr() not in host]
     assert len(used) > 20
@@ -161,8 +161,8 @@ def test_memory_of_the_device_is_kept_for_each_stream_that_uses_it(tiny, fake, s
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_wait_that_is_left_out_shows(tiny, fake, monkeypatch, strategy):
-    losses, _, _ = trained(tiny, HostLanes(torch.device("cpu")), retrieval=strategy)
+    losses, _, _ = trained(tiny, HostStreams(torch.device("cpu")), retrieval=strategy)
     fake()
-    monkeypatch.setattr(CudaLanes, "join", lambda lanes, mark: None)
+    monkeypatch.setattr(CudaStreams, "wait_event", lambda streams, event: None)
     with suppress(IndexError):  # ids of `host` that are not there yet
-        assert not torch.equal(trained(tiny, CudaLanes(torch.device("cpu")), retrieval=strategy)[0], losses)
+        assert not torch.equal(trained(tiny, CudaStreams(torch.device("cpu")), retrieval=strategy)[0], losses)

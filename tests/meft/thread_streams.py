@@ -1,4 +1,4 @@
-"""A fake device on the CPU: its lanes are threads that do their work late, so that only marks keep the order."""
+"""A fake device on the CPU: its streams are threads that do their work late, so that only marks keep the order."""
 
 import queue
 import random
@@ -15,7 +15,7 @@ class CopyFailedError(RuntimeError):
     """What a failing copy raises."""
 
 
-class Mark:
+class StreamEvent:
     """Reached when the thread comes to it; carries the error of the work before it."""
 
     def __init__(self):
@@ -24,7 +24,7 @@ class Mark:
 
     def wait(self):
         if not self.reached.wait(TIMEOUT):
-            raise AssertionError("deadlock: a mark is never reached")
+            raise AssertionError("deadlock: an event is never reached")
         if self.error is not None:  # a new one each time: it holds on to the frames that it comes through
             raise CopyFailedError(str(self.error)) from self.error
 
@@ -42,23 +42,23 @@ def poisoned(shape, dtype):
     return torch.full(shape, poison, dtype=dtype, device="cpu")
 
 
-class ThreadLane:
-    """Work in the order in which it was queued, each after a delay that `lanes.delay` gives."""
+class ThreadStream:
+    """Work in the order in which it was queued, each after a delay that `streams.delay` gives."""
 
-    def __init__(self, lanes, name):
-        self.lanes, self.name, self.error = lanes, name, None
+    def __init__(self, streams, name):
+        self.streams, self.name, self.error = streams, name, None
         self.work = queue.SimpleQueue()
-        threading.Thread(target=serve, args=(self.work,), name="fake lane", daemon=True).start()
+        threading.Thread(target=serve, args=(self.work,), name="fake stream", daemon=True).start()
         weakref.finalize(self, self.work.put, None).atexit = False
 
     def run(self, work, uses=()):
-        number = self.lanes.count(self.name)
+        number = self.streams.count(self.name)
 
         def do():
-            time.sleep(self.lanes.delay(self.name))
+            time.sleep(self.streams.delay(self.name))
             try:
-                if self.lanes.fails(self.name, number):
-                    raise CopyFailedError(f"copy {number} of the {self.name} lane")
+                if self.streams.fails(self.name, number):
+                    raise CopyFailedError(f"copy {number} of the {self.name} stream")
                 with torch.no_grad():
                     work()
             except Exception as error:
@@ -66,34 +66,34 @@ class ThreadLane:
 
         self.work.put(do)
 
-    def after(self, mark):
-        if self.lanes.keeps("after", self.name):
-            self.work.put(lambda: mark.reached.wait(TIMEOUT))
+    def wait_event(self, event):
+        if self.streams.keeps("after", self.name):
+            self.work.put(lambda: event.reached.wait(TIMEOUT))
 
-    def mark(self):
-        mark = Mark()
+    def record_event(self):
+        event = StreamEvent()
 
         def reach():
-            mark.error, self.error = self.error, None
-            mark.reached.set()
+            event.error, self.error = self.error, None
+            event.reached.set()
 
         self.work.put(reach)
-        return mark
+        return event
 
     def empty(self, shape, dtype):
         return poisoned(shape, dtype)
 
 
-class ThreadLanes:
-    """The lanes of a fake device.
+class ThreadStreams:
+    """The streams of a fake device.
 
     The computation is the calling thread, so that what it has queued is done: its marks are reached. What it must wait
     for, it waits for in `join`, and nowhere else.
 
     Args:
         seed: of the delays. longest: seconds.
-        failing: (lane, number) of the copies that fail.
-        dropped: ("after" or "join", lane) of hand-overs that are left out, to see whether a test finds it.
+        failing: (stream, number) of the copies that fail.
+        dropped: ("after" or "join", stream) of hand-overs that are left out, to see whether a test finds it.
     """
 
     def __init__(self, seed=0, longest=0.0, failing=(), dropped=()):
@@ -101,7 +101,7 @@ class ThreadLanes:
         self.random, self.longest = random.Random(seed), longest
         self.failing, self.dropped = set(failing), set(dropped)
         self.numbers = {"inbound": 0, "outbound": 0, "updating": 0}
-        self.inbound, self.outbound, self.updating = (ThreadLane(self, name) for name in self.numbers)
+        self.inbound, self.outbound, self.updating = (ThreadStream(self, name) for name in self.numbers)
         self.staged = []
 
     def count(self, name):
@@ -117,14 +117,14 @@ class ThreadLanes:
     def keeps(self, what, name):
         return (what, name) not in self.dropped
 
-    def here(self):
-        mark = Mark()
-        mark.reached.set()
-        return mark
+    def record_event(self):
+        event = StreamEvent()
+        event.reached.set()
+        return event
 
-    def join(self, mark):
+    def wait_event(self, event):
         if self.keeps("join", "inbound"):
-            mark.wait()
+            event.wait()
 
     def use(self, tensors):
         pass
@@ -134,5 +134,5 @@ class ThreadLanes:
         return self.staged[-1]
 
     def close(self):
-        for lane in (self.inbound, self.outbound, self.updating):
-            lane.work.put(None)
+        for stream in (self.inbound, self.outbound, self.updating):
+            stream.work.put(None)
