@@ -7,13 +7,14 @@ from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import resolve_quantization_backend
 from peft.utils.integrations import init_empty_weights
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_bridge import Injection
+from peft_bridge.peft_private import ExcludedModule
 
 from .config import ASLoRAConfig
 from .layer import Linear
@@ -32,7 +33,7 @@ def check_names(injection: Injection, model: nn.Module, config: ASLoRAConfig) ->
     excluded = [
         path
         for path, _ in model.named_modules()
-        if config.exclude_modules and isinstance(check_target_module_exists(config, path), _ExcludedModule)
+        if config.exclude_modules and isinstance(check_target_module_exists(config, path), ExcludedModule)
     ]
     for name in sorted(injection.names):
         if paths and not any(path == name or path.endswith(f".{name}") for path in [*paths, *excluded]):

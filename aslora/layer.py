@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from peft.utils.other import transpose
 from torch import Tensor, nn
+
+from peft_bridge.peft_private import in_out_features
 
 from .config import ASLoRAConfig
 from .sharing.shared_tensors import SharedA, SharedB
@@ -43,7 +45,7 @@ class ASLoRALayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.in_features: int
         self.out_features: int
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())  # type: ignore[assignment]
+        self.in_features, self.out_features = in_out_features(self.get_base_layer())  # type: ignore[assignment]
         self.kwargs = kwargs
 
     def update_layer(self, adapter_name: str, config: ASLoRAConfig) -> None:

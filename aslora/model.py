@@ -11,10 +11,10 @@ from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
 )
-from peft.utils.other import _set_layer_requires_grad
 from torch import Tensor, nn
 
 from peft_bridge import MethodTuner
+from peft_bridge.peft_private import set_layer_requires_grad
 
 from .config import ASLoRAConfig
 from .files import adapter_file as storage
@@ -88,8 +88,8 @@ class ASLoRAModel(MethodTuner):
         As, Bs = build(injection, model, config)
         units = merge_units(config, As, Bs)
         train = injection.adapter_name in self.active_adapters and not config.inference_mode
-        _set_layer_requires_grad(As, train)
-        _set_layer_requires_grad(Bs, train)
+        set_layer_requires_grad(As, train)
+        set_layer_requires_grad(Bs, train)
         self.aslora_A[injection.adapter_name], self.aslora_B[injection.adapter_name] = As, Bs
         self.run.add(injection.adapter_name, units, config.total_steps)
         super()._mark_only_adapters_as_trainable(model)

@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTuner, _get_tuner_state_dict_key_prefixes, _is_key_under_prefixes
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from .adapter_file import AdapterFile
 from .config_base import MethodConfig
+from .peft_private import adapters_of, is_key_under_prefixes, tuner_state_dict_key_prefixes
 from .steps import StepListener, watch_steps
 from .trainer import RunListener, watch_runs
 
@@ -122,7 +123,7 @@ class MethodTuner(BaseTuner, RunListener):
         ]
         for path, layer in wrapped:
             layer.delete_adapter(adapter_name)
-            if not layer._get_available_adapters():
+            if not adapters_of(layer):
                 parent, _, name = path.rpartition(".")
                 setattr(self.model.get_submodule(parent), name, layer.base_layer)
         self.forget(adapter_name)
@@ -163,8 +164,8 @@ class MethodTuner(BaseTuner, RunListener):
         load = super()._remap_adapter_state_dict_for_load
         if cls.file is None:
             return load(model, config, adapter_name, state_dict)
-        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
-        there = {key: value for key, value in model.state_dict().items() if _is_key_under_prefixes(key, prefixes)}
+        prefixes = tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
+        there = {key: value for key, value in model.state_dict().items() if is_key_under_prefixes(key, prefixes)}
         wanted = {key: value.shape for key, value in cls._under_file_keys(there, adapter_name).items()}
         own = cls.file.own_tensors(config, state_dict, wanted)
         others = {key: value for key, value in state_dict.items() if not cls.file.owns(key)}

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_bridge.torch_private import backward_number
+
 
 class Arrivals:
     """How often a gradient has come through."""
@@ -22,7 +24,7 @@ class Arrivals:
 
 def in_backward() -> bool:
     """Whether the autograd engine is at work here: a checkpoint recomputes its forward pass."""
-    return torch._C._current_graph_task_id() != -1
+    return backward_number() != -1
 
 
 class AllRows(torch.autograd.Function):

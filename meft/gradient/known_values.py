@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..table.torch_private import become
+from peft_bridge.torch_private import become
+
 from ..table.watched_rows import Watch, WatchedRows, unwatched
 from .drain import squares
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from peft_bridge.torch_private import backward_number
+
 from ..transport.numa import stay_near
 from ..transport.streams import DeviceStreams, StreamEvent
 from ..transport.transfer import Traffic, nbytes
@@ -78,7 +80,7 @@ class GradientRing:
 
     def _check_earlier(self) -> None:
         """Raises: RuntimeError: a gradient of this backward pass did not arrive; not only when it is looked at."""
-        backward = torch._C._current_graph_task_id()
+        backward = backward_number()
         if self._backward != backward:
             self._backward, self._sent = backward, []
             self._pool.begin_pass()

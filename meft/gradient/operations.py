@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import _engine_run_backward
+
+from peft_bridge.torch_private import ENGINE_CODE
 
 from ..transport.transfer import wait_for_copies
 from .accumulator import Pending, merged
@@ -35,7 +36,7 @@ def _by_autograd() -> bool:
     frame: FrameType | None = sys._getframe()
     while frame is not None and str(frame.f_globals.get("__name__")).startswith("meft."):
         frame = frame.f_back
-    return frame is None or frame.f_code is _engine_run_backward.__code__
+    return frame is None or frame.f_code is ENGINE_CODE
 
 
 def _add(func: Any, a: Any, b: Any, *, alpha: float = 1) -> Any:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from peft_bridge.torch_private import PLAIN_TORCH_FUNCTION
+
 
 class PartOfGradient(torch.Tensor):
     """A view of a gradient, which cannot be written into, or a tensor as large as it that was made of it.
@@ -23,7 +25,7 @@ class PartOfGradient(torch.Tensor):
     least: int
     is_view: bool
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = PLAIN_TORCH_FUNCTION
 
     @staticmethod
     def __new__(cls, part: Tensor, least: int, is_view: bool) -> PartOfGradient:

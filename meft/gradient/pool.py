@@ -13,7 +13,8 @@ import weakref
 import torch
 from torch import Tensor
 
-from ..table.torch_private import other_users, storage_address
+from peft_bridge.torch_private import other_users, storage_address
+
 from ..transport.host_tensors import keep_from_forks
 
 _IDLE = 2  # backward passes after which memory that none of them has used is given back

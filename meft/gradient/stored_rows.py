@@ -10,6 +10,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from peft_bridge.torch_private import PLAIN_TORCH_FUNCTION
+
 from ..table.row_step import multiplied
 from ..transport.host_tensors import check_process, forks
 from .accumulator import Pending, Stored
@@ -70,7 +72,7 @@ class StoredRows(torch.Tensor):
     owner: int
     _held: _Held
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = PLAIN_TORCH_FUNCTION
 
     @staticmethod
     def __new__(cls, rows: Tensor, row_values: Tensor, like: Tensor) -> Self:

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from peft_bridge.torch_private import at_end_of_backward, backward_number
+
 from ..gradient.row_gradient import RowGradient, as_row_gradient
 from ..table.row_table import RowTable, row_blocks
 from .optimizer_hook import RowSteps
@@ -67,10 +69,10 @@ class RankAverage:
 
     def note_backward(self) -> None:
         """Row gradients were made: average them when this backward pass is through."""
-        task = torch._C._current_graph_task_id()
+        task = backward_number()
         if self._synchronises and self._queued != task:
             self._queued = task
-            torch.autograd.Variable._execution_engine.queue_callback(self._average)  # type: ignore[attr-defined]
+            at_end_of_backward(self._average)
 
     def _tables(self) -> list[RowTable]:
         return [table for name in sorted(self.steps.tables) for table in self.steps.tables[name]]

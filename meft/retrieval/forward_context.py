@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from peft_bridge.torch_private import at_end_of_backward, backward_number, graph_kept, saved_tensors_hooked
+
 from ..routing.topk import Selection
 from .types import GatheredRows, Picks
 
@@ -85,7 +87,7 @@ class ForwardContext:
         self._running = weakref.ref(token)
         self.graph_kept = graph_kept()
         # The engine holds the callback, and with it the token, until the backward pass is over or has failed.
-        torch.autograd.Variable._execution_engine.queue_callback(partial(_nothing, token))
+        at_end_of_backward(partial(_nothing, token))
 
     def release(self, stash: SavedSelection) -> None:
         """The backward pass of the layer that made the stash is over."""
@@ -115,12 +117,7 @@ def current() -> ForwardContext | None:
 
 def in_checkpoint_recompute() -> bool:
     """Whether this is a recomputation of gradient checkpointing: a forward pass inside of a backward pass."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def graph_kept() -> bool:
-    """Whether the backward pass that runs keeps its graph, so that there may be another one."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
+    return backward_number() != -1
 
 
 def checkpointed() -> bool:
@@ -128,8 +125,7 @@ def checkpointed() -> bool:
 
     True inside of a pass whose layer runs without a graph (reentrant checkpointing) or under hooks on saved tensors.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None or not torch.is_grad_enabled()
+    return saved_tensors_hooked() or not torch.is_grad_enabled()
 
 
 def begin(mask: Tensor | None, layers: int) -> ForwardContext | None:

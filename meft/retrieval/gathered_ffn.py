@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from adapter_kernels import sparse_ffn, sparse_ffn_backward
+from peft_bridge.torch_private import graph_kept
 
-from .forward_context import graph_kept
 from .second_order import ValuesOf, check_not_batched, ffn_of_picks, gradients
 from .types import PendingForward
 

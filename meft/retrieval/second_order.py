@@ -11,19 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from peft_bridge.torch_private import has_tangent, is_batched, is_transformed
 
 from ..gradient.row_gradient import RowGradient
 
 
 def check_not_transformed(*tensors: Tensor) -> None:
     """Raises: NotImplementedError: a transform of torch.func, or forward-mode differentiation, goes through a layer."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_transformed():
         raise NotImplementedError(
             "MEFT layers do not take part in torch.func's transforms (grad, vjp, jvp, vmap, hessian): use "
             "torch.autograd, with create_graph=True for further derivatives."
         )
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    if has_tangent(tensors):
         raise NotImplementedError(
             "MEFT layers have no forward-mode derivative: use torch.autograd.functional.jvp, which goes backward twice."
         )
@@ -33,8 +34,7 @@ def check_not_batched(gradient: Tensor | None) -> None:
     """Raises: NotImplementedError: a backward pass goes through a layer for several gradients at once."""
     if gradient is None:
         return
-    functorch = torch._C._functorch
-    if functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient):
+    if is_batched(gradient):
         raise NotImplementedError(
             "MEFT's backward pass takes one gradient at a time: leave out is_grads_batched=True (vectorize=True of "
             "torch.autograd.functional)."

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapter_kernels.ffn.sparse_products import column_sums, entry_dots, line_sums
+from peft_bridge.torch_private import graph_kept
 
 from ..gradient.row_gradient import RowGradient
 from ..routing.topk import Selection
-from .forward_context import graph_kept
 from .second_order import AsRowGradient, RowsOf, check_not_batched, ffn_of_picks, gradients
 
 

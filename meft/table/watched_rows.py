@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..transport.host_tensors import check_process, forks, like_rows
-from .torch_private import (
+from peft_bridge.torch_private import (
     GET_DATA,
     GET_GRAD,
     SET_DATA,
@@ -24,6 +23,8 @@ from .torch_private import (
     storage_address,
     without_torch_function,
 )
+
+from ..transport.host_tensors import check_process, forks, like_rows
 
 # They ask for storages and arrays to tell tensors apart and to save them, and write nothing.
 _READERS = {

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from adapter_kernels import gather_rows
+from peft_bridge.torch_private import has_cuda_context
 
 from .host_tensors import host_zeros
 
@@ -109,9 +110,8 @@ def wait_for_copies(tensors: Sequence[Tensor]) -> None:
     """Wait for copies to host tensors that somebody has queued with `non_blocking=True`."""
     if not torch.cuda.is_initialized() or not any(tensor.is_cpu and tensor.is_pinned() for tensor in tensors):
         return  # copies into other memory are through when they return
-    has_context = getattr(torch._C, "_cuda_hasPrimaryContext", lambda device: False)
     for device in range(torch.cuda.device_count()):
-        if device == torch.cuda.current_device() or has_context(device):  # else the wait would make a context
+        if device == torch.cuda.current_device() or has_cuda_context(device):  # else the wait would make a context
             torch.cuda.current_stream(device).synchronize()
 
 

@@ -1,4 +1,4 @@
-"""What `meft.table.torch_private` takes from torch without its documentation."""
+"""What `peft_bridge.torch_private` takes from torch without its documentation."""
 
 import copy
 
@@ -7,7 +7,25 @@ import pytest
 import torch
 from torch import nn
 
-from meft.table.torch_private import GET_DATA, GET_GRAD, SET_DATA, become, is_parameter, other_users, storage_address
+from peft_bridge.torch_private import (
+    ENGINE_CODE,
+    GET_DATA,
+    GET_GRAD,
+    PLAIN_TORCH_FUNCTION,
+    SET_DATA,
+    at_end_of_backward,
+    backward_number,
+    become,
+    graph_kept,
+    has_cuda_context,
+    has_tangent,
+    is_batched,
+    is_parameter,
+    is_transformed,
+    other_users,
+    saved_tensors_hooked,
+    storage_address,
+)
 
 SHARING = {
     "data": lambda t: t.data,
@@ -78,3 +96,66 @@ def test_addresses_tell_memory_apart():
     assert storage_address(one) == storage_address(one[2:]) == storage_address(one.data)
     assert storage_address(one) != storage_address(two)
     assert storage_address(one.to_sparse()) == 0
+
+
+def test_a_backward_pass_has_a_number_keeps_its_graph_or_not_and_has_an_end():
+    seen, ended = [], []
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda g: (seen.append((backward_number() >= 0, graph_kept())), at_end_of_backward(note))[0])
+    note = lambda: ended.append(len(seen))  # noqa: E731
+    assert backward_number() == -1
+    y.sum().backward(retain_graph=True)
+    y.sum().backward()
+    assert seen == [(True, True), (True, False)]
+    assert ended == [1, 2]
+
+
+def test_the_engine_works_in_the_function_that_torch_names():
+    import sys
+
+    x, found = torch.ones(2, requires_grad=True), []
+
+    def look(_gradient):
+        frame = sys._getframe()
+        while frame is not None:
+            found.append(frame.f_code)
+            frame = frame.f_back
+
+    x.register_hook(look)
+    x.sum().backward()
+    assert ENGINE_CODE in found
+
+
+def test_hooks_on_saved_tensors_show():
+    assert not saved_tensors_hooked()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        assert saved_tensors_hooked()
+
+
+def test_transforms_batches_and_tangents_show():
+    x, seen = torch.ones(2, requires_grad=True), []
+    assert not is_transformed()
+    assert not is_batched(x)
+    assert not has_tangent((x,))
+
+    def function(t):
+        seen.append((is_transformed(), is_batched(t), has_tangent((t,))))
+        return t.sum()
+
+    torch.func.vmap(function)(torch.ones(3, 2))
+    torch.func.grad(function)(x)
+    with torch.autograd.forward_ad.dual_level():
+        function(torch.autograd.forward_ad.make_dual(x.detach(), torch.ones(2)))
+    assert seen == [(True, True, False), (True, False, False), (False, False, True)]
+
+
+def test_a_plain_torch_function_gives_plain_results():
+    class Plain(torch.Tensor):
+        __torch_function__ = PLAIN_TORCH_FUNCTION
+
+    assert type(torch.zeros(2).as_subclass(Plain) + 1) is torch.Tensor
+
+
+def test_asking_for_a_context_makes_none():
+    assert not has_cuda_context(0) or torch.cuda.is_available()

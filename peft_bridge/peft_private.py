@@ -1,0 +1,23 @@
+"""Names of PEFT that its documentation leaves out; `tests/peft_bridge/test_peft_private.py` says what they do."""
+
+from __future__ import annotations
+
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _ExcludedModule,
+    _get_in_out_features,
+    _get_tuner_state_dict_key_prefixes,
+    _is_key_under_prefixes,
+)
+from peft.utils.other import _set_layer_requires_grad
+
+ExcludedModule = _ExcludedModule
+in_out_features = _get_in_out_features
+is_key_under_prefixes = _is_key_under_prefixes
+set_layer_requires_grad = _set_layer_requires_grad
+tuner_state_dict_key_prefixes = _get_tuner_state_dict_key_prefixes
+
+
+def adapters_of(layer: BaseTunerLayer) -> set[str]:
+    """Names of the adapters that an adapted layer holds."""
+    return layer._get_available_adapters()

@@ -1,0 +1,109 @@
+"""Names of torch that its documentation leaves out; `tests/peft_bridge/test_torch_private.py` says what they do."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import _engine_run_backward
+
+without_torch_function = torch._C.DisableTorchFunctionSubclass
+PLAIN_TORCH_FUNCTION: Any = torch._C._disabled_torch_function_impl  # of a subclass whose results are none
+# The code of the function in which the autograd engine is at work.
+ENGINE_CODE: CodeType = _engine_run_backward.__code__
+GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+GET_GRAD = torch.Tensor.grad.__get__  # type: ignore[union-attr]
+
+
+def become(tensor: Tensor, kind: type[Tensor], is_parameter: bool) -> None:
+    """Give a tensor another class in place, as `torch.utils.swap_tensors` does.
+
+    Args:
+        is_parameter: whether it is an instance of `nn.Parameter` then.
+    """
+    tensor.__class__ = kind  # type: ignore[assignment]
+    if is_parameter:
+        tensor._is_param = True  # type: ignore[attr-defined]
+
+
+def is_parameter(tensor: Tensor) -> bool:
+    """Whether `become` has made it a parameter."""
+    return bool(tensor.__dict__.get("_is_param"))
+
+
+def _users(tensor: Tensor) -> int:
+    with without_torch_function():
+        storage = tensor.untyped_storage()
+        # All handles are one Python object, which counts once as a user of the memory.
+        return torch._C._storage_Use_Count(storage._cdata) + sys.getrefcount(storage)  # type: ignore[attr-defined]
+
+
+_ALONE = _users(torch.empty(1, device="cpu"))
+
+
+def other_users(tensor: Tensor) -> int:
+    """How many other tensors, arrays and handles of a storage share a tensor's memory."""
+    return _users(tensor) - _ALONE
+
+
+def storage_address(tensor: Tensor) -> int:
+    """What tells the memory of living tensors apart; 0 of tensors that have none."""
+    try:
+        with without_torch_function():
+            return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse, nested
+        return 0
+
+
+# ------------------------------------------------------------------ the autograd engine
+
+
+def backward_number() -> int:
+    """The number of the backward pass that runs in this thread; -1: none does."""
+    return torch._C._current_graph_task_id()
+
+
+def graph_kept() -> bool:
+    """Whether the backward pass that runs keeps its graph, so that there may be another one."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def at_end_of_backward(work: Callable[[], None]) -> None:
+    """Call `work` when the backward pass that runs is through."""
+    torch.autograd.Variable._execution_engine.queue_callback(work)  # type: ignore[attr-defined]
+
+
+def saved_tensors_hooked() -> bool:
+    """Whether what is saved for a backward pass goes through somebody's hooks here."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func (grad, vjp, vmap, ...) is at work here."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a tensor stands for several, over which `vmap` or `is_grads_batched` goes."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
+def has_tangent(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether forward-mode differentiation goes through one of these."""
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+# ------------------------------------------------------------------ devices
+
+
+def has_cuda_context(device: int) -> bool:
+    """Whether this process has a context on a CUDA device; asking makes none."""
+    asked = getattr(torch._C, "_cuda_hasPrimaryContext", None)  # builds for the CPU lack it
+    return bool(asked(device)) if asked is not None else False

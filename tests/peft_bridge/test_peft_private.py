@@ -1,0 +1,57 @@
+"""What `peft_bridge.peft_private` takes from PEFT without its documentation."""
+
+from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from peft_bridge.peft_private import (
+    ExcludedModule,
+    adapters_of,
+    in_out_features,
+    is_key_under_prefixes,
+    set_layer_requires_grad,
+    tuner_state_dict_key_prefixes,
+)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(3, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.down(self.up(x))
+
+
+def adapted():
+    return get_peft_model(Net(), LoraConfig(r=2, target_modules=["up"]))
+
+
+def test_an_excluded_module_is_told_from_one_that_is_not_named():
+    config = LoraConfig(target_modules=["up", "down"], exclude_modules=["down"])
+    assert isinstance(check_target_module_exists(config, "down"), ExcludedModule)
+    assert not isinstance(check_target_module_exists(config, "other"), ExcludedModule)
+
+
+def test_sizes_of_a_linear_layer():
+    assert in_out_features(nn.Linear(3, 5)) == (3, 5)
+
+
+def test_adapters_of_a_layer():
+    model = adapted()
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["up", "down"]))
+    assert adapters_of(model.base_model.model.up) == {"default", "second"}
+    assert adapters_of(model.base_model.model.down) == {"second"}
+
+
+def test_keys_of_adapted_layers():
+    model = adapted()
+    prefixes = tuner_state_dict_key_prefixes(model, adapter_name="default")
+    found = {key for key in model.state_dict() if is_key_under_prefixes(key, prefixes)}
+    assert found == {f"base_model.model.up.lora_{part}.default.weight" for part in "AB"}
+
+
+def test_a_layer_is_set_to_train_or_not():
+    layer = nn.Linear(2, 2)
+    set_layer_requires_grad(layer, False)
+    assert not any(p.requires_grad for p in layer.parameters())
