@@ -80,7 +80,7 @@ def test_a_rehearsal_stays_out_of_the_results(rehearsal, tmp_path, capsys):
 
 # --------------------------------------------------------------------------------------------------------- the README
 
-README = (ROOT / "README.md").read_text()
+PAGES = "".join(page.read_text() for page in ingest.marked_pages(ROOT))
 
 
 def rows_of_a_device(dry):
@@ -108,16 +108,16 @@ def findings_of_a_device(monkeypatch, capsys):
 
 
 @pytest.mark.long
-def test_a_device_fills_every_mark_of_the_readme(rehearsal, tmp_path, monkeypatch, capsys):
+def test_a_device_fills_every_mark(rehearsal, tmp_path, monkeypatch, capsys):
     out, results, _ = rehearsal
-    marks = [match[2] for match in ingest.MARKED.finditer(README)]
+    marks = [match[2] for match in ingest.MARKED.finditer(PAGES)]
     assert len(set(marks)) > 20
-    assert README.count("<!-- device:") == README.count("<!-- /device -->") == len(marks)
+    assert PAGES.count("<!-- device:") == PAGES.count("<!-- /device -->") == len(marks)
     copy = tmp_path / "README.md"
-    copy.write_text(README)
+    copy.write_text(PAGES)
     # A rehearsal has measured nothing: all stays as it is.
     ingest.main([str(out / "results.json"), "--out", str(tmp_path / "out"), "--readme", str(copy)])
-    assert copy.read_text() == README
+    assert copy.read_text() == PAGES
     capsys.readouterr()
 
     name, dry = next((name, json.loads(text)["rows"][0]) for name, text in results["files"].items() if "24gb" in name)
@@ -130,7 +130,7 @@ def test_a_device_fills_every_mark_of_the_readme(rehearsal, tmp_path, monkeypatc
         assert capsys.readouterr().out.endswith(f"{len(marks)} cells\n")  # and none without a value
         filled = copy.read_text()
         assert filled.count(f"(measured on NVIDIA X9, {began})<!-- /device -->") == len(marks)
-        assert ingest.MARKED.sub("", filled) == ingest.MARKED.sub("", README)
+        assert ingest.MARKED.sub("", filled) == ingest.MARKED.sub("", PAGES)
 
 
 # -------------------------------------------------------------------------------------------------------------- parts
