@@ -104,7 +104,7 @@ class FakeCuda:
     def __init__(self, monkeypatch, device="cpu"):
         self.device, self.lock = torch.device(device), threading.RLock()
         self.notes, self.recorded, self.used, self.staged, self.asked = [], {}, [], [], []
-        self.made, self.entered, self.locked, self.full = [], [], [], False
+        self.made, self.locked, self.full = [], [], False
         self.inside = threading.local()  # a thread has a current stream of its own
         self.computation = Stream(self, self.device)
         self.streams = []
@@ -143,7 +143,7 @@ class FakeCuda:
         def poisoned(stream, shape, dtype):
             inside = len(self.entered)
             made = empty(stream, shape, dtype)
-            assert self.entered[inside:] == [stream.stream], "memory that is not of the stream's stream"
+            assert self.entered[inside:] == [stream.stream], "memory that is not of the stream"
             self.made.append((stream.stream, made.untyped_storage().data_ptr()))
             return made.fill_(self._poison(dtype))
 
@@ -155,10 +155,14 @@ class FakeCuda:
         self.used += [(stream, tensor) for tensor in used.found.values()]
 
     @property
+    def entered(self):
+        """Streams that this thread has entered, in order."""
+        return self.inside.__dict__.setdefault("entered", [])
+
+    @property
     def current(self):
         """Streams of this thread's `with` blocks."""
-        self.inside.__dict__.setdefault("streams", [])
-        return self.inside.streams
+        return self.inside.__dict__.setdefault("streams", [])
 
     def _stream(self, device, priority=0):
         self.streams.append(Stream(self, device, priority))
