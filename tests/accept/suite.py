@@ -12,6 +12,7 @@ import tarfile
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from gates import CLOSED, FILES, IMPORTS, OPENED
 
@@ -44,7 +45,8 @@ def fetch() -> Path:
             )
         with tarfile.open(Path(draft, f"{name}.tar.gz")) as tar:
             tests = [member for member in tar if member.name.startswith(f"{name}/tests/")]
-            tar.extractall(draft, members=tests, filter="data")
+            checked: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # not before 3.11.4
+            tar.extractall(draft, members=tests, **checked)
         Path(draft, name).rename(folder)
     return folder / "tests"
 
