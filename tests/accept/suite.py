@@ -47,7 +47,11 @@ def fetch() -> Path:
             tests = [member for member in tar if member.name.startswith(f"{name}/tests/")]
             checked: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # not before 3.11.4
             tar.extractall(draft, members=tests, **checked)
-        Path(draft, name).rename(folder)
+        try:
+            Path(draft, name).rename(folder)
+        except OSError:  # another process was faster
+            if not folder.is_dir():
+                raise
     return folder / "tests"
 
 
