@@ -89,6 +89,8 @@ class GradientPool:
         kept, found = [], 0
         while self._lent:
             buffer = self._lent.pop()
+            if buffer.is_shared():  # with other processes, whose use is not counted
+                continue
             if other_users(buffer) == 0:
                 self._idle.append((self._pass, buffer))
                 found += 1

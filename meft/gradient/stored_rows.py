@@ -30,7 +30,7 @@ class _Held:
         forks: what `host_tensors.forks` said when they were.
         factors: float32 numbers, at most two, that the values still have to be multiplied by, in their order: the
             update does it as it reads them, and whoever looks at them before finds them multiplied.
-        twin: of the gradient that these values were taken over from, or that has taken them over.
+        sharers: of all gradients that have these values, taken over from one another.
     """
 
     stored: Stored
@@ -39,7 +39,7 @@ class _Held:
     known: KnownValues | None = None
     forks: int | None = None
     factors: tuple[float, ...] = ()
-    twin: weakref.ref[_Held] | None = None
+    sharers: weakref.WeakSet[_Held] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy or a pickle, which has memory of its own."""
@@ -48,7 +48,7 @@ class _Held:
     @property
     def shared(self) -> bool:
         """Whether somebody else reads the values: nothing is written into them."""
-        return self.in_use or (self.twin is not None and self.twin() is not None)
+        return self.in_use or (self.sharers is not None and any(held is not self for held in self.sharers))
 
 
 SPENT = (
@@ -111,7 +111,14 @@ class StoredRows(torch.Tensor):
         """Rows and values of another gradient, which are on their way, and what is known of them."""
         self._held.stored, self._held.factors = other._held.stored, ()
         self._held.known, self._held.forks = other._held.known, other._held.forks
-        self._held.twin, other._held.twin = weakref.ref(other._held), weakref.ref(self._held)
+        if other._held is self._held:
+            return
+        self._leave()
+        sharers = other._held.sharers
+        if sharers is None:
+            sharers = other._held.sharers = weakref.WeakSet([other._held])
+        sharers.add(self._held)
+        self._held.sharers = sharers
 
     def become_sum(self, stored: Stored, memory_of: Self | None) -> None:
         """The sum of two gradients.
@@ -159,7 +166,13 @@ class StoredRows(torch.Tensor):
 
     def _unshare(self, rows: Tensor, values: Tensor) -> None:
         """Values of its own in place of those that somebody else reads too."""
-        self._stored, self._held.in_use, self._held.twin = (rows, values), False, None
+        self._stored, self._held.in_use = (rows, values), False
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._held.sharers is not None:
+            self._held.sharers.discard(self._held)
+            self._held.sharers = None
 
     @property
     def rows(self) -> Tensor:
@@ -167,6 +180,7 @@ class StoredRows(torch.Tensor):
 
     @property
     def row_values(self) -> Tensor:
+        self.own_memory()  # whoever asks may write
         _, values = self.stored()
         known = self._held.known
         return known.watched(values) if known is not None and known.holds(values) else values

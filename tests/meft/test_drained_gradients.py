@@ -448,3 +448,36 @@ def test_a_forked_process_that_reads_it_gets_a_sentence(ring):
                 told += "forked" in str(error)
         os._exit(told)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+
+
+def copied(gradient):
+    """As autograd's copy into `.grad`: values that are on their way are taken over."""
+    made = gradient.new_empty_strided(gradient.shape, gradient.stride())
+    return made.copy_(gradient)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("write", ["clip", "add", "values"])
+def test_copies_of_a_copy_do_not_change(ring, write):
+    table = parameter()
+    gradient, _ = sent(ring, table)
+    kept, later = copied(gradient), copied(gradient)
+    expected = sent(ring, table)[0].row_values.clone()
+    del gradient
+    if write == "clip":
+        torch._foreach_mul_([later], torch.tensor(0.25))
+    elif write == "add":
+        later += sent(ring, table, seed=1)[0]
+    else:
+        later.row_values.mul_(2)
+    assert not torch.equal(later.row_values, expected)
+    assert torch.equal(kept.row_values, expected)
+
+
+@torch.no_grad()
+def test_memory_that_other_processes_have_is_not_given_out_again(ring):
+    values = sent(ring, parameter())[0].row_values.detach().as_subclass(torch.Tensor).share_memory_()
+    there = values.untyped_storage().data_ptr()
+    del values  # another process may read on
+    again = [sent(ring, parameter(), seed=seed)[0] for seed in range(1, 4)]
+    assert there not in [gradient.stored()[1].untyped_storage().data_ptr() for gradient in again]
