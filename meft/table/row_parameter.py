@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ class KeptRows(KeptParameters):
         if not isinstance(parameter, WatchedRows):
             watch(parameter, Watch(read_as, self.on_host))
         self._watch = parameter.watch
+        self._watch.table = weakref.ref(self)
         if parameter.dtype != self._dtype:
             self._watch.read_as = parameter.dtype
         here = parameter.device if parameter.is_meta or not self.on_host else torch.device("cpu")
@@ -103,6 +105,9 @@ class KeptRows(KeptParameters):
         self._dtype = self.rows.dtype
         self._adopt(self.rows, self._watch.read_as)
         self._watch.note()
+
+    def synchronize(self) -> None:
+        """Wait for an update of the rows that is queued."""
 
     def check_not_sharded(self) -> None:
         """Raises: RuntimeError: an engine that shards parameters has put another one in the place of the rows."""

@@ -61,6 +61,8 @@ class RowTable(KeptRows):
 
     _all: ClassVar[weakref.WeakSet[RowTable]] = weakref.WeakSet()
 
+    _ticket: PendingUpdate | None = None
+
     def __init__(
         self,
         shape: tuple[int, int],
@@ -91,7 +93,7 @@ class RowTable(KeptRows):
         self.locked_for: torch.device | None = None
         self.updates: UpdateQueue | None = None
         self.step: Callable[..., None] = update_rows
-        self._ticket: PendingUpdate | None = None
+        self._ticket = None
         self._readers: dict[CopyStream, StreamEvent] = {}
         self._changes: Changes | None = None
 

@@ -8,6 +8,7 @@ makes are watched too. While another tensor or array shares the memory, `other_u
 from __future__ import annotations
 
 import sys
+import weakref
 from typing import Any
 
 import torch
@@ -33,6 +34,14 @@ _READERS = {
     "safetensors.torch",
     "transformers.pytorch_utils",
 }
+# Functions of tensors that read no values: an optimizer or a Trainer may ask while rows are being updated.
+_ASK_NO_VALUES = {
+    "__get__", "__set__", "__delete__", "__hash__", "__len__", "backward", "detach", "dim", "element_size",
+    "empty_like", "get_device", "is_complex", "is_contiguous", "is_floating_point", "is_inference", "is_pinned",
+    "is_shared", "is_signed", "ndimension", "nelement", "new_empty", "new_empty_strided", "new_full", "new_ones",
+    "new_zeros", "numel", "ones_like", "register_hook", "register_post_accumulate_grad_hook", "requires_grad_",
+    "retain_grad", "size", "storage_offset", "stride", "view", "view_as", "zeros_like",
+}  # fmt: skip
 _HARMLESS = (int, float, complex, str, torch.Size, torch.dtype, torch.device, torch.layout, type(None))
 
 
@@ -44,7 +53,10 @@ class Watch:
             count.
         read_as: the dtype in which rows are read, where it is narrower than the parameter's.
         on_host: whether the parameter stays where it is, whatever is assigned.
+        table: whose rows they are; an update of them that is queued is waited for before anybody reads them.
     """
+
+    table: weakref.ref[Any] | None = None
 
     def __init__(self, read_as: torch.dtype, on_host: bool) -> None:
         self.handed_out = object()
@@ -56,6 +68,12 @@ class Watch:
     def check_process(self) -> None:
         """Raises: RuntimeError: this is a forked process, which has not got the memory."""
         check_process(self._forks)
+
+    def wait(self) -> None:
+        """Wait for an update that is queued, unless the calling thread makes it; raises what it raised."""
+        table = self.table() if self.table is not None else None
+        if table is not None:
+            table.synchronize()
 
     def note(self) -> None:
         """The memory was handed out."""
@@ -105,6 +123,8 @@ class WatchedRows(torch.Tensor):
         sources = _watched(args, kwargs)
         for source in sources:
             source.watch.check_process()
+            if func in (GET_DATA, SET_DATA) or func.__name__ not in _ASK_NO_VALUES:
+                source.watch.wait()
         if func == SET_DATA:
             return assign(args[0], args[1])
         with without_torch_function():
@@ -117,15 +137,18 @@ class WatchedRows(torch.Tensor):
 
     def as_subclass(self, cls: Any) -> Any:
         """As torch's, which asks nobody."""
+        self.watch.wait()
         self.watch.note()
         return super().as_subclass(cls)
 
     def __copy__(self) -> Tensor:
+        self.watch.wait()
         self.watch.note()
         return self._like_plain(unwatched(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:
+            self.watch.wait()
             own = unwatched(self)
             copied = self._like_plain(like_rows(own, own.dtype).copy_(own))
             if is_parameter(self):
@@ -135,6 +158,7 @@ class WatchedRows(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As that of a plain parameter or tensor: who loads it needs no class of ours."""
+        self.watch.wait()
         return self._like_plain(unwatched(self)).__reduce_ex__(protocol)
 
     def _like_plain(self, values: Tensor) -> Tensor:

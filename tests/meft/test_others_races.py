@@ -100,5 +100,5 @@ def test_a_planted_fault_is_reported(tiny, monkeypatch, plant, actor):
     assert reported(run(tiny, monkeypatch, plant, retrieval="stream"), actor)
 
 
-def test_who_reads_the_parameters_themselves_has_to_settle_them(tiny, monkeypatch):
-    assert reported(run(tiny, monkeypatch, settles=False, retrieval="stream"), "thread")
+def test_who_reads_the_parameters_themselves_waits_for_their_update(tiny, monkeypatch):
+    assert not reported(run(tiny, monkeypatch, settles=False, retrieval="stream"), "thread")

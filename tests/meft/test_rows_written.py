@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import io
+import time
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel
 
+from meft.table.moments import Moments
 from meft.table.row_table import RowTable
+from meft.transport.streams import HostStreams
 
 WAYS = {
     "in place": {},
@@ -399,3 +402,34 @@ def test_a_copy_sees_its_own_writes(tiny, how):
     assert torch.equal(logits(tiny, other), logits(tiny, fresh))
     assert not torch.equal(logits(tiny, other), expected)
     assert torch.equal(logits(tiny, model), expected)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda p: p.detach().clone(),
+        lambda p: p.data.clone(),
+        lambda p: p + 0,
+        lambda p: torch.from_numpy(p.detach().numpy().copy()),
+        lambda p: torch.nn.utils.parameters_to_vector([p]).view_as(p),
+        lambda p: copy.deepcopy(p),
+        lambda p: p[:].clone(),
+    ],
+)
+def test_whoever_reads_after_the_step_waits_for_the_update(tiny, monkeypatch, read):
+    """Rows of a model on a device are updated by a thread beside the computation."""
+    found, update = [], Moments.update
+    for beside in (False, True):
+        model = tiny.adapted(1, dtype=torch.float32, retrieval="stream" if beside else "auto")
+        if beside:
+            model.base_model.engines["default"].use(HostStreams(torch.device("cpu")))
+            monkeypatch.setattr(Moments, "update", lambda *args: (time.sleep(0.2), update(*args))[1])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        tiny.loss(model).backward()
+        before = [table.rows.detach().clone() for table in tiny.tables(model)]
+        optimizer.step()
+        after = [read(table.rows).detach() for table in tiny.tables(model)]
+        assert not any(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+        found.append(after)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
