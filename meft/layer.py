@@ -294,7 +294,14 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             rows = engine.complete(begun)
             return begun.picks, rows if checkpointed and not refetches else None
 
+        version = None if call.wide.is_inference() else call.wide._version  # an inference tensor counts no writes
+
         def finish() -> Tensor:
+            if version is not None and call.wide._version != version:
+                raise RuntimeError(
+                    "The FFN writes into its own input, which the adapter beside it still reads: let the FFN write "
+                    "into a copy."
+                )
             y = engine.finish(begun, x, logits, absent, call.done)
             if config.router_aux_loss_coef and torch.is_grad_enabled():
                 return attach_balance_loss(y, logits, config, call.now)

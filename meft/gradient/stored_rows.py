@@ -43,7 +43,8 @@ class _Held:
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy or a pickle, which has memory of its own."""
-        return {"stored": self.stored, "spent": self.spent, "factors": self.factors}
+        stored = self.stored.result() if isinstance(self.stored, Pending) else self.stored
+        return {"stored": stored, "spent": self.spent, "factors": self.factors}
 
     @property
     def shared(self) -> bool:

@@ -481,3 +481,12 @@ def test_memory_that_other_processes_have_is_not_given_out_again(ring):
     del values  # another process may read on
     again = [sent(ring, parameter(), seed=seed)[0] for seed in range(1, 4)]
     assert there not in [gradient.stored()[1].untyped_storage().data_ptr() for gradient in again]
+
+
+def test_a_gradient_on_its_way_can_be_saved(ring):
+    gradient, expected = sent(ring, parameter())
+    file = io.BytesIO()
+    torch.save([gradient], file)
+    file.seek(0)
+    (loaded,) = torch.load(file, weights_only=False)
+    assert torch.equal(loaded.row_values.double(), expected)

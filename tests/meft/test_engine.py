@@ -8,6 +8,7 @@ from torch._C._profiler import _ExperimentalConfig
 import meft.retrieval.engine
 import meft.retrieval.strategies
 from meft.routing.reference import reference
+from meft.transport.streams import HostStreams
 
 STRATEGIES = ["host", "stream", "device-keys", "device-rows"]
 ROWS = ["save", "refetch"]
@@ -226,3 +227,14 @@ def test_a_profile_names_the_phases(tiny, strategy):
             table.synchronize()
     named = {event.key.removeprefix("meft: ") for event in profile.key_averages() if event.key.startswith("meft: ")}
     assert named == PHASES | OWN_PHASES[strategy] | {"fetch rows again"}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_ffn_that_writes_into_its_input_is_an_error(tiny, strategy, grad):
+    """Rows in place are computed with before; an engine ends after the FFN."""
+    model = tiny.adapted(1, dtype=torch.float32, retrieval=strategy)
+    model.base_model.engines["default"].use(HostStreams(torch.device("cpu")))
+    tiny.layers(model)[0].base_layer.register_forward_pre_hook(lambda module, args: (args[0].mul_(0.5), None)[1])
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="writes into its own input"):
+        tiny.loss(model)
