@@ -78,12 +78,15 @@ class GradientRing:
         self._sent.append(weakref.ref(pending))
         return RowGradient.arriving(pending, table, known)
 
+    def begin_pass(self) -> None:
+        """A forward pass begins whose gradients will come here: memory that none has needed for long is given back."""
+        self._pool.begin_pass()
+
     def _check_earlier(self) -> None:
         """Raises: RuntimeError: a gradient of this backward pass did not arrive; not only when it is looked at."""
         backward = backward_number()
         if self._backward != backward:
             self._backward, self._sent = backward, []
-            self._pool.begin_pass()
         for pending in [reference() for reference in self._sent]:
             if pending is not None and pending.future.done() and pending.future.exception() is not None:
                 pending.landed()

@@ -17,7 +17,7 @@ from peft_bridge.torch_private import other_users, storage_address
 
 from ..transport.host_tensors import keep_from_forks
 
-_IDLE = 2  # backward passes after which memory that none of them has used is given back
+_IDLE = 2  # passes after which memory that none of them has used is given back
 
 _buffers: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()  # by address of the storage
 
@@ -50,7 +50,7 @@ class GradientPool:
 
     @torch.compiler.disable  # of compiled autograd: memory is taken, and not described
     def begin_pass(self) -> None:
-        """A backward pass begins: what was idle for long is given back."""
+        """A pass begins: what was idle for long is given back."""
         with self._lock:
             self._pass += 1
             self._collect(len(self._lent))

@@ -172,6 +172,8 @@ class Engine:
     def begin_pass(self) -> None:
         """A pass with a gradient begins."""
         self._below = None
+        for ring in self._rings.values():
+            ring.begin_pass()
         if self._strategy is not None:
             self._strategy.begin_pass()
 

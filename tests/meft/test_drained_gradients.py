@@ -14,6 +14,7 @@ from thread_streams import ThreadStreams
 from torch import nn
 
 import meft.gradient.drain
+import meft.gradient.pool
 import meft.gradient.stored_rows
 import meft.table.row_step
 from meft.gradient.drain import drain, squares
@@ -490,3 +491,21 @@ def test_a_gradient_on_its_way_can_be_saved(ring):
     file.seek(0)
     (loaded,) = torch.load(file, weights_only=False)
     assert torch.equal(loaded.row_values.double(), expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_equal_steps_take_no_more_memory_however_they_are_checkpointed(tiny, monkeypatch, reentrant):
+    """Reentrant checkpointing goes backward through each layer by itself."""
+    model = tiny.adapted(6, dtype=torch.float32, retrieval="stream")
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    model.base_model.engines["default"].use(HostStreams(torch.device("cpu")))
+    taken, keep = [], meft.gradient.pool.keep_from_forks
+    monkeypatch.setattr(meft.gradient.pool, "keep_from_forks", lambda buffer: (taken.append(buffer), keep(buffer))[1])
+    optimizer, after = torch.optim.SGD(model.parameters(), lr=0.0), []
+    for _ in range(4):
+        optimizer.zero_grad()
+        tiny.loss(model.train()).backward()
+        after.append(len(taken))
+    assert after[0] > 0
+    assert after[1] == after[2] == after[3]
