@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -219,7 +219,8 @@ class MEFTConfig(MethodConfig):
                     f"row_optimizer={given!r} must be None, a RowOptimizerConfig or a dict with some of "
                     f"{', '.join(names)}."
                 )
-            given = self.row_optimizer = RowOptimizerConfig(**given)
+            given = RowOptimizerConfig(**given)
+        given = self.row_optimizer = replace(given)  # one of its own: `replace` of this configuration shares nothing
         if not given.zero_copy:
             return
         needs = "row_optimizer: zero_copy=True needs"

@@ -110,7 +110,7 @@ def update_table(
 
 def _all_finite(gradient: RowGradient) -> bool:
     squares = gradient.squares()
-    return bool(gradient.stored()[1].isfinite().all()) if squares is None else math.isfinite(squares)
+    return bool(gradient.to_multiply()[1].isfinite().all()) if squares is None else math.isfinite(squares)
 
 
 def warn_of_lost_moments(optimizer: Optimizer, tables: list[RowTable]) -> None:

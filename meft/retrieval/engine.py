@@ -280,18 +280,26 @@ class Engine:
         """Queue the way of a layer's rows for its backward pass.
 
         Raises:
-            RuntimeError: the rows were updated since the forward pass.
+            RuntimeError: the rows were updated since the forward pass, or a later pass has failed as it began.
         """
-        assert self._strategy is not None
+        strategy = self._in_use()
         check_versions(begun.versions, begun.layer.versions)
         with record_function("meft: fetch rows again"):
-            return self._strategy.fetch(begun.layer, _known(begun))
+            return strategy.fetch(begun.layer, _known(begun))
 
     def fetch_below(self, layer: LayerRows, picks: Picks) -> GatheredRows:
         """Queue the way of the rows of the layer below for its recomputation."""
-        assert self._strategy is not None
+        strategy = self._in_use()
         with record_function("meft: fetch rows again"):
-            return self._strategy.fetch(self.layers[layer.number - 1], picks)
+            return strategy.fetch(self.layers[layer.number - 1], picks)
+
+    def _in_use(self) -> Strategy:
+        if self._strategy is None:
+            raise RuntimeError(
+                "MEFT's engine has no buffers for this backward pass, because a later forward pass failed as it began "
+                "(perhaps for want of memory): run the forward pass again, with fewer tokens."
+            )
+        return self._strategy
 
     # ------------------------------------------------------------------ backward
 

@@ -123,7 +123,7 @@ class WatchedRows(torch.Tensor):
         sources = _watched(args, kwargs)
         for source in sources:
             source.watch.check_process()
-            if func in (GET_DATA, SET_DATA) or func.__name__ not in _ASK_NO_VALUES:
+            if func in (GET_DATA, SET_DATA) or getattr(func, "__name__", "") not in _ASK_NO_VALUES:
                 source.watch.wait()
         if func == SET_DATA:
             return assign(args[0], args[1])

@@ -1,7 +1,7 @@
 """Fields, their checks, and what is derived from them."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftConfig, PeftType
 
-from meft import MEFTConfig
+from meft import MEFTConfig, RowOptimizerConfig
 
 KEYS = "in_backward, zero_copy, lr, betas, eps, weight_decay"
 # What is given -> the parts that the sentence must have: the field, the value, and the remedy.
@@ -210,3 +210,11 @@ def test_every_named_dtype_is_one_of_torch():
     for name in ("float64", "float32", "bfloat16", "float16"):
         assert isinstance(getattr(torch, name), torch.dtype)
         MEFTConfig(row_dtype=name, master_dtype="float64")
+
+
+def test_configurations_share_no_row_optimizer():
+    given = RowOptimizerConfig(lr=1e-3)
+    first = MEFTConfig(row_optimizer=given)
+    second = replace(first, r=8192)
+    second.row_optimizer.lr = 1.0
+    assert first.row_optimizer == given == RowOptimizerConfig(lr=1e-3)

@@ -167,6 +167,14 @@ def test_too_little_memory(tiny, monkeypatch, strategy, where):
     tiny.assert_equal(snapshot(tiny, model), snapshot(tiny, expected))
 
 
+def test_a_backward_pass_behind_a_pass_that_failed_as_it_began_gets_a_sentence(tiny):
+    model, _ = trained(tiny, {"retrieval": "stream", "backward_rows": "refetch"}, [])
+    loss = tiny.loss(model)
+    model.base_model.engines["default"]._forget()  # as where buffers for a larger batch find no memory
+    with pytest.raises(RuntimeError, match=r"later forward pass failed.*run the forward pass again"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("how", ["load", "step"])
 def test_an_update_is_waited_for_where_its_lock_is_taken(tiny, how):
     """A load, or a second step, right behind a step."""
