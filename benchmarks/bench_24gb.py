@@ -15,7 +15,7 @@ From a checkout, with nothing installed but torch, triton, transformers and peft
     PYTHONPATH=kernels:. python benchmarks/bench_24gb.py --out $OUT
 
 Llama-2-7B and Mistral-7B shapes with random frozen weights; torch's allocator is capped at 22.5 GiB. |U| / r is forced,
-or drawn from a recording (`engine_24gb_routing.py`). A strategy whose training differs from that of rows that are read
+or drawn from a recording (`card_24gb/routing.py`). A strategy whose training differs from that of rows that are read
 in place gets no speed. Strategies and the engine without transport run in one process and in rotating order, peers in
 processes of their own beside them; ratios are of one invocation. What does not fit is a row that says OOM. Each row is
 kept when it is there: FOLDER/24gb_GPU.json, with a table (.md) and a plot (.png).
@@ -36,14 +36,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import engine_24gb_report as report
 import torch
-from engine_24gb_contestants import missing
-from engine_24gb_plan import Cell, Group, dry_plan, plan, quick_plan, rotated
-from engine_24gb_rows import Rows, environment
-from engine_24gb_steps import Settings
-from engine_24gb_targets import times_bound, traffic_error
-from engine_24gb_worker import Emit, Job, Worker
+from card_24gb import report
+from card_24gb.contestants import missing
+from card_24gb.plan import Cell, Group, dry_plan, plan, quick_plan, rotated
+from card_24gb.rows import Rows, environment
+from card_24gb.steps import Settings
+from card_24gb.targets import times_bound, traffic_error
+from card_24gb.worker import Emit, Job, Worker
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -61,7 +61,7 @@ def start_worker(job: Path) -> subprocess.Popen:
     paths = [str(ROOT / "benchmarks"), str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     asleep = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that wait awake take the cores of the others
     surroundings = asleep | os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, str(ROOT / "benchmarks" / "engine_24gb_worker.py"), str(job)]
+    command = [sys.executable, "-m", "card_24gb.worker", str(job)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=surroundings)
 
 

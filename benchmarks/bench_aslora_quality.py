@@ -22,11 +22,11 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import aslora_quality_report as report
 import torch
 import torch.nn.functional as F
-from aslora_quality_rows import Rows
-from aslora_quality_tasks import (
+from aslora_quality import report
+from aslora_quality.rows import Rows
+from aslora_quality.tasks import (
     TASKS,
     DataError,
     Task,

@@ -22,14 +22,14 @@ import time
 from pathlib import Path
 
 import torch
-from kernel_cases_ffn import gate_ffn, sparse
-from kernel_cases_rows import adamw, gate_adamw, gate_rows, gather, scatter
-from kernel_cases_selection import gate_selection, neurons, routing, routing_and_union, union
-from kernel_inputs import FULL, TINY, TOY, Bench, Shapes
-from kernel_report import REHEARSAL, machine, replace, roofline, stem, table
-from kernel_run import Gate, Plan, beside_a_gemm, measure_ceilings, run_op
-from kernel_targets import OK, Row, choices, place, targets
-from kernel_timing import Clock
+from kernel_bench.cases_ffn import gate_ffn, sparse
+from kernel_bench.cases_rows import adamw, gate_adamw, gate_rows, gather, scatter
+from kernel_bench.cases_selection import gate_selection, neurons, routing, routing_and_union, union
+from kernel_bench.inputs import FULL, TINY, TOY, Bench, Shapes
+from kernel_bench.report import REHEARSAL, machine, replace, roofline, stem, table
+from kernel_bench.run import Gate, Plan, beside_a_gemm, measure_ceilings, run_op
+from kernel_bench.targets import OK, Row, choices, place, targets
+from kernel_bench.timing import Clock
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -19,15 +19,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import meft_recall_report as report
 import torch
 import torch.nn.functional as F
-from aslora_quality_rows import Rows
-from aslora_quality_tasks import DataError, Encoded, collate, completion_logits
+from aslora_quality.rows import Rows
+from aslora_quality.tasks import DataError, Encoded, collate, completion_logits
 from bench_aslora_quality import RESULTS, load_base
 from environment import environment
-from meft_recall_methods import METHODS, UNTRAINED, Method, has_meft, trainable_values
-from meft_recall_pairs import Pair, Recall, encode_pairs, epochs, exact_match, load_pairs, recall
+from meft_recall import report
+from meft_recall.methods import METHODS, UNTRAINED, Method, has_meft, trainable_values
+from meft_recall.pairs import Pair, Recall, encode_pairs, epochs, exact_match, load_pairs, recall
 from transformers import get_linear_schedule_with_warmup
 
 LR_SEED = 100

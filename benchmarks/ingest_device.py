@@ -14,9 +14,9 @@ import re
 import sys
 from pathlib import Path
 
+from card_24gb.worker import MEASURED, OOM, OOM_HOST
 from device.verdicts import table
 from device_check import source
-from engine_24gb_worker import MEASURED, OOM, OOM_HOST
 
 from peft_bridge import replace_file
 

@@ -6,7 +6,7 @@
 DIR holds `wikitext2/`. A short training run with MEFT on its validation text (AdamW, linear warm-up of 10 %, no decay)
 moves keys, values and router away from their start; then, without training, micro-batches of its test text are run and
 the picks counted: over all of them how often each neuron of each layer was picked, and per micro-batch shape |U| / r.
-Text itself is not kept. `engine_24gb_routing.py` draws ids for other shapes from the file.
+Text itself is not kept. `card_24gb/routing.py` draws ids for other shapes from the file.
 """
 
 import argparse

@@ -14,8 +14,8 @@ import traceback
 from collections.abc import Callable
 
 import torch
-from engine_24gb_gate import check_strategy
-from engine_24gb_plan import HOST_STRATEGIES
+from card_24gb.gate import check_strategy
+from card_24gb.plan import HOST_STRATEGIES
 
 from device.chain import STRATEGIES, Setting, difference, require_exact, settings, trained
 from device.findings import UNMEASURED, arguments, attempt, device_of, first_line, say, use_tests

@@ -5,7 +5,7 @@ import sys
 import time
 
 import bench_24gb
-from engine_24gb_targets import MET, MISSED, targets
+from card_24gb.targets import MET, MISSED, targets
 
 from device.findings import UNMEASURED, arguments, say
 

@@ -33,11 +33,11 @@ def apart(ops: Sequence[str], options: list[str], seconds: float) -> bool:
 def gated(op: str, device: object, tiny: bool) -> list[str]:
     """What the gates of the kernel benchmark have against an op."""
     import torch
-    from kernel_cases_ffn import gate_ffn
-    from kernel_cases_rows import gate_adamw, gate_rows
-    from kernel_cases_selection import gate_selection
-    from kernel_inputs import TINY, Bench
-    from kernel_timing import Clock
+    from kernel_bench.cases_ffn import gate_ffn
+    from kernel_bench.cases_rows import gate_adamw, gate_rows
+    from kernel_bench.cases_selection import gate_selection
+    from kernel_bench.inputs import TINY, Bench
+    from kernel_bench.timing import Clock
 
     gates = {
         "sparse_ffn": gate_ffn, "row_adamw": gate_adamw, "gather_rows": gate_rows,

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from kernel_report import driver, installed
+from kernel_bench.report import driver, installed
 from torch import Tensor
 
 from adapter_kernels.topk import host_topk

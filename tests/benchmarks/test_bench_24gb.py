@@ -7,15 +7,11 @@ import time
 from dataclasses import replace
 
 import bench_24gb as bench
-import engine_24gb_gate as gate
-import engine_24gb_models as models
-import engine_24gb_plan as plan
-import engine_24gb_routing as routing
-import engine_24gb_steps as steps
-import engine_24gb_worker as work
 import pytest
 import torch
-from engine_24gb_contestants import missing
+from card_24gb import gate, models, plan, routing, steps
+from card_24gb import worker as work
+from card_24gb.contestants import missing
 
 from meft.table.row_table import RowTable
 

@@ -16,11 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import aslora_quality_report as report  # noqa: E402
-import aslora_quality_tasks as tasks  # noqa: E402
 import bench_aslora_quality as bench  # noqa: E402
 import paired_test  # noqa: E402
-from aslora_quality_rows import Rows  # noqa: E402
+from aslora_quality import report, tasks  # noqa: E402
+from aslora_quality.rows import Rows  # noqa: E402
 
 ROBERTA = [(768, 768), (768, 768)]  # query and value
 SMOLLM2 = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]

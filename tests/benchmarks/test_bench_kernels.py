@@ -16,12 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_kernels as bench  # noqa: E402
-import kernel_cases_rows  # noqa: E402
-import kernel_inputs as inputs  # noqa: E402
-import kernel_report as report  # noqa: E402
-import kernel_run as run  # noqa: E402
-import kernel_targets as targets  # noqa: E402
-import kernel_timing as timing  # noqa: E402
+from kernel_bench import cases_rows as kernel_cases_rows  # noqa: E402
+from kernel_bench import inputs, report, run, targets, timing  # noqa: E402
 
 TIMES = ("ms_q20", "ms_q50", "ms_q80", "rate", "of_ceiling", "times_ours")
 # Each op of the package, and the benchmark's ops that use it.

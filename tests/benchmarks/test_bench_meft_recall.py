@@ -13,12 +13,10 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import bench_meft_recall as bench  # noqa: E402
-import meft_recall_methods as methods  # noqa: E402
-import meft_recall_pairs as pairs  # noqa: E402
-import meft_recall_report as report  # noqa: E402
-from aslora_quality_rows import Rows  # noqa: E402
-from meft_recall_methods import METHODS, UNTRAINED, Method  # noqa: E402
-from meft_recall_pairs import Pair, Recall  # noqa: E402
+from aslora_quality.rows import Rows  # noqa: E402
+from meft_recall import methods, pairs, report  # noqa: E402
+from meft_recall.methods import METHODS, UNTRAINED, Method  # noqa: E402
+from meft_recall.pairs import Pair, Recall  # noqa: E402
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ?'."
 

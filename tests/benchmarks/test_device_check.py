@@ -15,9 +15,9 @@ import device_check as check
 import ingest_device as ingest
 import pytest
 import torch
+from card_24gb.plan import quick_plan
 from device import build, findings, headline, probe, sanitizer, verdicts
-from engine_24gb_plan import quick_plan
-from kernel_targets import targets as kernel_targets
+from kernel_bench.targets import targets as kernel_targets
 from made_results import finding, results_of
 
 ROOT = Path(check.ROOT)

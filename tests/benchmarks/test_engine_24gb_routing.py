@@ -1,11 +1,9 @@
 """The 24 GB benchmark's routing: forced shares, draws from the recording, and the recording itself."""
 
-import engine_24gb_models as models
-import engine_24gb_plan as plan
-import engine_24gb_routing as routing
 import pytest
 import record_routing as record
 import torch
+from card_24gb import models, plan, routing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model

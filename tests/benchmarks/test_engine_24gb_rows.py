@@ -4,16 +4,14 @@ import time
 from dataclasses import replace
 
 import bench_24gb as bench
-import engine_24gb_bound as bound
-import engine_24gb_models as models
-import engine_24gb_plan as plan
-import engine_24gb_worker as work
 import model_24gb
 import pytest
 import torch
-from engine_24gb_rows import Rows, environment
-from engine_24gb_targets import MET, MISSED, OPEN, targets
-from engine_24gb_traffic import expected_bytes
+from card_24gb import bound, models, plan
+from card_24gb import worker as work
+from card_24gb.rows import Rows, environment
+from card_24gb.targets import MET, MISSED, OPEN, targets
+from card_24gb.traffic import expected_bytes
 
 from aslora_meft.planner.rates import ceilings
 from meft import MEFTConfig

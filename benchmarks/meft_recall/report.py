@@ -5,9 +5,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from statistics import mean, stdev
 
-from aslora_quality_report import compare
-from meft_recall_pairs import Recall
+from aslora_quality.report import compare
 from paired_test import LEVEL, Measured, corrected
+
+from meft_recall.pairs import Recall
 
 SEEDS_NEEDED = 3  # with fewer, the spread over seeds is too poorly known to call anything a difference
 VERDICTS = ("holds", "undecided", "does not hold", "not compared")

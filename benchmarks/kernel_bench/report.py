@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from environment import installed
-from kernel_inputs import OURS
-from kernel_targets import OK, Row, number
+
+from kernel_bench.inputs import OURS
+from kernel_bench.targets import OK, Row, number
 
 COLUMNS = (
     "rehearsal", "op", "what", "contestant", "dtype", "d", "r", "E", "T", "share", "U", "status", "ms_q20", "ms_q50",

@@ -9,12 +9,13 @@ from statistics import median
 
 import torch
 from accelerate import Accelerator
-from engine_24gb_contestants import Contestant
-from engine_24gb_gate import WrongError
-from engine_24gb_plan import Cell
-from engine_24gb_routing import Routing, forced_picks
-from engine_24gb_traffic import ELEMENT, expected_bytes, growing_bytes
 from torch import Tensor
+
+from card_24gb.contestants import Contestant
+from card_24gb.gate import WrongError
+from card_24gb.plan import Cell
+from card_24gb.routing import Routing, forced_picks
+from card_24gb.traffic import ELEMENT, expected_bytes, growing_bytes
 
 COUNTERS = ("forwards", "union_rows", "bytes_to_device", "bytes_to_host", "stall_ms", "host_ms", "ring_stalls")
 

@@ -4,9 +4,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from kernel_inputs import OURS, Bench, Case, Planned, close, find, require, union_size
-from kernel_timing import Contestant
 from torch import Tensor
+
+from kernel_bench.inputs import OURS, Bench, Case, Planned, close, find, require, union_size
+from kernel_bench.timing import Contestant
 
 WINDOW, EXACT = "ours, window of fixed size", "ours, exact size"
 DENSE = "GEMM over all keys, masked top-k"

@@ -7,11 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from kernel_inputs import OURS, Bench, Case, Planned, close, find, forced_picks, leaves, union_size
-from kernel_timing import Contestant
 from torch import Tensor
 
 from adapter_kernels.ffn import plain_ffn
+from kernel_bench.inputs import OURS, Bench, Case, Planned, close, find, forced_picks, leaves, union_size
+from kernel_bench.timing import Contestant
 
 YARDSTICK, BARE, DENSE = "torch, mask and ReLU apart", "the bare GEMMs", "dense adapter of all r"
 TOKEN, MASKED = "ours, token form", "ours, masked form"

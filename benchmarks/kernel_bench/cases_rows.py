@@ -6,9 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from kernel_inputs import OURS, Bench, Case, MissingError, Planned, close, find, require, union_size
-from kernel_timing import Contestant
 from torch import Tensor
+
+from kernel_bench.inputs import OURS, Bench, Case, MissingError, Planned, close, find, require, union_size
+from kernel_bench.timing import Contestant
 
 STAGED, EACH_ROW = "host index_select, one copy", "one copy a row"
 TO_COMPACT, TO_TABLE = "device index_select, one D2H copy", "one D2H copy, host index_copy_"

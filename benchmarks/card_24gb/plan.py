@@ -22,7 +22,7 @@ class Cell:
     """One row to be.
 
     Attributes:
-        r: neurons, or LoRA's rank. routing: as in `engine_24gb_routing.Routing`; "-" for those that do not route.
+        r: neurons, or LoRA's rank. routing: as in `card_24gb.routing.Routing`; "-" for those that do not route.
     """
 
     model: str

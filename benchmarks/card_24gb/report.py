@@ -4,11 +4,10 @@ import io
 import math
 from pathlib import Path
 
-from engine_24gb_plan import HOST_STRATEGIES, Cell, Group
-from engine_24gb_rows import Rows
-from engine_24gb_targets import CARD_GIB, MEASURED, is_main, reported, targets, traffic_error
-from engine_24gb_worker import DRY
-
+from card_24gb.plan import HOST_STRATEGIES, Cell, Group
+from card_24gb.rows import Rows
+from card_24gb.targets import CARD_GIB, MEASURED, is_main, reported, targets, traffic_error
+from card_24gb.worker import DRY
 from peft_bridge import replace_file
 
 UNMEASURED = "not measured"
@@ -20,8 +19,8 @@ NOTES = (
     "`null`: the same engine with bf16 rows on the device and no host optimizer, 100 %. tokens/s is of the median",
     "step; a step ends when the device is idle, and host updates that run on are in the next one's time. To device,",
     "to host: bytes a step / elements of two bytes. Bound: `meft.cost.step_time` with the ceilings of the same worker.",
-    "Formula: counters beside the formula of `engine_24gb_traffic.py`,",
-    "the worse way. \\|U\\|/r is forced, or drawn from a recording (`engine_24gb_routing.py`); random weights route",
+    "Formula: counters beside the formula of `card_24gb/traffic.py`,",
+    "the worse way. \\|U\\|/r is forced, or drawn from a recording (`card_24gb/routing.py`); random weights route",
     "nothing here. Ratios compare rows of one invocation only. Device GiB is what the whole device has in use; a peer",
     f"above {CARD_GIB:g} is outside of a 24 GB card, and not compared with.",
 )

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from kernel_timing import Clock, Contestant
 from torch import Tensor
+
+from kernel_bench.timing import Clock, Contestant
 
 OURS = "ours"
 # Where an op is, below its package.

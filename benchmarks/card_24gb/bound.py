@@ -3,8 +3,8 @@
 from typing import Any
 
 import torch
-from engine_24gb_plan import Cell
 
+from card_24gb.plan import Cell
 from meft import MEFTConfig
 from meft.cost.memory import AdapterShape, Plan, Work
 from meft.cost.step_time import BaseModel, Ceilings, StepTime, step_time

@@ -3,12 +3,12 @@
 from functools import cache
 
 import torch
-from engine_24gb_contestants import meft_config
-from engine_24gb_models import frozen_model
-from engine_24gb_plan import HOST_STRATEGIES
 from peft import get_peft_model
 from torch import Tensor
 
+from card_24gb.contestants import meft_config
+from card_24gb.models import frozen_model
+from card_24gb.plan import HOST_STRATEGIES
 from meft.transport.streams import streams_of
 
 R, STEPS = 64, 2

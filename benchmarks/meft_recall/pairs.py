@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from aslora_quality_tasks import DataError, Encoded, encode, training_batches
+from aslora_quality.tasks import DataError, Encoded, encode, training_batches
 
 MAX_NEW_TOKENS = 12
 

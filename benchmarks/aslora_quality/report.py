@@ -4,8 +4,9 @@ import math
 from pathlib import Path
 from statistics import mean, stdev
 
-from aslora_quality_tasks import Task
 from paired_test import LEVEL, Measured, corrected
+
+from aslora_quality.tasks import Task
 
 SEEDS_NEEDED = 3  # with fewer, the spread over seeds is too poorly known to call anything a difference
 Planned = list[tuple[Task, str, int]]  # task, method, seed

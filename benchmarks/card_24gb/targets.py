@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from engine_24gb_plan import FLAT_R, FLAT_ROWS, HOST_STRATEGIES, OFFLOADING
+from card_24gb.plan import FLAT_R, FLAT_ROWS, HOST_STRATEGIES, OFFLOADING
 
 MEASURED = "measured"
 MET, MISSED, OPEN = "met", "missed", "not measured"
@@ -83,7 +83,7 @@ def moved_of_omega(row: Row) -> float | None:
 
 
 def times_bound(row: Row) -> float | None:
-    """The measured step beside the least time that it can take (`engine_24gb_bound.py`)."""
+    """The measured step beside the least time that it can take (`card_24gb/bound.py`)."""
     return row["ms_q50"] / row["bound_ms"] if row.get("bound_ms") else None
 
 

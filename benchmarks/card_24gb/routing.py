@@ -25,7 +25,7 @@ from torch import Tensor
 
 import meft.retrieval.strategies
 
-RECORD = Path(__file__).resolve().parent / "results" / "routing_smollm2.npz"
+RECORD = Path(__file__).resolve().parents[1] / "results" / "routing_smollm2.npz"
 SUBSETS = 7  # no divisor of usual numbers of layers: a layer's subset changes from step to step
 DRAWS = 2  # of each layer; more would take room on the device
 Ids = Callable[[int, int, int], Tensor]  # call, T, K -> int32 [T, K] on the CPU

@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import torch
-from engine_24gb_plan import HOST_STRATEGIES, Cell
-from engine_24gb_steps import ratio_of_rounds
-from engine_24gb_targets import CARD_GIB, MEASURED
-from engine_24gb_worker import CAP_GIB, DRY, OOM
-from kernel_report import driver, installed
+from kernel_bench.report import driver, installed
 
+from card_24gb.plan import HOST_STRATEGIES, Cell
+from card_24gb.steps import ratio_of_rounds
+from card_24gb.targets import CARD_GIB, MEASURED
+from card_24gb.worker import CAP_GIB, DRY, OOM
 from meft.table.row_step import native_library
 from peft_bridge import replace_file
 

@@ -1,0 +1,1 @@
+"""What does a step of a 7B model take on one 24 GB card, beside every other way? Run by `bench_24gb.py`."""
