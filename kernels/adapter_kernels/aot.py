@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from .adamw.row_adamw import variants as row_adamw
-from .ffn.sparse_ffn import variants as sparse_ffn
+from .ffn.sparse_ffn_triton import variants as sparse_ffn
 from .rows.gather_rows import variants as gather_rows
 from .rows.row_union import variants as row_union
 from .runtime import triton_shim as jit

@@ -9,14 +9,14 @@ from pathlib import Path
 import adapter_kernels
 
 SOURCE = Path(adapter_kernels.__file__).parent
-# Where kernels have a module of their own: what the op takes from there.
-ROOMS = {
-    "router_topk": "topk",
-    "expert_topk": "topk",
-    "row_union": "rows",
-    "gather_rows": "rows",
-    "sparse_ffn": "ffn",
-    "row_adamw": "adamw",
+# The files of each op's kernels, and what the op calls of them where they are modules of their own.
+KERNELS = {
+    "router_topk": ["topk/router_topk"],
+    "expert_topk": ["topk/expert_topk_kernels"],
+    "row_union": ["rows/row_union"],
+    "gather_rows": ["rows/gather_rows"],
+    "sparse_ffn": ["ffn/sparse_ffn_triton", "ffn/sparse_ffn_token_triton"],
+    "row_adamw": ["adamw/row_adamw_kernels"],
 }
 LAUNCHES = {"expert_topk": ["select"], "sparse_ffn": ["forward", "backward"], "row_adamw": ["step"]}
 _numbers = itertools.count()
@@ -24,11 +24,13 @@ _numbers = itertools.count()
 
 def mutant(folder, monkeypatch, op, before, after):
     """The op with Triton forced, and the module of its kernels, in which `before` stands once."""
-    name = f"{op}_kernels" if op in LAUNCHES else op
-    module = _load(folder, f"{ROOMS[op]}/{name}", before, after)
+    names = [name for name in KERNELS[op] if before in (SOURCE / f"{name}.py").read_text()]
+    assert len(names) == 1, f"{before!r} stands in {names}"
+    module = _load(folder, names[0], before, after)
+    original = sys.modules[f"adapter_kernels.{names[0].replace('/', '.')}"]
     for launch in LAUNCHES.get(op, []):
-        kernels = sys.modules[f"adapter_kernels.{ROOMS[op]}.{name}"]
-        monkeypatch.setattr(kernels, launch, getattr(module, launch))
+        if hasattr(module, launch):
+            monkeypatch.setattr(original, launch, getattr(module, launch))
     return partial(getattr(adapter_kernels if op in LAUNCHES else module, op), impl="triton"), module
 
 
