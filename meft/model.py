@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from peft_bridge import MethodTuner, last_loaded_folder
 
 from .config import MEFTConfig
-from .cost.auto import ModelProfile, model_profile
+from .cost.auto import ModelProfile, chosen, model_profile
 from .cost.host_memory import require_memory_for
 from .files import training_state as state
 from .files.adapter_file import FILE, RESERVED
@@ -28,6 +28,7 @@ from .optim.ddp import RankAverage
 from .optim.optimizer_hook import RowSteps
 from .report import TransferReport, transfer_report
 from .retrieval import forward_context as context
+from .retrieval.costs import Rows
 from .retrieval.engine import Engine
 from .table.row_table import RowTable
 from .targets import FFN_OF, check_ffn, ffn_targets, ffn_width
@@ -135,15 +136,19 @@ class MEFTModel(MethodTuner):
         self.steps.routers[adapter_name] = [layer.meft_router for layer in layers]
         for layer in layers:
             layer.on_backward = self.ranks.note_backward
-        engine = self.engines[adapter_name] = Engine(config, [], self._around)
+        engine = self.engines[adapter_name] = Engine(config, [], self._choose)
         engine.on_gradient = partial(self.steps.on_gradient, adapter_name)
         engine.layers.extend(layer.join(adapter_name, number, engine) for number, layer in enumerate(layers))
         if config.num_experts is None:
             logger.info("MEFT: num_experts=%d for r=%d (4 sqrt(r), rounded to a divisor).", config.experts, config.r)
         check_waiting()
 
-    def _around(self) -> ModelProfile:
-        """What the engines have to know of the base model."""
+    def _choose(self, config: MEFTConfig, layers: int, x: Tensor) -> tuple[str, Rows]:
+        """The strategy, and what happens with the rows for backward, that fit beside the base model."""
+        plan = chosen(config, layers, x, self._profile())
+        return plan.strategy, plan.work.rows
+
+    def _profile(self) -> ModelProfile:
         layers = self.adapted_ffns().values()
         own = {id(m) for layer in layers for part in (layer.meft_keys, layer.meft_values) for m in part.modules()}
         own |= {id(layer) for layer in layers}

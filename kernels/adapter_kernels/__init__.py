@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .adamw.row_adamw import row_adamw
 from .ffn.sparse_ffn import sparse_ffn, sparse_ffn_backward
+from .ffn.table_ffn import table_ffn, table_ffn_backward
 from .rows.gather_rows import gather_rows, scatter_rows
 from .rows.row_union import row_union, row_union_window
 from .runtime.dispatch import debugging
@@ -28,4 +29,6 @@ __all__ = [
     "scatter_rows",
     "sparse_ffn",
     "sparse_ffn_backward",
+    "table_ffn",
+    "table_ffn_backward",
 ]

@@ -24,7 +24,7 @@ from adapter_kernels.runtime.host_threads import host_threads
 from peft_bridge.files import replace_file
 
 from ..config import MEFTConfig
-from ..routing.topk import picked_neurons
+from ..routing.topk import select_neurons
 from ..table.gpu_step import ZeroCopySteps
 from ..table.moments import Moments
 from ..table.row_step import StepRule, update_rows
@@ -193,7 +193,7 @@ class _Machine:
         logits = torch.randn(self.sizes.tokens, config.experts, generator=random, device="cpu")
         candidates = config.probed * config.r // config.experts
         flops = 2 * self.sizes.tokens * candidates * self.sizes.d
-        return flops / self.seconds(lambda: picked_neurons(x, logits, self.wire, config))
+        return flops / self.seconds(lambda: select_neurons(x, logits, self.wire, config))
 
 
 def measure(device: torch.device, sizes: Sizes | None = None) -> Calibration:
