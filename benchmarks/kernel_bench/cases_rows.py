@@ -200,11 +200,11 @@ def adamw(bench: Bench) -> list[Planned]:
 
 def expected_step(rows: Tensor, grads: Tensor) -> Tensor:
     """The first step of each row, by the package's reference in float64."""
-    from adapter_kernels import reference
+    from adapter_kernels.adamw import naive
 
     p, g = rows.double(), grads.double()
     zeros = torch.zeros_like(p)
-    return reference.row_adamw(p, zeros, zeros, 1, g, STEP["lr"], STEP["betas"], STEP["eps"], STEP["weight_decay"])[0]
+    return naive.row_adamw(p, zeros, zeros, 1, g, STEP["lr"], STEP["betas"], STEP["eps"], STEP["weight_decay"])[0]
 
 
 def fused_step(rows: Tensor, grads: Tensor) -> Callable[[], Tensor]:
@@ -243,16 +243,16 @@ def moved_step(table: Tensor, ids: Tensor, grads: Tensor) -> Callable[[], Tensor
 
 
 def gate_rows(bench: Bench) -> None:
-    """Copies of few rows, beside the package's own reference."""
-    from adapter_kernels import reference
+    """Copies of few rows, beside the package's own naive."""
+    from adapter_kernels.rows import naive
 
     gather_op, scatter_op = find("gather_rows"), find("scatter_rows")
     table, rows = bench.randn(37, 72, seed=1), bench.randn(5, 72, seed=2)
     ids = torch.tensor([30, 2, 36, -1, 0], dtype=torch.int32, device=bench.device)
     for source in (table, bench.pinned(table)):
         found = gather_op(ids, [source], impl=bench.impl)[0].cpu()
-        require(torch.equal(found, reference.gather_rows(ids.cpu(), table.cpu())), "gather_rows: the rows differ")
-        expected = reference.scatter_rows(ids.cpu(), rows.cpu(), table.cpu())
+        require(torch.equal(found, naive.gather_rows(ids.cpu(), table.cpu())), "gather_rows: the rows differ")
+        expected = naive.scatter_rows(ids.cpu(), rows.cpu(), table.cpu())
         target = source.clone() if source.device == bench.device else bench.pinned(source)
         scatter_op(ids, [rows], [target], impl=bench.impl)
         bench.clock.wait()
@@ -261,7 +261,7 @@ def gate_rows(bench: Bench) -> None:
 
 def gate_adamw(bench: Bench) -> None:
     """A later step of few rows on the device and in host memory, beside the package's own reference in float64."""
-    from adapter_kernels import reference
+    from adapter_kernels.adamw import naive
 
     op, (r, d) = find("row_adamw"), (37, 72)
     ids = torch.tensor([30, 2, 36, 0], dtype=torch.int32, device=bench.device)
@@ -283,7 +283,7 @@ def gate_adamw(bench: Bench) -> None:
         found = [x.cpu()[rows] for x in (table, *moments)]
         for i, row in enumerate(rows.tolist()):
             state = (before[row].double(), *(x[row].double() for x in start[1:]))
-            expected = reference.row_adamw(*state, row + 1, grads[i].cpu().double(), *rule, decoupled)
+            expected = naive.row_adamw(*state, row + 1, grads[i].cpu().double(), *rule, decoupled)
             for name, ours, theirs in zip(("table", "exp_avg", "exp_avg_sq"), found, expected, strict=True):
                 # Stochastic rounding goes to either neighbour.
                 limit = 2e-2 if ours.dtype == torch.bfloat16 else 2e-6

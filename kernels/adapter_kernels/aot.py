@@ -28,12 +28,12 @@ from typing import Any
 
 from .adamw.row_adamw import variants as row_adamw
 from .ffn.sparse_ffn_triton import variants as sparse_ffn
-from .rows.gather_rows import variants as gather_rows
-from .rows.row_union import variants as row_union
+from .rows.gather_rows_triton import variants as gather_rows
+from .rows.row_union_triton import variants as row_union
 from .runtime import triton_shim as jit
 from .runtime.specialisation import Specialisation, Variants
-from .topk.expert_topk import variants as expert_topk
-from .topk.router_topk import variants as router_topk
+from .topk.expert_topk_triton import variants as expert_topk
+from .topk.router_topk_triton import variants as router_topk
 
 OPS: dict[str, Variants] = {
     "router_topk": router_topk,

@@ -97,7 +97,7 @@ class ZeroCopySteps:
         """
         tensors = {"table": table, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "count": count, "wire": wire}
         # The thread that updates has a current device of its own.
-        with dispatch.on(self._device):
+        with dispatch.device_guard(self._device):
             there = {name: tensor for name, tensor in tensors.items() if tensor is not None}
             if table.dtype == torch.float64 or not self._reaches(there):  # the kernel has no float64
                 state = table, exp_avg, exp_avg_sq, count

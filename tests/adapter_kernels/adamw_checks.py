@@ -8,7 +8,7 @@ from row_checks import same_bits
 from selection_checks import generator
 from torch import Tensor
 
-from adapter_kernels import reference
+from adapter_kernels.adamw import naive
 
 RULE = {"lr": 1e-2, "eps": 1e-8, "weight_decay": 0.1}
 
@@ -60,7 +60,7 @@ def check_adamw(op, tables: Tables, rows: Tensor, grads: Tensor, *, betas=(0.9, 
         touches = int(before["count"][i]) + 1
         state = (old["table"][i], old["exp_avg"][i], old["exp_avg_sq"][i])
         rule = (RULE["lr"], betas, RULE["eps"], RULE["weight_decay"], decoupled)
-        oracle = reference.row_adamw(*state, touches, grad, *rule)
+        oracle = naive.row_adamw(*state, touches, grad, *rule)
         size = grad.abs() + (0 if decoupled else RULE["weight_decay"] * state[0].abs())
         sizes = (state[0].abs() + RULE["lr"] * 10, state[1].abs() + size, oracle[2] + (0 if decoupled else size**2))
         for name, exact, size in zip(("table", "exp_avg", "exp_avg_sq"), oracle, sizes, strict=True):

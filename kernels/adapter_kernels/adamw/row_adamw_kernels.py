@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..runtime import dispatch
 from ..runtime import launch_config as launch
-from ..runtime.specialisation import TYPE_NAMES, Specialisation, split, with_odd_rows
+from ..runtime.specialisation import TYPE_NAMES, Specialisation, split, with_unaligned_rows
 from ..runtime.triton_shim import kernel, tl, triton
 from .adamw_blocks import StepRule
 
@@ -125,7 +125,7 @@ def step(
     bias = dispatch.empty((n, 2), torch.float32, rows.device)
     first, second, third = map(signed, SPLITMIX)
     prepare = _PREPARE.on(rows.device)
-    with dispatch.on(rows.device):
+    with dispatch.device_guard(rows.device):
         _prepare_kernel[(triton.cdiv(n, prepare["BLOCK"]),)](
             rows, count, keys, bias, n, r, *_halves(rule.lr), *_halves(rule.beta1), *_halves(rule.beta2),
             signed(seed * third), C1=first, C2=second, **prepare,
@@ -161,4 +161,4 @@ def variants(capability: int | None) -> list[Specialisation]:
         constants |= {"STOCHASTIC": table == "bf16", "WIRE": wire is not None}
         launched = options | {"enable_fp_fusion": False}
         found.append(Specialisation(_step_kernel, types, constants, launched, wide=True))
-    return with_odd_rows(found)
+    return with_unaligned_rows(found)

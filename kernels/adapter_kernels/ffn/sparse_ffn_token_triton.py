@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..runtime import dispatch
 from ..runtime import launch_config as launch
-from ..runtime.specialisation import TYPE_NAMES, Specialisation, split, with_odd_rows
+from ..runtime.specialisation import TYPE_NAMES, Specialisation, split, with_unaligned_rows
 from ..runtime.triton_shim import kernel, tl, triton
 
 # Derived, not measured: tensor cores take 16 tokens at least, and a token's 64 picks read by 32 and 64 programs keep
@@ -71,7 +71,7 @@ def forward(
 ) -> Tensor:
     """y, at least one token and one row given; rows of x and base in one piece each, all else contiguous."""
     (T, D), (U, K) = x.shape, (len(keys), position.shape[1])
-    with dispatch.on(x.device):
+    with dispatch.device_guard(x.device):
         active = dispatch.empty((T, K), torch.float32, x.device)
         out = dispatch.empty((T, D), x.dtype, x.device)
         config = _TOKEN_SCORES.on(x.device)
@@ -103,4 +103,4 @@ def variants(capability: int | None) -> list[Specialisation]:
             values = types | {"values_ptr": data, "out_ptr": data, "stride_base": "i32"}
             values |= {"base_ptr": data} if base else {}
             found.append(Specialisation(_token_values_kernel, values, constants, options, wide=True))
-    return with_odd_rows(found)
+    return with_unaligned_rows(found)

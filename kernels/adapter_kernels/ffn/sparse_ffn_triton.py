@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..runtime import dispatch
 from ..runtime import launch_config as launch
-from ..runtime.specialisation import TYPE_NAMES, Specialisation, odd, split, with_odd_rows
+from ..runtime.specialisation import TYPE_NAMES, Specialisation, split, unaligned, with_unaligned_rows
 from ..runtime.triton_shim import kernel, tl, triton
 from . import sparse_ffn_token_triton
 
@@ -145,7 +145,7 @@ def _tables(dtype: torch.dtype) -> tuple[launch.Table, launch.Table, launch.Tabl
 def _aligned_rows(tensor: Tensor) -> Tensor:
     """The tensor itself where its rows are multiples of 16 values long and apart, or else a copy that ends in zeros."""
     rows, D = tensor.shape
-    if not odd(D, tensor.stride(0)):
+    if not unaligned(D, tensor.stride(0)):
         return tensor
     copy = dispatch.empty((rows, triton.cdiv(D, 16) * 16), tensor.dtype, tensor.device)
     copy[:, :D] = tensor
@@ -180,7 +180,7 @@ def forward(
     if len(x) <= sparse_ffn_token_triton.MAX_TOKENS:
         return sparse_ffn_token_triton.forward(x, keys, values, position, factors, base)
     (T, D), (U, K) = x.shape, (len(keys), position.shape[1])
-    with dispatch.on(x.device):
+    with dispatch.device_guard(x.device):
         slots = _make_slots(position, U)
         active = dispatch.empty(slots.shape, x.dtype, x.device)
         x, keys, values = map(_aligned_rows, (x, keys, values))
@@ -212,7 +212,7 @@ def backward(
         row_gradients: dtype of dkeys and dvalues.
     """
     D = x.shape[1]
-    with dispatch.on(x.device):
+    with dispatch.device_guard(x.device):
         g, x, keys, values = map(_aligned_rows, (g, x, keys, values))
         slots = _make_slots(position, len(keys))
         active = dispatch.empty(slots.shape, x.dtype, x.device)
@@ -235,7 +235,7 @@ def variants(capability: int | None) -> list[Specialisation]:
     """
     blocks, options = split(_SLOTS.at(capability))
     types = {"position_ptr": "*i32", "slots_ptr": "*i16", **dict.fromkeys(("U", "K", "width"), "i32")}
-    found = with_odd_rows([Specialisation(_slots_kernel, types, blocks, options, wide=True)])
+    found = with_unaligned_rows([Specialisation(_slots_kernel, types, blocks, options, wide=True)])
     for dtype, name in TYPE_NAMES.items():
         for factor in dict.fromkeys((None, "fp32", name)):
             found += [_scores_variant(dtype, factor, backward, capability) for backward in (False, True)]

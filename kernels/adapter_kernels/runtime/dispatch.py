@@ -93,8 +93,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
-def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Launches go to the current device, which need not be the tensors'."""
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes `device` current, to which launches go; does nothing for a CPU."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
