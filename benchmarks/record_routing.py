@@ -19,13 +19,13 @@ from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 
+import meft.retrieval.in_place
 import numpy as np
 import torch
 from environment import environment
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import meft.retrieval.in_place
 from meft import MEFTConfig
 from peft_bridge import replace_file
 

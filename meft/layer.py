@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -172,17 +173,16 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(*args, **kwargs)
         if self._joins_residual:
             hidden, residual = _arguments(args, kwargs, "hidden_states", "input_tensor")
-            added = self._finish(self._begin(residual, active), residual)
+            added = _untraced(self._finish)(_untraced(self._begin)(residual, active), residual)
             return self.base_layer(hidden, residual + added.to(residual.dtype))
         x = args[0] if args else kwargs["hidden_states"]
-        begun = self._begin(x, active)  # rows come while the base computes
+        begun = _untraced(self._begin)(x, active)  # rows come while the base computes
         output = self.base_layer(*args, **kwargs)
-        added = self._finish(begun, x)
+        added = _untraced(self._finish)(begun, x)
         if isinstance(output, tuple):  # a mixture-of-experts block with its logits
             return (output[0] + added.to(output[0].dtype), *output[1:])
         return output + added.to(output.dtype)
 
-    @torch.compiler.disable
     def _begin(self, x: Tensor, active: list[str]) -> list[Callable[[], Tensor]]:
         if x.shape[-1] != self.in_features:
             raise ValueError(
@@ -191,13 +191,11 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             )
         for name in active:
             check_not_transformed(x, self.router(name), *(table.rows for table in self.tables(name)))
-        # Scores decide: they are computed in full precision whatever autocast says.
-        with torch.autocast(x.device.type, enabled=False):
+        with _as_given(x):
             return [self._begin_one(x.reshape(-1, x.shape[-1]), x.shape, name) for name in active]
 
-    @torch.compiler.disable
     def _finish(self, begun: list[Callable[[], Tensor]], x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with _as_given(x):
             first, *others = [finish() for finish in begun]
             return sum(others, first).view(x.shape)
 
@@ -281,6 +279,17 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
                 now.release(stash)
         if self.on_backward is not None:
             self.on_backward()
+
+
+def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that torch.compile leaves alone: its graph breaks there."""
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
+
+
+def _as_given(x: Tensor) -> AbstractContextManager[object]:
+    """Without autocast: scores decide, and are computed in full precision."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:

@@ -1,7 +1,7 @@
-"""The terms in which a strategy says what it costs: the sizes of an adapter, the work of a step, what crosses the link.
+"""The terms in which a strategy says what it costs: an adapter's sizes, the work of a step, what crosses the link.
 
-d is the hidden size, r the neurons of a layer, T the tokens of a micro-batch, U its union: the distinct neurons that its
-tokens picked in one layer. A row is d values, one neuron's key or value.
+d is the hidden size, r the neurons of a layer, T the tokens of a micro-batch, U its union: the distinct neurons that
+its tokens picked in one layer. A row is d values, one neuron's key or value.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from ..config import MEFTConfig
 from ..gradient.offload_ring import GradientRing
@@ -22,12 +21,13 @@ from ..table.layer_rows import LayerRows
 from ..table.row_table import RowTable
 from ..table.update_queue import UpdateQueue
 from ..transport.openmp_waiting import check_waiting
+from ..transport.profiling import phase
 from ..transport.streams import CudaStreams, DeviceStreams, HostStreams, streams_of
 from .costs import Rows
 from .gather import experts_of
 from .refetch import refetched_in_backward
 from .second_order import AsRowGradient
-from .sparse_ffn import SparseFFN
+from .sparse_ffn import SparseFFN, output_of
 from .strategies import STRATEGIES, InPlace, Strategy, capturing, strategy_name
 from .types import GatheredRows, PendingForward, Selection, check_versions
 
@@ -214,20 +214,19 @@ class Engine:
                 if len(x) > tokens or out_of_memory_errors(x.device) > errors:
                     self._forget()
             strategy = self._prepare(layer, x)
-        with layer.traffic.stalled():  # for the updates of these rows
-            versions = layer.versions
+        versions = layer.versions_after_updates()
         if selection is not None:
             if rows is None:
-                with record_function("meft: gather rows"):
+                with phase("gather rows"):
                     rows = strategy.gather(layer, selection)
             layer.count(len(x), len(selection.rows))
             return PendingForward(layer, selection, rows, versions, True)
-        with record_function("meft: select"):
+        with phase("select"):
             selecting = strategy.select(layer, x, logits)
 
         def gather() -> tuple[Selection, GatheredRows]:
             selection = selecting.wait()
-            with record_function("meft: gather rows"):
+            with phase("gather rows"):
                 rows = strategy.gather(layer, selection, selecting.made)
             layer.count(len(x), len(selection.rows))
             return selection, rows
@@ -274,7 +273,9 @@ class Engine:
         wide = self.config.gradient_dtype == "float32" or x.dtype == torch.float16
         dtype = torch.promote_types(x.dtype, torch.float32) if wide else x.dtype
         absent = refetched_in_backward(self, pending, (rows.keys, rows.values), refetch, self._below)
-        with absent as self._below, record_function("meft: sparse FFN"):
+        with absent as self._below, phase("sparse FFN"):
+            if not torch.is_grad_enabled():
+                return output_of(x, factors, rows)
             return SparseFFN.apply(
                 x, factors, idle, layer.keys.rows, layer.values.rows, rows, pending, self, dtype, done
             )
@@ -297,13 +298,13 @@ class Engine:
         """
         strategy = self._in_use()
         check_versions(pending.versions, pending.layer.versions)
-        with record_function("meft: gather rows again"):
+        with phase("gather rows again"):
             return strategy.gather(pending.layer, pending.known)
 
     def gather_below(self, layer: LayerRows, selection: Selection) -> GatheredRows:
         """Queue the way of the rows of the layer below for its recomputation."""
         strategy = self._in_use()
-        with record_function("meft: gather rows again"):
+        with phase("gather rows again"):
             return strategy.gather(self.layers[layer.number - 1], selection)
 
     # ------------------------------------------------------------------ backward
@@ -326,7 +327,7 @@ class Engine:
             assert self.streams is not None
             capacity = min(self.config.r, max(_LEAST_SLOT, 2 * len(gradient)))
             self._rings[dtype] = GradientRing(self.streams, capacity, gradient.shape[1], dtype)
-        with record_function("meft: row gradients"):
+        with phase("row gradients"):
             leaving = self._rings[dtype].send(rows, gradient, table, layer.traffic)
         return self.on_gradient(owner, leaving) if self.on_gradient is not None else leaving
 

@@ -36,6 +36,13 @@ class GradientReceiver(Protocol):
         """The same with a graph, and at once."""
 
 
+def output_of(x: Tensor, factors: Tensor | None, rows: GatheredRows) -> Tensor:
+    """The output for x [T, d], without a graph; arguments as of `SparseFFN.forward`."""
+    if rows.dots is not None:
+        return table_ffn(x, rows.keys, rows.values, rows.position, rows.dots, factors)
+    return sparse_ffn(x, rows.keys, rows.values, rows.position, factors)
+
+
 class SparseFFN(torch.autograd.Function):
     """sum_{j in J} ReLU(s_j) v_j over gathered rows; gradients of the tables are `RowGradient`s."""
 
@@ -72,10 +79,7 @@ class SparseFFN(torch.autograd.Function):
         # Whole tables are nothing that a hook on saved tensors may copy.
         ctx.tables, ctx.read = (keys, values), (rows.keys, rows.values) if rows.in_place else None
         ctx.save_for_backward(x, factors, *(() if rows.in_place else (rows.keys, rows.values)))
-        if rows.in_place:
-            assert rows.dots is not None
-            return table_ffn(x, rows.keys, rows.values, rows.position, rows.dots, factors)
-        return sparse_ffn(x, rows.keys, rows.values, rows.position, factors)
+        return output_of(x, factors, rows)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -92,7 +96,8 @@ class SparseFFN(torch.autograd.Function):
         else:
             wanted = (needs[0], needs[3], needs[4], needs[1])
             if ctx.read is not None:
-                assert selection.neurons is not None and selection.dots is not None
+                assert selection.neurons is not None
+                assert selection.dots is not None
                 picks = (selection.neurons, selection.dots, factors, selection.inverse, len(selection.rows))
                 found = table_ffn_backward(g, x, key_rows, value_rows, *picks, needs=wanted)
             else:

@@ -19,7 +19,7 @@ def select_neurons(x: Tensor, logits: Tensor, keys: Tensor, config: MEFTConfig) 
         ids, int32 [T, K], -1 where there are fewer, and their x . w, [T, K]; K is at most `top_k`.
     """
     experts, factors = router_topk(logits, config.probed)
-    most = min(config.top_k, config.probed * (len(keys) // logits.shape[1]))
+    most = min(config.top_k, experts.shape[1] * (len(keys) // logits.shape[1]))
     ids, _, dots = expert_topk(
         x, keys, experts, factors if config.router_factor else None, most, E=logits.shape[1], by_neuron=False
     )

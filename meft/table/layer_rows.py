@@ -28,6 +28,13 @@ class LayerRows:
         """Of keys and values; they change with every update."""
         return self.keys.version, self.values.version
 
+    def versions_after_updates(self) -> tuple[int, int]:
+        """`versions`; the wait for updates that are queued counts as the launching thread's."""
+        if self.keys.updates is None:
+            return self.versions
+        with self.traffic.stalled():
+            return self.versions
+
     @property
     def neurons_per_expert(self) -> int:
         """r / E."""

@@ -16,6 +16,7 @@ from adapter_kernels import gather_rows
 from peft_bridge.torch_private import has_cuda_context
 
 from .host_tensors import host_zeros
+from .profiling import phase
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class Traffic:
         """The host picks inside of the block."""
         began = time.perf_counter()
         try:
-            with torch.profiler.record_function("meft: pick on the host"):
+            with phase("pick on the host"):
                 yield
         finally:
             self.host_ms += 1e3 * (time.perf_counter() - began)

@@ -1,11 +1,11 @@
 """Models in float16: products take 16-bit operands, as tensor cores do, and what they sum is float32."""
 
+import meft.retrieval.gathered_ffn
 import pytest
 import torch
 from test_engine import STRATEGIES, on_streams
 
 import meft.retrieval.gather
-import meft.retrieval.gathered_ffn
 from adapter_kernels import expert_topk, sparse_ffn, sparse_ffn_backward
 from meft.routing.reference import reference
 

@@ -5,6 +5,7 @@ import gc
 import itertools
 import weakref
 
+import meft.retrieval.in_place
 import pytest
 import torch
 from accelerate import Accelerator
@@ -25,7 +26,6 @@ from transformers import (
 )
 
 import meft.files.training_state
-import meft.retrieval.in_place
 import meft.table.row_table
 from meft import MEFTConfig
 from meft.layer import MEFTLayer

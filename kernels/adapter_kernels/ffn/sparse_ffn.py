@@ -49,14 +49,15 @@ Grads = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def _check_values(position: Tensor, rows: int) -> None:
     inside = (position >= -1) & (position < rows)
-    dispatch.require(bool(inside.all()), "position", f"rows outside of -1 to {rows - 1}")
+    if not bool(inside.all()):
+        dispatch.refuse("position", f"rows outside of -1 to {rows - 1}")
     ordered = position.sort(dim=1).values
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    dispatch.require(not bool(twice.any()), "position", "a token picks a row twice")
+    if bool(twice.any()):
+        dispatch.refuse("position", "a token picks a row twice")
 
 
-@torch.library.custom_op("adapter_kernels::sparse_ffn", mutates_args=())
-def _op(
+def _run(
     x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None, base: Tensor | None,
     impl: str | None,
 ) -> Tensor:  # fmt: skip
@@ -73,13 +74,15 @@ def _op(
     return sparse_ffn_triton.forward(dispatch.rows_apart(x), keys, values, position, factors, base)
 
 
+_op = torch.library.custom_op("adapter_kernels::sparse_ffn", mutates_args=())(_run)
+
+
 @_op.register_fake
 def _(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("adapter_kernels::sparse_ffn_backward", mutates_args=())
-def _backward_op(
+def _run_backward(
     g: Tensor, x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None, needs: list[bool],
     row_gradients: torch.dtype, impl: str | None,
 ) -> Grads:  # fmt: skip
@@ -102,6 +105,9 @@ def _backward_op(
         grad if need and grad is not None else none.clone() for grad, need in zip(grads, needs, strict=True)
     )
     return first, second, third, fourth
+
+
+_backward_op = torch.library.custom_op("adapter_kernels::sparse_ffn_backward", mutates_args=())(_run_backward)
 
 
 @_backward_op.register_fake
@@ -138,7 +144,8 @@ def _gradients(
     wanted = [*needs[:3], needs[3] and factors is not None]
     if not any(wanted):
         return None, None, None, None
-    made = _backward_op(g, x, keys, values, position, factors, wanted, row_gradients, impl)
+    run = _run_backward if dispatch.at_once(g, x, keys, values) else _backward_op
+    made = run(g, x, keys, values, position, factors, wanted, row_gradients, impl)
     first, second, third, fourth = (grad if need else None for grad, need in zip(made, wanted, strict=True))
     return first, second, third, fourth
 
@@ -173,7 +180,8 @@ def sparse_ffn(
     _check(x, keys, values, position, factors)
     if base is not None:
         _check_tokens(base, "base", x)
-    return _op(x, keys, values, position, factors, base, impl)
+    run = _run if dispatch.at_once(x, keys, values, factors, base) else _op
+    return run(x, keys, values, position, factors, base, impl)
 
 
 def sparse_ffn_backward(
@@ -210,7 +218,7 @@ def sparse_ffn_backward(
     if row_gradients is not None and row_gradients not in known:
         allowed = " or ".join(map(str, known))
         message = f"of rows of {keys.dtype} None or {allowed} is needed, not {row_gradients}"
-        dispatch.require(False, "row_gradients", message)
+        dispatch.refuse("row_gradients", message)
     return _gradients(g, x, keys, values, position, factors, needs, row_gradients or keys.dtype, impl)
 
 
@@ -219,22 +227,30 @@ def _check(x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: T
     T, D = x.shape
     for rows, name in ((keys, "keys"), (values, "values")):
         dispatch.require_matrix(rows, name, (x.dtype,), columns=D)
-        dispatch.require(rows.is_contiguous(), name, "contiguous rows are needed, as gather_rows makes them")
-    dispatch.require(len(values) == len(keys), "values", f"{len(values)} rows, but {len(keys)} keys")
-    dispatch.require(max(D, len(keys)) < _MAX_SIZE, "keys", f"rows and columns must be less than {_MAX_SIZE}")
+        if not rows.is_contiguous():
+            dispatch.refuse(name, "contiguous rows are needed, as gather_rows makes them")
+    if len(values) != len(keys):
+        dispatch.refuse("values", f"{len(values)} rows, but {len(keys)} keys")
+    if max(D, len(keys)) >= _MAX_SIZE:
+        dispatch.refuse("keys", f"rows and columns must be less than {_MAX_SIZE}")
     dispatch.require_matrix(position, "position", dispatch.INTS)
-    dispatch.require(len(position) == T, "position", f"{len(position)} rows for {T} tokens")
+    if len(position) != T:
+        dispatch.refuse("position", f"{len(position)} rows for {T} tokens")
     K = position.shape[1]
-    dispatch.require(K <= MAX_PICKS, "position", f"at most {MAX_PICKS} picks a token are possible, not {K}")
-    dispatch.require(T * max(K, len(keys)) < _MAX_PAIRS, "x", f"{T} tokens are too many for 32-bit places; split them")
+    if K > MAX_PICKS:
+        dispatch.refuse("position", f"at most {MAX_PICKS} picks a token are possible, not {K}")
+    if not (T * max(K, len(keys)) < _MAX_PAIRS):
+        dispatch.refuse("x", f"{T} tokens are too many for 32-bit places; split them")
     if factors is not None:
         dispatch.require_matrix(factors, "factors", dispatch.FLOATS, columns=K)
-        dispatch.require(len(factors) == T, "factors", f"{len(factors)} rows for {T} tokens")
+        if len(factors) != T:
+            dispatch.refuse("factors", f"{len(factors)} rows for {T} tokens")
     dispatch.require_same_device(position=position, x=x, keys=keys, values=values, factors=factors)
 
 
 def _check_tokens(tensor: Tensor, argument: str, x: Tensor) -> None:
     """As many tokens as x has, as wide, of its dtype and device."""
     dispatch.require_matrix(tensor, argument, (x.dtype,), columns=x.shape[1])
-    dispatch.require(len(tensor) == len(x), argument, f"{len(tensor)} rows for {len(x)} tokens")
+    if len(tensor) != len(x):
+        dispatch.refuse(argument, f"{len(tensor)} rows for {len(x)} tokens")
     dispatch.require_same_device(x=x, **{argument: tensor})

@@ -69,4 +69,4 @@ def _check(x: Tensor, keys: Tensor, values: Tensor, ids: Tensor, dots: Tensor) -
         dispatch.require_matrix(table, name, (x.dtype,), columns=x.shape[1])
     if ids.shape != dots.shape or len(ids) != len(x):
         shapes = f"{tuple(ids.shape)}, dots {tuple(dots.shape)}, {len(x)} tokens"
-        dispatch.require(False, "ids", f"[T, K] like dots is needed, not {shapes}")
+        dispatch.refuse("ids", f"[T, K] like dots is needed, not {shapes}")

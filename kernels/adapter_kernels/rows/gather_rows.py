@@ -58,7 +58,8 @@ def _host_memory_reachable(device: torch.device) -> bool:
 def require_reachable(tensor: Tensor, argument: str, device: torch.device) -> None:
     """On the device of the ids, or in host memory beside a CUDA device."""
     reachable = tensor.device == device or (tensor.device.type == "cpu" and device.type == "cuda")
-    dispatch.require(reachable, argument, f"is on {tensor.device}, but the ids are on {device}")
+    if not reachable:
+        dispatch.refuse(argument, f"is on {tensor.device}, but the ids are on {device}")
 
 
 def zero_copy(device: torch.device, **tensors: Tensor | None) -> bool:
@@ -70,7 +71,8 @@ def zero_copy(device: torch.device, **tensors: Tensor | None) -> bool:
     elsewhere = {name: x for name, x in tensors.items() if x is not None and x.device != device}
     for name, x in elsewhere.items():
         require_reachable(x, name, device)
-        dispatch.require(x.is_pinned(), name, "is in pageable host memory, which a GPU cannot read; page-lock it")
+        if not x.is_pinned():
+            dispatch.refuse(name, "is in pageable host memory, which a GPU cannot read; page-lock it")
     return not elsewhere or _host_memory_reachable(device)
 
 
@@ -81,7 +83,8 @@ def _copy(ids: Tensor, sources: list[Tensor], targets: list[Tensor], scatter: bo
         gather_rows_torch.require_in_range(ids, len(tables[0]))
         used = ids[ids >= 0]
         distinct = not scatter or len(used.unique()) == len(used)
-        dispatch.require(distinct, "ids", "a row is written twice; which one stays is not defined")
+        if not distinct:
+            dispatch.refuse("ids", "a row is written twice; which one stays is not defined")
     if dispatch.use_triton(impl, ids.device, dispatch.half_or_single(**{"tables[0]": tables[0]})) and reachable:
         if len(ids) and tables[0].shape[1]:
             gather_rows_triton.copy_rows(ids, sources, targets, len(tables[0]), scatter)
@@ -107,22 +110,31 @@ def _(*_: object) -> None:
 
 
 def _check(ids: Tensor, tables: Sequence[Tensor], compact: Sequence[Tensor], name: str) -> None:
-    dispatch.require(ids.dim() == 1, "ids", f"one dimension is needed, not the shape {tuple(ids.shape)}")
-    dispatch.require(ids.dtype in dispatch.INTS, "ids", f"int32 or int64 is needed, not {ids.dtype}")
-    dispatch.require(ids.is_contiguous(), "ids", "contiguous ids are needed")
-    dispatch.require(1 <= len(tables) <= 2, "tables", f"one or two are needed, not {len(tables)}")
-    dispatch.require(len(compact) == len(tables), name, f"{len(compact)} buffers for {len(tables)} tables")
+    if ids.dim() != 1:
+        dispatch.refuse("ids", f"one dimension is needed, not the shape {tuple(ids.shape)}")
+    if ids.dtype not in dispatch.INTS:
+        dispatch.refuse("ids", f"int32 or int64 is needed, not {ids.dtype}")
+    if not ids.is_contiguous():
+        dispatch.refuse("ids", "contiguous ids are needed")
+    if not (1 <= len(tables) <= 2):
+        dispatch.refuse("tables", f"one or two are needed, not {len(tables)}")
+    if len(compact) != len(tables):
+        dispatch.refuse(name, f"{len(compact)} buffers for {len(tables)} tables")
     for i, table in enumerate(tables):
         dispatch.require_matrix(table, f"tables[{i}]", dispatch.FLOATS)
-        dispatch.require(table.is_contiguous(), f"tables[{i}]", "a contiguous table is needed")
+        if not table.is_contiguous():
+            dispatch.refuse(f"tables[{i}]", "a contiguous table is needed")
         same = table.shape == tables[0].shape and table.dtype == tables[0].dtype
-        dispatch.require(same, f"tables[{i}]", "another shape or dtype than tables[0]")
+        if not same:
+            dispatch.refuse(f"tables[{i}]", "another shape or dtype than tables[0]")
         require_reachable(table, f"tables[{i}]", ids.device)
     for i, buffer in enumerate(compact):
         shape = (len(ids), tables[0].shape[1])
         fits = tuple(buffer.shape) == shape and buffer.dtype == tables[0].dtype and buffer.is_contiguous()
-        dispatch.require(fits, f"{name}[{i}]", f"contiguous {tables[0].dtype} {shape} is needed")
-        dispatch.require(buffer.device == ids.device, f"{name}[{i}]", f"is on {buffer.device}, ids are on {ids.device}")
+        if not fits:
+            dispatch.refuse(f"{name}[{i}]", f"contiguous {tables[0].dtype} {shape} is needed")
+        if buffer.device != ids.device:
+            dispatch.refuse(f"{name}[{i}]", f"is on {buffer.device}, ids are on {ids.device}")
 
 
 def gather_rows(
@@ -151,7 +163,10 @@ def gather_rows(
         out = [dispatch.empty(s, t.dtype, ids.device) for s, t in zip(shapes, tables, strict=True)]
     out = list(out)
     _check(ids, tables, out, "out")
-    _gather_op(ids, tables, out, impl)
+    if dispatch.at_once(ids):
+        _copy(ids, tables, out, False, impl)
+    else:
+        _gather_op(ids, tables, out, impl)
     return out
 
 

@@ -13,12 +13,11 @@ Integers only, no gradient, no sort (`row_union_triton`, `row_union_torch`). Lim
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from ..runtime import dispatch
+from ..topk import host_topk
 from . import row_union_torch, row_union_triton
 
 
@@ -26,21 +25,22 @@ def _check_values(ids: Tensor, valid: Tensor | None, r: int) -> None:
     outside = (ids < -1) | (ids >= r)
     if valid is not None:
         outside &= valid
-    dispatch.require(not bool(outside.any()), "ids", f"ids outside of -1 to r - 1 = {r - 1}")
+    if bool(outside.any()):
+        dispatch.refuse("ids", f"ids outside of -1 to r - 1 = {r - 1}")
 
 
-def _implementation(ids: Tensor, r: int, impl: str | None) -> ModuleType:
-    triton = dispatch.use_triton(impl, ids.device, row_union_triton.unsupported(r))
-    return row_union_triton if triton else row_union_torch
-
-
-@torch.library.custom_op("adapter_kernels::row_union_window", mutates_args=("load",))
-def _window_op(
+def _union_window(
     ids: Tensor, valid: Tensor | None, load: Tensor | None, r: int, start: int, capacity: int, impl: str | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if dispatch.debug():
         _check_values(ids, valid, r)
-    return _implementation(ids, r, impl).union_window(ids, valid, load, r, start, capacity)
+    if dispatch.use_triton(impl, ids.device, row_union_triton.unsupported(r)):
+        return row_union_triton.union_window(ids, valid, load, r, start, capacity)
+    made = host_topk.row_union(ids, load, r, start, capacity) if impl is None and valid is None else None
+    return made or row_union_torch.union_window(ids, valid, load, r, start, capacity)
+
+
+_window_op = torch.library.custom_op("adapter_kernels::row_union_window", mutates_args=("load",))(_union_window)
 
 
 @_window_op.register_fake
@@ -58,10 +58,7 @@ def _(
 
 @torch.library.custom_op("adapter_kernels::row_union", mutates_args=())
 def _op(ids: Tensor, valid: Tensor | None, r: int, impl: str | None) -> tuple[Tensor, Tensor]:
-    if dispatch.debug():
-        _check_values(ids, valid, r)
-    union_window = _implementation(ids, r, impl).union_window
-    rows, count, _, position = union_window(ids, valid, None, r, 0, min(r, ids.numel()))
+    rows, count, _, position = _union_window(ids, valid, None, r, 0, min(r, ids.numel()), impl)
     return rows[: int(count)], position
 
 
@@ -73,11 +70,15 @@ def _(ids: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 def _check(ids: Tensor, valid: Tensor | None, r: int) -> None:
     dispatch.require_matrix(ids, "ids", dispatch.INTS)
-    dispatch.require(ids.numel() < 1 << 31, "ids", "2^31 picks or more")
-    dispatch.require(0 <= r < 1 << 31, "r", f"0 to 2^31 - 1 is needed, not {r}")
+    if not (ids.numel() < 1 << 31):
+        dispatch.refuse("ids", "2^31 picks or more")
+    if not (0 <= r < 1 << 31):
+        dispatch.refuse("r", f"0 to 2^31 - 1 is needed, not {r}")
     if valid is not None:
-        dispatch.require(valid.dtype == torch.bool, "valid", f"torch.bool is needed, not {valid.dtype}")
-        dispatch.require(valid.shape == ids.shape, "valid", f"shape {tuple(valid.shape)}, ids {tuple(ids.shape)}")
+        if valid.dtype != torch.bool:
+            dispatch.refuse("valid", f"torch.bool is needed, not {valid.dtype}")
+        if valid.shape != ids.shape:
+            dispatch.refuse("valid", f"shape {tuple(valid.shape)}, ids {tuple(ids.shape)}")
         dispatch.require_same_device(ids=ids, valid=valid)
 
 
@@ -129,10 +130,16 @@ def row_union_window(
     """
     _check(ids, valid, r)
     if load is not None:
-        dispatch.require(load.dtype == torch.int64, "load", f"torch.int64 is needed, not {load.dtype}")
-        dispatch.require(load.ndim == 1 and load.is_contiguous(), "load", "one contiguous dimension is needed")
-        dispatch.require(len(load) > 0 and r % len(load) == 0, "load", f"{len(load)} groups do not divide {r} rows")
+        if load.dtype != torch.int64:
+            dispatch.refuse("load", f"torch.int64 is needed, not {load.dtype}")
+        if load.ndim != 1 or not load.is_contiguous():
+            dispatch.refuse("load", "one contiguous dimension is needed")
+        if not (len(load) > 0 and r % len(load) == 0):
+            dispatch.refuse("load", f"{len(load)} groups do not divide {r} rows")
         dispatch.require_same_device(ids=ids, load=load)
-    dispatch.require(capacity >= 1, "capacity", f"at least 1 is needed, not {capacity}")
-    dispatch.require(start >= 0, "start", f"at least 0 is needed, not {start}")
-    return _window_op(ids, valid, load, r, start, capacity, impl)
+    if capacity < 1:
+        dispatch.refuse("capacity", f"at least 1 is needed, not {capacity}")
+    if start < 0:
+        dispatch.refuse("start", f"at least 0 is needed, not {start}")
+    run = _union_window if dispatch.at_once(ids) else _window_op
+    return run(ids, valid, load, r, start, capacity, impl)

@@ -26,17 +26,19 @@ from . import expert_topk_torch, expert_topk_triton, host_topk
 __all__ = ["expert_topk"]
 
 
-@torch.library.custom_op("adapter_kernels::expert_topk", mutates_args=())
-def _op(
+def _run(
     x: Tensor, keys: Tensor, experts: Tensor, factors: Tensor | None, K: int, E: int, by_neuron: bool, impl: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     if dispatch.debug():
-        dispatch.require(not bool(((experts < -1) | (experts >= E)).any()), "experts", f"ids outside of -1 to {E - 1}")
+        if bool(((experts < -1) | (experts >= E)).any()):
+            dispatch.refuse("experts", f"ids outside of -1 to {E - 1}")
         ordered = experts.sort(dim=1).values
         twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-        dispatch.require(not bool(twice.any()), "experts", "a token has an expert twice")
+        if bool(twice.any()):
+            dispatch.refuse("experts", "a token has an expert twice")
         for tensor, name in ((x, "x"), (factors, "factors")):
-            dispatch.require(tensor is None or not bool(tensor.isnan().any()), name, "NaN")
+            if tensor is not None and bool(tensor.isnan().any()):
+                dispatch.refuse(name, "NaN")
     if not dispatch.use_triton(impl, experts.device, expert_topk_triton.unsupported(x, keys, experts.shape[1], K, E)):
         on_host = impl is None and host_topk.handles(x, keys, experts, E)
         select = host_topk.expert_topk if on_host else expert_topk_torch.select
@@ -46,6 +48,9 @@ def _op(
         ids, order = ids.sort(dim=1)
         scores, dots = scores.gather(1, order), dots.gather(1, order)
     return ids, scores, dots
+
+
+_op = torch.library.custom_op("adapter_kernels::expert_topk", mutates_args=())(_run)
 
 
 @_op.register_fake
@@ -93,18 +98,28 @@ def expert_topk(
     dispatch.require_matrix(x, "x", dispatch.FLOATS)
     dispatch.require_matrix(keys, "keys", dispatch.FLOATS, columns=x.shape[1])
     narrower = x.dtype.itemsize >= 4 and keys.dtype.itemsize < x.dtype.itemsize
-    dispatch.require(keys.dtype == x.dtype or narrower, "keys", f"{keys.dtype}, but x is {x.dtype}")
+    if keys.dtype != x.dtype and not narrower:
+        dispatch.refuse("keys", f"{keys.dtype}, but x is {x.dtype}")
     dispatch.require_matrix(experts, "experts", dispatch.INTS)
-    dispatch.require(keys.is_contiguous(), "keys", "a contiguous table is needed; copying it here would cost its size")
-    dispatch.require(E >= 1, "E", f"at least 1 is needed, not {E}")
-    dispatch.require(keys.shape[0] % E == 0, "E", f"{E} does not divide the {keys.shape[0]} rows of keys")
-    dispatch.require(keys.shape[0] > 0, "keys", "has no rows")
-    dispatch.require(K >= 1, "K", f"at least 1 is needed, not {K}")
-    dispatch.require(experts.shape[0] == x.shape[0], "experts", f"{experts.shape[0]} rows for {x.shape[0]} tokens")
-    dispatch.require(1 <= experts.shape[1] <= E, "experts", f"1 to E = {E} columns are needed, not {experts.shape[1]}")
+    if not keys.is_contiguous():
+        dispatch.refuse("keys", "a contiguous table is needed; copying it here would cost its size")
+    if E < 1:
+        dispatch.refuse("E", f"at least 1 is needed, not {E}")
+    if keys.shape[0] % E != 0:
+        dispatch.refuse("E", f"{E} does not divide the {keys.shape[0]} rows of keys")
+    if not keys.shape[0]:
+        dispatch.refuse("keys", "has no rows")
+    if K < 1:
+        dispatch.refuse("K", f"at least 1 is needed, not {K}")
+    if experts.shape[0] != x.shape[0]:
+        dispatch.refuse("experts", f"{experts.shape[0]} rows for {x.shape[0]} tokens")
+    if not (1 <= experts.shape[1] <= E):
+        dispatch.refuse("experts", f"1 to E = {E} columns are needed, not {experts.shape[1]}")
     if factors is not None:
         dispatch.require_matrix(factors, "factors", dispatch.FLOATS, columns=experts.shape[1])
-        dispatch.require(factors.shape[0] == x.shape[0], "factors", f"{factors.shape[0]} rows for {x.shape[0]} tokens")
+        if factors.shape[0] != x.shape[0]:
+            dispatch.refuse("factors", f"{factors.shape[0]} rows for {x.shape[0]} tokens")
         factors = factors.detach()
     dispatch.require_same_device(experts=experts, x=x, keys=keys, factors=factors)
-    return _op(x.detach(), keys.detach(), experts, factors, K, E, by_neuron, impl)
+    run = _run if dispatch.at_once(x) else _op
+    return run(x.detach(), keys.detach(), experts, factors, K, E, by_neuron, impl)

@@ -1,4 +1,4 @@
-"""`router_topk` and `expert_topk` in host memory, by a small C++ library; without a compiler torch does their work.
+"""`router_topk`, `expert_topk` and `row_union` in host memory, by a small C++ library, or else by torch.
 
 The torch path of `expert_topk` makes a product of two small matrices an expert, each with a copy of its keys in fp32
 and of its tokens. The library reads each key once, in its own dtype, and multiplies while it is in the cache. It picks
@@ -18,10 +18,11 @@ from torch import Tensor
 from ..runtime import dispatch
 from ..runtime.host_threads import host_threads
 
-__all__ = ["expert_topk", "handles", "native_library", "router_topk"]
+__all__ = ["expert_topk", "handles", "native_library", "router_topk", "row_union"]
 
-_VERSION = 1  # of the library's arguments
+_VERSION = 2  # of the library's arguments
 _FEW = 64  # tokens of a product of all keys
+_ALONE = 1 << 18  # as in the library
 _KEY_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -40,7 +41,14 @@ def native_library() -> ctypes.CDLL | None:
     library.host_expert_topk.restype = None
     library.host_router_topk.argtypes = [p, i, i, i, p, c]
     library.host_router_topk.restype = None
+    library.host_row_union.argtypes = [p, i, i, i, i, i, p, p, p, p]
+    library.host_row_union.restype = i
     return library
+
+
+def _threads(products: int) -> int:
+    """Threads for so many products; of few the library would use one in any case, and asking takes as long."""
+    return host_threads() if products >= _ALONE else 1
 
 
 def handles(x: Tensor, keys: Tensor, experts: Tensor, E: int) -> bool:
@@ -61,7 +69,7 @@ def router_topk(logits: Tensor, P: int) -> Tensor | None:
         return None
     logits, (T, E) = logits.contiguous(), logits.shape
     experts = logits.new_empty(T, P, dtype=torch.int32)
-    library.host_router_topk(logits.data_ptr(), T, E, P, experts.data_ptr(), host_threads())
+    library.host_router_topk(logits.data_ptr(), T, E, P, experts.data_ptr(), _threads(T * E))
     return experts
 
 
@@ -88,3 +96,20 @@ def expert_topk(
         *outputs, level, host_threads(),
     )  # fmt: skip
     return ids, scores, dots
+
+
+def row_union(
+    ids: Tensor, load: Tensor | None, r: int, start: int, capacity: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """The op `row_union_window` without a mask; None where the library is not there or does not take the ids."""
+    library = native_library() if ids.is_cpu and ids.dtype == torch.int32 else None
+    if library is None:
+        return None
+    ids = ids.contiguous()
+    rows, position, places = ids.new_empty(capacity), ids.new_empty(ids.shape), ids.new_empty(r)
+    counts, each = (None, 1) if load is None else (load.data_ptr(), r // len(load))
+    count = library.host_row_union(
+        ids.data_ptr(), ids.numel(), r, each, start, capacity, counts,
+        places.data_ptr(), rows.data_ptr(), position.data_ptr(),
+    )  # fmt: skip
+    return rows, ids.new_tensor([count]), ids.new_tensor([int(count - start > capacity)]), position

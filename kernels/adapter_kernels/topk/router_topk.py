@@ -25,17 +25,20 @@ from ..runtime import dispatch
 from . import host_topk, router_topk_torch, router_topk_triton
 
 
-@torch.library.custom_op("adapter_kernels::router_topk", mutates_args=())
-def _op(logits: Tensor, P: int, impl: str | None) -> tuple[Tensor, Tensor]:
+def _run(logits: Tensor, P: int, impl: str | None) -> tuple[Tensor, Tensor]:
     if dispatch.debug():
         broken = logits.isnan().any(1).nonzero().flatten().tolist()
-        dispatch.require(not broken, "logits", f"NaN at {len(broken)} tokens, the first of them {broken[:1]}")
+        if broken:
+            dispatch.refuse("logits", f"NaN at {len(broken)} tokens, the first of them {broken[:1]}")
     if dispatch.use_triton(impl, logits.device, router_topk_triton.unsupported(logits, P)):
         return router_topk_triton.select(logits, P)
     experts = host_topk.router_topk(logits, P) if impl is None else None
     if experts is None:
         return router_topk_torch.select(logits, P)
     return logits.gather(1, experts.to(torch.int64)), experts
+
+
+_op = torch.library.custom_op("adapter_kernels::router_topk", mutates_args=())(_run)
 
 
 @_op.register_fake
@@ -78,7 +81,9 @@ def router_topk(logits: Tensor, P: int, *, impl: str | None = None) -> tuple[Ten
     """
     dispatch.require_matrix(logits, "logits", dispatch.FLOATS)
     E = logits.shape[1]
-    dispatch.require(E >= 1, "logits", "has no columns")
-    dispatch.require(1 <= P <= E, "P", f"1 to {E} is needed, not {P}")
-    picked, experts = _op(logits, P, impl)
+    if E < 1:
+        dispatch.refuse("logits", "has no columns")
+    if not (1 <= P <= E):
+        dispatch.refuse("P", f"1 to {E} is needed, not {P}")
+    picked, experts = (_run if dispatch.at_once(logits) else _op)(logits, P, impl)
     return experts, picked

@@ -37,7 +37,8 @@ class InPlace(Strategy):
         return PendingSelection(lambda: selection, None)
 
     def gather(self, layer: LayerRows, selection: Selection, made: StreamEvent | None = None) -> GatheredRows:
-        assert selection.neurons is not None and selection.dots is not None
+        assert selection.neurons is not None
+        assert selection.dots is not None
         rows, dtype = selection.host_rows, selection.dots.dtype
         with layer.keys.reading(in_place=True) as keys, layer.values.reading(rows, in_place=True) as values:
             if keys.dtype == values.dtype == dtype:

@@ -28,27 +28,26 @@ class Stream(Strategy):
         super().__init__(streams, layers)
         self._keys = KeyBuffers(streams, layers)
         self._host = Host(streams, layers)
+        config = layers[0].config
+        # Fewer tokens, as in decoding, use fewer keys than there are: then the host picks.
+        self._least = -(-config.experts // config.probed)
 
     def begin_pass(self) -> None:
         self._keys.prefetch(self.layers[0])
 
     def prefetch_next(self, layer: LayerRows, tokens: int) -> None:
-        if self._streams(layer, tokens) and layer.number + 1 < len(self.layers):
+        if tokens >= self._least and layer.number + 1 < len(self.layers):
             self._keys.prefetch(self.layers[layer.number + 1])
 
-    def _streams(self, layer: LayerRows, tokens: int) -> bool:
-        """Few tokens, as in decoding, probe fewer neurons than there are: then the host picks."""
-        return tokens * layer.config.probed >= layer.config.experts
-
     def select(self, layer: LayerRows, x: Tensor, logits: Tensor) -> PendingSelection:
-        if not self._streams(layer, len(x)):
+        if len(x) < self._least:
             return self._host.select(layer, x, logits)
         pending = self._select_on_device(layer, x, logits, self._keys.take(layer))
         self._keys.done(layer)  # if the pass goes no further
         return pending
 
     def gather(self, layer: LayerRows, selection: Selection, made: StreamEvent | None = None) -> GatheredRows:
-        if made is None or not self._streams(layer, len(selection.inverse)):
+        if made is None or len(selection.inverse) < self._least:
             return self._host.gather(layer, selection, made)
         (values,), arrival = gather(self.streams, layer, [layer.values], selection, made)
         keys = self._keys.take(layer).index_select(0, selection.rows)
