@@ -110,5 +110,5 @@ def has_cuda_context(device: int) -> bool:
 
 
 def is_profiling() -> bool:
-    """Whether a profiler of torch (NVTX ranges too) is at work in this thread."""
-    return torch.autograd._profiler_enabled()
+    """Whether a profiler of torch is at work, NVTX ranges too."""
+    return torch.autograd.profiler._is_profiler_enabled

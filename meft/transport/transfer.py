@@ -23,9 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Traffic:
-    """Counters of one layer since it was made.
-
-    Where the model runs on the CPU, nothing has to move; then the counters say what would.
+    """Counters of one layer since it was made; nothing crosses where a model on the CPU reads its rows in place.
 
     Attributes:
         forwards: forward passes that retrieved rows, recomputations included.

@@ -12,6 +12,7 @@ from thread_streams import ThreadStreams
 
 import meft.gradient.accumulator
 from meft import RowAdamW
+from meft.retrieval.types import PendingForward, Selection
 from meft.table.moments import Moments
 
 EACH = [(strategy, rows) for strategy in STRATEGIES for rows in ROWS]
@@ -332,10 +333,11 @@ def test_a_first_gradient_without_rows_makes_no_tiny_slots(tiny):
     engine = ours.base_model.engines["default"]
     assert [ring.capacity for ring in engine._rings.values()] == [tiny.R]
     rows = torch.arange(3)
-    begun = type("PendingForward", (), {"layer": engine.layers[0], "picks": type("Picks", (), {"host_rows": rows})})
+    selection = Selection(rows.int(), rows[:, None].int(), rows)
+    pending = PendingForward(engine.layers[0], selection, None, (0, 0), False)
     for dtype in (torch.bfloat16, torch.float32):
         gradient = torch.full((3, tiny.WIDTH), 1.01, dtype=dtype)
-        assert torch.equal(engine.send_back(begun, 0, gradient).row_values, gradient.to(torch.float64))
+        assert torch.equal(engine.send_back(pending, 0, gradient).row_values, gradient.to(torch.float64))
 
 
 # ---------------------------------------------------------------------- dtypes

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...routing.topk import select_neurons
+from ...routing import topk
 from ...table.layer_rows import LayerRows
 from ...transport.staging import Coming, Slot
 from ...transport.streams import DeviceStreams, StreamEvent
@@ -85,7 +85,7 @@ class Strategy(ABC):
         if keys.is_cuda and keys.dtype != x.dtype:
             # The kernel multiplies one dtype; the torch path would launch some products an expert and wait for counts.
             keys = keys.to(x.dtype)
-        ids, _ = select_neurons(x, logits, keys, layer.config)
+        ids, _ = topk.select_neurons(x, logits, keys, layer.config)
         rows, count, inverse = union_of(ids, layer)
         copied = [count, rows] if layer.config.on_host else [count]
         coming = Coming(self.streams, copied, self._slots)

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...routing.topk import select_neurons
+from ...routing import topk
 from ...table.layer_rows import LayerRows
 from ...transport.staging import Coming, Slot
 from ...transport.streams import DeviceStreams, StreamEvent
@@ -82,6 +82,6 @@ class Host(Strategy):
 
 @torch.no_grad()
 def _selected(layer: LayerRows, keys: Tensor, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    ids, _ = select_neurons(x, logits, keys, layer.config)
+    ids, _ = topk.select_neurons(x, logits, keys, layer.config)
     rows, count, inverse = union_of(ids, layer)
     return rows[: int(count)], inverse

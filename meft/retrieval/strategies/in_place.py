@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...routing.topk import select_neurons
+from ...routing import topk
 from ...table.layer_rows import LayerRows
 from ...transport.streams import StreamEvent
 from ..costs import AdapterShape, Flow, Work
@@ -30,7 +30,7 @@ class InPlace(Strategy):
 
     def select(self, layer: LayerRows, x: Tensor, logits: Tensor) -> PendingSelection:
         with layer.keys.reading(in_place=True) as keys:
-            neurons, dots = select_neurons(x, logits, keys, layer.config)
+            neurons, dots = topk.select_neurons(x, logits, keys, layer.config)
         rows, count, inverse = union_of(neurons, layer)
         rows = rows[: int(count)]
         selection = Selection(rows, inverse, rows.to(torch.int64), neurons=neurons, dots=dots)

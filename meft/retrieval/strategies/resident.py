@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...routing.topk import select_neurons
+from ...routing import topk
 from ...table.layer_rows import LayerRows
 from ...transport.streams import StreamEvent
 from ..costs import AdapterShape, Flow, Work
@@ -34,7 +34,7 @@ class Resident(Strategy):
                 return self._select_on_device(layer, x, logits, keys)
             # A graph has fixed sizes and does not wait: all rows stand for the union.
             rows = torch.arange(layer.config.r, device=x.device)
-            selection = Selection(rows.to(torch.int32), select_neurons(x, logits, keys, layer.config)[0], rows)
+            selection = Selection(rows.to(torch.int32), topk.select_neurons(x, logits, keys, layer.config)[0], rows)
             return PendingSelection(lambda: selection, None)
 
     def gather(self, layer: LayerRows, selection: Selection, made: StreamEvent | None = None) -> GatheredRows:
