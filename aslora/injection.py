@@ -1,4 +1,4 @@
-"""One injection of an adapter: wraps layers, checks the names that were asked for, and builds the shared tensors."""
+"""One injection of an adapter: checks names, wraps layers and builds the shared tensors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ _ADDED_BY_PEFT = {"classifier", "score", "qa_outputs"}
 
 
 def check_names(injection: Injection, model: nn.Module, config: ASLoRAConfig) -> None:
-    """PEFT is content if one of the names matches; a name without a match is most likely misspelt."""
+    """Check that each name matches a module; PEFT accepts a list if one of its names does.
+
+    Raises:
+        ValueError: a name in target_modules or modules_to_save matches nothing.
+    """
     paths = [path for path, _ in injection.layers]
     excluded = [
         path
@@ -92,7 +96,7 @@ def _build_group(
 
 
 def _device_of_values(model: nn.Module, layer: Linear) -> torch.device:
-    """Where a layer's A and B are made: beside its weight, or on the CPU if that is on disk or brought by a hook."""
+    """The device for a layer's A and B: its weight's, or the CPU if that is on disk or loaded by a hook."""
     device, _ = layer.device_and_dtype()
     # PEFT has taken the hooks of a model with parts on disk away by now.
     on_disk = "disk" in (getattr(model, "hf_device_map", None) or {}).values()

@@ -19,7 +19,7 @@ from .sharing.shared_tensors import SharedA, SharedB
 
 
 class ASLoRALayer(BaseTunerLayer):
-    """What a layer knows of its adapters: references to the tuner's A and B, and its own place in B."""
+    """A layer's references to the tuner's A and B, and its position in B."""
 
     aslora_A: nn.ModuleDict
     aslora_B: nn.ModuleDict
@@ -49,7 +49,7 @@ class ASLoRALayer(BaseTunerLayer):
         self.kwargs = kwargs
 
     def update_layer(self, adapter_name: str, config: ASLoRAConfig) -> None:
-        """Prepare the layer for an adapter; `attach` then brings its tensors."""
+        """Prepare the layer for an adapter; `attach` then gives it the tensors."""
         self.r[adapter_name] = config.r
         self.lora_alpha[adapter_name] = config.lora_alpha
         self.scaling[adapter_name] = config.scaling
@@ -92,7 +92,7 @@ class ASLoRALayer(BaseTunerLayer):
 
     def factors(self, adapter_name: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """A [r, in_features] and this layer's B [out_features, r], on `device` (None: where A is)."""
-        # Called as modules, so that hooks which bring the tensors of called modules bring these too.
+        # Called as modules, so that accelerate's hooks load offloaded tensors.
         A: Tensor = self.aslora_A[adapter_name]()
         B: Tensor = self.aslora_B[adapter_name](self.position[adapter_name])
         device = device or A.device

@@ -1,4 +1,4 @@
-"""The tuner: injects layers, owns the shared tensors, follows optimizer steps, and lays adapters out for saving."""
+"""The tuner: injects layers, owns the shared tensors, follows optimizer steps, saves and loads adapters."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class ASLoRAModel(MethodTuner):
         return self.run.watched_parameters()
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        # PEFT comes here when all layers are wrapped and nothing else is: what fails now can be taken back whole.
+        # PEFT calls this once all layers are wrapped, and before anything else: an error here can be rolled back.
         injection = self.injection
         config = self.configs[injection.adapter_name]
         check_names(injection, model, config)
@@ -170,7 +170,7 @@ class ASLoRAModel(MethodTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Bring `adapter_names` (one name a sample, `__base__` for none) to the layers, for inference."""
+        """Pass `adapter_names` (one name per sample, `__base__` for none) to the layers, for inference."""
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield

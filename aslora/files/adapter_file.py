@@ -17,10 +17,10 @@ from .keys import A_PREFIX, B_PREFIX, BUFFERS, DIGEST, b_groups, in_memory, key_
 
 
 def compact(tensors: dict[str, Tensor], layers: Mapping[str, list[int]], config: ASLoRAConfig) -> dict[str, Tensor]:
-    """From memory's layout to the file's: of rows that share one, and no averages that no merge waits for.
+    """From memory's layout to the file's: each shared row once, and averages only while merges are pending.
 
-    The rows themselves say which of them share: a map that they do not bear out is replaced, and where there is no map
-    (the tensors are parameters only) it is found.
+    The values of the rows decide which of them share: a recorded map that contradicts them is replaced, and a missing
+    one (the tensors are parameters only) is derived from them.
 
     Args:
         tensors: one adapter's tensors under the keys of a file.

@@ -18,7 +18,7 @@ class HostValues:
         self._known: tuple[Tensor, list[int]] | None = None  # a copy on the device, and its values
 
     def read(self, buffer: Tensor) -> list[int]:
-        """The values, as far as nobody else has written them (see `differ`)."""
+        """The values, unless they were written from outside (see `differ`)."""
         if on_host(buffer):
             return list(buffer.tolist())
         if self._known is None:
@@ -36,7 +36,7 @@ class HostValues:
         self._known = None
 
     def differ(self, buffer: Tensor) -> bool | Tensor:
-        """Whether somebody else has written the buffer: on a device as a tensor, without waiting."""
+        """Whether the buffer was written from outside: on a device as a tensor, without waiting."""
         if self._known is None or on_host(buffer):
             return False
         copy = self._known[0]

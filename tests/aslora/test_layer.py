@@ -187,7 +187,7 @@ def test_property_3_gradcheck():
 def by_indexing(monkeypatch, tiny, model):
     """Let the layers index the stack, as one would write it first."""
     for B in tiny.groups(model).values():
-        monkeypatch.setattr(B, "of_layer", lambda position, B=B: B.stacked_B[B.sharing_map[position]])
+        monkeypatch.setattr(B, "forward", lambda position, B=B: B.stacked_B[B.sharing_map[position]])
 
 
 def several_forwards(tiny, model):
