@@ -95,26 +95,15 @@ class MEFTModel(MethodTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         require_memory_for(peft_config, model)  # type: ignore[arg-type]
 
-    def _create_and_replace(  # type: ignore[override]
-        self,
-        config: MEFTConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **optional_kwargs: Any,
-    ) -> None:
+    def wrap(self, target: nn.Module, path: str, parent: nn.Module, adapter_name: str, config: MEFTConfig) -> MEFTLayer:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        check_ffn(base, current_key, parent, self.model)
-        if isinstance(target, MEFTLayer):
-            layer = target
-        else:
+        check_ffn(base, path, parent, self.model)
+        layer = target
+        if not isinstance(layer, MEFTLayer):
             layer = MEFTLayer(target, ffn_width(base, self.model))
             layer.train(target.training)
-            self._replace_module(parent, target_name, layer, target)
-        self.injection.layers.append((current_key, layer))
         layer.update_layer(adapter_name, config)
+        return layer
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # The inherited one looks for a weight, which an FFN module has not.
