@@ -24,10 +24,6 @@ CPU = torch.device("cpu")
 SIZE = {"layers": 1, "tokens": 20, "steps": 1}
 # Who asks whether tensors are on a CUDA device.
 THERE = ("meft.retrieval.strategies.base", "meft.retrieval.strategies.resident", "meft.transport.transfer")
-    "meft.retrieval.strategies.base",
-    "meft.retrieval.strategies.resident",
-    "meft.transport.transfer",
-)  # who asks whether tensors are on a CUDA device
 ON_DEVICE = {"sparse_ffn", "row_union", "router_topk", "expert_topk"}
 
 
