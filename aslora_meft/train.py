@@ -21,9 +21,10 @@ from transformers import (
 from aslora_meft.adapter import add_adapter, load_model, load_tokenizer
 from aslora_meft.arguments import TrainArguments, TrainerArguments
 from aslora_meft.checkpoints import checkpoint_to_resume, set_aside
+from aslora_meft.data.samples import IGNORED, load_samples
 from aslora_meft.errors import UsageError, as_usage_error
-from aslora_meft.evaluation import token_metrics, token_sums
-from aslora_meft.samples import IGNORED, load_samples
+from aslora_meft.evaluate import token_metrics, token_sums
+from aslora_meft.summary import merge_lines, merges, metrics_table, shares
 from peft_bridge import replace_file
 
 
@@ -46,15 +47,15 @@ class MergeEvents(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave out the merges that a resumed checkpoint brings along."""
-        self._seen = len(_merges(kwargs["model"]))
+        self._seen = len(merges(kwargs["model"]))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the merges of this step."""
-        merges = _merges(kwargs["model"])
+        found = merges(kwargs["model"])
         if state.is_world_process_zero:
-            for line in _told(merges[self._seen :]):
+            for line in merge_lines(found[self._seen :]):
                 tqdm.write(line)
-        self._seen = len(merges)
+        self._seen = len(found)
 
 
 def train(arguments: TrainArguments) -> TrainResult:
@@ -88,7 +89,7 @@ def train(arguments: TrainArguments) -> TrainResult:
             processing_class=tokenizer,
             compute_metrics=token_metrics,
             preprocess_logits_for_metrics=token_sums,
-            callbacks=[MergeEvents()] if _shares(model) else None,
+            callbacks=[MergeEvents()] if shares(model) else None,
         )
     before = _metrics(trainer)
     if trainer.is_world_process_zero():
@@ -98,20 +99,20 @@ def train(arguments: TrainArguments) -> TrainResult:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     after = _metrics(trainer)
     tuner: Any = model.base_model
-    if _shares(model):
+    if shares(model):
         tuner.finish_sharing()
     trainer.save_model()
     if trainer.is_world_process_zero():
         results: dict[str, Any] = {"before": before, "after": after}
-        print("\n" + _table(before, after))
-        if _shares(model):
+        print("\n" + metrics_table(before, after))
+        if shares(model):
             report = tuner.sharing_report()
             results["sharing"] = report.to_dict()
             print(f"\n{report}")
         if hasattr(tuner, "transfer_report"):
             transfers = tuner.transfer_report()
             results["transfers"] = transfers.to_dict()
-            print(f"\n{_transfers(transfers)}")
+            print(f"\n{transfers}")
         replace_file(Path(args.output_dir, "results.json"), (json.dumps(results, indent=2) + "\n").encode())
         print(f"\nAdapter and tokenizer: {Path(args.output_dir).resolve()}")
     return TrainResult(model, tokenizer, before, after)
@@ -149,57 +150,3 @@ def _metrics(trainer: Trainer) -> dict[str, float]:
     names = ("loss", "perplexity", "accuracy", "tokens")
     metrics = trainer.evaluate()
     return {name: metrics[f"eval_{name}"] for name in names}
-
-
-def _table(before: dict[str, float], after: dict[str, float]) -> str:
-    rows = [("held out", "before", "after")]
-    rows += [(name, f"{before[name]:.4g}", f"{after[name]:.4g}") for name in ("loss", "perplexity")]
-    rows += [("token accuracy", f"{before['accuracy']:.1%}", f"{after['accuracy']:.1%}")]
-    lines = [f"{name:<16}{left:>10}{right:>10}" for name, left, right in rows]
-    return "\n".join([*lines, f"({before['tokens']:,} tokens)"])
-
-
-def _transfers(report: Any) -> str:
-    """What a MEFT run moved: nothing where rows were read in place, whatever the counters say would have moved."""
-    if report.strategy is not None:
-        return str(report)
-    lines = [
-        ("retrieval", "in place"),
-        ("host to device", "0 MiB"),
-        ("device to host", "0 MiB"),
-        ("neurons used a pass and layer, |U| / r", f"{report.union_share:.3f}"),
-        ("busiest expert's load / even load", f"{report.busiest_expert_share:.2f}"),
-        ("experts never used", f"{report.idle_expert_share:.1%}"),
-    ]
-    to_device, to_host = (report.totals()[name] / 2**20 for name in ("bytes_to_device", "bytes_to_host"))
-    note = (
-        "(The model is on the CPU, where nothing crosses. To a GPU, retrieval=host would have brought "
-        f"{to_device:,.1f} MiB, and {to_host:,.1f} MiB back.)"
-    )
-    return "\n".join([*(f"{name:<40}{value:>16}" for name, value in lines), note])
-
-
-def _shares(model: PeftModel) -> bool:
-    return hasattr(model.base_model, "sharing_report")
-
-
-def _merges(model: PeftModel) -> list[dict[str, Any]]:
-    tuner: Any = model.base_model
-    return tuner.sharing_report().to_dict()["merges"]
-
-
-def _told(merges: list[dict[str, Any]]) -> list[str]:
-    """One line for the merges of a projection: layers that now take the B of others."""
-    lines = []
-    for projection in dict.fromkeys(merge["projection"] for merge in merges):
-        events = [merge for merge in merges if merge["projection"] == projection]
-        pairs = ", ".join(f"{_listed(merge['lower'])} -> {_listed(merge['upper'])}" for merge in events)
-        distance = max(merge["distance"] for merge in events)
-        lines.append(f"step {events[-1]['step']}: {projection} merges layers {pairs} (distance up to {distance:.3g})")
-    return lines
-
-
-def _listed(layers: list[int]) -> str:
-    if len(layers) > 3:
-        return f"{layers[0]}+..+{layers[-1]} ({len(layers)} layers)"
-    return "+".join(map(str, layers))

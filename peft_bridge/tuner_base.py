@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from .adapter_file import AdapterFile
 from .config_base import MethodConfig
+from .optimizer_steps import StepListener, watch_steps
 from .peft_private import adapters_of, is_key_under_prefixes, tuner_state_dict_key_prefixes
-from .steps import StepListener, watch_steps
-from .trainer import RunListener, watch_runs
+from .trainer_runs import RunListener, watch_runs
 
 
 @dataclass

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 class Traffic:
     """Counters of one layer since it was made.
 
-    Where the model runs on the CPU, nothing has to move; then the counters say what would.
+    Bytes are those that crossed: none where rows are read in place. `aslora-meft estimate` says what a GPU would move.
 
     Attributes:
         forwards: forward passes that retrieved rows, recomputations included.

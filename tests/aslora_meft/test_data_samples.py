@@ -5,8 +5,8 @@ import pytest
 from tokenizers import processors
 
 from aslora_meft.arguments import DataArguments
+from aslora_meft.data.samples import IGNORED, encode_rows, load_samples, split
 from aslora_meft.errors import UsageError
-from aslora_meft.samples import IGNORED, encode_rows, load_samples, split
 
 BOS, EOS = 0, 1
 

@@ -9,8 +9,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from aslora_meft.arguments import DataArguments
+from aslora_meft.data.files import Row, read_rows
 from aslora_meft.errors import UsageError
-from aslora_meft.rows import Row, read_rows
 
 logger = logging.getLogger(__name__)
 IGNORED = -100  # a label that torch's cross entropy leaves out

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from peft_bridge import files, folder_replaced_at_once, replace_file
+from peft_bridge import atomic_files, folder_replaced_at_once, replace_file
 
 SIZE = 3_000_000
 
@@ -35,7 +35,7 @@ for i in itertools.count():
 
 def killed(target, way, after):
     """Run the child, and kill it `after` seconds from its first version on."""
-    command = [sys.executable, "-c", CHILD, files.__file__, str(target), way, str(SIZE)]
+    command = [sys.executable, "-c", CHILD, atomic_files.__file__, str(target), way, str(SIZE)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
         assert child.stdout.readline() == b"go\n"
         time.sleep(after)

@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
+from aslora_meft.data.files import read_rows
 from aslora_meft.errors import UsageError
-from aslora_meft.rows import read_rows
 
 
 def read(source):
