@@ -48,7 +48,7 @@ bench-kernels: $(INSTALLED) ## measure the kernels on a CUDA GPU, into benchmark
 
 DOCS_INSTALLED := $(VENV)/.docs-installed
 .PHONY: docs
-docs: $(DOCS_INSTALLED) ## build the documentation into build/site; a warning is an error (half a minute)
+docs: $(DOCS_INSTALLED) ## build the documentation into build/site; a warning is an error (half a minute, and the set-up)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 $(DOCS_INSTALLED): $(INSTALLED)
