@@ -165,8 +165,8 @@ class MethodTuner(BaseTuner, RunListener):
         if cls.file is None:
             return load(model, config, adapter_name, state_dict)
         prefixes = tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
-        there = {key: value for key, value in model.state_dict().items() if is_key_under_prefixes(key, prefixes)}
-        wanted = {key: value.shape for key, value in cls._under_file_keys(there, adapter_name).items()}
+        current = {key: value for key, value in model.state_dict().items() if is_key_under_prefixes(key, prefixes)}
+        wanted = {key: value.shape for key, value in cls._under_file_keys(current, adapter_name).items()}
         own = cls.file.own_tensors(config, state_dict, wanted)
         others = {key: value for key, value in state_dict.items() if not cls.file.owns(key)}
         return load(model, config, adapter_name, own | others)
