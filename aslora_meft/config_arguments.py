@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
@@ -13,6 +12,7 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 from aslora import ASLoRAConfig
 from aslora_meft.errors import UsageError, as_usage_error
+from aslora_meft.text import parse_json
 from meft import MEFTConfig
 
 METHODS: dict[str, type[PeftConfig]] = {"aslora": ASLoRAConfig, "meft": MEFTConfig, "lora": LoraConfig}
@@ -85,7 +85,7 @@ def make_config(method: str, words: Mapping[str, str | list[str]]) -> PeftConfig
         UsageError: a field that the method does not have, or a value that it does not allow.
     """
     fields = read_fields(method, words, METHODS)
-    with as_usage_error(ValueError, TypeError, ImportError):
+    with as_usage_error(ValueError, TypeError, ImportError, OverflowError, RecursionError):
         config: Any = METHODS[method](task_type="CAUSAL_LM", **fields)
     if method == "lora":  # its config checks nothing
         if config.r < 1:
@@ -130,8 +130,7 @@ def _is_pattern(word: str) -> bool:
 
 
 def _read_json(name: str, word: str, kinds: Sequence[Any]) -> Any:
-    with as_usage_error(ValueError, RecursionError, prefix=f"{name}={word!r} is not valid JSON: "):
-        value = json.loads(word)
+    value = parse_json(word, f"{name}={word!r}")
     mappings = [kind for kind in kinds if get_origin(kind) is not list]
     wanted = [dict] * bool(mappings) + [list] * (len(mappings) < len(kinds))
     if not isinstance(value, tuple(wanted)):

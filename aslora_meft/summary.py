@@ -3,6 +3,43 @@
 from typing import Any
 
 from peft import PeftModel
+from transformers import TrainingArguments
+
+from aslora_meft.data.samples import IGNORED, Samples
+
+
+def run_header(model: PeftModel, args: TrainingArguments, samples: Samples) -> str:
+    """What a run is about to do: on what, with which data, and which values it trains."""
+    first = next(p for p in model.get_base_model().parameters() if p.is_floating_point() or p.ndim)
+    dtype = "NF4" if getattr(model.get_base_model(), "is_loaded_in_4bit", False) else str(first.dtype).split(".")[-1]
+    lines = [("device", f"{args.device}, base weights in {dtype}")]
+    for name, part in (("train", samples.train), ("held out", samples.held_out)):
+        tokens = sum(len(sample["input_ids"]) for sample in part)
+        learnt = sum(label != IGNORED for sample in part for label in sample["labels"])
+        lines.append((name, f"{len(part):,} samples, {tokens:,} tokens, {learnt:,} of them learnt"))
+    for source in samples.sources:
+        lines.append(("columns", f"{source.where}: {source.format}"))
+        lines += [("note", note) for note in source.notes]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.get_base_model().parameters())
+    lines.append(("trained", f"{trained:,} values beside {total - trained:,} frozen ones"))
+    if shares(model):
+        lines += [("merges", line) for line in merge_plan(model)]
+    return "\n".join(f"{name:<10}{text}" for name, text in lines)
+
+
+def merge_plan(model: PeftModel) -> list[str]:
+    """How many layers of each projection are to share one B in the end."""
+    tuner: Any = model.base_model
+    report = tuner.sharing_report().to_dict()
+    plans: dict[str, list[str]] = {}
+    for projection in report["projections"]:
+        layers = sum(projection["group_sizes"])
+        plan = f"{layers} layers, {projection['merges_planned']} merges planned"
+        plans.setdefault(plan, []).append(projection["projection"].rpartition(".")[2])
+    counts = report["trainable_values"]
+    lines = [f"{', '.join(names)}: {plan}" for plan, names in plans.items()]
+    return [*lines, f"{counts['start']:,} values at the start, {counts['end']:,} after the last planned merge"]
 
 
 def metrics_table(before: dict[str, float], after: dict[str, float]) -> str:

@@ -9,6 +9,7 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import (
     DataCollatorForSeq2Seq,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -21,10 +22,13 @@ from transformers import (
 from aslora_meft.adapter import add_adapter, load_model, load_tokenizer
 from aslora_meft.arguments import TrainArguments, TrainerArguments
 from aslora_meft.checkpoints import checkpoint_to_resume, set_aside
-from aslora_meft.data.samples import IGNORED, load_samples
+from aslora_meft.checks import check_optimizer, check_output
+from aslora_meft.data.samples import IGNORED, Samples, load_samples
 from aslora_meft.errors import UsageError, as_usage_error
 from aslora_meft.evaluate import token_metrics, token_sums
-from aslora_meft.summary import merge_lines, merges, metrics_table, shares
+from aslora_meft.interrupt import Interrupted, StopAtStep
+from aslora_meft.summary import merge_lines, merges, metrics_table, run_header, shares
+from aslora_meft.text import parse_json
 from peft_bridge import replace_file
 
 
@@ -67,36 +71,45 @@ def train(arguments: TrainArguments) -> TrainResult:
         UsageError: bad input, in one sentence.
     """
     args = arguments.trainer
+    check_optimizer(args)
     checkpoint, passed = _check_folders(args, arguments.adapter)
-    tokenizer = load_tokenizer(arguments.model.model)
-    train_samples, eval_samples = load_samples(arguments.data, tokenizer, args.seed)
+    tokenizer = load_tokenizer(arguments.model)
+    samples = load_samples(arguments.data, tokenizer, args.seed)
     base = load_model(arguments.model, args.device)
-    longest = getattr(base.config, "max_position_embeddings", None)
-    if longest is not None and arguments.data.max_length > longest:
-        raise UsageError(
-            f"max_length={arguments.data.max_length} is more than the model's {longest}; give at most that"
-        )
+    _check_tokens(base, tokenizer, samples, arguments.data.max_length)
     set_seed(args.seed)  # the adapter's first values
     model = add_adapter(base, arguments.adapter, gradient_checkpointing=bool(args.gradient_checkpointing))
 
-    with as_usage_error(ValueError):  # what TrainingArguments leaves to the Trainer to check
+    stop = StopAtStep()
+    with as_usage_error(ValueError, ImportError, TypeError):  # what TrainingArguments leaves to the Trainer to check
         trainer = Trainer(
             model=model,
             args=args,
-            train_dataset=train_samples,  # type: ignore[arg-type]  # a list will do
-            eval_dataset=eval_samples,  # type: ignore[arg-type]
+            train_dataset=samples.train,  # type: ignore[arg-type]  # a list will do
+            eval_dataset=samples.held_out,  # type: ignore[arg-type]
             data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
             processing_class=tokenizer,
             compute_metrics=token_metrics,
             preprocess_logits_for_metrics=token_sums,
-            callbacks=[MergeEvents()] if shares(model) else None,
+            callbacks=[stop, MergeEvents()] if shares(model) else [stop],
         )
+        trainer.get_train_dataloader()
+    if trainer.is_world_process_zero():
+        print(run_header(model, args, samples), flush=True)
     before = _metrics(trainer)
     if trainer.is_world_process_zero():
         for torn, why in passed.items():
             aside = set_aside(torn)
             warnings.warn(f"'{torn}' is not whole ({why}): it is now '{aside}', the run goes on from '{checkpoint}'.")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    finally:
+        stop.give_back()
+    if stop.step is not None:
+        raise Interrupted(
+            f"stopped after step {stop.step}, which {args.output_dir}/checkpoint-{stop.step} holds; to go on, run the "
+            "same command with --resume_from_checkpoint last"
+        )
     after = _metrics(trainer)
     tuner: Any = model.base_model
     if shares(model):
@@ -120,9 +133,7 @@ def train(arguments: TrainArguments) -> TrainResult:
 
 def _check_folders(args: TrainerArguments, config: Any) -> tuple[Path | None, dict[Path, str]]:
     """Returns the checkpoint to resume from, and newer ones that are not whole, with the reasons."""
-    output = Path(args.output_dir)
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"output_dir={args.output_dir!r} is a file; name a new or empty folder")
+    output = check_output("output_dir", args.output_dir)
     if args.resume_from_checkpoint is None:
         if output.is_dir() and any(output.iterdir()):
             raise UsageError(
@@ -131,7 +142,7 @@ def _check_folders(args: TrainerArguments, config: Any) -> tuple[Path | None, di
             )
         return None, {}
     checkpoint, passed = checkpoint_to_resume(args.resume_from_checkpoint, output)
-    saved = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
+    saved = parse_json((checkpoint / "adapter_config.json").read_text(encoding="utf-8"), str(checkpoint))
     wanted: dict[str, Any] = {"method": config.peft_type.lower()}
     there: dict[str, Any] = {"method": str(saved.get("peft_type")).lower()}
     for name in ("r", "lora_alpha", "use_rslora", "share_a", "num_experts", "experts_per_token", "top_k"):
@@ -144,6 +155,27 @@ def _check_folders(args: TrainerArguments, config: Any) -> tuple[Path | None, di
         if value != there[name]:
             raise UsageError(f"{name}={value} differs from the checkpoint's {name}={there[name]}; resume with that")
     return checkpoint, passed
+
+
+def _check_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples, max_length: int
+) -> None:
+    """Check that the model has a place for each position and an embedding for each token.
+
+    Raises:
+        UsageError: it has not.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and max_length > longest:
+        raise UsageError(f"max_length={max_length} is more than the model's {longest}; give at most that")
+    embeddings: Any = model.get_input_embeddings()
+    known = len(embeddings.weight)
+    highest = max(max(sample["input_ids"]) for sample in (*samples.train, *samples.held_out))
+    if max(highest, tokenizer.pad_token_id) >= known:
+        raise UsageError(
+            f"the tokenizer gives token {max(highest, tokenizer.pad_token_id)} and the model has embeddings for "
+            f"{known:,}; give the tokenizer that belongs to the model"
+        )
 
 
 def _metrics(trainer: Trainer) -> dict[str, float]:

@@ -9,6 +9,7 @@ from .load import check_native_loads
 from .lora_optimizers import refuse_lora_optimizer
 from .offload import index_when_offloaded
 from .optimizer_steps import StepListener, watch_steps
+from .quantised import keep_trainable_on_cpu
 from .registration import register_method
 from .trainer_runs import RunListener, watch_runs
 from .tuner_base import Injection, MethodTuner
@@ -35,6 +36,7 @@ __all__ = [
     "index_when_offloaded",
     "is_int",
     "is_number",
+    "keep_trainable_on_cpu",
     "known_keywords",
     "last_loaded_folder",
     "process_runs",

@@ -15,6 +15,7 @@ from .adapter_file import AdapterFile
 from .config_base import MethodConfig
 from .optimizer_steps import StepListener, watch_steps
 from .peft_private import adapters_of, is_key_under_prefixes, tuner_state_dict_key_prefixes
+from .quantised import keep_trainable_on_cpu
 from .trainer_runs import RunListener, watch_runs
 
 
@@ -94,6 +95,7 @@ class MethodTuner(BaseTuner, RunListener):
     ) -> None:
         """Wrap the targeted modules; on an error the model is as before."""
         config: Any = self.peft_config[adapter_name]
+        keep_trainable_on_cpu(model)
         if adapter_name in self.reserved:
             raise ValueError(
                 f"adapter_name='{adapter_name}' is the name of a tensor of {config.method}: choose another name."

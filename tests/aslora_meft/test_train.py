@@ -53,7 +53,7 @@ def test_before_is_the_base_model(run, model_dir, text_file):
     """Held-out loss of the untouched model, computed here from the same windows."""
     before = run("lora").before
     model, tokenizer = LlamaForCausalLM.from_pretrained(model_dir), AutoTokenizer.from_pretrained(model_dir)
-    _, held_out = load_samples(DataArguments(data=str(text_file), max_length=32), tokenizer, seed=42)
+    _, held_out, _ = load_samples(DataArguments(data=[str(text_file)], max_length=32), tokenizer, seed=42)
     total = count = 0
     for sample in held_out:
         ids, labels = torch.tensor([sample["input_ids"]]), torch.tensor([sample["labels"]])
