@@ -1,12 +1,14 @@
 """``aslora-meft estimate``: its arguments, and what it prints."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from typing import Any, get_type_hints
 
 from peft import PeftConfig
 
 from aslora_meft.arguments import DataArguments, ModelArguments, TrainerArguments
+from aslora_meft.checks import check_range
 from aslora_meft.config_arguments import METHODS, add_config_arguments, read_fields
 from aslora_meft.errors import RaisingParser, UsageError
 from aslora_meft.parser import CommandParser
@@ -53,7 +55,7 @@ _GROUPS = (
     make_dataclass(
         "RunArguments",
         [
-            *_part(ModelArguments, "model", "dtype", "load_in_4bit"),
+            *_part(ModelArguments, "model", "dtype", "load_in_4bit", "trust_remote_code"),
             *_part(DataArguments, "max_length"),
             *_part(TrainerArguments, "per_device_train_batch_size", "gradient_accumulation_steps"),
             *_part(TrainerArguments, "gradient_checkpointing", "max_grad_norm"),
@@ -79,11 +81,13 @@ def parse(argv: list[str]) -> tuple[Request, bool]:
     Raises:
         UsageError: an unknown argument, or a value out of its range.
     """
+    if argv and not argv[0].startswith("-"):
+        argv = ["--model", *argv]
     method, configs = _method(argv)
     parser = CommandParser(
         _GROUPS,
         prog="aslora-meft estimate",
-        usage="aslora-meft estimate --model MODEL [--name value ...]",
+        usage="aslora-meft estimate [--model] MODEL [--name value ...]",
         description="Predict memory, traffic and seconds of a training step from a model's config.json: needs neither "
         "GPU\nnor weights, and runs nothing. The names are those of aslora-meft train.",
         example="aslora-meft estimate --model MODEL --method meft --r 6400 --gpu 24GiB",
@@ -95,8 +99,8 @@ def parse(argv: list[str]) -> tuple[Request, bool]:
     run = {name: values.pop(name) for group in _GROUPS for name in (item.name for item in fields(group))}
     del values["method"]
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length"):
-        if run[name] < 1:
-            raise UsageError(f"{name}={run[name]} must be at least 1")
+        check_range(name, run[name], 1, 2**31)
+    check_range("max_grad_norm", run["max_grad_norm"], 0, math.inf)
     share = run["union_share"]
     if share is not None and method != "meft":
         raise UsageError(f"union_share={share} has no meaning with method={method}; drop it or use method=meft")
@@ -112,8 +116,7 @@ def parse(argv: list[str]) -> tuple[Request, bool]:
     dtype = run.pop("dtype")
     weights = next((kind for kind, wanted in quantised.items() if wanted), None if dtype == "auto" else dtype)
     adapter = read_fields(method, values, configs)
-    if adapter.get("r", 1) < 1:
-        raise UsageError(f"r={adapter['r']} must be at least 1")
+    check_range("r", adapter.get("r", 1), 1, 2**31)
     return Request(**run, method=method, adapter=adapter, weights=weights), wants_json
 
 

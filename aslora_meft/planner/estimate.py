@@ -12,6 +12,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from aslora_meft.adapter import check_targets
 from aslora_meft.planner.base import build_base, compute_dtype, config_dtype, load_config
 from aslora_meft.planner.methods import adapt, method_config
 from aslora_meft.planner.neurons import PlannedFFN, lasting_bytes
@@ -50,6 +51,7 @@ class Request:
     union_share: float
     gpu: int | None = None
     card: str | None = None
+    trust_remote_code: bool = False
 
     @property
     def micro_batch(self) -> int:
@@ -103,6 +105,7 @@ class _Model:
             quantised.get(id(p), p.numel() * p.element_size()) for p in self.base.parameters()
         ) / max(1, self.weights)
         self.config: Any = method_config(request.method, request.adapter)
+        check_targets(self.base, self.config)
         self.model: PeftModel = adapt(self.base, self.config, request.method)
 
     @cached_property
@@ -185,7 +188,7 @@ def estimate(request: Request) -> Estimate:
     Raises:
         UsageError: a model, method or value that cannot be planned.
     """
-    config = load_config(request.model)
+    config = load_config(request.model, trust_remote_code=request.trust_remote_code)
     model = _Model(request, config)
     plan, memory = _best(model, request)
     host = plan.host_bytes() if plan is not None else {}
