@@ -130,7 +130,8 @@ def check_targets(model: PreTrainedModel, config: PeftConfig) -> None:
                 choice = _targets(model, config)
                 raise UsageError(f"{field}={target!r} names no module of the model; choose from {_listed(choice)}")
     needed = getattr(config, "target_modules", "") is None and not getattr(config, "target_parameters", None)
-    if needed and config.peft_type != "MEFT" and model.config.model_type not in _default_targets(config):
+    known = _default_targets(config)
+    if needed and known and config.peft_type != "MEFT" and model.config.model_type not in known:
         raise UsageError(
             f"no target modules are known for models of type {model.config.model_type!r}; name them with "
             f"--target_modules, from {_listed(_targets(model, config))}, or all-linear"

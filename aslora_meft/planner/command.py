@@ -181,6 +181,7 @@ def as_json(result: Estimate) -> dict[str, Any]:
         "fits": result.fits,
         "reserved_bytes": RESERVED,
         "largest_that_fits": result.largest,
+        "fits_with": list(result.remedies),
         "seconds_per_step_at_least": result.seconds,
         "compute_seconds_per_step": result.compute_seconds,
         "tokens_per_second_at_most": None if result.seconds is None else _tokens(result.request) / result.seconds,
@@ -225,7 +226,7 @@ def as_text(result: Estimate) -> str:
         ]
     if result.largest:
         told = ", ".join(f"{name} {size}" if size else f"no {name}" for name, size in result.largest.items())
-        lines += ["", f"what would fit, each with all else as asked: {told}"]
+        lines += ["", f"what would fit, each with all else as asked: {'; '.join([told, *result.remedies])}"]
     return "\n".join(lines)
 
 
