@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from .adapter_file import AdapterFile
 from .config_base import MethodConfig
+from .optimizer_steps import StepListener, watch_steps
 from .peft_private import adapters_of, is_key_under_prefixes, tuner_state_dict_key_prefixes
-from .steps import StepListener, watch_steps
-from .trainer import RunListener, watch_runs
+from .quantised import keep_trainable_on_cpu
+from .trainer_runs import RunListener, watch_runs
 
 
 @dataclass
@@ -107,6 +108,7 @@ class MethodTuner(BaseTuner, RunListener):
     ) -> None:
         """Wrap the targeted modules; on an error the model is as before."""
         config: Any = self.peft_config[adapter_name]
+        keep_trainable_on_cpu(model)
         if adapter_name in self.reserved:
             raise ValueError(
                 f"adapter_name='{adapter_name}' is the name of a tensor of {config.method}: choose another name."
@@ -193,8 +195,8 @@ class MethodTuner(BaseTuner, RunListener):
         if cls.file is None:
             return load(model, config, adapter_name, state_dict)
         prefixes = tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
-        there = {key: value for key, value in model.state_dict().items() if is_key_under_prefixes(key, prefixes)}
-        wanted = {key: value.shape for key, value in cls._under_file_keys(there, adapter_name).items()}
+        current = {key: value for key, value in model.state_dict().items() if is_key_under_prefixes(key, prefixes)}
+        wanted = {key: value.shape for key, value in cls._under_file_keys(current, adapter_name).items()}
         own = cls.file.own_tensors(config, state_dict, wanted)
         others = {key: value for key, value in state_dict.items() if not cls.file.owns(key)}
         return load(model, config, adapter_name, own | others)

@@ -23,7 +23,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Traffic:
-    """Counters of one layer since it was made; nothing crosses where a model on the CPU reads its rows in place.
+    """Counters of one layer since it was made.
+
+    Bytes are those that crossed: none where rows are read in place. `aslora-meft estimate` says what a GPU would move.
 
     Attributes:
         forwards: forward passes that retrieved rows, recomputations included.

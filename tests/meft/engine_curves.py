@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aslora_meft.demo import LEARNT, bible
+from aslora_meft.demo.text import LEARNT, bible
 from meft import MEFTConfig
 from meft.layer import MEFTLayer
 from meft.retrieval.strategies import STRATEGIES, Host

@@ -5,14 +5,14 @@ import pytest
 from tokenizers import processors
 
 from aslora_meft.arguments import DataArguments
+from aslora_meft.data.samples import IGNORED, encode_rows, load_samples, split
 from aslora_meft.errors import UsageError
-from aslora_meft.samples import IGNORED, encode_rows, load_samples, split
 
 BOS, EOS = 0, 1
 
 
 def encode(rows, tokenizer, **fields):
-    return encode_rows(rows, DataArguments(data="d", **fields), tokenizer, where="d")
+    return encode_rows(rows, DataArguments(data=["d"], **fields), tokenizer, where="d").rows
 
 
 def ids(tokenizer, text):
@@ -79,11 +79,13 @@ def test_text_is_cut_into_windows_that_lose_nothing(tokenizer):
     assert all(window["labels"][1:] == window["input_ids"][1:] for window in windows)
 
 
-def test_long_rows_are_cut_and_told(tokenizer, caplog):
+def test_long_rows_are_cut_and_told(tokenizer):
     rows = [{"prompt": "p", "completion": "c" * 50}, {"prompt": "p" * 50, "completion": "c"}]
-    [[kept]] = encode(rows, tokenizer, max_length=20)
+    source = encode_rows(rows, DataArguments(data=["d"], max_length=20), tokenizer, where="d")
+    [[kept]] = source.rows
     assert len(kept["input_ids"]) == 20
-    assert "2 of 2 rows exceed max_length=20 (longest: 54 tokens) and were cut; 1 had no completion left" in caplog.text
+    [note] = source.notes
+    assert "2 of 2 rows exceed max_length=20 (longest: 54 tokens) and were cut; 1 had no completion left" in note
 
 
 @pytest.mark.parametrize(
@@ -96,13 +98,17 @@ def test_long_rows_are_cut_and_told(tokenizer, caplog):
         ),
         ([{"prompt": "p", "completion": "c"}, {"prompt": "p"}], {}, "d row 2: column 'completion' is empty"),
         ([{"prompt": "p", "completion": 3}], {}, "d row 1: column 'completion' holds int, not text"),
-        ([{"question": "p"}], {}, "columns 'question' but neither messages, nor prompt and completion, nor text"),
+        ([{"question": "p"}], {}, "columns 'question' but neither messages, conversations, prompt and completion"),
         ([{"text": "p"}], {"prompt_column": "question"}, "no column 'question'; its columns are 'text'"),
         ([{"text": ""}], {}, "d row 1: column 'text' is empty"),
         ([{"prompt": "pppp", "completion": "c"}], {"max_length": 3}, "max_length=3 leaves nothing to learn"),
         ([{"messages": "hi"}], {}, "d row 1: messages is not a list of turns"),
-        ([{"messages": CHAT[:2]}], {}, "d row 1: messages has no assistant turn"),
-        ([{"messages": [*CHAT[:2], {"role": "assistant", "content": ""}]}], {}, "d row 1, turn 3: column 'content' is"),
+        ([{"messages": CHAT[:2]}], {}, "d row 1: the conversation has no assistant turn"),
+        (
+            [{"messages": [*CHAT[:2], {"role": "assistant", "content": ""}]}],
+            {},
+            "turn 3: column 'content' is",
+        ),
     ],
 )
 def test_bad_rows_are_named(tokenizer, rows, fields, message):
@@ -112,12 +118,12 @@ def test_bad_rows_are_named(tokenizer, rows, fields, message):
 
 def test_a_template_that_refuses_or_rewrites_is_named(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(UsageError, match="row 1: the model's chat template refuses the messages: roles must alternate"):
+    with pytest.raises(UsageError, match="row 1: the model's chat template refuses the turns: roles must alternate"):
         encode([{"messages": CHAT}], tokenizer)
     monkeypatch.setattr(
         tokenizer, "chat_template", "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     )
-    with pytest.raises(UsageError, match="rewrites earlier turns"):
+    with pytest.raises(UsageError, match="writes the turns before an answer otherwise"):
         encode([{"messages": CHAT}], tokenizer)
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(UsageError, match="has no chat template"):
@@ -154,14 +160,14 @@ def test_nothing_left_to_train_on():
 )
 def test_fields_out_of_range(tokenizer, fields, name):
     with pytest.raises(UsageError, match=f"{name}={fields[name]}"):
-        load_samples(DataArguments(data="d.jsonl", **fields), tokenizer, seed=0)
+        load_samples(DataArguments(data=["d.jsonl"], **fields), tokenizer, seed=0)
 
 
 def test_held_out_file(tokenizer, tmp_path):
     for name, word in (("train", "a"), ("held_out", "b")):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": word}))
-    args = DataArguments(data=str(tmp_path / "train.jsonl"), eval_data=str(tmp_path / "held_out.jsonl"))
-    train, held_out = load_samples(args, tokenizer, seed=0)
+    args = DataArguments(data=[str(tmp_path / "train.jsonl")], eval_data=[str(tmp_path / "held_out.jsonl")])
+    train, held_out, _ = load_samples(args, tokenizer, seed=0)
     assert [tokenizer.decode(samples[0]["input_ids"]) for samples in (train, held_out)] == [
         "<bos>a<eos>",
         "<bos>b<eos>",

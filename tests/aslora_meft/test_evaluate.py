@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import EvalPrediction
 
-from aslora_meft.evaluation import token_metrics, token_sums
-from aslora_meft.samples import IGNORED
+from aslora_meft.data.samples import IGNORED
+from aslora_meft.evaluate import token_metrics, token_sums
 
 
 def test_metrics_are_means_over_tokens():

@@ -67,23 +67,23 @@ class _Step:
         self.watched: list[tuple[Any, list[nn.Parameter]]] = []
         for listener in list(_listeners):
             # One that was frozen after its backward pass is stepped all the same.
-            mine = [
+            parameters = [
                 p for p in listener.watched_parameters() if id(p) in owned and (p.requires_grad or p.grad is not None)
             ]
-            if mine:
-                self.watched.append((listener, mine))
+            if parameters:
+                self.watched.append((listener, parameters))
         self.had_gradient: set[int] = set()
         self._note_gradients()
         self.skipped = False
 
     def _note_gradients(self) -> None:
-        self.had_gradient |= {id(p) for _, mine in self.watched for p in mine if p.grad is not None}
+        self.had_gradient |= {id(p) for _, parameters in self.watched for p in parameters if p.grad is not None}
 
     def ready(self, optimizer: Optimizer) -> None:
         """Let the listeners have the gradients before the optimizer does."""
         self._note_gradients()
-        for listener, mine in self.watched:
-            listener.gradients_ready(optimizer, mine)
+        for listener, parameters in self.watched:
+            listener.gradients_ready(optimizer, parameters)
 
 
 def _inside_another(call: FrameType) -> bool:
@@ -108,17 +108,17 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[tuple[Any, ..
         return None
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
     if closure is not None:
-        for listener, mine in step.watched:
-            listener.before_step(optimizer, mine)
+        for listener, parameters in step.watched:
+            listener.before_step(optimizer, parameters)
         _open_steps[optimizer] = step
         return (args[0], _checked(closure, optimizer, step)), {k: v for k, v in kwargs.items() if k != "closure"}
     if _scaler_skips(optimizer):
         _take_nothing(optimizer, step)
-    elif not _all_finite([p for _, mine in step.watched for p in mine]):
+    elif not _all_finite([p for _, parameters in step.watched for p in parameters]):
         _skip(optimizer, step)
     else:
-        for listener, mine in step.watched:
-            listener.before_step(optimizer, mine)
+        for listener, parameters in step.watched:
+            listener.before_step(optimizer, parameters)
         step.ready(optimizer)
     _open_steps[optimizer] = step
     return None
@@ -131,10 +131,10 @@ def _checked(closure: Callable[[], Any], optimizer: Optimizer, step: _Step) -> C
     """
 
     def checked() -> Any:
-        for listener, mine in step.watched:
-            listener.before_closure(optimizer, mine)
+        for listener, parameters in step.watched:
+            listener.before_closure(optimizer, parameters)
         loss = closure()
-        if not _all_finite([p for _, mine in step.watched for p in mine]):
+        if not _all_finite([p for _, parameters in step.watched for p in parameters]):
             _skip(optimizer, step)
         elif not step.skipped:
             step.ready(optimizer)
@@ -149,9 +149,9 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     step = _open_steps.pop(optimizer, None)
     if step is None or step.skipped:
         return
-    for listener, mine in step.watched:
+    for listener, parameters in step.watched:
         # A closure (LBFGS) makes the gradients inside the step, some optimizers free them there: either counts.
-        moved = [p for p in mine if p.grad is not None or id(p) in step.had_gradient]
+        moved = [p for p in parameters if p.grad is not None or id(p) in step.had_gradient]
         if moved:
             listener.after_step(optimizer, moved)
 

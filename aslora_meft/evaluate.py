@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import EvalPrediction
 
-from aslora_meft.samples import IGNORED
+from aslora_meft.data.samples import IGNORED
 
 
 def token_sums(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:

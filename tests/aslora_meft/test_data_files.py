@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
+from aslora_meft.data.files import read_rows
 from aslora_meft.errors import UsageError
-from aslora_meft.rows import read_rows
 
 
 def read(source):
@@ -35,7 +35,6 @@ def test_text_is_one_row(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"a": 1}\n\n{"a": 2}\n', r"a\.jsonl' row 2 is empty"),
         ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a\.jsonl' row 2 is not valid JSON"),
         ("a.jsonl", b'{"a": 1}\n[2]\n', r"row 2 is not an object"),
         ("a.jsonl", b"", r"has no rows"),
@@ -44,7 +43,9 @@ def test_text_is_one_row(tmp_path):
         ("a.csv", b'a,b\n1,2\n"1,2\n', r"row 2 is not valid csv"),
         ("a.csv", b"a,b\n", r"has no rows"),
         ("a.txt", b"\xff\xfe", r"is not UTF-8"),
-        ("a.parquet", b"", r"is of unknown kind"),
+        ("a.xlsx", b"", r"is of unknown kind"),
+        ("a.jsonl.gz", b"{}", r"is no whole gzip file"),
+        ("a.json", b"", r"a\.json' is empty"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, message):

@@ -78,26 +78,29 @@ def _loading(load: Callable[..., Any]) -> Callable[..., Any]:
     return load_adapter
 
 
-def _checked(adapter_name: str, owner: Any, **given: Any) -> Any:
+def _checked(adapter_name: str, owner: Any, **arguments: Any) -> Any:
     """`PreTrainedModel._load_pretrained_model` with a look at the tensors before, and at what was left out after."""
     load = type(owner)._load_pretrained_model
     method = _method_of(owner, adapter_name)
     if method is None:
-        return load(**given)
+        return load(**arguments)
     with ExitStack() as opened:
-        tensors = given["state_dict"]
+        tensors = arguments["state_dict"]
         if tensors is None:
-            tensors = _mapped(given["checkpoint_files"], opened)
-        given["state_dict"] = method.check(owner.peft_config[adapter_name], tensors)
-        info, offloaded = load(**given)
-    ours = [key for key in info.missing_keys if f".{method.prefix}" in key and adapter_name in key.split(".")]
-    theirs = [key for key in info.unexpected_keys if f".{method.prefix}" in key]
+            tensors = _mapped(arguments["checkpoint_files"], opened)
+        arguments["state_dict"] = method.check(owner.peft_config[adapter_name], tensors)
+        info, offloaded = load(**arguments)
+    missing = [key for key in info.missing_keys if f".{method.prefix}" in key and adapter_name in key.split(".")]
+    unexpected = [key for key in info.unexpected_keys if f".{method.prefix}" in key]
     if left := [key for key in offloaded or () if f".{method.prefix}" in key and adapter_name in key.split(".")]:
         raise ValueError(
             f"{min(left)} is in a layer that lies on disk, where transformers loads nothing: load the adapter by "
             "PeftModel.from_pretrained, or choose a device_map without 'disk'."
         )
-    for keys, where in ((theirs, "in the file but not in this model"), (ours, "in this model but not in the file")):
+    for keys, where in (
+        (unexpected, "in the file but not in this model"),
+        (missing, "in this model but not in the file"),
+    ):
         if keys:
             raise ValueError(
                 f"{min(keys)} is {where}: the adapter was saved for another base model or other layers; load the base "

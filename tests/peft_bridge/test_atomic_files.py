@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 
 import pytest
 
-from peft_bridge import files, folder_replaced_at_once, replace_file
+from peft_bridge import atomic_files, folder_replaced_at_once, replace_file
 
 SIZE = 3_000_000
 
@@ -35,7 +36,7 @@ for i in itertools.count():
 
 def killed(target, way, after):
     """Run the child, and kill it `after` seconds from its first version on."""
-    command = [sys.executable, "-c", CHILD, files.__file__, str(target), way, str(SIZE)]
+    command = [sys.executable, "-c", CHILD, atomic_files.__file__, str(target), way, str(SIZE)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
         assert child.stdout.readline() == b"go\n"
         time.sleep(after)
@@ -169,3 +170,44 @@ def test_an_error_in_the_block_leaves_nothing(tmp_path, error):
     with pytest.raises(error):
         write()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("umask", "folder", "file"), [(0o022, 0o755, 0o644), (0o002, 0o775, 0o664), (0o077, 0o700, 0o600)]
+)
+def test_a_folder_and_its_files_get_what_the_umask_leaves(tmp_path, umask, folder, file):
+    before = os.umask(umask)
+    try:
+        with folder_replaced_at_once(tmp_path / "out") as draft:
+            (draft / "private").touch(0o600)
+            (draft / "sub").mkdir(0o700)
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("out", "out/sub", "out/private")]
+    assert modes == [folder, folder, file]
+
+
+@pytest.mark.parametrize("way", ["file", "folder"])
+def test_what_a_killed_writer_has_left_is_removed_by_the_next_one(tmp_path, way):
+    left = []
+    with folder_replaced_at_once(tmp_path / "elsewhere" / "out") as draft:
+        running = tmp_path / draft.name  # of this process, which runs
+    running.mkdir()
+    for after in delays(2, 30):
+        target = tmp_path / "file" if way == "file" else tmp_path
+        killed(target, way, after)
+        left = [path for path in tmp_path.glob(".aslora-meft.*") if path != running]
+        if left:
+            break
+        for path in tmp_path.glob("[0-9]*"):
+            shutil.rmtree(path)
+    assert left, "it was never killed while it wrote"
+    replace_file(tmp_path / "next", b"data")
+    assert list(tmp_path.glob(".aslora-meft.*")) == [running]
+
+
+def test_drafts_of_another_machine_are_left_alone(tmp_path):
+    strange = tmp_path / f".aslora-meft.00000000.4194304.{'0' * 32}"
+    strange.mkdir()
+    replace_file(tmp_path / "file", b"data")
+    assert strange.exists()

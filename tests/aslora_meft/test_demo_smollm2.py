@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from aslora_meft.smollm2 import convert
+from aslora_meft.demo.smollm2 import convert
 
 
 @pytest.fixture
@@ -20,8 +20,10 @@ def package(monkeypatch, model_dir):
         return type(AutoTokenizer.from_pretrained(model_dir)).from_pretrained(model_dir)
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=f"/{name}/__init__.py"))
-    monkeypatch.setattr("aslora_meft.smollm2.AutoModelForCausalLM", SimpleNamespace(from_pretrained=model_from_gguf))
-    monkeypatch.setattr("aslora_meft.smollm2.AutoTokenizer", SimpleNamespace(from_pretrained=tokenizer_from_gguf))
+    monkeypatch.setattr(
+        "aslora_meft.demo.smollm2.AutoModelForCausalLM", SimpleNamespace(from_pretrained=model_from_gguf)
+    )
+    monkeypatch.setattr("aslora_meft.demo.smollm2.AutoTokenizer", SimpleNamespace(from_pretrained=tokenizer_from_gguf))
 
 
 def test_the_copy_loads_without_gguf(package, tmp_path):
@@ -41,7 +43,7 @@ def test_a_failed_conversion_leaves_nothing(package, tmp_path, monkeypatch):
     def fail(folder, gguf_file):
         raise OSError("disk full")
 
-    monkeypatch.setattr("aslora_meft.smollm2.AutoTokenizer", SimpleNamespace(from_pretrained=fail))
+    monkeypatch.setattr("aslora_meft.demo.smollm2.AutoTokenizer", SimpleNamespace(from_pretrained=fail))
     with pytest.raises(OSError, match="disk full"):
         convert(tmp_path / "cache" / "model")
     assert not any((tmp_path / "cache").iterdir())

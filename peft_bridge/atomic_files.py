@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import platform
+import re
 import shutil
-import tempfile
+import stat
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # What says that a folder cannot be synced here: Windows opens none, some network file systems sync none.
@@ -50,26 +53,56 @@ def process_runs(process: str) -> bool:
     return True
 
 
+# A draft's name says whose it is: .aslora-meft.<machine>.<process>.<32 hexadecimal digits>
+_DRAFT = ".aslora-meft"
+_DRAFT_NAME = re.compile(re.escape(_DRAFT) + r"[.]([0-9a-f]{8})[.](\d+)[.][0-9a-f]{32}")
+
+
+def _machine() -> str:
+    """Eight digits for this machine: process ids of another one, on a shared disk, say nothing here."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _draft_in(folder: Path) -> Path:
+    return folder / f"{_DRAFT}.{_machine()}.{os.getpid()}.{uuid.uuid4().hex}"
+
+
+def remove_left_drafts(folder: Path) -> None:
+    """Remove what processes of this machine that were killed have left in `folder`; those that run keep theirs."""
+    for path in folder.glob(f"{_DRAFT}.*"):
+        name = _DRAFT_NAME.fullmatch(path.name)
+        if name is None or name[1] != _machine() or process_runs(name[2]):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
 def replace_file(path: str | os.PathLike, data: bytes) -> None:
     """Write `data` to `path` so that a reader, or a process killed at any point, sees the old or the new file whole."""
     path = Path(path)
-    name = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # mkstemp's 0o600 would hide it from a team
+    draft = _draft_in(path.parent)
+    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # mkstemp's 0o600 would hide it from a team
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        os.replace(draft, path)
     except BaseException:
-        name.unlink(missing_ok=True)  # if it was replaced already, it is not there
+        draft.unlink(missing_ok=True)  # if it was replaced already, it is not there
         raise
+    remove_left_drafts(path.parent)
     sync(path.parent)
 
 
 @contextmanager
 def folder_replaced_at_once(path: str | os.PathLike) -> Iterator[Path]:
     """Yield an empty folder beside `path` that takes its place when the block ends without an exception.
+
+    What is written gets the permissions that the process's umask leaves.
 
     Raises:
         ValueError: `path` exists and is not an empty folder (nothing of it is touched).
@@ -78,11 +111,15 @@ def folder_replaced_at_once(path: str | os.PathLike) -> Iterator[Path]:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"output folder '{path}' exists and is not empty: choose another one or remove it first.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    remove_left_drafts(path.parent)
+    draft = _draft_in(path.parent)
+    draft.mkdir()  # mkdtemp's 0o700 would hide it from a team
     try:
         yield draft
-        draft.chmod(0o755)
+        folder_mode = stat.S_IMODE(draft.stat().st_mode)
         for file in draft.rglob("*"):
+            # Some writers make their files private.
+            file.chmod(folder_mode if file.is_dir() else folder_mode & 0o666)
             sync(file)
         sync(draft)
         os.replace(draft, path)
