@@ -96,10 +96,12 @@ def update_table(
         wide = values.to(torch.promote_types(table.rows.dtype, torch.float32)).contiguous()
         master = table.masters
         moments = entry.exclusive(master.device)
+
+        def step(compute_copy: Tensor | None) -> None:
+            table.step(moments.row_state(master, compute_copy), rows, wide, rule, seed=table.seed, factors=factors)
+
         with record_function("meft: update rows"):
-            table.writing(
-                lambda wire: moments.update(master, wire, rows, wide, rule, table.seed, table.step, factors), rows=rows
-            )
+            table.writing(step, rows=rows)
 
     if table.updates is None:
         with torch.no_grad():

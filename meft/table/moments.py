@@ -16,7 +16,7 @@ from torch.serialization import add_safe_globals
 
 from ..transport.host_tensors import check_process, forks, keep_from_forks, like_rows
 from .host_loading import HostBegin, HostEnd
-from .row_step import StepRule, update_rows
+from .row_step import RowState
 
 KEY = "row_moments"  # of the entry in `optimizer.state[rows]`
 
@@ -42,28 +42,9 @@ class Moments:
         m, v = (like_rows(table, dtype) for _ in range(2))
         return cls(m, v, like_rows(table, torch.int32, table.shape[:1]))
 
-    def update(
-        self,
-        table: Tensor,
-        wire: Tensor | None,
-        rows: Tensor,
-        gradients: Tensor,
-        rule: StepRule,
-        seed: int,
-        step: Callable[..., None] = update_rows,
-        factors: tuple[float, ...] = (),
-    ) -> None:
-        """One optimizer step with the gradients [n, d] of the rows [n]; all other rows stay as they are.
-
-        Args:
-            seed: of the stochastic rounding of bfloat16 masters.
-            step: who steps the rows.
-            factors: what the gradients count as multiplied by, as in `update_rows`.
-        """
-        step(
-            table, self.exp_avg, self.exp_avg_sq, self.counts, rows, gradients, rule, wire=wire, seed=seed,
-            factors=factors,
-        )  # fmt: skip
+    def row_state(self, table: Tensor, compute_copy: Tensor | None = None) -> RowState:
+        """What a step of the table's rows reads and writes."""
+        return RowState(table, **self.tensors(), compute_copy=compute_copy)
 
     def to(self, device: torch.device) -> Moments:
         """On a device; itself if it is there."""
