@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .operations import operate, overflow_watchers
+from .operations import operate
 from .part import PartOfGradient, plain
 from .row_rules import rows_of_whole
-from .stored_rows import SPENT, StoredRows, check_not_spent
+from .scaling import overflow_watchers
+from .stored_rows import CONSUMED, StoredRows, check_not_consumed
 
-__all__ = ["SPENT", "RowGradient", "as_row_gradient", "overflow_watchers"]
+__all__ = ["CONSUMED", "RowGradient", "as_row_gradient", "overflow_watchers"]
 
 
 class RowGradient(StoredRows):
@@ -32,12 +33,12 @@ class RowGradient(StoredRows):
         row_values: [n, d], their gradients, at least in float32. Of a gradient that is on its way from a device,
             whoever reads these waits for its arrival.
         owner: id of the table's parameter.
-        spent: whether the rows are being updated with it already, so that it can be read but not changed.
+        consumed: whether the rows are being updated with it already, so that it can be read but not changed.
     """
 
     def __setitem__(self, index: Any, value: Any) -> None:
         # By itself: torch would write into a view of some of its values.
-        check_not_spent(self)
+        check_not_consumed(self)
         whole, touched = self.to_dense(), self.touched()
         value = tree_map(_whole, value)
         same = isinstance(value, Tensor) and value.dtype == self.dtype

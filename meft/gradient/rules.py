@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .part import as_part, plain, written
 from .row_rules import Touched, by_rows, is_pointwise, rows_of_whole
-from .stored_rows import StoredRows, check_not_spent
+from .stored_rows import StoredRows, check_not_consumed
 
 aten = torch.ops.aten
 
@@ -33,7 +33,7 @@ def by_rule(func: Any, args: Any, kwargs: Any) -> Any:
     targets = written(func, args, kwargs)
     changed = [leaf for leaf in targets if isinstance(leaf, StoredRows)]
     for gradient in changed:
-        check_not_spent(gradient)
+        check_not_consumed(gradient)
     if func.overloadpacket in _MAKERS:  # nothing of the gradient is in the result
         stand = {id(g): torch.empty(g.shape, dtype=g.dtype, device=g.device) for g in gradients}
         return func(*tree_map(lambda leaf: stand.get(id(leaf), plain(leaf)), args), **kwargs)

@@ -34,7 +34,7 @@ class _Held:
     """
 
     stored: Stored
-    spent: bool
+    consumed: bool
     in_use: bool = False
     known: KnownValues | None = None
     forks: int | None = None
@@ -44,7 +44,7 @@ class _Held:
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy or a pickle, which has memory of its own."""
         stored = self.stored.result() if isinstance(self.stored, Pending) else self.stored
-        return {"stored": stored, "spent": self.spent, "factors": self.factors}
+        return {"stored": stored, "consumed": self.consumed, "factors": self.factors}
 
     @property
     def shared(self) -> bool:
@@ -52,7 +52,7 @@ class _Held:
         return self.in_use or (self.sharers is not None and any(held is not self for held in self.sharers))
 
 
-SPENT = (
+CONSUMED = (
     "A gradient of MEFT rows that were updated within the backward pass (row_optimizer has in_backward=True) cannot be "
     "clipped, scaled or added to any more: train without clipping (Trainer: max_grad_norm=0) and GradScaler, with one "
     "forward pass in a backward pass, accumulate by accelerate (a Trainer does), or set in_backward=False."
@@ -67,7 +67,7 @@ class StoredRows(torch.Tensor):
         row_values: [n, d], their gradients, at least in float32. Of a gradient that is on its way from a device,
             whoever reads these waits for its arrival.
         owner: id of the table's parameter.
-        spent: whether the rows are being updated with it already, so that it can be read but not changed.
+        consumed: whether the rows are being updated with it already, so that it can be read but not changed.
     """
 
     owner: int
@@ -96,7 +96,7 @@ class StoredRows(torch.Tensor):
         self = torch.Tensor._make_wrapper_subclass(
             cls, like.shape, dtype=dtype or like.dtype, device=like.device, requires_grad=False
         )
-        self._held = _Held(stored, isinstance(like, StoredRows) and like.spent)
+        self._held = _Held(stored, isinstance(like, StoredRows) and like.consumed)
         self.owner = like.owner if isinstance(like, StoredRows) else id(like)
         return self
 
@@ -140,12 +140,12 @@ class StoredRows(torch.Tensor):
         held.known = known
 
     @property
-    def spent(self) -> bool:
-        return self._held.spent
+    def consumed(self) -> bool:
+        return self._held.consumed
 
-    @spent.setter
-    def spent(self, spent: bool) -> None:
-        self._held.spent = spent
+    @consumed.setter
+    def consumed(self, consumed: bool) -> None:
+        self._held.consumed = consumed
 
     def for_update(self) -> Self:
         """The gradient as it is now, for an update that is queued: what is written into this one later is not seen."""
@@ -287,7 +287,12 @@ class StoredRows(torch.Tensor):
         self.copy_(values)
 
 
-def check_not_spent(gradient: StoredRows) -> None:
+def values_of(tensor: Any) -> Any:
+    """The touched values of a row gradient, to read and to write; any other tensor as it is."""
+    return tensor.stored()[1] if isinstance(tensor, StoredRows) else tensor
+
+
+def check_not_consumed(gradient: StoredRows) -> None:
     """Raises: RuntimeError: the rows are being updated with it already."""
-    if gradient.spent:
-        raise RuntimeError(SPENT)
+    if gradient.consumed:
+        raise RuntimeError(CONSUMED)

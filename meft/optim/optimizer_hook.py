@@ -210,7 +210,7 @@ class RowSteps:
         for name, table in self._of(parameters):
             if table.claimed_by is not None and table.claimed_by() is optimizer:
                 continue
-            if table.rows.grad is None or getattr(table.rows.grad, "spent", False):
+            if table.rows.grad is None or getattr(table.rows.grad, "consumed", False):
                 table.rows.grad = None
                 continue
             rule = rule_of(optimizer, group_of(optimizer, table.rows), self.configs[name].row_rule)
@@ -257,7 +257,7 @@ class RowSteps:
             earlier.add_(gradient)
             gradient, table.rows.grad = earlier, None
         rule = rule_of(optimizer, group_of(optimizer, table.rows), config.row_rule)
-        gradient.spent = True
+        gradient.consumed = True
         entry = table.moments_in(optimizer)
         count_step(optimizer, table.rows)
         update_table(table, entry, gradient, rule, finite_only=True)
