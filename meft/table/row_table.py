@@ -41,7 +41,7 @@ class RowTable(SharedRows):
         restored: moments that were loaded without their optimizer; the next one that steps the table takes them.
         claimed_by: the `RowAdamW` that holds the table.
         step: steps its touched rows, as `update_rows`.
-        locked_for: the CUDA device whose engine reads the rows, for which they are page-locked; None: nobody has asked.
+        locked_for: the CUDA device whose engine reads the rows, for which they are page-locked; None: no engine does.
     """
 
     _all: ClassVar[weakref.WeakSet[RowTable]] = weakref.WeakSet()
@@ -79,7 +79,7 @@ class RowTable(SharedRows):
 
     @classmethod
     def by_parameter(cls) -> dict[int, RowTable]:
-        """id of the parameter -> its table, for all tables there are."""
+        """id of the parameter -> its table, for all tables that exist."""
         return {id(table.rows): table for table in list(cls._all)}
 
     # ------------------------------------------------------------------ moments
@@ -111,7 +111,7 @@ class RowTable(SharedRows):
             ValueError: what was loaded there does not fit.
         """
         self.synchronize()
-        entry = moments_of(optimizer, self.rows, synchronize=self.synchronize, given=self.restored)
+        entry = moments_of(optimizer, self.rows, synchronize=self.synchronize, loaded=self.restored)
         self.restored, self._stepped_with = None, entry
         return entry
 
@@ -142,7 +142,7 @@ class RowTable(SharedRows):
         if self._wire is None:
             with torch.inference_mode(False):  # it outlives the mode
                 self._wire, self._wire_of = like_rows(master, dtype), None
-        if self._wire_of != self.state:  # somebody wrote into the masters: loading, initialisation, the user
+        if self._wire_of != self.state:  # the masters were written: loading, initialisation, the user
             self._refresh(self._wire, master)
         return self._wire
 
@@ -201,17 +201,17 @@ class RowTable(SharedRows):
         if not self.on_host:
             self._apply_to_rows(fn, recurse)
             return self
-        # Tensors without elements tell what `fn` does to dtypes and device; where it leads to is left aside.
+        # `fn` is tried on empty tensors: its dtype is taken over, its device is not.
         probes = [torch.empty(0, dtype=dtype, device=self.rows.device) for dtype in (torch.float32, torch.float64)]
-        told = [fn(probe) for probe in probes]
-        cast = next((new.dtype for probe, new in zip(probes, told, strict=True) if new.dtype != probe.dtype), None)
+        results = [fn(probe) for probe in probes]
+        cast = next((new.dtype for probe, new in zip(probes, results, strict=True) if new.dtype != probe.dtype), None)
         with self.lock, torch.no_grad():
             if cast is not None:
-                self._wait_for_readers()  # memory that they read is given back
+                self._wait_for_readers()  # the memory that they read is freed
                 if cast.itemsize >= 4:  # to 16 bits, what is read becomes narrower; what is trained does not
                     self._cast_masters(cast)
                 self._watch.read_as = cast
-            if self.rows.is_meta and not told[0].is_meta:
+            if self.rows.is_meta and not results[0].is_meta:
                 self._replace(host_zeros(self.rows.shape, self.rows.dtype))
         return self
 
@@ -236,7 +236,7 @@ class RowTable(SharedRows):
         with self.lock, torch.no_grad():
             self._wait_for_readers()
             if self.rows.is_meta:
-                here = torch.empty(0, device="cpu" if self.on_host else loaded.device)
-                self._replace(like_rows(here, self.rows.dtype, self.rows.shape))
-            for block in row_blocks(self.rows):  # whether assign=True or not: a file that is mapped may go away
+                like = torch.empty(0, device="cpu" if self.on_host else loaded.device)
+                self._replace(like_rows(like, self.rows.dtype, self.rows.shape))
+            for block in row_blocks(self.rows):  # with assign=True too: a memory-mapped file may be removed
                 self.rows[block].copy_(loaded[block])

@@ -75,11 +75,11 @@ def _step_kernel(
         c = (item % blocks) * BN + tl.arange(0, BN)
         row = tl.load(rows_ptr + i).to(tl.int64)
         mask = c < tl.where((row >= 0) & (row < r), D, 0)
-        at = row * D + c
+        offset = row * D + c
         g = tl.load(grads_ptr + i.to(tl.int64) * D + c, mask=mask, other=0.0).to(tl.float32)
-        p = tl.load(table_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        m = tl.load(m_ptr + at, mask=mask, other=0.0)
-        v = tl.load(v_ptr + at, mask=mask, other=0.0)
+        p = tl.load(table_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        m = tl.load(m_ptr + offset, mask=mask, other=0.0)
+        v = tl.load(v_ptr + offset, mask=mask, other=0.0)
         # Selected and not compiled in: the kernel waits for memory, and there are a quarter as many of it.
         g = tl.where(coupled != 0, g + p * coupled, g)
         moved = (g - m) * mix
@@ -98,11 +98,11 @@ def _step_kernel(
             bits = p.to(tl.uint32, bitcast=True)
             finite = (bits & 0x7F800000) != 0x7F800000
             p = tl.where(finite, (bits + noise) & 0xFFFF0000, bits).to(tl.float32, bitcast=True)
-        tl.store(m_ptr + at, m, mask=mask)
-        tl.store(v_ptr + at, v, mask=mask)
-        tl.store(table_ptr + at, p.to(table_ptr.dtype.element_ty), mask=mask)
+        tl.store(m_ptr + offset, m, mask=mask)
+        tl.store(v_ptr + offset, v, mask=mask)
+        tl.store(table_ptr + offset, p.to(table_ptr.dtype.element_ty), mask=mask)
         if COPY:
-            tl.store(copy_ptr + at, p.to(copy_ptr.dtype.element_ty), mask=mask)
+            tl.store(copy_ptr + offset, p.to(copy_ptr.dtype.element_ty), mask=mask)
 
 
 def _halves(value: float) -> tuple[float, float]:
