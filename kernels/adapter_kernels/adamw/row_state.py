@@ -40,24 +40,28 @@ class RowState(NamedTuple):
 
     def check(self) -> None:
         """Raises: ValueError: dtypes, shapes or devices that do not fit together, or a tensor is not contiguous."""
-        table = self.table
+        table, exp_avg, exp_avg_sq, counts, copy = self
         dispatch.require_matrix(table, "table", (torch.float32, torch.bfloat16))
-        wide = torch.promote_types(table.dtype, torch.float32)
-        dtypes = {"table": (table.dtype,), "exp_avg": (wide,), "exp_avg_sq": (wide,), "counts": (torch.int32,)}
-        if self.compute_copy is not None:
+        shape, device, double = table.shape, table.device, table.dtype == torch.float64
+        wide = (torch.float64,) if double else (torch.float32,)
+        expected: list[tuple[str, Tensor, tuple[torch.dtype, ...], torch.Size]] = [
+            ("table", table, (table.dtype,), shape), ("exp_avg", exp_avg, wide, shape),
+            ("exp_avg_sq", exp_avg_sq, wide, shape), ("counts", counts, (torch.int32,), shape[:1]),
+        ]  # fmt: skip
+        if copy is not None:
             dispatch.require(table.dtype != torch.bfloat16, "compute_copy", "a bfloat16 table has none; pass None")
-            double = (torch.float32,) if wide == torch.float64 else ()
-            dtypes["compute_copy"] = (torch.float16, torch.bfloat16, *double)
-        # No message is made up before it is needed: tables can be small.
-        for name, known in dtypes.items():
-            tensor, shape = getattr(self, name), table.shape[:1] if name == "counts" else table.shape
-            if tensor.dtype not in known:
-                dispatch.require(False, name, f"one of {', '.join(map(str, known))} is needed, not {tensor.dtype}")
-            if tensor.shape != shape:
-                dispatch.require(False, name, f"the shape {tuple(shape)} is needed, not {tuple(tensor.shape)}")
-            if tensor.device != table.device:
-                dispatch.require(False, name, f"is on {tensor.device}, but table is on {table.device}")
-            dispatch.require(tensor.is_contiguous(), name, "a contiguous tensor is needed")
+            narrow = (torch.float16, torch.bfloat16, torch.float32) if double else (torch.float16, torch.bfloat16)
+            expected.append(("compute_copy", copy, narrow, shape))
+        # No message is made up before it is needed: steps can be small.
+        for name, tensor, dtypes, size in expected:
+            if tensor.dtype not in dtypes:
+                dispatch.require(False, name, f"one of {', '.join(map(str, dtypes))} is needed, not {tensor.dtype}")
+            if tensor.shape != size:
+                dispatch.require(False, name, f"the shape {tuple(size)} is needed, not {tuple(tensor.shape)}")
+            if tensor.device != device:
+                dispatch.require(False, name, f"is on {tensor.device}, but table is on {device}")
+            if not tensor.is_contiguous():
+                dispatch.require(False, name, "a contiguous tensor is needed")
 
 
 @dataclass(frozen=True)
