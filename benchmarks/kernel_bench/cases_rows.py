@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapter_kernels import RowState, StepRule
 from kernel_bench.inputs import OURS, Bench, Case, MissingError, Planned, close, find, require, union_size
 from kernel_bench.timing import Contestant
 
@@ -130,6 +131,7 @@ def scatter(bench: Bench) -> list[Planned]:
 def adamw(bench: Bench) -> list[Planned]:
     """One step of the touched rows: on the device in fp32 and bf16, and in page-locked memory with a wire copy."""
     op, d = find("row_adamw"), bench.shapes.d
+    rule = rule_of(STEP)
 
     def build(r: int, share: float, what: str, dtype: torch.dtype) -> Case:
         ids = bench.some_rows(r, share, seed=1)
@@ -148,7 +150,7 @@ def adamw(bench: Bench) -> list[Planned]:
             return [place(tensor) for tensor in tensors]
 
         def ours(tensors: list[Tensor], wire: Tensor | None, rows: Tensor, g: Tensor, impl: str) -> Tensor:
-            op(*tensors, rows, g, **STEP, wire=wire, impl=impl)
+            op(RowState(*tensors, wire), rows, g, rule, impl=impl)
             return tensors[0]
 
         def checked(at: Tensor) -> Callable[[Tensor], None]:
@@ -196,6 +198,12 @@ def adamw(bench: Bench) -> list[Planned]:
         for what, dtype in kinds
         for r, share in bench.shapes.tables()
     ]
+
+
+def rule_of(settings: dict[str, Any], decoupled: bool = True) -> StepRule:
+    """The rule of a step with settings as torch's optimizers take them."""
+    beta1, beta2 = settings["betas"]
+    return StepRule(settings["lr"], beta1, beta2, settings["eps"], settings["weight_decay"], decoupled)
 
 
 def expected_step(rows: Tensor, grads: Tensor) -> Tensor:
@@ -278,7 +286,7 @@ def gate_adamw(bench: Bench) -> None:
             require_zero_copy(bench)
         table, *moments, count = (place(x) for x in (start[0].to(dtype), *start[1:], touches))
         before = start[0].to(dtype)
-        op(table, *moments, count, ids, grads, decoupled=decoupled, impl=bench.impl, **STEP)
+        op(RowState(table, *moments, count), ids, grads, rule_of(STEP, decoupled), impl=bench.impl)
         bench.clock.wait()
         found = [x.cpu()[rows] for x in (table, *moments)]
         for i, row in enumerate(rows.tolist()):

@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from .adamw.row_adamw import row_adamw
+from .adamw.row_state import RowState, StepRule
 from .ffn.sparse_ffn import sparse_ffn, sparse_ffn_backward
 from .ffn.table_ffn import table_ffn, table_ffn_backward
 from .rows.gather_rows import gather_rows, scatter_rows
@@ -18,6 +19,8 @@ except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "unknown"
 
 __all__ = [
+    "RowState",
+    "StepRule",
     "debugging",
     "expert_topk",
     "gather_rows",

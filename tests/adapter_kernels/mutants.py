@@ -16,7 +16,7 @@ KERNELS = {
     "row_union": ["rows/row_union_triton"],
     "gather_rows": ["rows/gather_rows_triton"],
     "sparse_ffn": ["ffn/sparse_ffn_triton", "ffn/sparse_ffn_token_triton"],
-    "row_adamw": ["adamw/row_adamw_kernels"],
+    "row_adamw": ["adamw/row_adamw_triton"],
 }
 _numbers = itertools.count()
 

@@ -11,9 +11,10 @@ from test_engine import ROWS, STRATEGIES, on_streams
 from thread_streams import ThreadStreams
 
 import meft.gradient.accumulator
+import meft.table.row_table
 from meft import RowAdamW
 from meft.retrieval.types import PendingForward, Selection
-from meft.table.moments import Moments
+from meft.table.row_step import update_rows
 
 EACH = [(strategy, rows) for strategy in STRATEGIES for rows in ROWS]
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
@@ -180,13 +181,11 @@ def test_generation_with_a_cache(tiny, strategy, kind):
 
 @pytest.fixture
 def slow_updates(monkeypatch):
-    real = Moments.update
-
-    def update(self, *args):
+    def update(*args, **settings):
         time.sleep(0.02)
-        real(self, *args)
+        update_rows(*args, **settings)
 
-    monkeypatch.setattr(Moments, "update", update)
+    monkeypatch.setattr(meft.table.row_table, "update_rows", update)
 
 
 def a_state_dict(tiny, model, folder):
@@ -214,7 +213,7 @@ def a_checkpoint(tiny, model, folder):
 def test_a_pending_update_is_waited_for(tiny, slow_updates, tmp_path, what):
     ours = engine_model(tiny, retrieval="stream")
     tiny.train(ours, 1)
-    assert any(t._ticket is not None for t in tiny.tables(ours))
+    assert any(t._pending is not None for t in tiny.tables(ours))
     taken = what(tiny, ours, tmp_path)
     now = what(tiny, ours, tmp_path)
     pairs = zip(taken, now, strict=True) if isinstance(taken, list) else ((taken[k], now[k]) for k in now)
