@@ -94,7 +94,7 @@ def _wide_ffn(kernels: Kernels) -> None:
 
 
 def _adamw(kernels: Kernels) -> None:
-    check_adamw(kernels.op, Tables(9, 33, wire=torch.bfloat16), torch.tensor([8, 0, 3]), torch.ones(3, 33))
+    check_adamw(kernels.op, Tables(9, 33, compute_dtype=torch.bfloat16), torch.tensor([8, 0, 3]), torch.ones(3, 33))
 
 
 def _adam(kernels: Kernels) -> None:

@@ -61,7 +61,7 @@ def test_7b_streamed_stays_below_the_goal(told, share, limit):
     assert parts["base"] == pytest.approx(2 * 6_738_415_616, rel=1e-4)
     assert parts["router"] == 32 * 320 * 4096 * 4
     assert parts["saved rows"] == 32 * 2 * 4096 * round(share * 6400) * 2
-    assert found["host_bytes"]["wire rows, page-locked"] == 3_355_443_200
+    assert found["host_bytes"]["compute copy, page-locked"] == 3_355_443_200
     assert parts["peak"] == sum(size for part, size in parts.items() if part != "peak")
 
 

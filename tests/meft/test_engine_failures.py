@@ -37,8 +37,8 @@ def snapshot(tiny, model):
     """Masters, moments, counts, routers and what is read."""
     state = tiny.whole_state(model)
     for i, table in enumerate(tiny.tables(model)):
-        with table.reading() as wire:
-            state[f"{i}.wire"] = wire.detach().clone()
+        with table.reading() as compute_copy:
+            state[f"{i}.compute_copy"] = compute_copy.detach().clone()
     return state
 
 

@@ -83,7 +83,7 @@ def abandon(tiny, model):
 
 
 def run(tiny, monkeypatch, dropped=(), checkpointing=None, clip=True, dtype=torch.bfloat16, **fields):
-    """What is found in some steps with the wire in bfloat16, or with masters that are read themselves."""
+    """What is found in some steps with the compute copy in bfloat16, or with masters that are read themselves."""
     gc.freeze()  # what is there already is not looked through each time
     model = tiny.adapted(layers=3, dtype=dtype, master_dtype="float32", **fields)
     if checkpointing is not None:

@@ -47,7 +47,7 @@ def row_adamw(model):
 
 VARIANTS = {
     "masters in bfloat16": {"master_dtype": "bfloat16"},
-    "wire in float16": {"row_dtype": "float16"},
+    "compute copy in float16": {"row_dtype": "float16"},
     "no narrower copy": {"row_dtype": "float32"},
     "clipping": {"clip": 0.05},
     "RowAdamW": {"optimizer": row_adamw},
@@ -88,8 +88,8 @@ def step_of(streams, traffic=None, seed=0, n=13, r=20, d=6):
     steps = ZeroCopySteps(streams, d)
     found = []
     for by_device in (False, True):
-        table, wire = master.clone(), master.to(torch.bfloat16)
-        state = Moments.fresh(table).row_state(table, wire)
+        table, compute_copy = master.clone(), master.to(torch.bfloat16)
+        state = Moments.fresh(table).row_state(table, compute_copy)
         step = partial(steps, traffic or Traffic()) if by_device else update_rows
         step(state, rows, gradient, RULE, seed=0)
         found.append(state)
@@ -101,7 +101,7 @@ def step_of(streams, traffic=None, seed=0, n=13, r=20, d=6):
 def test_any_number_of_rows(n):
     traffic = Traffic()
     step_of(ThreadStreams(longest=1e-3), traffic, n=n)
-    # Up: gradient, master, both moments, count, id; down: master, both moments, count, wire.
+    # Up: gradient, master, both moments, count, id; down: master, both moments, count, compute copy.
     assert traffic.bytes_zero_copy == n * (6 * (4 * 4 + 3 * 4 + 2) + 3 * 4)
 
 
@@ -183,7 +183,7 @@ def test_where_the_device_cannot_reach_the_memory_the_host_steps(monkeypatch, ca
     assert [record.message for record in caplog.records if "zero_copy" in record.message] == [
         "MEFT: the device cannot step rows in host memory (zero_copy): the host does."
     ]
-    assert len(held) == {"pages": 1, "probe": 5, "other device": 0}[refusal]  # table, two moments, count, wire
+    assert len(held) == {"pages": 1, "probe": 5, "other device": 0}[refusal]  # table, two moments, count, compute copy
 
 
 def test_the_memory_is_locked_once(monkeypatch):

@@ -453,7 +453,7 @@ def test_a_meta_model_has_meta_tables(tiny):
         model = get_peft_model(LlamaForCausalLM(tiny.base().config), tiny.config())
     assert all(p.is_meta for p in model.parameters())
     with pytest.raises(RuntimeError, match="no values yet"):
-        tiny.tables(model)[0].writing(lambda wire: None)
+        tiny.tables(model)[0].update_masters(lambda compute_copy: None)
 
 
 def test_accelerate_prepare_leaves_the_tables(tiny):
@@ -717,4 +717,4 @@ def test_rows_beside_packed_weights_are_read_in_the_dtype_of_the_computation(dty
     ffn[0].weight.data = torch.zeros(2048, 1, dtype=torch.uint8)
     layer = MEFTLayer(ffn, 64)
     layer.update_layer("default", MEFTConfig(r=64, num_experts=8))
-    assert layer.tables("default")[0].wire_dtype == dtype
+    assert layer.tables("default")[0].compute_dtype == dtype

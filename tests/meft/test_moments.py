@@ -407,7 +407,7 @@ from meft.files import training_state as state
 def resident():  # bytes of this process that no file backs
     return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
 
-table = RowTable((4096, 8192), master=torch.float32, wire=torch.float32, on_host=True, pin=False)  # 128 MiB
+table = RowTable((4096, 8192), master=torch.float32, compute_dtype=torch.float32, on_host=True, pin=False)  # 128 MiB
 table.fill(0.02)
 optimizer = torch.optim.AdamW([table.rows])
 moments = table.moments_in(optimizer).moments

@@ -59,17 +59,22 @@ def as_on_cuda(monkeypatch):
 
 @pytest.fixture(scope="module")
 def in_place():
-    return {wire: trained(Setting(wire=wire), CPU, **SIZE) for wire in ("bfloat16", "float32")}
+    return {
+        compute_dtype: trained(Setting(compute_dtype=compute_dtype), CPU, **SIZE)
+        for compute_dtype in ("bfloat16", "float32")
+    }
 
 
 @pytest.mark.parametrize("zero_copy", [False, True])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_layer_with_its_kernels_equals_rows_in_place(fenced, monkeypatch, in_place, strategy, zero_copy):
     # One has rows in the dtype of the inputs and keeps them, the other has narrower ones and brings them again.
-    wire, rows = ("float32", "refetch") if zero_copy else ("bfloat16", "save")
+    compute_dtype, rows = ("float32", "refetch") if zero_copy else ("bfloat16", "save")
     with as_on_cuda(monkeypatch) as launched:
-        found = trained(Setting(strategy, rows, zero_copy=zero_copy, wire=wire), CPU, HostStreams(CPU), **SIZE)
-    assert difference(found, in_place[wire]) == ""
+        found = trained(
+            Setting(strategy, rows, zero_copy=zero_copy, compute_dtype=compute_dtype), CPU, HostStreams(CPU), **SIZE
+        )
+    assert difference(found, in_place[compute_dtype]) == ""
     expected = {"sparse_ffn"} if strategy == "host" else set(ON_DEVICE)
     expected |= {"gather_rows"} if strategy != "device-rows" else set()
     assert expected <= launched.keys()
