@@ -1,6 +1,14 @@
-"""For all tests: the order in which they run, and those that need a GPU."""
+"""For all tests: nothing is downloaded, hypothesis is patient, the order in which they run, and what needs a GPU."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("busy machine", deadline=None)
+settings.load_profile("busy machine")
 
 
 def pytest_collection_modifyitems(items):

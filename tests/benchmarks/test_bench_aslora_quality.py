@@ -8,18 +8,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import bench_aslora_quality as bench
+import paired_test
 import pytest
 import torch
+from aslora_quality import report, tasks
+from aslora_quality.rows import Rows
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import bench_aslora_quality as bench  # noqa: E402
-import paired_test  # noqa: E402
-from aslora_quality import report, tasks  # noqa: E402
-from aslora_quality.rows import Rows  # noqa: E402
 
 ROBERTA = [(768, 768), (768, 768)]  # query and value
 SMOLLM2 = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]

@@ -5,18 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_meft_recall as bench
 import pytest
 import torch
+from aslora_quality.rows import Rows
+from meft_recall import methods, pairs, report
+from meft_recall.methods import METHODS, UNTRAINED, Method
+from meft_recall.pairs import Pair, Recall
 from transformers import LlamaConfig, LlamaForCausalLM
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import bench_meft_recall as bench  # noqa: E402
-from aslora_quality.rows import Rows  # noqa: E402
-from meft_recall import methods, pairs, report  # noqa: E402
-from meft_recall.methods import METHODS, UNTRAINED, Method  # noqa: E402
-from meft_recall.pairs import Pair, Recall  # noqa: E402
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ?'."
 

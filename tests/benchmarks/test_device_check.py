@@ -18,7 +18,8 @@ import torch
 from card_24gb.plan import quick_plan
 from device import build, findings, headline, probe, sanitizer, verdicts
 from kernel_bench.targets import targets as kernel_targets
-from made_results import finding, results_of
+
+from tests.support.made_results import finding, results_of
 
 ROOT = Path(check.ROOT)
 

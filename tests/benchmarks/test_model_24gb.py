@@ -2,16 +2,11 @@
 
 import json
 import sys
-from pathlib import Path
 
+import model_24gb as bench
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import model_24gb as bench  # noqa: E402
-
-from meft.cost.memory import STRATEGIES  # noqa: E402
+from meft.cost.memory import STRATEGIES
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from tests.meft.thread_streams import ThreadStreams
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.meft.conftest import Tiny
-from tests.meft.thread_streams import ThreadStreams
 
 WORLD, STEPS, ROWS, LENGTH = 2, 5, 2, 6
 ENGINES = {

@@ -8,11 +8,11 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from test_engine import STRATEGIES
-from thread_streams import ThreadStreams
 
 import meft
 from meft import RowAdamW
 from meft.transport.streams import HostStreams
+from tests.support.thread_streams import ThreadStreams
 
 CPU = torch.device("cpu")
 LANES = {"in place": lambda: None, "host streams": lambda: HostStreams(CPU), "late streams": ThreadStreams}

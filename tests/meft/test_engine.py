@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from thread_streams import ThreadStreams
 from torch._C._profiler import _ExperimentalConfig
 
 import meft.retrieval.engine
 import meft.retrieval.strategies
 from meft.routing.reference import reference
 from meft.transport.streams import HostStreams
+from tests.support.thread_streams import ThreadStreams
 
 STRATEGIES = ["host", "stream", "device-keys", "device-rows"]
 ROWS = ["save", "refetch"]

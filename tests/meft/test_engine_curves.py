@@ -4,9 +4,10 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from engine_curves import SMALL, curves, differences, smol
 from test_engine import STRATEGIES
-from thread_streams import ThreadStreams
+
+from tests.support.engine_curves import SMALL, curves, differences, smol
+from tests.support.thread_streams import ThreadStreams
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

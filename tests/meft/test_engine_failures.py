@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_engine import STRATEGIES, on_streams
-from thread_streams import CopyFailedError, ThreadStreams
 
 from meft.gradient.offload_ring import GradientRing
 from meft.table.moments import Moments
 from meft.transport.transfer import Traffic
+from tests.support.thread_streams import CopyFailedError, ThreadStreams
 
 PLACES = ["first", "middle", "last"]
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from passes import GENERATION, checkpointed
 from test_engine import ROWS, STRATEGIES, on_streams
-from thread_streams import ThreadStreams
 
 import meft.gradient.accumulator
 from meft import RowAdamW
 from meft.table.moments import Moments
+from tests.support.thread_streams import ThreadStreams
 
 EACH = [(strategy, rows) for strategy in STRATEGIES for rows in ROWS]
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}

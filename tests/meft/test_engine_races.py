@@ -6,9 +6,9 @@ from contextlib import suppress
 
 import pytest
 import torch
-from happens_before import WatchedStreams, watched
 
 import meft.retrieval.strategies
+from tests.support.happens_before import WatchedStreams, watched
 
 STRATEGIES = ["host", "stream", "device-keys", "device-rows"]
 ROWS = ["save", "refetch"]

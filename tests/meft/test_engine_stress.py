@@ -7,11 +7,11 @@ import time
 import pytest
 import torch
 from test_engine import STRATEGIES, integers
-from thread_streams import ThreadStreams
 
 import meft
 import meft.gradient.offload_ring
 from meft.table.moments import Moments
+from tests.support.thread_streams import ThreadStreams
 
 RUNS = 200  # in all
 

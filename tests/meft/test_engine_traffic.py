@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from thread_streams import ThreadStreams
 
 import meft.retrieval.gather
 import meft.retrieval.strategies
+from tests.support.thread_streams import ThreadStreams
 
 STRATEGIES = ["host", "stream", "device-keys", "device-rows"]
 LAYERS = 3

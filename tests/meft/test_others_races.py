@@ -5,11 +5,11 @@ import time
 
 import pytest
 import torch
-from happens_before import WatchedStreams, watched
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import meft.gradient.operations
 from meft.gradient.accumulator import Pending, whole_of
+from tests.support.happens_before import WatchedStreams, watched
 
 STRATEGIES = ["host", "stream", "device-keys", "device-rows"]
 

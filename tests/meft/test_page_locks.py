@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_cuda import FakeCuda, forbid_cuda
 from peft import PeftModel
 from test_engine import STRATEGIES
 
 import meft.transport.transfer
 from meft import RowAdamW
 from meft.transport.streams import CudaStreams
+from tests.support.fake_cuda import FakeCuda, forbid_cuda
 
 CPU = torch.device("cpu")
 
@@ -61,7 +61,7 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from conftest import Tiny
-from fake_cuda import forbid_cuda
+from tests.support.fake_cuda import forbid_cuda
 from pytest import MonkeyPatch
 from test_page_locks import life
 

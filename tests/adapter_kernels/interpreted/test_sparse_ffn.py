@@ -3,14 +3,14 @@
 import contextlib
 from functools import partial
 
-import kernel_checks
 import pytest
 import torch
-from ffn_checks import Case, check_ffn, check_wide_row_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter_kernels import override, sparse_ffn
+from tests.support.kernels import kernel_checks
+from tests.support.kernels.ffn_checks import Case, check_ffn, check_wide_row_gradients
 
 kernel = partial(sparse_ffn, impl="triton")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

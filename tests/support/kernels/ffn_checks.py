@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from kernel_checks import EPS, IN_NORM, LAYOUTS, in_poison
-from selection_checks import generator
 from torch import Tensor
 
 from adapter_kernels import reference, sparse_ffn_backward
+from tests.support.kernels.kernel_checks import EPS, IN_NORM, LAYOUTS, in_poison
+from tests.support.kernels.selection_checks import generator
 
 
 class Case:

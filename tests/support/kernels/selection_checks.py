@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 
 import torch
-from kernel_checks import EPS, IN_NORM, LAYOUTS
 from torch import Tensor
 
 from adapter_kernels import reference
+from tests.support.kernels.kernel_checks import EPS, IN_NORM, LAYOUTS
 
 Op = Callable[..., tuple[Tensor, ...]]
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from kernel_checks import EPS, Fenced
-from row_checks import same_bits
-from selection_checks import generator
 from torch import Tensor
 
 from adapter_kernels import reference
+from tests.support.kernels.kernel_checks import EPS, Fenced
+from tests.support.kernels.row_checks import same_bits
+from tests.support.kernels.selection_checks import generator
 
 RULE = {"lr": 1e-2, "eps": 1e-8, "weight_decay": 0.1}
 
