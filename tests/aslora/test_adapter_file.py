@@ -1,11 +1,8 @@
 """Damaged, mixed-up and lying files: each gives one clear error, and nothing that was loaded before is touched."""
 
 import json
-import os
 import random
 import shutil
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
@@ -13,9 +10,10 @@ from peft import PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from aslora import ASLoRAConfig, export_to_lora
+from tests.support.models import llama
 
 Q_GROUP = "base_model.aslora_B.model/layers/*/self_attn/q_proj:32x32"
 DIGEST = "base_model.aslora_digest"
@@ -23,16 +21,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def base(hidden=32, layers=4):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=hidden,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    return LlamaForCausalLM(config)
+    return llama(layers, hidden_size=hidden)
 
 
 def config(**fields):
@@ -401,9 +390,8 @@ def test_a_config_that_is_no_mapping(damaged):
 
 def test_transformers_own_loading_is_refused_before_anything_is_changed(tmp_path):
     """The shared tensors live in the tuner, which that loading drops."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
-    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).save_pretrained(tmp_path / "base")
+    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_key_value_heads": 2}
+    llama(**sizes).save_pretrained(tmp_path / "base")
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
     get_peft_model(base, ASLoRAConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     model = LlamaForCausalLM.from_pretrained(tmp_path / "base")

@@ -1,32 +1,20 @@
 """What PEFT's loading functions make of a saved adapter: from_pretrained, AutoPeftModel, low_cpu_mem_usage."""
 
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from aslora import ASLoRAConfig, ASLoRAModel
+from tests.support.models import llama
 
 BATCH = torch.arange(16).view(2, 8)
 
 
 @pytest.fixture(scope="module")
 def base_dir(tmp_path_factory):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
     folder = tmp_path_factory.mktemp("base")
-    LlamaForCausalLM(config).save_pretrained(folder)
+    llama(4).save_pretrained(folder)
     return folder
 
 

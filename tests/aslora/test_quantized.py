@@ -1,16 +1,13 @@
 """Quantised bases, with bitsandbytes on a CPU: train, share, save, load, merge into the base and back."""
 
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from aslora import ASLoRAConfig, export_to_lora
+from tests.support.models import llama
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -27,18 +24,8 @@ bits = pytest.mark.parametrize("bits", QUANTISED)
 
 @pytest.fixture(scope="module")
 def base_dir(tmp_path_factory):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        use_cache=False,
-    )
     folder = tmp_path_factory.mktemp("base")
-    LlamaForCausalLM(config).save_pretrained(folder)
+    llama(4, hidden_size=64, intermediate_size=128, use_cache=False).save_pretrained(folder)
     return folder
 
 

@@ -1,19 +1,17 @@
 """The sharing runs by itself in every usual way of training: what counts as a step, when merges come, the gradients."""
 
 import copy
-import os
 import warnings
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
 from accelerate import Accelerator
 from peft import get_peft_model
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from aslora import ASLoRAConfig
+from tests.support.models import llama
 
 LAYERS, STEPS = 5, 20
 # Default schedule for T = 20 and 5 layers: 3 merges from floor(0.05 T) = 1 to floor(0.30 T) = 6, evenly.
@@ -30,18 +28,8 @@ def dataset(n):
 
 def adapted(dtype=torch.float32, layers=LAYERS, **fields):
     """A random Llama with ASLoRA on q and v."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        use_cache=False,
-    )
     fields = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | fields
-    return get_peft_model(LlamaForCausalLM(config).to(dtype), ASLoRAConfig(**fields))
+    return get_peft_model(llama(layers, dtype, use_cache=False), ASLoRAConfig(**fields))
 
 
 def groups(model):

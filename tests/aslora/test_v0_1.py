@@ -6,29 +6,18 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from aslora import ASLoRAConfig
+from tests.support.models import llama
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "v0_1"
 BATCH = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(99))
 
 
 def base():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config)
+    sizes = {"vocab_size": 96, "hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return llama(4, **sizes, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
 
 def config():

@@ -15,7 +15,8 @@ import torch
 from aslora_quality import report, tasks
 from aslora_quality.rows import Rows
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.support.models import llama
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -120,10 +121,8 @@ def test_labels_are_the_completion_alone():
 
 def test_score_is_what_greedy_generation_gives():
     """One forward pass over the true completion decides what a decoding loop would, padding or not."""
-    torch.manual_seed(0)
-    size = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                       pad_token_id=0, eos_token_id=None)  # fmt: skip
-    model = get_peft_model(LlamaForCausalLM(size), LoraConfig(r=2, task_type="CAUSAL_LM")).eval()
+    base = llama(intermediate_size=32, num_key_value_heads=2, pad_token_id=0, eos_token_id=None)
+    model = get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM")).eval()
     prompts = [[2 + i] * (1 + i % 5) for i in range(12)]
     greedy = [
         model.generate(input_ids=torch.tensor([ids]), max_new_tokens=3, do_sample=False)[0].tolist() for ids in prompts

@@ -12,7 +12,9 @@ from aslora_quality.rows import Rows
 from meft_recall import methods, pairs, report
 from meft_recall.methods import METHODS, UNTRAINED, Method
 from meft_recall.pairs import Pair, Recall
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
+
+from tests.support.models import llama
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -32,11 +34,9 @@ class Letters:
 
 
 def tiny() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=2 + len(LETTERS), hidden_size=64, intermediate_size=64, num_hidden_layers=2,
-                    num_attention_heads=2, initializer_range=0.3, pad_token_id=0, eos_token_id=1, bos_token_id=None)
-    )  # fmt: skip
+    sizes = {"vocab_size": 2 + len(LETTERS), "hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 2}
+    special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    return llama(**sizes, **special, initializer_range=0.3)
 
 
 def write_questions(folder: Path, rows: list[dict]) -> None:

@@ -4,10 +4,10 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from test_engine import STRATEGIES
 
 from tests.support.engine_curves import SMALL, curves, differences, smol
 from tests.support.thread_streams import ThreadStreams
+from tests.support.tiny_meft import STRATEGIES
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

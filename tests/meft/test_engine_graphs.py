@@ -6,13 +6,13 @@ import time
 
 import pytest
 import torch
-from passes import GENERATION, checkpointed
-from test_engine import ROWS, STRATEGIES, on_streams
 
 import meft.gradient.accumulator
 from meft import RowAdamW
 from meft.table.moments import Moments
-from tests.support.thread_streams import ThreadStreams
+from tests.support.thread_streams import ThreadStreams, on_streams
+from tests.support.tiny_meft import ROWS, STRATEGIES
+from tests.support.training import GENERATION, checkpointed
 
 EACH = [(strategy, rows) for strategy in STRATEGIES for rows in ROWS]
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}

@@ -9,9 +9,7 @@ import torch
 
 import meft.retrieval.strategies
 from tests.support.happens_before import WatchedStreams, watched
-
-STRATEGIES = ["host", "stream", "device-keys", "device-rows"]
-ROWS = ["save", "refetch"]
+from tests.support.tiny_meft import ROWS, STRATEGIES
 
 # Hand-overs without which the order is the same, and why they are there.
 NEEDLESS = {

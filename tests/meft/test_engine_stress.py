@@ -6,12 +6,13 @@ import time
 
 import pytest
 import torch
-from test_engine import STRATEGIES, integers
 
 import meft
 import meft.gradient.offload_ring
 from meft.table.moments import Moments
 from tests.support.thread_streams import ThreadStreams
+from tests.support.tiny_meft import STRATEGIES
+from tests.support.training import integers
 
 RUNS = 200  # in all
 

@@ -6,8 +6,8 @@ import torch
 import meft.retrieval.gather
 import meft.retrieval.strategies
 from tests.support.thread_streams import ThreadStreams
+from tests.support.tiny_meft import STRATEGIES
 
-STRATEGIES = ["host", "stream", "device-keys", "device-rows"]
 LAYERS = 3
 
 

@@ -1,23 +1,20 @@
 """Contexts of forward passes: when they begin and die, and which picks a recomputation gets."""
 
 import gc
-import os
 import threading
 import weakref
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from meft import MEFTConfig
 from meft.layer import MEFTLayer
 from meft.retrieval import forward_context as context
 from meft.routing.topk import Selection
+from tests.support.models import llama
 
 
 @pytest.fixture(autouse=True)
@@ -27,17 +24,7 @@ def nothing_left_open():
 
 
 def adapted(**fields):
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-        )
-    ).double()
+    model = llama(dtype=torch.float64, num_key_value_heads=2)
     sizes = {"r": 16, "num_experts": 4, "experts_per_token": 2, "top_k": 3, "init_weights": False}
     config = MEFTConfig(**sizes | {"task_type": "CAUSAL_LM", "master_dtype": "float64"} | fields)
     return get_peft_model(model, config).train()

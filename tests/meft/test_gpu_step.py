@@ -5,7 +5,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from test_engine import STRATEGIES, on_streams
 
 import meft.table.gpu_step
 from meft import RowAdamW
@@ -13,7 +12,8 @@ from meft.table.gpu_step import ZeroCopySteps
 from meft.table.moments import Moments
 from meft.table.row_step import StepRule
 from meft.transport.transfer import Traffic
-from tests.support.thread_streams import ThreadStreams
+from tests.support.thread_streams import ThreadStreams, on_streams
+from tests.support.tiny_meft import STRATEGIES
 
 RULE = StepRule(1e-2, 0.9, 0.99, 1e-8, 0.1, True)
 

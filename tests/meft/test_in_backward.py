@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from test_engine import STRATEGIES, on_streams
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from meft import RowAdamW
+from tests.support.thread_streams import on_streams
+from tests.support.tiny_meft import STRATEGIES
 
 
 def adapted(tiny, in_backward=True, strategy="stream", **fields):

@@ -10,8 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import meft.gradient.operations
 from meft.gradient.accumulator import Pending, whole_of
 from tests.support.happens_before import WatchedStreams, watched
-
-STRATEGIES = ["host", "stream", "device-keys", "device-rows"]
+from tests.support.tiny_meft import STRATEGIES
 
 
 def train(tiny, model, fused, unscale, settles):

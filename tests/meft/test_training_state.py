@@ -11,16 +11,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import meft.files.training_state
 from meft.files.training_state import INDEX
+from tests.support.models import llama
 
 FIELDS = {
     "float32 masters": {},
@@ -377,10 +375,9 @@ OLD = Path(__file__).parents[1] / "fixtures" / "v0_1"
 
 
 def old_base():
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 96, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4}
+    sizes = {"vocab_size": 96, "hidden_size": 16, "intermediate_size": 32}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    return llama(4, **sizes, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
 
 @pytest.mark.parametrize("name", ["meft_lazy", "meft_bf16"])

@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from aslora import ASLoRAConfig
 from meft import MEFTConfig
+from tests.support.models import llama
 
 METHODS = {
     "lora": lambda **fields: LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, **fields),
@@ -22,16 +22,8 @@ OURS = {"aslora": ASLoRAConfig, "meft": MEFTConfig}
 
 
 def base(tied=True, seed=0):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        tie_word_embeddings=tied,
-    )
-    return LlamaForCausalLM(config)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_key_value_heads": 2}
+    return llama(seed=seed, **sizes, tie_word_embeddings=tied)
 
 
 def batch(seed=0):

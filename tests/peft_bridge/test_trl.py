@@ -10,10 +10,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from aslora import ASLoRAConfig
 from meft import MEFTConfig
+from tests.support.models import llama
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -38,20 +39,9 @@ def tokenizer():
 
 
 def base(dtype=torch.float32, cls=LlamaForCausalLM, **fields):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **fields,
-    )
-    return cls(config).to(dtype)
+    sizes = {"vocab_size": len(WORDS), "hidden_size": 16, "intermediate_size": 32, "num_key_value_heads": 2}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return llama(3, dtype, cls=cls, max_position_embeddings=64, **sizes, **special, **fields)
 
 
 def trained(method, dtype=torch.float32):
