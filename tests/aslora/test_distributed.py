@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from aslora import ASLoRAConfig
 from tests.support.models import llama
-from tests.support.processes import result_of, run_ranks, work_as_rank
+from tests.support.processes import once, result_of, run_ranks, saved_by_ranks, work_as_rank
 from tests.support.training import assert_close
 
+pytestmark = pytest.mark.slow  # two processes, for all of them
 WORLD, STEPS, LAYERS = 2, 8, 5
 WEIGHTS = "adapter_model.safetensors"
 
@@ -211,10 +212,10 @@ def tasks(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(request):
     """The results of both processes, and the folder into which they have saved."""
-    folder = tmp_path_factory.mktemp("ranks")
-    return run_ranks(__file__, folder), folder
+    folder = once(request, "ranks_of_aslora", lambda folder: run_ranks(__file__, folder))
+    return saved_by_ranks(folder), folder
 
 
 @pytest.fixture(scope="module")

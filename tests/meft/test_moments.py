@@ -439,6 +439,7 @@ measure(load)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is read from /proc")
 def test_saving_and_loading_take_no_second_copy(tmp_path):
     *saving, loading = map(float, run_code(PEAK, tmp_path).split()[-3:])

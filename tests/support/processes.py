@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,8 +31,21 @@ def run_code(code, *arguments, timeout=120):
     return done.stdout
 
 
+def once(request, name, make):
+    """A folder that `make` has filled, once for all workers of a test run: their module fixtures would do it again."""
+    base = request.getfixturevalue("tmp_path_factory").getbasetemp()
+    folder = (base.parent if hasattr(request.config, "workerinput") else base) / name
+    done = folder / "done"
+    with FileLock(f"{folder}.lock"):
+        if not done.exists():
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 def run_ranks(script, folder, world=2, seconds=240):
-    """Run `python SCRIPT RANK FOLDER` for each rank; what each has saved as FOLDER/rank{RANK}.pt."""
+    """Run `python SCRIPT RANK FOLDER` for each rank, which saves what `saved_by_ranks` reads."""
     logs = [folder / f"rank{rank}.log" for rank in range(world)]
     processes = [
         subprocess.Popen(
@@ -51,6 +66,10 @@ def run_ranks(script, folder, world=2, seconds=240):
         process.kill()
         process.wait()
     assert [p.returncode for p in processes] == [0] * world, "\n".join(log.read_text() for log in logs)
+
+
+def saved_by_ranks(folder, world=2):
+    """What each rank has kept: task -> result."""
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
 
 
@@ -60,8 +79,6 @@ def work_as_rank(rank, folder, tasks, world=2):
     Args:
         tasks: name -> callable, whose result is kept; where it fails, the error's `repr`.
     """
-    from datetime import timedelta
-
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo",
