@@ -13,9 +13,10 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from aslora import ASLoRAConfig
+from tests.support import training
 from tests.support.models import llama
 from tests.support.processes import once, result_of, run_ranks, saved_by_ranks, work_as_rank
-from tests.support.training import assert_close
+from tests.support.training import adamw, assert_close, trainable
 
 pytestmark = pytest.mark.slow  # two processes, for all of them
 WORLD, STEPS, LAYERS = 2, 8, 5
@@ -37,18 +38,11 @@ def batches():
     return torch.randint(64, (STEPS, WORLD * 2, 8), generator=torch.Generator().manual_seed(1))
 
 
-def optimizer_of(model):
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
-
-
 def train(model, rank=None, optimizer=None, steps=range(STEPS)):
     """Rank None sees the joint batch."""
-    optimizer = optimizer or optimizer_of(model)
-    for batch in batches()[list(steps)]:
-        mine = batch if rank is None else batch[2 * rank : 2 * rank + 2]
-        model(input_ids=mine, labels=mine).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    optimizer = optimizer or adamw(model)
+    rows = slice(None) if rank is None else slice(2 * rank, 2 * rank + 2)
+    training.train(model, batches()[list(steps)][:, rows], optimizer)
     return optimizer
 
 
@@ -111,7 +105,7 @@ def run_sharded_apart(rank):
 
 def train_on(model, rank=None):
     """Three steps after all merges, of an optimizer without moments."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     train(model, rank, optimizer, steps=range(3))
 
 

@@ -13,6 +13,7 @@ from aslora import ASLoRAConfig, export_to_lora
 from tests.support.models import llama
 from tests.support.models import model as model_of
 from tests.support.processes import run_code
+from tests.support.training import train, trainable
 
 WEIGHTS = "adapter_model.safetensors"
 BATCH = torch.arange(16).view(2, 8)
@@ -51,11 +52,7 @@ def train_and_save(make_base, fields, folder, steps=4):
         r=4, lora_alpha=8, merge_start=1, merge_interval=1, num_merges=2, task_type="CAUSAL_LM", **fields
     )
     model = get_peft_model(make_base(), config)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
-    for _ in range(steps):
-        model(input_ids=BATCH, labels=BATCH).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(model, [BATCH] * steps, torch.optim.AdamW(trainable(model), lr=5e-2))
     model.save_pretrained(folder)
     model.eval()
     return model

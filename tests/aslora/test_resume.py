@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from aslora import ASLoRAConfig
 from tests.support.models import llama
+from tests.support.training import trainable
 
 STEPS = 8
 FIRST, LAST = 3, 5  # the steps of the two merges
@@ -210,7 +211,7 @@ def test_resume_by_hand_in_a_plain_loop(tmp_path):
 
     def start():
         model = adapted(total_steps=STEPS)
-        return model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+        return model, torch.optim.SGD(trainable(model), lr=0.1, momentum=0.9)
 
     whole_model, whole_optimizer = start()
     run(whole_model, whole_optimizer, range(STEPS))

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from aslora import ASLoRAConfig
 from tests.support.models import llama
+from tests.support.training import trainable
 
 LAYERS, STEPS = 5, 20
 # Default schedule for T = 20 and 5 layers: 3 merges from floor(0.05 T) = 1 to floor(0.30 T) = 6, evenly.
@@ -72,7 +73,7 @@ def arguments(tmp_path, **fields):
 
 
 def plain_loop(model, steps, also_explicit=False):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     for step in range(1, steps + 1):
         batch = tokens(2 * steps)[2 * step - 2 : 2 * step]
         model(input_ids=batch, labels=batch).loss.backward()
@@ -197,7 +198,7 @@ def test_accelerate_accumulation_counts_each_real_step_once():
     model = adapted(merge_start=100, merge_interval=1)
     oracle = MeanOfB(model)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer)
     prepared, optimizer, loader, scheduler = accelerator.prepare(
         model, optimizer, DataLoader(tokens(8), batch_size=1), scheduler
@@ -219,15 +220,15 @@ def test_accelerate_accumulation_counts_each_real_step_once():
 def test_gradscaler_steps_that_are_skipped_do_not_count(fused):
     model = adapted(merge_start=100, merge_interval=1)
     oracle = MeanOfB(model)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-2, fused=fused)
+    parameters = trainable(model)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for step, batch in enumerate(tokens(10).split(2)):
         optimizer.zero_grad()
         scaler.scale(model(input_ids=batch, labels=batch).loss).backward()
         overflows = step in (0, 3)
         if overflows:
-            trainable[-1].grad.view(-1)[0] = float("inf")
+            parameters[-1].grad.view(-1)[0] = float("inf")
         scaler.step(optimizer)
         scaler.update()
         if not overflows:

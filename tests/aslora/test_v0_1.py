@@ -8,6 +8,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from aslora import ASLoRAConfig
+from tests.support import training
 from tests.support.models import llama
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "v0_1"
@@ -35,13 +36,8 @@ def expected(folder):
     return load_file(FIXTURES / folder / "expected.safetensors")["logits"]
 
 
-def train(model, steps=3):
-    model.train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(steps):
-        model(input_ids=BATCH, labels=BATCH).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+def train(model):
+    training.train(model.train(), [BATCH] * 3, torch.optim.SGD(training.trainable(model), lr=0.1))
 
 
 @pytest.mark.parametrize("folder", ["aslora_pending", "aslora_finished"])

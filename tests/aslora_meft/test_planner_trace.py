@@ -18,6 +18,7 @@ from aslora_meft.planner.trace import Extra, Step, trace_step
 from meft import MEFTConfig
 from meft.cost.memory import AdapterShape, Plan, Work
 from tests.support.models import config
+from tests.support.training import trainable
 
 GIB = 2**30
 CONFIGS = {
@@ -45,7 +46,7 @@ def real_peak(config, dtype, adapter, step):
     if step.checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    optimizer = torch.optim.AdamW(trainable(model), fused=True)
     live = MemoryTracker()
     for tensor in (*model.parameters(), *model.buffers()):
         live.see(tensor)
@@ -125,7 +126,7 @@ def test_the_counter_gives_the_numbers_of_the_example():
         model = get_peft_model(model, LoraConfig(r=64, target_modules=["q_proj", "v_proj"]))
     ids = torch.zeros(2, 256, dtype=torch.long, device="meta")
     mask = torch.ones(2, 1, 256, 256, dtype=torch.bool, device="meta")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
+    optimizer = torch.optim.AdamW(trainable(model), foreach=False)
     live = MemoryTracker()
     for parameter in model.parameters():
         live.see(parameter)

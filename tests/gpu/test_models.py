@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from aslora import ASLoRAConfig
 from meft import MEFTConfig
 from tests.support.models import llama
+from tests.support.training import train, trainable
 
 MERGES = {"merge_start": 1, "merge_interval": 2, "num_merges": 2}
 CONFIGS = {
@@ -28,16 +29,9 @@ def batch(seed=0, rows=4):
 
 def losses_of(model, device, steps, optimizer=None, forward=None):
     """Of some steps, which see what their numbers say."""
-    optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for step in steps:
-        ids = batch(step % 2).to(device)
-        loss = (model if forward is None else forward)(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses, optimizer
+    optimizer = optimizer or torch.optim.AdamW(trainable(model), lr=1e-2)
+    batches = (batch(step % 2).to(device) for step in steps)
+    return train(model if forward is None else forward, batches, optimizer), optimizer
 
 
 # -------------------------------------------------------------------------------------------------------------- users
@@ -103,7 +97,7 @@ def aslora(device, layers=4, **fields):
 
 def sgd(model):
     """What two devices round differently stays as small as it is; AdamW would divide it by the size of a gradient."""
-    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0, momentum=0.9)
+    return torch.optim.SGD(trainable(model), lr=1.0, momentum=0.9)
 
 
 def ran(device, steps=8, forward=None, **fields):

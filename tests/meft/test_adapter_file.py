@@ -15,15 +15,15 @@ import torch
 from peft import PeftModel
 from peft.utils import set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from meft.files.adapter_file import FILE
 from peft_bridge.weights import _saving
+from tests.support.adapter_files import CONFIG, WEIGHTS, edit_config, rewrite
 from tests.support.processes import run_code
 
 DIGEST = FILE.digest_key
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def make(tiny, **fields):
@@ -70,17 +70,6 @@ def refuses(tiny, model, folder, match, error=ValueError):
             if "broken" in model.peft_config:
                 model.delete_adapter("broken")  # PEFT adds an adapter before it reads the file
         tiny.assert_equal(tiny.whole_state(model), before)
-
-
-def rewrite(folder, change):
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def edit_config(folder, **fields):
-    content = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(content | fields))
 
 
 # ---------------------------------------------------------------------- what is in a file

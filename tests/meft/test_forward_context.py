@@ -15,6 +15,7 @@ from meft.layer import MEFTLayer
 from meft.retrieval import forward_context as context
 from meft.routing.topk import Selection
 from tests.support.models import llama
+from tests.support.training import trainable
 
 
 @pytest.fixture(autouse=True)
@@ -434,7 +435,7 @@ def test_a_pass_over_the_same_batch_whose_graph_is_kept_is_not_mistaken_for_this
     results = []
     for keep in (False, True):
         model, kept = checkpointed(adapted(), reentrant), []
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        optimizer = torch.optim.AdamW(trainable(model), lr=0.5)
         for _ in range(4):
             optimizer.zero_grad()
             loss = model(input_ids=ids(), labels=ids()).loss
@@ -448,7 +449,7 @@ def test_a_pass_over_the_same_batch_whose_graph_is_kept_is_not_mistaken_for_this
 def test_a_recomputation_after_the_rows_have_changed_is_an_error():
     """Not reentrant; a reentrant one first runs the layer when it recomputes, and has no older rows to compare with."""
     model = checkpointed(adapted(), False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.AdamW(trainable(model), lr=0.1)
     stale = model(input_ids=ids(), labels=ids()).loss
     model(input_ids=ids(1), labels=ids(1)).loss.backward()
     optimizer.step()

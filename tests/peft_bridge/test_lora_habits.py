@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 from aslora import ASLoRAConfig
 from meft import MEFTConfig
+from tests.support import training
 from tests.support.models import llama
 
 METHODS = {
@@ -31,11 +32,7 @@ def batch(seed=0):
 
 
 def train(model, steps=2):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for step in range(steps):
-        model(input_ids=batch(step), labels=batch(step)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    training.train(model, map(batch, range(steps)))
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTr
 from aslora import ASLoRAConfig
 from meft import MEFTConfig
 from tests.support.models import llama
+from tests.support.training import trainable
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -47,7 +48,7 @@ def base(dtype=torch.float32, cls=LlamaForCausalLM, **fields):
 def trained(method, dtype=torch.float32):
     """Four steps, in which ASLoRA's layers come to share."""
     model = get_peft_model(base(dtype), CONFIGS[method](task_type="CAUSAL_LM"))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    optimizer = torch.optim.AdamW(trainable(model), lr=3e-2)
     for step in range(4):
         ids = torch.randint(3, len(WORDS), (4, 12), generator=torch.Generator().manual_seed(step))
         model(input_ids=ids, labels=ids).loss.backward()
@@ -92,22 +93,17 @@ def letters(completions, **columns):
     return [float(len(set(text))) for text in completions]
 
 
+def arguments(config_cls, folder, steps, **fields):
+    """A trainer's configuration."""
+    quiet = {"logging_steps": 1, "save_strategy": "no", "report_to": [], "disable_tqdm": True}
+    cpu = {"use_cpu": True, "bf16": False, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    return config_cls(output_dir=str(folder), max_steps=steps, **quiet, **cpu, **fields)
+
+
 def run(name, model, tokenizer, folder, steps=1, peft_config=None):
     """Trains; returns what was logged at the first step."""
     trainer_cls, config_cls, fields, rows = TRAINERS[name]
-    args = config_cls()(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        **fields,
-    )
+    args = arguments(config_cls(), folder, steps, **fields)
     more = {"reward_funcs": letters} if name in ("GRPO", "RLOO") else {}
     trainer = trainer_cls()(
         model=model,
@@ -168,18 +164,7 @@ def test_dpo_from_a_loaded_adapter(tokenizer, tmp_path, method, dtype):
 def test_reward(tokenizer, tmp_path, method, fresh):
     config = CONFIGS[method](task_type="SEQ_CLS")
     model = base(cls=LlamaForSequenceClassification, num_labels=1)
-    args = trl.RewardConfig(
-        output_dir=str(tmp_path),
-        max_steps=2,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-    )
+    args = arguments(trl.RewardConfig, tmp_path, steps=2)
 
     def train(model, peft_config=None):
         trainer = trl.RewardTrainer(

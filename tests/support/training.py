@@ -26,13 +26,16 @@ def tokens(rows=2, length=8, vocab=64, seed=0, low=0):
 
 
 def train(model, batches, optimizer=None):
-    """A step for each batch of ids, which are the labels too; the optimizer, AdamW where none is given."""
+    """A step for each batch of ids, which are the labels too, of AdamW where no optimizer is given; their losses."""
     optimizer = optimizer or torch.optim.AdamW(trainable(model), lr=1e-2)
+    losses = []
     for batch in batches:
-        model(input_ids=batch, labels=batch).loss.backward()
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return optimizer
+        losses.append(loss.item())
+    return losses
 
 
 def checkpointed(tiny, reentrant, **fields):
