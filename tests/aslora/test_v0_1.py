@@ -9,16 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from aslora import ASLoRAConfig
 from tests.support import training
-from tests.support.models import llama
+from tests.support.models import llama_of_0_1
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "v0_1"
 BATCH = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(99))
-
-
-def base():
-    sizes = {"vocab_size": 96, "hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 128}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return llama(4, **sizes, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
 
 def config():
@@ -42,7 +36,7 @@ def train(model):
 
 @pytest.mark.parametrize("folder", ["aslora_pending", "aslora_finished"])
 def test_a_saved_adapter(tmp_path, folder):
-    model = PeftModel.from_pretrained(base(), FIXTURES / folder, is_trainable=True)
+    model = PeftModel.from_pretrained(llama_of_0_1(), FIXTURES / folder, is_trainable=True)
     torch.testing.assert_close(logits(model), expected(folder), rtol=1e-5, atol=1e-6)
     model.save_pretrained(tmp_path)
     first, again = (load_file(f / "adapter_model.safetensors") for f in (FIXTURES / folder, tmp_path))
@@ -60,12 +54,12 @@ def test_a_damaged_one_is_refused(tmp_path):
     save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
     (tmp_path / "adapter_config.json").write_text((FIXTURES / "aslora_finished" / "adapter_config.json").read_text())
     with pytest.raises(ValueError, match="digest"):
-        PeftModel.from_pretrained(base(), tmp_path)
+        PeftModel.from_pretrained(llama_of_0_1(), tmp_path)
 
 
 def test_a_full_state_dict_with_zeros_for_dropped_rows(tmp_path):
     state = load_file(FIXTURES / "aslora_state_dict" / "state_dict.safetensors")
-    model = get_peft_model(base(), config())
+    model = get_peft_model(llama_of_0_1(), config())
     result = model.load_state_dict(state, strict=False)
     assert not result.unexpected_keys
     assert not [key for key in result.missing_keys if "aslora" in key]
@@ -74,7 +68,7 @@ def test_a_full_state_dict_with_zeros_for_dropped_rows(tmp_path):
         assert B.merges_taken
         assert torch.equal(B.stacked_B, B.stacked_B[B.sharing_map])
     # And given to a save as it is.
-    other = get_peft_model(base(), config())
+    other = get_peft_model(llama_of_0_1(), config())
     other.save_pretrained(tmp_path / "given", state_dict=state)
     model.save_pretrained(tmp_path / "own")
     given, own = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("given", "own"))

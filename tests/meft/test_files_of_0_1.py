@@ -11,16 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from meft import MEFTConfig
 from meft.files.export import export_resident, load_resident
-from tests.support.models import llama
+from tests.support.models import llama_of_0_1
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "v0_1"
 WEIGHTS = "adapter_model.safetensors"
 
 
 def base():
-    sizes = {"vocab_size": 96, "hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 128}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return llama(4, **sizes, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2).eval()
+    return llama_of_0_1().eval()
 
 
 def logits(model):

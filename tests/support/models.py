@@ -61,6 +61,13 @@ def llama(layers=2, dtype=torch.float32, seed=0, cls=tr.LlamaForCausalLM, **fiel
     return model(cls, dtype, seed, num_hidden_layers=layers, **fields)
 
 
+def llama_of_0_1():
+    """The base model of tests/fixtures/v0_1."""
+    sizes = {"vocab_size": 96, "hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return llama(4, **sizes, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+
+
 def gemma3_with_vision():
     """A language model of two layers beside one for images."""
     vision = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
