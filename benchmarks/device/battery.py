@@ -134,7 +134,7 @@ class Battery:
             case = ffn_checks.Case(20, 24, 7, 12, dtype, factor=False, base=False)
             yield "no factor", name, partial(ffn_checks.check_ffn, op, case)
             if dtype.itemsize == 2:
-                case = ffn_checks.Case(600, 32, 9, 9, dtype)
+                case = ffn_checks.Case(256 if self.tiny else 600, 32, 9, 9, dtype)
                 check = partial(ffn_checks.check_wide_row_gradients, "triton", case, backward)
                 yield "row gradients in float32", name, check
 

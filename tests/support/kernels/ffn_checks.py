@@ -108,7 +108,7 @@ def check_ffn(op, case: Case) -> None:
 def check_wide_row_gradients(impl, case: Case, backward=sparse_ffn_backward) -> None:
     """Sums that half precision cannot hold, of integers that it can, are those of float64 in float32, and not without.
 
-    `case` gets these integers. It needs 24 to 32 columns and some hundred tokens, each with most of the rows.
+    `case` gets these integers. It needs 24 to 32 columns and 200 tokens or more, each with most of the rows.
     """
     for name, size in (("x", 8), ("g", 8), ("values", 1)):
         tensor = getattr(case, name)
