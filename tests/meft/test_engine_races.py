@@ -101,6 +101,8 @@ def run(tiny, monkeypatch, dropped=(), checkpointing=None, clip=True, dtype=torc
             engine.use(WatchedStreams(watch))
         for _ in itertools.chain(train(tiny, model, clip), abandon(tiny, model)):
             if dropped and watch.races:
+                for table in tiny.tables(model):
+                    table.synchronize()
                 break
     gc.unfreeze()
     return watch
