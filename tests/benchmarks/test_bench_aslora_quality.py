@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -88,13 +87,12 @@ def test_too_few_examples_and_a_wrong_folder_are_data_errors(tmp_path):
         tasks.load_splits(tmp_path, BANKING)
 
 
-def test_a_wrong_folder_ends_the_program_with_one_sentence(tmp_path):
-    run = subprocess.run(
-        [sys.executable, BENCHMARKS / "bench_aslora_quality.py", "--data", tmp_path], capture_output=True, text=True
-    )
-    said = [line for line in run.stderr.splitlines() if "--data" in line]
-    assert run.returncode == 2
-    assert "Traceback" not in run.stderr
+def test_a_wrong_folder_ends_the_program_with_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_aslora_quality.py", "--data", str(tmp_path)])
+    assert bench.main() == 2
+    error = capsys.readouterr().err
+    said = [line for line in error.splitlines() if "--data" in line]
+    assert "Traceback" not in error
     assert len(said) == 1
     assert "banking77/train.csv" in said[0]
 

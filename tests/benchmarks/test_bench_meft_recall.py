@@ -1,7 +1,6 @@
 """The recall benchmark's own arithmetic and book-keeping; no real model is loaded."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -81,12 +80,14 @@ def test_a_smaller_task_is_part_of_a_larger_and_long_ones_are_left_out(tmp_path)
         pairs.load_pairs(tmp_path, Recall(13, 1), Letters())
 
 
-def test_a_wrong_folder_is_one_sentence(tmp_path):
+def test_a_wrong_folder_is_one_sentence(tmp_path, monkeypatch, capsys):
     with pytest.raises(pairs.DataError, match=r"nq_open/NQ-open\.dev\.jsonl"):
         pairs.load_pairs(tmp_path, Recall(1, 1), Letters())
-    run = subprocess.run([sys.executable, BENCHMARKS / "bench_meft_recall.py"], capture_output=True, text=True)
-    assert run.returncode == 2
-    assert "--data is needed" in run.stderr
+    monkeypatch.setattr(sys, "argv", ["bench_meft_recall.py"])
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    assert ended.value.code == 2
+    assert "--data is needed" in capsys.readouterr().err
 
 
 def test_each_pass_has_each_pair_once_and_follows_the_seed():
