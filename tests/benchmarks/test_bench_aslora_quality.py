@@ -17,8 +17,6 @@ from peft import LoraConfig, get_peft_model
 
 from tests.support.models import llama
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
 ROBERTA = [(768, 768), (768, 768)]  # query and value
 SMOLLM2 = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
 BANKING = replace(tasks.TASKS["banking77"], steps=2, batch_size=2, n_valid=3, n_test=4, n_intents=2)

@@ -15,8 +15,6 @@ from transformers import LlamaForCausalLM
 
 from tests.support.models import llama
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
 LETTERS = "abcdefghijklmnopqrstuvwxyz ?'."
 
 
