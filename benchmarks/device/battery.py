@@ -16,16 +16,12 @@ import torch
 import adapter_kernels
 from device.findings import use_tests
 
-use_tests("adapter_kernels")
+use_tests()
 
-import adamw_checks  # noqa: E402
-import ffn_checks  # noqa: E402
-import kernel_checks  # noqa: E402
-import row_checks  # noqa: E402
-import selection_checks  # noqa: E402
-from mutations import MUTATIONS, is_noticed  # noqa: E402
-from on_device import on_device  # noqa: E402
-from selection_checks import generator  # noqa: E402
+from tests.support.kernels import adamw_checks, ffn_checks, kernel_checks, row_checks, selection_checks  # noqa: E402
+from tests.support.kernels.mutations import MUTATIONS, is_noticed  # noqa: E402
+from tests.support.kernels.on_device import on_device  # noqa: E402
+from tests.support.kernels.selection_checks import generator  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Op = Callable[..., object]
@@ -138,7 +134,7 @@ class Battery:
             case = ffn_checks.Case(20, 24, 7, 12, dtype, factor=False, base=False)
             yield "no factor", name, partial(ffn_checks.check_ffn, op, case)
             if dtype.itemsize == 2:
-                case = ffn_checks.Case(600, 32, 9, 9, dtype)
+                case = ffn_checks.Case(256 if self.tiny else 600, 32, 9, 9, dtype)
                 check = partial(ffn_checks.check_wide_row_gradients, "triton", case, backward)
                 yield "row gradients in float32", name, check
 

@@ -108,8 +108,8 @@ def streams_maker(device: torch.device, rehearse: bool) -> Callable[[int, bool],
     """Sleepy streams by their seed, or such as leave out a hand-over."""
     if not rehearse:
         return lambda seed, careless: SleepyStreams(device, seed, careless)
-    use_tests("meft")
-    from thread_streams import ThreadStreams
+    use_tests()
+    from tests.support.thread_streams import ThreadStreams
 
     dropped = [("join", "inbound")]
     return lambda seed, careless: ThreadStreams(seed, 2e-3, dropped=dropped if careless else ())  # type: ignore[return-value]

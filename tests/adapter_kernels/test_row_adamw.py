@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from adamw_checks import RULE, Tables, check_adamw
-from row_checks import same_bits
-from selection_checks import generator
 
 from adapter_kernels import RowState, StepRule, debugging, row_adamw
 from adapter_kernels.adamw.row_adamw import _op
 from meft.table.row_step import native_library, update_rows
+from tests.support.kernels.adamw_checks import RULE, Tables, check_adamw
+from tests.support.kernels.row_checks import same_bits
+from tests.support.kernels.selection_checks import generator
 
 
 @pytest.mark.parametrize("table", [torch.float64, torch.float32, torch.bfloat16])

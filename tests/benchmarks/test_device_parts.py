@@ -11,11 +11,9 @@ from device import amp, chain, engine, findings, ops, probe, sanitizer
 from device.sleepy import SleepyStreams
 
 from meft.cost import calibration
-
-findings.use_tests("meft", "adapter_kernels")
-from fake_cuda import FakeCuda  # noqa: E402
-from kernel_checks import PAD, Fenced, in_poison  # noqa: E402
-from on_device import on_device  # noqa: E402
+from tests.support.fake_cuda import FakeCuda
+from tests.support.kernels.kernel_checks import PAD, Fenced, in_poison
+from tests.support.kernels.on_device import on_device
 
 CPU = torch.device("cpu")
 

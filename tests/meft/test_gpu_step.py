@@ -6,8 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-from test_engine import STRATEGIES, on_streams
-from thread_streams import ThreadStreams
 
 import meft.table.gpu_step
 from meft import RowAdamW
@@ -15,6 +13,8 @@ from meft.table.gpu_step import ZeroCopySteps
 from meft.table.moments import Moments
 from meft.table.row_step import StepRule, update_rows
 from meft.transport.transfer import Traffic
+from tests.support.thread_streams import ThreadStreams, on_streams
+from tests.support.tiny_meft import STRATEGIES
 
 RULE = StepRule(1e-2, 0.9, 0.99, 1e-8, 0.1, True)
 

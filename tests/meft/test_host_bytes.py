@@ -25,6 +25,7 @@ from meft.cost.host_bytes import HostBytes
 from meft.cost.memory import AdapterShape, Plan, Work
 from meft.gradient.row_gradient import RowGradient
 from meft.transport.streams import HostStreams
+from tests.support.training import trainable
 
 SOURCE = Path(meft.table.row_step.__file__).with_name("row_adamw.cpp")
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-pthread", "-shared", "-fPIC", "-DCOUNT_BYTES"]
@@ -160,7 +161,7 @@ def bytes_of_a_step(tiny, count, dtype, clip, micro_batches, **fields):
             gradients_by_hand(tables, rows, dtype, engine, seed)
         engine._rings[dtype]._thread.submit(int).result()  # it has let go of what it did before
         if clip is not None:
-            nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
+            nn.utils.clip_grad_norm_(trainable(model), clip)
         optimizer.step()
         for table in tables:
             table.synchronize()

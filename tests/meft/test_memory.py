@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from meft import MEFTConfig
 from meft.cost.fit import largest_that_fits, strategies_that_fit
-from meft.cost.memory import STRATEGIES, AdapterShape, Plan, Work
+from meft.cost.memory import AdapterShape, Plan, Work
+from meft.retrieval.strategies import DEVICE_STRATEGIES
 
 GIB = 2**30
 D, L, R, E, T = 4096, 32, 6400, 320, 512
@@ -130,7 +131,7 @@ def test_what_fits_comes_in_order_of_preference():
 @given(
     union=st.integers(1, 64),
     tokens=st.integers(1, 100),
-    strategy=st.sampled_from(STRATEGIES),
+    strategy=st.sampled_from(DEVICE_STRATEGIES),
     rows=st.sampled_from(["save", "refetch"]),
     accumulation=st.integers(1, 4),
 )

@@ -2,16 +2,12 @@
 
 import copy
 import gc
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
 import transformers
 from peft import get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from meft import MEFTConfig, RowAdamW
 from meft.gradient.row_gradient import RowGradient
@@ -21,6 +17,7 @@ from meft.routing.reference import reference
 from meft.routing.router import Router, Routers
 from meft.table.row_table import RowTable
 from peft_bridge import watch_steps
+from tests.support.models import llama
 
 R, D = 10, 4
 
@@ -644,22 +641,10 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_is_loaded():
 SIZES = {"r": 32, "num_experts": 8, "experts_per_token": 2, "top_k": 3, "init_weights": False}
 
 
-def llama(dtype=torch.float64):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-        )
-    ).to(dtype)
-
-
 def adapted(dtype=torch.float64, **fields):
-    return get_peft_model(llama(dtype), MEFTConfig(**SIZES | {"master_dtype": "float64"} | fields))
+    return get_peft_model(
+        llama(dtype=dtype, num_key_value_heads=2), MEFTConfig(**SIZES | {"master_dtype": "float64"} | fields)
+    )
 
 
 class DenseFFN(nn.Module):
@@ -682,7 +667,7 @@ class DenseFFN(nn.Module):
 
 def dense_twin(model):
     """The same model with dense parameters, and these in the order of `trainable`."""
-    twin = llama(model.get_base_model().dtype)
+    twin = llama(dtype=model.get_base_model().dtype, num_key_value_heads=2)
     twin.load_state_dict(
         {k.replace(".base_layer", ""): v for k, v in model.get_base_model().state_dict().items() if "meft_" not in k}
     )

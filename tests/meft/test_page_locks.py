@@ -1,19 +1,17 @@
 """Rows are page-locked where an engine with CUDA streams reads them, for its device; elsewhere CUDA is not touched."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from fake_cuda import FakeCuda, forbid_cuda
 from peft import PeftModel
-from test_engine import STRATEGIES
 
 import meft.transport.transfer
 from meft import RowAdamW
 from meft.transport.streams import CudaStreams
+from tests.support.fake_cuda import FakeCuda, forbid_cuda
+from tests.support.processes import run_code
+from tests.support.tiny_meft import STRATEGIES
 
 CPU = torch.device("cpu")
 
@@ -56,14 +54,13 @@ def test_the_stand_in_sees_what_asks_for_cuda(tiny, monkeypatch):
 
 
 CHILD = """
-import os, sys, tempfile
+import os, tempfile
 import torch
 torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[1])
-from conftest import Tiny
-from fake_cuda import forbid_cuda
+from tests.support.fake_cuda import forbid_cuda
+from tests.support.tiny_meft import Tiny
 from pytest import MonkeyPatch
-from test_page_locks import life
+from tests.meft.test_page_locks import life
 
 with tempfile.TemporaryDirectory() as folder:
     life(Tiny(), folder)
@@ -80,11 +77,11 @@ with tempfile.TemporaryDirectory() as folder:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_touches_no_cuda():
-    run = [sys.executable, "-c", CHILD, str(Path(__file__).parent)]
-    done = subprocess.run(run, capture_output=True, text=True, check=True)
-    assert done.stdout.split()[-1:] == ["7"], done.stdout
+    printed = run_code(CHILD)
+    assert printed.split()[-1:] == ["7"], printed
 
 
 # ----------------------------------------------------------------------------------------------- an engine that asks

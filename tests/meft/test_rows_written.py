@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from thread_streams import ThreadStreams
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel
@@ -17,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from meft.table.row_step import update_rows
 from meft.table.row_table import RowTable
 from meft.transport.streams import HostStreams
+from tests.support.thread_streams import ThreadStreams
 
 WAYS = {
     "in place": {},

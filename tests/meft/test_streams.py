@@ -4,10 +4,10 @@ from contextlib import suppress
 
 import pytest
 import torch
-from fake_cuda import FakeCuda
-from test_engine import ROWS, STRATEGIES
 
 from meft.transport.streams import CudaStreams, HostStreams
+from tests.support.fake_cuda import FakeCuda
+from tests.support.tiny_meft import ROWS, STRATEGIES
 
 THERE = torch.device("cuda", 1)
 

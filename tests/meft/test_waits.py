@@ -4,8 +4,6 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from fake_cuda import FakeCuda
-from near_device import THERE, BlockingError, Near, NearDevice
 from torch import nn
 
 import meft.retrieval.engine
@@ -13,6 +11,8 @@ import meft.retrieval.gather
 import meft.retrieval.strategies.resident
 from meft.table.row_table import RowTable
 from meft.transport.streams import CudaStreams, HostStreams, _Stream
+from tests.support.fake_cuda import FakeCuda
+from tests.support.near_device import THERE, BlockingError, Near, NearDevice
 
 WAYS = {name: {"retrieval": name} for name in ("host", "stream", "device-keys", "device-rows")}
 WAYS["resident"] = {"placement": "device"}

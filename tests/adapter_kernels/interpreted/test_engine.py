@@ -6,19 +6,15 @@ The CPU is taken for a CUDA device where the engine asks; what it does in host m
 import sys
 from collections import Counter
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
-
 from device.chain import STRATEGIES, Setting, difference, trained
-from mutants import mutant
 
 import meft.retrieval.strategies.host
 from adapter_kernels.runtime import dispatch
 from meft.transport.streams import HostStreams
+from tests.support.kernels.mutants import mutant
 
 CPU = torch.device("cpu")
 SIZE = {"layers": 1, "tokens": 20, "steps": 1}

@@ -4,12 +4,12 @@ from functools import partial
 
 import pytest
 import torch
-from adamw_checks import Tables, check_adamw
-from row_checks import same_bits
-from selection_checks import generator
 
 from adapter_kernels import override, row_adamw
 from meft.table import row_step as row_update
+from tests.support.kernels.adamw_checks import Tables, check_adamw
+from tests.support.kernels.row_checks import same_bits
+from tests.support.kernels.selection_checks import generator
 
 kernel = partial(row_adamw, impl="triton")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from kernel_checks import EPS, Fenced
-from row_checks import same_bits
-from selection_checks import generator
 from torch import Tensor
 
 from adapter_kernels import RowState, StepRule
 from adapter_kernels.adamw import naive
+from tests.support.kernels.kernel_checks import EPS, Fenced
+from tests.support.kernels.row_checks import same_bits
+from tests.support.kernels.selection_checks import generator
 
 RULE = {"lr": 1e-2, "eps": 1e-8, "weight_decay": 0.1}  # but for betas
 
