@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -24,6 +25,7 @@ from meft.cost.auto import decoder_shape
 from meft.cost.fit import largest_that_fits, strategies_that_fit
 from meft.cost.memory import AdapterShape, Plan, Rows, Work
 from meft.cost.step_time import BaseModel, StepTime, step_time
+from meft.retrieval.strategies import strategy_name
 
 RESERVED = 3 * GIB // 2  # of a GPU, for the CUDA context and fragmentation: an assumption
 
@@ -168,8 +170,7 @@ class _Model:
         if request.gpu is None:
             return [Plan(self.shape, work, "stream" if strategy == "auto" else strategy)]
         free = request.gpu - RESERVED - self.beside(request)
-        placement = "device" if strategy == "resident" else "host"
-        found = strategies_that_fit(self.shape, work, free, placement=placement, rows=self.kept_rows)
+        found = strategies_that_fit(self.shape, work, free, placement=self.config.placement, rows=self.kept_rows)
         # The plan's arithmetic adds up what is not live at one time: what it finds too large may fit.
         least = replace(work, rows=self.kept_rows[-1])
         last = ["stream", "host"] if strategy == "auto" else [strategy]
@@ -178,7 +179,7 @@ class _Model:
     @property
     def strategy(self) -> str:
         """MEFT's retrieval, or 'auto'."""
-        return str(self.config.retrieval) if self.config.on_host else "resident"
+        return strategy_name(self.config, torch.device("cuda")) or "auto"
 
     def speed(self, request: Request) -> BaseModel:
         ffns = [layer.base_layer for layer in self.neurons.values()]

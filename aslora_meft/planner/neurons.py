@@ -32,7 +32,7 @@ class _Neurons(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, router = ctx.saved_tensors
         live, ffn = _live(), ctx.ffn
-        if ffn.plan.strategy == "resident" and ffn.gradient is None:  # of a whole step: the most there can be
+        if ffn.plan.way.updates_on_device and ffn.gradient is None:  # of a whole step: the most there can be
             ffn.gradient = live.allocate(ffn.plan.row_gradients() // ffn.plan.shape.layers, "gradients")
         temporaries = live.allocate(ffn.plan.backward_temporaries(), "activations")
         found = torch.empty_like(x), torch.empty_like(router), None
@@ -73,10 +73,10 @@ class PlannedFFN(nn.Module):
 
 def lasting_bytes(plan: Plan) -> dict[str, int]:
     """Part -> bytes that the plan holds on the device through the whole step, beside the routers' own."""
-    resident = plan.strategy == "resident"
+    stay = plan.way.updates_on_device
     return {
         "adapter": plan.way.tables(plan.shape),
         "key buffers": plan.way.buffers(plan.shape),
-        "buffers": plan.row_buffers() + (0 if resident else plan.row_gradients()),
-        "optimizer": 2 * plan.shape.values * plan.shape.moment if resident else 0,
+        "buffers": plan.row_buffers() + (0 if stay else plan.row_gradients()),
+        "optimizer": 2 * plan.shape.values * plan.shape.moment if stay else 0,
     }
