@@ -81,7 +81,9 @@ def _run(argv: list[str]) -> None:
     elif options.command == "doctor":
         from aslora_meft.doctor import report
 
-        print(report(anew=options.anew))
+        with as_usage_error(ValueError):  # of the environment's variables
+            told = report(anew=options.anew)
+        print(told)
     else:
         _export(options.adapter_dir, options.to, options.out_dir)
 
