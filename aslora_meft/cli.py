@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"aslora-meft: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"aslora-meft: {interrupt or 'interrupted; nothing was saved'}", file=sys.stderr)
+        print(f"aslora-meft: {str(interrupt) or 'interrupted; nothing was saved'}", file=sys.stderr)
         return 130
     return 0
 
