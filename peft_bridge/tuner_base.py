@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from .adapter_file import AdapterFile
@@ -38,8 +38,7 @@ class Injection:
 class MethodTuner(BaseTuner, RunListener):
     """Base of a method's tuner.
 
-    A subclass has what PEFT asks of a tuner (`prefix`, `tuner_layer_cls`, `target_module_mapping`,
-    `_create_and_replace`) and appends each (path, layer) that `_create_and_replace` wraps to `injection.layers`.
+    A subclass has `wrap`, and what PEFT asks of a tuner: `prefix`, `tuner_layer_cls` and `target_module_mapping`.
 
     Attributes:
         reserved: names that no adapter may have, because PEFT would take the method's tensors for the adapter's.
@@ -63,6 +62,20 @@ class MethodTuner(BaseTuner, RunListener):
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """Parameters of adapters that are not inside of the adapted model."""
         return ()
+
+    def wrap(self, target: nn.Module, path: str, parent: nn.Module, adapter_name: str, config: Any) -> BaseTunerLayer:
+        """The adapted layer for a target: `target` itself where it is one already, with one adapter more.
+
+        Args:
+            target: a module of the model that the configuration names.
+            path: its path in the base model.
+            parent: the module that holds it.
+            config: the adapter's configuration.
+
+        Raises:
+            ValueError: the method cannot adapt this module.
+        """
+        raise NotImplementedError
 
     def forget(self, adapter_name: str) -> None:
         """Let go of all that is kept for an adapter outside of its layers."""
@@ -117,6 +130,21 @@ class MethodTuner(BaseTuner, RunListener):
             # parameters inside of the adapted model.
             for parameter, flag in shared_flags:
                 parameter.requires_grad = flag
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        layer = self.wrap(target, current_key, parent, adapter_name, peft_config)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+        self.injection.layers.append((current_key, layer))
 
     def take_back(self, adapter_name: str) -> None:
         """Remove an adapter with all that was wrapped for it, as if it had not been added."""

@@ -11,13 +11,13 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from adapter_kernels import scatter_rows
 
 from ..table.layer_rows import LayerRows
 from ..table.row_parameter import State
 from ..table.row_table import RowTable
+from ..transport.profiling import phase
 from ..transport.staging import Slot
 from ..transport.streams import DeviceStreams, StreamEvent
 from ..transport.transfer import Traffic, nbytes
@@ -48,7 +48,7 @@ class KeyBuffers:
                     buffer = self._buffers[place] = torch.empty_like(wire, device=self.streams.device)
             self._holds[place] = None  # whatever happens to the copy
             self.streams.inbound.wait_event(self._free[place])
-            with record_function("meft: bring keys"):
+            with phase("bring keys"):
                 self.streams.inbound.run(partial(buffer.copy_, wire, non_blocking=True), [buffer])
             self._arrival[place] = self.streams.inbound.record_event()
             layer.keys.add_reader_event(self.streams.inbound, self._arrival[place])
@@ -112,7 +112,7 @@ class DeviceCopy:
                 uses, work = [near, ids], partial(bring_changed, here, ids, changed, wire, near)
             self.streams.inbound.wait_event(self.streams.record_event())
             try:
-                with record_function("meft: bring changed rows"):
+                with phase("bring changed rows"):
                     self.streams.inbound.run(work, uses)
             finally:  # also where some of it was queued
                 arrival = self.streams.inbound.record_event()

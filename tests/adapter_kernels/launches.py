@@ -88,10 +88,10 @@ def step(r, d, n, master, wire, gradient):
     import adapter_kernels as ops
 
     table, m, v = torch.zeros(r, d, dtype=master), torch.zeros(r, d), torch.zeros(r, d)
-    counts, rows = torch.zeros(r, dtype=torch.int32), torch.arange(n, dtype=torch.int32)
-    read = None if wire is None else torch.zeros(r, d, dtype=wire)
-    grads = torch.zeros(n, d, dtype=gradient)
-    ops.row_adamw(table, m, v, counts, rows, grads, lr=1e-3, weight_decay=0.01, wire=read, seed=5)
+    compute_copy = None if wire is None else torch.zeros(r, d, dtype=wire)
+    state = ops.RowState(table, m, v, torch.zeros(r, dtype=torch.int32), compute_copy)
+    rows, grads = torch.arange(n, dtype=torch.int32), torch.zeros(n, d, dtype=gradient)
+    ops.row_adamw(state, rows, grads, ops.StepRule(1e-3, weight_decay=0.01), seed=5)
 
 
 def launch_all() -> None:

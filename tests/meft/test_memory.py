@@ -108,7 +108,7 @@ def test_wide_base_reads_the_masters():
     host = plan("stream", shape=shape, tokens=8, union=10).host_bytes()
     assert host["wire rows, page-locked"] == 0
     assert host["masters, page-locked"] == 2 * 2 * 64 * 32 * 4
-    assert plan("resident", shape=shape, tokens=8, union=10).tables() == 2 * 2 * 64 * 32 * 4
+    assert plan("resident", shape=shape, tokens=8, union=10).device_bytes()["adapter"] == 2 * 2 * 64 * 32 * 4
 
 
 def test_what_fits_comes_in_order_of_preference():

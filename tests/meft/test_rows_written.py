@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel
 
-from meft.table.moments import Moments
+from meft.table.row_step import update_rows
 from meft.table.row_table import RowTable
 from meft.transport.streams import HostStreams
 
@@ -416,14 +416,15 @@ def test_a_copy_sees_its_own_writes(tiny, how):
         lambda p: p[:].clone(),
     ],
 )
-def test_whoever_reads_after_the_step_waits_for_the_update(tiny, monkeypatch, read):
+def test_whoever_reads_after_the_step_waits_for_the_update(tiny, read):
     """Rows of a model on a device are updated by a thread beside the computation."""
-    found, update = [], Moments.update
+    found = []
     for beside in (False, True):
         model = tiny.adapted(1, dtype=torch.float32, retrieval="stream" if beside else "auto")
         if beside:
             model.base_model.engines["default"].use(HostStreams(torch.device("cpu")))
-            monkeypatch.setattr(Moments, "update", lambda *args: (time.sleep(0.2), update(*args))[1])
+            for table in tiny.tables(model):
+                table.step = lambda *args, **settings: (time.sleep(0.2), update_rows(*args, **settings))
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
         tiny.loss(model).backward()
         before = [table.rows.detach().clone() for table in tiny.tables(model)]

@@ -10,7 +10,7 @@ from torch import nn
 
 import meft.retrieval.engine
 import meft.retrieval.gather
-import meft.retrieval.strategies
+import meft.retrieval.strategies.resident
 from meft.table.row_table import RowTable
 from meft.transport.streams import CudaStreams, HostStreams, _Stream
 
@@ -44,8 +44,9 @@ class Device(FakeCuda):
         self.tables = {t.masters.data_ptr() for layer in model for t in layer.tables("default")}
         monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: isinstance(tensor, Near)))
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda *args: False)
         monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # knows no such device
-        for module in meft.retrieval.engine, meft.retrieval.strategies:
+        for module in meft.retrieval.engine, meft.retrieval.strategies.resident:
             monkeypatch.setattr(module, "capturing", lambda x: False)
         run = _Stream.run
 
@@ -226,14 +227,14 @@ def test_what_blocks_is_noticed(tiny, monkeypatch, what):
 
 
 def test_a_wait_before_the_base_ffn_is_noticed(tiny, monkeypatch):
-    layers, begin = built(tiny, retrieval="stream"), meft.retrieval.engine.Engine.begin
+    layers, select = built(tiny, retrieval="stream"), meft.retrieval.engine.Engine.select
 
     def hasty(engine, *args):
-        begun = begin(engine, *args)
-        engine.complete(begun)
-        return begun
+        pending = select(engine, *args)
+        engine.gather(pending)
+        return pending
 
-    monkeypatch.setattr(meft.retrieval.engine.Engine, "begin", hasty)
+    monkeypatch.setattr(meft.retrieval.engine.Engine, "select", hasty)
     with on_the_device(tiny, monkeypatch, layers) as device:
         passes(layers, Near(activations(tiny)), device.notes.clear)
         words = order_of(device.notes, device, layers[0].places["default"].engine._given)

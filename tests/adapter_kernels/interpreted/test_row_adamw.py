@@ -76,8 +76,7 @@ def test_meft_steps_rows_with_it_to_the_same_bits(fenced, monkeypatch, decoupled
         grads = torch.randn(300, 6, generator=generator(step)).T
         for tables, op in ((ours, kernel), (theirs, row_adamw)):
             monkeypatch.setattr(row_update, "row_adamw", op)
-            own = [tables[name] for name in ("table", "exp_avg", "exp_avg_sq", "count")]
-            row_update.update_rows(*own, rows, grads, rule, wire=tables["wire"], native=False if op is kernel else None)
+            row_update.update_rows(tables.state, rows, grads, rule, native=False if op is kernel else None)
     for name in ours.fenced:
         assert same_bits(ours[name], theirs[name]), name
 

@@ -1,14 +1,12 @@
-"""The kernels of `sparse_ffn`, which says what they compute, and their launches.
+"""The kernels of `sparse_ffn` for many tokens, the masked form, and their launches.
 
-Many tokens, the masked form: two GEMMs forward and five backward over all pairs of a token and a compact row, on tensor
-cores. What is between them is [T, U]: `slots` (int16: which of the token's picks the row is, or -1; mask and way to the
-pick's factor in one), the activations and, backward, the key-side factors. Their rows are padded to 64 values, of which
-the last are zeros, so that they too can be read 16 bytes at a time.
+Two GEMMs forward and five backward over all pairs of a token and a compact row, on tensor cores. What is between them
+is [T, U]: `slots` (int16: which of the token's picks the row is, or -1; mask and way to the pick's factor in one), the
+activations and, backward, the key-side factors. Their rows are padded to 64 values, of which the last are zeros, so
+that they too can be read 16 bytes at a time.
 
-Rows whose length is no multiple of 16 are copied for it into rows that are, which end in zeros: tiles of single values,
-at an address each, would take several times as long to read, and the registers of two more tables.
-
-Few tokens, the token form: a program reads the rows of one token's picks, with ordinary arithmetic.
+Rows whose length is no multiple of 16 are copied into longer rows that end in zeros: reading tiles of single values, at
+an address each, would take several times as long, and the registers of two more tables.
 """
 
 from __future__ import annotations
@@ -18,12 +16,9 @@ from torch import Tensor
 
 from ..runtime import dispatch
 from ..runtime import launch_config as launch
-from ..runtime.specialisation import TYPE_NAMES, Specialisation, odd, split, with_odd_rows
+from ..runtime.specialisation import TYPE_NAMES, Specialisation, split, unaligned, with_unaligned_rows
 from ..runtime.triton_shim import kernel, tl, triton
-
-# Derived, not measured: tensor cores take 16 tokens at least, and a token's 64 picks read by 32 and 64 programs keep
-# more of the memory busy than the few tiles of a GEMM with so few rows.
-TOKEN_FORM = 16
+from . import sparse_ffn_token_triton
 
 _SLOTS = launch.Table("sparse_ffn.slots", {"BLOCK": 128, "num_warps": 1, "num_stages": 1})
 # Derived, not measured. 64 tokens a tile, since T 512 and 1,600 rows then make 104 programs (128 would make 52 on 82 to
@@ -52,9 +47,6 @@ _FP32 = {"BM": 64, "BN": 64, "BK": 16, "num_warps": 8, "num_stages": 2}
 _FORWARD_FP32 = launch.Table("sparse_ffn.forward_fp32", _FP32)
 _BACKWARD_FP32 = launch.Table("sparse_ffn.backward_fp32", _FP32 | {"BN": 32})
 _PRODUCT_FP32 = launch.Table("sparse_ffn.product_fp32", _FP32)
-# Derived, not measured: 16 sums a lane; a row of 4,096 in 4 turns, a column block of 64 in half precision is 128 bytes.
-_TOKEN_SCORES = launch.Table("sparse_ffn.token_scores", {"BR": 2, "BK": 1024, "num_warps": 4, "num_stages": 2})
-_TOKEN_VALUES = launch.Table("sparse_ffn.token_values", {"BR": 32, "BN": 64, "num_warps": 4, "num_stages": 2})
 
 
 @kernel("K", "width")
@@ -144,60 +136,16 @@ def _product_kernel(
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@kernel("D", "stride_x")
-def _token_scores_kernel(
-    x_ptr, keys_ptr, position_ptr, factors_ptr, active_ptr, U, D, K, stride_x,
-    FACTOR: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """Programs (token, BR of its picks)."""
-    t = tl.program_id(0).to(tl.int64)
-    j = tl.program_id(1) * BR + tl.arange(0, BR)
-    row = tl.load(position_ptr + t * K + j, mask=j < K, other=-1)
-    live = (row >= 0) & (row < U)
-    total = tl.zeros((BR, BK), tl.float32)
-    for done in range(0, D, BK):
-        k = done + tl.arange(0, BK)
-        x = tl.load(x_ptr + t * stride_x + k, mask=k < D, other=0.0).to(tl.float32)
-        key = keys_ptr + row.to(tl.int64)[:, None] * D + k[None, :]
-        total += x[None, :] * tl.load(key, mask=live[:, None] & (k < D)[None, :], other=0.0).to(tl.float32)
-    score = tl.sum(total, 1)
-    if FACTOR:
-        score = score * tl.load(factors_ptr + t * K + j, mask=live, other=0.0).to(tl.float32)
-    tl.store(active_ptr + t * K + j, tl.where(live & (score > 0), score, 0.0), mask=j < K)
-
-
-@kernel("D", "stride_base")
-def _token_values_kernel(
-    active_ptr, values_ptr, position_ptr, base_ptr, out_ptr, U, D, K, stride_base,
-    BASE: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Programs (token, BN columns)."""
-    t = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    total = tl.zeros((BR, BN), tl.float32)
-    for first in range(0, K, BR):
-        j = first + tl.arange(0, BR)
-        row = tl.load(position_ptr + t * K + j, mask=j < K, other=-1)
-        live = (row >= 0) & (row < U)
-        active = tl.load(active_ptr + t * K + j, mask=live, other=0.0)
-        value = values_ptr + row.to(tl.int64)[:, None] * D + n[None, :]
-        total += active[:, None] * tl.load(value, mask=live[:, None] & (n < D)[None, :], other=0.0).to(tl.float32)
-    out = tl.sum(total, 0)
-    if BASE:
-        out += tl.load(base_ptr + t * stride_base + n, mask=n < D, other=0.0).to(tl.float32)
-    tl.store(out_ptr + t * D + n, out.to(out_ptr.dtype.element_ty), mask=n < D)
-
-
 def _tables(dtype: torch.dtype) -> tuple[launch.Table, launch.Table, launch.Table]:
     """For the forward scores, the backward scores and the products."""
     single = dtype == torch.float32
     return (_FORWARD_FP32, _BACKWARD_FP32, _PRODUCT_FP32) if single else (_FORWARD, _BACKWARD, _PRODUCT)
 
 
-def _in_even_rows(tensor: Tensor) -> Tensor:
+def _aligned_rows(tensor: Tensor) -> Tensor:
     """The tensor itself where its rows are multiples of 16 values long and apart, or else a copy that ends in zeros."""
     rows, D = tensor.shape
-    if not odd(D, tensor.stride(0)):
+    if not unaligned(D, tensor.stride(0)):
         return tensor
     copy = dispatch.empty((rows, triton.cdiv(D, 16) * 16), tensor.dtype, tensor.device)
     copy[:, :D] = tensor
@@ -229,24 +177,14 @@ def forward(
     x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None, base: Tensor | None
 ) -> Tensor:
     """y, at least one token and one row given; rows of x and base in one piece each, all else contiguous."""
+    if len(x) <= sparse_ffn_token_triton.MAX_TOKENS:
+        return sparse_ffn_token_triton.forward(x, keys, values, position, factors, base)
     (T, D), (U, K) = x.shape, (len(keys), position.shape[1])
-    with dispatch.on(x.device):
-        if T <= TOKEN_FORM:
-            active = dispatch.empty((T, K), torch.float32, x.device)
-            out = dispatch.empty((T, D), x.dtype, x.device)
-            config = _TOKEN_SCORES.on(x.device)
-            _token_scores_kernel[(T, triton.cdiv(K, config["BR"]))](
-                x, keys, position, factors, active, U, D, K, x.stride(0), FACTOR=factors is not None, **config
-            )
-            config, stride = _TOKEN_VALUES.on(x.device), base.stride(0) if base is not None else 0
-            _token_values_kernel[(T, triton.cdiv(D, config["BN"]))](
-                active, values, position, base, out, U, D, K, stride, BASE=base is not None, **config
-            )
-            return out
+    with dispatch.device_guard(x.device):
         slots = _make_slots(position, U)
         active = dispatch.empty(slots.shape, x.dtype, x.device)
-        x, keys, values = map(_in_even_rows, (x, keys, values))
-        base = _in_even_rows(base) if base is not None else None
+        x, keys, values = map(_aligned_rows, (x, keys, values))
+        base = _aligned_rows(base) if base is not None else None
         _scores(x, keys, None, None, slots, factors, active, None, None, K)
         return _product(active, values, T, x.dtype, base=base)[:, :D].contiguous()
 
@@ -274,8 +212,8 @@ def backward(
         row_gradients: dtype of dkeys and dvalues.
     """
     D = x.shape[1]
-    with dispatch.on(x.device):
-        g, x, keys, values = map(_in_even_rows, (g, x, keys, values))
+    with dispatch.device_guard(x.device):
+        g, x, keys, values = map(_aligned_rows, (g, x, keys, values))
         slots = _make_slots(position, len(keys))
         active = dispatch.empty(slots.shape, x.dtype, x.device)
         bykey = dispatch.empty(slots.shape, x.dtype, x.device)
@@ -293,48 +231,34 @@ def backward(
 def variants(capability: int | None) -> list[Specialisation]:
     """What a launch can be: both forms, both directions, every dtype; factors in the dtype of x or in fp32.
 
-    Odd rows are there for the token form alone.
+    The products read rows of multiples of 16 values alone: rows of other lengths are copied before.
     """
     blocks, options = split(_SLOTS.at(capability))
-    sizes = dict.fromkeys(("T", "U", "D", "K", "width", "stride_x", "stride_g"), "i32")
-    types = {"position_ptr": "*i32", "slots_ptr": "*i16", **sizes}
-    found: list[Specialisation] = []
-    direct = [Specialisation(_slots_kernel, types, blocks, options, wide=True)]
+    types = {"position_ptr": "*i32", "slots_ptr": "*i16", **dict.fromkeys(("U", "K", "width"), "i32")}
+    found = with_unaligned_rows([Specialisation(_slots_kernel, types, blocks, options, wide=True)])
     for dtype, name in TYPE_NAMES.items():
-        data = f"*{name}"
-        tables = _tables(dtype)
         for factor in dict.fromkeys((None, "fp32", name)):
-            factored: dict[str, str] = {"factors_ptr": f"*{factor}"} if factor else {}
-            absent = {} if factor else {"factors_ptr": None}
-            for backward_too in (False, True):
-                names = ["x_ptr", "keys_ptr", "active_ptr"]
-                names += ["g_ptr", "values_ptr", "bykey_ptr"] if backward_too else []
-                types = dict.fromkeys(names, data) | factored | {"slots_ptr": "*i16"} | sizes
-                if backward_too and factor:
-                    types["dfactors_ptr"] = f"*{factor}"
-                pointers = {n for n in _scores_kernel.arg_names if n.endswith("_ptr")}
-                blocks, options = split(tables[backward_too].at(capability))
-                constants = blocks | dict.fromkeys(pointers - types.keys(), None)
-                constants |= {"FACTOR": factor is not None, "BACKWARD": backward_too, "PRECISION": "ieee"}
-                found.append(Specialisation(_scores_kernel, types, constants, options, wide=True))
-            blocks, options = split(_TOKEN_SCORES.at(capability))
-            types = {"x_ptr": data, "keys_ptr": data, "position_ptr": "*i32", "active_ptr": "*fp32"} | factored | sizes
-            constants = blocks | absent | {"FACTOR": factor is not None}
-            direct.append(Specialisation(_token_scores_kernel, types, constants, options, wide=True))
-        for base in (False, True):
-            added: dict[str, str] = {"base_ptr": data} if base else {}
-            absent = {} if base else {"base_ptr": None}
-            types = dict.fromkeys(("M", "N", "K", "U", "D", "width", "stride_base"), "i32") | added | {"out_ptr": data}
-            # The products with a transpose are the row gradients, which float32 can be asked of.
-            outs = [(False, data)] + [(True, out) for out in dict.fromkeys((data, "*fp32")) if not base]
-            for transposed, out in outs:
-                blocks, options = split(tables[2].at(capability))
-                constants = blocks | absent | {"TRANSPOSED": transposed, "BASE": base, "PRECISION": "ieee"}
-                product = types | {"a_ptr": data, "b_ptr": data, "out_ptr": out}
-                found.append(Specialisation(_product_kernel, product, constants, options, wide=True))
-            blocks, options = split(_TOKEN_VALUES.at(capability))
-            types = types | {"active_ptr": "*fp32", "values_ptr": data, "position_ptr": "*i32"}
-            direct.append(
-                Specialisation(_token_values_kernel, types, blocks | absent | {"BASE": base}, options, wide=True)
-            )
-    return found + with_odd_rows(direct)
+            found += [_scores_variant(dtype, factor, backward, capability) for backward in (False, True)]
+        blocks, options = split(_tables(dtype)[2].at(capability))
+        data = f"*{name}"
+        # The products with a transpose are the row gradients, which can be asked for in float32.
+        kinds = [(False, base, data) for base in (False, True)]
+        kinds += [(True, False, out) for out in dict.fromkeys((data, "*fp32"))]
+        for transposed, base, out in kinds:
+            types = {"a_ptr": data, "b_ptr": data, "out_ptr": out} | ({"base_ptr": data} if base else {})
+            types |= dict.fromkeys(("M", "N", "K", "width", "stride_base"), "i32")
+            constants = blocks | {"TRANSPOSED": transposed, "BASE": base, "PRECISION": "ieee"}
+            constants |= {} if base else {"base_ptr": None}
+            found.append(Specialisation(_product_kernel, types, constants, options, wide=True))
+    return found + sparse_ffn_token_triton.variants(capability)
+
+
+def _scores_variant(dtype: torch.dtype, factor: str | None, backward: bool, capability: int | None) -> Specialisation:
+    data = ["x_ptr", "keys_ptr", "active_ptr"] + (["g_ptr", "values_ptr", "bykey_ptr"] if backward else [])
+    factors = (["factors_ptr"] + (["dfactors_ptr"] if backward else [])) if factor else []
+    types = {"slots_ptr": "*i16"} | dict.fromkeys(data, f"*{TYPE_NAMES[dtype]}") | dict.fromkeys(factors, f"*{factor}")
+    absent = {name for name in _scores_kernel.arg_names if name.endswith("_ptr")} - types.keys()
+    types |= dict.fromkeys(("T", "U", "D", "K", "width", "stride_x", "stride_g"), "i32")
+    blocks, options = split(_tables(dtype)[backward].at(capability))
+    constants = blocks | dict.fromkeys(absent) | {"FACTOR": factor is not None, "BACKWARD": backward}
+    return Specialisation(_scores_kernel, types, constants | {"PRECISION": "ieee"}, options, wide=True)
