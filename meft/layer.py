@@ -76,14 +76,14 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         made_on = "meta" if empty else "cpu"
         master = getattr(torch, config.master_dtype)
         if config.row_dtype != "auto":
-            wire = getattr(torch, config.row_dtype)
+            compute_dtype = getattr(torch, config.row_dtype)
         else:
-            wire = base_dtype if base_dtype.itemsize < master.itemsize else master
+            compute_dtype = base_dtype if base_dtype.itemsize < master.itemsize else master
         tables = [
             RowTable(
                 (config.r, self.in_features),
                 master=master,
-                wire=wire,
+                compute_dtype=compute_dtype,
                 on_host=config.on_host,
                 pin=config.pin_memory,
                 device=made_on,

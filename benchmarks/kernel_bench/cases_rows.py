@@ -16,7 +16,7 @@ STAGED, EACH_ROW = "host index_select, one copy", "one copy a row"
 TO_COMPACT, TO_TABLE = "device index_select, one D2H copy", "one D2H copy, host index_copy_"
 FUSED, MOVED, ON_HOST = "fused AdamW, contiguous rows", "gather, fused AdamW, scatter", "D2H copy, step on the host"
 PINNED, PINNED_TWO, ON_DEVICE = "pinned table", "two pinned tables", "device table"
-STEP_DEVICE, STEP_PINNED = "on the device", "pinned, with a bf16 wire copy"
+STEP_DEVICE, STEP_PINNED = "on the device", "pinned, with a bf16 compute copy"
 STEP: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 
 
@@ -129,7 +129,7 @@ def scatter(bench: Bench) -> list[Planned]:
 
 
 def adamw(bench: Bench) -> list[Planned]:
-    """One step of the touched rows: on the device in fp32 and bf16, and in page-locked memory with a wire copy."""
+    """One step of the touched rows: on the device in fp32 and bf16, and in page-locked memory with a compute copy."""
     op, d = find("row_adamw"), bench.shapes.d
     rule = rule_of(STEP)
 
@@ -149,8 +149,8 @@ def adamw(bench: Bench) -> list[Planned]:
             tensors = (table, zeros, zeros, torch.zeros(r, dtype=torch.int32, device=bench.device))
             return [place(tensor) for tensor in tensors]
 
-        def ours(tensors: list[Tensor], wire: Tensor | None, rows: Tensor, g: Tensor, impl: str) -> Tensor:
-            op(RowState(*tensors, wire), rows, g, rule, impl=impl)
+        def ours(tensors: list[Tensor], compute_copy: Tensor | None, rows: Tensor, g: Tensor, impl: str) -> Tensor:
+            op(RowState(*tensors, compute_copy), rows, g, rule, impl=impl)
             return tensors[0]
 
         def checked(at: Tensor) -> Callable[[Tensor], None]:
@@ -166,24 +166,30 @@ def adamw(bench: Bench) -> list[Planned]:
             return Case(contestants, verify, size * n * d, "device copy", 12 * n * d)
         require_zero_copy(bench)
         held, host = state(bench.pinned), state(partial(Tensor.to, device="cpu", copy=True))
-        wire = torch.empty(r, d, dtype=torch.bfloat16 if bench.dtype == torch.bfloat16 else torch.float16)
-        wires, rows = [bench.pinned(wire), wire], ids.cpu()
+        compute_copy = torch.empty(r, d, dtype=torch.bfloat16 if bench.dtype == torch.bfloat16 else torch.float16)
+        compute_copies, rows = [bench.pinned(compute_copy), compute_copy], ids.cpu()
 
-        def checked_with(wire: Tensor) -> Callable[[Tensor], None]:
+        def checked_with(compute_copy: Tensor) -> Callable[[Tensor], None]:
             def verify_both(whole: Tensor) -> None:
                 verify(whole.index_select(0, rows))
-                copied = wire.index_select(0, rows)
-                require(torch.equal(copied, whole.index_select(0, rows).to(wire.dtype)), "the wire copy differs")
+                copied = compute_copy.index_select(0, rows)
+                require(
+                    torch.equal(copied, whole.index_select(0, rows).to(compute_copy.dtype)), "the compute copy differs"
+                )
 
             return verify_both
 
         contestants = {
-            OURS: Contestant(lambda: ours(held, wires[0], ids, grads, bench.impl), verify=checked_with(wires[0])),
+            OURS: Contestant(
+                lambda: ours(held, compute_copies[0], ids, grads, bench.impl), verify=checked_with(compute_copies[0])
+            ),
             ON_HOST: Contestant(
-                lambda: ours(host, wires[1], ids.cpu(), grads.cpu(), "torch"), waits=True, verify=checked_with(wires[1])
+                lambda: ours(host, compute_copies[1], ids.cpu(), grads.cpu(), "torch"),
+                waits=True,
+                verify=checked_with(compute_copies[1]),
             ),
         }
-        # In come the table and both moments, out go these and the wire copy: the larger of the two.
+        # In come the table and both moments, out go these and the compute copy: the larger of the two.
         return Case(contestants, verify, (12 + 2) * n * d, "pinned copies at once", 12 * n * d)
 
     kinds = [(STEP_DEVICE, torch.float32), (STEP_PINNED, torch.float32)]

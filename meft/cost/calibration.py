@@ -99,8 +99,8 @@ class _Machine:
         self.device, self.sizes = device, sizes
         self.half = torch.float16 if device.type == "cuda" else torch.float32  # older cards have no fast bf16
         self.table = torch.zeros(sizes.r, sizes.d, device="cpu")
-        self.wire = torch.zeros(sizes.r, sizes.d, dtype=torch.bfloat16, device="cpu")
-        self.state = Moments.fresh(self.table).row_state(self.table, self.wire)
+        self.compute_copy = torch.zeros(sizes.r, sizes.d, dtype=torch.bfloat16, device="cpu")
+        self.state = Moments.fresh(self.table).row_state(self.table, self.compute_copy)
         shuffled = torch.randperm(sizes.r, generator=torch.Generator().manual_seed(0), device="cpu")
         self.rows = shuffled[: sizes.updated].sort().values
         self.gradient = torch.full((sizes.updated, sizes.d), 1e-3, device="cpu")
@@ -190,7 +190,7 @@ class _Machine:
         logits = torch.randn(self.sizes.tokens, config.experts, generator=random, device="cpu")
         candidates = config.probed * config.r // config.experts
         flops = 2 * self.sizes.tokens * candidates * self.sizes.d
-        return flops / self.seconds(lambda: select_neurons(x, logits, self.wire, config))
+        return flops / self.seconds(lambda: select_neurons(x, logits, self.compute_copy, config))
 
 
 def measure(device: torch.device, sizes: Sizes | None = None) -> Calibration:

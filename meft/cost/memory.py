@@ -60,7 +60,7 @@ class Plan:
 
     def saved_rows(self) -> int:
         """Bytes of the rows of one layer that wait for backward."""
-        return self.union_values * self.shape.wire if self.keeps_rows else 0
+        return self.union_values * self.shape.compute if self.keeps_rows else 0
 
     def picks(self) -> int:
         """Bytes of one layer's picks that wait for backward: ids, places, factors and scores, [T, K] each; U's ids."""
@@ -73,7 +73,7 @@ class Plan:
     def row_buffers(self) -> int:
         """Bytes for the rows of the layer at work, and of the next one where they are fetched ahead in backward."""
         ahead = self.work.rows == "refetch" and not self.way.rows_on_device
-        return self.union_values * self.shape.wire * (2 if ahead else 1)
+        return self.union_values * self.shape.compute * (2 if ahead else 1)
 
     def row_gradients(self) -> int:
         """Bytes of row gradients on the device: one layer's in fp32 and as they leave; those of a step if they stay."""
@@ -115,11 +115,11 @@ class Plan:
         s = self.shape
         if self.way.updates_on_device:
             return {}
-        wire, master = s.values * s.wire, s.values * s.master
+        compute, master = s.values * s.compute, s.values * s.master
         store = 2 * s.layers * s.d * self.step_union * FP32
-        separate = s.wire < s.master
+        separate = s.compute < s.master
         return {
-            "wire rows, page-locked": wire if separate else 0,
+            "compute copy, page-locked": compute if separate else 0,
             "masters" if separate else "masters, page-locked": master,
             "moments": 2 * s.values * s.moment,
             "gradient store": store,

@@ -130,10 +130,10 @@ class _Seconds:
     def __init__(self, plan: Plan, base: BaseModel, at: Ceilings) -> None:
         s, w = plan.shape, plan.work
         self.plan, self.at = plan, at
-        T, U, d, wire = w.tokens, w.union, s.d, s.wire
+        T, U, d, compute = w.tokens, w.union, s.d, s.compute
         candidates = s.probed * (s.r / s.experts)
         attending = 2 * T * base.length * base.attended  # half of the pairs: causal
-        key_rows = min(s.r, T * candidates) * d * wire
+        key_rows = min(s.r, T * candidates) * d * compute
         on_host = plan.way.selects_on_host
         self.attention = self._device(2 * T * base.attention + attending, base.attention * base.weight_bytes)
         self.ffn = self._device(2 * T * base.ffn, base.ffn * base.weight_bytes)
@@ -144,8 +144,8 @@ class _Seconds:
         self.router = self._device(2 * T * s.experts * d, FP32 * s.experts * d)
         self.router_backward = self._device(4 * T * s.experts * d, 2 * FP32 * s.experts * d)
         self.scoring = 0.0 if on_host else self._device(2 * T * candidates * d, key_rows)
-        self.sparse = self._device(4 * T * U * d, 2 * U * d * wire)
-        self.sparse_backward = self._device(10 * T * U * d, 2 * U * d * (wire + s.gradient))
+        self.sparse = self._device(4 * T * U * d, 2 * U * d * compute)
+        self.sparse_backward = self._device(10 * T * U * d, 2 * U * d * (compute + s.gradient))
         self.router_update = s.layers * 7 * plan.router() / at.device_bytes
         host_scoring = max(2 * T * candidates * d / at.host_flops, key_rows / at.host_bytes)
         self.host_scoring = host_scoring if on_host else 0.0

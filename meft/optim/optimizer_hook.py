@@ -101,7 +101,7 @@ def update_table(
             table.step(moments.row_state(master, compute_copy), rows, wide, rule, seed=table.seed, factors=factors)
 
         with record_function("meft: update rows"):
-            table.writing(step, rows=rows)
+            table.update_masters(step, rows=rows)
 
     if table.updates is None:
         with torch.no_grad():

@@ -28,8 +28,8 @@ class AdapterShape:
         d: hidden size.
         layers: adapted FFNs.
         r, experts, probed, top_k: of `MEFTConfig`, per layer; probed and top_k per token.
-        wire, master, moment, base, gradient: bytes of a value of the rows as they are read, of the masters, of each of
-            the two moments, of the hidden states, and of row gradients on their way to the host.
+        compute, master, moment, base, gradient: bytes of a value of the rows as they are read, of the masters, of each
+            of the two moments, of the hidden states, and of row gradients on their way to the host.
     """
 
     d: int
@@ -38,7 +38,7 @@ class AdapterShape:
     experts: int
     probed: int
     top_k: int
-    wire: int = 2
+    compute: int = 2
     master: int = 4
     moment: int = 4
     base: int = 2
@@ -49,12 +49,12 @@ class AdapterShape:
         """The sizes of a configuration; base_dtype is the dtype of the hidden states (bfloat16 for an NF4 base)."""
         master = getattr(torch, config.master_dtype).itemsize
         own = base_dtype if config.row_dtype == "auto" else getattr(torch, config.row_dtype)
-        wire = min(own.itemsize, master)
+        compute = min(own.itemsize, master)
         moment = 8 if config.master_dtype == "float64" else FP32
         narrow = own == base_dtype == torch.bfloat16 and config.gradient_dtype == "auto"
         return cls(
-            d, layers, config.r, config.experts, config.probed, config.top_k, wire, master, moment,
-            base_dtype.itemsize, wire if narrow else max(FP32, wire),
+            d, layers, config.r, config.experts, config.probed, config.top_k, compute, master, moment,
+            base_dtype.itemsize, compute if narrow else max(FP32, compute),
         )  # fmt: skip
 
     @property

@@ -133,7 +133,7 @@ class Engine:
     def _prepare(self, layer: LayerRows, x: Tensor) -> Strategy:
         """The strategy for inputs like x; what was made for another device or dtype is made anew."""
         # Of one layer, so that layers of several dtypes do not make it anew in turn.
-        inputs = (x.device, self.layers[0].keys.wire_dtype)
+        inputs = (x.device, self.layers[0].keys.compute_dtype)
         if self._strategy is None or self._for != inputs:
             moved = self._for is not None and self._for[0] != x.device
             if moved and layer.number and self.config.on_host:

@@ -69,8 +69,8 @@ def gather(
         of each table [u, d] in the dtype in which it is read, and the event after which they are there.
     """
     with ExitStack() as held:
-        wires = [held.enter_context(table.reading(selection.host_rows)) for table in tables]
-        forms = [((len(selection.rows), wire.shape[1]), wire.dtype) for wire in wires]
+        compute_copies = [held.enter_context(table.reading(selection.host_rows)) for table in tables]
+        forms = [((len(selection.rows), compute_copy.shape[1]), compute_copy.dtype) for compute_copy in compute_copies]
         with torch.inference_mode(False):  # a stream, which may be a thread, writes into them
             if made is None:
                 out = [torch.empty(shape, dtype=dtype, device=streams.device) for shape, dtype in forms]
@@ -78,7 +78,7 @@ def gather(
                 out = [streams.inbound.empty(*form) for form in forms]
         streams.inbound.wait_event(streams.record_event() if made is None else made)
         streams.inbound.run(
-            partial(bring_rows, selection.rows, selection.host_rows, wires, out), [selection.rows, *out]
+            partial(bring_rows, selection.rows, selection.host_rows, compute_copies, out), [selection.rows, *out]
         )
         arrival = streams.inbound.record_event()
         for table in tables:
@@ -87,7 +87,7 @@ def gather(
     return out, arrival
 
 
-def bring_changed(here: Tensor, ids: Tensor, changed: Tensor, wire: Tensor, near: Tensor) -> None:
+def bring_changed(here: Tensor, ids: Tensor, changed: Tensor, compute_copy: Tensor, near: Tensor) -> None:
     """Bring rows that have changed and, before them, their ids, which the host has staged in `here`."""
     ids.copy_(here, non_blocking=True)
-    bring_rows(ids, changed, [wire], [near])
+    bring_rows(ids, changed, [compute_copy], [near])

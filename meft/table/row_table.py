@@ -46,7 +46,7 @@ class RowTable(SharedRows):
 
     _all: ClassVar[weakref.WeakSet[RowTable]] = weakref.WeakSet()
     _of_this_process = SharedRows._of_this_process | {
-        "_stepped_with", "claimed_by", "step", "_wire", "_wire_of", "_pages", "locked_for",
+        "_stepped_with", "claimed_by", "step", "_compute_copy", "_compute_copy_state", "_pages", "locked_for",
     }  # fmt: skip
 
     def __init__(
@@ -54,14 +54,14 @@ class RowTable(SharedRows):
         shape: tuple[int, int],
         *,
         master: torch.dtype,
-        wire: torch.dtype,
+        compute_dtype: torch.dtype,
         on_host: bool,
         pin: bool,
         device: str = "cpu",
     ):
         in_host_memory = on_host and device == "cpu"
         values = host_zeros(shape, master) if in_host_memory else torch.empty(shape, dtype=master, device=device)
-        super().__init__(values, read_as=wire, on_host=on_host)
+        super().__init__(values, read_as=compute_dtype, on_host=on_host)
         self.pin = pin
         self.seed = 0
         self.restored: RowMoments | None = None
@@ -71,8 +71,8 @@ class RowTable(SharedRows):
         self._stepped_with: RowMoments | None = None
         self.claimed_by: weakref.ref[Optimizer] | None = None
         RowTable._all.add(self)
-        self._wire: Tensor | None = None
-        self._wire_of: State | None = None
+        self._compute_copy: Tensor | None = None
+        self._compute_copy_state: State | None = None
         self._pages = PageLock()
         self.locked_for: torch.device | None = None
         self.step: Callable[..., None] = update_rows
@@ -119,7 +119,7 @@ class RowTable(SharedRows):
 
     @contextmanager
     def reading(self, rows: Tensor | None = None, *, in_place: bool = False) -> Iterator[Tensor]:
-        """Yield the rows as they are read, [r, d] in the wire dtype, held still until the block ends.
+        """Yield the rows as they are read, [r, d] in the compute dtype, held still until the block ends.
 
         Args:
             rows: the rows that will be read, None for all.
@@ -133,38 +133,40 @@ class RowTable(SharedRows):
             yield current
 
     def _current(self) -> Tensor:
-        master, dtype = self.masters, self.wire_dtype
-        if self._wire is not None and (self._wire.dtype != dtype or self._wire.device != master.device):
+        master, dtype = self.masters, self.compute_dtype
+        if self._compute_copy is not None and (
+            self._compute_copy.dtype != dtype or self._compute_copy.device != master.device
+        ):
             self._wait_for_readers()
-            self._wire = None
+            self._compute_copy = None
         if dtype == master.dtype:
             return master
-        if self._wire is None:
+        if self._compute_copy is None:
             with torch.inference_mode(False):  # it outlives the mode
-                self._wire, self._wire_of = like_rows(master, dtype), None
-        if self._wire_of != self.state:  # the masters were written: loading, initialisation, the user
-            self._refresh(self._wire, master)
-        return self._wire
+                self._compute_copy, self._compute_copy_state = like_rows(master, dtype), None
+        if self._compute_copy_state != self.state:  # the masters were written: loading, initialisation, the user
+            self._refresh(self._compute_copy, master)
+        return self._compute_copy
 
-    def _refresh(self, wire: Tensor, master: Tensor) -> None:
+    def _refresh(self, compute_copy: Tensor, master: Tensor) -> None:
         self._wait_for_readers()
         for block in row_blocks(master):
-            wire[block].copy_(master[block])
-        self._wire_of = self.state
+            compute_copy[block].copy_(master[block])
+        self._compute_copy_state = self.state
 
     def _page_lock(self, tensor: Tensor) -> None:
         if self.pin and self.locked_for is not None and tensor.is_cpu:
             self.pin = self._pages.hold(tensor, self.locked_for)
 
     @property
-    def wire_dtype(self) -> torch.dtype:
+    def compute_dtype(self) -> torch.dtype:
         """Dtype in which rows are read."""
         read_as, own = self._watch.read_as, self._dtype
         return read_as if read_as.itemsize < own.itemsize else own
 
     # ------------------------------------------------------------------ writing
 
-    def writing(self, write: Callable[[Tensor | None], None], *, rows: Tensor | None = None) -> None:
+    def update_masters(self, write: Callable[[Tensor | None], None], *, rows: Tensor | None = None) -> None:
         """Call `write` with the narrower copy (None: there is none), which it keeps equal to the masters it changes.
 
         Args:
@@ -177,11 +179,11 @@ class RowTable(SharedRows):
             self._wait_for_readers()
             self._current()
             before = self.state
-            separate = self._wire if self.wire_dtype != self._dtype else None
+            separate = self._compute_copy if self.compute_dtype != self._dtype else None
             write(separate)
             torch.autograd.graph.increment_version(self.rows)
             if separate is not None:
-                self._wire_of = self.state
+                self._compute_copy_state = self.state
             if self._dirty is not None:
                 self._dirty.note(rows, before, self.state)
 

@@ -91,11 +91,11 @@ class SharedRows(KeptRows):
             with suppress(Exception):  # raised where the copies are used; the rows are free either way
                 event.wait()
 
-    def follow_changes(self) -> None:
+    def track_dirty_rows(self) -> None:
         """Begin to track which rows change; at first all are dirty."""
         self._dirty = DirtyRows(len(self.rows))
 
-    def take_changes(self) -> Tensor | None:
+    def take_dirty_rows(self) -> Tensor | None:
         """The rows that have changed since the last call, int64 ascending (None: no row); call it under `reading`."""
         assert self._dirty is not None
         return self._dirty.take(self.state)

@@ -6,10 +6,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from selection_checks import Case, check_by_neuron, check_expert, check_expert_exactly, check_nan, generator
 
 from adapter_kernels import debugging, expert_topk, router_topk, row_union
 from adapter_kernels.topk.expert_topk import _op
+from tests.support.kernels.selection_checks import (
+    Case,
+    check_by_neuron,
+    check_expert,
+    check_expert_exactly,
+    check_nan,
+    generator,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

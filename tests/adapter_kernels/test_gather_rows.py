@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import torch
-from row_checks import check_gather, check_scatter, same_bits, table
-from selection_checks import generator
 
 from adapter_kernels import debugging, gather_rows, scatter_rows
 from adapter_kernels.rows import gather_rows_torch, gather_rows_triton
 from adapter_kernels.rows.gather_rows import _gather_op, _host_memory_reachable, _scatter_op, zero_copy
+from tests.support.kernels.row_checks import check_gather, check_scatter, same_bits, table
+from tests.support.kernels.selection_checks import generator
 
 MODULE = sys.modules["adapter_kernels.rows.gather_rows"]  # the package has the function of that name
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

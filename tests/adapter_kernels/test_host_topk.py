@@ -6,12 +6,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from selection_checks import Case, check_expert, check_expert_exactly, check_nan, check_router, generator
 
 from adapter_kernels import expert_topk, router_topk, row_union
 from adapter_kernels.runtime import host_threads
 from adapter_kernels.topk import host_topk
 from adapter_kernels.topk.host_topk import handles, native_library
+from tests.support.kernels.selection_checks import (
+    Case,
+    check_expert,
+    check_expert_exactly,
+    check_nan,
+    check_router,
+    generator,
+)
 
 pytestmark = pytest.mark.skipif(native_library() is None, reason="there was no compiler")
 KEYS = [torch.float32, torch.bfloat16, torch.float16]

@@ -2,20 +2,20 @@
 
 import pytest
 import torch
-from adamw_checks import RULE, Tables, check_adamw
-from row_checks import same_bits
-from selection_checks import generator
 
 from adapter_kernels import RowState, StepRule, debugging, row_adamw
 from adapter_kernels.adamw.row_adamw import _op
 from meft.table.row_step import native_library, update_rows
+from tests.support.kernels.adamw_checks import RULE, Tables, check_adamw
+from tests.support.kernels.row_checks import same_bits
+from tests.support.kernels.selection_checks import generator
 
 
 @pytest.mark.parametrize("table", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.4, 0.9)])
 @pytest.mark.parametrize("decoupled", [True, False])
 def test_a_step(table, betas, decoupled):
-    tables = Tables(200, 1000, table, wire=torch.bfloat16 if table == torch.float32 else None)
+    tables = Tables(200, 1000, table, compute_dtype=torch.bfloat16 if table == torch.float32 else None)
     rows = torch.randperm(200, generator=generator(1))[:150]
     grads = torch.randn(150, 1000, generator=generator(2))
     check_adamw(row_adamw, tables, rows, grads, betas=betas, decoupled=decoupled)
@@ -39,8 +39,11 @@ def test_all_rows_step_as_in_torch(optimizer):
 @pytest.mark.skipif(native_library() is None, reason="without it meft takes row_adamw itself")
 @pytest.mark.parametrize("decoupled", [True, False])
 def test_same_bits_as_meft_in_cpp(decoupled):
-    table, wire = torch.float32, torch.bfloat16
-    ours, theirs = Tables(9, 300, table, wire=wire), Tables(9, 300, table, wire=wire)
+    table, compute_dtype = torch.float32, torch.bfloat16
+    ours, theirs = (
+        Tables(9, 300, table, compute_dtype=compute_dtype),
+        Tables(9, 300, table, compute_dtype=compute_dtype),
+    )
     rule = StepRule(RULE["lr"], 0.9, 0.99, RULE["eps"], RULE["weight_decay"], decoupled)
     for step in range(3):
         rows = torch.randperm(9, generator=generator(step))[:6].sort().values
@@ -64,20 +67,20 @@ def test_stochastic_rounding_keeps_the_mean():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_registration(dtype):
-    tables = Tables(5, 8, dtype, wire=torch.float16 if dtype == torch.float32 else None)
+    tables = Tables(5, 8, dtype, compute_dtype=torch.float16 if dtype == torch.float32 else None)
     rows, grads = torch.tensor([3, 1]), torch.ones(2, 8)
     copies = [x.clone() if x is not None else None for x in tables.state]
     torch.library.opcheck(_op, (*copies, rows, grads, 1e-2, 0.9, 0.999, 1e-8, 0.1, True, 0, None))
     compiled = torch.compile(row_adamw, fullgraph=True, backend="aot_eager")
-    other = Tables(5, 8, dtype, wire=torch.float16 if dtype == torch.float32 else None)
+    other = Tables(5, 8, dtype, compute_dtype=torch.float16 if dtype == torch.float32 else None)
     tables.step(compiled, rows, grads)
     other.step(row_adamw, rows, grads)
     for name in tables.fenced:
         assert same_bits(tables[name], other[name])
 
 
-def test_a_float64_table_with_a_float32_wire():
-    tables = Tables(9, 40, torch.float64, wire=torch.float32)
+def test_a_float64_table_with_a_float32_compute_copy():
+    tables = Tables(9, 40, torch.float64, compute_dtype=torch.float32)
     check_adamw(row_adamw, tables, torch.tensor([8, 0, 3]), torch.ones(3, 40, dtype=torch.float64))
 
 

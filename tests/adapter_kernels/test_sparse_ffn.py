@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from ffn_checks import Case, check_ffn, check_wide_row_gradients
-from kernel_checks import LAYOUTS
-from selection_checks import generator
 
 from adapter_kernels import debugging, override, sparse_ffn, sparse_ffn_backward
 from adapter_kernels.ffn import sparse_ffn_plain, sparse_ffn_torch
 from adapter_kernels.ffn.sparse_ffn import _backward_op, _op
+from tests.support.kernels.ffn_checks import Case, check_ffn, check_wide_row_gradients
+from tests.support.kernels.kernel_checks import LAYOUTS
+from tests.support.kernels.selection_checks import generator
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

@@ -6,25 +6,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from transformers import (
-    BertConfig,
     BertModel,
-    GPT2Config,
     GPT2LMHeadModel,
     GPT2Model,
-    LlamaConfig,
     LlamaForCausalLM,
-    T5Config,
     T5ForConditionalGeneration,
-    ViTConfig,
     ViTModel,
 )
 from transformers.pytorch_utils import Conv1D
 
 from aslora.layer_groups import a_group_of, b_group_name, in_features_of, module_path, parse_layer_path, tower_of
+from tests.support.models import config
 
-SIZES = {"num_hidden_layers": 3, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
-GPT2 = GPT2Config(n_layer=3, n_embd=8, n_head=2)
-T5 = T5Config(num_layers=3, num_decoder_layers=2, d_model=8, d_kv=4, d_ff=16, num_heads=2, vocab_size=16)
+SIZES = {"num_hidden_layers": 3, "hidden_size": 8, "intermediate_size": 16, "vocab_size": 16}
+GPT2 = config("gpt2", n_layer=3, n_embd=8)
+T5 = config("t5", num_layers=3, num_decoder_layers=2, d_model=8, d_kv=4, d_ff=16, vocab_size=16)
 
 
 @pytest.mark.parametrize(
@@ -66,19 +62,19 @@ def projections(model):
 
 
 @pytest.mark.parametrize(
-    ("model_class", "config", "expected"),
+    ("model_class", "shape", "expected"),
     [
-        (LlamaForCausalLM, LlamaConfig(vocab_size=16, **SIZES), "model.layers.*.self_attn.q_proj"),
+        (LlamaForCausalLM, config("llama", **SIZES), "model.layers.*.self_attn.q_proj"),
         (GPT2LMHeadModel, GPT2, "transformer.h.*.attn.c_attn"),
         (GPT2Model, GPT2, "h.*.attn.c_attn"),
-        (BertModel, BertConfig(vocab_size=16, **SIZES), "encoder.layer.*.attention.self.query"),
-        (ViTModel, ViTConfig(image_size=8, patch_size=4, **SIZES), None),
+        (BertModel, config("bert", **SIZES), "encoder.layer.*.attention.self.query"),
+        (ViTModel, config("vit", **SIZES), None),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_every_projection_of_an_architecture_spans_all_layers(model_class, config, expected):
+def test_every_projection_of_an_architecture_spans_all_layers(model_class, shape, expected):
     with torch.device("meta"):
-        model = model_class(config)
+        model = model_class(shape)
     found = projections(model)
     of_layers = {name: layers for name, layers in found.items() if "*" in name}
     assert all(layers == [0, 1, 2] for layers in of_layers.values())

@@ -413,7 +413,7 @@ def test_files_of_saved_adapters(refused, saved, tmp_path):
 # ---------------------------------------------------------------------- processes of their own
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "export"])
 def test_in_a_process_without_stdin(command, model_dir, tmp_path):
     words = {

@@ -23,6 +23,7 @@ def test_the_bible_is_clean_text():
     assert not set("[]") & set(found)
 
 
+@pytest.mark.slow
 @reads_the_text
 def test_the_demo_on_a_tiny_model(model_dir, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)

@@ -11,7 +11,8 @@ from aslora_meft.planner.command import parse
 from aslora_meft.planner.estimate import RESERVED
 from aslora_meft.planner.rates import card, ceilings, device_bytes, rates
 from meft.cost.fit import largest_that_fits
-from meft.cost.memory import STRATEGIES, AdapterShape, Plan, Work
+from meft.cost.memory import AdapterShape, Plan, Work
+from meft.retrieval.strategies import DEVICE_STRATEGIES
 
 GIB = 2**30
 LLAMA_7B = {
@@ -61,7 +62,7 @@ def test_7b_streamed_stays_below_the_goal(told, share, limit):
     assert parts["base"] == pytest.approx(2 * 6_738_415_616, rel=1e-4)
     assert parts["router"] == 32 * 320 * 4096 * 4
     assert parts["saved rows"] == 32 * 2 * 4096 * round(share * 6400) * 2
-    assert found["host_bytes"]["wire rows, page-locked"] == 3_355_443_200
+    assert found["host_bytes"]["compute copy, page-locked"] == 3_355_443_200
     assert parts["peak"] == sum(size for part, size in parts.items() if part != "peak")
 
 
@@ -123,7 +124,7 @@ def gpu_of(nbytes):
 
 def test_auto_takes_the_preferred_one_that_fits(told):
     words = ("--r", 8192, "--max_length", 32, "--union-share", 0.01)
-    peaks = [told(*words, "--retrieval", s)["device_bytes"]["peak"] for s in STRATEGIES[1:]]
+    peaks = [told(*words, "--retrieval", s)["device_bytes"]["peak"] for s in DEVICE_STRATEGIES[1:]]
     room = [max(peaks) * 2, *(peak + 2**18 for peak in peaks)]  # the arithmetic adds up what is not live at one time
     taken = []
     for nbytes in room:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from thread_streams import ThreadStreams
 from torch import nn
 
 import meft.gradient.drain
@@ -25,6 +24,7 @@ from meft.table.gpu_step import ZeroCopySteps
 from meft.table.row_step import RowState, StepRule, native_library, update_rows
 from meft.transport.streams import HostStreams
 from meft.transport.transfer import Traffic
+from tests.support.thread_streams import ThreadStreams
 
 R, D = 40, 24
 ROWS = torch.arange(1, R, 3)

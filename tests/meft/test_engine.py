@@ -2,31 +2,14 @@
 
 import pytest
 import torch
-from thread_streams import ThreadStreams
 from torch._C._profiler import _ExperimentalConfig
 
 import meft.retrieval.engine
 import meft.retrieval.strategies.resident
 from meft.routing.reference import reference
 from meft.transport.streams import HostStreams
-
-STRATEGIES = ["host", "stream", "device-keys", "device-rows"]
-ROWS = ["save", "refetch"]
-
-
-def on_streams(model, **fields):
-    """Let the model's engines take fake streams; updates run beside the computation too, then."""
-    streams = ThreadStreams(**fields)
-    for engine in model.base_model.engines.values():
-        engine.use(streams)
-    return streams
-
-
-def integers(model):
-    """Integer values, so that every sum is exact in whatever order."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_((parameter * 8).round().clamp(-4, 4))
+from tests.support.thread_streams import on_streams
+from tests.support.tiny_meft import ROWS, STRATEGIES
 
 
 def pair(tiny, dtype=torch.float64, layers=3, **fields):

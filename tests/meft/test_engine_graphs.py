@@ -6,15 +6,15 @@ import time
 
 import pytest
 import torch
-from passes import GENERATION, checkpointed
-from test_engine import ROWS, STRATEGIES, on_streams
-from thread_streams import ThreadStreams
 
 import meft.gradient.accumulator
 import meft.table.row_table
 from meft import RowAdamW
 from meft.retrieval.types import PendingForward, Selection
 from meft.table.row_step import update_rows
+from tests.support.thread_streams import ThreadStreams, on_streams
+from tests.support.tiny_meft import ROWS, STRATEGIES
+from tests.support.training import GENERATION, checkpointed
 
 EACH = [(strategy, rows) for strategy in STRATEGIES for rows in ROWS]
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
@@ -366,6 +366,7 @@ def test_all_ways_pick_the_same_in_narrow_dtypes(tiny, base, row_dtype):
         tiny.assert_equal(state, found[0][1])
 
 
+@pytest.mark.slow
 def test_compiled_autograd_goes_by_the_engine(tiny):
     """Picks are found by their inputs then."""
     gradients = []

@@ -6,12 +6,13 @@ import time
 
 import pytest
 import torch
-from test_engine import STRATEGIES, integers
-from thread_streams import ThreadStreams
 
 import meft
 import meft.gradient.offload_ring
 import meft.table.row_table
+from tests.support.thread_streams import ThreadStreams
+from tests.support.tiny_meft import STRATEGIES
+from tests.support.training import integers
 
 RUNS = 200  # in all
 

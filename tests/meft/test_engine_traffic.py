@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from thread_streams import ThreadStreams
 
 import meft.retrieval.gather
 import meft.retrieval.strategies.host
+from tests.support.thread_streams import ThreadStreams
+from tests.support.tiny_meft import STRATEGIES
 
-STRATEGIES = ["host", "stream", "device-keys", "device-rows"]
 LAYERS = 3
 
 

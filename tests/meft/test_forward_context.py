@@ -1,23 +1,21 @@
 """Contexts of forward passes: when they begin and die, and which picks a recomputation gets."""
 
 import gc
-import os
 import threading
 import weakref
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from meft import MEFTConfig
 from meft.layer import MEFTLayer
 from meft.retrieval import forward_context as context
 from meft.retrieval.types import Selection
+from tests.support.models import llama
+from tests.support.training import trainable
 
 
 @pytest.fixture(autouse=True)
@@ -27,17 +25,7 @@ def nothing_left_open():
 
 
 def adapted(**fields):
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-        )
-    ).double()
+    model = llama(dtype=torch.float64, num_key_value_heads=2)
     sizes = {"r": 16, "num_experts": 4, "experts_per_token": 2, "top_k": 3, "init_weights": False}
     config = MEFTConfig(**sizes | {"task_type": "CAUSAL_LM", "master_dtype": "float64"} | fields)
     return get_peft_model(model, config).train()
@@ -446,7 +434,7 @@ def test_a_pass_over_the_same_batch_whose_graph_is_kept_is_not_mistaken_for_this
     results = []
     for keep in (False, True):
         model, kept = checkpointed(adapted(), reentrant), []
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        optimizer = torch.optim.AdamW(trainable(model), lr=0.5)
         for _ in range(4):
             optimizer.zero_grad()
             loss = model(input_ids=ids(), labels=ids()).loss
@@ -460,7 +448,7 @@ def test_a_pass_over_the_same_batch_whose_graph_is_kept_is_not_mistaken_for_this
 def test_a_recomputation_after_the_rows_have_changed_is_an_error():
     """Not reentrant; a reentrant one first runs the layer when it recomputes, and has no older rows to compare with."""
     model = checkpointed(adapted(), False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.AdamW(trainable(model), lr=0.1)
     stale = model(input_ids=ids(), labels=ids()).loss
     model(input_ids=ids(1), labels=ids(1)).loss.backward()
     optimizer.step()

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from test_engine import STRATEGIES, on_streams
 
 import meft.retrieval.sparse_ffn
 from adapter_kernels import expert_topk, sparse_ffn, sparse_ffn_backward
 from meft.routing.reference import reference
+from tests.support.thread_streams import on_streams
+from tests.support.tiny_meft import STRATEGIES
 
 HALF = torch.float16
 EPS = 2.0**-11  # half a unit in the last place

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from test_engine import STRATEGIES, on_streams
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from meft import RowAdamW
+from tests.support.thread_streams import on_streams
+from tests.support.tiny_meft import STRATEGIES
+from tests.support.training import trainable
 
 
 def adapted(tiny, in_backward=True, strategy="stream", **fields):
@@ -217,7 +219,7 @@ def test_the_norm_may_be_asked_for(tiny, foreach):
         model, _ = adapted(tiny, in_backward)
 
         def ask(model=model):
-            parameters = [p for p in model.parameters() if p.requires_grad]
+            parameters = trainable(model)
             norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, float("inf"), foreach=foreach)))
 
         run(tiny, model, steps=3, between=ask)

@@ -7,19 +7,15 @@ import weakref
 import pytest
 import torch
 from accelerate import Accelerator
-from passes import GENERATION, checkpointed
 from peft import PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
-    BertConfig,
     BertModel,
     BitsAndBytesConfig,
-    LlamaConfig,
     LlamaForCausalLM,
-    T5Config,
     T5ForConditionalGeneration,
 )
 
@@ -30,6 +26,9 @@ from meft import MEFTConfig
 from meft.layer import MEFTLayer
 from meft.retrieval import forward_context as context
 from meft.routing.reference import chosen_neurons
+from tests.support.models import llama
+from tests.support.models import model as model_of
+from tests.support.training import GENERATION, checkpointed
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -150,9 +149,7 @@ def test_a_mask_of_a_shape_that_does_not_tell_padding_counts_all_tokens(tiny, ad
 
 
 def test_an_encoders_padding_is_not_the_decoders(tiny):
-    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_heads": 2, "num_layers": 2}
-    torch.manual_seed(0)
-    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).double().eval()
+    base = model_of(T5ForConditionalGeneration, torch.float64).eval()
     model = get_peft_model(base, tiny.config(master_dtype="float64", target_modules=["DenseReluDense"])).eval()
     tiny.enlarge(model)
     ids, said = tiny.batch(1, 4), tiny.batch(1, 6, seed=1)
@@ -166,10 +163,8 @@ def test_an_encoders_padding_is_not_the_decoders(tiny):
 
 def test_an_ffn_that_runs_in_chunks_along_the_length_is_refused(tiny):
     """The padding mask would not fit the pieces."""
-    config = BertConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
-    config.chunk_size_feed_forward = 2
     with pytest.raises(ValueError, match=r"chunk_size_feed_forward=2.*set it to 0"):
-        get_peft_model(BertModel(config), tiny.config())
+        get_peft_model(model_of(BertModel, chunk_size_feed_forward=2), tiny.config())
 
 
 @pytest.mark.parametrize("side", ["left", "none"])
@@ -453,7 +448,7 @@ def test_a_meta_model_has_meta_tables(tiny):
         model = get_peft_model(LlamaForCausalLM(tiny.base().config), tiny.config())
     assert all(p.is_meta for p in model.parameters())
     with pytest.raises(RuntimeError, match="no values yet"):
-        tiny.tables(model)[0].writing(lambda wire: None)
+        tiny.tables(model)[0].update_masters(lambda compute_copy: None)
 
 
 def test_accelerate_prepare_leaves_the_tables(tiny):
@@ -608,18 +603,8 @@ BNB = {
 @pytest.fixture(scope="module")
 def base_dir(tmp_path_factory):
     pytest.importorskip("bitsandbytes")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        use_cache=False,
-    )
     folder = tmp_path_factory.mktemp("base")
-    LlamaForCausalLM(config).save_pretrained(folder)
+    llama(hidden_size=64, intermediate_size=128, use_cache=False).save_pretrained(folder)
     return folder
 
 
@@ -717,4 +702,4 @@ def test_rows_beside_packed_weights_are_read_in_the_dtype_of_the_computation(dty
     ffn[0].weight.data = torch.zeros(2048, 1, dtype=torch.uint8)
     layer = MEFTLayer(ffn, 64)
     layer.update_layer("default", MEFTConfig(r=64, num_experts=8))
-    assert layer.tables("default")[0].wire_dtype == dtype
+    assert layer.tables("default")[0].compute_dtype == dtype

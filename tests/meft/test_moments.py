@@ -2,13 +2,9 @@
 
 import copy
 import io
-import os
 import pickle
-import subprocess
 import sys
 import threading
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
@@ -20,6 +16,7 @@ from meft import RowAdamW
 from meft.table.moments import KEY, Moments, RowMoments
 from meft.table.row_step import StepRule, update_rows
 from meft.table.update_queue import UpdateQueue
+from tests.support.processes import run_code
 
 R, D = 9, 4
 
@@ -407,7 +404,7 @@ from meft.files import training_state as state
 def resident():  # bytes of this process that no file backs
     return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
 
-table = RowTable((4096, 8192), master=torch.float32, wire=torch.float32, on_host=True, pin=False)  # 128 MiB
+table = RowTable((4096, 8192), master=torch.float32, compute_dtype=torch.float32, on_host=True, pin=False)  # 128 MiB
 table.fill(0.02)
 optimizer = torch.optim.AdamW([table.rows])
 moments = table.moments_in(optimizer).moments
@@ -443,9 +440,9 @@ measure(load)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is read from /proc")
 def test_saving_and_loading_take_no_second_copy(tmp_path):
-    done = subprocess.run([sys.executable, "-c", PEAK, tmp_path], capture_output=True, text=True, check=True)
-    *saving, loading = map(float, done.stdout.split()[-3:])
+    *saving, loading = map(float, run_code(PEAK, tmp_path).split()[-3:])
     assert max(saving) < 64  # MiB above the tables, of which each has 128
     assert loading < 256 + 64  # the moments themselves

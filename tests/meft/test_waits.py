@@ -4,8 +4,6 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from fake_cuda import FakeCuda
-from near_device import THERE, BlockingError, Near, NearDevice
 from torch import nn
 
 import meft.retrieval.engine
@@ -13,6 +11,8 @@ import meft.retrieval.gather
 import meft.retrieval.strategies.resident
 from meft.table.row_table import RowTable
 from meft.transport.streams import CudaStreams, HostStreams, _Stream
+from tests.support.fake_cuda import FakeCuda
+from tests.support.near_device import THERE, BlockingError, Near, NearDevice
 
 WAYS = {name: {"retrieval": name} for name in ("host", "stream", "device-keys", "device-rows")}
 WAYS["resident"] = {"placement": "device"}
@@ -83,8 +83,8 @@ def on_the_device(tiny, monkeypatch, layers):
             dict.__setitem__(router._parameters, "weight", nn.Parameter(Near(router.weight.detach())))
         layer.base_layer.note = lambda: device.notes.append(("base", None, None))
         for table in layer.tables("default"):
-            with table.reading() as wire:
-                device.tables.add(wire.untyped_storage().data_ptr())
+            with table.reading() as compute_copy:
+                device.tables.add(compute_copy.untyped_storage().data_ptr())
     if not layers[0].configs["default"].on_host:
         reading = RowTable.reading
 
@@ -114,12 +114,12 @@ def change(layers):
         for table in layer.tables("default"):
             rows = torch.tensor([1, 5, 17])
 
-            def write(wire, table=table, rows=rows):
+            def write(compute_copy, table=table, rows=rows):
                 table.masters[rows] += 0.25
-                if wire is not None:
-                    wire[rows] = table.masters[rows].to(wire.dtype)
+                if compute_copy is not None:
+                    compute_copy[rows] = table.masters[rows].to(compute_copy.dtype)
 
-            table.writing(write, rows=rows)
+            table.update_masters(write, rows=rows)
 
 
 def passes(layers, x, event=lambda: None):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_bridge import AdapterFile, MethodConfig, MethodTuner, known_keywords, register_method, write_weights_at_once
+from tests.support.training import trainable
 
 
 @known_keywords
@@ -82,7 +83,7 @@ def base(seed=0, **sizes):
 
 def trained(**fields):
     model = get_peft_model(base(), ShiftConfig(target_modules=["up", "down"], **fields))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.AdamW(trainable(model), lr=0.1)
     for _ in range(3):
         model(X).square().mean().backward()
         optimizer.step()

@@ -13,12 +13,14 @@ from .in_place import InPlace
 from .resident import Resident, capturing
 from .stream import Stream
 
-__all__ = ["STRATEGIES", "Strategy", "capturing", "strategy_name"]
+__all__ = ["DEVICE_STRATEGIES", "STRATEGIES", "Strategy", "capturing", "strategy_name"]
 
 # In order of preference, as far as their parts on the device fit.
 STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy for strategy in (Resident, DeviceRows, DeviceKeys, Stream, Host, InPlace)
 }
+# Those for a model on a device.
+DEVICE_STRATEGIES = tuple(name for name, strategy in STRATEGIES.items() if strategy.serves is not None)
 
 
 def strategy_name(config: MEFTConfig, device: torch.device, *, apart: bool = False) -> str | None:

@@ -53,10 +53,10 @@ class Strategy(ABC):
 
         On a GPU only products of 16-bit tensors run on tensor cores. Scores and sums are float32 in any case.
         """
-        wire = layer.keys.wire_dtype
-        if given == wire:
-            return wire
-        return torch.promote_types(torch.promote_types(given, wire), torch.float32)
+        compute_copy = layer.keys.compute_dtype
+        if given == compute_copy:
+            return compute_copy
+        return torch.promote_types(torch.promote_types(given, compute_copy), torch.float32)
 
     def begin_pass(self) -> None:  # noqa: B027 - most have nothing to bring
         """A pass of many tokens begins: what its first layer needs may be brought."""

@@ -41,13 +41,13 @@ class DeviceKeys(Strategy):
 
     @classmethod
     def tables(cls, shape: AdapterShape) -> int:
-        return shape.values // 2 * shape.wire
+        return shape.values // 2 * shape.compute
 
     @classmethod
     def flows(cls, shape: AdapterShape, work: Work) -> Iterator[Flow]:
         row = shape.d * work.union
-        yield to_device("value rows", "forward", row, shape.wire)
+        yield to_device("value rows", "forward", row, shape.compute)
         if work.rows == "refetch":
-            yield to_device("value rows", "backward", row, shape.wire)
+            yield to_device("value rows", "backward", row, shape.compute)
         yield from gradients_to_host(shape, work, ids=True)
-        yield to_device("changed keys", "step", shape.d * work.touched(shape), shape.wire)
+        yield to_device("changed keys", "step", shape.d * work.touched(shape), shape.compute)

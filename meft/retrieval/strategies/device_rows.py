@@ -35,9 +35,9 @@ class DeviceRows(DeviceKeys):
 
     @classmethod
     def tables(cls, shape: AdapterShape) -> int:
-        return shape.values * shape.wire
+        return shape.values * shape.compute
 
     @classmethod
     def flows(cls, shape: AdapterShape, work: Work) -> Iterator[Flow]:
         yield from gradients_to_host(shape, work, ids=True)
-        yield to_device("changed rows", "step", 2 * shape.d * work.touched(shape), shape.wire)
+        yield to_device("changed rows", "step", 2 * shape.d * work.touched(shape), shape.compute)

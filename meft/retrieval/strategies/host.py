@@ -41,7 +41,7 @@ class Host(Strategy):
         def wait() -> Selection:
             with layer.traffic.stalled():
                 hidden = coming.wait()
-            with layer.keys.reading() as keys, layer.traffic.host_work():  # the lock is this thread's, as everywhere
+            with layer.keys.reading() as keys, layer.traffic.host_work():  # this thread holds the lock
                 rows, inverse = _selected(layer, keys, *hidden)
             return self._sent(layer, rows, inverse)
 
@@ -74,9 +74,9 @@ class Host(Strategy):
         yield to_host("router logits", "forward", work.tokens * shape.experts, FP32, rows=False)
         yield to_device("picks", "forward", 2 * work.tokens * shape.top_k, ID, rows=False)
         yield to_device("union ids", "forward", work.union, ID, rows=False)
-        yield to_device("key and value rows", "forward", rows, shape.wire)
+        yield to_device("key and value rows", "forward", rows, shape.compute)
         if work.rows == "refetch":
-            yield to_device("key and value rows", "backward", rows, shape.wire)
+            yield to_device("key and value rows", "backward", rows, shape.compute)
         yield from gradients_to_host(shape, work, ids=False)
 
 

@@ -44,7 +44,7 @@ class Resident(Strategy):
 
     @classmethod
     def tables(cls, shape: AdapterShape) -> int:
-        separate = shape.wire if shape.wire < shape.master else 0  # else the masters themselves are read
+        separate = shape.compute if shape.compute < shape.master else 0  # else the masters themselves are read
         return shape.values * (shape.master + separate)
 
     @classmethod

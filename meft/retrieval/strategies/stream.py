@@ -56,13 +56,13 @@ class Stream(Strategy):
 
     @classmethod
     def buffers(cls, shape: AdapterShape) -> int:
-        return 2 * shape.r * shape.d * shape.wire
+        return 2 * shape.r * shape.d * shape.compute
 
     @classmethod
     def flows(cls, shape: AdapterShape, work: Work) -> Iterator[Flow]:
         row = shape.d * work.union
-        yield to_device("key table", "forward", shape.r * shape.d, shape.wire, ahead=True)
-        yield to_device("value rows", "forward", row, shape.wire)
+        yield to_device("key table", "forward", shape.r * shape.d, shape.compute, ahead=True)
+        yield to_device("value rows", "forward", row, shape.compute)
         if work.rows == "refetch":
-            yield to_device("key and value rows", "backward", 2 * row, shape.wire)
+            yield to_device("key and value rows", "backward", 2 * row, shape.compute)
         yield from gradients_to_host(shape, work, ids=True)

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable
 
 import torch
-from kernel_checks import EPS, IN_NORM, LAYOUTS
 from torch import Tensor
 
 from adapter_kernels.rows import naive as naive_rows
 from adapter_kernels.topk import naive
+from tests.support.kernels.kernel_checks import EPS, IN_NORM, LAYOUTS
 
 Op = Callable[..., tuple[Tensor, ...]]
 

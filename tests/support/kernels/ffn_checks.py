@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from kernel_checks import EPS, IN_NORM, LAYOUTS, in_poison
-from selection_checks import generator
 from torch import Tensor
 
 from adapter_kernels import sparse_ffn_backward
 from adapter_kernels.ffn import naive
+from tests.support.kernels.kernel_checks import EPS, IN_NORM, LAYOUTS, in_poison
+from tests.support.kernels.selection_checks import generator
 
 
 class Case:
@@ -109,7 +109,7 @@ def check_ffn(op, case: Case) -> None:
 def check_wide_row_gradients(impl, case: Case, backward=sparse_ffn_backward) -> None:
     """Sums that half precision cannot hold, of integers that it can, are those of float64 in float32, and not without.
 
-    `case` gets these integers. It needs 24 to 32 columns and some hundred tokens, each with most of the rows.
+    `case` gets these integers. It needs 24 to 32 columns and 200 tokens or more, each with most of the rows.
     """
     for name, size in (("x", 8), ("g", 8), ("values", 1)):
         tensor = getattr(case, name)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import torch
-from kernel_checks import EPS, Fenced
-from row_checks import same_bits
-from selection_checks import generator
 from torch import Tensor
 
 from adapter_kernels import RowState, StepRule
 from adapter_kernels.adamw import naive
+from tests.support.kernels.kernel_checks import EPS, Fenced
+from tests.support.kernels.row_checks import same_bits
+from tests.support.kernels.selection_checks import generator
 
 RULE = {"lr": 1e-2, "eps": 1e-8, "weight_decay": 0.1}  # but for betas
 
 
 class Tables:
-    """A table with its moments, counts and perhaps a wire, between fences; some rows were touched before."""
+    """A table with its moments, counts and perhaps a compute copy, between fences; some rows were touched before."""
 
-    def __init__(self, r, d, dtype=torch.float32, *, wire=None, seed=0):
+    def __init__(self, r, d, dtype=torch.float32, *, compute_dtype=None, seed=0):
         g = generator(seed)
         wide = torch.promote_types(dtype, torch.float32)
         self.fenced = {
@@ -26,14 +26,14 @@ class Tables:
             "exp_avg_sq": Fenced((r, d), wide),
             "counts": Fenced((r,), torch.int32),
         }
-        if wire is not None:
-            self.fenced["compute_copy"] = Fenced((r, d), wire)
+        if compute_dtype is not None:
+            self.fenced["compute_copy"] = Fenced((r, d), compute_dtype)
         touched = torch.randint(0, 4, (r,), generator=g)
         self["table"].copy_(torch.randn(r, d, generator=g))
         self["exp_avg"].copy_(0.1 * torch.randn(r, d, generator=g) * (touched > 0)[:, None])
         self["exp_avg_sq"].copy_(0.1 * torch.rand(r, d, generator=g) * (touched > 0)[:, None])
         self["counts"].copy_(touched)
-        if wire is not None:
+        if compute_dtype is not None:
             self["compute_copy"].copy_(self["table"])
 
     def __getitem__(self, name: str) -> Tensor:

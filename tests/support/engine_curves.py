@@ -19,6 +19,7 @@ from meft import MEFTConfig
 from meft.layer import MEFTLayer
 from meft.retrieval.strategies import STRATEGIES, Host
 from meft.routing.reference import chosen_neurons, reference
+from tests.support.training import trainable
 
 SMALL = Path(__file__).parents[2] / ".cache" / "SmolLM2-135M-Instruct"
 SMOL = {"r": 1536, "num_experts": 128, "experts_per_token": 8, "top_k": 64, "layers_to_transform": [12, 20, 29]}
@@ -74,7 +75,7 @@ def by_the_engine(model, batches, streams):
         for kind in kinds:
             if kind is not Host or model.peft_config["default"].retrieval == "host":
                 kind.select = recorded(real[kind])
-        losses = losses_of(model, batches, [p for p in model.parameters() if p.requires_grad])
+        losses = losses_of(model, batches, trainable(model))
     finally:
         for kind in kinds:
             kind.select = real[kind]

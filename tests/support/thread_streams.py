@@ -136,3 +136,11 @@ class ThreadStreams:
     def close(self):
         for stream in (self.inbound, self.outbound, self.updating):
             stream.work.put(None)
+
+
+def on_streams(model, **fields):
+    """Let the model's engines take fake streams; updates run beside the computation too, then."""
+    streams = ThreadStreams(**fields)
+    for engine in model.base_model.engines.values():
+        engine.use(streams)
+    return streams

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import kernel_checks
 import torch
 from torch import Tensor
 
 from adapter_kernels.rows import naive
+from tests.support.kernels import kernel_checks
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -378,6 +378,6 @@ def watched(monkeypatch, dropped=()):
         slots = SimpleNamespace(SimpleQueue=type("WatchedSlots", (Slots,), {"watch": watch}), Empty=queue.Empty)
         patch.setattr(meft.gradient.offload_ring, "queue", slots)
         for table in list(RowTable._all):
-            watch.at_home(table.rows, table._wire)
+            watch.at_home(table.rows, table._compute_copy)
         with Operations(watch):
             yield watch
