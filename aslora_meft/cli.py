@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"aslora-meft: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"aslora-meft: {interrupt or 'interrupted; nothing was saved'}", file=sys.stderr)
+        print(f"aslora-meft: {str(interrupt) or 'interrupted; nothing was saved'}", file=sys.stderr)
         return 130
     return 0
 
@@ -81,7 +81,9 @@ def _run(argv: list[str]) -> None:
     elif options.command == "doctor":
         from aslora_meft.doctor import report
 
-        print(report(anew=options.anew))
+        with as_usage_error(ValueError):  # of the environment's variables
+            told = report(anew=options.anew)
+        print(told)
     else:
         _export(options.adapter_dir, options.to, options.out_dir)
 
