@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
@@ -30,7 +31,7 @@ from .report import TransferReport, transfer_report
 from .retrieval import forward_context as context
 from .retrieval.engine import Engine
 from .table.row_table import RowTable
-from .targets import FFN_OF, check_ffn, ffn_targets, ffn_width
+from .targets import FFN, default_targets, ffn_at, targeted_ffns
 from .transport.openmp_waiting import check_waiting
 
 logger = logging.getLogger(__name__)
@@ -51,9 +52,10 @@ class MEFTModel(MethodTuner):
     file = FILE
     prefix = "meft_"
     tuner_layer_cls = MEFTLayer
-    target_module_mapping = FFN_OF  # type: ignore[assignment]
+    target_module_mapping: ClassVar[dict[str, Any]] = {}  # `targets` finds an architecture's FFNs by their form
 
     steps: RowSteps
+    _ffns: dict[str, FFN]
 
     @property
     def configs(self) -> dict[str, MEFTConfig]:
@@ -81,18 +83,27 @@ class MEFTModel(MethodTuner):
 
     def take_back(self, adapter_name: str) -> None:
         """Remove an adapter with all that was wrapped for it."""
+        layers = self.adapted_ffns().values()
         super().take_back(adapter_name)
+        for layer in layers:
+            if not layer.configs:
+                layer.call.end()
         if not self.steps.configs:
             self._unhook()
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         config: Any = peft_config
         if config.target_modules is None:
-            config.target_modules = ffn_targets(config, model_config.get("model_type"), self.model)
+            config.target_modules = default_targets(config, model_config.get("model_type"), self.model)
         return config
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
-        require_memory_for(peft_config, model)  # type: ignore[arg-type]
+        config: Any = peft_config
+        found, others = targeted_ffns(config, model)
+        self._ffns = found
+        if others:
+            warnings.warn(f"target_modules also matches modules that are no FFN, which get no adapter: {_listed(others)}.")
+        require_memory_for(config, list(found.values()))
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -104,12 +115,14 @@ class MEFTModel(MethodTuner):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        check_ffn(base, current_key, parent, self.model)
+        if self._ffns and current_key not in self._ffns:
+            return
         if isinstance(target, MEFTLayer):
             layer = target
         else:
-            layer = MEFTLayer(target, ffn_width(base, self.model))
+            # Where PEFT takes the targets from a state dict, the configuration may name none.
+            ffn = self._ffns[current_key] if self._ffns else ffn_at(self.model, current_key)
+            layer = MEFTLayer(target, ffn.width, ffn.up)
             layer.train(target.training)
             self._replace_module(parent, target_name, layer, target)
         self.injection.layers.append((current_key, layer))
@@ -208,7 +221,10 @@ class MEFTModel(MethodTuner):
             output.loss = note_loss_scale(loss, opened)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        layers = self.adapted_ffns().values()
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        for layer in layers:
+            layer.call.end()
         self._unhook()
         return model
 
@@ -328,3 +344,8 @@ def take_back(model: nn.Module, adapter_name: str) -> None:
     for tuner in context.watching(model):
         if isinstance(tuner, MEFTModel) and adapter_name in tuner.steps.configs:
             tuner.take_back(adapter_name)
+
+
+def _listed(paths: list[str], most: int = 3) -> str:
+    rest = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return f"{', '.join(paths[:most])}{rest}"
