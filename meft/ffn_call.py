@@ -24,14 +24,14 @@ class FFNCall:
 
     Attributes:
         joins_residual: whether `module` adds the FFN's input itself, as BERT's does: what is added joins that input.
-        reads_ahead: whether `up` reads the input.
+        up: as given.
     """
 
     def __init__(self, module: nn.Module, up: nn.Module | None, begin: Callable[[Tensor], Finish | None]) -> None:
         self._begin = begin
         self._begun: dict[int, Finish | None] = {}  # by thread
         self.joins_residual = "input_tensor" in inspect.signature(module.forward).parameters
-        self.reads_ahead = up is not None
+        self.up = up
         self._hook = up.register_forward_pre_hook(self._read, with_kwargs=True) if up is not None else None
 
     def end(self) -> None:
@@ -58,7 +58,7 @@ class FFNCall:
             hidden, residual = (_argument(args, kwargs, i, n) for i, n in enumerate(("hidden_states", "input_tensor")))
             finish = self._begin(residual)
             return module(hidden, residual if finish is None else _sum(residual, finish()))
-        finish = self._was_begun() if self.reads_ahead else self._begin(_first(args, kwargs))
+        finish = self._was_begun() if self.up is not None else self._begin(_first(args, kwargs))
         output = module(*args, **kwargs)
         if finish is None:
             return output

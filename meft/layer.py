@@ -243,7 +243,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             table.look()
             if not table.on_host and table.masters.device != x.device:  # as the router
                 table.to(x.device)
-        real = stash.real if stash is not None else _real_tokens(now, shape, x.device, self.call.reads_ahead)
+        real = stash.real if stash is not None else _real_tokens(now, shape, x.device, self.call.up is not None)
         kept = x if real is None else x.index_select(0, real)
         wide = kept.to(torch.promote_types(x.dtype, torch.float32))
         router = self.router(adapter_name).to(wide)  # under offloading it may be elsewhere

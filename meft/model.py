@@ -8,11 +8,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -52,7 +51,7 @@ class MEFTModel(MethodTuner):
     file = FILE
     prefix = "meft_"
     tuner_layer_cls = MEFTLayer
-    target_module_mapping: ClassVar[dict[str, Any]] = {}  # `targets` finds an architecture's FFNs by their form
+    target_module_mapping: dict[str, Any] = {}  # noqa: RUF012  (PEFT's; `targets` finds FFNs by their form)
 
     steps: RowSteps
     _ffns: dict[str, FFN]
@@ -102,7 +101,9 @@ class MEFTModel(MethodTuner):
         found, others = targeted_ffns(config, model)
         self._ffns = found
         if others:
-            warnings.warn(f"target_modules also matches modules that are no FFN, which get no adapter: {_listed(others)}.")
+            warnings.warn(
+                f"target_modules also matches modules that are no FFN, which get no adapter: {_listed(others)}."
+            )
         require_memory_for(config, list(found.values()))
 
     def _create_and_replace(  # type: ignore[override]

@@ -121,7 +121,7 @@ class MethodTuner(BaseTuner, RunListener):
         wrapped: list[tuple[str, Any]] = [
             (path, m) for path, m in self.model.named_modules() if isinstance(m, self.tuner_layer_cls)
         ]
-        for path, layer in wrapped:
+        for path, layer in reversed(wrapped):  # of nested ones the inner first
             layer.delete_adapter(adapter_name)
             if not adapters_of(layer):
                 parent, _, name = path.rpartition(".")

@@ -65,7 +65,10 @@ def compact(tensors: dict[str, Tensor], layers: Mapping[str, list[int]], config:
     saved = {}
     for group, indices in layers.items():
         prefix = f"{B_PREFIX}{group}."
-        a_key, b_key = f"{A_PREFIX}{a_group_of(group, config.share_a)}.shared_A", f"{prefix}stacked_B"
+        a_key, b_key = (
+            f"{A_PREFIX}{a_group_of(group, config.share_a, config.share_a_experts)}.shared_A",
+            f"{prefix}stacked_B",
+        )
         for key in (a_key, b_key):
             if key not in tensors:
                 raise ValueError(
@@ -154,7 +157,7 @@ def check(tensors: Mapping[str, Tensor], config: ASLoRAConfig) -> None:
     for group in groups:
         prefix = f"{B_PREFIX}{group}."
         absent = [name for name in _TENSORS if f"{prefix}{name}" not in tensors]
-        a_key = f"{A_PREFIX}{a_group_of(group, config.share_a)}.shared_A"
+        a_key = f"{A_PREFIX}{a_group_of(group, config.share_a, config.share_a_experts)}.shared_A"
         if absent or a_key not in tensors:
             raise ValueError(
                 f"The file lacks {a_key if not absent else prefix + absent[0]}: it is incomplete or was saved with "

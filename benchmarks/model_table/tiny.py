@@ -18,9 +18,9 @@ HEADS = {
 VOCABULARY = 96
 SIZES = {
     32: "hidden_size d_model n_embd dim embed_dim emb_dim embedding_size word_embed_proj_dim model_dim d_embed",
-    64: "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff n_inner d_inner dff feed_forward_size hidden_dim "
-    "ffn_hidden_size inner_dim intermediate_size_mlp shared_expert_intermediate_size dense_intermediate_size "
-    "expert_ffn_hidden_size shared_intermediate_size prefix_dense_intermediate_size",
+    64: "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff n_inner d_inner dff feed_forward_size "
+    "hidden_dim ffn_hidden_size inner_dim intermediate_size_mlp shared_expert_intermediate_size "
+    "dense_intermediate_size expert_ffn_hidden_size shared_intermediate_size prefix_dense_intermediate_size",
     16: "moe_intermediate_size attention_hidden_size expert_intermediate_size index_head_dim",
     2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers num_heads_kv "
     "num_encoder_layers num_key_value_heads encoder_num_key_value_heads decoder_num_key_value_heads "

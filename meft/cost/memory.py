@@ -13,7 +13,8 @@ value. Where a strategy keeps what:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -33,11 +34,12 @@ class AdapterShape:
     """The sizes of an adapter.
 
     Attributes:
-        d: hidden size.
+        d: hidden size; where layers have several, their mean, rounded up.
         layers: adapted FFNs.
         r, experts, probed, top_k: of `MEFTConfig`, per layer; probed and top_k per token.
         wire, master, moment, base, gradient: bytes of a value of the rows as they are read, of the masters, of each of
             the two moments, of the hidden states, and of row gradients on their way to the host.
+        widest: the largest hidden size of a layer, which buffers are for; 0: d.
     """
 
     d: int
@@ -51,6 +53,7 @@ class AdapterShape:
     moment: int = 4
     base: int = 2
     gradient: int = 2
+    widest: int = 0
 
     @classmethod
     def of(cls, config: MEFTConfig, *, d: int, layers: int, base_dtype: torch.dtype) -> AdapterShape:
@@ -64,6 +67,17 @@ class AdapterShape:
             d, layers, config.r, config.experts, config.probed, config.top_k, wire, master, moment,
             base_dtype.itemsize, wire if narrow else max(FP32, wire),
         )  # fmt: skip
+
+    @classmethod
+    def of_layers(cls, config: MEFTConfig, widths: Sequence[int], *, base_dtype: torch.dtype) -> AdapterShape:
+        """As `of`, from the hidden size of each layer."""
+        shape = cls.of(config, d=-(-sum(widths) // len(widths)), layers=len(widths), base_dtype=base_dtype)
+        return replace(shape, widest=max(widths))
+
+    @property
+    def buffered(self) -> int:
+        """Hidden size of what passes through buffers."""
+        return max(self.d, self.widest)
 
     @property
     def values(self) -> int:
@@ -143,6 +157,11 @@ class Plan:
         return 2 * self.shape.d * self.work.union
 
     @property
+    def largest_union(self) -> int:
+        """The same of the widest layer."""
+        return 2 * self.shape.buffered * self.work.union
+
+    @property
     def keeps_rows(self) -> bool:
         """Whether rows are saved for backward; where the tables lie on the device nothing needs to be."""
         return self.work.rows == "save" and self.strategy not in ("resident", "device-rows")
@@ -170,30 +189,30 @@ class Plan:
 
     def key_buffers(self) -> int:
         """Bytes of the two key tables that take turns, not per layer."""
-        return 2 * self.shape.r * self.shape.d * self.shape.wire if self.strategy == "stream" else 0
+        return 2 * self.shape.r * self.shape.buffered * self.shape.wire if self.strategy == "stream" else 0
 
     def row_buffers(self) -> int:
         """Bytes for the rows of the layer at work, and of the next one where they are fetched ahead in backward."""
         ahead = self.work.rows == "refetch" and self.strategy in ("host", "stream", "device-keys")
-        return self.union_values * self.shape.wire * (2 if ahead else 1)
+        return self.largest_union * self.shape.wire * (2 if ahead else 1)
 
     def row_gradients(self) -> int:
         """Bytes of row gradients on the device: one layer's in fp32 and as they leave; resident: those of a step."""
         s = self.shape
         if self.strategy == "resident":
             return 2 * s.layers * s.d * self.step_union * FP32
-        return self.union_values * (FP32 + s.gradient)
+        return self.largest_union * (FP32 + s.gradient)
 
     def forward_temporaries(self) -> int:
         """Bytes of one layer's forward pass: x in fp32 for the router, logits, and the candidates of a token."""
         s, T = self.shape, self.work.tokens
         candidates = 0 if self.strategy == "host" else s.probed * -(-s.r // s.experts)
-        return T * FP32 * (s.d + s.experts + candidates)
+        return T * FP32 * (s.buffered + s.experts + candidates)
 
     def backward_temporaries(self) -> int:
         """Bytes of one layer's backward pass: activations, ds and ds c as [T, U], dp as [T, E], dx in fp32."""
         s, T = self.shape, self.work.tokens
-        return T * (3 * s.base * self.work.union + FP32 * (s.experts + s.d))
+        return T * (3 * s.base * self.work.union + FP32 * (s.experts + s.buffered))
 
     def device_bytes(self) -> dict[str, int]:
         """Bytes on the device by part, all layers; without the base model and its activations."""
@@ -226,7 +245,7 @@ class Plan:
             "moments": 2 * s.values * s.moment,
             "gradient store": store,
             "gradient store, kept for larger ones": store // 8,
-            "gradient ring, page-locked": SLOTS * self.union_values * s.gradient,
+            "gradient ring, page-locked": SLOTS * self.largest_union * s.gradient,
         }
 
     # ------------------------------------------------------------------ link

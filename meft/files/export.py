@@ -232,7 +232,7 @@ def load_resident(model: nn.Module, folder: str | Path, device: torch.device | s
     for path_of_ffn, tensors in layers.items():
         width = known[path_of_ffn].width if path_of_ffn in known else None
         if tensors["keys"].shape[1] != width:
-            there = f"the FFN's hidden size is {width}" if width is not None else "the model has no FFN"
+            there = f"the model's hidden size is {width}" if width is not None else "the model has no FFN"
             raise ValueError(
                 f"The rows of '{path_of_ffn}' have {tensors['keys'].shape[1]} values where {there}: load the base "
                 "model that the adapter was trained on."

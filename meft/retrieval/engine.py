@@ -64,7 +64,7 @@ class Engine:
         self._plan: tuple[str, str] | None = None
         self._planned_for: tuple[int, int] | None = None  # by `auto`: tokens, and errors for want of memory until then
         self._strategy: Strategy | None = None
-        self._rings: dict[torch.dtype, GradientRing] = {}
+        self._rings: dict[tuple[torch.dtype, int], GradientRing] = {}  # by dtype and width
         self._below: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -90,6 +90,11 @@ class Engine:
     def updates_beside(self, device: torch.device) -> bool:
         """Whether rows are updated beside the computation of inputs on a device."""
         return self.config.on_host and (device.type != "cpu" or self._given is not None)
+
+    @property
+    def widths(self) -> list[int]:
+        """The hidden size of each layer."""
+        return [layer.width for layer in self.layers]
 
     @property
     def strategy_name(self) -> str | None:
@@ -122,7 +127,7 @@ class Engine:
             return strategy, rows
         if not x.is_cuda:
             return "host", rows
-        plan = chosen(config, len(self.layers), x, self.around() if self.around is not None else None)
+        plan = chosen(config, self.widths, x, self.around() if self.around is not None else None)
         self._planned_for = len(x), out_of_memory_errors(x.device)
         return plan.strategy, plan.work.rows
 
@@ -163,9 +168,9 @@ class Engine:
 
     def _step_by_device(self, streams: DeviceStreams) -> None:
         with torch.inference_mode(False):  # as above
-            steps = ZeroCopySteps(streams, self.layers[0].keys.rows.shape[1])
+            steps = {width: ZeroCopySteps(streams, width) for width in self.widths}
         for layer in self.layers:
-            layer.keys.step = layer.values.step = partial(steps, layer.traffic)
+            layer.keys.step = layer.values.step = partial(steps[layer.width], layer.traffic)
 
     # ------------------------------------------------------------------ forward
 
@@ -316,12 +321,13 @@ class Engine:
         if not self.config.on_host:
             return RowGradient(rows, gradient.to(torch.promote_types(table.dtype, torch.float32)), table)
         dtype = gradient.dtype if self.config.gradient_dtype == "auto" else torch.float32  # float64 is narrowed
-        if dtype not in self._rings:
+        form = dtype, gradient.shape[1]
+        if form not in self._rings:
             assert self.streams is not None
             capacity = min(self.config.r, max(_LEAST_SLOT, 2 * len(gradient)))
-            self._rings[dtype] = GradientRing(self.streams, capacity, gradient.shape[1], dtype)
+            self._rings[form] = GradientRing(self.streams, capacity, gradient.shape[1], dtype)
         with record_function("meft: row gradients"):
-            leaving = self._rings[dtype].send(rows, gradient, table, layer.traffic)
+            leaving = self._rings[form].send(rows, gradient, table, layer.traffic)
         return self.on_gradient(owner, leaving) if self.on_gradient is not None else leaving
 
 

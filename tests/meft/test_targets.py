@@ -33,7 +33,10 @@ MODELS = {
         lambda: tr.GptOssForCausalLM(tr.GptOssConfig(num_key_value_heads=2, head_dim=8, num_local_experts=4, **SMALL)),
         {"mlp"}, 2, 32,
     ),
-    "olmoe": (lambda: tr.OlmoeForCausalLM(tr.OlmoeConfig(num_experts=8, num_experts_per_tok=2, **SMALL)), {"mlp"}, 2, 32),
+    "olmoe": (
+        lambda: tr.OlmoeForCausalLM(tr.OlmoeConfig(num_experts=8, num_experts_per_tok=2, **SMALL)),
+        {"mlp"}, 2, 32,
+    ),
     "deberta-v2": (lambda: tr.DebertaV2Model(tr.DebertaV2Config(**SMALL)), r"encoder\.layer\.\d+\.output", 2, 32),
     "bert": (lambda: tr.BertModel(tr.BertConfig(**SMALL)), r"encoder\.layer\.\d+\.output", 2, 32),
     "bart": (lambda: tr.BartForConditionalGeneration(tr.BartConfig(**BART)), {"fc2"}, 2, 32),
@@ -46,7 +49,9 @@ def test_defaults_of_architectures(name):
     with torch.device("meta"):
         model = make()
     assert default_targets(MEFTConfig(), name, model) == targets
-    found, others = targeted_ffns(MEFTConfig(target_modules=targets if isinstance(targets, str) else list(targets)), model)
+    found, others = targeted_ffns(
+        MEFTConfig(target_modules=targets if isinstance(targets, str) else list(targets)), model
+    )
     assert len(found) == count
     assert {ffn.width for ffn in found.values()} == {width}
     assert not others
