@@ -1,5 +1,7 @@
 """The model, its tokenizer and the adapter that a run trains."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +79,29 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, *, gradient_checkpoi
                 raise UsageError(f"{field}={target!r} names no module of the model; choose from {_listed(choice)}")
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
-    with as_usage_error(ValueError):
+    with as_usage_error(ValueError), naming_targets(model, config):
         return get_peft_model(model, config)
+
+
+@contextmanager
+def naming_targets(model: PreTrainedModel, config: Any) -> Iterator[None]:
+    """Say what to set where a method has no default targets for a model.
+
+    Raises:
+        UsageError: names the option and the modules to choose from.
+    """
+    had_none = getattr(config, "target_modules", "given") is None
+    try:
+        yield
+    except ValueError as error:
+        names = _targets(model, config)
+        if not (had_none and config.target_modules is None and names and "target_modules" in str(error)):
+            raise
+        everything = "" if config.peft_type == "MEFT" else ", or 'all-linear'"
+        raise UsageError(
+            f"--target_modules is not set, and the method has no default for model type '{model.config.model_type}'; "
+            f"choose from {_listed(names)}{everything}"
+        ) from error
 
 
 def _targets(model: PreTrainedModel, config: PeftConfig) -> set[str]:

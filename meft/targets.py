@@ -121,9 +121,10 @@ def default_targets(config: MEFTConfig, model_type: str | None, model: nn.Module
     known = ffns(model)
     chosen = {path for path in known if _in_text_model(model, path)}
     if model_type not in CONFIG_MAPPING or not chosen:
-        listed = candidates(model)
-        hint = f"candidates in this model: {', '.join(listed)}" if listed else "no module of this model looks like one"
-        raise ValueError(f"target_modules=None: the FFN of model type '{model_type}' is not known; name it, {hint}.")
+        unknown = f"target_modules=None: the FFN of model type '{model_type}' is not known"
+        if not known:
+            raise ValueError(f"{unknown}, and no module of this model looks like one: use a method for linear layers.")
+        raise ValueError(f"{unknown}; name it, candidates in this model: {', '.join(candidates(model))}.")
     names = {path.rpartition(".")[2] for path in chosen}
     matched = {path for path, _ in model.named_modules() if path.rpartition(".")[2] in names}
     if matched == chosen:
