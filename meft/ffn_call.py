@@ -30,7 +30,9 @@ class FFNCall:
     def __init__(self, module: nn.Module, up: nn.Module | None, begin: Callable[[Tensor], Finish | None]) -> None:
         self._begin = begin
         self._begun: dict[int, Finish | None] = {}  # by thread
-        self.joins_residual = "input_tensor" in inspect.signature(module.forward).parameters
+        names = list(inspect.signature(module.forward).parameters)
+        self.joins_residual = "input_tensor" in names
+        self._place = names.index("input_tensor") if self.joins_residual else 0
         self.up = up
         self._hook = up.register_forward_pre_hook(self._read, with_kwargs=True) if up is not None else None
 
@@ -55,9 +57,14 @@ class FFNCall:
             ValueError: the output is not of the input's size.
         """
         if self.joins_residual:
-            hidden, residual = (_argument(args, kwargs, i, n) for i, n in enumerate(("hidden_states", "input_tensor")))
+            by_place = self._place < len(args)
+            residual = args[self._place] if by_place else kwargs["input_tensor"]
             finish = self._begin(residual)
-            return module(hidden, residual if finish is None else _sum(residual, finish()))
+            if finish is not None and by_place:
+                args = (*args[: self._place], _sum(residual, finish()), *args[self._place + 1 :])
+            elif finish is not None:
+                kwargs = {**kwargs, "input_tensor": _sum(residual, finish())}
+            return module(*args, **kwargs)
         finish = self._was_begun() if self.up is not None else self._begin(_first(args, kwargs))
         output = module(*args, **kwargs)
         if finish is None:
@@ -70,10 +77,6 @@ class FFNCall:
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
-
-
-def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], i: int, name: str) -> Tensor:
-    return args[i] if i < len(args) else kwargs[name]
 
 
 def _sum(output: Tensor, added: Tensor) -> Tensor:

@@ -44,12 +44,13 @@ _HEAD_DIM = {"head_dim": 8}
 # What the sizes above do not settle.
 SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(["qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "qwen4_exp_text"], _FOUR_LAYERS),
-    **dict.fromkeys(["axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"], _ALL_HEADS),
+    **dict.fromkeys(["axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"], _ALL_HEADS),
     **dict.fromkeys(["glm_moe_dsa", "longcat_flash", "minicpm3", "youtu", "esmc"], _ALL_HEADS),
     **dict.fromkeys(["hunyuan_v1_dense", "hunyuan_v1_moe", "ministral", "mixtral"], _HEAD_DIM),
     "bailing_hybrid": _FOUR_LAYERS,
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [1]},
-    "dots1": {"n_routed_experts": 4},
+    "deepseek_v2": {"num_experts_per_tok": 2, **_ALL_HEADS},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "ernie4_5_moe": {"moe_k": 2},
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 0, "mask_token_id": 4},
     "funnel": {"block_sizes": [1, 1], "d_head": 8},
@@ -115,10 +116,13 @@ def tiny_model(config: type[PretrainedConfig], seed: int = 0) -> PreTrainedModel
     kind = model_kind(config)
     assert kind is not None
     made = tiny_config(config)
-    if kind[0] == "causal" and not hasattr(made, "vocab_size"):
-        made = made.get_text_config()  # the causal head is that of the text model
     torch.manual_seed(seed)
-    model = kind[1](made)
+    try:
+        model = kind[1](made)
+    except AttributeError:  # the head is that of the text model
+        model = kind[1](made.get_text_config())
+    for part in (model.config, model.config.get_text_config()):
+        part.use_cache = False
     if getattr(model.config, "is_encoder_decoder", False) and not hasattr(model.config, "decoder_start_token_id"):
         model.config.decoder_start_token_id = 1
     if getattr(model.config, "decoder_start_token_id", 1) is None:
