@@ -12,7 +12,6 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import PreTrainedModel
 
-from aslora_meft.adapter import naming_targets
 from aslora_meft.config_arguments import config_fields
 from aslora_meft.errors import UsageError, as_usage_error
 
@@ -75,7 +74,7 @@ def adapt(model: PreTrainedModel, config: PeftConfig, method: str) -> PeftModel:
     Raises:
         UsageError: the method does not suit the model, or looks at values, which there are none of.
     """
-    with torch.device("meta"), warnings.catch_warnings(), untraceable(method), naming_targets(model, config):
+    with torch.device("meta"), warnings.catch_warnings(), untraceable(method):
         warnings.simplefilter("ignore")  # about how the adapter is initialised
         return get_peft_model(model, config)
 

@@ -148,8 +148,8 @@ class Battery:
         for table in ("fp32", "bf16"):
             for name, dtype in self.dtypes.items():
                 for n, d in shapes:
-                    wire = (torch.bfloat16 if name == "fp32" else dtype) if table == "fp32" else None
-                    tables = Tables(80, d, DTYPES[table], wire=wire)
+                    compute_dtype = (torch.bfloat16 if name == "fp32" else dtype) if table == "fp32" else None
+                    tables = Tables(80, d, DTYPES[table], compute_dtype=compute_dtype)
                     rows = torch.randperm(80, generator=generator(1))[:n]
                     grads = torch.randn(n, d, generator=generator(2)).to(dtype)
                     for decoupled in (True, False):
@@ -160,8 +160,8 @@ class Battery:
 
     def _same_bits(self, op: Op, table: torch.dtype) -> None:
         """Three steps by the kernel and by torch operations on the CPU."""
-        wire = torch.float16 if table == torch.float32 else None
-        both = [adamw_checks.Tables(40, 300, table, wire=wire) for _ in range(2)]
+        compute_dtype = torch.float16 if table == torch.float32 else None
+        both = [adamw_checks.Tables(40, 300, table, compute_dtype=compute_dtype) for _ in range(2)]
         for step in range(3):
             rows = torch.randperm(40, generator=generator(step))[:30].to(torch.int32)
             grads = torch.randn(30, 300, generator=generator(step))

@@ -31,7 +31,7 @@ SEEDS, CARELESS_SEEDS = 20, 5
 def in_place(accumulation: int) -> list[torch.Tensor]:
     """The chain with rows that are read in place, in float32, which loses nothing."""
     expected = trained(Setting(accumulation=accumulation), CPU)
-    wide = trained(Setting(accumulation=accumulation, wire="float64"), CPU, dtype=torch.float64)
+    wide = trained(Setting(accumulation=accumulation, compute_dtype="float64"), CPU, dtype=torch.float64)
     require_exact(expected, wide)
     return expected
 

@@ -72,15 +72,15 @@ def _cache(group: Path, name: str) -> int:
     return 0
 
 
-def row_bytes(config: MEFTConfig, d: int, layers: int, wire: int) -> int:
+def row_bytes(config: MEFTConfig, d: int, layers: int, compute: int) -> int:
     """Bytes of an adapter's rows in host memory: masters, the narrower copy that is read, and moments where it trains.
 
     Args:
-        wire: bytes of a value as it is read.
+        compute: bytes of a value as it is read.
     """
     master = {"float64": 8, "float32": 4, "bfloat16": 2}[config.master_dtype]
     moments = 0 if config.inference_mode else 2 * max(4, master)
-    return 2 * layers * config.r * d * (master + (wire if wire < master else 0) + moments)
+    return 2 * layers * config.r * d * (master + (compute if compute < master else 0) + moments)
 
 
 def require_memory(wanted: int, config: MEFTConfig, layers: int) -> None:
@@ -103,7 +103,7 @@ def require_memory_for(config: MEFTConfig, ffns: Sequence[FFN]) -> None:
     parameters = [p for ffn in ffns for p in ffn.module.parameters()]
     if not config.on_host or not ffns or any(p.is_meta for p in parameters):
         return
-    wire = min((p.element_size() for p in parameters if p.is_floating_point()), default=4)
+    compute = min((p.element_size() for p in parameters if p.is_floating_point()), default=4)
     if config.row_dtype != "auto":
-        wire = getattr(torch, config.row_dtype).itemsize
-    require_memory(row_bytes(config, sum(ffn.width for ffn in ffns), 1, wire), config, len(ffns))
+        compute = getattr(torch, config.row_dtype).itemsize
+    require_memory(row_bytes(config, sum(ffn.width for ffn in ffns), 1, compute), config, len(ffns))

@@ -8,40 +8,43 @@ from row_checks import same_bits
 from selection_checks import generator
 from torch import Tensor
 
-from adapter_kernels import reference
+from adapter_kernels import RowState, StepRule
+from adapter_kernels.adamw import naive
 
-RULE = {"lr": 1e-2, "eps": 1e-8, "weight_decay": 0.1}
+RULE = {"lr": 1e-2, "eps": 1e-8, "weight_decay": 0.1}  # but for betas
 
 
 class Tables:
-    """A table with its moments, counts and perhaps a wire, between fences; some rows were touched before."""
+    """A table with its moments, counts and perhaps a compute copy, between fences; some rows were touched before."""
 
-    def __init__(self, r, d, dtype=torch.float32, *, wire=None, seed=0):
+    def __init__(self, r, d, dtype=torch.float32, *, compute_dtype=None, seed=0):
         g = generator(seed)
         wide = torch.promote_types(dtype, torch.float32)
         self.fenced = {
             "table": Fenced((r, d), dtype),
             "exp_avg": Fenced((r, d), wide),
             "exp_avg_sq": Fenced((r, d), wide),
-            "count": Fenced((r,), torch.int32),
+            "counts": Fenced((r,), torch.int32),
         }
-        if wire is not None:
-            self.fenced["wire"] = Fenced((r, d), wire)
+        if compute_dtype is not None:
+            self.fenced["compute_copy"] = Fenced((r, d), compute_dtype)
         touched = torch.randint(0, 4, (r,), generator=g)
         self["table"].copy_(torch.randn(r, d, generator=g))
         self["exp_avg"].copy_(0.1 * torch.randn(r, d, generator=g) * (touched > 0)[:, None])
         self["exp_avg_sq"].copy_(0.1 * torch.rand(r, d, generator=g) * (touched > 0)[:, None])
-        self["count"].copy_(touched)
-        if wire is not None:
-            self["wire"].copy_(self["table"])
+        self["counts"].copy_(touched)
+        if compute_dtype is not None:
+            self["compute_copy"].copy_(self["table"])
 
     def __getitem__(self, name: str) -> Tensor:
         return self.fenced[name].tensor
 
+    @property
+    def state(self) -> RowState:
+        return RowState(**{name: fenced.tensor for name, fenced in self.fenced.items()})
+
     def step(self, op, rows, grads, *, betas=(0.9, 0.999), seed=0, decoupled=True) -> None:
-        own = [self[name] for name in ("table", "exp_avg", "exp_avg_sq", "count")]
-        wire = self["wire"] if "wire" in self.fenced else None
-        op(*own, rows, grads, betas=betas, seed=seed, wire=wire, decoupled=decoupled, **RULE)
+        op(self.state, rows, grads, StepRule(**RULE, beta1=betas[0], beta2=betas[1], decoupled=decoupled), seed=seed)
 
 
 def check_adamw(op, tables: Tables, rows: Tensor, grads: Tensor, *, betas=(0.9, 0.999), decoupled=True) -> None:
@@ -52,15 +55,15 @@ def check_adamw(op, tables: Tables, rows: Tensor, grads: Tensor, *, betas=(0.9, 
     untouched[rows.long()] = False
     for name, fenced in tables.fenced.items():
         assert fenced.intact(), f"a kernel wrote outside of {name}"
-        if name != "count":
+        if name != "counts":
             assert same_bits(tables[name][untouched], before[name][untouched]), f"another row of {name} has changed"
-    assert torch.equal(tables["count"], before["count"] + (~untouched).int())
+    assert torch.equal(tables["counts"], before["counts"] + (~untouched).int())
     old = {name: x.double() for name, x in before.items()}
     for i, grad in zip(rows.tolist(), grads.double(), strict=True):
-        touches = int(before["count"][i]) + 1
+        touches = int(before["counts"][i]) + 1
         state = (old["table"][i], old["exp_avg"][i], old["exp_avg_sq"][i])
         rule = (RULE["lr"], betas, RULE["eps"], RULE["weight_decay"], decoupled)
-        oracle = reference.row_adamw(*state, touches, grad, *rule)
+        oracle = naive.row_adamw(*state, touches, grad, *rule)
         size = grad.abs() + (0 if decoupled else RULE["weight_decay"] * state[0].abs())
         sizes = (state[0].abs() + RULE["lr"] * 10, state[1].abs() + size, oracle[2] + (0 if decoupled else size**2))
         for name, exact, size in zip(("table", "exp_avg", "exp_avg_sq"), oracle, sizes, strict=True):
@@ -69,5 +72,5 @@ def check_adamw(op, tables: Tables, rows: Tensor, grads: Tensor, *, betas=(0.9, 
             eps = 2 * EPS[out.dtype] if out.dtype in EPS else 2.0**-53
             error = (out.double() - exact).abs()
             assert bool((error <= 4 * eps * exact.abs() + 8 * EPS[torch.float32] * size).all()), f"{name}, row {i}"
-        if "wire" in tables.fenced:
-            assert same_bits(tables["wire"][i], tables["table"][i].to(tables["wire"].dtype))
+        if "compute_copy" in tables.fenced:
+            assert same_bits(tables["compute_copy"][i], tables["table"][i].to(tables["compute_copy"].dtype))

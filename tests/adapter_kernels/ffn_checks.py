@@ -7,7 +7,8 @@ from kernel_checks import EPS, IN_NORM, LAYOUTS, in_poison
 from selection_checks import generator
 from torch import Tensor
 
-from adapter_kernels import reference, sparse_ffn_backward
+from adapter_kernels import sparse_ffn_backward
+from adapter_kernels.ffn import naive
 
 
 class Case:
@@ -63,7 +64,7 @@ class Case:
             setattr(wide, name, value.double() if is_float else value)
 
         def op(x, keys, values, position, factors, base):
-            y = reference.sparse_ffn(x, keys, values, position, factors)
+            y = naive.sparse_ffn(x, keys, values, position, factors)
             return y if base is None else y + base
 
         return wide.run(op)

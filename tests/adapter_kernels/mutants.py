@@ -9,36 +9,38 @@ from pathlib import Path
 import adapter_kernels
 
 SOURCE = Path(adapter_kernels.__file__).parent
-# Where kernels have a module of their own: what the op takes from there.
-ROOMS = {
-    "router_topk": "topk",
-    "expert_topk": "topk",
-    "row_union": "rows",
-    "gather_rows": "rows",
-    "sparse_ffn": "ffn",
-    "row_adamw": "adamw",
+# The files of each op's kernels.
+KERNELS = {
+    "router_topk": ["topk/router_topk_triton"],
+    "expert_topk": ["topk/expert_topk_triton"],
+    "row_union": ["rows/row_union_triton"],
+    "gather_rows": ["rows/gather_rows_triton"],
+    "sparse_ffn": ["ffn/sparse_ffn_triton", "ffn/sparse_ffn_token_triton"],
+    "row_adamw": ["adamw/row_adamw_triton"],
 }
-LAUNCHES = {"expert_topk": ["select"], "sparse_ffn": ["forward", "backward"], "row_adamw": ["step"]}
 _numbers = itertools.count()
 
 
 def mutant(folder, monkeypatch, op, before, after):
-    """The op with Triton forced, and the module of its kernels, in which `before` stands once."""
-    name = f"{op}_kernels" if op in LAUNCHES else op
-    module = _load(folder, f"{ROOMS[op]}/{name}", before, after)
-    for launch in LAUNCHES.get(op, []):
-        kernels = sys.modules[f"adapter_kernels.{ROOMS[op]}.{name}"]
-        monkeypatch.setattr(kernels, launch, getattr(module, launch))
-    return partial(getattr(adapter_kernels if op in LAUNCHES else module, op), impl="triton"), module
+    """The op with Triton forced, over kernels in whose files `before` stands once and is changed."""
+    names = [name for name in KERNELS[op] if before in (SOURCE / f"{name}.py").read_text()]
+    assert names, f"{before!r} stands nowhere"
+    for name in names:
+        module = _load(folder, name, before, after)
+        original = sys.modules[f"adapter_kernels.{name.replace('/', '.')}"]
+        for launch in [n for n, f in vars(module).items() if getattr(f, "__module__", "") == module.__name__]:
+            if not launch.startswith("_"):
+                monkeypatch.setattr(original, launch, getattr(module, launch))
+    return partial(getattr(adapter_kernels, op), impl="triton")
 
 
 def _load(folder, name, before, after):
-    """A module with one line changed; its torch.library ops get a name space of their own."""
+    """A module with one line changed."""
     text = (SOURCE / f"{name}.py").read_text()
     assert text.count(before) == 1, f"{before!r} stands {text.count(before)} times in {name}.py"
     changed = f"mutant_{next(_numbers)}"
     file = folder / f"{changed}.py"
-    file.write_text(text.replace(before, after).replace('"adapter_kernels::', f'"{changed}::'))
+    file.write_text(text.replace(before, after))
     # In the same room, for its relative imports.
     room = name.rpartition("/")[0]
     spec = importlib.util.spec_from_file_location(f"adapter_kernels.{room}.{changed}", file)

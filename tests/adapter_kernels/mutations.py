@@ -31,13 +31,13 @@ import adapter_kernels
 
 
 class Kernels:
-    """The ops of a module, perhaps one with a changed line, by their kernels on a device."""
+    """An op and others of the package, by their kernels on a device."""
 
-    def __init__(self, op: Callable[..., Any], module: Any, device: torch.device | str) -> None:
-        self.op, self._module, self.device = on_device(op, device), module, device
+    def __init__(self, op: Callable[..., Any], device: torch.device | str) -> None:
+        self.op, self.device = on_device(op, device), device
 
     def other(self, name: str) -> Callable[..., Any]:
-        return on_device(partial(getattr(self._module, name), impl="triton"), self.device)
+        return on_device(partial(getattr(adapter_kernels, name), impl="triton"), self.device)
 
 
 class Mutation(NamedTuple):
@@ -94,7 +94,7 @@ def _wide_ffn(kernels: Kernels) -> None:
 
 
 def _adamw(kernels: Kernels) -> None:
-    check_adamw(kernels.op, Tables(9, 33, wire=torch.bfloat16), torch.tensor([8, 0, 3]), torch.ones(3, 33))
+    check_adamw(kernels.op, Tables(9, 33, compute_dtype=torch.bfloat16), torch.tensor([8, 0, 3]), torch.ones(3, 33))
 
 
 def _adam(kernels: Kernels) -> None:
@@ -124,7 +124,7 @@ MUTATIONS = [
     Mutation("row_union", _union, "places_ptr + row, mask=used", "places_ptr + row, mask=used & (i != 7)"),
     Mutation("row_union", _window, " & (place < capacity)", ""),
     Mutation("row_union", _window, "count - start > capacity", "count > capacity"),
-    Mutation("row_union", _load, "row // each, tl", "row // (each + 1), tl"),
+    Mutation("row_union", _load, "row // rows_per_group, tl", "row // (rows_per_group + 1), tl"),
     Mutation("row_union", _load, "tl.int64), mask=used, sem", "tl.int64), mask=used & (i != 7), sem"),
     Mutation("gather_rows", _gather, "inside = (row >= 0) & (row < r)", "inside = (row >= 0) & (row < r) & (k != 4)"),
     Mutation("gather_rows", _gather, "row * D, k.to(tl.int64) * D, k < n", "row * D, k.to(tl.int64) * D, k < n - 1"),
@@ -154,9 +154,9 @@ PAIRS = list(dict.fromkeys((each.op, each.check) for each in MUTATIONS))  # an o
 def run(mutation: Mutation, folder: Path, device: torch.device | str) -> None:
     """The check of the changed kernel, in poisoned and fenced memory: raises if it notices."""
     with pytest.MonkeyPatch.context() as patch:
-        op, module = mutant(folder, patch, mutation.op, mutation.before, mutation.after)
+        op = mutant(folder, patch, mutation.op, mutation.before, mutation.after)
         with kernel_checks.fenced_memory(patch):
-            mutation.check(Kernels(op, module, device))
+            mutation.check(Kernels(op, device))
 
 
 def is_noticed(mutation: Mutation, folder: Path, device: torch.device | str) -> bool:

@@ -63,7 +63,8 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, list | tuple):
-        return type(value)(_mapped(each, change) for each in value)
+        mapped = [_mapped(each, change) for each in value]
+        return type(value)(*mapped) if hasattr(value, "_fields") else type(value)(mapped)
     return value
 
 

@@ -6,7 +6,7 @@ import kernel_checks
 import torch
 from torch import Tensor
 
-from adapter_kernels import reference
+from adapter_kernels.rows import naive
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -34,7 +34,7 @@ def check_gather(op, ids: Tensor, tables: list[Tensor]) -> None:
     out = op(ids, tables)
     assert len(out) == len(tables)
     for rows, one, old in zip(out, tables, before, strict=True):
-        assert same_bits(rows, reference.gather_rows(ids, one))
+        assert same_bits(rows, naive.gather_rows(ids, one))
         assert same_bits(one, old)
 
 
@@ -43,7 +43,7 @@ def check_scatter(op, ids: Tensor, rows: list[Tensor], shape: tuple[int, int]) -
     fenced = [kernel_checks.Fenced(shape, x.dtype) for x in rows]
     for one in fenced:
         one.tensor.zero_()
-    oracles = [reference.scatter_rows(ids, x, one.tensor) for x, one in zip(rows, fenced, strict=True)]
+    oracles = [naive.scatter_rows(ids, x, one.tensor) for x, one in zip(rows, fenced, strict=True)]
     op(ids, rows, [one.tensor for one in fenced])
     for one, oracle in zip(fenced, oracles, strict=True):
         assert same_bits(one.tensor, oracle)

@@ -9,7 +9,8 @@ import torch
 from kernel_checks import EPS, IN_NORM, LAYOUTS
 from torch import Tensor
 
-from adapter_kernels import reference
+from adapter_kernels.rows import naive as naive_rows
+from adapter_kernels.topk import naive
 
 Op = Callable[..., tuple[Tensor, ...]]
 
@@ -21,7 +22,7 @@ def generator(seed: int = 0) -> torch.Generator:
 def check_router(op: Op, logits: Tensor, P: int) -> None:
     """Ids and raw logits bit by bit, NaN included."""
     experts, picked = op(logits, P)
-    oracle, values = reference.router_topk(logits, P)
+    oracle, values = naive.router_topk(logits, P)
     assert experts.dtype == torch.int32
     assert torch.equal(experts, oracle)
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[logits.element_size()]
@@ -31,7 +32,7 @@ def check_router(op: Op, logits: Tensor, P: int) -> None:
 def check_union(op: Op, ids: Tensor, r: int, valid: Tensor | None = None) -> None:
     """Rows and positions exactly."""
     rows, position = op(ids, r, valid=valid)
-    oracle_rows, oracle_position = reference.row_union(ids, r, valid)
+    oracle_rows, oracle_position = naive_rows.row_union(ids, r, valid)
     assert rows.dtype == position.dtype == torch.int32
     assert torch.equal(rows, oracle_rows)
     assert torch.equal(position, oracle_position)
@@ -39,7 +40,7 @@ def check_union(op: Op, ids: Tensor, r: int, valid: Tensor | None = None) -> Non
 
 def check_window(op: Op, ids: Tensor, r: int, capacity: int, valid: Tensor | None = None) -> None:
     """Windows, one after the other, hold the whole union; each pick is in exactly one; the flag ends them."""
-    oracle, oracle_position = reference.row_union(ids, r, valid)
+    oracle, oracle_position = naive_rows.row_union(ids, r, valid)
     for start in range(0, max(1, len(oracle)), capacity):
         rows, count, more, position = op(ids, r, capacity, start=start, valid=valid)
         part = oracle[start : start + capacity]
@@ -56,7 +57,7 @@ def check_load(op: Op, ids: Tensor, r: int, E: int, valid: Tensor | None = None)
     before = torch.arange(E) << 33
     load = before.clone()
     found = op(ids, r, max(1, r // 2), valid=valid, load=load)
-    assert torch.equal(load, before + reference.load_of(ids, r, E, valid))
+    assert torch.equal(load, before + naive_rows.load_of(ids, r, E, valid))
     for mine, other in zip(found, op(ids, r, max(1, r // 2), valid=valid), strict=True):
         assert torch.equal(mine, other)
 
@@ -90,7 +91,7 @@ class Case:
 
 def check_expert_exactly(op: Op, case: Case) -> None:
     """Integer-valued inputs: every sum is exact, so picks, order and scores must be too."""
-    for out, oracle in zip(case.run(op), reference.expert_topk(*case.in_float64(), case.K, case.E), strict=True):
+    for out, oracle in zip(case.run(op), naive.expert_topk(*case.in_float64(), case.K, case.E), strict=True):
         assert torch.equal(out.double(), oracle.double())
 
 
@@ -140,9 +141,9 @@ def check_expert(op: Op, case: Case) -> tuple[int, int]:
     """
     ids, scores, dots = case.run(op)
     x, keys, experts, factors = case.in_float64()
-    oracle, bare = reference.expert_scores(x, keys, experts, factors, case.E)
+    oracle, bare = naive.expert_scores(x, keys, experts, factors, case.E)
     # |x| . |w| of each, with the factor's size: what the rounding of a sum is proportional to.
-    sizes, bare_sizes = reference.expert_scores(
+    sizes, bare_sizes = naive.expert_scores(
         x.abs(), keys.abs(), experts, factors.abs() if factors is not None else None, case.E
     )
     rounding = 4 * math.sqrt(x.shape[1]) * EPS[torch.float32]
@@ -156,7 +157,7 @@ def check_expert(op: Op, case: Case) -> tuple[int, int]:
         assert bool((ids[t, n:] == -1).all()), "picks after the last"
         assert bool((scores[t, n:] == 0).all() and (dots[t, n:] == 0).all())
         assert len(mine.unique()) == n, "a neuron twice"
-        assert bool(oracle[t, mine].isfinite().all()), "a neuron of an expert that was not probed"
+        assert bool(oracle[t, mine].isfinite().all()), "a neuron of an expert that the token does not use"
         assert bool(((scores[t, :n].double() - oracle[t, mine]).abs() <= bound[t, mine]).all()), "a score is off"
         assert bool(((dots[t, :n].double() - bare[t, mine]).abs() <= bare_bound[t, mine]).all()), "a dot is off"
         assert bool((scores[t, :n] > 0).all())

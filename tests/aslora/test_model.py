@@ -19,7 +19,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from aslora import ASLoRAConfig, ASLoRAModel
-from aslora.files.adapter_file import RESERVED
+from aslora.files.keys import RESERVED
 
 FILE = "adapter_model.safetensors"
 
@@ -111,7 +111,7 @@ def test_property_2_a_merge_changes_nothing_but_the_merged_layers_b(tiny):
     for name, B in tiny.groups(model).items():
         ((_, low, up, _),) = B.merges()
         for layer in range(4):
-            read = B.of_layer(layer)
+            read = B(layer)
             assert torch.equal(read, before[name][up if layer == low else layer])
     assert all(torch.equal(p, others[name]) for name, p in model.named_parameters() if name in others)
 

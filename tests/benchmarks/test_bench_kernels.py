@@ -127,7 +127,7 @@ def wrong(op, args, settings):
     before = [x.clone() for x in args if isinstance(x, torch.Tensor)]
     result = op(*args, **settings)
     if result is None:
-        table = args[2][0] if isinstance(args[2], list) else args[0]
+        table = args[2][0] if isinstance(args[2], list) else getattr(args[0], "table", args[0])
         table[:] = table * 1.05 if before else table
         return None
     tensors = list(result) if isinstance(result, tuple | list) else [result]

@@ -162,7 +162,10 @@ def test_sleepy_streams_sleep_and_lose_nothing(monkeypatch, cuda):
 def test_settings_are_the_whole_grid():
     every = chain.settings()
     assert len({setting.title() for setting in every}) == len(every)
-    assert sum(setting.wire == "bfloat16" and setting.accumulation == 1 for setting in every) == 4 * 2 * 3 * 2 * 2 + 2
+    assert (
+        sum(setting.compute_dtype == "bfloat16" and setting.accumulation == 1 for setting in every)
+        == 4 * 2 * 3 * 2 * 2 + 2
+    )
 
 
 def test_a_wrong_setting_and_one_without_time_are_told(told):

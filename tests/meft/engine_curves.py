@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aslora_meft.demo import LEARNT, bible
+from aslora_meft.demo.text import LEARNT, bible
 from meft import MEFTConfig
 from meft.layer import MEFTLayer
-from meft.retrieval.strategies import Host, Strategy
+from meft.retrieval.strategies import STRATEGIES, Host
 from meft.routing.reference import chosen_neurons, reference
 
 SMALL = Path(__file__).parents[2] / ".cache" / "SmolLM2-135M-Instruct"
@@ -50,33 +50,34 @@ def by_the_engine(model, batches, streams):
     model.base_model.engines["default"].use(streams)
     masks = []
 
-    def recorded(pick):
+    def recorded(select):
         def record(self, layer, x, logits):
-            picking = pick(self, layer, x, logits)
+            pending = select(self, layer, x, logits)
 
             def wait():
-                picks = picking.wait()
-                if picks.arrival is not None:
-                    picks.arrival.wait()
+                selection = pending.wait()
+                if selection.arrival is not None:
+                    selection.arrival.wait()
                 mask = torch.zeros(len(x), layer.config.r + 1, dtype=torch.bool)
-                ids = torch.where(picks.position >= 0, picks.rows[picks.position.clamp(min=0)], layer.config.r)
+                rows = selection.rows[selection.inverse.clamp(min=0)]
+                ids = torch.where(selection.inverse >= 0, rows, layer.config.r)
                 masks.append(mask.scatter_(1, ids.to(torch.int64), True)[:, :-1])
-                return picks
+                return selection
 
-            return replace(picking, wait=wait)
+            return replace(pending, wait=wait)
 
         return record
 
-    kinds = [kind for kind in (*Strategy.__subclasses__(), Strategy) if "pick" in vars(kind)]
-    real = {kind: kind.pick for kind in kinds}
+    kinds = [kind for kind in STRATEGIES.values() if "select" in vars(kind)]
+    real = {kind: kind.select for kind in kinds}
     try:
         for kind in kinds:
             if kind is not Host or model.peft_config["default"].retrieval == "host":
-                kind.pick = recorded(real[kind])
+                kind.select = recorded(real[kind])
         losses = losses_of(model, batches, [p for p in model.parameters() if p.requires_grad])
     finally:
         for kind in kinds:
-            kind.pick = real[kind]
+            kind.select = real[kind]
     return losses, masks
 
 

@@ -32,7 +32,10 @@ from meft.gradient.row_gradient import RowGradient
 from meft.table.row_table import RowTable
 
 # What these files allocate is host memory; what the others allocate is of the device.
-HOST_FILES = {"row_table.py", "dirty_rows.py", "moments.py", "optimizer_hook.py", "row_step.py", "adamw_blocks.py"}
+HOST_FILES = {
+    "row_table.py", "shared_rows.py", "dirty_rows.py", "moments.py", "optimizer_hook.py", "row_step.py",
+    "row_adamw_torch.py",
+}  # fmt: skip
 HOST_FILES |= {"row_gradient.py", "accumulator.py", "offload_ring.py", "steps.py"}
 HOST_FILES |= {"host_tensors.py", "transfer.py", "pool.py", "drain.py"}
 LANES = ("inbound", "outbound", "updating")
@@ -343,10 +346,10 @@ def watched(monkeypatch, dropped=()):
             for stamp in getattr(self, "stamps", ()):
                 watch.order(watch.thread(), stamp, "future", caller()[1])
 
-    def update_watched(library, table, m, v, wire, rows, grads, *rest):
-        some = [t for t in (table, m, v, wire) if t is not None]
-        watch.accesses([t for t in (rows, grads) if t is not None], some, [], "row_adamw", True)
-        return update(library, table, m, v, wire, rows, grads, *rest)
+    def update_watched(library, state, rows, grads, *rest):
+        written = [t for t in state if t is not None and t is not state.counts]
+        watch.accesses([rows, grads], written, [], "row_adamw", True)
+        return update(library, state, rows, grads, *rest)
 
     def drained_watched(source, target):
         watch.accesses([source], [target], [], caller()[1], True)
@@ -375,6 +378,6 @@ def watched(monkeypatch, dropped=()):
         slots = SimpleNamespace(SimpleQueue=type("WatchedSlots", (Slots,), {"watch": watch}), Empty=queue.Empty)
         patch.setattr(meft.gradient.offload_ring, "queue", slots)
         for table in list(RowTable._all):
-            watch.at_home(table.rows, table._wire)
+            watch.at_home(table.rows, table._compute_copy)
         with Operations(watch):
             yield watch

@@ -6,7 +6,7 @@ from thread_streams import ThreadStreams
 from torch._C._profiler import _ExperimentalConfig
 
 import meft.retrieval.engine
-import meft.retrieval.strategies
+import meft.retrieval.strategies.resident
 from meft.routing.reference import reference
 from meft.transport.streams import HostStreams
 
@@ -154,7 +154,7 @@ def test_a_model_on_several_devices_is_refused(tiny):
     engine = ours.base_model.engines["default"]
     layer, x = engine.layers[1], torch.zeros(1, tiny.WIDTH, device="meta")
     with pytest.raises(RuntimeError, match=r"layers are on cpu and meta.*placement='device'"):
-        engine._ready(layer, x)
+        engine._prepare(layer, x)
 
 
 @pytest.mark.parametrize("reason", ["more tokens", "no memory"])
@@ -177,7 +177,7 @@ def test_auto_plans_again_when_more_tokens_come_and_when_memory_ran_out(tiny, mo
 
 
 def captured(monkeypatch):
-    for module in (meft.retrieval.engine, meft.retrieval.strategies):
+    for module in (meft.retrieval.engine, meft.retrieval.strategies.resident):
         monkeypatch.setattr(module, "capturing", lambda x: True)
 
 
@@ -207,7 +207,7 @@ def test_training_is_not_captured(tiny, monkeypatch):
         tiny.loss(ours)
 
 
-PHASES = {"pick", "fetch rows", "sparse FFN", "row gradients", "drain row gradients", "update rows"}
+PHASES = {"select", "gather rows", "sparse FFN", "row gradients", "drain row gradients", "update rows"}
 OWN_PHASES = {
     "host": {"pick on the host"},
     "stream": {"bring keys"},
@@ -226,7 +226,7 @@ def test_a_profile_names_the_phases(tiny, strategy):
         for table in tiny.tables(model):
             table.synchronize()
     named = {event.key.removeprefix("meft: ") for event in profile.key_averages() if event.key.startswith("meft: ")}
-    assert named == PHASES | OWN_PHASES[strategy] | {"fetch rows again"}
+    assert named == PHASES | OWN_PHASES[strategy] | {"gather rows again"}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

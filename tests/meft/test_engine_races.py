@@ -8,14 +8,12 @@ import pytest
 import torch
 from happens_before import WatchedStreams, watched
 
-import meft.retrieval.strategies
-
 STRATEGIES = ["host", "stream", "device-keys", "device-rows"]
 ROWS = ["save", "refetch"]
 
 # Hand-overs without which the order is the same, and why they are there.
 NEEDLESS = {
-    ("join", "Picks.join"): "rows come behind their ids on the stream; it raises what went wrong with these",
+    ("join", "Selection.wait_in"): "rows come behind their ids on the stream; it raises what went wrong with these",
     ("uses", "Host._sent 0"): "memory of the stream itself",
     ("future", "_whole"): "the parts were drained by the same thread; it raises what went wrong with them",
     ("after", "_Buffer.__init__"): "gradients come from the computation, and later; one that is set by hand does not",
@@ -77,14 +75,15 @@ def abandon(tiny, model):
     hook.remove()
     gc.collect()
     with pytest.MonkeyPatch.context() as patch, suppress(LaterError):
-        patch.setattr(meft.retrieval.strategies, "gather", fail)
+        for name in ("host", "stream", "device_keys"):
+            patch.setattr(f"meft.retrieval.strategies.{name}.gather", fail)
         tiny.loss(model)
     gc.collect()
     tiny.loss(model).detach()
 
 
 def run(tiny, monkeypatch, dropped=(), checkpointing=None, clip=True, dtype=torch.bfloat16, **fields):
-    """What is found in some steps with the wire in bfloat16, or with masters that are read themselves."""
+    """What is found in some steps with the compute copy in bfloat16, or with masters that are read themselves."""
     gc.freeze()  # what is there already is not looked through each time
     model = tiny.adapted(layers=3, dtype=dtype, master_dtype="float32", **fields)
     if checkpointing is not None:

@@ -46,7 +46,7 @@ def test_masters_moments_copies_and_loaded_states_are_kept_from_forks(tiny):
     optimizer = tiny.train(model, 1)
 
     def held(table):
-        return [table.masters, table._wire, table.moments.exp_avg, table.moments.exp_avg_sq]
+        return [table.masters, table._compute_copy, table.moments.exp_avg, table.moments.exp_avg_sq]
 
     for table in tiny.tables(model):
         assert all("dc" in flags(t) for t in held(table))

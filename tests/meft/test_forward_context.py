@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from meft import MEFTConfig
 from meft.layer import MEFTLayer
 from meft.retrieval import forward_context as context
-from meft.routing.topk import Selection
+from meft.retrieval.types import Selection
 
 
 @pytest.fixture(autouse=True)
@@ -226,12 +226,12 @@ def test_threads_have_their_own_contexts():
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["checkpoint", "reentrant"])
 def test_a_recomputation_makes_no_picks_of_its_own(monkeypatch, reentrant):
-    import meft.retrieval.in_place
+    import meft.routing.topk
 
     plain, model, calls = adapted(), checkpointed(adapted(), reentrant), []
     plain(input_ids=ids(), labels=ids()).loss.backward()
-    select = meft.retrieval.in_place.select_neurons
-    monkeypatch.setattr(meft.retrieval.in_place, "select_neurons", lambda *a, **k: calls.append(1) or select(*a, **k))
+    select = meft.routing.topk.select_neurons
+    monkeypatch.setattr(meft.routing.topk, "select_neurons", lambda *a: calls.append(1) or select(*a))
     loss = model(input_ids=ids(), labels=ids()).loss
     assert len(calls) == 2
     loss.backward()
@@ -246,7 +246,7 @@ def test_picks_are_let_go_when_the_layers_backward_pass_is_over(monkeypatch, ree
     model, opened, seen = checkpointed(adapted(), reentrant), recorded(monkeypatch), []
 
     def left():
-        return [stash.picks is not None for stashes in opened[0]().stashes.values() for stash in stashes]
+        return [stash.selection is not None for stashes in opened[0]().stashes.values() for stash in stashes]
 
     layers = [m for m in model.modules() if isinstance(m, MEFTLayer)]
     for layer in layers:
@@ -324,9 +324,8 @@ def test_a_layer_that_is_used_twice_in_a_pass_gets_the_picks_of_each_use():
 
 def stash_of(x, neuron):
     one = torch.tensor([neuron])
-    return context.SavedSelection(
-        0, Selection(torch.tensor([0, 1]), torch.tensor([0]), one), None, context.input_fingerprint(x), (0, 0)
-    )
+    selection = Selection(one.int(), torch.zeros(1, 1, dtype=torch.int32), one)
+    return context.SavedSelection(0, selection, None, context.input_fingerprint(x), (0, 0))
 
 
 def test_the_stash_with_the_closest_input_is_found():
@@ -343,7 +342,7 @@ def test_the_stash_with_the_closest_input_is_found():
     for i, x in enumerate(inputs):
         owner, stash = context.find_stash(key, x + 1e-6)
         assert owner is contexts[i]
-        assert stash.picks.neuron.item() == i
+        assert stash.selection.host_rows.item() == i
     assert context.find_stash((2, "default"), inputs[0]) is None
     assert context.find_stash(key, torch.ones(5, 16)) is None  # another number of tokens
     assert context.find_stash(key, inputs[0] + 0.4) is None  # nothing near
@@ -370,7 +369,7 @@ def test_which_of_several_passes_is_recomputed():
 
     def recompute(x):
         match = context.find_stash(key, x)
-        found.append(match[1].picks.neuron.item() if match is not None else None)
+        found.append(match[1].selection.host_rows.item() if match is not None else None)
 
     recompute(inputs[0])
     assert found.pop() is None

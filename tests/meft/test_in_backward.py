@@ -166,7 +166,7 @@ def test_a_trainer_goes_on_after_a_gradient_that_is_not_finite(tiny, tmp_path):
     assert len(calls) == 14
 
 
-def test_a_spent_gradient_is_not_changed_element_by_element(tiny):
+def test_a_consumed_gradient_is_not_changed_element_by_element(tiny):
     model, _ = adapted(tiny)
     optimizer = run(tiny, model, steps=1)
     tiny.loss(model).backward()
@@ -279,5 +279,5 @@ def test_rows_wait_for_the_step_only_where_ranks_average(tiny, monkeypatch, aver
     tiny.loss(model).backward()
     for table in tiny.tables(model):
         table.synchronize()
-        assert bool(getattr(table.rows.grad, "spent", False)) is not averages
+        assert bool(getattr(table.rows.grad, "consumed", False)) is not averages
     optimizer.zero_grad()

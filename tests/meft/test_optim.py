@@ -52,9 +52,12 @@ HYPER = {"lr": 3e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.2}
 class Rows:
     """Keys, values and a router, followed as a model's are; gradients are given by hand."""
 
-    def __init__(self, dtype=torch.float64, wire=None, row_optimizer=None):
+    def __init__(self, dtype=torch.float64, compute_dtype=None, row_optimizer=None):
         generator = torch.Generator().manual_seed(0)
-        tables = [RowTable((R, D), master=dtype, wire=wire or dtype, on_host=True, pin=False) for _ in range(2)]
+        tables = [
+            RowTable((R, D), master=dtype, compute_dtype=compute_dtype or dtype, on_host=True, pin=False)
+            for _ in range(2)
+        ]
         with torch.no_grad():
             for table in tables:
                 table.rows.copy_(torch.randn(R, D, generator=generator, dtype=torch.float64))
@@ -755,9 +758,10 @@ def test_a_float64_model_with_narrower_masters_trains(master):
 
 
 @pytest.mark.parametrize(
-    ("base", "wire"), [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)]
+    ("base", "compute_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)],
 )
-def test_the_rows_that_are_read_follow_the_masters(base, wire):
+def test_the_rows_that_are_read_follow_the_masters(base, compute_dtype):
     model = adapted(base, master_dtype="float32")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(3):
@@ -767,8 +771,8 @@ def test_the_rows_that_are_read_follow_the_masters(base, wire):
         for layer in (m for m in model.modules() if isinstance(m, MEFTLayer)):
             for table in layer.tables("default"):
                 with table.reading() as rows:
-                    assert rows.dtype == wire
-                    assert torch.equal(rows, table.rows.detach().to(wire))
+                    assert rows.dtype == compute_dtype
+                    assert torch.equal(rows, table.rows.detach().to(compute_dtype))
 
 
 def test_removing_an_adapter_ends_its_steps():

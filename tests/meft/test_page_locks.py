@@ -95,8 +95,8 @@ def on_cuda_streams(model):
         engine.use(CudaStreams(CPU))
 
 
-def wires(tiny, model):
-    return [table._wire if table._wire is not None else table.masters for table in tiny.tables(model)]
+def compute_copies(tiny, model):
+    return [table._compute_copy if table._compute_copy is not None else table.masters for table in tiny.tables(model)]
 
 
 @pytest.mark.parametrize("row_dtype", ["auto", "float32"], ids=["a narrower copy", "the masters"])
@@ -107,7 +107,7 @@ def test_what_an_engine_reads_is_locked_for_its_device_once(tiny, monkeypatch, s
     on_cuda_streams(model)
     assert cuda.locked == []
     tiny.train(model, 2)
-    assert sorted(cuda.locked) == sorted((wire.data_ptr(), CPU) for wire in wires(tiny, model))
+    assert sorted(cuda.locked) == sorted((compute_copy.data_ptr(), CPU) for compute_copy in compute_copies(tiny, model))
     assert model.base_model.transfer_report().refused == ()
 
 
@@ -124,7 +124,9 @@ def test_rows_that_get_other_memory_are_locked_where_an_engine_reads_them_and_no
     assert cuda.locked == first
     on_cuda_streams(model)
     tiny.loss(model).backward()
-    assert sorted(cuda.locked[len(first) :]) == sorted((wire.data_ptr(), CPU) for wire in wires(tiny, model))
+    assert sorted(cuda.locked[len(first) :]) == sorted(
+        (compute_copy.data_ptr(), CPU) for compute_copy in compute_copies(tiny, model)
+    )
 
 
 def test_with_pin_memory_false_nothing_is_locked(tiny, monkeypatch):

@@ -123,8 +123,8 @@ def on_the_host(cuda, tiny, model):
     """Addresses of memory that is the host's: tables, what is read of them, moments, staging."""
     found = list(cuda.staged)
     for table in tiny.tables(model):
-        with table.reading() as wire:
-            found += [table.rows, wire]
+        with table.reading() as compute_copy:
+            found += [table.rows, compute_copy]
         found += table.moments.tensors().values()
     return {tensor.untyped_storage().data_ptr() for tensor in found}
 

@@ -48,12 +48,10 @@ class ShiftLayer(nn.Module, BaseTunerLayer):
 class ShiftModel(MethodTuner):
     prefix, tuner_layer_cls, file, target_module_mapping = "shift_", ShiftLayer, AdapterFile("shift_"), {}
 
-    def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs) -> None:
+    def wrap(self, target, path, parent, adapter_name, config) -> ShiftLayer:
         layer = target if isinstance(target, ShiftLayer) else ShiftLayer(target)
-        if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
-        self.injection.layers.append((current_key, layer))
         layer.update_layer(adapter_name, config)
+        return layer
 
 
 @pytest.fixture(scope="module", autouse=True)
