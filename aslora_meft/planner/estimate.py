@@ -127,8 +127,8 @@ class _Model:
     def shape_of(self, request: Request) -> AdapterShape:
         """Of the adapter of another request, on the same FFNs."""
         config: Any = self.config if request.adapter == self.request.adapter else method_config("meft", request.adapter)
-        d = next(iter(self.neurons.values())).in_features
-        return AdapterShape.of(config, d=d, layers=len(self.neurons), base_dtype=compute_dtype(self.dtype))
+        widths = [layer.in_features for layer in self.neurons.values()]
+        return AdapterShape.of_layers(config, widths, base_dtype=compute_dtype(self.dtype))
 
     def work(self, request: Request, shape: AdapterShape | None = None) -> Work:
         """The step's sizes; a micro-batch cannot use more neurons than its tokens keep."""
@@ -154,7 +154,8 @@ class _Model:
         if plan is not None:
             base: Any = self.model.base_model
             for path, layer in self.neurons.items():
-                base.model.set_submodule(path, PlannedFFN(layer.base_layer, plan))
+                base.model.get_submodule(path).call.end()
+                base.model.set_submodule(path, PlannedFFN(layer.base_layer, plan, layer.in_features, layer.call.up))
             extra.lasting = lasting_bytes(plan)
         return trace_step(self.model, step, request.method, extra)
 

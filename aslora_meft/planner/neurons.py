@@ -8,6 +8,7 @@ it; tables and buffers always. Only the router is a parameter here, so its gradi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from aslora_meft.planner.live import MemoryTracker
 from meft.cost.memory import Plan
+from meft.ffn_call import FFNCall
 
 
 class _Neurons(torch.autograd.Function):
@@ -47,28 +49,31 @@ def _live() -> MemoryTracker:
 
 
 class PlannedFFN(nn.Module):
-    """FFN(x) and what the neurons add; d is the width of x.
+    """FFN(x) and what the neurons add.
+
+    Args:
+        width: hidden size d. up: as in `FFNCall`.
 
     Attributes:
         kept: what waits for the backward pass.
         gradient: row gradients that wait for the optimizer step, on the device.
     """
 
-    def __init__(self, base_layer: nn.Module, plan: Plan) -> None:
+    def __init__(self, base_layer: nn.Module, plan: Plan, width: int, up: nn.Module | None) -> None:
         super().__init__()
         self.base_layer, self.plan = base_layer, plan
-        self.meft_router = nn.Parameter(
-            torch.empty(plan.shape.experts, plan.shape.d, dtype=torch.float32, device="meta")
-        )
+        self.meft_router = nn.Parameter(torch.empty(plan.shape.experts, width, dtype=torch.float32, device="meta"))
         self.kept: list[Tensor] | None = None
         self.gradient: Tensor | None = None
+        self.call = FFNCall(base_layer, up, self._begin)
+
+    def _begin(self, x: Tensor) -> Callable[[], Tensor]:
+        added: Tensor = _Neurons.apply(x, self.meft_router, self)  # type: ignore[no-untyped-call]
+        return lambda: added
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As `MEFTLayer`: the adapter reads the FFN's input, or BERT's `input_tensor`."""
-        x = kwargs.get("input_tensor", args[-1] if args else kwargs.get("hidden_states"))
-        added: Tensor = _Neurons.apply(x, self.meft_router, self)  # type: ignore[no-untyped-call]
-        output = self.base_layer(*args, **kwargs)
-        return (output[0] + added, *output[1:]) if isinstance(output, tuple) else output + added
+        """As `MEFTLayer`."""
+        return self.call(self.base_layer, args, kwargs)
 
 
 def lasting_bytes(plan: Plan) -> dict[str, int]:

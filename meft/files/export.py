@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from peft_bridge import folder_replaced_at_once, read_adapter
 
 from ..config import MEFTConfig
+from ..ffn_call import FFNCall
 from ..routing.reference import reference
 from ..table.row_table import row_blocks
-from ..targets import ffn_width
+from ..targets import ffns
 from .adapter_file import FILE
 
 RESIDENT, DENSE = "meft_resident.safetensors", "dense_adapter.safetensors"
@@ -121,27 +123,26 @@ class ResidentFFN(nn.Module):
     values: Tensor
     router: Tensor
 
-    def __init__(self, base_layer: nn.Module, tensors: dict[str, Tensor], routing: dict[str, Any]) -> None:
+    def __init__(
+        self, base_layer: nn.Module, tensors: dict[str, Tensor], routing: dict[str, Any], up: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.base_layer, self.routing = base_layer, routing
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
-        self._joins_residual = "input_tensor" in inspect.signature(base_layer.forward).parameters
+        self._call = FFNCall(base_layer, up, self._begin)
+
+    def _begin(self, x: Tensor) -> Callable[[], Tensor]:
+        return partial(self._added, x)
 
     def _added(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1]).to(self.keys.dtype)
         return reference(flat, self.router.to(flat.dtype), self.keys, self.values, **self.routing).view(x.shape)
 
     @torch.no_grad()
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The FFN's output plus the adapter's."""
-        if self._joins_residual:
-            residual = args[0] if args else kwargs["input_tensor"]
-            return self.base_layer(x, residual + self._added(residual).to(residual.dtype))
-        output = self.base_layer(x, *args, **kwargs)
-        if isinstance(output, tuple):
-            return (output[0] + self._added(x).to(output[0].dtype), *output[1:])
-        return output + self._added(x).to(output.dtype)
+        return self._call(self.base_layer, args, kwargs)
 
 
 def _read_resident(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
@@ -227,17 +228,21 @@ def load_resident(model: nn.Module, folder: str | Path, device: torch.device | s
         raise ValueError(
             f"The model has no module '{missing[0]}': load the base model that the adapter was trained on."
         )
-    for ffn, tensors in layers.items():
-        if tensors["keys"].shape[1] != (width := ffn_width(modules[ffn], model)):
+    known = ffns(model)
+    for path_of_ffn, tensors in layers.items():
+        width = known[path_of_ffn].width if path_of_ffn in known else None
+        if tensors["keys"].shape[1] != width:
+            there = f"the model's hidden size is {width}" if width is not None else "the model has no FFN"
             raise ValueError(
-                f"The rows of '{ffn}' have {tensors['keys'].shape[1]} values where the model's hidden size is {width}: "
-                "load the base model that the adapter was trained on."
+                f"The rows of '{path_of_ffn}' have {tensors['keys'].shape[1]} values where {there}: load the base "
+                "model that the adapter was trained on."
             )
-    for ffn, tensors in layers.items():
-        target = device if device is not None else next(modules[ffn].parameters()).device
-        parent, _, name = ffn.rpartition(".")
+    for path_of_ffn, tensors in layers.items():
+        module, _, up = known[path_of_ffn]
+        target = device if device is not None else next(module.parameters()).device
+        parent, _, name = path_of_ffn.rpartition(".")
         placed = {part: tensor.to(target) for part, tensor in tensors.items()}
-        setattr(model.get_submodule(parent), name, ResidentFFN(modules[ffn], placed, routing))
+        setattr(model.get_submodule(parent), name, ResidentFFN(modules[path_of_ffn], placed, routing, up))
     for name, tensor in others.items():
         owner, _, part = name.rpartition(".")
         place = getattr(modules[owner], part).device if device is None else device
