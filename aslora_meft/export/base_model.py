@@ -154,4 +154,3 @@ def copy_if_there(base: BaseModel, name: str, out: Path) -> None:
     """Copy a file of the base model's folder, such as generation_config.json."""
     if (base.folder / name).is_file():
         shutil.copyfile(base.folder / name, out / name)
-

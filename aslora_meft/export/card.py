@@ -27,7 +27,7 @@ The folder has its own modelling file, so that `trust_remote_code=True` is neede
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
 ```
 
 ```
@@ -79,27 +79,30 @@ def model_card(
         tokenizer: whether the export has one.
     """
     method = str(getattr(config.peft_type, "value", config.peft_type))
-    name = config.base_model_name_or_path or "the base model"
+    given = config.base_model_name_or_path or "the base model"
+    is_folder = Path(given).is_absolute() or Path(given).exists()
+    name = Path(given).name if is_folder else given  # a path of this machine tells a reader nothing
     front: dict[str, Any] = {
-        "base_model": name,
         "library_name": "peft" if form == "lora" else "transformers",
         "pipeline_tag": "text-generation",
         "tags": [_NAMES[method].lower(), "lora" if form == "lora" else "aslora-meft"],
     }
+    if not is_folder:
+        front["base_model"] = name
     if base is not None and (known := _front_matter(base.folder).get("license")):
         front["license"] = known
-    lines = ["---", yaml.safe_dump(front, sort_keys=True).strip(), "---", "", f"# {Path(name).name} with {_NAMES[method]}", ""]
-    lines += [_WHAT[form].format(base=f"`{name}`", method=f"[{_NAMES[method]}]({_PAPERS[method]})"), ""]
+    linked = f"[{_NAMES[method]}]({_PAPERS[method]})"
+    lines = ["---", yaml.safe_dump(front, sort_keys=True).strip(), "---", ""]
+    lines += [f"# {Path(name).name} with {_NAMES[method]}", "", _WHAT[form].format(base=f"`{name}`", method=linked), ""]
     if "license" not in front:
-        lines += ["No licence was found in the base model's card; its licence holds for this model too.", ""]
+        lines += ["The base model's card names no licence; the base model's licence holds for this model too.", ""]
     lines += ["## Load and serve", _LOAD[form].replace("BASE", name).replace("RANK", str(details.get("r", "")))]
     if not tokenizer:
         lines += ["The base model's folder had no tokenizer, so there is none here.", ""]
     lines += ["## Training", "", "| | |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in details.items()]
-    lines += [*_metrics(adapter), ""]
-    lines += [f"Written by aslora-meft {__version__} (torch {torch.__version__}, transformers {transformers.__version__}).", ""]
-    return "\n".join(lines)
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return "\n".join([*lines, *_metrics(adapter), "", f"Written by aslora-meft {__version__} ({versions}).", ""])
 
 
 def _front_matter(folder: Path) -> dict[str, Any]:

@@ -100,19 +100,19 @@ def _plan(
     embedding, head = _name_of(model, model.get_input_embeddings()), _name_of(model, model.get_output_embeddings())
     if unknown := sorted(trained.keys() - names.keys()):
         raise ValueError(f"The adapter has trained '{unknown[0]}', which --to model does not know.")
-    tied = bool(getattr(model.config, "tie_word_embeddings", False)) and embedding is not None and head is not None
+    tied = bool(getattr(model.config, "tie_word_embeddings", False)) and head is not None
     if tied and {embedding, head} & trained.keys() and not getattr(config, "ensure_weight_tying", False):
         tied = described["tie_word_embeddings"] = False  # one of the two was trained alone
-        found.setdefault(head, found[embedding])
+        found.setdefault(str(head), found[str(embedding)])
     if embedding in trained and len(trained[embedding]) != len(names[embedding]):
         described["vocab_size"] = len(trained[embedding])  # for new tokens
     tensors: dict[str, Entry] = {}
-    for name in names:
-        served, here = modelling.served_name(name), trained.get(name)
-        if here is not None:
-            tensors[served] = Entry(served, list(here.shape), _written(here.dtype, dtype), partial(_same, here))
+    for name, tensor in names.items():
+        served, written = modelling.served_name(name), dtype if tensor.is_floating_point() else tensor.dtype
+        if name in trained:
+            tensors[served] = Entry(served, list(trained[name].shape), written, partial(_same, trained[name]))
         elif name in found:
-            tensors[served] = Entry(served, base.shape(found[name]), _written(names[name].dtype, dtype), partial(base.read, found[name]))
+            tensors[served] = Entry(served, base.shape(found[name]), written, partial(base.read, found[name]))
     rows = None if config.row_dtype == "auto" else getattr(torch, config.row_dtype)
     for path, parts in layers.items():
         r, d = parts["keys"].shape
@@ -145,10 +145,6 @@ def _on_meta(base: BaseModel) -> PreTrainedModel:
     return model
 
 
-def _written(found: torch.dtype, dtype: torch.dtype) -> torch.dtype:
-    return dtype if found.is_floating_point else found
-
-
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 
@@ -164,8 +160,8 @@ def _check_rows(layers: dict[str, dict[str, Tensor]], config: MEFTConfig, width:
             found = tuple(parts[part].shape) if part in parts else None
             if found != shape:
                 raise ValueError(
-                    f"{part} of '{path}' have shape {found} and not {shape}, the same for each layer and of the model's "
-                    "hidden size: --to model does not know such an adapter, load it with PEFT instead."
+                    f"{part} of '{path}' have shape {found} and not {shape}, the same for each layer and of the "
+                    "model's hidden size: --to model does not know such an adapter, load it with PEFT instead."
                 )
 
 
@@ -184,8 +180,8 @@ def _from_base(base: BaseModel, model: PreTrainedModel, names: Iterable[str]) ->
             found[name if name in names else inner] = name
         elif not any(re.search(pattern, f"{inner}") for pattern in ignored):
             raise ValueError(
-                f"The base model's files have '{name}', which {type(model).__name__} of transformers does not have: --to "
-                "model does not know files of this form."
+                f"The base model's files have '{name}', which {type(model).__name__} of transformers does not have: "
+                "--to model does not know files of this form."
             )
     return found
 
@@ -207,7 +203,7 @@ def _in_order(plan: _Plan, shapes: dict[str, list[int]]) -> list[Entry]:
     for entry in entries:
         if entry.shape != shapes[entry.name]:
             raise ValueError(
-                f"'{entry.name}' has shape {entry.shape} where the model has {shapes[entry.name]}: the base model's files "
-                "and its config.json, or the adapter, do not belong together."
+                f"'{entry.name}' has shape {entry.shape} where the model has {shapes[entry.name]}: the base model's "
+                "files and its config.json, or the adapter, do not belong together."
             )
     return entries

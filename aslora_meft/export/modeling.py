@@ -100,7 +100,9 @@ class Modelling:
         ):
             text = text.replace(ours, theirs)
         imported = f"from transformers import {self.config}, {self.head}, {self.base}"
-        return text.replace(imported, f"from transformers import {', '.join(sorted((self.config, self.head, self.base)))}")
+        return text.replace(
+            imported, f"from transformers import {', '.join(sorted((self.config, self.head, self.base)))}"
+        )
 
 
 def modelling_of(model: PreTrainedModel, ffns: Iterable[str]) -> Modelling:
@@ -116,8 +118,8 @@ def modelling_of(model: PreTrainedModel, ffns: Iterable[str]) -> Modelling:
     config: Any = model.config
     if config.model_type not in FAMILIES:
         raise ValueError(
-            f"model type '{config.model_type}' cannot be exported by --to model, which knows {', '.join(FAMILIES)}: load "
-            "the adapter with PEFT instead."
+            f"model type '{config.model_type}' cannot be exported by --to model, which knows {', '.join(FAMILIES)}: "
+            "load the adapter with PEFT instead."
         )
     prefix = model.base_model_prefix
     places = [path.rsplit(".", 2) for path in ffns]
@@ -136,7 +138,9 @@ def modelling_of(model: PreTrainedModel, ffns: Iterable[str]) -> Modelling:
         )
     classes = (type(config).__name__, type(getattr(model, prefix)).__name__, type(model).__name__)
     if missing := [name for name in classes if not hasattr(transformers, name)]:
-        raise ValueError(f"transformers {transformers.__version__} has no public class {missing[0]}: install another one.")
+        raise ValueError(
+            f"transformers {transformers.__version__} has no public class {missing[0]}: install another one."
+        )
     numbers = tuple(sorted(int(place[1]) for place in places))
     return Modelling(
         config.model_type, *classes, prefix, list_of_layers.removeprefix(f"{prefix}."), names.pop(), numbers
@@ -146,7 +150,8 @@ def modelling_of(model: PreTrainedModel, ffns: Iterable[str]) -> Modelling:
 def imported(file: Path) -> ModuleType:
     """Import a modelling file by its path."""
     spec = importlib.util.spec_from_file_location(f"aslora_meft_exported_{file.stem}", file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

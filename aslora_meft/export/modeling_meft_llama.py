@@ -1,8 +1,8 @@
-"""A Llama whose FFNs have MEFT's sparse neurons beside them (arXiv 2406.04984); for inference. Needs torch and transformers.
+"""A Llama whose FFNs have MEFT's sparse neurons beside them (arXiv 2406.04984), for inference.
 
-Written by `aslora-meft export --to model`. Per token a router picks groups of neurons, and the best neurons of these groups
-add ReLU(score) * value to the output of the FFN. One token reads the router, the keys of its groups and the values of its
-neurons, and nothing else of MEFT's.
+Written by `aslora-meft export --to model`; needs torch and transformers only. Per token a router picks groups of
+neurons, and the best neurons of these groups add ReLU(score) * value to the FFN's output. One token reads the router,
+the keys of its groups and the values of its neurons, and no other rows.
 """
 
 import torch
@@ -12,11 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 
 class MeftLlamaConfig(LlamaConfig):
-    """Adds `meft`: r, num_experts, experts_per_token, top_k, router_factor, and layers, the numbers of those with MEFT."""
+    """Adds `meft`: r, num_experts, experts_per_token, top_k, router_factor, and the numbers of the layers with MEFT."""
 
     model_type = "meft_llama"
-    # The FFN has moved one name down. MEFT's parts are in no plan: each rank has them whole, and adds them once, after the
-    # FFN's own reduction.
+    # The FFN has moved one name down. MEFT's parts are in no plan: each rank has them whole and adds them after the
+    # FFN's own reduction, so they count once.
     base_model_tp_plan = {
         name.replace(".mlp.", ".mlp.ffn."): style for name, style in (LlamaConfig.base_model_tp_plan or {}).items()
     }
@@ -27,7 +27,7 @@ class MeftLlamaConfig(LlamaConfig):
 
 
 def dots_of_experts(x: Tensor, keys: Tensor, experts: Tensor) -> Tensor:
-    """x [T, d] times the keys [E, k, d] of each token's experts [T, P], in float32: [T, P, k]. Three forms, equal results."""
+    """x [T, d] times the keys [E, k, d] of each token's experts [T, P]: float32 [T, P, k], in one of three forms."""
     E, k, d = keys.shape
     if experts.numel() <= E:  # few tokens: only their experts' keys are read
         return torch.bmm(keys[experts].flatten(1, 2).float(), x.float().unsqueeze(2)).view(*experts.shape, k)
@@ -37,7 +37,7 @@ def dots_of_experts(x: Tensor, keys: Tensor, experts: Tensor) -> Tensor:
         return full.view(-1, E, k).take_along_dim(experts.unsqueeze(2), dim=1)
     order = experts.flatten().argsort()  # grouped: all tokens of an expert at once
     parts = order.split(experts.flatten().bincount(minlength=E).tolist())
-    dots = [x[part // experts.shape[1]].float() @ key.float().T for part, key in zip(parts, keys)]
+    dots = [x[part // experts.shape[1]].float() @ key.float().T for part, key in zip(parts, keys, strict=True)]
     return torch.cat(dots)[order.argsort()].view(*experts.shape, k)
 
 
@@ -57,7 +57,7 @@ def added_by_neurons(
     return F.embedding_bag(ids, values, per_sample_weights=scores.to(values.dtype), mode="sum").to(x.dtype)
 
 
-# A compiler sees one operation, which chooses its form when it runs. Another model of this kind may have made it already.
+# A compiler sees one operation, which chooses its form when it runs. Another model's file may have made it already.
 if not hasattr(torch.ops.meft, "added_by_neurons"):
     torch.library.custom_op("meft::added_by_neurons", added_by_neurons, mutates_args=())
     torch.library.register_fake("meft::added_by_neurons", lambda x, *args: torch.empty_like(x))
