@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from peft import LoraConfig
@@ -28,16 +29,27 @@ def export_to_lora(adapter_dir: str | Path, out_dir: str | Path) -> None:
             written then.
     """
     config, tensors = load_adapter(adapter_dir)
+    with folder_replaced_at_once(out_dir) as draft:
+        write_lora(config, tensors, draft)
+
+
+def write_lora(config: ASLoRAConfig, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the LoRA adapter that equals an ASLoRA adapter, as `load_adapter` read it, into a folder."""
     lora: dict[str, Tensor] = {key: value for key, value in tensors.items() if not storage.owns(key)}
+    for path, (A, B) in factors(config, tensors).items():
+        lora[f"base_model.model.{path}.lora_A.weight"] = A.clone()  # a file cannot hold one tensor under two names
+        lora[f"base_model.model.{path}.lora_B.weight"] = B.clone()
+    save_file(lora, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    lora_config(config).save_pretrained(str(folder), auto_mapping_dict=getattr(config, "auto_mapping", None))
+
+
+def factors(config: ASLoRAConfig, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Path of each adapted module -> its A [r, in_features] and B [out_features, r]."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
     for group in storage.b_groups(tensors):
         A = tensors[f"{storage.A_PREFIX}{a_group_of(group, config.share_a)}.shared_A"]
-        for layer, B in storage.rows_of_layers(tensors, group):
-            path = f"base_model.model.{module_path(group, layer)}"
-            lora[f"{path}.lora_A.weight"] = A.clone()  # a file cannot hold one tensor under two names
-            lora[f"{path}.lora_B.weight"] = B.clone()
-    with folder_replaced_at_once(out_dir) as draft:
-        save_file(lora, draft / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        lora_config(config).save_pretrained(str(draft), auto_mapping_dict=getattr(config, "auto_mapping", None))
+        found |= {module_path(group, layer): (A, B) for layer, B in storage.rows_of_layers(tensors, group)}
+    return found
 
 
 def lora_config(config: ASLoRAConfig) -> LoraConfig:

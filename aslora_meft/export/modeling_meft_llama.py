@@ -15,10 +15,12 @@ class MeftLlamaConfig(LlamaConfig):
     """Adds `meft`: r, num_experts, experts_per_token, top_k, router_factor, and the numbers of the layers with MEFT."""
 
     model_type = "meft_llama"
-    # The FFN has moved one name down. MEFT's parts are in no plan: each rank has them whole and adds them after the
-    # FFN's own reduction, so they count once.
+    # The FFN of a layer with MEFT has moved one name down. MEFT's parts are in no plan: each rank has them whole, and
+    # adds them after the FFN's own reduction, so that they count once.
     base_model_tp_plan = {
-        name.replace(".mlp.", ".mlp.ffn."): style for name, style in (LlamaConfig.base_model_tp_plan or {}).items()
+        path: style
+        for name, style in (LlamaConfig.base_model_tp_plan or {}).items()
+        for path in (name, name.replace(".mlp.", ".mlp.ffn."))
     }
 
     def __init__(self, meft=None, **kwargs):
