@@ -1,4 +1,4 @@
-"""Serve SmolLM2 with a MEFT adapter by vLLM, from the folder that `export --to model` writes, and compare greedy tokens.
+"""Serve SmolLM2 with a MEFT adapter by vLLM, from what `export --to model` writes, and compare greedy tokens.
 
     python benchmarks/serve_vllm.py MODEL --vllm-python PYTHON [--out benchmarks/results/serving_vllm.md]
 

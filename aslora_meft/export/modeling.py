@@ -55,7 +55,7 @@ class Modelling:
         model_type: of the base model.
         config, base, head: names of transformers' classes.
         prefix: attribute of the head that holds the base model. layers: path in the base model of the list of layers.
-        ffn: attribute of a layer that is its FFN. numbers: the layers that have MEFT.
+        ffn: attribute of a layer that is its FFN. numbers: the layers that have MEFT. whole: whether all have it.
     """
 
     model_type: str
@@ -66,6 +66,7 @@ class Modelling:
     layers: str
     ffn: str
     numbers: tuple[int, ...]
+    whole: bool
 
     @property
     def file(self) -> str:
@@ -92,17 +93,15 @@ class Modelling:
         text = text.replace("self.model = ", f"self.{self.prefix} = ")
         text = text.replace("self.layers[i].mlp", f"self.{self.layers}[i].{self.ffn}")
         text = text.replace('".mlp."', f'".{self.ffn}."').replace('".mlp.ffn."', f'".{self.ffn}.ffn."')
+        if not self.whole:
+            plan = "LlamaConfig.base_model_tp_plan or {}"
+            text = text.replace(f"({plan}).items()\n    }}\n", f"({plan}).items()\n    }} | ({plan})\n")
         text = text.replace("meft_llama", f"meft_{self.model_type}")
-        for ours, theirs in (
-            ("LlamaForCausalLM", self.head),
-            ("LlamaModel", self.base),
-            ("LlamaConfig", self.config),
-        ):
-            text = text.replace(ours, theirs)
-        imported = f"from transformers import {self.config}, {self.head}, {self.base}"
-        return text.replace(
-            imported, f"from transformers import {', '.join(sorted((self.config, self.head, self.base)))}"
-        )
+        theirs = {"LlamaForCausalLM": self.head, "LlamaModel": self.base, "LlamaConfig": self.config}
+        for ours, name in theirs.items():
+            text = text.replace(ours, name)
+        names = (self.config, self.head, self.base)
+        return text.replace(f"import {', '.join(names)}\n", f"import {', '.join(sorted(names))}\n")
 
 
 def modelling_of(model: PreTrainedModel, ffns: Iterable[str]) -> Modelling:
@@ -142,9 +141,9 @@ def modelling_of(model: PreTrainedModel, ffns: Iterable[str]) -> Modelling:
             f"transformers {transformers.__version__} has no public class {missing[0]}: install another one."
         )
     numbers = tuple(sorted(int(place[1]) for place in places))
-    return Modelling(
-        config.model_type, *classes, prefix, list_of_layers.removeprefix(f"{prefix}."), names.pop(), numbers
-    )
+    whole = len(numbers) == len(model.get_submodule(list_of_layers))  # type: ignore[arg-type]
+    inner = list_of_layers.removeprefix(f"{prefix}.")
+    return Modelling(config.model_type, *classes, prefix, inner, names.pop(), numbers, whole)
 
 
 def imported(file: Path) -> ModuleType:

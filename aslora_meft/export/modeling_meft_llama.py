@@ -18,9 +18,7 @@ class MeftLlamaConfig(LlamaConfig):
     # The FFN of a layer with MEFT has moved one name down. MEFT's parts are in no plan: each rank has them whole, and
     # adds them after the FFN's own reduction, so that they count once.
     base_model_tp_plan = {
-        path: style
-        for name, style in (LlamaConfig.base_model_tp_plan or {}).items()
-        for path in (name, name.replace(".mlp.", ".mlp.ffn."))
+        name.replace(".mlp.", ".mlp.ffn."): style for name, style in (LlamaConfig.base_model_tp_plan or {}).items()
     }
 
     def __init__(self, meft=None, **kwargs):
