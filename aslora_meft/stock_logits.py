@@ -1,7 +1,7 @@
 """Logits of an export as stock PEFT or transformers computes them; a script, so that nothing of ours is imported.
 
-``python -I stock_logits.py MODEL ADAPTER IDS OUT``: ADAPTER is a LoRA adapter, or ``-`` where MODEL is an export itself;
-IDS is a JSON list of token ids, OUT a safetensors file that gets ``logits`` [length, vocabulary] in float32.
+``python -I stock_logits.py MODEL ADAPTER IDS OUT``: ADAPTER is a LoRA adapter, or ``-`` where MODEL is an export; IDS is
+a JSON list of token ids, OUT a safetensors file that gets ``logits`` [length, vocabulary] in float32.
 """
 
 import json

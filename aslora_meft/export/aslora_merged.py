@@ -76,7 +76,7 @@ def _trained(adapters: Adapters) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for _, tensors in adapters:
         for key, tensor in tensors.items():
-            name = key.removeprefix(_PREFIX)
+            name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")  # of the biases of adapted layers
             if adapter_file.owns(key):
                 continue
             if name in found:

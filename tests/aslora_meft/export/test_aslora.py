@@ -134,7 +134,7 @@ def test_a_lora_needs_no_base_model(tmp_path):
     save_adapter(save_base(tmp_path / "base"), tmp_path / "adapter", target_modules=["q_proj"])
     shutil.rmtree(tmp_path / "base")
     export_lora([tmp_path / "adapter"], tmp_path / "out")
-    with pytest.raises(ValueError, match="base_model_name_or_path=.* is no folder here"):
+    with pytest.raises(ValueError, match=r"base_model_name_or_path=.* is no folder here"):
         export_merged([tmp_path / "adapter"], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -151,6 +151,6 @@ def test_what_does_not_go_together_is_refused(tmp_path):
     other = save_base(tmp_path / "other", hidden_size=64)
     shutil.rmtree(first)
     shutil.copytree(other, first)
-    with pytest.raises(ValueError, match="saved for another base model|by its config.json"):
+    with pytest.raises(ValueError, match=r"saved for another base model|by its config\.json"):
         export_merged([tmp_path / "a"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
