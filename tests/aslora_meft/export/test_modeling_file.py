@@ -124,7 +124,8 @@ def test_a_compiler_sees_one_operation_that_chooses_its_form_when_it_runs():
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=backend)
     with torch.no_grad():
         for tokens in (200, 3, 50):
-            assert torch.equal(compiled(x[None, :tokens]), module(x[None, :tokens]))
+            part = x[None, :tokens].clone()
+            assert torch.equal(compiled(part), module(part))
     assert len(graphs) == 1
     calls = [node for node in graphs[0].graph.nodes if node.op == "call_function" and "meft" in str(node.target)]
     assert len(calls) == 1
