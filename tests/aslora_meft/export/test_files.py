@@ -187,5 +187,5 @@ def test_a_model_that_is_no_causal_one_is_refused(tmp_path):
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     BertForMaskedLM(BertConfig(**sizes, num_hidden_layers=2)).save_pretrained(tmp_path / "base")
     base = BertForMaskedLM.from_pretrained(tmp_path / "base")
-    get_peft_model(base, MEFTConfig(r=48, num_experts=8)).save_pretrained(tmp_path / "adapter")
+    get_peft_model(base, MEFTConfig(r=48, num_experts=8, top_k=8)).save_pretrained(tmp_path / "adapter")
     refused(tmp_path, "bert")
