@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0, or 2 after bad input, which is told in one sentence on stderr.
+        The exit code: 0; 2 after bad input, and 130 after Ctrl-C, each with one sentence on stderr.
     """
     try:
         with warnings.catch_warnings():
@@ -22,6 +22,9 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"aslora-meft: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"aslora-meft: {interrupt or 'interrupted; nothing was saved'}", file=sys.stderr)
+        return 130
     return 0
 
 

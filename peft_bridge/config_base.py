@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
-from .files import replace_file
+from .atomic_files import replace_file
 
 
 def is_int(value: Any) -> bool:

@@ -11,7 +11,7 @@ from peft import PeftConfig
 from torch import Tensor
 
 from aslora import ASLoRAConfig
-from aslora.files import adapter_file
+from aslora.files import keys
 from aslora.files.export import factors, load_adapter
 from aslora_meft.export.base_model import BaseModel, base_model, copy_if_there, copy_tokenizer
 from aslora_meft.export.base_tensors import BaseTensors, base_tensors
@@ -77,7 +77,7 @@ def _trained(adapters: Adapters) -> dict[str, Tensor]:
     for _, tensors in adapters:
         for key, tensor in tensors.items():
             name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")  # of the biases of adapted layers
-            if adapter_file.owns(key):
+            if keys.owns(key):
                 continue
             if name in found:
                 raise ValueError(

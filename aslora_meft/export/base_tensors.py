@@ -54,7 +54,9 @@ def base_tensors(base: BaseModel, config: PeftConfig, trained: dict[str, Tensor]
         raise ValueError(f"task_type='{config.task_type}' cannot be exported to a model folder: only CAUSAL_LM can.")
     try:
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.folder))
+            model: Any = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
+            )
     except (ValueError, OSError) as error:
         why = " ".join(str(error).split())
         raise ValueError(

@@ -4,7 +4,10 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from aslora_meft.checks import check_output
 from aslora_meft.errors import RaisingParser, UsageError, as_usage_error
+from aslora_meft.saved import check_saved_adapter
+from aslora_meft.text import local_path
 
 _FORMS = {
     "model": "MEFT: adapter and base model as one folder that transformers and servers load",
@@ -29,10 +32,17 @@ def run(argv: Sequence[str]) -> None:
         raise UsageError(f"--to {options.to} takes one adapter, and {len(adapters)} are given")
     if options.dtype is not None and options.to in ("lora", "dense"):
         raise UsageError(f"--dtype is for --to model and --to merged, --to {options.to} keeps the adapter's")
-    write = _writer(options.to, options.dtype)
-    with as_usage_error(ValueError), as_usage_error(OSError, prefix=f"OUT_DIR='{out}' cannot be written: "):
-        write(adapters, out)
-    print(f"{_WRITTEN[options.to]}: {Path(out).resolve()}")
+    for folder in adapters:
+        check_saved_adapter("ADAPTER_DIR", folder)
+    check_output("OUT_DIR", out)
+    folders = [local_path("ADAPTER_DIR", folder) for folder in adapters]
+    write, target = _writer(options.to, options.dtype), local_path("OUT_DIR", out)
+    with (
+        as_usage_error(ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError),
+        as_usage_error(OSError, prefix=f"OUT_DIR={out!r} cannot be written: "),
+    ):
+        write(folders, target)
+    print(f"{_WRITTEN[options.to]}: {target.resolve()}")
 
 
 def _parser() -> RaisingParser:
@@ -57,7 +67,7 @@ def _parser() -> RaisingParser:
     return parser
 
 
-def _writer(form: str, dtype: str | None) -> Callable[[list[str], str], None]:
+def _writer(form: str, dtype: str | None) -> Callable[[list[Path], Path], None]:
     if form == "model":
         from aslora_meft.export.meft_model import export_model
 

@@ -1,15 +1,9 @@
 """Code of exported folders is copied to a cache of transformers: here to one of the test run's own."""
 
-import os
 import sys
 import tempfile
-from pathlib import Path
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # the helpers beside this file are imported by name
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -27,9 +21,8 @@ def _modules_cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
     """A tiny Llama with an adapter: (PEFT model, folder with base, adapter and model)."""
-    from exported_models import save_adapter, save_base
-
     from aslora_meft.export.meft_model import export_model
+    from tests.support.exported_models import save_adapter, save_base
 
     folder = tmp_path_factory.mktemp("exported")
     model = save_adapter(save_base(folder / "base"), folder / "adapter")

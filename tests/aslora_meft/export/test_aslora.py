@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from exported_models import IDS, logits, save_base
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from aslora import ASLoRAConfig
 from aslora_meft.export.aslora_lora import export_lora
 from aslora_meft.export.aslora_merged import export_merged
+from tests.support.exported_models import IDS, logits, save_base
 
 
 def save_adapter(base, folder, seed=0, change=None, **fields):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from exported_models import save_adapter, save_base
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, GenerationConfig
 
@@ -16,6 +15,7 @@ from aslora_meft.cli import main
 from aslora_meft.export import shards
 from aslora_meft.export.meft_model import export_model
 from aslora_meft.export.shards import Entry, write_model
+from tests.support.exported_models import save_adapter, save_base
 
 
 def test_tensors_of_each_kind_are_written_as_safetensors_reads_them(tmp_path):

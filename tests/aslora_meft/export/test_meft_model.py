@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from exported_models import FIELDS, IDS, logits, save_adapter, save_base, served
 from peft import get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from aslora_meft.export.meft_model import export_model
 from aslora_meft.export.modeling import FAMILIES
 from meft import MEFTConfig
+from tests.support.exported_models import FIELDS, IDS, logits, save_adapter, save_base, served
 
 
 def exported(folder, base_fields=None, family="llama", dtype=torch.float32, written=None, **fields):

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from exported_models import IDS, logits, served
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tests.support.exported_models import IDS, logits, served
 
 SMOLLM2 = Path(__file__).resolve().parents[3] / ".cache" / "SmolLM2-135M-Instruct"
 
@@ -71,12 +72,11 @@ def test_a_process_without_this_package_computes_the_same(exported):
     in_a_process_alone(folder, model, texts, plain={"input_ids": IDS}, left=left, long={"input_ids": long})
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.skipif(not SMOLLM2.is_dir(), reason="SmolLM2 is not unpacked (make setup)")
 def test_64_greedy_tokens_of_smollm2_are_equal(tmp_path):
-    from exported_models import save_adapter
-
     from aslora_meft.export.meft_model import export_model
+    from tests.support.exported_models import save_adapter
 
     fields = {"r": 1024, "num_experts": None, "experts_per_token": 8, "top_k": 64}
     model = save_adapter(SMOLLM2, tmp_path / "adapter", **fields)
