@@ -90,7 +90,8 @@ def base_tensors(base: BaseModel, config: PeftConfig, trained: dict[str, Tensor]
                     "by its config.json: restore the folder."
                 )
             entries[name] = Entry(name, shape, written, partial(base.read, sources[name]))
-    missing = sorted(names.keys() - entries.keys() - ({head} if tied else set()))
+    tied_names = set(getattr(model, "_tied_weights_keys", None) or ()) if tied else set()
+    missing = sorted(names.keys() - entries.keys() - tied_names)
     if missing and not foreign:
         raise ValueError(f"The files of the base model '{base.name}' have no '{missing[0]}': restore the folder.")
     return BaseTensors(model, entries, files, foreign, changes, tied)

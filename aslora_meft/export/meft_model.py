@@ -11,7 +11,7 @@ from torch import Tensor
 from aslora_meft.export.base_model import base_model, copy_if_there, copy_tokenizer
 from aslora_meft.export.base_tensors import base_tensors
 from aslora_meft.export.card import model_card
-from aslora_meft.export.modeling import Modelling, imported, modelling_of
+from aslora_meft.export.modeling import Modelling, check_family, imported, modelling_of
 from aslora_meft.export.shards import SHARD_BYTES, Entry, write_model
 from meft import MEFTConfig
 from meft.files.export import load_adapter
@@ -39,6 +39,7 @@ def export_model(
     """
     config, layers, others = load_adapter(adapter_dir)
     base = base_model(config)
+    check_family(base.config.get("model_type"))
     written = base.dtype(dtype)
     trained = {name.partition(".")[2]: tensor for name, tensor in others.items()}
     plain = base_tensors(base, config, trained, written)

@@ -104,22 +104,30 @@ class Modelling:
         return text.replace(f"import {', '.join(names)}\n", f"import {', '.join(sorted(names))}\n")
 
 
+def check_family(model_type: object) -> None:
+    """Check that there is a modelling file for a model type.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"model type '{model_type}' cannot be exported by --to model, which knows {', '.join(FAMILIES)}: load the "
+            "adapter with PEFT instead."
+        )
+
+
 def modelling_of(model: PreTrainedModel, ffns: Iterable[str]) -> Modelling:
     """What the modelling file for a base model must name.
 
     Args:
-        model: the base model; its tensors may be on the meta device.
+        model: the base model, of a family that is known; its tensors may be on the meta device.
         ffns: paths of the FFNs that have MEFT.
 
     Raises:
-        ValueError: one sentence: it is of a family that is not known, or an FFN is at no usual place.
+        ValueError: one sentence: an FFN is at no usual place.
     """
     config: Any = model.config
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"model type '{config.model_type}' cannot be exported by --to model, which knows {', '.join(FAMILIES)}: "
-            "load the adapter with PEFT instead."
-        )
     prefix = model.base_model_prefix
     places = [path.rsplit(".", 2) for path in ffns]
     layers = {place[0] for place in places}

@@ -188,4 +188,4 @@ def test_a_model_that_is_no_causal_one_is_refused(tmp_path):
     BertForMaskedLM(BertConfig(**sizes, num_hidden_layers=2)).save_pretrained(tmp_path / "base")
     base = BertForMaskedLM.from_pretrained(tmp_path / "base")
     get_peft_model(base, MEFTConfig(r=48, num_experts=8, top_k=8)).save_pretrained(tmp_path / "adapter")
-    refused(tmp_path, "bert")
+    refused(tmp_path, "model type 'bert' cannot be exported")
