@@ -6,7 +6,6 @@ import warnings
 
 from aslora_meft import __version__
 from aslora_meft.errors import RaisingParser, UsageError, as_usage_error
-from aslora_meft.text import local_path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,25 +37,10 @@ def _run(argv: list[str]) -> None:
     )
     parser.add_argument("--version", action="version", version=f"aslora-meft {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{train,estimate,export,doctor}")
-    # These two have many arguments, made from dataclasses: see arguments.py and planner/command.py.
+    # These parse their own arguments: see arguments.py, planner/command.py and export/command.py.
     commands.add_parser("train", help="fine-tune an adapter and save it", add_help=False)
     commands.add_parser("estimate", help="predict memory, traffic and time without GPU or weights", add_help=False)
-    export = commands.add_parser(
-        "export",
-        help="write a saved adapter in another format",
-        description="Write a saved adapter in another format; its outputs stay the same.",
-        epilog=_example("aslora-meft export out --to lora out-lora"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    export.add_argument("adapter_dir", metavar="ADAPTER_DIR", help="folder of a saved ASLoRA or MEFT adapter")
-    export.add_argument(
-        "--to",
-        required=True,
-        choices=["lora", "resident", "dense"],
-        help="lora: ASLoRA as an equal adapter that stock PEFT loads; resident: MEFT as plain tensors; dense: MEFT "
-        "without routing as the dense adapter it equals",
-    )
-    export.add_argument("out_dir", metavar="OUT_DIR", help="new or empty folder")
+    commands.add_parser("export", help="write saved adapters in another format", add_help=False)
     doctor = commands.add_parser(
         "doctor",
         help="what this machine has and reaches",
@@ -76,42 +60,22 @@ def _run(argv: list[str]) -> None:
         from aslora_meft.planner.command import run
 
         run(rest)
+    elif options.command == "export":
+        from aslora_meft.export.command import run as run_export
+
+        run_export(rest)
     elif rest:
         raise UsageError(f"unknown argument {rest[0]!r} (see aslora-meft {options.command} --help)")
-    elif options.command == "doctor":
+    else:
         from aslora_meft.doctor import report
 
         with as_usage_error(ValueError):  # of the environment's variables
             told = report(anew=options.anew)
         print(told)
-    else:
-        _export(options.adapter_dir, options.to, options.out_dir)
 
 
 def _example(command: str) -> str:
     return f"example:\n  {command}"
-
-
-def _export(adapter_dir: str, form: str, out_dir: str) -> None:
-    from aslora_meft.checks import check_output
-    from aslora_meft.saved import check_saved_adapter
-
-    check_saved_adapter("ADAPTER_DIR", adapter_dir)
-    check_output("OUT_DIR", out_dir)
-    if form == "lora":
-        from aslora import export_to_lora as export
-    elif form == "resident":
-        from meft import export_resident as export
-    else:
-        from meft import export_dense as export
-
-    with (
-        as_usage_error(ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError),
-        as_usage_error(OSError, prefix=f"OUT_DIR={out_dir!r} cannot be written: "),
-    ):
-        export(local_path("ADAPTER_DIR", adapter_dir), local_path("OUT_DIR", out_dir))
-    written = {"lora": "LoRA adapter", "resident": "Resident tensors", "dense": "Dense adapter"}[form]
-    print(f"{written}: {local_path('OUT_DIR', out_dir).resolve()}")
 
 
 if __name__ == "__main__":

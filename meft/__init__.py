@@ -14,7 +14,7 @@ from peft_bridge import (
 
 from .config import MEFTConfig
 from .files.adapter_file import FILE
-from .files.export import export_dense, export_resident, load_resident
+from .files.export import export_dense
 from .files.training_state import check_training_state
 from .model import MEFTModel, take_back
 from .optim.row_adamw import RowAdamW
@@ -43,6 +43,4 @@ __all__ = [
     "RowOptimizerConfig",
     "check_training_state",
     "export_dense",
-    "export_resident",
-    "load_resident",
 ]

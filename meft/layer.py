@@ -26,7 +26,7 @@ from .transport.transfer import Traffic
 
 NOT_MERGEABLE = (
     "MEFT cannot be merged: its routed ReLU neurons are no linear map of the weights. Keep the adapter beside the "
-    "model, or write it as plain tensors with `aslora-meft export DIR --to resident OUT`."
+    "model, or write both as one model folder with `aslora-meft export DIR --to model OUT`."
 )
 
 

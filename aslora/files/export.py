@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from peft import LoraConfig
@@ -30,24 +31,42 @@ def export_to_lora(adapter_dir: str | Path, out_dir: str | Path) -> None:
             written then.
     """
     config, tensors = load_adapter(adapter_dir)
+    with folder_replaced_at_once(out_dir) as draft:
+        write_lora(config, tensors, draft)
+
+
+def write_lora(config: ASLoRAConfig, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the LoRA adapter that equals an ASLoRA adapter, as `load_adapter` read it, into a folder."""
     lora: dict[str, Tensor] = {key: value for key, value in tensors.items() if not keys.owns(key)}
     wrappers = _wrappers(config, tensors)
+    for path, (A, B) in factors(config, tensors).items():
+        name = wrappers.get(path, f"base_model.model.{path}")
+        lora[f"{name}.lora_A.weight"] = A.clone()  # a file cannot hold one tensor under two names
+        lora[f"{name}.lora_B.weight"] = B.clone()
+    save_file(lora, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    lora_config(config).save_pretrained(str(folder), auto_mapping_dict=getattr(config, "auto_mapping", None))
+
+
+def factors(config: ASLoRAConfig, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Path of each adapted module or parameter -> its A and B as LoRA has them.
+
+    A [r, in_features] and B [out_features, r] of a module; [E r, in_features] and [out_features, r E] of the E matrices
+    of a parameter.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
     for group in keys.b_groups(tensors):
         A = tensors[f"{keys.A_PREFIX}{a_group_of(group, config.share_a, config.share_a_experts)}.shared_A"]
+        experts = experts_of(group)
+        if experts is not None and len(A) != experts * config.r:
+            A = A.repeat(experts, 1)
         for layer, B in rows_of_layers(tensors, group):
-            path = f"base_model.model.{module_path(group, layer)}"
-            if (experts := experts_of(group)) is not None:
-                path = wrappers[module_path(group, layer)]
-                A = A if len(A) == experts * config.r else A.repeat(experts, 1)
+            if experts is not None:
                 B = B.view(len(B), experts, config.r).mT.reshape(B.shape)  # LoRA's has of each rank all experts
-            lora[f"{path}.lora_A.weight"] = A.clone()  # a file cannot hold one tensor under two names
-            lora[f"{path}.lora_B.weight"] = B.clone()
-    with folder_replaced_at_once(out_dir) as draft:
-        save_file(lora, draft / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        lora_config(config).save_pretrained(str(draft), auto_mapping_dict=getattr(config, "auto_mapping", None))
+            found[module_path(group, layer)] = A, B
+    return found
 
 
-def _wrappers(config: ASLoRAConfig, tensors: dict[str, Tensor]) -> dict[str, str]:
+def _wrappers(config: ASLoRAConfig, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Path of each adapted parameter -> the path of LoRA's layer around it: the last parameter of a module has the
     outermost one."""
     modules: dict[str, list[str]] = {}

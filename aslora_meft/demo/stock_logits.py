@@ -1,13 +1,14 @@
-"""Logits of a LoRA adapter as stock PEFT computes them; run as a script, so that nothing of ours is imported.
+"""Logits of an export as stock PEFT or transformers computes them; a script, so that nothing of ours is imported.
 
-``python -I stock_logits.py MODEL ADAPTER IDS OUT``: IDS is a JSON list of token ids, OUT a safetensors file that gets
-``logits`` [length, vocabulary] in float32.
+``python -I stock_logits.py MODEL ADAPTER IDS OUT``: ADAPTER is a LoRA adapter, or ``-`` where MODEL is an export. IDS
+is a JSON list of token ids, OUT a safetensors file that gets ``logits`` [length, vocabulary] in float32.
 """
 
 import json
 import logging
 import sys
 import warnings
+from typing import Any
 
 
 def main(model: str, adapter: str, ids: str, out: str) -> None:
@@ -20,12 +21,13 @@ def main(model: str, adapter: str, ids: str, out: str) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    adapted = PeftModel.from_pretrained(base, adapter)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=adapter == "-")
+    if adapter != "-":
+        loaded = PeftModel.from_pretrained(loaded, adapter)
     with torch.no_grad():
-        logits = adapted(input_ids=torch.tensor([json.loads(ids)])).logits[0]
+        logits = loaded(input_ids=torch.tensor([json.loads(ids)])).logits[0]
     save_file({"logits": logits.contiguous()}, out)
-    ours = {"aslora", "aslora_meft", "peft_bridge"} & set(sys.modules)
+    ours = {"aslora", "aslora_meft", "meft", "peft_bridge"} & set(sys.modules)
     assert not ours, ours
 
 

@@ -6,7 +6,7 @@ from importlib.metadata import version
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import aslora_meft
 from aslora import ASLoRAConfig
@@ -14,7 +14,7 @@ from aslora_meft.arguments import parse_train
 from aslora_meft.cli import main
 from aslora_meft.config_arguments import config_fields
 from aslora_meft.planner.command import parse
-from meft import MEFTConfig, load_resident
+from meft import MEFTConfig
 from meft.cost import calibration
 
 
@@ -32,24 +32,33 @@ def test_train_then_export(words, tmp_path, model_dir, capfd, recwarn):
     assert "6/6" in told.err
     assert main(["export", str(tmp_path / "out"), "--to", "lora", str(tmp_path / "lora")]) == 0
     assert capfd.readouterr().out == f"LoRA adapter: {tmp_path / 'lora'}\n"
+    assert main(["export", str(tmp_path / "out"), "--to", "merged", str(tmp_path / "merged")]) == 0
+    assert capfd.readouterr().out == f"Merged model: {tmp_path / 'merged'}\n"
     ids = torch.arange(20).unsqueeze(0)
     logits = []
     for folder in ("out", "lora"):
         model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(model_dir), tmp_path / folder).eval()
         with torch.no_grad():
             logits.append(model(ids).logits)
-    torch.testing.assert_close(*logits)
+    with torch.no_grad():
+        logits.append(LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()(ids).logits)
+    torch.testing.assert_close(logits[1], logits[0])
+    torch.testing.assert_close(logits[2], logits[0])
+    for folder in ("lora", "merged"):
+        assert (tmp_path / folder / "tokenizer.json").is_file()
+        assert "| held out |" in (tmp_path / folder / "README.md").read_text()  # the run's own metrics
 
 
 def test_train_meft_then_export(words, tmp_path, model_dir, capfd):
     assert main([*words, "--method", "meft", "--r", "64"]) == 0
-    assert main(["export", str(tmp_path / "out"), "--to", "resident", str(tmp_path / "resident")]) == 0
-    assert capfd.readouterr().out.endswith(f"Resident tensors: {tmp_path / 'resident'}\n")
+    assert main(["export", str(tmp_path / "out"), "--to", "model", str(tmp_path / "model"), "--dtype", "float32"]) == 0
+    assert capfd.readouterr().out.endswith(f"Model: {tmp_path / 'model'}\n")
     ids = torch.arange(20).unsqueeze(0)
-    base = LlamaForCausalLM.from_pretrained(model_dir)
     with torch.no_grad():
         adapted = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(model_dir), tmp_path / "out").eval()(ids)
-        torch.testing.assert_close(load_resident(base, tmp_path / "resident").eval()(ids).logits, adapted.logits)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True).eval()
+        torch.testing.assert_close(model(ids).logits, adapted.logits)
+    assert (tmp_path / "model" / "tokenizer.json").is_file()
     assert main(["export", str(tmp_path / "out"), "--to", "dense", str(tmp_path / "dense")]) == 2
     assert "No dense adapter equals a routed one" in capfd.readouterr().err
     assert not (tmp_path / "dense").exists()
@@ -80,6 +89,10 @@ def test_bad_input_in_a_process_of_its_own(words, tmp_path):
         (["export", "none", "--to", "gguf", "out"], "gguf"),
         (["export", "none", "out"], "--to"),
         (["export", "none", "--to", "lora", "out", "--fast"], "--fast"),
+        (["export", "--to", "lora", "out"], "OUT_DIR"),
+        (["export", "one", "two", "--to", "model", "out"], "takes one adapter"),
+        (["export", "one", "--to", "lora", "out", "--dtype", "bfloat16"], "--dtype"),
+        (["export", "one", "--to", "model", "out", "--dtype", "int8"], "int8"),
     ],
 )
 def test_bad_words_are_one_sentence(argv, named, capsys, tmp_path, monkeypatch):

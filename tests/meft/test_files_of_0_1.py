@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from meft import MEFTConfig
-from meft.files.export import export_resident, load_resident
 from tests.support.models import llama_of_0_1
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "v0_1"
@@ -132,16 +131,3 @@ def test_a_state_dict_loads(assign):
     assert_as_saved(model.eval(), "meft_state_dict")
     whole = {**{key: value for key, value in model.state_dict().items() if "meft" not in key}, **state}
     model.load_state_dict(whole)  # strict
-
-
-def test_an_adapter_is_exported_as_the_same_model(tmp_path):
-    export_resident(FIXTURES / "meft_lazy", tmp_path / "out")
-    assert_as_saved(load_resident(base(), tmp_path / "out"), "meft_lazy")
-
-
-def test_an_export_of_0_1_must_be_written_again(tmp_path):
-    export_resident(FIXTURES / "meft_lazy", tmp_path / "out")
-    path = tmp_path / "out" / "meft_resident.safetensors"
-    save_file(load_file(path) | {"routing.union": torch.tensor(1)}, path)  # without a digest, as 0.1 wrote it
-    with pytest.raises(ValueError, match=r"has no digest.*exports of 0\.1.*write it again"):
-        load_resident(base(), tmp_path / "out")

@@ -357,7 +357,7 @@ def test_unload_gives_the_base_model_back(tiny):
 def test_merging_says_why_not_and_what_instead(tiny, call):
     model = tiny.adapted()
     before = logits(model)
-    with pytest.raises(ValueError, match=r"cannot be merged.*export DIR --to resident OUT"):
+    with pytest.raises(ValueError, match=r"cannot be merged.*export DIR --to model OUT"):
         getattr(model, call)()
     assert torch.equal(logits(model), before)
 
