@@ -7,9 +7,10 @@ import pytest
 import torch
 import transformers as tr
 from peft import PeftModel, get_peft_model
-from test_engine import ROWS, STRATEGIES, on_streams
 
 from meft.routing.reference import reference
+from tests.support.thread_streams import on_streams
+from tests.support.tiny_meft import ROWS, STRATEGIES
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
