@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from .adapter_file import AdapterFile, check_digest, check_known_fields, check_shapes, digest, read_adapter
 from .config_base import MethodConfig, is_int, is_number, known_keywords
 from .files import folder_replaced_at_once, process_runs, replace_file, sync
+from .hotswap import allow_hotswap
 from .lora_optimizers import refuse_lora_optimizer
 from .native import check_native_loads
 from .offload import index_when_offloaded
@@ -26,6 +27,7 @@ __all__ = [
     "MethodTuner",
     "RunListener",
     "StepListener",
+    "allow_hotswap",
     "check_digest",
     "check_known_fields",
     "check_native_loads",

@@ -1,9 +1,11 @@
 """What `peft_bridge.peft_private` takes from PEFT without its documentation."""
 
+import peft.utils.hotswap
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from peft_bridge import peft_private
 from peft_bridge.peft_private import (
     ExcludedModule,
     adapters_of,
@@ -55,3 +57,13 @@ def test_a_layer_is_set_to_train_or_not():
     layer = nn.Linear(2, 2)
     set_layer_requires_grad(layer, False)
     assert not any(p.requires_grad for p in layer.parameters())
+
+
+def test_hotswap_looks_both_names_up_when_it_is_called():
+    """`allow_hotswap` replaces one and adds to the other."""
+    names = peft.utils.hotswap.hotswap_adapter.__code__.co_names
+    assert peft_private.HOTSWAP_INSERT_NAME in names
+    assert "hotswap_adapter_from_state_dict" in names
+    check = peft.utils.hotswap.check_hotswap_configs_compatible
+    assert "CONFIG_KEYS_TO_CHECK" in check.__code__.co_names
+    assert check.__globals__["CONFIG_KEYS_TO_CHECK"] is peft_private.HOTSWAP_CONFIG_KEYS
