@@ -7,6 +7,7 @@ from peft_bridge import __version__ as __version__
 from peft_bridge import (
     allow_hotswap,
     check_native_loads,
+    describe_in_cards,
     index_when_offloaded,
     refuse_lora_optimizer,
     register_method,
@@ -14,6 +15,7 @@ from peft_bridge import (
 )
 
 from .config import ASLoRAConfig
+from .files.card import CARD
 from .files.export import export_to_lora
 from .hotswap import hotswap
 from .model import ASLoRAModel
@@ -21,6 +23,7 @@ from .native import take_back
 
 METHOD = register_method(name="aslora", config_cls=ASLoRAConfig, model_cls=ASLoRAModel, prefix="aslora_")
 write_weights_at_once("aslora_")
+describe_in_cards("ASLORA", CARD)
 check_native_loads("aslora_", ASLoRAModel.own_and_others, take_back)
 refuse_lora_optimizer(
     "LoRA-FA",

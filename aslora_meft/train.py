@@ -23,8 +23,9 @@ from aslora_meft.arguments import TrainArguments, TrainerArguments
 from aslora_meft.checkpoints import checkpoint_to_resume, set_aside
 from aslora_meft.errors import UsageError, as_usage_error
 from aslora_meft.evaluation import token_metrics, token_sums
+from aslora_meft.finish import next_commands, write_results
+from aslora_meft.hub import prepare_push, push
 from aslora_meft.samples import IGNORED, load_samples
-from peft_bridge import replace_file
 
 
 class TrainResult(NamedTuple):
@@ -78,6 +79,7 @@ def train(arguments: TrainArguments) -> TrainResult:
     set_seed(args.seed)  # the adapter's first values
     model = add_adapter(base, arguments.adapter, gradient_checkpointing=bool(args.gradient_checkpointing))
 
+    repository = prepare_push(args)
     with as_usage_error(ValueError):  # what TrainingArguments leaves to the Trainer to check
         trainer = Trainer(
             model=model,
@@ -112,8 +114,11 @@ def train(arguments: TrainArguments) -> TrainResult:
             transfers = tuner.transfer_report()
             results["transfers"] = transfers.to_dict()
             print(f"\n{_transfers(transfers)}")
-        replace_file(Path(args.output_dir, "results.json"), (json.dumps(results, indent=2) + "\n").encode())
+        write_results(arguments, results)
         print(f"\nAdapter and tokenizer: {Path(args.output_dir).resolve()}")
+        if repository is not None:
+            print(f"Pushed to: {push(args.output_dir, repository, args.hub_token)}")
+        print(f"\n{next_commands(arguments)}")
     return TrainResult(model, tokenizer, before, after)
 
 

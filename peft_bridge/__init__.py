@@ -7,6 +7,7 @@ from .config_base import MethodConfig, is_int, is_number, known_keywords
 from .files import folder_replaced_at_once, process_runs, replace_file, sync
 from .hotswap import allow_hotswap
 from .lora_optimizers import refuse_lora_optimizer
+from .model_card import MethodCard, describe_in_cards, read_results, write_card
 from .native import check_native_loads
 from .offload import index_when_offloaded
 from .registration import register_method
@@ -23,6 +24,7 @@ except PackageNotFoundError:  # a checkout that is not installed
 __all__ = [
     "AdapterFile",
     "Injection",
+    "MethodCard",
     "MethodConfig",
     "MethodTuner",
     "RunListener",
@@ -32,6 +34,7 @@ __all__ = [
     "check_known_fields",
     "check_native_loads",
     "check_shapes",
+    "describe_in_cards",
     "digest",
     "folder_replaced_at_once",
     "index_when_offloaded",
@@ -41,11 +44,13 @@ __all__ = [
     "last_loaded_folder",
     "process_runs",
     "read_adapter",
+    "read_results",
     "refuse_lora_optimizer",
     "register_method",
     "replace_file",
     "sync",
     "watch_runs",
     "watch_steps",
+    "write_card",
     "write_weights_at_once",
 ]

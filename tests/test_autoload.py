@@ -187,7 +187,7 @@ def test_the_table_is_replaced_once_and_the_finder_goes(finder):
     import stand_in
 
     assert type(stand_in.TABLE) is autoload._Methods
-    assert stand_in.TABLE == {"LORA": int}
+    assert {"LORA": int} == stand_in.TABLE
     assert isinstance(stand_in.__loader__, importlib.machinery.SourceFileLoader)
     assert not finders()
     with pytest.raises(KeyError, match="NOTHING"):
@@ -211,7 +211,7 @@ def test_an_error_in_the_module_is_its_own_and_the_next_import_is_seen(finder):
     with pytest.raises(OSError, match="once"):
         import stand_in
     (finder / "stand_in.py").write_text("TABLE = {}  # of another length, so that no cache of bytecode is used")
-    import stand_in  # noqa: F811
+    import stand_in
 
     assert type(stand_in.TABLE) is autoload._Methods
 
