@@ -12,13 +12,13 @@ from transformers import DataCollatorForSeq2Seq, EvalPrediction, PreTrainedToken
 from aslora_meft.arguments import DataArguments
 from aslora_meft.errors import UsageError
 from aslora_meft.evaluation import token_metrics, token_sums
+from aslora_meft.finish import DATA_FORM
 from aslora_meft.parser import CommandParser
 from aslora_meft.rows import read_rows
 from aslora_meft.samples import IGNORED, Sample, encode_rows, load_samples
 from aslora_meft.use import BASE, UseArguments, active, load_adapters
 
 _NOT_HERE = {"eval_data", "eval_size", "eval_split"}
-_FORM = ("separator", "apply_chat_template")  # remembered by train
 
 
 @dataclass
@@ -55,8 +55,8 @@ def run(argv: list[str]) -> None:
         raise UsageError(f"batch_size={options.batch_size} is no number of rows; give at least 1")
     use = UseArguments(**{f.name: values.pop(f.name) for f in dataclasses.fields(UseArguments)})
     loaded = load_adapters(folders, use)
-    form = loaded.results.get("prompt_form", {})
-    for name in _FORM:  # as trained, unless given
+    form = loaded.results.get("data_form", {})
+    for name in DATA_FORM:  # as trained, unless given
         values[name] = (
             form.get(name, DataArguments.__dataclass_fields__[name].default) if values[name] is None else values[name]
         )
@@ -72,7 +72,7 @@ def _data_arguments() -> Any:
     """`DataArguments` without what splits data, and with forms of prompts that may be left to `train`'s."""
     kept = []
     for item in dataclasses.fields(DataArguments):
-        if item.name in _FORM:
+        if item.name in DATA_FORM:
             text = item.metadata["help"].rstrip(".") + " (default: as in training)."
             kept.append((item.name, item.type | None, field(default=None, metadata={"help": text})))
         elif item.name not in _NOT_HERE:

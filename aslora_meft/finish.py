@@ -9,6 +9,11 @@ from aslora_meft.arguments import DataArguments, TrainArguments
 from peft_bridge import replace_file, write_card
 from peft_bridge.model_card import RESULTS
 
+# How rows were read: evaluate and generate take the same, unless told otherwise.
+DATA_FORM = (
+    *("prompt_column", "completion_column", "text_column", "separator", "apply_chat_template", "completion_only"),
+    "max_length",
+)
 _TRAINING = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "seed", "bf16", "fp16"),
@@ -27,7 +32,7 @@ def write_results(arguments: TrainArguments, results: dict[str, Any]) -> None:
     results = {
         **results,
         "data": {"trained on": _name(data.data), "held out": _held_out(data, args.seed)},
-        "prompt_form": {"separator": data.separator, "apply_chat_template": data.apply_chat_template},
+        "data_form": {name: getattr(data, name) for name in DATA_FORM},
         "training": {name: value for name, value in training.items() if value not in (None, False, "", -1)},
     }
     if data.eval_data is None:
@@ -46,9 +51,8 @@ def next_commands(arguments: TrainArguments) -> str:
         f"aslora-meft evaluate {out} --compare" + (asked or f" --held_out --data {shlex.quote(data.data)}"),
     ]
     if arguments.model.method == "aslora":
-        lines.append(
-            f"aslora-meft export {out} --to lora {shlex.quote(arguments.trainer.output_dir.rstrip('/') + '-lora')}"
-        )
+        exported = shlex.quote(arguments.trainer.output_dir.rstrip("/") + "-lora")
+        lines.append(f"aslora-meft export {out} --to lora {exported}")
     return "\n".join(["Next:", *(f"  {line}" for line in lines)])
 
 

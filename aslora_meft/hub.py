@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import httpx
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
@@ -11,7 +10,8 @@ from aslora_meft.errors import UsageError, as_usage_error
 
 # Of the output folder: what a run needs to go on is for nobody else.
 _KEPT_HERE = ["checkpoint-*/**", "runs/**", ".*", "training_args.bin"]
-_ERRORS = (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, httpx.HTTPError, OSError, ValueError)
+# The first base is that of the HTTP client's errors; which client it is depends on the hub's version.
+_ERRORS = (HfHubHTTPError.__bases__[0], HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError, ValueError)
 
 
 def prepare_push(args: Any) -> str | None:

@@ -96,7 +96,9 @@ def _checking(load: Callable[..., Any]) -> Callable[..., Any]:
         name = next(reversed(getattr(model, "peft_config", None) or {"": None}))  # the last that was added
         method = _method_of(model, name)
         if method is None:
-            return load(model, state_dict, checkpoint_files, *args, **kw)
+            info, offloaded = load(model, state_dict, checkpoint_files, *args, **kw)
+            _leave_out_others(model, name, info)
+            return info, offloaded
         try:
             with ExitStack() as opened:
                 tensors = state_dict if state_dict is not None else _mapped(checkpoint_files, opened)
@@ -104,6 +106,7 @@ def _checking(load: Callable[..., Any]) -> Callable[..., Any]:
                 info, offloaded = load(model, others, checkpoint_files, *args, **kw)
                 model.load_state_dict(own, strict=False)
             info.missing_keys -= own.keys()
+            _leave_out_others(model, name, info)
             _check_complete(method, name, info, offloaded)
         except BaseException:
             _take_back(model, name)
@@ -111,6 +114,15 @@ def _checking(load: Callable[..., Any]) -> Callable[..., Any]:
         return info, offloaded
 
     return load_pretrained_model
+
+
+def _leave_out_others(model: Any, adapter_name: str, info: Any) -> None:
+    """Take what belongs to other adapters of our methods out of the tensors that a file is said to lack."""
+    others = set(getattr(model, "peft_config", None) or ()) - {adapter_name}
+    prefixes = tuple(f".{method.prefix}" for method in _methods.values())
+    info.missing_keys -= {
+        key for key in info.missing_keys if any(p in key for p in prefixes) and others & set(key.split("."))
+    }
 
 
 def _check_complete(method: _Method, adapter_name: str, info: Any, offloaded: Any) -> None:

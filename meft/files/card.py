@@ -11,8 +11,8 @@ from safetensors import safe_open
 from peft_bridge import MethodCard, read_results
 
 ABOUT = (
-    "MEFT ([arXiv 2406.04984](https://arxiv.org/abs/2406.04984)) puts many extra neurons beside each FFN and keeps them "
-    "in host memory. A router picks a few of them for each token."
+    "MEFT ([arXiv 2406.04984](https://arxiv.org/abs/2406.04984)) puts many extra neurons beside each FFN and keeps "
+    "them in host memory. A router picks a few of them for each token."
 )
 SERVE = (
     "`aslora-meft export ADAPTER --to model OUT` writes an ordinary model folder that loads without aslora-meft. The "

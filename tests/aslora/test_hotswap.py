@@ -64,7 +64,7 @@ def test_what_does_not_fit_changes_nothing(tiny, tmp_path, kind):
         (other / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 7}))
     if kind == "merged":
         model.merge_adapter()
-    with pytest.raises(ValueError, match="for r, 2 != 3|layers|digest|merged into the base"):
+    with pytest.raises(ValueError, match=r"for r, 2 != 3|layers|digest|merged into the base"):
         hotswap_adapter(model, str(other), "default", torch_device="cpu")
     if kind == "merged":
         model.unmerge_adapter()
