@@ -91,16 +91,26 @@ def _set_head(card: ModelCard, config: dict[str, Any], package: str) -> None:
     head: Any = card.data
     head.library_name = "peft"
     head.license = head.license or "unknown"
-    if config.get("base_model_name_or_path"):
-        head.base_model = head.base_model or config["base_model_name_or_path"]
+    base = config.get("base_model_name_or_path")
+    tags = set(head.tags or [])
+    if base and _is_folder(base):  # which the hub refuses, and which says nothing to others
+        head.base_model = head.base_model if head.base_model != base else None
+        tags.discard(f"base_model:adapter:{base}")
+    elif base:
+        head.base_model = head.base_model or base
     if config.get("task_type") == "CAUSAL_LM":
         head.pipeline_tag = head.pipeline_tag or "text-generation"
-    head.tags = sorted({*(head.tags or []), package, "aslora-meft"})
+    head.tags = sorted({*tags, package, "aslora-meft"})
+
+
+def _is_folder(base: str) -> bool:
+    return Path(base).is_absolute() or Path(base).exists()
 
 
 def _lines(folder: Path, config: dict[str, Any], method: MethodCard) -> list[str]:
     package = str(config["peft_type"]).lower()
     base = config.get("base_model_name_or_path") or "its base model"
+    base = Path(base).name if _is_folder(base) else base
     run = read_results(folder)
     sections = [
         f"# {method.name} adapter for {base}",

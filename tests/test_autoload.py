@@ -105,6 +105,29 @@ assert get_peft_config({"peft_type": "ASLORA", "r": 3}).r == 3
 check(AutoPeftModelForCausalLM.from_pretrained(aslora), "aslora")
 check(AutoPeftModelForCausalLM.from_pretrained(meft), "meft")
 """,
+    "transformers": """
+from transformers import AutoModelForCausalLM, pipeline
+damaged = meft + "-damaged"
+import shutil
+shutil.copytree(meft, damaged)
+data = bytearray(open(damaged + "/adapter_model.safetensors", "rb").read())
+data[-9] ^= 1
+open(damaged + "/adapter_model.safetensors", "wb").write(data)
+model = AutoModelForCausalLM.from_pretrained(base)
+assert "meft" not in sys.modules
+try:
+    model.load_adapter(damaged)  # the call that imports the method checks the file as well
+except ValueError as error:
+    assert "digest" in str(error), error
+else:
+    raise AssertionError("loaded")
+assert not hasattr(model, "peft_config") and not any("meft_" in name for name, _ in model.named_parameters())
+assert "aslora" not in sys.modules
+model.load_adapter(aslora)
+check(model, "aslora")
+check(AutoModelForCausalLM.from_pretrained(meft), "meft")
+check(pipeline("text-generation", aslora).model, "aslora")
+""",
     "one of ours": """
 import aslora as package
 assert "meft" not in sys.modules
