@@ -39,7 +39,7 @@ def saved(request, base, tmp_path):
 
 
 def test_it_says_what_the_adapter_is_and_how_to_load_it(saved, base):
-    method, model, folder = saved
+    method, _, folder = saved
     text = (folder / "README.md").read_text()
     assert "More Information Needed" not in text
     head = ModelCard(text).data
@@ -68,7 +68,7 @@ def test_a_base_model_of_the_hub_is_named_in_head_and_text(saved):
 
 
 def test_the_snippet_loads_the_adapter(saved):
-    method, model, folder = saved
+    _, model, folder = saved
     (snippet,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     names = {}
     exec(snippet.replace("PATH_OF_THIS_FOLDER", str(folder)), names)
@@ -78,7 +78,7 @@ def test_the_snippet_loads_the_adapter(saved):
 
 
 def test_what_a_user_wrote_stays_and_the_rest_is_brought_up_to_date(saved):
-    method, model, folder = saved
+    _, model, folder = saved
     path = folder / "README.md"
     text = path.read_text().replace("license: unknown", "license: mit")
     path.write_text(text.replace(BEGIN, f"Above.\n\n{BEGIN}").rstrip() + "\n\nBelow.\n")
