@@ -70,15 +70,16 @@ def run(argv: list[str]) -> None:
 
 def _data_arguments() -> Any:
     """`DataArguments` without what splits data, and with forms of prompts that may be left to `train`'s."""
-    kept = []
+    kept: list[Any] = []
     for item in dataclasses.fields(DataArguments):
         if item.name in DATA_FORM:
             text = item.metadata["help"].rstrip(".") + " (default: as in training)."
-            kept.append((item.name, item.type | None, field(default=None, metadata={"help": text})))
+            kind: Any = item.type
+            kept.append((item.name, kind | None, field(default=None, metadata={"help": text})))
         elif item.name not in _NOT_HERE:
             default = item.default
             kept.append((item.name, item.type, field(default=default, metadata=dict(item.metadata))))
-    made = dataclasses.make_dataclass("EvaluatedData", kept)
+    made: Any = dataclasses.make_dataclass("EvaluatedData", kept)
     made._argument_group_name = "data"
     return made
 

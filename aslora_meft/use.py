@@ -74,7 +74,7 @@ def load_adapters(folders: list[str], args: UseArguments) -> Loaded:
     device = device or torch.device("cpu")
     model = load_model(ModelArguments(base, dtype=args.dtype, load_in_4bit=args.load_in_4bit), device)
     if not args.load_in_4bit:
-        model.to(device)
+        model.to(device)  # type: ignore[arg-type]  # of a decorated method
     names: list[str] = []
     for folder in folders:
         name = _unused(Path(folder).resolve().name.replace(".", "_") or "adapter", [*names, BASE])

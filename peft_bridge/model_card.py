@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import peft
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from .files import replace_file
@@ -67,6 +69,8 @@ def write_card(folder: str | Path) -> None:
     if written and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         return
     card = ModelCard(written, ignore_metadata_errors=True)
+    if not written:  # by transformers' save; PEFT's names the base model where it is one of transformers
+        card.data.base_model = config.get("base_model_name_or_path")
     _set_head(card, config, str(config["peft_type"]).lower())
     text = "\n".join([BEGIN, *_lines(folder, config, method), END])
     if BEGIN in card.text and END in card.text:
@@ -96,15 +100,18 @@ def _set_head(card: ModelCard, config: dict[str, Any], package: str) -> None:
     if base and _is_folder(base):  # which the hub refuses, and which says nothing to others
         head.base_model = head.base_model if head.base_model != base else None
         tags.discard(f"base_model:adapter:{base}")
-    elif base:
-        head.base_model = head.base_model or base
     if config.get("task_type") == "CAUSAL_LM":
         head.pipeline_tag = head.pipeline_tag or "text-generation"
     head.tags = sorted({*tags, package, "aslora-meft"})
 
 
 def _is_folder(base: str) -> bool:
-    return Path(base).is_absolute() or Path(base).exists()
+    """Whether a base model's name can only be a folder's; `owner/name` is taken for a hub id."""
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        return True
+    return base.startswith(".")
 
 
 def _lines(folder: Path, config: dict[str, Any], method: MethodCard) -> list[str]:
@@ -155,7 +162,8 @@ def _options(config: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _results(run: dict[str, Any]) -> list[str]:
-    sections = []
+    sections: list[str] = []
+    rows: list[tuple[str, ...]]
     if "before" in run and "after" in run:
         rows = [(name, f"{run['before'][name]:.4g}", f"{run['after'][name]:.4g}") for name in run["after"]]
         sections += ["## Results on held-out data", _table(("metric", "before", "after"), rows)]
@@ -177,6 +185,6 @@ def _versions() -> list[tuple[str, str]]:
     return found
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines)
