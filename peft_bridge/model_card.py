@@ -68,7 +68,7 @@ def write_card(folder: str | Path) -> None:
     written = path.read_text(encoding="utf-8") if path.is_file() else ""
     if written and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         return
-    card = ModelCard(written, ignore_metadata_errors=True)
+    card: Any = ModelCard(written, ignore_metadata_errors=True)
     if not written:  # by transformers' save; PEFT's names the base model where it is one of transformers
         card.data.base_model = config.get("base_model_name_or_path")
     _set_head(card, config, str(config["peft_type"]).lower())
@@ -91,7 +91,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     return results if isinstance(results, dict) else {}
 
 
-def _set_head(card: ModelCard, config: dict[str, Any], package: str) -> None:
+def _set_head(card: Any, config: dict[str, Any], package: str) -> None:
     head: Any = card.data
     head.library_name = "peft"
     head.license = head.license or "unknown"

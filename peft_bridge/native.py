@@ -110,6 +110,9 @@ def _checking(load: Callable[..., Any]) -> Callable[..., Any]:
             _check_complete(method, name, info, offloaded)
         except BaseException:
             _take_back(model, name)
+            if not getattr(model, "peft_config", None):
+                for parameter in model.parameters():  # frozen beside an adapter; `load_adapter` restores it exactly
+                    parameter.requires_grad = parameter.is_floating_point()
             raise
         return info, offloaded
 

@@ -122,6 +122,7 @@ except ValueError as error:
 else:
     raise AssertionError("loaded")
 assert not hasattr(model, "peft_config") and not any("meft_" in name for name, _ in model.named_parameters())
+assert all(p.requires_grad for p in model.parameters())
 assert "aslora" not in sys.modules
 model.load_adapter(aslora)
 check(model, "aslora")
