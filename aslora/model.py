@@ -1,4 +1,4 @@
-"""The tuner: injects layers, owns the shared tensors, follows optimizer steps, and lays adapters out for saving."""
+"""The tuner: injects layers, owns the shared tensors, follows optimizer steps, saves and loads adapters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from peft_bridge.peft_private import set_layer_requires_grad
 
 from . import native
 from .config import ASLoRAConfig
-from .files import adapter_file as storage
+from .files import keys
+from .files.adapter_file import from_file, to_file
 from .injection import build, check_names, merge_units, new_layer
 from .layer import ASLoRALayer, Linear
 from .layer_groups import group_of_key
@@ -34,7 +35,7 @@ class ASLoRAModel(MethodTuner):
     """ASLoRA in PEFT's frame; made by `get_peft_model(model, ASLoRAConfig(...))` and reached as `model.base_model`.
 
     The sharing runs by itself: after each optimizer step (torch's global optimizer hooks) the running averages are
-    sampled and the merges that are due are taken.
+    updated and the merges that are due are taken.
 
     Attributes:
         aslora_A: adapter -> key of an A-group -> `SharedA`.
@@ -43,7 +44,7 @@ class ASLoRAModel(MethodTuner):
     """
 
     uses_shared_state = False  # without a PeftModel a module of the model owns what is shared
-    reserved = storage.RESERVED
+    reserved = keys.RESERVED
     prefix = "aslora_"
     tuner_layer_cls = ASLoRALayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
@@ -83,7 +84,7 @@ class ASLoRAModel(MethodTuner):
         return self.run.watched_parameters()
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        # PEFT comes here when all layers are wrapped and nothing else is: what fails now can be taken back whole.
+        # PEFT calls this once all layers are wrapped, and before anything else: an error here can be rolled back.
         injection = self.injection
         config = self.configs[injection.adapter_name]
         check_names(injection, model, config)
@@ -102,23 +103,13 @@ class ASLoRAModel(MethodTuner):
                 layer.on_delete = self.forget
         super()._mark_only_adapters_as_trainable(model)
 
-    def _create_and_replace(  # type: ignore[override]
-        self,
-        config: ASLoRAConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **optional_kwargs: Any,
-    ) -> None:
-        if isinstance(target, Linear):
-            target.update_layer(adapter_name, config)
-            layer = target
-        else:
-            layer = new_layer(target, current_key, adapter_name, config, get_quantization_kwargs(self.model))
-            self._replace_module(parent, target_name, layer, target)
-        self.injection.layers.append((current_key, layer))
+    def wrap(
+        self, target: nn.Module, path: str, parent: nn.Module, adapter_name: str, config: ASLoRAConfig
+    ) -> ASLoRALayer:
+        if not isinstance(target, Linear):
+            return new_layer(target, path, adapter_name, config, get_quantization_kwargs(self.model))
+        target.update_layer(adapter_name, config)
+        return target
 
     def take_back(self, adapter_name: str) -> None:
         """Remove an adapter with all that was wrapped for it."""
@@ -153,7 +144,7 @@ class ASLoRAModel(MethodTuner):
             ValueError: the engine holds B flattened or in parts.
         """
         for adapter_name in self.active_adapters:
-            self.run.catch_up(adapter_name, global_step)
+            self.run.record_step(adapter_name, global_step)
 
     def check_run(self, arguments: Any) -> None:
         """A Trainer's run is about to begin: its arguments say how long the learning rate rises."""
@@ -193,7 +184,7 @@ class ASLoRAModel(MethodTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Bring `adapter_names` (one name a sample, `__base__` for none) to the layers, for inference."""
+        """Pass `adapter_names` (one name per sample, `__base__` for none) to the layers, for inference."""
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield
@@ -235,14 +226,14 @@ class ASLoRAModel(MethodTuner):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         """Take state dicts of 0.1 as well, which had the groups' names as keys."""
         for key in [k for k in state_dict if k.startswith((f"{prefix}aslora_A.", f"{prefix}aslora_B."))]:
-            state_dict[prefix + storage.key_now(key.removeprefix(prefix))] = state_dict.pop(key)
+            state_dict[prefix + keys.key_now(key.removeprefix(prefix))] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        if storage.in_memory(key, adapter_name):
-            return storage.key_in_file(key, adapter_name)
-        if storage.owns(storage.file_key(key)):
+        if keys.in_memory(key, adapter_name):
+            return keys.key_in_file(key, adapter_name)
+        if keys.owns(keys.file_key(key)):
             return key
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
@@ -261,8 +252,8 @@ class ASLoRAModel(MethodTuner):
         tuner: Any = shared.tuner if shared else next(module for module in model.modules() if isinstance(module, cls))
         layers = {group: B.layer_indices for group, B in tuner.shared_b(adapter_name).items()}
         if shared is None:
-            return {**storage.to_file(state_dict, adapter_name, config, layers), **biases}
-        own = storage.to_file(native.as_wrapped(state_dict), adapter_name, config, layers)
+            return {**to_file(state_dict, adapter_name, config, layers), **biases}
+        own = to_file(native.as_wrapped(state_dict), adapter_name, config, layers)
         # transformers puts PEFT's prefix before each key.
         return {**{key.removeprefix("base_model."): value for key, value in own.items()}, **biases}
 
@@ -283,8 +274,8 @@ class ASLoRAModel(MethodTuner):
         Raises:
             ValueError: the file is damaged, or does not belong to this configuration or this model.
         """
-        others = {key: value for key, value in tensors.items() if not storage.owns(storage.file_key(key))}
+        others = {key: value for key, value in tensors.items() if not keys.owns(keys.file_key(key))}
         if native.shared_in(model) is None:
-            return storage.from_file(tensors, model.state_dict(), adapter_name, config), others
-        own = storage.from_file(tensors, native.as_wrapped(model.state_dict()), adapter_name, config)
+            return from_file(tensors, model.state_dict(), adapter_name, config), others
+        own = from_file(tensors, native.as_wrapped(model.state_dict()), adapter_name, config)
         return native.as_in_model(own), others

@@ -111,21 +111,21 @@ def report(adapter: str, units: list[MergeUnit], warmup_steps: int = 0) -> Shari
 
 def _warnings(merges: list[dict[str, Any]], warmup_steps: int) -> list[str]:
     """What in these merges is likely to cost quality."""
-    found = []
+    warnings = []
     early = [merge["step"] for merge in merges if merge["step"] <= warmup_steps + EARLY_STEPS]
     if early:
-        found.append(
+        warnings.append(
             f"{len(early)} of {len(merges)} merges came within {EARLY_STEPS} steps after the warm-up of {warmup_steps} "
             f"(the first: {early[0]}), from distances of few steps: train longer or set a later merge_start"
         )
     times = Counter((merge["projection"], merge["step"]) for merge in merges)
     crowded = sorted({step for (_, step), count in times.items() if count > 1})
     if crowded:
-        found.append(
+        warnings.append(
             f"several merges of one projection came after the same step ({', '.join(map(str, crowded))}), with nothing "
             "learnt between them: train longer, or set fewer num_merges or a longer merge_interval"
         )
-    return found
+    return warnings
 
 
 def _history(B: SharedB, projection: str) -> list[dict[str, Any]]:

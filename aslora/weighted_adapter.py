@@ -92,10 +92,10 @@ def combine(
         )
     wrappers = [module for module in tuner.modules() if isinstance(module, ModulesToSaveWrapper)]
     owners = [[name for name in adapters if name in wrapper.modules_to_save] for wrapper in wrappers]
-    if twice := sum(len(names) > 1 for names in owners):
+    if shared := sum(len(names) > 1 for names in owners):
         raise ValueError(
             "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
-            f"{twice} such instance(s)."
+            f"{shared} such instance(s)."
         )
     ranks = [config.r for config in configs]
     if combination_type == "linear" and len(set(ranks)) > 1:
@@ -152,7 +152,7 @@ class _Source:
     def layers(self) -> set[int]:
         return {layer for B in self.B.values() for layer in B.layer_indices}
 
-    def of(self, group: str, layers: list[int], like: SharedB) -> tuple[Tensor, list[int]]:
+    def rows(self, group: str, layers: list[int], like: SharedB) -> tuple[Tensor, list[int]]:
         """B [n, out_features, r] and sharing labels of the given layers; zeros where this adapter has no such layer."""
         _, out_features, _ = like.stacked_B.shape
         values = like.stacked_B.new_zeros(len(layers), out_features, self.r, dtype=torch.float64)
@@ -166,7 +166,7 @@ class _Source:
                     labels[i] = owners[rows[layer]]
         return values, labels
 
-    def a_of(self, a_group: str, in_features: int, device: torch.device) -> Tensor:
+    def a_matrix(self, a_group: str, in_features: int, device: torch.device) -> Tensor:
         """A [r, in_features] of an A-group; zeros where this adapter has none."""
         A = self.A.get(a_group)
         return torch.zeros(self.r, in_features, dtype=torch.float64, device=device) if A is None else A.to(device)
@@ -179,10 +179,10 @@ def _fill(tuner: Tuner, adapter_name: str, sources: list[_Source], combination_t
     for a_group, shared_a in tuner.shared_a(adapter_name).items():
         device, in_features = shared_a.shared_A.device, shared_a.shared_A.shape[1]
         members = {n: B for n, B in tuner.shared_b(adapter_name).items() if a_group_of(n, config.share_a) == a_group}
-        As = [source.a_of(a_group, in_features, device) for source in sources]
+        As = [source.a_matrix(a_group, in_features, device) for source in sources]
         stacks, maps = {}, {}
         for name, B in members.items():
-            parts = [source.of(name, B.layer_indices, B) for source in sources]
+            parts = [source.rows(name, B.layer_indices, B) for source in sources]
             stacks[name] = [values.to(device) for values, _ in parts]
             maps[name] = common_refinement([labels for _, labels in parts])
         factors = [source.factor for source in sources]

@@ -1,11 +1,13 @@
 """The model, its tokenizer and the adapter that a run trains."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -14,24 +16,44 @@ from transformers import (
 )
 
 from aslora_meft.arguments import ModelArguments
+from aslora_meft.checks import check_expressions, check_memory
 from aslora_meft.errors import UsageError, as_usage_error
+from aslora_meft.text import is_path, local_path
+from peft_bridge import keep_trainable_on_cpu
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of ``model`` for training: padded on the right, with EOS where it has no padding token.
+def check_model(field: str, value: str) -> str:
+    """Check what names a model: a folder, with ~ expanded, or a hub id.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    path = local_path(field, value)
+    with as_usage_error(OSError, prefix=f"{field}={value!r} cannot be read: "):
+        if path.is_dir():
+            return str(path)
+        # Else it would be asked of the hub.
+        if path.exists():
+            raise UsageError(f"{field}={value!r} is no folder; give the folder with the saved model, or a hub id")
+        if is_path(value):
+            raise UsageError(f"{field}={value!r} does not exist; give a folder with a saved model, or a hub id")
+    return value
+
+
+def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model for training: padded on the right, with EOS where it has no padding token.
 
     Raises:
         UsageError: there is none.
     """
-    # A path that is none would else be asked of the hub.
-    if not Path(model).expanduser().exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
-        raise UsageError(f"model={model!r} does not exist; give a folder with a saved model, or a hub id")
-    with as_usage_error(OSError, ValueError, prefix=f"model={model!r} has no tokenizer that can be loaded: "):
-        tokenizer = AutoTokenizer.from_pretrained(model)
+    with as_usage_error(Exception, prefix=f"model={args.model!r} has no tokenizer that can be loaded: "):
+        tokenizer = AutoTokenizer.from_pretrained(
+            check_model("model", args.model), trust_remote_code=args.trust_remote_code
+        )
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise UsageError(f"model={model!r} has a tokenizer with neither padding nor EOS token; add one to it")
+            raise UsageError(f"model={args.model!r} has a tokenizer with neither padding nor EOS token; add one to it")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -46,20 +68,35 @@ def load_model(args: ModelArguments, device: torch.device) -> PreTrainedModel:
     dtype: Any = args.dtype
     if dtype == "auto" and on_cpu:
         dtype = "float32"  # bfloat16 is several times slower there
-    options: dict[str, Any] = {"dtype": dtype}
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": args.trust_remote_code}
     if args.load_in_4bit:
         compute = torch.float32 if on_cpu else torch.bfloat16
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
         )
-    with as_usage_error(ImportError, OSError, ValueError, prefix=f"model={args.model!r} could not be loaded: "):
-        model = AutoModelForCausalLM.from_pretrained(args.model, **options)
-    module: Any
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # Else an evaluation on a CPU repacks the 4-bit weights for inference, and training gets no gradient after.
-            module.support_avx512bf16_for_cpu = False
+    with as_usage_error(Exception, prefix=f"model={args.model!r} could not be loaded: "):
+        folder = check_model("model", args.model)
+        check_causal(AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code), args.model)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    model: PreTrainedModel = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):
+        raise UsageError(
+            f"model={args.model!r} has no weights for {missing[0]} ({len(missing)} are missing); give a whole model"
+        )
     return model
+
+
+def check_causal(config: Any, model: str) -> None:
+    """Raises: UsageError: transformers has no causal language model for a config."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (
+        getattr(config, "auto_map", None) or {}
+    ):
+        return
+    what = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else f"of type {config.model_type!r}"
+    raise UsageError(
+        f"model={model!r} is {what} and not a causal language model, which this command needs; use the methods from "
+        "Python, with get_peft_model"
+    )
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig, *, gradient_checkpointing: bool) -> PeftModel:
@@ -68,17 +105,43 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, *, gradient_checkpoi
     Raises:
         UsageError: target modules that the model does not have, or that the method cannot adapt.
     """
+    check_targets(model, config)
+    check_memory(config, model)
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
+    # What torch raises where memory or integers do not suffice is a RuntimeError.
+    with as_usage_error(ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError, MemoryError):
+        keep_trainable_on_cpu(model)
+        return get_peft_model(model, config)
+
+
+def check_targets(model: PreTrainedModel, config: PeftConfig) -> None:
+    """Check an adapter's target modules against a model.
+
+    Raises:
+        UsageError: names no module of the model, a bad expression, or none where the model's type has no default.
+    """
     names = [name for name, _ in model.named_modules()]
+    check_expressions(config, names)
     for field in ("target_modules", "exclude_modules"):
-        wanted = getattr(config, field)
+        wanted = getattr(config, field, None)
         for target in [] if wanted is None or isinstance(wanted, str) else sorted(wanted):
             if not any(name == target or name.endswith(f".{target}") for name in names):
                 choice = _targets(model, config)
                 raise UsageError(f"{field}={target!r} names no module of the model; choose from {_listed(choice)}")
-    if getattr(model, "is_quantized", False):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
-    with as_usage_error(ValueError):
-        return get_peft_model(model, config)
+    needed = getattr(config, "target_modules", "") is None and not getattr(config, "target_parameters", None)
+    known = _default_targets(config)
+    if needed and known and config.peft_type != "MEFT" and model.config.model_type not in known:
+        raise UsageError(
+            f"no target modules are known for models of type {model.config.model_type!r}; name them with "
+            f"--target_modules, from {_listed(_targets(model, config))}, or all-linear"
+        )
+
+
+def _default_targets(config: PeftConfig) -> dict[str, Any]:
+    """Model type -> what a method adapts by default."""
+    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)  # type: ignore[call-overload]
+    return dict(getattr(tuner, "target_module_mapping", None) or {})
 
 
 def _targets(model: PreTrainedModel, config: PeftConfig) -> set[str]:
@@ -87,7 +150,9 @@ def _targets(model: PreTrainedModel, config: PeftConfig) -> set[str]:
         from meft.targets import candidates
 
         return set(candidates(model))
-    return {name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)}
+    head = model.get_output_embeddings()
+    linear = {name for name, module in model.named_modules() if _is_linear(module) and module is not head}
+    return {name.rpartition(".")[2] for name in linear}
 
 
 def _is_linear(module: torch.nn.Module) -> bool:
@@ -95,4 +160,4 @@ def _is_linear(module: torch.nn.Module) -> bool:
 
 
 def _listed(names: set[str]) -> str:
-    return ", ".join(sorted(names))
+    return ", ".join(sorted(names)) or "no module: the model has none that fits"

@@ -11,9 +11,11 @@ import yaml
 from peft import PeftConfig
 from transformers import TrainingArguments
 
+from aslora_meft.checks import check_numbers
 from aslora_meft.config_arguments import METHODS, add_config_arguments, make_config
 from aslora_meft.errors import UsageError, as_usage_error
 from aslora_meft.parser import CommandParser
+from aslora_meft.text import local_path
 
 
 def _doc(text: str) -> dict[str, str]:
@@ -32,6 +34,9 @@ class ModelArguments:
         metadata=_doc("Type of the base weights; auto: the one that they were saved in, on a CPU float32."),
     )
     load_in_4bit: bool = field(default=False, metadata=_doc("Quantise the base weights to NF4 with bitsandbytes."))
+    trust_remote_code: bool = field(
+        default=False, metadata=_doc("Run Python code that the model's folder or repository brings along.")
+    )
 
 
 @dataclass
@@ -39,12 +44,15 @@ class DataArguments:
     """What is learnt and what is held out."""
 
     _argument_group_name = "data"
-    data: str = field(
+    data: list[str] = field(
         metadata=_doc(
-            "A .jsonl, .json, .csv or .txt file, or a hub id. Columns: messages, prompt + completion, or text."
+            "Files (.jsonl, .json, .csv, .tsv, .txt, .parquet; text also with .gz) or hub ids. Columns: messages, "
+            "conversations, prompt + completion, instruction + output, or text."
         )
     )
-    eval_data: str | None = field(default=None, metadata=_doc("Held-out file or hub id. None: split off from --data."))
+    eval_data: list[str] | None = field(
+        default=None, metadata=_doc("Held-out files or hub ids. None: split off from --data.")
+    )
     eval_size: float = field(
         default=0.1, metadata=_doc("Held out from --data by a seeded split: a share (< 1) or a number of rows.")
     )
@@ -132,26 +140,42 @@ def parse_train(argv: list[str]) -> TrainArguments:
     )
     add_config_arguments(parser, METHODS)
     if argv and not argv[0].startswith("-"):
-        argv = [*_yaml_arguments(Path(argv[0]), parser), *argv[1:]]
+        argv = [*_yaml_arguments(local_path("CONFIG.yaml", argv[0]), parser), *argv[1:]]
     values = parser.read(argv)
     # TrainingArguments checks its own values when it is built.
-    with as_usage_error(ValueError):
+    with as_usage_error(Exception):
         model, data, trainer = (
             group(**{item.name: values.pop(item.name) for item in dataclasses.fields(group) if item.init})
             for group in _GROUPS
         )
+    check_numbers(trainer)
     return TrainArguments(model, make_config(model.method, values), data, trainer)
 
 
 def _yaml_arguments(path: Path, parser: CommandParser) -> list[str]:
     """The file's fields as command-line words, so that both are checked by one parser."""
-    if not path.is_file():
-        raise UsageError(f"the configuration file {str(path)!r} does not exist; give a YAML file or only --name value")
-    with as_usage_error(yaml.YAMLError, UnicodeDecodeError, prefix=f"{path} is not valid YAML: "):
-        # BaseLoader leaves every scalar as written: "no" and "1e-3" mean what they mean on the command line.
-        fields = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    if not isinstance(fields, dict):
-        raise UsageError(f"{path} holds no fields; write one 'field: value' a line")
+    with as_usage_error(OSError, prefix=f"the configuration file {str(path)!r} cannot be read: "):
+        if not path.is_file():
+            raise UsageError(
+                f"the configuration file {str(path)!r} does not exist; give a YAML file or only --name value"
+            )
+        with as_usage_error(UnicodeDecodeError, prefix=f"{path} is not UTF-8, save it as such: "):
+            text = path.read_text(encoding="utf-8-sig")
+    with as_usage_error(yaml.YAMLError, prefix=f"{path} is not valid YAML: "):
+        try:
+            # An alias can stand for a value many times its own size.
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.BaseLoader)):
+                raise UsageError(f"{path} uses a YAML alias (*name); write the value out")
+            # BaseLoader leaves every scalar as written: "no" and "1e-3" mean what they mean on the command line.
+            fields = yaml.load(text, Loader=yaml.BaseLoader)
+            if not isinstance(fields, dict):
+                raise UsageError(f"{path} holds no fields; write one 'field: value' a line")
+            return _words(fields, path, parser)
+        except RecursionError:
+            raise UsageError(f"{path} is nested too deeply; flatten it") from None
+
+
+def _words(fields: dict[Any, Any], path: Path, parser: CommandParser) -> list[str]:
     unknown = [str(name) for name in fields if name not in parser.names()]
     if unknown:
         raise UsageError(f"{path}: unknown field {unknown[0]!r}; {parser.suggestion(unknown[0])}")

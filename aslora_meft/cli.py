@@ -3,17 +3,17 @@
 import argparse
 import sys
 import warnings
-from pathlib import Path
 
 from aslora_meft import __version__
 from aslora_meft.errors import RaisingParser, UsageError, as_usage_error
+from aslora_meft.text import local_path
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0, or 2 after bad input, which is told in one sentence on stderr.
+        The exit code: 0; 2 after bad input, and 130 after Ctrl-C, each with one sentence on stderr.
     """
     try:
         with warnings.catch_warnings():
@@ -23,6 +23,9 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"aslora-meft: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"aslora-meft: {interrupt or 'interrupted; nothing was saved'}", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -88,7 +91,7 @@ def _run(argv: list[str]) -> None:
 
         generate(rest)
     elif options.command == "evaluate":
-        from aslora_meft.evaluate import run as evaluate
+        from aslora_meft.evaluate_command import run as evaluate
 
         evaluate(rest)
     elif rest:
@@ -106,6 +109,11 @@ def _example(command: str) -> str:
 
 
 def _export(adapter_dir: str, form: str, out_dir: str) -> None:
+    from aslora_meft.checks import check_output
+    from aslora_meft.saved import check_saved_adapter
+
+    check_saved_adapter("ADAPTER_DIR", adapter_dir)
+    check_output("OUT_DIR", out_dir)
     if form == "lora":
         from aslora import export_to_lora as export
     elif form == "resident":
@@ -113,10 +121,13 @@ def _export(adapter_dir: str, form: str, out_dir: str) -> None:
     else:
         from meft import export_dense as export
 
-    with as_usage_error(ValueError), as_usage_error(OSError, prefix=f"OUT_DIR='{out_dir}' cannot be written: "):
-        export(adapter_dir, out_dir)
+    with (
+        as_usage_error(ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError),
+        as_usage_error(OSError, prefix=f"OUT_DIR={out_dir!r} cannot be written: "),
+    ):
+        export(local_path("ADAPTER_DIR", adapter_dir), local_path("OUT_DIR", out_dir))
     written = {"lora": "LoRA adapter", "resident": "Resident tensors", "dense": "Dense adapter"}[form]
-    print(f"{written}: {Path(out_dir).resolve()}")
+    print(f"{written}: {local_path('OUT_DIR', out_dir).resolve()}")
 
 
 if __name__ == "__main__":

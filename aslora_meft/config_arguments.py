@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
@@ -13,6 +12,7 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 from aslora import ASLoRAConfig
 from aslora_meft.errors import UsageError, as_usage_error
+from aslora_meft.text import parse_json
 from meft import MEFTConfig
 
 METHODS: dict[str, type[PeftConfig]] = {"aslora": ASLoRAConfig, "meft": MEFTConfig, "lora": LoraConfig}
@@ -58,7 +58,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, configs: Mapping[str, 
 
 
 def read_fields(
-    method: str, given: Mapping[str, str | list[str]], configs: Mapping[str, type[PeftConfig]]
+    method: str, words: Mapping[str, str | list[str]], configs: Mapping[str, type[PeftConfig]]
 ) -> dict[str, Any]:
     """Turn words into the fields of a method's config.
 
@@ -68,32 +68,32 @@ def read_fields(
     config = configs[method]
     known, hints = config_fields(config), get_type_hints(config)
     fields = {}
-    for name, value in given.items():
-        words = [value] if isinstance(value, str) else value
+    for name, value in words.items():
+        parts = [value] if isinstance(value, str) else value
         if name not in known:
             others = [other for other in configs if name in config_fields(configs[other])]
             remedy = getattr(config, "remedies", {}).get(name, f"drop it or use method={' or '.join(others)}")
-            raise UsageError(f"{name}={' '.join(words)} has no meaning with method={method}; {remedy}")
-        fields[name] = _read(known[name], words, hints[name])
+            raise UsageError(f"{name}={' '.join(parts)} has no meaning with method={method}; {remedy}")
+        fields[name] = _read(known[name], parts, hints[name])
     return fields
 
 
-def make_config(method: str, given: Mapping[str, str | list[str]]) -> PeftConfig:
+def make_config(method: str, words: Mapping[str, str | list[str]]) -> PeftConfig:
     """The config of one of :data:`METHODS` for a causal language model; what is not given has the method's default.
 
     Raises:
         UsageError: a field that the method does not have, or a value that it does not allow.
     """
-    fields = read_fields(method, given, METHODS)
-    with as_usage_error(ValueError, TypeError, ImportError):
+    fields = read_fields(method, words, METHODS)
+    with as_usage_error(ValueError, TypeError, ImportError, OverflowError, RecursionError):
         config: Any = METHODS[method](task_type="CAUSAL_LM", **fields)
     if method == "lora":  # its config checks nothing
         if config.r < 1:
             raise UsageError(f"r={config.r} is no rank; give an integer of at least 1")
         if not 0 <= config.lora_dropout < 1:
             raise UsageError(f"lora_dropout={config.lora_dropout} is out of range; give a number in [0, 1)")
-    made: PeftConfig = config
-    return made
+    result: PeftConfig = config
+    return result
 
 
 def _kinds(annotation: Any) -> list[Any]:
@@ -130,8 +130,7 @@ def _is_pattern(word: str) -> bool:
 
 
 def _read_json(name: str, word: str, kinds: Sequence[Any]) -> Any:
-    with as_usage_error(ValueError, RecursionError, prefix=f"{name}={word!r} is not valid JSON: "):
-        value = json.loads(word)
+    value = parse_json(word, f"{name}={word!r}")
     mappings = [kind for kind in kinds if get_origin(kind) is not list]
     wanted = [dict] * bool(mappings) + [list] * (len(mappings) < len(kinds))
     if not isinstance(value, tuple(wanted)):
@@ -162,15 +161,15 @@ def _read_scalar(field: dataclasses.Field[Any], word: str, kinds: Sequence[Any])
 
 
 def _metavar(name: str, configs: Sequence[type[PeftConfig]]) -> str:
-    told = []
+    names = []
     for config in configs:
         kinds = _kinds(get_type_hints(config)[name])
         choices = getattr(config, "choices", {}).get(name) or [c for k in kinds for c in get_args(k) if type(c) is str]
         if choices:
-            told.append("{" + ",".join(choices) + "}")
+            names.append("{" + ",".join(choices) + "}")
         else:
-            told += ["JSON" if _nested(k) else _type_name((get_args(k) or (k,))[0]) for k in kinds]
-    return "|".join(dict.fromkeys(told))
+            names += ["JSON" if _nested(k) else _type_name((get_args(k) or (k,))[0]) for k in kinds]
+    return "|".join(dict.fromkeys(names))
 
 
 def _type_name(kind: Any) -> str:
@@ -186,8 +185,8 @@ def _help(name: str, configs: Mapping[str, type[PeftConfig]]) -> str:
     if len(set(texts.values())) == 1:
         text = texts[next(iter(texts))]
     else:
-        parts = {told: [m for m in texts if texts[m] == told] for told in texts.values()}
-        text = " ".join(f"{', '.join(of)}: {_SENTENCE.split(told)[0]}" for told, of in parts.items())
+        parts = {help_text: [m for m in texts if texts[m] == help_text] for help_text in texts.values()}
+        text = " ".join(f"{', '.join(of)}: {_SENTENCE.split(help_text)[0]}" for help_text, of in parts.items())
     if len(set(map(repr, defaults.values()))) == 1:
         text += f" (default: {next(iter(defaults.values()))})"
     elif defaults:

@@ -5,9 +5,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+_LONGEST = 300  # characters of a library's message
+
 
 class UsageError(ValueError):
     """Bad input: one sentence that names the field, the value and the remedy. The command line exits with code 2."""
+
+    def __init__(self, message: str) -> None:
+        cut = f"{message[:400]} ... {message[-200:]}" if len(message) > 800 else message
+        super().__init__("".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in cut))
 
 
 @contextmanager
@@ -21,7 +27,13 @@ def as_usage_error(*errors: type[Exception], prefix: str = "") -> Iterator[None]
     except UsageError:
         raise
     except errors as error:
-        raise UsageError(prefix + " ".join(str(error).split())) from error
+        raise UsageError(prefix + _sentence(error)) from error
+
+
+def _sentence(error: Exception) -> str:
+    """A library's message in one line, up to the end of a sentence where it is long."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if len(message) <= _LONGEST else message[: message.find(". ", 80, _LONGEST) + 1] or message
 
 
 class RaisingParser(argparse.ArgumentParser):

@@ -31,7 +31,7 @@ def write_results(arguments: TrainArguments, results: dict[str, Any]) -> None:
     training["lr_scheduler_type"] = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     results = {
         **results,
-        "data": {"trained on": _name(data.data), "held out": _held_out(data, args.seed)},
+        "data": {"trained on": _names(data.data), "held out": _held_out(data, args.seed)},
         "data_form": {name: getattr(data, name) for name in DATA_FORM},
         "training": {name: value for name, value in training.items() if value not in (None, False, "", -1)},
     }
@@ -45,10 +45,10 @@ def next_commands(arguments: TrainArguments) -> str:
     """The commands with which to use what was trained."""
     out = shlex.quote(arguments.trainer.output_dir)
     data = arguments.data
-    asked = "" if data.eval_data is None else f" --data {shlex.quote(data.eval_data)}"
+    asked = "" if data.eval_data is None else f" --data {shlex.join(data.eval_data)}"
     lines = [
         f"aslora-meft generate {out} --compare",
-        f"aslora-meft evaluate {out} --compare" + (asked or f" --held_out --data {shlex.quote(data.data)}"),
+        f"aslora-meft evaluate {out} --compare" + (asked or f" --held_out --data {shlex.join(data.data)}"),
     ]
     if arguments.model.method == "aslora":
         exported = shlex.quote(arguments.trainer.output_dir.rstrip("/") + "-lora")
@@ -56,14 +56,14 @@ def next_commands(arguments: TrainArguments) -> str:
     return "\n".join(["Next:", *(f"  {line}" for line in lines)])
 
 
-def _name(source: str) -> str:
-    """A hub id, or the name of a file: where it lay says nothing to others."""
-    path = Path(source).expanduser()
-    return path.name if path.exists() else source
+def _names(sources: list[str]) -> str:
+    """Hub ids, and the names of files: where they lay says nothing to others."""
+    paths = {source: Path(source).expanduser() for source in sources}
+    return ", ".join(path.name if path.exists() else source for source, path in paths.items())
 
 
 def _held_out(data: DataArguments, seed: int) -> str:
     if data.eval_data is not None:
-        return _name(data.eval_data)
+        return _names(data.eval_data)
     what = f"{data.eval_size:.0%}" if data.eval_size < 1 else f"{data.eval_size:g} rows"
     return f"{what} of it, chosen by seed {seed}"

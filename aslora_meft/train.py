@@ -1,6 +1,5 @@
 """The recipe of ``aslora-meft train``: load, adapt, train and save, with an evaluation before and after."""
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import (
     DataCollatorForSeq2Seq,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -21,11 +21,15 @@ from transformers import (
 from aslora_meft.adapter import add_adapter, load_model, load_tokenizer
 from aslora_meft.arguments import TrainArguments, TrainerArguments
 from aslora_meft.checkpoints import checkpoint_to_resume, set_aside
+from aslora_meft.checks import check_optimizer, check_output
+from aslora_meft.data.samples import IGNORED, Samples, load_samples
 from aslora_meft.errors import UsageError, as_usage_error
-from aslora_meft.evaluation import token_metrics, token_sums
+from aslora_meft.evaluate import token_metrics, token_sums
 from aslora_meft.finish import next_commands, write_results
 from aslora_meft.hub import prepare_push, push
-from aslora_meft.samples import IGNORED, load_samples
+from aslora_meft.interrupt import Interrupted, StopAtStep
+from aslora_meft.summary import merge_lines, merges, metrics_table, run_header, shares
+from aslora_meft.text import parse_json
 
 
 class TrainResult(NamedTuple):
@@ -47,15 +51,15 @@ class MergeEvents(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave out the merges that a resumed checkpoint brings along."""
-        self._seen = len(_merges(kwargs["model"]))
+        self._seen = len(merges(kwargs["model"]))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the merges of this step."""
-        merges = _merges(kwargs["model"])
+        found = merges(kwargs["model"])
         if state.is_world_process_zero:
-            for line in _told(merges[self._seen :]):
+            for line in merge_lines(found[self._seen :]):
                 tqdm.write(line)
-        self._seen = len(merges)
+        self._seen = len(found)
 
 
 def train(arguments: TrainArguments) -> TrainResult:
@@ -67,53 +71,62 @@ def train(arguments: TrainArguments) -> TrainResult:
         UsageError: bad input, in one sentence.
     """
     args = arguments.trainer
+    check_optimizer(args)
     checkpoint, passed = _check_folders(args, arguments.adapter)
-    tokenizer = load_tokenizer(arguments.model.model)
-    train_samples, eval_samples = load_samples(arguments.data, tokenizer, args.seed)
+    tokenizer = load_tokenizer(arguments.model)
+    samples = load_samples(arguments.data, tokenizer, args.seed)
     base = load_model(arguments.model, args.device)
-    longest = getattr(base.config, "max_position_embeddings", None)
-    if longest is not None and arguments.data.max_length > longest:
-        raise UsageError(
-            f"max_length={arguments.data.max_length} is more than the model's {longest}; give at most that"
-        )
+    _check_tokens(base, tokenizer, samples, arguments.data.max_length)
     set_seed(args.seed)  # the adapter's first values
     model = add_adapter(base, arguments.adapter, gradient_checkpointing=bool(args.gradient_checkpointing))
 
     repository = prepare_push(args)
-    with as_usage_error(ValueError):  # what TrainingArguments leaves to the Trainer to check
+    stop = StopAtStep()
+    with as_usage_error(ValueError, ImportError, TypeError):  # what TrainingArguments leaves to the Trainer to check
         trainer = Trainer(
             model=model,
             args=args,
-            train_dataset=train_samples,  # type: ignore[arg-type]  # a list will do
-            eval_dataset=eval_samples,  # type: ignore[arg-type]
+            train_dataset=samples.train,  # type: ignore[arg-type]  # a list will do
+            eval_dataset=samples.held_out,  # type: ignore[arg-type]
             data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
             processing_class=tokenizer,
             compute_metrics=token_metrics,
             preprocess_logits_for_metrics=token_sums,
-            callbacks=[MergeEvents()] if _shares(model) else None,
+            callbacks=[stop, MergeEvents()] if shares(model) else [stop],
         )
+        trainer.get_train_dataloader()
+    if trainer.is_world_process_zero():
+        print(run_header(model, args, samples), flush=True)
     before = _metrics(trainer)
     if trainer.is_world_process_zero():
         for torn, why in passed.items():
             aside = set_aside(torn)
             warnings.warn(f"'{torn}' is not whole ({why}): it is now '{aside}', the run goes on from '{checkpoint}'.")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    finally:
+        stop.give_back()
+    if stop.step is not None:
+        raise Interrupted(
+            f"stopped after step {stop.step}, which {args.output_dir}/checkpoint-{stop.step} holds; to go on, run the "
+            "same command with --resume_from_checkpoint last"
+        )
     after = _metrics(trainer)
     tuner: Any = model.base_model
-    if _shares(model):
+    if shares(model):
         tuner.finish_sharing()
     trainer.save_model()
     if trainer.is_world_process_zero():
         results: dict[str, Any] = {"before": before, "after": after}
-        print("\n" + _table(before, after))
-        if _shares(model):
+        print("\n" + metrics_table(before, after))
+        if shares(model):
             report = tuner.sharing_report()
             results["sharing"] = report.to_dict()
             print(f"\n{report}")
         if hasattr(tuner, "transfer_report"):
             transfers = tuner.transfer_report()
             results["transfers"] = transfers.to_dict()
-            print(f"\n{_transfers(transfers)}")
+            print(f"\n{transfers}")
         write_results(arguments, results)
         print(f"\nAdapter and tokenizer: {Path(args.output_dir).resolve()}")
         if repository is not None:
@@ -124,9 +137,7 @@ def train(arguments: TrainArguments) -> TrainResult:
 
 def _check_folders(args: TrainerArguments, config: Any) -> tuple[Path | None, dict[Path, str]]:
     """Returns the checkpoint to resume from, and newer ones that are not whole, with the reasons."""
-    output = Path(args.output_dir)
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"output_dir={args.output_dir!r} is a file; name a new or empty folder")
+    output = check_output("output_dir", args.output_dir)
     if args.resume_from_checkpoint is None:
         if output.is_dir() and any(output.iterdir()):
             raise UsageError(
@@ -135,7 +146,7 @@ def _check_folders(args: TrainerArguments, config: Any) -> tuple[Path | None, di
             )
         return None, {}
     checkpoint, passed = checkpoint_to_resume(args.resume_from_checkpoint, output)
-    saved = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
+    saved = parse_json((checkpoint / "adapter_config.json").read_text(encoding="utf-8"), str(checkpoint))
     wanted: dict[str, Any] = {"method": config.peft_type.lower()}
     there: dict[str, Any] = {"method": str(saved.get("peft_type")).lower()}
     for name in ("r", "lora_alpha", "use_rslora", "share_a", "num_experts", "experts_per_token", "top_k"):
@@ -150,61 +161,28 @@ def _check_folders(args: TrainerArguments, config: Any) -> tuple[Path | None, di
     return checkpoint, passed
 
 
+def _check_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples, max_length: int
+) -> None:
+    """Check that the model has a place for each position and an embedding for each token.
+
+    Raises:
+        UsageError: it has not.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and max_length > longest:
+        raise UsageError(f"max_length={max_length} is more than the model's {longest}; give at most that")
+    embeddings: Any = model.get_input_embeddings()
+    known = len(embeddings.weight)
+    highest = max(max(sample["input_ids"]) for sample in (*samples.train, *samples.held_out))
+    if max(highest, tokenizer.pad_token_id) >= known:
+        raise UsageError(
+            f"the tokenizer gives token {max(highest, tokenizer.pad_token_id)} and the model has embeddings for "
+            f"{known:,}; give the tokenizer that belongs to the model"
+        )
+
+
 def _metrics(trainer: Trainer) -> dict[str, float]:
     names = ("loss", "perplexity", "accuracy", "tokens")
     metrics = trainer.evaluate()
     return {name: metrics[f"eval_{name}"] for name in names}
-
-
-def _table(before: dict[str, float], after: dict[str, float]) -> str:
-    rows = [("held out", "before", "after")]
-    rows += [(name, f"{before[name]:.4g}", f"{after[name]:.4g}") for name in ("loss", "perplexity")]
-    rows += [("token accuracy", f"{before['accuracy']:.1%}", f"{after['accuracy']:.1%}")]
-    lines = [f"{name:<16}{left:>10}{right:>10}" for name, left, right in rows]
-    return "\n".join([*lines, f"({before['tokens']:,} tokens)"])
-
-
-def _transfers(report: Any) -> str:
-    """What a MEFT run moved: nothing where rows were read in place, whatever the counters say would have moved."""
-    if report.strategy is not None:
-        return str(report)
-    lines = [
-        ("retrieval", "in place"),
-        ("host to device", "0 MiB"),
-        ("device to host", "0 MiB"),
-        ("neurons used a pass and layer, |U| / r", f"{report.union_share:.3f}"),
-        ("busiest expert's load / even load", f"{report.busiest_expert_share:.2f}"),
-        ("experts never used", f"{report.idle_expert_share:.1%}"),
-    ]
-    to_device, to_host = (report.totals()[name] / 2**20 for name in ("bytes_to_device", "bytes_to_host"))
-    note = (
-        "(The model is on the CPU, where nothing crosses. To a GPU, retrieval=host would have brought "
-        f"{to_device:,.1f} MiB, and {to_host:,.1f} MiB back.)"
-    )
-    return "\n".join([*(f"{name:<40}{value:>16}" for name, value in lines), note])
-
-
-def _shares(model: PeftModel) -> bool:
-    return hasattr(model.base_model, "sharing_report")
-
-
-def _merges(model: PeftModel) -> list[dict[str, Any]]:
-    tuner: Any = model.base_model
-    return tuner.sharing_report().to_dict()["merges"]
-
-
-def _told(merges: list[dict[str, Any]]) -> list[str]:
-    """One line for the merges of a projection: layers that now take the B of others."""
-    lines = []
-    for projection in dict.fromkeys(merge["projection"] for merge in merges):
-        events = [merge for merge in merges if merge["projection"] == projection]
-        pairs = ", ".join(f"{_listed(merge['lower'])} -> {_listed(merge['upper'])}" for merge in events)
-        distance = max(merge["distance"] for merge in events)
-        lines.append(f"step {events[-1]['step']}: {projection} merges layers {pairs} (distance up to {distance:.3g})")
-    return lines
-
-
-def _listed(layers: list[int]) -> str:
-    if len(layers) > 3:
-        return f"{layers[0]}+..+{layers[-1]} ({len(layers)} layers)"
-    return "+".join(map(str, layers))

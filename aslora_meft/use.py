@@ -1,14 +1,12 @@
 """Saved adapters, loaded for use: what ``aslora-meft generate`` and ``evaluate`` have in common."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from peft.utils import CONFIG_NAME
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import aslora  # noqa: F401  # both make PEFT know their method
@@ -16,6 +14,7 @@ import meft  # noqa: F401
 from aslora_meft.adapter import load_model, load_tokenizer
 from aslora_meft.arguments import ModelArguments
 from aslora_meft.errors import UsageError, as_usage_error
+from aslora_meft.saved import check_saved_adapter
 from peft_bridge import read_results
 
 BASE = "base model"
@@ -35,6 +34,9 @@ class UseArguments:
         default="auto", metadata={"help": "Type of the base weights; auto: as saved, on a CPU float32."}
     )
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the base weights to NF4 with bitsandbytes."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that the model's folder or repository brings along."}
+    )
 
 
 class Loaded(NamedTuple):
@@ -57,7 +59,7 @@ def load_adapters(folders: list[str], args: UseArguments) -> Loaded:
     Raises:
         UsageError: a folder holds no adapter, adapters were trained on different base models, or one does not fit.
     """
-    bases = {folder: _base_of(folder) for folder in folders}
+    bases = {folder: check_saved_adapter("ADAPTER_DIR", folder).get("base_model_name_or_path") for folder in folders}
     first = folders[0]
     base = args.model or bases[first]
     if base is None:
@@ -69,10 +71,13 @@ def load_adapters(folders: list[str], args: UseArguments) -> Loaded:
                 "model, or the model to use by --model"
             )
     own = any((Path(first) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    tokenizer = load_tokenizer(first if own else base)
+    wanted = ModelArguments(
+        base, dtype=args.dtype, load_in_4bit=args.load_in_4bit, trust_remote_code=args.trust_remote_code
+    )
+    tokenizer = load_tokenizer(replace(wanted, model=first) if own else wanted)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = device or torch.device("cpu")
-    model = load_model(ModelArguments(base, dtype=args.dtype, load_in_4bit=args.load_in_4bit), device)
+    model = load_model(wanted, device)
     if not args.load_in_4bit:
         model.to(device)  # type: ignore[arg-type]  # of a decorated method
     names: list[str] = []
@@ -82,18 +87,6 @@ def load_adapters(folders: list[str], args: UseArguments) -> Loaded:
             model.load_adapter(str(folder), name)
         names.append(name)
     return Loaded(model.eval(), tokenizer, names, read_results(Path(first)))
-
-
-def _base_of(folder: str) -> str | None:
-    path = Path(folder) / CONFIG_NAME
-    if not path.is_file():
-        raise UsageError(f"ADAPTER_DIR='{folder}' holds no {CONFIG_NAME}; give the folder of a saved adapter")
-    with as_usage_error(ValueError, prefix=f"'{path}' is damaged, restore it from a good save: "):
-        config = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise UsageError(f"'{path}' is no JSON object; restore it from a good save")
-    base: str | None = config.get("base_model_name_or_path")
-    return base
 
 
 def _unused(name: str, others: list[str]) -> str:

@@ -41,7 +41,7 @@ from environment import environment
 from peft import LoraConfig, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
 
-from aslora_meft import smollm2
+from aslora_meft.demo import smollm2
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

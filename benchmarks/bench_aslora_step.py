@@ -32,7 +32,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from aslora import ASLoRAConfig
-from aslora_meft import smollm2
+from aslora_meft.demo import smollm2
 from peft_bridge import replace_file
 
 ROOT = Path(__file__).resolve().parent.parent

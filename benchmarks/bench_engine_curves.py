@@ -24,9 +24,9 @@ from environment import environment
 from peft_bridge import replace_file
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "tests" / "meft"))
-from engine_curves import SMALL, SMOL, differences, smol  # noqa: E402 - the tests run them on small models
-from thread_streams import ThreadStreams  # noqa: E402
+sys.path.append(str(ROOT))
+from tests.support.engine_curves import SMALL, SMOL, differences, smol  # noqa: E402 - the tests run them on small models
+from tests.support.thread_streams import ThreadStreams  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "engine_curves.json"
 LIMIT = 1e-5  # between the losses of the engine and those of the formula with its picks

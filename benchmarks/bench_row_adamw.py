@@ -25,7 +25,8 @@ from environment import environment
 from torch import Tensor
 
 from adapter_kernels.runtime.host_threads import VARIABLE
-from meft.table.row_step import StepRule, native_library, update_rows
+from meft.table.moments import Moments
+from meft.table.row_step import RowState, StepRule, native_library, update_rows
 from peft_bridge import replace_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,8 +45,8 @@ def require(condition: bool, what: str) -> None:
         raise SystemExit(f"check failed, nothing is reported: {what}")
 
 
-def state_of(table: Tensor) -> list[Tensor]:
-    return [table.clone(), torch.zeros_like(table), torch.zeros_like(table), torch.zeros(len(table), dtype=torch.int32)]
+def state_of(table: Tensor) -> RowState:
+    return Moments.fresh(table).row_state(table.clone())
 
 
 def optimizer_step(kind: type[torch.optim.Optimizer], tensor: Tensor, grad: Tensor, **settings) -> Callable[[], object]:
@@ -66,14 +67,15 @@ def check(table: Tensor, rows: Tensor, grads: Tensor) -> dict[str, float | bool]
         parameter.grad = grads * scale
         optimizer.step()
         for path, state in states.items():
-            update_rows(*state, rows, grads * scale, RULE, native=path)
+            update_rows(state, rows, grads * scale, RULE, native=path)
     others = torch.ones(len(table), dtype=torch.bool).index_fill_(0, rows, False)
     for state in states.values():
-        require(torch.equal(state[0][others], table[others]), "a row that was not touched has changed")
-    difference = max((state[0][rows] - parameter.detach()).abs().max().item() for state in states.values())
+        require(torch.equal(state.table[others], table[others]), "a row that was not touched has changed")
+    difference = max((state.table[rows] - parameter.detach()).abs().max().item() for state in states.values())
     largest = table.abs().max().item()
     require(difference <= 1e-6 * largest, f"the rows differ from torch's by {difference:.2e}, the largest is {largest}")
-    equal = all(torch.equal(a, b) for a, b in zip(*states.values(), strict=True)) if len(states) == 2 else True
+    tensors = [state.tensors() for state in states.values()]
+    equal = all(torch.equal(a, b) for a, b in zip(tensors[0], tensors[-1], strict=True))
     require(equal, "the C++ library and the torch path differ")
     return {"largest difference from torch / largest value": difference / largest, "paths are bit-equal": equal}
 
@@ -85,7 +87,7 @@ def contestants(table: Tensor, rows: Tensor, grads: Tensor) -> dict[str, Callabl
     for name, path in ((CPP, True), (OWN_TORCH, False)):
         if path is False or native_library():
             state = state_of(table)
-            steps[name] = lambda state=state, path=path: update_rows(*state, rows, grads, RULE, native=path)
+            steps[name] = lambda state=state, path=path: update_rows(state, rows, grads, RULE, native=path)
     # The same bytes, in as many rows at the start of a table of the same size.
     steps[FUSED] = optimizer_step(torch.optim.AdamW, table.clone()[: len(rows)], grads, fused=True, **ADAMW)
     sparse = torch.sparse_coo_tensor(rows[None], grads, (r, d), is_coalesced=True, check_invariants=False)

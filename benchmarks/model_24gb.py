@@ -20,8 +20,9 @@ import torch
 
 from aslora_meft.planner.rates import card, ceilings, rates
 from meft import MEFTConfig
-from meft.cost.memory import STRATEGIES, AdapterShape, Plan, Work
+from meft.cost.memory import AdapterShape, Plan, Work
 from meft.cost.step_time import BaseModel, step_time
+from meft.retrieval.strategies import DEVICE_STRATEGIES
 from peft_bridge import replace_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +57,7 @@ def cell(
         strategy: step_time(
             plan_of(strategy, r, batch * length, share, accumulation), base, ceilings(name), clipping=clipping
         )
-        for strategy in STRATEGIES
+        for strategy in DEVICE_STRATEGIES
     }
     return found | {
         "seconds at least": {strategy: round(time.seconds, 4) for strategy, time in times.items()},
@@ -106,11 +107,12 @@ def markdown(rows: list[dict]) -> str:
     ]
     clipped = [row for row in rows if row["clipping"]]
     for (name, r), group in itertools.groupby(clipped, key=lambda row: (row["card"], row["r"])):
-        text += ["", f"## {name}, r {r}", "", f"| step | {' | '.join(STRATEGIES)} |", "|---" * 6 + "|"]
+        text += ["", f"## {name}, r {r}", "", f"| step | {' | '.join(DEVICE_STRATEGIES)} |", "|---" * 6 + "|"]
         for step, cells in itertools.groupby(group, key=lambda row: (row["accumulation"], row["micro-batch"])):
             listed = list(cells)
             columns = [
-                " / ".join(f"{tokens_per_second(row, strategy):,.0f}" for row in listed) for strategy in STRATEGIES
+                " / ".join(f"{tokens_per_second(row, strategy):,.0f}" for row in listed)
+                for strategy in DEVICE_STRATEGIES
             ]
             text.append(f"| {step[0]} x {step[1]} | {' | '.join(columns)} |")
     return "\n".join(text) + "\n"

@@ -25,7 +25,7 @@ from environment import environment
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import meft.retrieval.in_place
+import meft.routing.topk
 from meft import MEFTConfig
 from peft_bridge import replace_file
 
@@ -58,18 +58,18 @@ class Counter:
 @contextmanager
 def counted(counter: Counter) -> Iterator[None]:
     """Count what a model on the CPU picks inside of the block."""
-    original = meft.retrieval.in_place.select_neurons
+    original = meft.routing.topk.select_neurons
 
-    def counting(*args, **kwargs):
-        selection = original(*args, **kwargs)
-        counter.add(selection.neuron, selection.tokens)
-        return selection
+    def counting(*args):
+        ids, dots = original(*args)
+        counter.add(ids[ids >= 0], len(ids))
+        return ids, dots
 
-    meft.retrieval.in_place.select_neurons = counting
+    meft.routing.topk.select_neurons = counting
     try:
         yield
     finally:
-        meft.retrieval.in_place.select_neurons = original
+        meft.routing.topk.select_neurons = original
 
 
 def batches(ids: torch.Tensor, batch: int, length: int) -> torch.Tensor:

@@ -167,6 +167,8 @@ class MEFTConfig(MethodConfig):
         for name in ("r", "experts_per_token", "top_k"):
             if not is_int(getattr(self, name)) or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be an integer of at least 1.")
+        if self.r >= 2**31:
+            raise ValueError(f"r={self.r} is more than the {2**31 - 1} rows that 32-bit row ids can name: lower it.")
         self._check_sizes()
         if not is_number(self.router_init_scale) or self.router_init_scale <= 0:
             raise ValueError(f"router_init_scale={self.router_init_scale!r} must be a number above 0 (paper: 50).")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,15 +17,12 @@ from .config import MEFTConfig
 from .load_balancing import attach_balance_loss
 from .retrieval import forward_context as context
 from .retrieval.engine import Engine
-from .retrieval.in_place import retrieved
 from .retrieval.second_order import check_not_transformed
-from .retrieval.sparse_ffn import SparseFFN, check_versions
-from .retrieval.types import GatheredRows, Picks
+from .retrieval.types import check_versions
 from .routing.router import Router, Routers
-from .routing.topk import Selection
 from .table.layer_rows import LayerRows
 from .table.row_table import RowTable
-from .transport.transfer import Traffic, nbytes
+from .transport.transfer import Traffic
 
 NOT_MERGEABLE = (
     "MEFT cannot be merged: its routed ReLU neurons are no linear map of the weights. Keep the adapter beside the "
@@ -37,40 +35,6 @@ class LayerSlot(NamedTuple):
 
     engine: Engine
     rows: LayerRows
-
-
-class _Call(NamedTuple):
-    """What an adapter's output begins with.
-
-    Attributes:
-        dtype: of the FFN's input.
-        wide: [T, d], the tokens that are no padding, float32 or float64. router: W_g, [E, d], of wide's dtype.
-        stash: what the pass that is being recomputed has picked; None in other passes.
-        now: the forward pass; None where there is none.
-        done: called when gradients of the rows were made.
-    """
-
-    dtype: torch.dtype
-    wide: Tensor
-    router: Tensor
-    adapter_name: str
-    stash: context.SavedSelection | None
-    now: context.ForwardContext | None
-    done: Callable[[], None]
-
-
-class _Begun(NamedTuple):
-    """An adapter's output that was begun.
-
-    Attributes:
-        known: its picks, and rows to keep for a recomputation; waits for them. Called before `finish`.
-        finish: ends it.
-        refetched: whether rows are brought again for a recomputation.
-    """
-
-    known: Callable[[], tuple[Selection | Picks | None, GatheredRows | None]]
-    finish: Callable[[], Tensor]
-    refetched: bool = False
 
 
 class MEFTLayer(nn.Module, BaseTunerLayer):
@@ -112,14 +76,14 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         made_on = "meta" if empty else "cpu"
         master = getattr(torch, config.master_dtype)
         if config.row_dtype != "auto":
-            wire = getattr(torch, config.row_dtype)
+            compute_dtype = getattr(torch, config.row_dtype)
         else:
-            wire = base_dtype if base_dtype.itemsize < master.itemsize else master
+            compute_dtype = base_dtype if base_dtype.itemsize < master.itemsize else master
         tables = [
             RowTable(
                 (config.r, self.in_features),
                 master=master,
-                wire=wire,
+                compute_dtype=compute_dtype,
                 on_host=config.on_host,
                 pin=config.pin_memory,
                 device=made_on,
@@ -209,17 +173,16 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(*args, **kwargs)
         if self._joins_residual:
             hidden, residual = _arguments(args, kwargs, "hidden_states", "input_tensor")
-            added = self._finish(self._begin(residual, active), residual)
+            added = _untraced(self._finish)(_untraced(self._begin)(residual, active), residual)
             return self.base_layer(hidden, residual + added.to(residual.dtype))
         x = args[0] if args else kwargs["hidden_states"]
-        begun = self._begin(x, active)  # rows come while the base computes
+        begun = _untraced(self._begin)(x, active)  # rows come while the base computes
         output = self.base_layer(*args, **kwargs)
-        added = self._finish(begun, x)
+        added = _untraced(self._finish)(begun, x)
         if isinstance(output, tuple):  # a mixture-of-experts block with its logits
             return (output[0] + added.to(output[0].dtype), *output[1:])
         return output + added.to(output.dtype)
 
-    @torch.compiler.disable
     def _begin(self, x: Tensor, active: list[str]) -> list[Callable[[], Tensor]]:
         if x.shape[-1] != self.in_features:
             raise ValueError(
@@ -228,114 +191,86 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             )
         for name in active:
             check_not_transformed(x, self.router(name), *(table.rows for table in self.tables(name)))
-        # Scores decide: they are computed in full precision whatever autocast says.
-        with torch.autocast(x.device.type, enabled=False):
+        with _as_given(x):
             return [self._begin_one(x.reshape(-1, x.shape[-1]), x.shape, name) for name in active]
 
-    @torch.compiler.disable
     def _finish(self, begun: list[Callable[[], Tensor]], x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with _as_given(x):
             first, *others = [finish() for finish in begun]
             return sum(others, first).view(x.shape)
 
     def _begin_one(self, x: Tensor, shape: torch.Size, adapter_name: str) -> Callable[[], Tensor]:
         """Begin with an adapter's output; what is returned ends it: [T, d]."""
-        now, stash = context.current(), None
+        engine, layer = self.places[adapter_name]
         key = (id(self), adapter_name)
+        now, saved = context.current(), None
         if now is None and context.in_checkpoint_recompute():
             found = context.find_stash(key, x)
             if found is not None:
-                now, stash = found
-                check_versions(stash.versions, self.places[adapter_name].rows.versions)
-        for table in self.tables(adapter_name) if stash is None else ():
-            table.look()
-            if not table.on_host and table.masters.device != x.device:  # as the router
-                table.to(x.device)
-        real = stash.real if stash is not None else _real_tokens(now, shape, x.device)
+                now, saved = found
+                check_versions(saved.versions, layer.versions)
+        if saved is None:
+            self._look_at_rows(adapter_name, x.device)
+        real = saved.real if saved is not None else _real_tokens(now, shape, x.device)
         kept = x if real is None else x.index_select(0, real)
         wide = kept.to(torch.promote_types(x.dtype, torch.float32))
-        router = self.router(adapter_name).to(wide)  # under offloading it may be elsewhere
-        by_engine = self.places[adapter_name].engine.handles(x.device)
-        begin = self._with_engine if by_engine else self._in_place
-        stashed = [] if stash is None else [stash]
-        begun = begin(_Call(kept.dtype, wide, router, adapter_name, stash, now, partial(self._done, now, stashed)))
-        if stash is not None and stash.refetched and now is not None:
-            self._bring_below(now, key)
-        probe = None
-        if stash is None and now is not None and now.recorded and context.checkpointed():
-            probe = context.input_fingerprint(x)  # now: the base FFN may write into its input
-
-        def finish() -> Tensor:
-            if probe is not None:
-                rows, (picks, rows_kept) = self.places[adapter_name].rows, begun.known()
-                made = context.SavedSelection(
-                    rows.number, picks, real, probe, rows.versions, rows_kept, begun.refetched
-                )
-                now.stashes.setdefault(key, []).append(made)  # type: ignore[union-attr]
-                stashed.append(made)
-            y = begun.finish()
-            return y if real is None else x.new_zeros(x.shape, dtype=y.dtype).index_copy(0, real, y)
-
-        return finish
-
-    def _with_engine(self, call: _Call) -> _Begun:
-        config, (engine, layer) = self.configs[call.adapter_name], self.places[call.adapter_name]
-        stash, x = call.stash, call.wide.to(engine.compute_dtype(layer, call.dtype))
-        logits = F.linear(call.wide, call.router)
-        picks, fetched = (stash.picks, stash.fetched) if stash is not None else (None, None)
-        begun = engine.begin(layer, x.detach(), logits.detach(), picks, fetched)  # type: ignore[arg-type]
+        logits = F.linear(wide, self.router(adapter_name).to(wide))  # under offloading the router may be elsewhere
+        inputs = wide.to(engine.compute_dtype(layer, kept))
+        known = (saved.selection, saved.rows) if saved is not None else (None, None)
+        pending = engine.select(layer, inputs.detach(), logits.detach(), *known)
+        stashed = [] if saved is None else [saved]
+        if saved is not None:
+            saved.rows = None
+            if saved.refetched and now is not None:
+                self._gather_below(now, key)
+        checkpointed, recomputes = context.checkpointed(), context.in_checkpoint_recompute()
         # Of a checkpointed layer the rows are kept for its recomputation, whose graph then has them.
-        refetches, checkpointed = engine.refetches, context.checkpointed()
-        if stash is not None:
-            stash.fetched = None
-        absent = refetches and torch.is_grad_enabled() and not checkpointed and not context.in_checkpoint_recompute()
-
-        def known() -> tuple[Picks | None, GatheredRows | None]:
-            rows = engine.complete(begun)
-            return begun.picks, rows if checkpointed and not refetches else None
-
-        version = None if call.wide.is_inference() else call.wide._version  # an inference tensor counts no writes
+        refetch = engine.refetches and torch.is_grad_enabled() and not checkpointed and not recomputes
+        fingerprint = None
+        if saved is None and now is not None and now.recorded and checkpointed:
+            fingerprint = context.input_fingerprint(x)  # now: the base FFN may write into its input
+        version = None if wide.is_inference() else wide._version  # an inference tensor counts no writes
 
         def finish() -> Tensor:
-            if version is not None and call.wide._version != version:
+            if version is not None and wide._version != version:
                 raise RuntimeError(
                     "The FFN writes into its own input, which the adapter beside it still reads: let the FFN write "
                     "into a copy."
                 )
-            y = engine.finish(begun, x, logits, absent, call.done)
-            if config.router_aux_loss_coef and torch.is_grad_enabled():
-                return attach_balance_loss(y, logits, config, call.now)
-            return y
+            rows = engine.gather(pending)
+            if fingerprint is not None:
+                keeps = not (engine.refetches or engine.reads_in_place(x.device))
+                made = context.SavedSelection(
+                    layer.number, pending.selection, real, fingerprint, layer.versions, rows if keeps else None,
+                    engine.refetches,
+                )  # fmt: skip
+                now.stashes.setdefault(key, []).append(made)  # type: ignore[union-attr]
+                stashed.append(made)
+            y = engine.sparse_ffn(pending, inputs, logits, refetch, partial(self._done, now, stashed))
+            if layer.config.router_aux_loss_coef and torch.is_grad_enabled():
+                y = attach_balance_loss(y, logits, layer.config, now)
+            return y if real is None else x.new_zeros(x.shape, dtype=y.dtype).index_copy(0, real, y)
 
-        return _Begun(known, finish, checkpointed and refetches)
+        if not engine.reads_in_place(x.device):
+            return finish
+        y = finish()  # nothing would run beside the base FFN, which may write into its input
+        return lambda: y
 
-    def _bring_below(self, now: context.ForwardContext, key: tuple[int, str]) -> None:
+    def _look_at_rows(self, adapter_name: str, device: torch.device) -> None:
+        """A pass comes, for which the tables have to be as their owners left them, and where the model is."""
+        for table in self.tables(adapter_name):
+            table.look()
+            if not table.on_host and table.masters.device != device:  # as the router
+                table.to(device)
+
+    def _gather_below(self, now: context.ForwardContext, key: tuple[int, str]) -> None:
         """Queue the way of the rows that the recomputation of the layer below will read."""
-        place = self.places[key[1]]
-        wanted = (key[1], place.rows.number - 1)
+        engine, layer = self.places[key[1]]
+        wanted = (key[1], layer.number - 1)
         below = [s for (_, name), stashes in now.stashes.items() for s in stashes if (name, s.number) == wanted]
-        if len(below) == 1 and below[0].refetched and below[0].picks is not None and below[0].fetched is None:
+        if len(below) == 1 and below[0].refetched and below[0].selection is not None and below[0].rows is None:
             below[0].refetched = False  # once
-            below[0].fetched = place.engine.fetch_below(place.rows, below[0].picks)  # type: ignore[arg-type]
-
-    def _in_place(self, call: _Call) -> _Begun:
-        config, layer = self.configs[call.adapter_name], self.places[call.adapter_name].rows
-        wide, router, stash = call.wide, call.router, call.stash
-        with torch.no_grad():
-            logits = F.linear(wide.detach(), router.detach())
-        picks = stash.picks if stash is not None else None
-
-        def done(rows: int) -> None:
-            if config.on_host:
-                layer.traffic.bytes_to_host += 2 * rows * nbytes(layer.keys.rows[:1])
-            call.done()
-
-        with retrieved(wide.detach(), logits, layer, picks) as found:  # type: ignore[arg-type]
-            factors = logits if config.router_factor else None
-            y = SparseFFN.apply(wide, router, layer.keys.rows, layer.values.rows, found, factors, done)
-        if config.router_aux_loss_coef and torch.is_grad_enabled():
-            y = attach_balance_loss(y, F.linear(wide, router), config, call.now)
-        return _Begun(lambda: (found.selection, None), lambda: y)
+            below[0].rows = engine.gather_below(layer, below[0].selection)
 
     def _done(self, now: context.ForwardContext | None, stashed: list[context.SavedSelection]) -> None:
         """Row gradients were made, by the backward pass that something was stashed for."""
@@ -344,6 +279,17 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
                 now.release(stash)
         if self.on_backward is not None:
             self.on_backward()
+
+
+def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that torch.compile leaves alone: its graph breaks there."""
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
+
+
+def _as_given(x: Tensor) -> AbstractContextManager[object]:
+    """Without autocast: scores decide, and are computed in full precision."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:

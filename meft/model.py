@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from peft_bridge import MethodTuner, last_loaded_folder
 
 from .config import MEFTConfig
-from .cost.auto import ModelProfile, model_profile
+from .cost.auto import ModelProfile, chosen, model_profile
 from .cost.host_memory import require_memory_for
 from .files import training_state as state
 from .files.adapter_file import FILE, RESERVED
@@ -28,6 +28,7 @@ from .optim.ddp import RankAverage
 from .optim.optimizer_hook import RowSteps
 from .report import TransferReport, transfer_report
 from .retrieval import forward_context as context
+from .retrieval.costs import Rows
 from .retrieval.engine import Engine
 from .table.row_table import RowTable
 from .targets import FFN_OF, check_ffn, ffn_targets, ffn_width
@@ -94,26 +95,15 @@ class MEFTModel(MethodTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         require_memory_for(peft_config, model)  # type: ignore[arg-type]
 
-    def _create_and_replace(  # type: ignore[override]
-        self,
-        config: MEFTConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **optional_kwargs: Any,
-    ) -> None:
+    def wrap(self, target: nn.Module, path: str, parent: nn.Module, adapter_name: str, config: MEFTConfig) -> MEFTLayer:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        check_ffn(base, current_key, parent, self.model)
-        if isinstance(target, MEFTLayer):
-            layer = target
-        else:
+        check_ffn(base, path, parent, self.model)
+        layer = target
+        if not isinstance(layer, MEFTLayer):
             layer = MEFTLayer(target, ffn_width(base, self.model))
             layer.train(target.training)
-            self._replace_module(parent, target_name, layer, target)
-        self.injection.layers.append((current_key, layer))
         layer.update_layer(adapter_name, config)
+        return layer
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # The inherited one looks for a weight, which an FFN module has not.
@@ -135,15 +125,19 @@ class MEFTModel(MethodTuner):
         self.steps.routers[adapter_name] = [layer.meft_router for layer in layers]
         for layer in layers:
             layer.on_backward = self.ranks.note_backward
-        engine = self.engines[adapter_name] = Engine(config, [], self._around)
+        engine = self.engines[adapter_name] = Engine(config, [], self._choose)
         engine.on_gradient = partial(self.steps.on_gradient, adapter_name)
         engine.layers.extend(layer.join(adapter_name, number, engine) for number, layer in enumerate(layers))
         if config.num_experts is None:
             logger.info("MEFT: num_experts=%d for r=%d (4 sqrt(r), rounded to a divisor).", config.experts, config.r)
         check_waiting()
 
-    def _around(self) -> ModelProfile:
-        """What the engines have to know of the base model."""
+    def _choose(self, config: MEFTConfig, layers: int, x: Tensor) -> tuple[str, Rows]:
+        """The strategy, and what happens with the rows for backward, that fit beside the base model."""
+        plan = chosen(config, layers, x, self._profile())
+        return plan.strategy, plan.work.rows
+
+    def _profile(self) -> ModelProfile:
         layers = self.adapted_ffns().values()
         own = {id(m) for layer in layers for part in (layer.meft_keys, layer.meft_values) for m in part.modules()}
         own |= {id(layer) for layer in layers}

@@ -8,7 +8,8 @@ import math
 
 def divisors_around(r: int, target: float) -> list[int]:
     """The divisors of r next to `target`: the largest not above it and the smallest not below it."""
-    divisors = [n for n in range(1, r + 1) if r % n == 0]
+    small = [n for n in range(1, math.isqrt(r) + 1) if r % n == 0]
+    divisors = sorted({*small, *(r // n for n in small)})
     below, above = [n for n in divisors if n <= target], [n for n in divisors if n >= target]
     return sorted({*below[-1:], *above[:1]})
 

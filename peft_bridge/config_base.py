@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
-from .files import replace_file
+from .atomic_files import replace_file
 from .model_card import write_card
 
 

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from .files import replace_file
+from .atomic_files import replace_file
 
 CARD, RESULTS = "README.md", "results.json"
 BEGIN, END = "<!-- aslora-meft: written at each save -->", "<!-- aslora-meft: end -->"

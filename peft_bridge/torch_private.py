@@ -107,3 +107,8 @@ def has_cuda_context(device: int) -> bool:
     """Whether this process has a context on a CUDA device; asking makes none."""
     asked = getattr(torch._C, "_cuda_hasPrimaryContext", None)  # builds for the CPU lack it
     return bool(asked(device)) if asked is not None else False
+
+
+def is_profiling() -> bool:
+    """Whether a profiler of torch is at work, NVTX ranges too."""
+    return torch.autograd.profiler._is_profiler_enabled

@@ -8,14 +8,15 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from .adapter_file import AdapterFile
 from .config_base import MethodConfig
+from .optimizer_steps import StepListener, watch_steps
 from .peft_private import adapters_of, is_key_under_prefixes, tuner_state_dict_key_prefixes
-from .steps import StepListener, watch_steps
-from .trainer import RunListener, watch_runs
+from .quantised import keep_trainable_on_cpu
+from .trainer_runs import RunListener, watch_runs
 
 
 @dataclass
@@ -37,8 +38,7 @@ class Injection:
 class MethodTuner(BaseTuner, RunListener):
     """Base of a method's tuner.
 
-    A subclass has what PEFT asks of a tuner (`prefix`, `tuner_layer_cls`, `target_module_mapping`,
-    `_create_and_replace`) and appends each (path, layer) that `_create_and_replace` wraps to `injection.layers`.
+    A subclass has `wrap`, and what PEFT asks of a tuner: `prefix`, `tuner_layer_cls` and `target_module_mapping`.
 
     Attributes:
         reserved: names that no adapter may have, because PEFT would take the method's tensors for the adapter's.
@@ -62,6 +62,20 @@ class MethodTuner(BaseTuner, RunListener):
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """Parameters of adapters that are not inside of the adapted model."""
         return ()
+
+    def wrap(self, target: nn.Module, path: str, parent: nn.Module, adapter_name: str, config: Any) -> BaseTunerLayer:
+        """The adapted layer for a target: `target` itself where it is one already, with one adapter more.
+
+        Args:
+            target: a module of the model that the configuration names.
+            path: its path in the base model.
+            parent: the module that holds it.
+            config: the adapter's configuration.
+
+        Raises:
+            ValueError: the method cannot adapt this module.
+        """
+        raise NotImplementedError
 
     def forget(self, adapter_name: str) -> None:
         """Let go of all that is kept for an adapter outside of its layers."""
@@ -94,6 +108,7 @@ class MethodTuner(BaseTuner, RunListener):
     ) -> None:
         """Wrap the targeted modules; on an error the model is as before."""
         config: Any = self.peft_config[adapter_name]
+        keep_trainable_on_cpu(model)
         if adapter_name in self.reserved:
             raise ValueError(
                 f"adapter_name='{adapter_name}' is the name of a tensor of {config.method}: choose another name."
@@ -115,6 +130,21 @@ class MethodTuner(BaseTuner, RunListener):
             # parameters inside of the adapted model.
             for parameter, flag in shared_flags:
                 parameter.requires_grad = flag
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        layer = self.wrap(target, current_key, parent, adapter_name, peft_config)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+        self.injection.layers.append((current_key, layer))
 
     def take_back(self, adapter_name: str) -> None:
         """Remove an adapter with all that was wrapped for it, as if it had not been added."""
@@ -165,8 +195,8 @@ class MethodTuner(BaseTuner, RunListener):
         if cls.file is None:
             return load(model, config, adapter_name, state_dict)
         prefixes = tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
-        there = {key: value for key, value in model.state_dict().items() if is_key_under_prefixes(key, prefixes)}
-        wanted = {key: value.shape for key, value in cls._under_file_keys(there, adapter_name).items()}
+        current = {key: value for key, value in model.state_dict().items() if is_key_under_prefixes(key, prefixes)}
+        wanted = {key: value.shape for key, value in cls._under_file_keys(current, adapter_name).items()}
         own = cls.file.own_tensors(config, state_dict, wanted)
         others = {key: value for key, value in state_dict.items() if not cls.file.owns(key)}
         return load(model, config, adapter_name, own | others)

@@ -21,7 +21,7 @@ import peft.peft_model
 from peft import PeftConfig
 from torch import Tensor
 
-from .files import process_runs, sync
+from .atomic_files import process_runs, sync
 
 _written_at_once: set[str] = set()
 _on_host: set[str] = set()

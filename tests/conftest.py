@@ -1,11 +1,19 @@
-"""For all tests: the order in which they run, and those that need a GPU."""
+"""For all tests: nothing is downloaded, hypothesis is patient, the order in which they run, and what needs a GPU."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("busy machine", deadline=None)
+settings.load_profile("busy machine")
 
 
 def pytest_collection_modifyitems(items):
-    """Those of a minute first, so that no process is left alone with one at the end; `gpu` only where there is one."""
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    """The slow ones first, so that no process is left alone with one at the end; `gpu` only where there is one."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     gpu = [item for item in items if item.get_closest_marker("gpu") is not None]
     if gpu:
         import torch

@@ -26,7 +26,7 @@ def load(monkeypatch):
     return importlib.import_module
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_peft_accepts_aslora_and_meft():
     run = subprocess.run([sys.executable, FOLDER / "run.py"], capture_output=True, text=True, check=False)
     closing = CLOSING.fullmatch(run.stdout.strip().rpartition("\n")[2])

@@ -139,14 +139,14 @@ check(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), meft
 }
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("first", WAYS)
 def test_adapters_load_whatever_is_imported_first(fresh, first):
     code, _, errors = fresh(CHECK + WAYS[first])
     assert code == 0, errors
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_switched_off_it_does_nothing(fresh):
     code, output, errors = fresh(
         CHECK + "import torch, peft\nassert type(peft.PEFT_TYPE_TO_CONFIG_MAPPING) is dict\n"
@@ -156,7 +156,7 @@ def test_switched_off_it_does_nothing(fresh):
     assert (code, output.strip()) == (0, "fine"), errors
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_broken_package_breaks_no_import_and_is_named(fresh, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "meft.py").write_text("raise RuntimeError('half an upgrade')")

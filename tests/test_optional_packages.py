@@ -1,9 +1,8 @@
 """bitsandbytes, trl, datasets and torchao are used where they are there; nothing of ours needs them to be imported."""
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
+
+from tests.support.processes import run_code
 
 OPTIONAL = ("bitsandbytes", "trl", "datasets", "torchao")
 EVERY_MODULE = """
@@ -41,20 +40,17 @@ USE = """
 import sys, tempfile
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 from aslora import ASLoRAConfig
 from aslora_meft import doctor
 from aslora_meft.adapter import load_model
 from aslora_meft.arguments import ModelArguments
 from aslora_meft.errors import UsageError
 from meft import MEFTConfig
-
-config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                     num_key_value_heads=1)
+from tests.support.models import llama
 
 def base():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config)
+    return llama(vocab_size=32, hidden_size=16, intermediate_size=32)
 
 ids = torch.arange(12).view(2, 6)
 for adapter in (
@@ -90,12 +86,7 @@ with tempfile.TemporaryDirectory() as folder:
 
 
 def output(program):
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=False, timeout=300,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout
+    return run_code("import warnings; warnings.simplefilter('ignore')\n" + program, timeout=300)
 
 
 def test_without_them_all_but_quantised_bases_works_and_those_name_bitsandbytes():

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("adapter_kernels", "aslora", "aslora_meft", "meft", "peft_bridge")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_wheel_contains_every_module(tmp_path):
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if tracked.returncode:

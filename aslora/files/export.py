@@ -14,24 +14,26 @@ from peft_bridge import folder_replaced_at_once, read_adapter
 
 from ..config import ASLoRAConfig
 from ..layer_groups import a_group_of, module_path
-from . import adapter_file as storage
+from . import keys
+from .adapter_file import rows_of_layers
+from .checks import check
 
 
 def export_to_lora(adapter_dir: str | Path, out_dir: str | Path) -> None:
     """Write the adapter saved in `adapter_dir` as a LoRA adapter of the same rank to the new folder `out_dir`.
 
     Exact: delta W of layer l is scaling * B_group(l) A, so each layer gets A and its group's B bit for bit, no SVD. The
-    model it is loaded into gives the same logits. Dropout, rsLoRA scaling, biases and modules_to_save go along.
+    model it is loaded into gives the same logits. Dropout, rsLoRA scaling, biases and modules_to_save are exported too.
 
     Raises:
         ValueError: `adapter_dir` holds no ASLoRA adapter, its file is damaged, or `out_dir` is not empty. Nothing is
             written then.
     """
     config, tensors = load_adapter(adapter_dir)
-    lora: dict[str, Tensor] = {key: value for key, value in tensors.items() if not storage.owns(key)}
-    for group in storage.b_groups(tensors):
-        A = tensors[f"{storage.A_PREFIX}{a_group_of(group, config.share_a)}.shared_A"]
-        for layer, B in storage.rows_of_layers(tensors, group):
+    lora: dict[str, Tensor] = {key: value for key, value in tensors.items() if not keys.owns(key)}
+    for group in keys.b_groups(tensors):
+        A = tensors[f"{keys.A_PREFIX}{a_group_of(group, config.share_a)}.shared_A"]
+        for layer, B in rows_of_layers(tensors, group):
             path = f"base_model.model.{module_path(group, layer)}"
             lora[f"{path}.lora_A.weight"] = A.clone()  # a file cannot hold one tensor under two names
             lora[f"{path}.lora_B.weight"] = B.clone()
@@ -69,10 +71,10 @@ def load_adapter(adapter_dir: str | Path) -> tuple[ASLoRAConfig, dict[str, Tenso
         ValueError: one sentence that names the folder or file and the remedy.
     """
     config, tensors = read_adapter(adapter_dir, ASLoRAConfig)
-    tensors = {storage.file_key(key): value for key, value in tensors.items()}
-    storage.check(tensors, config)
-    for group in storage.b_groups(tensors):
-        for layer, _ in storage.rows_of_layers(tensors, group):
+    tensors = {keys.file_key(key): value for key, value in tensors.items()}
+    check(tensors, config)
+    for group in keys.b_groups(tensors):
+        for layer, _ in rows_of_layers(tensors, group):
             path = module_path(group, layer)
             if not check_target_module_exists(config, path):
                 raise ValueError(

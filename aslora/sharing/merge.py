@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .merge_math import groups_of, merged
-from .shared_tensors import SharedB, distributed, gathered
+from .sharded import full_tensor, sharded_like
+from .shared_tensors import SharedB
 from .ties import Ties
 
 
@@ -15,9 +16,9 @@ class Merge:
     """A merge: all that can fail is done when it is made, the writing comes after.
 
     The layers of owner `lower` take the row of owner `upper`, which keeps its value and average; with `mean` these
-    become the means of both rows, weighted by their numbers of layers. All rows are sampled at the same steps, so their
-    averages have one common count. No optimizer state is written: the gradient of all goes to the upper row from now
-    on, and what the moments of other rows do to these is overwritten after each step.
+    become the means of both rows, weighted by their numbers of layers. All averages are updated at the same steps, so
+    they have one common count. No optimizer state is written: the gradient of all goes to the upper row from now on,
+    and what the moments of other rows do to these is overwritten after each step.
 
     Values come before the map: what is interrupted between leaves equal rows, which are found and tied before the next
     pass; no further merges follow then.
@@ -29,13 +30,13 @@ class Merge:
         groups = groups_of(member.ties.owners)
         layers = groups[lower] + groups[upper]
         weight = len(groups[lower]) / len(layers) if mean else 0.0
-        B = gathered(member.stacked_B)
+        B = full_tensor(member.stacked_B)
         device = B.device
         self.index = torch.tensor(layers, device=device)
         self.values = [_mean(rows[upper], rows[lower], weight) for rows in (B, member.average)]
         self.sharded = None
         if isinstance(member.stacked_B, DTensor):
-            self.sharded = distributed(member.stacked_B, _with_rows(B, self.index, self.values[0]))
+            self.sharded = sharded_like(member.stacked_B, _with_rows(B, self.index, self.values[0]))
         self.ties = Ties(merged(member.ties.owners, lower, upper))
         self.rows = torch.tensor(self.ties.owners, device=device)
         self.slot = len(member.merges())

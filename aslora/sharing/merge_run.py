@@ -39,8 +39,8 @@ class SharingRun:
         self.total_steps[adapter_name] = total_steps
         self.warmup_steps[adapter_name] = 0
         for unit in units:
-            for B in unit.banks:
-                B.before_pass = partial(self.check, adapter_name)
+            for B in unit.b_groups:
+                B.before_training_forward = partial(self.check, adapter_name)
 
     def remove(self, adapter_name: str) -> None:
         self.units.pop(adapter_name, None)
@@ -71,14 +71,14 @@ class SharingRun:
         return parameters.values()
 
     def _stepped(self, parameters: list[nn.Parameter]) -> Iterator[tuple[str, MergeUnit, list[SharedB]]]:
-        wanted = {id(p) for p in parameters}
+        stepped = {id(p) for p in parameters}
         for adapter_name, units in self.units.items():
             for unit in units:
-                members = [B for B, _ in unit.members.values() if id(B.stacked_B) in wanted]
+                members = [B for B, _ in unit.members.values() if id(B.stacked_B) in stepped]
                 if members:
                     yield adapter_name, unit, members
 
-    # ------------------------------------------------------------------ the map is a claim
+    # ------------------------------------------------------------------ what others have written
 
     def check(self, adapter_name: str) -> None:
         """Compare ties with values and buffers before a training forward pass takes the rows.
@@ -87,20 +87,20 @@ class SharingRun:
             RuntimeError: an engine has stepped that torch's optimizer hooks do not see.
         """
         units = self._unchecked(adapter_name)
-        if any_of(flag for unit in units for flag in unit.suspicions()):
+        if any_of(flag for unit in units for flag in unit.change_flags()):
             for unit in units:
                 unit.refuse_unseen_step()
             for unit in units:
-                unit.settle()
+                unit.reconcile()
 
     def _unchecked(self, adapter_name: str) -> list[MergeUnit]:
         units = []
         for unit in self.units.get(adapter_name, []):
-            banks = [B for B in unit.banks if B.stacked_B.requires_grad and B.stale]
-            for B in banks:
+            groups = [B for B in unit.b_groups if B.stacked_B.requires_grad and B.stale]
+            for B in groups:
                 B.forget_views()
                 B.checked = True
-            if banks:
+            if groups:
                 units.append(unit)
         return units
 
@@ -116,9 +116,9 @@ class SharingRun:
         stepped = list(self._stepped(parameters))
         for adapter_name, _, members in stepped:
             _refuse_flattened(adapter_name, members)
-        if any_of(flag for _, unit, _ in stepped for flag in unit.suspicions()):
+        if any_of(flag for _, unit, _ in stepped for flag in unit.change_flags()):
             for _, unit, _ in stepped:
-                unit.settle()
+                unit.reconcile()
         for adapter_name, unit, members in stepped:
             if unit.pending:
                 unit.plan(self.total_steps[adapter_name], self.warmup_steps[adapter_name])
@@ -140,19 +140,19 @@ class SharingRun:
                 member.collect_gradients()
 
     def after_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
-        """Mirror rows, sample the averages and take the merges that are due."""
+        """Mirror rows, update the averages and take the merges that are due."""
         for adapter_name, unit, members in self._stepped(parameters):
             self._seen.add(adapter_name)
             for member in members:
-                unit.sample(member, member.step + 1)
-            self._merge_due(adapter_name, unit, partial(_stands_still, optimizer, members))
+                member.after_step(member.step + 1)
+            self._merge_due(adapter_name, unit, partial(_learning_rate_is_zero, optimizer, members))
             if moves_between_steps(optimizer):
                 for member in members:
                     member.mirror_state(optimizer.state.get(member.stacked_B, {}))
             if unit.pending and unit.leader.step == self.total_steps[adapter_name]:
                 self.warn_of_pending(adapter_name)
 
-    def catch_up(self, adapter_name: str, step: int) -> None:
+    def record_step(self, adapter_name: str, step: int) -> None:
         """Take optimizer step `step` into account, unless the hooks see this adapter's steps; mirror rows in any case.
 
         Raises:
@@ -162,29 +162,29 @@ class SharingRun:
         for unit in self.units.get(adapter_name, []):
             if not unit.leader.stacked_B.requires_grad:
                 continue
-            _refuse_flattened(adapter_name, unit.banks)
+            _refuse_flattened(adapter_name, unit.b_groups)
             if seen or (unit.pending and unit.leader.step >= step):
-                for member in unit.banks:
+                for member in unit.b_groups:
                     member.mirror()
-                    member.step_seen()
+                    member.mark_stepped()
                 continue
-            for member in unit.banks:
-                unit.sample(member, step)
+            for member in unit.b_groups:
+                member.after_step(step)
             self._merge_due(adapter_name, unit)
 
-    def _merge_due(self, adapter_name: str, unit: MergeUnit, still: Callable[[], bool] = lambda: False) -> None:
-        unit.merge_due(self.total_steps[adapter_name], self.warmup_steps[adapter_name], still)
+    def _merge_due(self, adapter_name: str, unit: MergeUnit, no_move: Callable[[], bool] = lambda: False) -> None:
+        unit.merge_due(self.total_steps[adapter_name], self.warmup_steps[adapter_name], no_move)
 
     # ------------------------------------------------------------------ warnings, the end
 
-    def _first(self, adapter_name: str, about: str) -> bool:
-        """Whether this adapter has not been warned about this yet; it now has."""
-        new = (adapter_name, about) not in self._warned
+    def _is_first(self, adapter_name: str, about: str) -> bool:
+        """Whether this is the first warning of its kind about this adapter; later calls say no."""
+        first = (adapter_name, about) not in self._warned
         self._warned.add((adapter_name, about))
-        return new
+        return first
 
     def _warn_of_unknown_length(self, adapter_name: str, unit: MergeUnit) -> None:
-        if uses_published_steps(unit.config, self.total_steps[adapter_name]) and self._first(adapter_name, "length"):
+        if uses_published_steps(unit.config, self.total_steps[adapter_name]) and self._is_first(adapter_name, "length"):
             warnings.warn(
                 f"The length of the run is unknown, so adapter '{adapter_name}' merges at the published steps "
                 f"(merge_start={PUBLISHED_START}, merge_interval={PUBLISHED_INTERVAL} where not set): set total_steps "
@@ -194,7 +194,7 @@ class SharingRun:
     def warn_of_pending(self, adapter_name: str) -> None:
         """Warn, once, if the run of an adapter has ended before its last merge."""
         units = [u for u in self.units.get(adapter_name, []) if u.pending and u.leader.stacked_B.requires_grad]
-        if not units or not self._first(adapter_name, "pending"):
+        if not units or not self._is_first(adapter_name, "pending"):
             return
         missing = sum(u.planned - u.taken for u in units)
         try:
@@ -215,7 +215,7 @@ class SharingRun:
             unit.finish()
 
 
-def _stands_still(optimizer: Optimizer, members: list[SharedB]) -> bool:
+def _learning_rate_is_zero(optimizer: Optimizer, members: list[SharedB]) -> bool:
     return not any(learning_rate(optimizer, member.stacked_B) for member in members)
 
 

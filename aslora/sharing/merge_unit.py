@@ -12,8 +12,9 @@ from ..config import ASLoRAConfig
 from .merge import Merge
 from .merge_math import change_of_basis, closest_pair, common_refinement, planned_merges, records_fit, squared_distances
 from .schedule import due, merge_steps
-from .shared_tensors import SharedA, SharedB, gathered
-from .ties import Ties, borne_out, map_by_value
+from .sharded import full_tensor
+from .shared_tensors import SharedA, SharedB
+from .ties import Ties, map_by_value, matches_values
 from .unseen_steps import UNSEEN_STEP
 
 
@@ -39,7 +40,7 @@ class MergeUnit:
             )
 
     @property
-    def banks(self) -> list[SharedB]:
+    def b_groups(self) -> list[SharedB]:
         """The B-groups."""
         return [B for B, _ in self.members.values()]
 
@@ -68,19 +69,19 @@ class MergeUnit:
             self._steps = (total_steps, warmup_steps, steps)
         return self._steps[2]
 
-    # ------------------------------------------------------------------ the map is a claim
+    # ------------------------------------------------------------------ what others have written
 
-    def suspicions(self) -> list[bool | Tensor]:
-        """Flags of which one is set if somebody else has written rows, maps or clocks."""
+    def change_flags(self) -> list[bool | Tensor]:
+        """Flags, of which one is set if rows, maps or clocks were written from outside."""
         return [
             flag
-            for B in self.banks
+            for B in self.b_groups
             if B.compared
             for flag in (
                 B.ties.misses(B.rows),
-                B.clock_written(),
+                B.clock_values.differ(B.clock),
                 B.ties.broken(B.stacked_B),
-                not B.was_taken and B.ties.incomplete(B.stacked_B),
+                not B.rows_taken and B.ties.incomplete(B.stacked_B),
             )
         ]
 
@@ -91,33 +92,37 @@ class MergeUnit:
             RuntimeError: an engine has stepped that torch's optimizer hooks do not see.
         """
         for name, (B, _) in self.members.items():
-            if B.awaits_step and B.compared and bool(B.ties.broken(B.stacked_B)):
+            if B.gradients_pending and B.compared and bool(B.ties.broken(B.stacked_B)):
                 raise RuntimeError(f"{name}: {UNSEEN_STEP}")
 
-    def settle(self) -> None:
-        """Make the ties what values and buffers give, where somebody else has written them.
+    def reconcile(self) -> None:
+        """Derive the ties from values and buffers anew, after they were written from outside.
 
-        A claimed map holds as far as rows have equal bits, and rows with equal bits share. If that is what the map
-        says, and the records of merges lead there, all goes on as planned; else no further merges follow.
+        A recorded map holds as far as rows have equal bits, and rows with equal bits share. If that is what the map
+        says, and the recorded merges lead there, all goes on as planned; else no further merges follow.
         """
-        banks = {name: B for name, (B, _) in self.members.items() if B.compared}
-        claims = {name: B.read("rows") for name, B in banks.items()}
-        maps = {name: map_by_value(B.stacked_B, claims[name]) for name, B in banks.items()}
+        groups = {name: B for name, (B, _) in self.members.items() if B.compared}
+        recorded = {name: B.read("rows") for name, B in groups.items()}
+        maps = {name: map_by_value(B.stacked_B, recorded[name]) for name, B in groups.items()}
         if len({tuple(owners) for owners in maps.values()}) > 1:
             maps = dict.fromkeys(maps, common_refinement(list(maps.values())))
-        fits = all(records_fit(claims[n], B.history.tolist(), B.read("clock")) for n, B in banks.items())
-        if maps == claims and fits:
-            for name, B in banks.items():
+        fits = all(records_fit(recorded[n], B.history.tolist(), B.read("clock")) for n, B in groups.items())
+        if maps == recorded and fits:
+            for name, B in groups.items():
                 B.ties = Ties(maps[name])
-                B.forget_clock()
+                B.clock_values.forget()
             return
-        torn = [name for name, B in banks.items() if not borne_out(B.stacked_B, claims[name])]
+        mismatched = [name for name, B in groups.items() if not matches_values(B.stacked_B, recorded[name])]
         pending = self.pending
-        for name, B in banks.items():
-            B.adopt(maps[name])
-        if (torn or pending) and not self._warned:
+        for name, B in groups.items():
+            B.set_owners(maps[name])
+        if (mismatched or pending) and not self._warned:
             self._warned = True
-            why = f"the sharing map of {', '.join(torn)} does not fit the values of B" if torn else "B was written"
+            why = (
+                f"the sharing map of {', '.join(mismatched)} does not fit the values of B"
+                if mismatched
+                else "B was written"
+            )
             warnings.warn(
                 f"{', '.join(self.members)}: {why}. Layers share where their B are equal: {self.taken} of "
                 f"{self.planned} merges count as taken, and no further merges follow."
@@ -125,36 +130,32 @@ class MergeUnit:
 
     # ------------------------------------------------------------------ merges
 
-    def sample(self, member: SharedB, step: int) -> None:
-        """Follow one optimizer step of one member."""
-        member.follow(step)
-
     def merge_due(
-        self, total_steps: int | None, warmup_steps: int = 0, still: Callable[[], bool] = lambda: False
+        self, total_steps: int | None, warmup_steps: int = 0, no_move: Callable[[], bool] = lambda: False
     ) -> None:
         """Take the merges that are due after the latest step that all members have seen.
 
         Those for which there are no distances yet, because nothing has moved or groups are zero, wait for later steps.
 
         Args:
-            still: whether this step moved nothing, because the learning rate is 0.
+            no_move: whether this step moved nothing, because the learning rate is 0.
         """
         if not self.pending:
             return
-        step = min(member.step for member in self.banks)
+        step = min(member.step for member in self.b_groups)
         target = min(due(self.plan(total_steps, warmup_steps), step), self.planned)
-        if self.taken < target and not (still() and self._unmoved()):
+        if self.taken < target and not (no_move() and self._unmoved()):
             self._merge(target - self.taken)
         if self.taken >= self.planned:
             self.finish()
 
     def finish(self) -> None:
-        for member in self.banks:
+        for member in self.b_groups:
             member.finish()
 
     def _unmoved(self) -> bool:
-        """Whether no B has moved since the first sample: then the averages are B itself."""
-        return all(torch.equal(B.average, gathered(B.stacked_B).to(B.average.dtype)) for B in self.banks)
+        """Whether no B has moved since the first update of the averages: then the averages are B itself."""
+        return all(torch.equal(B.average, full_tensor(B.stacked_B).to(B.average.dtype)) for B in self.b_groups)
 
     def _merge(self, count: int) -> None:
         """Take up to `count` merges; those for which there is no distance yet are left to later steps."""
@@ -167,7 +168,7 @@ class MergeUnit:
                 return
             low, up = pair
             distance = float(squares[low, up].sqrt())
-            merges = [Merge(member, live[low], live[up], mean, distance) for member in self.banks]
+            merges = [Merge(member, live[low], live[up], mean, distance) for member in self.b_groups]
             for merge in merges:
                 merge.write_values()
             for merge in merges:
@@ -189,7 +190,7 @@ class MergeUnit:
         for member, shared_a in self.members.values():
             basis = None
             if self.config.similarity == "product":
-                basis = change_of_basis(gathered(shared_a.shared_A))
+                basis = change_of_basis(full_tensor(shared_a.shared_A))
             averages = member.average[live]
             total = total + squared_distances(averages, basis)
             zero &= (averages == 0).flatten(1).all(1).cpu()

@@ -15,7 +15,7 @@ from torch import Tensor
 from peft_bridge.torch_private import backward_number
 
 
-class Arrivals:
+class BackwardPasses:
     """How often a gradient has come through."""
 
     def __init__(self) -> None:
@@ -33,17 +33,17 @@ class AllRows(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(stack: Tensor, owners: Sequence[int], arrivals: Arrivals) -> tuple[Tensor, ...]:
+    def forward(stack: Tensor, owners: Sequence[int], passes: BackwardPasses) -> tuple[Tensor, ...]:
         return stack.unbind(0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, ctx.owners, ctx.arrivals = inputs
+        _, ctx.owners, ctx.passes = inputs
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:  # type: ignore[override]
-        ctx.arrivals.count += 1
+        ctx.passes.count += 1
         sums: dict[int, Tensor] = {}
         for owner, gradient in zip(ctx.owners, gradients, strict=True):
             if gradient is not None:

@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
+from .host_values import HostValues
 from .merge_math import groups_of, is_sharing_map
-from .shared_rows import AllRows, Arrivals, OneRow, in_backward
-from .ties import Ties, borne_out, filled, on_host
-from .unseen_steps import CompiledArrivals
+from .sharded import full_tensor, overwrite
+from .shared_rows import AllRows, BackwardPasses, OneRow, in_backward
+from .ties import Ties, confirmed_map, filled
+from .unseen_steps import CompiledBackwardPasses
 
 
 class SharedA(nn.Module):
@@ -46,16 +48,17 @@ class SharedB(nn.Module):
     others are overwritten with it.
 
     Buffers (persistent, so that a resumed run takes the same merges):
-        `layers` int64 [n]: the layer indices, ascending. `rows` int64 [n]: the owner of each row; a claim, which holds
-        as far as the values bear it out.
+        `layers` int64 [n]: the layer indices, ascending. `rows` int64 [n]: the owner of each row, as recorded; it holds
+        as far as the values agree.
         `average` fp32 or wider [n, out_features, r] ([0, ...] if nothing will merge): running averages of B (eq. 3);
         zero again once the sharing is finished.
-        `clock` int64 [3]: optimizer steps seen, samples in the averages, finished (0 or 1).
+        `clock` int64 [3]: optimizer steps seen, steps in the averages, finished (0 or 1).
         `history` int64 [n-1, 3]: step, lower row and upper row of each merge, -1 if not taken; `distances` fp32 [n-1].
 
     Attributes:
         ties: the sharing in force.
-        before_pass: called before a training forward pass takes the rows, to compare `ties` with values and buffers.
+        before_training_forward: called before a training forward pass takes the rows; compares `ties` with values and
+            buffers.
         checked: that has been done for the rows that are taken next.
     """
 
@@ -81,14 +84,14 @@ class SharedB(nn.Module):
         self.register_buffer("distances", torch.zeros(n - 1, device=device))
         # What to read where there are no values: on the meta device.
         self._first = {"layers": list(layers), "rows": list(range(n)), "clock": [0, 0, 0 if merges else 1]}
-        self._clock: tuple[Tensor, list[int]] | None = None
+        self.clock_values = HostValues()
         self._views: tuple[Any, int, int, tuple[Tensor, ...]] | None = None
         self.ties = Ties(range(n))
-        self._arrivals = Arrivals()
-        self._followed = 0  # of these arrivals: those before the last step
-        self._compiled = CompiledArrivals(self)
+        self._passes = BackwardPasses()
+        self._passes_at_step = 0  # of these passes: those before the last step
+        self._compiled = CompiledBackwardPasses(self)
         self.checked = False
-        self.before_pass: Callable[[], None] | None = None
+        self.before_training_forward: Callable[[], None] | None = None
 
     # ------------------------------------------------------------------ buffers
 
@@ -98,40 +101,14 @@ class SharedB(nn.Module):
         return list(self._first[name]) if tensor.is_meta else tensor.tolist()
 
     def _clock_now(self) -> list[int]:
-        """The clock, without a synchronisation while nobody else writes it (see `clock_written`)."""
-        if on_host(self.clock):
-            return self.read("clock")
-        if self._clock is None:
-            self._clock = (self.clock.clone(), self.clock.tolist())
-        return self._clock[1]
-
-    def _set_clock(self, values: list[int]) -> None:
-        self.clock.copy_(torch.tensor(values, device="cpu"), non_blocking=True)
-        if not on_host(self.clock):
-            self._clock = (self.clock.clone(), values)
-
-    def forget_clock(self) -> None:
-        """Read the clock anew when it is next needed."""
-        self._clock = None
-
-    def clock_written(self) -> bool | Tensor:
-        """Whether somebody else has written the clock, on a device."""
-        known = self._clock
-        if known is None or on_host(self.clock):
-            return False
-        return True if known[0].device != self.clock.device else (known[0] != self.clock).any()
+        return self.read("clock") if self.clock.is_meta else self.clock_values.read(self.clock)
 
     @property
     def sharing_map(self) -> list[int]:
-        """The owner of each row: what `rows` claims, as far as the values bear it out."""
+        """The owner of each row: what `rows` records, as far as the values agree."""
         if self.stacked_B.is_meta or isinstance(self.stacked_B, DTensor):
             return list(self.ties.owners)
-        claim = self.read("rows")
-        if borne_out(self.stacked_B, claim):
-            return claim
-        if not is_sharing_map(claim):
-            return list(range(len(claim)))
-        return [o if borne_out(self.stacked_B[[row, o]], [1, 1]) else row for row, o in enumerate(claim)]
+        return confirmed_map(self.stacked_B, self.read("rows"))
 
     @property
     def layer_indices(self) -> list[int]:
@@ -166,11 +143,7 @@ class SharedB(nn.Module):
     # ------------------------------------------------------------------ forward
 
     def forward(self, position: int) -> Tensor:
-        """The B [out_features, r] of the layer at `position`."""
-        return self.of_layer(position)
-
-    def of_layer(self, position: int) -> Tensor:
-        """The row of the layer at `position`; under autograd its gradient goes to the row's owner.
+        """The B [out_features, r] of the layer at `position`; under autograd its gradient goes to the row's owner.
 
         Under autograd all rows come from ONE function that lasts until B is next written: indexing the stack once per
         layer would build one gradient of the size of the whole stack for each layer.
@@ -182,11 +155,11 @@ class SharedB(nn.Module):
         if torch.compiler.is_compiling():
             return OneRow.apply(stack, position, self.ties.owners[position])  # type: ignore[no-any-return]
         if self.stale:
-            if self.before_pass is not None and not self.checked:
-                self.before_pass()
+            if self.before_training_forward is not None and not self.checked:
+                self.before_training_forward()
             self.checked = False
-            rows = AllRows.apply(stack, self.ties.owners, self._arrivals)
-            self._views = (stack, stack._version, self._arrivals.count, rows)  # type: ignore[assignment]
+            rows = AllRows.apply(stack, self.ties.owners, self._passes)
+            self._views = (stack, stack._version, self._passes.count, rows)  # type: ignore[assignment]
         assert self._views is not None
         return self._views[3][position]
 
@@ -197,25 +170,25 @@ class SharedB(nn.Module):
         views, stack = self._views, self.stacked_B
         if views is None or views[0] is not stack or views[1] != stack._version:
             return True
-        return views[2] != self._arrivals.count and not in_backward()
+        return views[2] != self._passes.count and not in_backward()
 
     def forget_views(self) -> None:
-        """Drop the rows kept by `of_layer`, so that the next forward takes them anew."""
+        """Drop the rows kept by `forward`, so that the next forward takes them anew."""
         self._views = None
 
     @property
-    def was_taken(self) -> bool:
+    def rows_taken(self) -> bool:
         """Whether a forward pass has taken the rows since the last step, and compared them."""
         return self._views is not None
 
     @property
-    def awaits_step(self) -> bool:
+    def gradients_pending(self) -> bool:
         """Whether a backward pass has come through since the last optimizer step that was seen."""
-        return self._arrivals.count != self._followed
+        return self._passes.count != self._passes_at_step
 
-    def step_seen(self) -> None:
+    def mark_stepped(self) -> None:
         """Gradients up to now have been used by a step that was seen, or B has been loaded since."""
-        self._followed, self._compiled.count = self._arrivals.count, 0
+        self._passes_at_step, self._compiled.count = self._passes.count, 0
         self.forget_views()
 
     # ------------------------------------------------------------------ training
@@ -235,7 +208,7 @@ class SharedB(nn.Module):
         if not self.ties.mirrored:
             return
         if isinstance(self.stacked_B, DTensor):
-            whole = gathered(self.stacked_B) if whole is None else whole
+            whole = full_tensor(self.stacked_B) if whole is None else whole
             self.ties.mirror(whole)
             overwrite(self.stacked_B, whole)
         else:
@@ -256,7 +229,7 @@ class SharedB(nn.Module):
     def collect_gradients(self) -> None:
         """Bring gradients of mirrored rows to their owners.
 
-        `of_layer` leaves none there; another rank of DDP does that found the same rows tied with another owner, and
+        `forward` leaves none there; another rank of DDP does that found the same rows tied with another owner, and
         code that was compiled before the rows were.
         """
         gradient = self.stacked_B.grad
@@ -264,26 +237,26 @@ class SharedB(nn.Module):
             self.ties.collect(gradient)
 
     @torch.no_grad()
-    def follow(self, step: int) -> None:
-        """Follow optimizer step `step`: mirror the rows and, while merges are to come, sample the averages."""
+    def after_step(self, step: int) -> None:
+        """Follow optimizer step `step`: mirror the rows and, while merges are to come, update the averages."""
         whole = None
         if isinstance(self.stacked_B, DTensor) and (self.ties.mirrored or not self.finished):
-            whole = gathered(self.stacked_B)
+            whole = full_tensor(self.stacked_B)
         self.mirror(whole)
         if not self.finished:
-            self.sample(step, whole)
-        self.step_seen()
+            self.update_average(step, whole)
+        self.mark_stepped()
 
     @torch.no_grad()
-    def sample(self, step: int, whole: Tensor | None = None) -> None:
+    def update_average(self, step: int, whole: Tensor | None = None) -> None:
         """Take B after optimizer step `step` into the running averages (eq. 3)."""
         count = self._clock_now()[1] + 1
-        B = gathered(self.stacked_B) if whole is None else whole
+        B = full_tensor(self.stacked_B) if whole is None else whole
         self.average.lerp_(B.to(self.average.dtype), 1 / count)
-        self._set_clock([step, count, 0])
+        self.clock_values.write(self.clock, [step, count, 0])
 
     @torch.no_grad()
-    def adopt(self, owners: list[int]) -> None:
+    def set_owners(self, owners: list[int]) -> None:
         """Share as `owners` says, which was found from the values; no merges follow, and none are recorded."""
         self.forget_views()
         self.rows.copy_(torch.tensor(owners, device="cpu"))
@@ -296,13 +269,13 @@ class SharedB(nn.Module):
     def finish(self) -> None:
         """No further merges: the averages are given up."""
         self.average.zero_()
-        self._set_clock([max(0, self.step), 0, 1])
+        self.clock_values.write(self.clock, [max(0, self.step), 0, 1])
 
     @torch.no_grad()
     def assign(self, B: Tensor, sharing_map: list[int]) -> None:
         """Set values [n, out_features, r] and map of a finished sharing; rows take their owners' values."""
         self.stacked_B.copy_(B)
-        self.adopt(sharing_map)
+        self.set_owners(sharing_map)
         self.mirror()
 
     # ------------------------------------------------------------------ moves, casts, loading, copies
@@ -315,42 +288,26 @@ class SharedB(nn.Module):
             after = getattr(self, name)
             if torch.promote_types(after.dtype, before.dtype) != after.dtype:
                 setattr(self, name, before.to(after.device))
-        self._clock = None
+        self.clock_values.forget()
         self.forget_views()  # of the old memory: a move writes B without a new version
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.step_seen()
-        self._clock = None
-        claim = self.read("rows")
+        self.mark_stepped()
+        self.clock_values.forget()
+        owners = self.read("rows")
         if self.compared and f"{prefix}stacked_B" in state_dict and f"{prefix}rows" in state_dict:
             with torch.no_grad():
                 for rows in (self.stacked_B, self.average) if len(self.average) else (self.stacked_B,):
-                    if (full := filled(rows, claim)) is not rows:
+                    if (full := filled(rows, owners)) is not rows:
                         rows.copy_(full)
-        self.ties = Ties(claim if is_sharing_map(claim) else range(len(claim)))
+        self.ties = Ties(owners if is_sharing_map(owners) else range(len(owners)))
 
     def __getstate__(self) -> dict[str, Any]:
-        """For deepcopy and pickle, which do not take the graph that `of_layer` keeps."""
-        return {**self.__dict__, "_views": None, "_compiled": None}
+        """For deepcopy and pickle, which do not take the graph that `forward` keeps."""
+        return {**self.__dict__, "_views": None, "_compiled": None, "clock_values": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._compiled = CompiledArrivals(self)
-
-
-def gathered(tensor: Tensor) -> Tensor:
-    """The full tensor without autograd, gathered over ranks if FSDP2 has sharded it."""
-    whole: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach()
-
-
-def distributed(like: DTensor, whole: Tensor) -> Tensor:
-    """A full tensor, that each rank has, as shards like those of another; no communication."""
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def overwrite(target: DTensor, whole: Tensor) -> None:
-    """Write a full tensor into shards."""
-    target.copy_(distributed(target, whole))
+        self._compiled, self.clock_values = CompiledBackwardPasses(self), HostValues()

@@ -34,24 +34,31 @@ def equal_rows(B: Tensor, one: int, other: int) -> bool:
     return torch.equal(bits(B[one]), bits(B[other]))
 
 
-def borne_out(B: Tensor, claim: Sequence[int]) -> bool:
-    """Whether `claim` is a sharing map of the rows of B [n, out_features, r] and each row has its owner's bits."""
+def matches_values(B: Tensor, recorded: Sequence[int]) -> bool:
+    """Whether `recorded` is a sharing map of the rows of B [n, out_features, r] and each row has its owner's bits."""
     return (
-        len(claim) == len(B)
-        and is_sharing_map(claim)
-        and all(row == owner or equal_rows(B, row, owner) for row, owner in enumerate(claim))
+        len(recorded) == len(B)
+        and is_sharing_map(recorded)
+        and all(row == owner or equal_rows(B, row, owner) for row, owner in enumerate(recorded))
     )
 
 
-def map_by_value(B: Tensor, claim: Sequence[int] = ()) -> list[int]:
+def confirmed_map(B: Tensor, recorded: Sequence[int]) -> list[int]:
+    """The owner of each row that `recorded` names, where their bits agree; the row itself elsewhere."""
+    if not is_sharing_map(recorded):
+        return list(range(len(recorded)))
+    return [owner if row == owner or equal_rows(B, row, owner) else row for row, owner in enumerate(recorded)]
+
+
+def map_by_value(B: Tensor, recorded: Sequence[int] = ()) -> list[int]:
     """The map that the values of B [n, out_features, r] give.
 
-    Rows share if their bits are equal and not all of them are zero. A row stays with the owner that `claim` names
+    Rows share if their bits are equal and not all of them are zero. A row stays with the owner that `recorded` names
     where their bits agree; a group without such an owner, or with several, gets its highest row.
     """
     rows = list(range(len(B)))
-    if len(claim) == len(B) and is_sharing_map(claim):
-        rows = [owner if row == owner or equal_rows(B, row, owner) else row for row, owner in enumerate(claim)]
+    if len(recorded) == len(B) and is_sharing_map(recorded):
+        rows = confirmed_map(B, recorded)
     alike: dict[bytes, list[list[int]]] = {}
     for row, sample in enumerate(bits(_sample(B)).cpu().numpy()):
         if rows[row] != row or not bool(B[row].any()):
@@ -72,14 +79,14 @@ def map_by_value(B: Tensor, claim: Sequence[int] = ()) -> list[int]:
     return rows
 
 
-def filled(B: Tensor, claim: Sequence[int]) -> Tensor:
+def filled(B: Tensor, recorded: Sequence[int]) -> Tensor:
     """B [n, out_features, r] with owners' values in rows that are zero: 0.1 kept the rows that it dropped so."""
-    if len(claim) != len(B) or not is_sharing_map(claim):
+    if len(recorded) != len(B) or not is_sharing_map(recorded):
         return B
-    zero = [row for row, owner in enumerate(claim) if row != owner and not bool(B[row].any())]
-    if not any(bool(B[claim[row]].any()) for row in zero):
+    zero = [row for row, owner in enumerate(recorded) if row != owner and not bool(B[row].any())]
+    if not any(bool(B[recorded[row]].any()) for row in zero):
         return B
-    sources = [claim[row] if row in zero else row for row in range(len(B))]
+    sources = [recorded[row] if row in zero else row for row in range(len(B))]
     return B.index_select(0, torch.tensor(sources, device=B.device))
 
 

@@ -1,6 +1,6 @@
 """Optimizer steps that torch's hooks do not see, found where compiled code runs the forward pass.
 
-A forward pass that is not compiled compares the rows before it takes them (`MergeUnit.suspicions`). Compiled code
+A forward pass that is not compiled compares the rows before it takes them (`MergeUnit.change_flags`). Compiled code
 cannot, so the comparison is made when a gradient arrives and another one has arrived since the last step.
 """
 
@@ -21,7 +21,7 @@ UNSEEN_STEP = (
 )
 
 
-class _Bank(Protocol):
+class _StackedRows(Protocol):
     stacked_B: nn.Parameter
     ties: Ties
 
@@ -29,23 +29,23 @@ class _Bank(Protocol):
     def compared(self) -> bool: ...
 
     @property
-    def was_taken(self) -> bool: ...
+    def rows_taken(self) -> bool: ...
 
 
-class CompiledArrivals:
+class CompiledBackwardPasses:
     """Gradients of a stacked B that came from compiled code since the last step that was seen."""
 
-    def __init__(self, bank: _Bank) -> None:
+    def __init__(self, rows: _StackedRows) -> None:
         self.count = 0
-        self._bank: Callable[[], _Bank | None] = weakref.ref(bank)
-        if bank.stacked_B.requires_grad:
-            bank.stacked_B.register_hook(self._arrived)
+        self._rows: Callable[[], _StackedRows | None] = weakref.ref(rows)
+        if rows.stacked_B.requires_grad:
+            rows.stacked_B.register_hook(self._gradient_hook)
 
-    def _arrived(self, gradient: Tensor) -> None:
+    def _gradient_hook(self, gradient: Tensor) -> None:
         """Raises: RuntimeError: rows that share have moved apart between two backward passes."""
-        bank = self._bank()
-        if bank is None or bank.was_taken or not bank.ties.mirrored:  # a pass that was not compiled has compared them
+        rows = self._rows()
+        if rows is None or rows.rows_taken or not rows.ties.mirrored:  # a pass that was not compiled has compared them
             return
-        if self.count and bank.compared and bool(bank.ties.broken(bank.stacked_B)):
+        if self.count and rows.compared and bool(rows.ties.broken(rows.stacked_B)):
             raise RuntimeError(UNSEEN_STEP)
         self.count += 1

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from aslora_meft.errors import UsageError, as_usage_error
+from aslora_meft.adapter import check_causal, check_model
+from aslora_meft.errors import as_usage_error
 from aslora_meft.planner import attention
 from aslora_meft.planner.quantised import QUANTISED
 
@@ -17,16 +17,16 @@ _OWN_ATTENTION = ("falcon", "gpt_neo", "gptj", "mpt")
 DTYPES = ("float32", "bfloat16", "float16", *QUANTISED)
 
 
-def load_config(model: str) -> Any:
+def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
     """The config of a model, from a folder or the hub.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or none of a causal language model.
     """
-    if not Path(model).expanduser().exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
-        raise UsageError(f"model={model!r} does not exist; give a folder with a config.json, or a hub id")
-    with as_usage_error(OSError, ValueError, prefix=f"model={model!r} has no config that can be read: "):
-        return AutoConfig.from_pretrained(model)
+    with as_usage_error(Exception, prefix=f"model={model!r} has no config that can be read: "):
+        config = AutoConfig.from_pretrained(check_model("model", model), trust_remote_code=trust_remote_code)
+    check_causal(config, model)
+    return config
 
 
 def config_dtype(config: Any) -> str:
@@ -50,7 +50,7 @@ def build_base(config: Any, dtype: str) -> PreTrainedModel:
     attention.register()
     config.use_cache = False
     attending = "eager" if config.model_type in _OWN_ATTENTION else attention.NAME
-    refused = as_usage_error(ValueError, TypeError, prefix="the model's config makes no causal language model: ")
+    refused = as_usage_error(Exception, prefix="the model's config makes no causal language model: ")
     with torch.device("meta"), refused:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=compute_dtype(dtype), attn_implementation=attending

@@ -1,12 +1,14 @@
 """``aslora-meft estimate``: its arguments, and what it prints."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from typing import Any, get_type_hints
 
 from peft import PeftConfig
 
 from aslora_meft.arguments import DataArguments, ModelArguments, TrainerArguments
+from aslora_meft.checks import check_range
 from aslora_meft.config_arguments import METHODS, add_config_arguments, read_fields
 from aslora_meft.errors import RaisingParser, UsageError
 from aslora_meft.parser import CommandParser
@@ -21,8 +23,10 @@ UNION_SHARE = 0.26  # the paper's
 def _part(group: Any, *names: str) -> list[tuple[str, Any, Any]]:
     """Some of a dataclass's fields, for another one."""
     hints = get_type_hints(group)
-    found = {item.name: item for item in fields(group)}
-    return [(name, hints[name], field(default=found[name].default, metadata=found[name].metadata)) for name in names]
+    by_name = {item.name: item for item in fields(group)}
+    return [
+        (name, hints[name], field(default=by_name[name].default, metadata=by_name[name].metadata)) for name in names
+    ]
 
 
 def _doc(text: str) -> dict[str, str]:
@@ -51,7 +55,7 @@ _GROUPS = (
     make_dataclass(
         "RunArguments",
         [
-            *_part(ModelArguments, "model", "dtype", "load_in_4bit"),
+            *_part(ModelArguments, "model", "dtype", "load_in_4bit", "trust_remote_code"),
             *_part(DataArguments, "max_length"),
             *_part(TrainerArguments, "per_device_train_batch_size", "gradient_accumulation_steps"),
             *_part(TrainerArguments, "gradient_checkpointing", "max_grad_norm"),
@@ -77,11 +81,13 @@ def parse(argv: list[str]) -> tuple[Request, bool]:
     Raises:
         UsageError: an unknown argument, or a value out of its range.
     """
+    if argv and not argv[0].startswith("-"):
+        argv = ["--model", *argv]
     method, configs = _method(argv)
     parser = CommandParser(
         _GROUPS,
         prog="aslora-meft estimate",
-        usage="aslora-meft estimate --model MODEL [--name value ...]",
+        usage="aslora-meft estimate [--model] MODEL [--name value ...]",
         description="Predict memory, traffic and seconds of a training step from a model's config.json: needs neither "
         "GPU\nnor weights, and runs nothing. The names are those of aslora-meft train.",
         example="aslora-meft estimate --model MODEL --method meft --r 6400 --gpu 24GiB",
@@ -89,12 +95,12 @@ def parse(argv: list[str]) -> tuple[Request, bool]:
     )
     add_config_arguments(parser, configs)
     _add_method(parser.add_argument_group("method"))
-    given = parser.read(argv)
-    run = {name: given.pop(name) for group in _GROUPS for name in (item.name for item in fields(group))}
-    del given["method"]
+    values = parser.read(argv)
+    run = {name: values.pop(name) for group in _GROUPS for name in (item.name for item in fields(group))}
+    del values["method"]
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length"):
-        if run[name] < 1:
-            raise UsageError(f"{name}={run[name]} must be at least 1")
+        check_range(name, run[name], 1, 2**31)
+    check_range("max_grad_norm", run["max_grad_norm"], 0, math.inf)
     share = run["union_share"]
     if share is not None and method != "meft":
         raise UsageError(f"union_share={share} has no meaning with method={method}; drop it or use method=meft")
@@ -109,9 +115,8 @@ def parse(argv: list[str]) -> tuple[Request, bool]:
         raise UsageError("load_in_4bit=True and load_in_8bit=True exclude each other; give one")
     dtype = run.pop("dtype")
     weights = next((kind for kind, wanted in quantised.items() if wanted), None if dtype == "auto" else dtype)
-    adapter = read_fields(method, given, configs)
-    if adapter.get("r", 1) < 1:
-        raise UsageError(f"r={adapter['r']} must be at least 1")
+    adapter = read_fields(method, values, configs)
+    check_range("r", adapter.get("r", 1), 1, 2**31)
     return Request(**run, method=method, adapter=adapter, weights=weights), wants_json
 
 
@@ -145,18 +150,18 @@ def _device(gpu: str | None, named: str | None) -> tuple[int | None, str | None]
 def run(argv: list[str]) -> None:
     """Print the estimate."""
     request, wants_json = parse(argv)
-    found = estimate(request)
+    result = estimate(request)
     # Of a method's nested configs asdict makes what JSON has.
-    print(json.dumps(as_json(found), indent=1, default=asdict) if wants_json else as_text(found))
+    print(json.dumps(as_json(result), indent=1, default=asdict) if wants_json else as_text(result))
 
 
-def as_json(found: Estimate) -> dict[str, Any]:
+def as_json(result: Estimate) -> dict[str, Any]:
     """Everything that is known, in bytes and seconds."""
-    plan = found.plan
+    plan = result.plan
     crossing = None
     if plan is not None:
         crossing = {
-            "union_share": found.request.union_share,
+            "union_share": result.request.union_share,
             "union": plan.work.union,
             "bytes_to_device_per_step": plan.crossing(to_device=True),
             "bytes_to_host_per_step": plan.crossing(to_device=False),
@@ -164,31 +169,32 @@ def as_json(found: Estimate) -> dict[str, Any]:
         }
     return {
         "predicted": True,
-        "request": vars(found.request),
-        "base_weights": found.weights,
-        "dtype": found.dtype,
-        "trainable_values": _trainable(found),
+        "request": vars(result.request),
+        "base_weights": result.weights,
+        "dtype": result.dtype,
+        "trainable_values": _trainable(result),
         "strategy": None if plan is None else plan.strategy,
         "rows": None if plan is None else plan.work.rows,
-        "device_bytes": {**found.memory.parts, "peak": found.memory.peak},
-        "host_bytes": {**found.host, "all": sum(found.host.values())},
+        "device_bytes": {**result.memory.parts, "peak": result.memory.peak},
+        "host_bytes": {**result.host, "all": sum(result.host.values())},
         "crossing": crossing,
-        "fits": found.fits,
+        "fits": result.fits,
         "reserved_bytes": RESERVED,
-        "largest_that_fits": found.largest,
-        "seconds_per_step_at_least": found.seconds,
-        "compute_seconds_per_step": found.compute_seconds,
-        "tokens_per_second_at_most": None if found.seconds is None else _tokens(found.request) / found.seconds,
+        "largest_that_fits": result.largest,
+        "fits_with": list(result.remedies),
+        "seconds_per_step_at_least": result.seconds,
+        "compute_seconds_per_step": result.compute_seconds,
+        "tokens_per_second_at_most": None if result.seconds is None else _tokens(result.request) / result.seconds,
     }
 
 
-def as_text(found: Estimate) -> str:
+def as_text(result: Estimate) -> str:
     """What the command prints."""
-    asked, plan = found.request, found.plan
+    asked, plan = result.request, result.plan
     # The plan holds keys and values; the trace counts routers, and of other methods all.
     lines = [
-        f"PREDICTED, nothing was run: {asked.model}, {found.weights / 1e9:.2f} B weights in {found.dtype}; "
-        f"{asked.method}, {_trainable(found) / 1e6:,.1f} M trainable values, {asked.optim}",
+        f"PREDICTED, nothing was run: {asked.model}, {result.weights / 1e9:.2f} B weights in {result.dtype}; "
+        f"{asked.method}, {_trainable(result) / 1e6:,.1f} M trainable values, {asked.optim}",
         f"step: {asked.gradient_accumulation_steps} x {asked.per_device_train_batch_size} x {asked.max_length} tokens, "
         f"gradient checkpointing {'on' if asked.gradient_checkpointing else 'off'}",
     ]
@@ -200,40 +206,40 @@ def as_text(found: Estimate) -> str:
             f"({plan.work.union / plan.shape.r:.2f} r), rows {kept}"
         )
     lines += ["", "device memory at the peak, GiB"]
-    lines += [f"  {part:<12}{size / GIB:>8.2f}" for part, size in found.memory.parts.items() if size]
-    lines.append(f"  {'peak':<12}{found.memory.peak / GIB:>8.2f}{_verdict(found)}")
-    if found.host:
+    lines += [f"  {part:<12}{size / GIB:>8.2f}" for part, size in result.memory.parts.items() if size]
+    lines.append(f"  {'peak':<12}{result.memory.peak / GIB:>8.2f}{_verdict(result)}")
+    if result.host:
         lines += ["", "host memory, GiB"]
-        lines += [f"  {part:<28}{size / GIB:>8.2f}" for part, size in found.host.items() if size]
-        lines.append(f"  {'all':<28}{sum(found.host.values()) / GIB:>8.2f}")
+        lines += [f"  {part:<28}{size / GIB:>8.2f}" for part, size in result.host.items() if size]
+        lines.append(f"  {'all':<28}{sum(result.host.values()) / GIB:>8.2f}")
     if plan is not None:
         to_device, to_host = (plan.crossing(to_device=way) / GIB for way in (True, False))
         lines += ["", f"over PCIe per step, GiB: {to_device:.2f} to the device, {to_host:.2f} to the host"]
-    if found.seconds is not None and found.compute_seconds is not None:
+    if result.seconds is not None and result.compute_seconds is not None:
         assert asked.card is not None
         named = card(asked.card)["name"]
         lines += [
             "",
-            f"{named}: predicted at least {found.seconds:.3f} s per step, at most "
-            f"{_tokens(asked) / found.seconds:,.0f} tokens/s; {found.compute_seconds:.3f} s of it computing",
+            f"{named}: predicted at least {result.seconds:.3f} s per step, at most "
+            f"{_tokens(asked) / result.seconds:,.0f} tokens/s; {result.compute_seconds:.3f} s of it computing",
             "  (a bound from public specifications and an assumed host, see rates.json; not measured)",
         ]
-    if found.largest:
-        told = ", ".join(f"{name} {size}" if size else f"no {name}" for name, size in found.largest.items())
-        lines += ["", f"what would fit, each with all else as asked: {told}"]
+    if result.largest:
+        told = ", ".join(f"{name} {size}" if size else f"no {name}" for name, size in result.largest.items())
+        lines += ["", f"what would fit, each with all else as asked: {'; '.join([told, *result.remedies])}"]
     return "\n".join(lines)
 
 
-def _trainable(found: Estimate) -> int:
-    return found.memory.trainable + (found.plan.shape.values if found.plan is not None else 0)
+def _trainable(result: Estimate) -> int:
+    return result.memory.trainable + (result.plan.shape.values if result.plan is not None else 0)
 
 
 def _tokens(request: Request) -> int:
     return request.gradient_accumulation_steps * request.micro_batch
 
 
-def _verdict(found: Estimate) -> str:
-    if found.fits is None or found.request.gpu is None:
+def _verdict(result: Estimate) -> str:
+    if result.fits is None or result.request.gpu is None:
         return ""
-    kept = f"{RESERVED / GIB:.1f} of {found.request.gpu / GIB:.1f} GiB kept for the CUDA context and fragmentation"
-    return f"   {'fits' if found.fits else 'DOES NOT FIT'}: {kept}"
+    kept = f"{RESERVED / GIB:.1f} of {result.request.gpu / GIB:.1f} GiB kept for the CUDA context and fragmentation"
+    return f"   {'fits' if result.fits else 'DOES NOT FIT'}: {kept}"

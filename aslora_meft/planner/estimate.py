@@ -12,6 +12,8 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from aslora_meft.adapter import check_targets
+from aslora_meft.errors import UsageError
 from aslora_meft.planner.base import build_base, compute_dtype, config_dtype, load_config
 from aslora_meft.planner.methods import adapt, method_config
 from aslora_meft.planner.neurons import PlannedFFN, lasting_bytes
@@ -50,6 +52,7 @@ class Request:
     union_share: float
     gpu: int | None = None
     card: str | None = None
+    trust_remote_code: bool = False
 
     @property
     def micro_batch(self) -> int:
@@ -69,6 +72,7 @@ class Estimate:
         seconds: at least so many per optimizer step on the card.
         compute_seconds: the same without anything moving.
         dtype: of the base weights, one of `base.DTYPES`.
+        remedies: options of the command line, each line of which makes it fit, all else equal.
         largest: 'r', 'per_device_train_batch_size' and 'max_length' -> the largest one that fits, all else equal; 0:
             none does.
     """
@@ -82,6 +86,7 @@ class Estimate:
     compute_seconds: float | None
     dtype: str
     largest: dict[str, int] = field(default_factory=dict)
+    remedies: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool | None:
@@ -103,6 +108,7 @@ class _Model:
             quantised.get(id(p), p.numel() * p.element_size()) for p in self.base.parameters()
         ) / max(1, self.weights)
         self.config: Any = method_config(request.method, request.adapter)
+        check_targets(self.base, self.config)
         self.model: PeftModel = adapt(self.base, self.config, request.method)
 
     @cached_property
@@ -185,7 +191,7 @@ def estimate(request: Request) -> Estimate:
     Raises:
         UsageError: a model, method or value that cannot be planned.
     """
-    config = load_config(request.model)
+    config = load_config(request.model, trust_remote_code=request.trust_remote_code)
     model = _Model(request, config)
     plan, memory = _best(model, request)
     host = plan.host_bytes() if plan is not None else {}
@@ -193,7 +199,9 @@ def estimate(request: Request) -> Estimate:
         host = {**host, "paged optimizer states": memory.paged}
     seconds, computing = _seconds(model, request, plan, memory)
     found = Estimate(request, model.weights, memory, plan, host, seconds, computing, model.dtype)
-    return replace(found, largest=_largest(model, config, request)) if found.fits is False else found
+    if found.fits is not False:
+        return found
+    return replace(found, largest=_largest(model, config, request), remedies=_remedies(config, request))
 
 
 def _best(model: _Model, request: Request) -> tuple[Plan | None, Memory]:
@@ -229,6 +237,42 @@ def _seconds(
     each = max(memory.flops / at.flops, read / at.device_bytes)
     seconds = request.gradient_accumulation_steps * each + update
     return seconds, seconds
+
+
+def _remedies(config: Any, request: Request) -> tuple[str, ...]:
+    """Options that make a run fit: single ones, or else all of them together, with shorter rows if need be."""
+    assert request.gpu is not None
+    room = request.gpu - RESERVED
+    changes: dict[str, dict[str, Any]] = {}
+    if not request.gradient_checkpointing:
+        changes["--gradient_checkpointing true"] = {"gradient_checkpointing": True}
+    if (request.weights or config_dtype(config)) not in QUANTISED:
+        changes["--load_in_4bit true"] = {"weights": "nf4"}
+    if request.method == "meft" and request.adapter.get("retrieval", "auto") not in ("auto", "host"):
+        changes["--retrieval host"] = {"adapter": {**request.adapter, "retrieval": "host"}}
+    if request.method == "meft" and request.adapter.get("placement") == "device":
+        changes["--placement host"] = {"adapter": {**request.adapter, "placement": "host"}}
+
+    def peak(change: dict[str, Any]) -> float:
+        changed = replace(request, **change)
+        try:
+            return _best(_Model(changed, config), changed)[1].peak
+        except UsageError:  # such as a model without linear layers to quantise
+            return math.inf
+
+    single = tuple(option for option, change in changes.items() if peak(change) <= room)
+    if single:
+        return single
+    if request.per_device_train_batch_size > 1:
+        changes["--per_device_train_batch_size 1"] = {"per_device_train_batch_size": 1}
+    together = {name: value for change in changes.values() for name, value in change.items()}
+    length, options = request.max_length, " ".join(changes)
+    while length >= 64 and peak({**together, "max_length": length}) > room:
+        length //= 2
+    if length >= 64:
+        return (f"{options} --max_length {length}" if length < request.max_length else options,)
+    least = (peak({**together, "max_length": 64}) + RESERVED) / GIB
+    return (f"a device of at least {least:.1f} GiB, with {options} --max_length 64",) if least < math.inf else ()
 
 
 def _largest(model: _Model, config: Any, request: Request) -> dict[str, int]:

@@ -75,8 +75,8 @@ def lasting_bytes(plan: Plan) -> dict[str, int]:
     """Part -> bytes that the plan holds on the device through the whole step, beside the routers' own."""
     resident = plan.strategy == "resident"
     return {
-        "adapter": plan.tables(),
-        "key buffers": plan.key_buffers(),
+        "adapter": plan.way.tables(plan.shape),
+        "key buffers": plan.way.buffers(plan.shape),
         "buffers": plan.row_buffers() + (0 if resident else plan.row_gradients()),
         "optimizer": 2 * plan.shape.values * plan.shape.moment if resident else 0,
     }

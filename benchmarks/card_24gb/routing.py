@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import meft.retrieval.strategies
+import meft.routing.topk
 
 RECORD = Path(__file__).resolve().parents[1] / "results" / "routing_smollm2.npz"
 SUBSETS = 7  # no divisor of usual numbers of layers: a layer's subset changes from step to step
@@ -182,21 +182,21 @@ def forced_picks(ids: Ids, calls: int, T: int, K: int) -> Iterator[None]:
     Args:
         calls: after how many ids repeat; they are all made here, and all moved to a device when it first asks for one.
     """
-    original = meft.retrieval.strategies.picked_neurons
+    original = meft.routing.topk.select_neurons
     here = [ids(i, T, K) for i in range(calls)]
     there = {torch.device("cpu"): here}
     call = 0
 
     def picked(x, logits, keys, config):
         nonlocal call
-        own = original(x, logits, keys, config)
+        own, dots = original(x, logits, keys, config)
         if own.device not in there:
             there[own.device] = [some.to(own.device) for some in here]
         call += 1
-        return there[own.device][(call - 1) % calls]
+        return there[own.device][(call - 1) % calls], dots
 
-    meft.retrieval.strategies.picked_neurons = picked
+    meft.routing.topk.select_neurons = picked
     try:
         yield
     finally:
-        meft.retrieval.strategies.picked_neurons = original
+        meft.routing.topk.select_neurons = original

@@ -41,7 +41,7 @@ def step(device: torch.device, overflow: bool, cuda: bool) -> tuple[float, bool]
         overflow: one value of one table's gradient is not finite, and nothing on the device.
         cuda: the stream sleeps.
     """
-    model = adapted(Setting("stream", wire="float32")).to(device)
+    model = adapted(Setting("stream", compute_dtype="float32")).to(device)
     if device.type != "cuda":
         for engine in model.base_model.engines.values():
             engine.use(HostStreams(device))

@@ -16,16 +16,12 @@ import torch
 import adapter_kernels
 from device.findings import use_tests
 
-use_tests("adapter_kernels")
+use_tests()
 
-import adamw_checks  # noqa: E402
-import ffn_checks  # noqa: E402
-import kernel_checks  # noqa: E402
-import row_checks  # noqa: E402
-import selection_checks  # noqa: E402
-from mutations import MUTATIONS, is_noticed  # noqa: E402
-from on_device import on_device  # noqa: E402
-from selection_checks import generator  # noqa: E402
+from tests.support.kernels import adamw_checks, ffn_checks, kernel_checks, row_checks, selection_checks  # noqa: E402
+from tests.support.kernels.mutations import MUTATIONS, is_noticed  # noqa: E402
+from tests.support.kernels.on_device import on_device  # noqa: E402
+from tests.support.kernels.selection_checks import generator  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Op = Callable[..., object]
@@ -138,7 +134,7 @@ class Battery:
             case = ffn_checks.Case(20, 24, 7, 12, dtype, factor=False, base=False)
             yield "no factor", name, partial(ffn_checks.check_ffn, op, case)
             if dtype.itemsize == 2:
-                case = ffn_checks.Case(600, 32, 9, 9, dtype)
+                case = ffn_checks.Case(256 if self.tiny else 600, 32, 9, 9, dtype)
                 check = partial(ffn_checks.check_wide_row_gradients, "triton", case, backward)
                 yield "row gradients in float32", name, check
 
@@ -148,8 +144,8 @@ class Battery:
         for table in ("fp32", "bf16"):
             for name, dtype in self.dtypes.items():
                 for n, d in shapes:
-                    wire = (torch.bfloat16 if name == "fp32" else dtype) if table == "fp32" else None
-                    tables = Tables(80, d, DTYPES[table], wire=wire)
+                    compute_dtype = (torch.bfloat16 if name == "fp32" else dtype) if table == "fp32" else None
+                    tables = Tables(80, d, DTYPES[table], compute_dtype=compute_dtype)
                     rows = torch.randperm(80, generator=generator(1))[:n]
                     grads = torch.randn(n, d, generator=generator(2)).to(dtype)
                     for decoupled in (True, False):
@@ -160,8 +156,8 @@ class Battery:
 
     def _same_bits(self, op: Op, table: torch.dtype) -> None:
         """Three steps by the kernel and by torch operations on the CPU."""
-        wire = torch.float16 if table == torch.float32 else None
-        both = [adamw_checks.Tables(40, 300, table, wire=wire) for _ in range(2)]
+        compute_dtype = torch.float16 if table == torch.float32 else None
+        both = [adamw_checks.Tables(40, 300, table, compute_dtype=compute_dtype) for _ in range(2)]
         for step in range(3):
             rows = torch.randperm(40, generator=generator(step))[:30].to(torch.int32)
             grads = torch.randn(30, 300, generator=generator(step))

@@ -33,7 +33,7 @@ class Setting:
     Attributes:
         strategy: "resident": rows on the device; "": no engine, rows are read in place.
         checkpointing: "", "reentrant" or "non-reentrant".
-        wire: dtype in which rows are read.
+        compute_dtype: dtype in which rows are read.
     """
 
     strategy: str = ""
@@ -41,23 +41,29 @@ class Setting:
     checkpointing: str = ""
     in_backward: bool = False
     zero_copy: bool = False
-    wire: str = "bfloat16"
+    compute_dtype: str = "bfloat16"
     accumulation: int = 1
 
     def title(self) -> str:
-        words = [self.strategy, self.rows, self.checkpointing and f"{self.checkpointing} checkpoints", self.wire]
+        words = [
+            self.strategy,
+            self.rows,
+            self.checkpointing and f"{self.checkpointing} checkpoints",
+            self.compute_dtype,
+        ]
         words += ["in_backward"] * self.in_backward + ["zero_copy"] * self.zero_copy
         return ", ".join(filter(None, words)) + f", x{self.accumulation}" * (self.accumulation > 1)
 
     def fields(self) -> dict[str, Any]:
         """Of `MEFTConfig`."""
         if not self.strategy:
-            return {"row_dtype": self.wire}
+            return {"row_dtype": self.compute_dtype}
         if self.strategy == "resident":
-            return {"placement": "device", "row_dtype": self.wire}
+            return {"placement": "device", "row_dtype": self.compute_dtype}
         options = {"in_backward": self.in_backward, "zero_copy": self.zero_copy}
         return {
-            "retrieval": self.strategy, "backward_rows": self.rows, "row_dtype": self.wire, "row_optimizer": options,
+            "retrieval": self.strategy, "backward_rows": self.rows, "row_dtype": self.compute_dtype,
+            "row_optimizer": options,
         }  # fmt: skip
 
 
@@ -65,7 +71,9 @@ def settings() -> list[Setting]:
     """strategy x save or refetch x checkpointing x in_backward x zero_copy, then what these leave out."""
     grid = product(STRATEGIES, ("save", "refetch"), ("", "reentrant", "non-reentrant"), (False, True), (False, True))
     found = [Setting(*each) for each in grid]
-    found += [Setting(s, rows, wire="float32", zero_copy=True) for s in STRATEGIES for rows in ("save", "refetch")]
+    found += [
+        Setting(s, rows, compute_dtype="float32", zero_copy=True) for s in STRATEGIES for rows in ("save", "refetch")
+    ]
     found += [Setting(s, "save", accumulation=2) for s in STRATEGIES]
     return found + [Setting("resident"), Setting("resident", checkpointing="non-reentrant")]
 

@@ -31,7 +31,7 @@ SEEDS, CARELESS_SEEDS = 20, 5
 def in_place(accumulation: int) -> list[torch.Tensor]:
     """The chain with rows that are read in place, in float32, which loses nothing."""
     expected = trained(Setting(accumulation=accumulation), CPU)
-    wide = trained(Setting(accumulation=accumulation, wire="float64"), CPU, dtype=torch.float64)
+    wide = trained(Setting(accumulation=accumulation, compute_dtype="float64"), CPU, dtype=torch.float64)
     require_exact(expected, wide)
     return expected
 
@@ -108,8 +108,8 @@ def streams_maker(device: torch.device, rehearse: bool) -> Callable[[int, bool],
     """Sleepy streams by their seed, or such as leave out a hand-over."""
     if not rehearse:
         return lambda seed, careless: SleepyStreams(device, seed, careless)
-    use_tests("meft")
-    from thread_streams import ThreadStreams
+    use_tests()
+    from tests.support.thread_streams import ThreadStreams
 
     dropped = [("join", "inbound")]
     return lambda seed, careless: ThreadStreams(seed, 2e-3, dropped=dropped if careless else ())  # type: ignore[return-value]

@@ -72,6 +72,7 @@ def device_of(rehearse: bool) -> Any:
     return torch.device("cpu") if rehearse else torch.device("cuda", torch.cuda.current_device())
 
 
-def use_tests(*folders: str) -> None:
-    """Let modules beside the tests be imported by name."""
-    sys.path[:0] = [str(ROOT / "tests" / folder) for folder in folders]
+def use_tests() -> None:
+    """Let `tests.support`, what the tests share, be imported by name."""
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))

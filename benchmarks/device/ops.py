@@ -62,8 +62,8 @@ def one(op: str, tiny: bool, until: float, interpreted: bool, right_only: bool) 
     if interpreted:
         from device.findings import use_tests
 
-        use_tests("adapter_kernels")
-        import interpreter_repair
+        use_tests()
+        from tests.support.kernels import interpreter_repair
 
         interpreter_repair.repair()
         torch.set_num_threads(1)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapter_kernels.ffn import plain_ffn
+from adapter_kernels.ffn import sparse_ffn_plain
 from kernel_bench.inputs import OURS, Bench, Case, Planned, close, find, forced_picks, leaves, union_size
 from kernel_bench.timing import Contestant
 
@@ -19,14 +19,14 @@ TOKEN, MASKED = "ours, token form", "ours, masked form"
 
 def plain_forward(x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor) -> Tensor:
     """The yardstick: two GEMMs over the compact rows, the mask and ReLU as operations of their own."""
-    return plain_ffn.forward(x, keys, values, position, factors, None)
+    return sparse_ffn_plain.forward(x, keys, values, position, factors, None)
 
 
 def plain_backward(
     g: Tensor, x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor
 ) -> tuple[Tensor, ...]:
     """Its gradient, five GEMMs: the scores are computed again."""
-    made = plain_ffn.backward(g, x, keys, values, position, factors, [True] * 4, keys.dtype)
+    made = sparse_ffn_plain.backward(g, x, keys, values, position, factors, [True] * 4, keys.dtype)
     return tuple(grad for grad in made if grad is not None)
 
 
@@ -137,12 +137,12 @@ def sparse(bench: Bench) -> list[Planned]:
 @contextlib.contextmanager
 def token_form(limit: int) -> Iterator[None]:
     """Another number of tokens up to which the op takes its token form."""
-    module: Any = importlib.import_module("adapter_kernels.ffn.sparse_ffn_kernels")
-    before, module.TOKEN_FORM = module.TOKEN_FORM, limit
+    module: Any = importlib.import_module("adapter_kernels.ffn.sparse_ffn_token_triton")
+    before, module.MAX_TOKENS = module.MAX_TOKENS, limit
     try:
         yield
     finally:
-        module.TOKEN_FORM = before
+        module.MAX_TOKENS = before
 
 
 def unchecked(result: object) -> None:
@@ -151,7 +151,7 @@ def unchecked(result: object) -> None:
 
 def gate_ffn(bench: Bench) -> None:
     """Output and gradients on few tokens beside the package's own reference in float64, in both forms."""
-    from adapter_kernels import reference
+    from adapter_kernels.ffn import naive
 
     op, d = find("sparse_ffn"), 96
     for T in (3, 37):
@@ -161,7 +161,7 @@ def gate_ffn(bench: Bench) -> None:
         tensors.append(bench.randn(T, 4, seed=5))
         tracked, wide = leaves(*tensors), leaves(*(tensor.cpu().double() for tensor in tensors))
         y = op(*tracked[:3], position, tracked[3], impl=bench.impl)
-        expected = reference.sparse_ffn(wide[0], wide[1], wide[2], position.cpu(), wide[3])
+        expected = naive.sparse_ffn(wide[0], wide[1], wide[2], position.cpu(), wide[3])
         close(y.detach().cpu(), expected.detach(), "sparse_ffn: y")
         g = bench.randn(T, d, seed=6)
         found = torch.autograd.grad(y, tracked, g)

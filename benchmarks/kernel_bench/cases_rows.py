@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapter_kernels import RowState, StepRule
 from kernel_bench.inputs import OURS, Bench, Case, MissingError, Planned, close, find, require, union_size
 from kernel_bench.timing import Contestant
 
@@ -15,7 +16,7 @@ STAGED, EACH_ROW = "host index_select, one copy", "one copy a row"
 TO_COMPACT, TO_TABLE = "device index_select, one D2H copy", "one D2H copy, host index_copy_"
 FUSED, MOVED, ON_HOST = "fused AdamW, contiguous rows", "gather, fused AdamW, scatter", "D2H copy, step on the host"
 PINNED, PINNED_TWO, ON_DEVICE = "pinned table", "two pinned tables", "device table"
-STEP_DEVICE, STEP_PINNED = "on the device", "pinned, with a bf16 wire copy"
+STEP_DEVICE, STEP_PINNED = "on the device", "pinned, with a bf16 compute copy"
 STEP: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 
 
@@ -128,8 +129,9 @@ def scatter(bench: Bench) -> list[Planned]:
 
 
 def adamw(bench: Bench) -> list[Planned]:
-    """One step of the touched rows: on the device in fp32 and bf16, and in page-locked memory with a wire copy."""
+    """One step of the touched rows: on the device in fp32 and bf16, and in page-locked memory with a compute copy."""
     op, d = find("row_adamw"), bench.shapes.d
+    rule = rule_of(STEP)
 
     def build(r: int, share: float, what: str, dtype: torch.dtype) -> Case:
         ids = bench.some_rows(r, share, seed=1)
@@ -147,8 +149,8 @@ def adamw(bench: Bench) -> list[Planned]:
             tensors = (table, zeros, zeros, torch.zeros(r, dtype=torch.int32, device=bench.device))
             return [place(tensor) for tensor in tensors]
 
-        def ours(tensors: list[Tensor], wire: Tensor | None, rows: Tensor, g: Tensor, impl: str) -> Tensor:
-            op(*tensors, rows, g, **STEP, wire=wire, impl=impl)
+        def ours(tensors: list[Tensor], compute_copy: Tensor | None, rows: Tensor, g: Tensor, impl: str) -> Tensor:
+            op(RowState(*tensors, compute_copy), rows, g, rule, impl=impl)
             return tensors[0]
 
         def checked(at: Tensor) -> Callable[[Tensor], None]:
@@ -164,24 +166,30 @@ def adamw(bench: Bench) -> list[Planned]:
             return Case(contestants, verify, size * n * d, "device copy", 12 * n * d)
         require_zero_copy(bench)
         held, host = state(bench.pinned), state(partial(Tensor.to, device="cpu", copy=True))
-        wire = torch.empty(r, d, dtype=torch.bfloat16 if bench.dtype == torch.bfloat16 else torch.float16)
-        wires, rows = [bench.pinned(wire), wire], ids.cpu()
+        compute_copy = torch.empty(r, d, dtype=torch.bfloat16 if bench.dtype == torch.bfloat16 else torch.float16)
+        compute_copies, rows = [bench.pinned(compute_copy), compute_copy], ids.cpu()
 
-        def checked_with(wire: Tensor) -> Callable[[Tensor], None]:
+        def checked_with(compute_copy: Tensor) -> Callable[[Tensor], None]:
             def verify_both(whole: Tensor) -> None:
                 verify(whole.index_select(0, rows))
-                copied = wire.index_select(0, rows)
-                require(torch.equal(copied, whole.index_select(0, rows).to(wire.dtype)), "the wire copy differs")
+                copied = compute_copy.index_select(0, rows)
+                require(
+                    torch.equal(copied, whole.index_select(0, rows).to(compute_copy.dtype)), "the compute copy differs"
+                )
 
             return verify_both
 
         contestants = {
-            OURS: Contestant(lambda: ours(held, wires[0], ids, grads, bench.impl), verify=checked_with(wires[0])),
+            OURS: Contestant(
+                lambda: ours(held, compute_copies[0], ids, grads, bench.impl), verify=checked_with(compute_copies[0])
+            ),
             ON_HOST: Contestant(
-                lambda: ours(host, wires[1], ids.cpu(), grads.cpu(), "torch"), waits=True, verify=checked_with(wires[1])
+                lambda: ours(host, compute_copies[1], ids.cpu(), grads.cpu(), "torch"),
+                waits=True,
+                verify=checked_with(compute_copies[1]),
             ),
         }
-        # In come the table and both moments, out go these and the wire copy: the larger of the two.
+        # In come the table and both moments, out go these and the compute copy: the larger of the two.
         return Case(contestants, verify, (12 + 2) * n * d, "pinned copies at once", 12 * n * d)
 
     kinds = [(STEP_DEVICE, torch.float32), (STEP_PINNED, torch.float32)]
@@ -198,13 +206,19 @@ def adamw(bench: Bench) -> list[Planned]:
     ]
 
 
+def rule_of(settings: dict[str, Any], decoupled: bool = True) -> StepRule:
+    """The rule of a step with settings as torch's optimizers take them."""
+    beta1, beta2 = settings["betas"]
+    return StepRule(settings["lr"], beta1, beta2, settings["eps"], settings["weight_decay"], decoupled)
+
+
 def expected_step(rows: Tensor, grads: Tensor) -> Tensor:
     """The first step of each row, by the package's reference in float64."""
-    from adapter_kernels import reference
+    from adapter_kernels.adamw import naive
 
     p, g = rows.double(), grads.double()
     zeros = torch.zeros_like(p)
-    return reference.row_adamw(p, zeros, zeros, 1, g, STEP["lr"], STEP["betas"], STEP["eps"], STEP["weight_decay"])[0]
+    return naive.row_adamw(p, zeros, zeros, 1, g, STEP["lr"], STEP["betas"], STEP["eps"], STEP["weight_decay"])[0]
 
 
 def fused_step(rows: Tensor, grads: Tensor) -> Callable[[], Tensor]:
@@ -243,16 +257,16 @@ def moved_step(table: Tensor, ids: Tensor, grads: Tensor) -> Callable[[], Tensor
 
 
 def gate_rows(bench: Bench) -> None:
-    """Copies of few rows, beside the package's own reference."""
-    from adapter_kernels import reference
+    """Copies of few rows, beside the package's own naive."""
+    from adapter_kernels.rows import naive
 
     gather_op, scatter_op = find("gather_rows"), find("scatter_rows")
     table, rows = bench.randn(37, 72, seed=1), bench.randn(5, 72, seed=2)
     ids = torch.tensor([30, 2, 36, -1, 0], dtype=torch.int32, device=bench.device)
     for source in (table, bench.pinned(table)):
         found = gather_op(ids, [source], impl=bench.impl)[0].cpu()
-        require(torch.equal(found, reference.gather_rows(ids.cpu(), table.cpu())), "gather_rows: the rows differ")
-        expected = reference.scatter_rows(ids.cpu(), rows.cpu(), table.cpu())
+        require(torch.equal(found, naive.gather_rows(ids.cpu(), table.cpu())), "gather_rows: the rows differ")
+        expected = naive.scatter_rows(ids.cpu(), rows.cpu(), table.cpu())
         target = source.clone() if source.device == bench.device else bench.pinned(source)
         scatter_op(ids, [rows], [target], impl=bench.impl)
         bench.clock.wait()
@@ -261,7 +275,7 @@ def gate_rows(bench: Bench) -> None:
 
 def gate_adamw(bench: Bench) -> None:
     """A later step of few rows on the device and in host memory, beside the package's own reference in float64."""
-    from adapter_kernels import reference
+    from adapter_kernels.adamw import naive
 
     op, (r, d) = find("row_adamw"), (37, 72)
     ids = torch.tensor([30, 2, 36, 0], dtype=torch.int32, device=bench.device)
@@ -278,12 +292,12 @@ def gate_adamw(bench: Bench) -> None:
             require_zero_copy(bench)
         table, *moments, count = (place(x) for x in (start[0].to(dtype), *start[1:], touches))
         before = start[0].to(dtype)
-        op(table, *moments, count, ids, grads, decoupled=decoupled, impl=bench.impl, **STEP)
+        op(RowState(table, *moments, count), ids, grads, rule_of(STEP, decoupled), impl=bench.impl)
         bench.clock.wait()
         found = [x.cpu()[rows] for x in (table, *moments)]
         for i, row in enumerate(rows.tolist()):
             state = (before[row].double(), *(x[row].double() for x in start[1:]))
-            expected = reference.row_adamw(*state, row + 1, grads[i].cpu().double(), *rule, decoupled)
+            expected = naive.row_adamw(*state, row + 1, grads[i].cpu().double(), *rule, decoupled)
             for name, ours, theirs in zip(("table", "exp_avg", "exp_avg_sq"), found, expected, strict=True):
                 # Stochastic rounding goes to either neighbour.
                 limit = 2e-2 if ours.dtype == torch.bfloat16 else 2e-6

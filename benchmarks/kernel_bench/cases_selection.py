@@ -167,7 +167,8 @@ def neurons(bench: Bench) -> list[Planned]:
 
 def gate_selection(bench: Bench) -> None:
     """All four ops on few tokens, beside the package's own reference in float64."""
-    from adapter_kernels import reference
+    from adapter_kernels.rows import naive as naive_rows
+    from adapter_kernels.topk import naive
 
     topk, experts_topk, union_op = find("router_topk"), find("expert_topk"), find("row_union")
     T, E, each, P, K, d = 37, 16, 20, 5, 8, 96
@@ -175,16 +176,16 @@ def gate_selection(bench: Bench) -> None:
     whole = lambda *shape, seed: bench.randn(*shape, seed=seed, dtype=torch.float32).mul(2).round().to(bench.dtype)  # noqa: E731
     x, keys, logits = whole(T, d, seed=1), whole(E * each, d, seed=2), whole(T, E, seed=3)
     experts, factors = topk(logits, P, impl=bench.impl)
-    found = reference.router_topk(logits.cpu(), P)
+    found = naive.router_topk(logits.cpu(), P)
     require(
         torch.equal(experts.cpu(), found[0]) and torch.equal(factors.cpu(), found[1]), "router_topk: the picks differ"
     )
     ids, scores, dots = experts_topk(x, keys, experts, factors, K, E=E, impl=bench.impl)
-    expected = reference.expert_topk(x.cpu().double(), keys.cpu().double(), experts.cpu(), factors.cpu().double(), K, E)
+    expected = naive.expert_topk(x.cpu().double(), keys.cpu().double(), experts.cpu(), factors.cpu().double(), K, E)
     require(torch.equal(ids.cpu(), expected[0]), "expert_topk: the picks differ")
     close(scores.cpu(), expected[1], "expert_topk: scores", 1e-6)
     close(dots.cpu(), expected[2], "expert_topk: dots", 1e-6)
     rows, position = union_op(ids, E * each, impl=bench.impl)
-    union_rows, union_position = reference.row_union(ids.cpu(), E * each)
+    union_rows, union_position = naive_rows.row_union(ids.cpu(), E * each)
     same = torch.equal(rows.cpu(), union_rows) and torch.equal(position.cpu(), union_position)
     require(same, "row_union: rows or positions differ")

@@ -161,7 +161,7 @@ def beside_a_gemm(bench: Bench) -> list[Row]:
         gate_rows(bench)
         op, size = find("gather_rows"), bench.shapes.gemm // 2
         ids, values = bench.some_rows(r, share, seed=1), bench.randn(r, bench.shapes.d, seed=2)
-        wire, out = (
+        compute_copy, out = (
             bench.pinned(values),
             [torch.empty(len(ids), bench.shapes.d, dtype=bench.dtype, device=bench.device)],
         )
@@ -169,7 +169,7 @@ def beside_a_gemm(bench: Bench) -> list[Row]:
         product = torch.empty_like(a)
 
         def gather_once() -> None:
-            op(ids, [wire], out=out, impl=bench.impl)
+            op(ids, [compute_copy], out=out, impl=bench.impl)
 
         def multiply() -> None:
             torch.mm(a, b, out=product)

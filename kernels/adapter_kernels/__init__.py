@@ -3,7 +3,9 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from .adamw.row_adamw import row_adamw
+from .adamw.row_state import RowState, StepRule
 from .ffn.sparse_ffn import sparse_ffn, sparse_ffn_backward
+from .ffn.table_ffn import table_ffn, table_ffn_backward
 from .rows.gather_rows import gather_rows, scatter_rows
 from .rows.row_union import row_union, row_union_window
 from .runtime.dispatch import debugging
@@ -17,6 +19,8 @@ except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "unknown"
 
 __all__ = [
+    "RowState",
+    "StepRule",
     "debugging",
     "expert_topk",
     "gather_rows",
@@ -28,4 +32,6 @@ __all__ = [
     "scatter_rows",
     "sparse_ffn",
     "sparse_ffn_backward",
+    "table_ffn",
+    "table_ffn_backward",
 ]

@@ -2,11 +2,12 @@
 
     python -m adapter_kernels.aot [--required] [--only WORD] [--seconds S] [--jobs N]
 
-A variant is accepted when it compiles for sm_80, 86, 89 and 90 with nothing spilled, within the shared memory that a
+A variant is accepted if it compiles for sm_80, 86, 89 and 90 with nothing spilled, within the shared memory that a
 block of that GPU may have, and with 16-byte global loads where it promises them. sm_100, sm_120 and gfx942 are
 reported only, and left out with --required. Compilers come in Triton's wheel; what was compiled before is taken from
-Triton's cache. With triton 3.6.0, 3.7.1 and 3.9.0 all 776 compilations for the first four were accepted. With 3.9.0 the
-others compiled too while rows were even, and on sm_120 four of them (half-precision products) spilled up to 16 bytes.
+Triton's cache. With triton 3.7.1 all 648 compilations for the first four are accepted; with 3.6.0 and 3.9.0 all 776 of
+an earlier version were. With 3.9.0 the others compiled too while rows were aligned, and on sm_120 four of them
+(half-precision products) spilled up to 16 bytes.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from .adamw.row_adamw import variants as row_adamw
-from .ffn.sparse_ffn import variants as sparse_ffn
-from .rows.gather_rows import variants as gather_rows
-from .rows.row_union import variants as row_union
+from .ffn.sparse_ffn_triton import variants as sparse_ffn
+from .rows.gather_rows_triton import variants as gather_rows
+from .rows.row_union_triton import variants as row_union
 from .runtime import triton_shim as jit
 from .runtime.specialisation import Specialisation, Variants
-from .topk.expert_topk import variants as expert_topk
-from .topk.router_topk import variants as router_topk
+from .topk.expert_topk_triton import variants as expert_topk
+from .topk.router_topk_triton import variants as router_topk
 
 OPS: dict[str, Variants] = {
     "router_topk": router_topk,

@@ -99,13 +99,8 @@ def free_bytes(device: torch.device) -> int:
     return min(free + reserved - allocated, limit - allocated)
 
 
-def out_of_memory_errors(device: torch.device) -> int:
-    """How often torch's allocator has found no memory on a CUDA device, for whomever."""
-    return int(torch.cuda.memory_stats_as_nested_dict(device).get("num_ooms", 0))
-
-
 def choose(
-    config: MEFTConfig, layers: int, x: Tensor, around: ModelProfile | None, free: int,
+    config: MEFTConfig, layers: int, x: Tensor, profile: ModelProfile | None, free: int,
     calibration: Calibration | None,
 ) -> Plan:  # fmt: skip
     """The plan of an adapter whose rows are in host memory.
@@ -122,8 +117,8 @@ def choose(
     T, d = x.shape
     shape = AdapterShape.of(config, d=d, layers=layers, base_dtype=x.dtype)
     work = Work(tokens=T, union=min(config.r, T * config.top_k))
-    if around is not None:
-        free -= around.activations(T)
+    if profile is not None:
+        free -= profile.activations(T)
     kept: tuple[Rows, ...] = ("save", "refetch") if config.backward_rows == "auto" else (config.backward_rows,)  # type: ignore[assignment]
     plans = strategies_that_fit(shape, work, free, rows=kept)
     if not plans:
@@ -133,7 +128,7 @@ def choose(
             "takes %.2f GiB: use a smaller batch or r.", free / 2**30, sum(least.device_bytes().values()) / 2**30,
         )  # fmt: skip
         return least
-    if calibration is None or around is None:
+    if calibration is None or profile is None:
         return plans[0]
     ceilings = calibration.contended
 
@@ -143,16 +138,16 @@ def choose(
             for accumulation in ACCUMULATIONS:
                 union = max(1, min(work.union, round(share * config.r)))
                 now = Plan(shape, Work(T, union, accumulation, plan.work.rows), plan.strategy)
-                times.append(step_time(now, around.base, ceilings).seconds / accumulation)
+                times.append(step_time(now, profile.base, ceilings).seconds / accumulation)
         return fmean(times)
 
     return min(plans, key=seconds)
 
 
-def chosen(config: MEFTConfig, layers: int, x: Tensor, around: ModelProfile | None) -> Plan:
+def chosen(config: MEFTConfig, layers: int, x: Tensor, profile: ModelProfile | None) -> Plan:
     """The plan for inputs like x [T, d] on their CUDA device, by the memory that is free now; says what was chosen."""
     free = free_bytes(x.device)
-    plan = choose(config, layers, x, around, free, _calibration(x.device))
+    plan = choose(config, layers, x, profile, free, _calibration(x.device))
     logger.info(
         "MEFT: retrieval='%s', backward_rows='%s' (%.2f of %.2f GiB left on the device, %d tokens).",
         plan.strategy, plan.work.rows, sum(plan.device_bytes().values()) / 2**30, free / 2**30, len(x),

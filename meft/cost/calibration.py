@@ -21,10 +21,10 @@ from statistics import median
 import torch
 
 from adapter_kernels.runtime.host_threads import host_threads
-from peft_bridge.files import replace_file
+from peft_bridge.atomic_files import replace_file
 
 from ..config import MEFTConfig
-from ..routing.topk import picked_neurons
+from ..routing.topk import select_neurons
 from ..table.gpu_step import ZeroCopySteps
 from ..table.moments import Moments
 from ..table.row_step import StepRule, update_rows
@@ -99,8 +99,8 @@ class _Machine:
         self.device, self.sizes = device, sizes
         self.half = torch.float16 if device.type == "cuda" else torch.float32  # older cards have no fast bf16
         self.table = torch.zeros(sizes.r, sizes.d, device="cpu")
-        self.wire = torch.zeros(sizes.r, sizes.d, dtype=torch.bfloat16, device="cpu")
-        self.moments = Moments.fresh(self.table)
+        self.compute_copy = torch.zeros(sizes.r, sizes.d, dtype=torch.bfloat16, device="cpu")
+        self.state = Moments.fresh(self.table).row_state(self.table, self.compute_copy)
         shuffled = torch.randperm(sizes.r, generator=torch.Generator().manual_seed(0), device="cpu")
         self.rows = shuffled[: sizes.updated].sort().values
         self.gradient = torch.full((sizes.updated, sizes.d), 1e-3, device="cpu")
@@ -122,7 +122,7 @@ class _Machine:
 
     def update(self, step: Callable[..., None] = update_rows) -> None:
         rule = StepRule(0.0, 0.9, 0.999, 1e-8, 0.0, True)
-        self.moments.update(self.table, self.wire, self.rows, self.gradient, rule, 0, step)
+        step(self.state, self.rows, self.gradient, rule, seed=0)
 
     @contextmanager
     def updates_beside(self) -> Iterator[None]:
@@ -168,10 +168,7 @@ class _Machine:
     @property
     def updated_bytes(self) -> int:
         """What a row update reads and writes."""
-        return nbytes(self.gradient) + self.sizes.updated * sum(
-            factor * nbytes(t[:1])
-            for factor, t in ((2, self.table), (2, self.moments.exp_avg), (2, self.moments.exp_avg_sq), (1, self.wire))
-        )
+        return nbytes(self.gradient) + self.sizes.updated * self.state.row_bytes()
 
     def host_rates(self) -> tuple[float, float]:
         """Bytes/s of a row update, flop/s of picking on the host."""
@@ -193,7 +190,7 @@ class _Machine:
         logits = torch.randn(self.sizes.tokens, config.experts, generator=random, device="cpu")
         candidates = config.probed * config.r // config.experts
         flops = 2 * self.sizes.tokens * candidates * self.sizes.d
-        return flops / self.seconds(lambda: picked_neurons(x, logits, self.wire, config))
+        return flops / self.seconds(lambda: select_neurons(x, logits, self.compute_copy, config))
 
 
 def measure(device: torch.device, sizes: Sizes | None = None) -> Calibration:

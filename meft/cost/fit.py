@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from .memory import STRATEGIES, AdapterShape, Plan, Rows, Work
+from ..retrieval.costs import AdapterShape, Rows, Work
+from ..retrieval.strategies import STRATEGIES
+from .memory import Plan
 
 
 def strategies_that_fit(
@@ -18,8 +20,7 @@ def strategies_that_fit(
 ) -> list[Plan]:
     """The plans whose parts on the device fit, the preferred one first: least traffic that must be waited for.
 
-    Of `rows` each takes the first that fits. `resident` is for `placement="device"` alone, and
-    nothing else is.
+    Of `rows` each takes the first that fits.
 
     Args:
         free_device_bytes: what base model and activations leave.
@@ -27,7 +28,7 @@ def strategies_that_fit(
     """
     found = []
     for strategy in STRATEGIES:
-        if (strategy == "resident") != (placement == "device"):
+        if STRATEGIES[strategy].serves != placement:
             continue
         for kept in rows:
             plan = Plan(shape, replace(work, rows=kept), strategy)

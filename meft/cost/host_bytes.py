@@ -61,7 +61,7 @@ class HostBytes:
     def updated(self) -> int:
         """Of a step's update, wherever it is: gradient, master, both moments and the narrower copy."""
         s = self.plan.shape
-        each = FP32 + 2 * s.master + 4 * s.moment + (s.wire if s.wire < s.master else 0)
+        each = FP32 + 2 * s.master + 4 * s.moment + (s.compute if s.compute < s.master else 0)
         return 2 * s.d * self.plan.step_union * each
 
     def of_a_step(self) -> int:

@@ -73,15 +73,15 @@ def _cache(group: Path, name: str) -> int:
     return 0
 
 
-def row_bytes(config: MEFTConfig, d: int, layers: int, wire: int) -> int:
+def row_bytes(config: MEFTConfig, d: int, layers: int, compute: int) -> int:
     """Bytes of an adapter's rows in host memory: masters, the narrower copy that is read, and moments where it trains.
 
     Args:
-        wire: bytes of a value as it is read.
+        compute: bytes of a value as it is read.
     """
     master = {"float64": 8, "float32": 4, "bfloat16": 2}[config.master_dtype]
     moments = 0 if config.inference_mode else 2 * max(4, master)
-    return 2 * layers * config.r * d * (master + (wire if wire < master else 0) + moments)
+    return 2 * layers * config.r * d * (master + (compute if compute < master else 0) + moments)
 
 
 def require_memory(wanted: int, config: MEFTConfig, layers: int) -> None:
@@ -105,8 +105,8 @@ def require_memory_for(config: MEFTConfig, model: nn.Module) -> None:
     ffns: list[nn.Module] = [m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for m in found]
     if not config.on_host or not ffns or any(p.is_meta for ffn in ffns for p in ffn.parameters()):
         return
-    wire = min((p.element_size() for ffn in ffns for p in ffn.parameters() if p.is_floating_point()), default=4)
+    compute = min((p.element_size() for ffn in ffns for p in ffn.parameters() if p.is_floating_point()), default=4)
     if config.row_dtype != "auto":
-        wire = getattr(torch, config.row_dtype).itemsize
+        compute = getattr(torch, config.row_dtype).itemsize
     with suppress(ValueError):  # no FFN of known width: the injection says so
-        require_memory(row_bytes(config, ffn_width(ffns[0], model), len(ffns), wire), config, len(ffns))
+        require_memory(row_bytes(config, ffn_width(ffns[0], model), len(ffns), compute), config, len(ffns))

@@ -1,111 +1,17 @@
 """What MEFT costs before anything is allocated: bytes on the device, bytes on the host, bytes across the link.
 
-Pure arithmetic over shapes. d is the hidden size, r the neurons of a layer, T the tokens of a micro-batch, U its union:
-the distinct neurons that its tokens picked in one layer. A row is d values of the wire dtype, one neuron's key or
-value. Where a strategy keeps what:
-
-    resident      wire, masters and moments on the device; nothing crosses
-    device-rows   wire keys and values on the device; masters and moments on the host
-    device-keys   wire keys on the device; values are gathered
-    stream        the keys of the next layer are copied under the compute of this one; values are gathered
-    host          hidden states go down, picks and the rows of U come up (arXiv 2406.04984)
+Pure arithmetic over shapes, in the terms of `meft.retrieval.costs`; what depends on the strategy is said by its class.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-import torch
-
-from ..config import MEFTConfig
 from ..gradient.offload_ring import SLOTS
+from ..retrieval.costs import FP32, ID, AdapterShape, Flow, Rows, Work
+from ..retrieval.strategies import STRATEGIES, Strategy
 
-STRATEGIES = ("resident", "device-rows", "device-keys", "stream", "host")  # in order of preference
-ID = 4  # bytes of the int32 of a neuron or a place
-FP32 = 4
-When = Literal["forward", "backward", "step"]
-Rows = Literal["save", "refetch"]
-
-
-@dataclass(frozen=True)
-class AdapterShape:
-    """The sizes of an adapter.
-
-    Attributes:
-        d: hidden size.
-        layers: adapted FFNs.
-        r, experts, probed, top_k: of `MEFTConfig`, per layer; probed and top_k per token.
-        wire, master, moment, base, gradient: bytes of a value of the rows as they are read, of the masters, of each of
-            the two moments, of the hidden states, and of row gradients on their way to the host.
-    """
-
-    d: int
-    layers: int
-    r: int
-    experts: int
-    probed: int
-    top_k: int
-    wire: int = 2
-    master: int = 4
-    moment: int = 4
-    base: int = 2
-    gradient: int = 2
-
-    @classmethod
-    def of(cls, config: MEFTConfig, *, d: int, layers: int, base_dtype: torch.dtype) -> AdapterShape:
-        """The sizes of a configuration; base_dtype is the dtype of the hidden states (bfloat16 for an NF4 base)."""
-        master = getattr(torch, config.master_dtype).itemsize
-        own = base_dtype if config.row_dtype == "auto" else getattr(torch, config.row_dtype)
-        wire = min(own.itemsize, master)
-        moment = 8 if config.master_dtype == "float64" else FP32
-        narrow = own == base_dtype == torch.bfloat16 and config.gradient_dtype == "auto"
-        return cls(
-            d, layers, config.r, config.experts, config.probed, config.top_k, wire, master, moment,
-            base_dtype.itemsize, wire if narrow else max(FP32, wire),
-        )  # fmt: skip
-
-    @property
-    def values(self) -> int:
-        """Trainable values of all keys and values, 2 L r d."""
-        return 2 * self.layers * self.r * self.d
-
-
-@dataclass(frozen=True)
-class Work:
-    """What an optimizer step is made of.
-
-    Attributes:
-        tokens: T of a micro-batch.
-        union: |U|, distinct neurons that a micro-batch picks in one layer, 1 to r.
-        accumulation: micro-batches of an optimizer step.
-        rows: 'save' keeps the rows of U on the device from forward to backward, 'refetch' gathers them again.
-        step_union: distinct neurons of all micro-batches of a step; None: the most there can be, accumulation |U|.
-    """
-
-    tokens: int
-    union: int
-    accumulation: int = 1
-    rows: Rows = "save"
-    step_union: int | None = None
-
-
-@dataclass(frozen=True)
-class Flow:
-    """One thing that crosses the link, of one layer.
-
-    Attributes:
-        what: its name.
-        to_device: its direction.
-        when: 'forward' and 'backward' of each micro-batch, or 'step': once per optimizer step.
-        elements, bytes: its size.
-    """
-
-    what: str
-    to_device: bool
-    when: When
-    elements: int
-    bytes: int
+__all__ = ["FP32", "AdapterShape", "Flow", "Plan", "Rows", "Work"]
 
 
 @dataclass(frozen=True)
@@ -131,11 +37,14 @@ class Plan:
             raise ValueError(f"tokens={self.work.tokens} and accumulation={self.work.accumulation} must be at least 1.")
 
     @property
+    def way(self) -> type[Strategy]:
+        """The strategy's class."""
+        return STRATEGIES[self.strategy]
+
+    @property
     def step_union(self) -> int:
         """Distinct neurons of a layer that an optimizer step updates."""
-        if self.work.step_union is not None:
-            return self.work.step_union
-        return min(self.shape.r, self.work.accumulation * self.work.union)
+        return self.work.touched(self.shape)
 
     @property
     def union_values(self) -> int:
@@ -145,13 +54,13 @@ class Plan:
     @property
     def keeps_rows(self) -> bool:
         """Whether rows are saved for backward; where the tables lie on the device nothing needs to be."""
-        return self.work.rows == "save" and self.strategy not in ("resident", "device-rows")
+        return self.work.rows == "save" and not self.way.rows_on_device
 
     # ------------------------------------------------------------------ device
 
     def saved_rows(self) -> int:
         """Bytes of the rows of one layer that wait for backward."""
-        return self.union_values * self.shape.wire if self.keeps_rows else 0
+        return self.union_values * self.shape.compute if self.keeps_rows else 0
 
     def picks(self) -> int:
         """Bytes of one layer's picks that wait for backward: ids, places, factors and scores, [T, K] each; U's ids."""
@@ -161,33 +70,22 @@ class Plan:
         """Bytes of W_g of one layer, [E, d] in fp32; its gradient takes as much, its moments twice as much."""
         return FP32 * self.shape.experts * self.shape.d
 
-    def tables(self) -> int:
-        """Bytes of keys and values of all layers on the device."""
-        s = self.shape
-        wire_copy = s.wire if s.wire < s.master else 0  # else the masters themselves are read
-        each = {"resident": s.master + wire_copy, "device-rows": s.wire, "device-keys": s.wire / 2}
-        return int(s.values * each.get(self.strategy, 0))
-
-    def key_buffers(self) -> int:
-        """Bytes of the two key tables that take turns, not per layer."""
-        return 2 * self.shape.r * self.shape.d * self.shape.wire if self.strategy == "stream" else 0
-
     def row_buffers(self) -> int:
         """Bytes for the rows of the layer at work, and of the next one where they are fetched ahead in backward."""
-        ahead = self.work.rows == "refetch" and self.strategy in ("host", "stream", "device-keys")
-        return self.union_values * self.shape.wire * (2 if ahead else 1)
+        ahead = self.work.rows == "refetch" and not self.way.rows_on_device
+        return self.union_values * self.shape.compute * (2 if ahead else 1)
 
     def row_gradients(self) -> int:
-        """Bytes of row gradients on the device: one layer's in fp32 and as they leave; resident: those of a step."""
+        """Bytes of row gradients on the device: one layer's in fp32 and as they leave; those of a step if they stay."""
         s = self.shape
-        if self.strategy == "resident":
+        if self.way.updates_on_device:
             return 2 * s.layers * s.d * self.step_union * FP32
         return self.union_values * (FP32 + s.gradient)
 
     def forward_temporaries(self) -> int:
         """Bytes of one layer's forward pass: x in fp32 for the router, logits, and the candidates of a token."""
         s, T = self.shape, self.work.tokens
-        candidates = 0 if self.strategy == "host" else s.probed * -(-s.r // s.experts)
+        candidates = 0 if self.way.selects_on_host else s.probed * -(-s.r // s.experts)
         return T * FP32 * (s.d + s.experts + candidates)
 
     def backward_temporaries(self) -> int:
@@ -198,15 +96,15 @@ class Plan:
     def device_bytes(self) -> dict[str, int]:
         """Bytes on the device by part, all layers; without the base model and its activations."""
         s, L = self.shape, self.shape.layers
-        resident = self.strategy == "resident"
+        stay = self.way.updates_on_device
         return {
             "router": L * self.router(),
-            "adapter": self.tables(),
-            "optimizer": 2 * L * self.router() + (2 * s.values * s.moment if resident else 0),
-            "gradients": L * self.router() + (self.row_gradients() if resident else 0),
+            "adapter": self.way.tables(s),
+            "optimizer": 2 * L * self.router() + (2 * s.values * s.moment if stay else 0),
+            "gradients": L * self.router() + (self.row_gradients() if stay else 0),
             "saved rows": L * self.saved_rows(),
-            "key buffers": self.key_buffers(),
-            "buffers": self.row_buffers() + (0 if resident else self.row_gradients()),
+            "key buffers": self.way.buffers(s),
+            "buffers": self.row_buffers() + (0 if stay else self.row_gradients()),
             "activations": L * self.picks() + max(self.forward_temporaries(), self.backward_temporaries()),
         }
 
@@ -215,13 +113,13 @@ class Plan:
     def host_bytes(self) -> dict[str, int]:
         """Bytes in host memory by part, all layers; what is page-locked says so."""
         s = self.shape
-        if self.strategy == "resident":
+        if self.way.updates_on_device:
             return {}
-        wire, master = s.values * s.wire, s.values * s.master
+        compute, master = s.values * s.compute, s.values * s.master
         store = 2 * s.layers * s.d * self.step_union * FP32
-        separate = s.wire < s.master
+        separate = s.compute < s.master
         return {
-            "wire rows, page-locked": wire if separate else 0,
+            "compute copy, page-locked": compute if separate else 0,
             "masters" if separate else "masters, page-locked": master,
             "moments": 2 * s.values * s.moment,
             "gradient store": store,
@@ -233,37 +131,7 @@ class Plan:
 
     def flows(self) -> list[Flow]:
         """What crosses for one layer: in each micro-batch, and once per optimizer step."""
-        s, w = self.shape, self.work
-        row, rows = s.d * w.union, self.union_values  # values of the value rows of U, of keys and values
-        found: list[Flow] = []
-
-        def add(what: str, to_device: bool, when: When, elements: int, each: int) -> None:
-            found.append(Flow(what, to_device, when, elements, elements * each))
-
-        if self.strategy == "resident":
-            return []
-        if self.strategy == "host":
-            add("hidden states", False, "forward", w.tokens * s.d, s.base)
-            add("router logits", False, "forward", w.tokens * s.experts, FP32)
-            add("picks", True, "forward", 2 * w.tokens * s.top_k, ID)
-            add("union ids", True, "forward", w.union, ID)
-            add("key and value rows", True, "forward", rows, s.wire)
-        if self.strategy == "stream":
-            add("key table", True, "forward", s.r * s.d, s.wire)
-        if self.strategy in ("stream", "device-keys"):
-            add("value rows", True, "forward", row, s.wire)
-        if w.rows == "refetch" and self.strategy in ("host", "stream"):
-            add("key and value rows", True, "backward", rows, s.wire)
-        if w.rows == "refetch" and self.strategy == "device-keys":
-            add("value rows", True, "backward", row, s.wire)
-        add("row gradients", False, "backward", rows, s.gradient)
-        if self.strategy != "host":  # the host does not know U
-            add("union ids", False, "backward", w.union, ID)
-        if self.strategy == "device-keys":
-            add("changed keys", True, "step", s.d * self.step_union, s.wire)
-        if self.strategy == "device-rows":
-            add("changed rows", True, "step", 2 * s.d * self.step_union, s.wire)
-        return found
+        return list(self.way.flows(self.shape, self.work))
 
     def crossing(self, *, to_device: bool | None = None) -> int:
         """Bytes across the link per optimizer step, all layers: one way, or both."""
@@ -279,5 +147,4 @@ class Plan:
         Args:
             step: whether what crosses once per optimizer step is counted in, as at accumulation 1.
         """
-        kinds = {"key and value rows", "key table", "value rows", "row gradients", "changed keys", "changed rows"}
-        return sum(flow.elements for flow in self.flows() if flow.what in kinds and (step or flow.when != "step"))
+        return sum(flow.elements for flow in self.flows() if flow.rows and (step or flow.when != "step"))

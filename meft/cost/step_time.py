@@ -130,11 +130,11 @@ class _Seconds:
     def __init__(self, plan: Plan, base: BaseModel, at: Ceilings) -> None:
         s, w = plan.shape, plan.work
         self.plan, self.at = plan, at
-        T, U, d, wire = w.tokens, w.union, s.d, s.wire
+        T, U, d, compute = w.tokens, w.union, s.d, s.compute
         candidates = s.probed * (s.r / s.experts)
         attending = 2 * T * base.length * base.attended  # half of the pairs: causal
-        key_rows = min(s.r, T * candidates) * d * wire
-        on_host = plan.strategy == "host"
+        key_rows = min(s.r, T * candidates) * d * compute
+        on_host = plan.way.selects_on_host
         self.attention = self._device(2 * T * base.attention + attending, base.attention * base.weight_bytes)
         self.ffn = self._device(2 * T * base.ffn, base.ffn * base.weight_bytes)
         # Flash attention makes five products backward where it makes two forward.
@@ -144,15 +144,15 @@ class _Seconds:
         self.router = self._device(2 * T * s.experts * d, FP32 * s.experts * d)
         self.router_backward = self._device(4 * T * s.experts * d, 2 * FP32 * s.experts * d)
         self.scoring = 0.0 if on_host else self._device(2 * T * candidates * d, key_rows)
-        self.sparse = self._device(4 * T * U * d, 2 * U * d * wire)
-        self.sparse_backward = self._device(10 * T * U * d, 2 * U * d * (wire + s.gradient))
+        self.sparse = self._device(4 * T * U * d, 2 * U * d * compute)
+        self.sparse_backward = self._device(10 * T * U * d, 2 * U * d * (compute + s.gradient))
         self.router_update = s.layers * 7 * plan.router() / at.device_bytes
         host_scoring = max(2 * T * candidates * d / at.host_flops, key_rows / at.host_bytes)
         self.host_scoring = host_scoring if on_host else 0.0
         self.host = HostBytes(plan)
-        resident = plan.strategy == "resident"
-        self.update = self.host.updated() / at.host_bytes if not resident else 0.0
-        self.device_update = self.host.updated() / at.device_bytes if resident else 0.0
+        stay = plan.way.updates_on_device
+        self.update = 0.0 if stay else self.host.updated() / at.host_bytes
+        self.device_update = self.host.updated() / at.device_bytes if stay else 0.0
         self.norm = self.host.looked_at() / at.host_bytes
 
     def _device(self, flops: float, read: float) -> float:
@@ -162,11 +162,11 @@ class _Seconds:
         """Adding one layer's row gradients to the host's store."""
         return self.host.drained(micro_batch) / self.at.host_bytes
 
-    def flows(self, when: str, to_device: bool, only_table: bool | None = None) -> float:
-        """Moving what one layer moves: only_table says whether the key table alone, or all but it."""
+    def flows(self, when: str, to_device: bool, ahead: bool | None = None) -> float:
+        """Moving what one layer moves: of what can cross before the picks are known (ahead) alone, or all but it."""
 
         def meant(flow: Flow) -> bool:
-            return only_table is None or (flow.what == "key table") == only_table
+            return ahead is None or flow.ahead == ahead
 
         moved = sum(f.bytes for f in self.plan.flows() if f.when == when and f.to_device == to_device and meant(f))
         return moved / (self.at.to_device if to_device else self.at.to_host)
@@ -193,7 +193,7 @@ def step_time(
     def forward(layer: int, t: float) -> float:
         copied = up.run(table, ready[layer], free.pop(0))
         t = compute.run(seconds.attention + seconds.router, t)
-        if plan.strategy == "host":
+        if plan.way.selects_on_host:
             picked = host.run(seconds.host_scoring, down.run(hidden, t), ready[layer])
         else:
             picked = t = compute.run(seconds.scoring, t, copied, ready[layer])

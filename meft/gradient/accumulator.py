@@ -24,23 +24,23 @@ class RowSums:
         rows, self._values = first
         self._rows = [rows]
         self._count, self._most = len(rows), most
-        self._place = torch.full((most,), -1, dtype=torch.int64, device=rows.device)
-        self._place[rows] = torch.arange(len(rows), device=rows.device)
+        self._index = torch.full((most,), -1, dtype=torch.int64, device=rows.device)
+        self._index[rows] = torch.arange(len(rows), device=rows.device)
 
     def add(self, landed: Landed) -> RowSums:
         """Add the gradients of some rows."""
         rows, values = landed
-        place = self._place[rows]
-        new = place < 0
+        index = self._index[rows]
+        new = index < 0
         if not bool(new.any()):
-            self._values[: self._count].index_add_(0, place, values)
+            self._values[: self._count].index_add_(0, index, values)
             return self
         known, fresh = (~new).nonzero().flatten(), new.nonzero().flatten()
         self._make_room(self._count + len(fresh))
-        self._values.index_add_(0, place[known], values[known])
+        self._values.index_add_(0, index[known], values[known])
         end = self._count + len(fresh)
         torch.index_select(values, 0, fresh, out=self._values[self._count : end])
-        self._place[rows[fresh]] = torch.arange(self._count, end, device=rows.device)
+        self._index[rows[fresh]] = torch.arange(self._count, end, device=rows.device)
         self._rows.append(rows[fresh])
         self._count = end
         return self
@@ -68,7 +68,7 @@ def whole_of(stored: Landed | RowSums) -> Landed:
 
 @dataclass(frozen=True)
 class Pending:
-    """Rows and values that a thread is bringing.
+    """Rows and values that a thread is copying to the host.
 
     Attributes:
         future: what it will have.
@@ -79,7 +79,7 @@ class Pending:
     thread: Executor
 
     def landed(self) -> Landed | RowSums:
-        """Raises: RuntimeError: something went wrong on the way."""
+        """Raises: RuntimeError: the copy failed."""
         try:
             return self.future.result()
         except Exception as error:
@@ -94,11 +94,11 @@ Stored = Landed | Pending
 
 
 def merged(a: Stored, b: Stored, most: int, *, in_place: bool) -> Stored:
-    """The sum of two gradients of a table, of which either may be on its way.
+    """The sum of two gradients of a table, of which either may still arrive.
 
     Args:
         most: rows of the table.
-        in_place: whether nobody else has `a`, so that its memory may take the sum.
+        in_place: whether `a` has no other user, so that its memory may take the sum.
     """
     waits = [s for s in (b, a) if isinstance(s, Pending)]
     if not waits:
@@ -121,8 +121,8 @@ def merged(a: Stored, b: Stored, most: int, *, in_place: bool) -> Stored:
 def _sum(a: Landed, b: Landed) -> Landed:
     if torch.equal(a[0], b[0]):
         return a[0], a[1] + b[1]
-    rows, place = torch.cat([a[0], b[0]]).unique(return_inverse=True)
+    rows, inverse = torch.cat([a[0], b[0]]).unique(return_inverse=True)
     values = a[1].new_zeros(len(rows), *a[1].shape[1:])
-    values.index_copy_(0, place[: len(a[0])], a[1])
-    values.index_add_(0, place[len(a[0]) :], b[1])
+    values.index_copy_(0, inverse[: len(a[0])], a[1])
+    values.index_add_(0, inverse[len(a[0]) :], b[1])
     return rows, values

@@ -1,6 +1,7 @@
-"""The host's pass over row gradients that have crossed: it widens them and adds up their squares as it goes.
+"""The host's pass over row gradients that were copied from the device: widens them and sums their squares.
 
-By the C++ library of `row_update` where it was built, else by torch operations, which read the values once more.
+It uses the C++ library of `meft.table.row_step` where it was built, else torch operations, which read the values once
+more.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ _BLOCK = 1 << 20  # values that torch widens to double at a time
 
 
 def drain(source: Tensor, target: Tensor) -> float | None:
-    """Copy gradients that have crossed into memory of their own.
+    """Copy gradients out of a staging buffer into memory of their own.
 
     Args:
-        source: [n, d], as they crossed.
+        source: [n, d], the staging buffer.
         target: [n, d] float32 or float64, contiguous, in host memory.
 
     Returns:

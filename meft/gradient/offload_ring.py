@@ -1,4 +1,4 @@
-"""The way of row gradients to the host, during the backward pass: a ring of buffers and a thread that drains it."""
+"""Offloads row gradients to the host during backward: a ring of staging buffers and a thread that drains it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.profiler import record_function
 
 from peft_bridge.torch_private import backward_number
 
-from ..transport.numa import stay_near
+from ..transport.numa import bind_to_numa_node
 from ..transport.streams import DeviceStreams, StreamEvent
 from ..transport.transfer import Traffic, nbytes
 from .accumulator import Pending
@@ -29,8 +29,8 @@ SLOTS = 4
 class GradientRing:
     """Staging buffers that gradients pass through in the order in which they are made.
 
-    A slot goes: free, filled by a copy beside the computation, drained by the thread into memory of the gradient's own
-    (`gradient_pool`), free. Where none is free the launching thread waits, which is counted.
+    A copy stream fills a free buffer, the thread drains it into the gradient's own memory (`pool`), and it is free
+    again. If none is free, the launching thread waits; `Traffic.ring_stalls` counts this.
 
     Args:
         capacity: rows of a slot; more rows take several slots.
@@ -38,17 +38,17 @@ class GradientRing:
 
     def __init__(self, streams: DeviceStreams, capacity: int, width: int, dtype: torch.dtype) -> None:
         self.streams, self.capacity, self.dtype = streams, capacity, dtype
-        # Of one backward pass; weak, as errors hold on to the frames that they came through, and these to graphs.
+        # Of one backward pass. Weak, as an error keeps its frames alive, and these the graph.
         self._backward, self._sent = -1, list[weakref.ref[Pending]]()
         self._pool = GradientPool(width)
         self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         for _ in range(SLOTS):
             self._free.put(streams.staging((capacity, width), dtype))
-        self._thread = ThreadPoolExecutor(1, "meft-gradients", partial(stay_near, streams.device))
+        self._thread = ThreadPoolExecutor(1, "meft-gradients", partial(bind_to_numa_node, streams.device))
         self._end = weakref.finalize(self, self._thread.shutdown, wait=False)
 
     def send(self, rows: Tensor, gradient: Tensor, table: Tensor, traffic: Traffic) -> RowGradient:
-        """Let a gradient leave for the host.
+        """Queue the copy of a gradient to the host.
 
         Args:
             rows: int64 [u], ascending, on the host.
@@ -79,11 +79,11 @@ class GradientRing:
         return RowGradient.arriving(pending, table, known)
 
     def begin_pass(self) -> None:
-        """A forward pass begins whose gradients will come here: memory that none has needed for long is given back."""
+        """Note the begin of a forward pass: memory that was not needed for some passes is freed."""
         self._pool.begin_pass()
 
     def _check_earlier(self) -> None:
-        """Raises: RuntimeError: a gradient of this backward pass did not arrive; not only when it is looked at."""
+        """Raises: RuntimeError: an earlier gradient of this backward pass could not be copied."""
         backward = backward_number()
         if self._backward != backward:
             self._backward, self._sent = backward, []
@@ -100,7 +100,7 @@ class GradientRing:
                 return self._free.get()
 
     def _drain(self, slot: Tensor, event: StreamEvent, target: Tensor) -> float | None:
-        """The sum of the squares."""
+        """Returns: the sum of the squares."""
         try:
             event.wait()
             with record_function("meft: drain row gradients"):

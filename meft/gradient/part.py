@@ -1,4 +1,4 @@
-"""What is not a gradient of rows any more but was computed from all of one: to look at, and not to be a gradient."""
+"""Tensors that were computed from a whole gradient of rows: they can be read, but not used as a gradient."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ class PartOfGradient(torch.Tensor):
                 f"{func} would write into a view of a gradient of MEFT rows (RowGradient), which is a copy: write into "
                 "the gradient itself (p.grad[...] = ...), or use .to_dense() and assign that."
             )
-        found = func(*tree_map(plain, args), **tree_map(plain, kwargs))
+        result = func(*tree_map(plain, args), **tree_map(plain, kwargs))
         own = {id(plain(leaf)): leaf for leaf in targets}
         view = func.is_view and parts[0].is_view
         least = min(part.least for part in parts)
-        return tree_map(lambda leaf: own.get(id(leaf), as_part(leaf, least, view)), found)
+        return tree_map(lambda leaf: own.get(id(leaf), as_part(leaf, least, view)), result)
 
 
 def as_part(value: Any, least: int, is_view: bool) -> Any:

@@ -1,8 +1,8 @@
-"""Host memory that row gradients are drained into, used again once nobody holds the gradient that was there.
+"""Host memory that row gradients are drained into, used again once the gradient in it has no user.
 
-Fresh memory has to be zeroed by the system, page by page, for each gradient of each step. Who holds a gradient is asked
-of its storage: the gradient itself, an alias of its values, an array, an update that is queued. So a gradient that
-somebody keeps after `zero_grad` never changes; its memory is simply not given out again.
+The system would have to zero fresh memory, page by page, for each gradient of each step. Users of memory are counted by
+its storage: the gradient itself, an alias of its values, an array, a queued update. So a gradient that is kept after
+`zero_grad` never changes: its memory is not used again.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class GradientPool:
 
     @torch.compiler.disable
     def take(self, rows: int, dtype: torch.dtype) -> Tensor:
-        """[rows, width], not initialised; it is free again when nobody holds it or an alias of it."""
+        """[rows, width], not initialised; it is free again when no reference to it or to an alias is left."""
         with self._lock, torch.inference_mode(False):
             buffer = self._fitting(rows, dtype)
             if buffer is None:
@@ -85,17 +85,17 @@ class GradientPool:
         return self._idle.pop(min(fitting, key=lambda i: len(self._idle[i][1])))[1]
 
     def _collect(self, least: int) -> None:
-        """Take back what nobody holds, the latest first: all up to the first in use, once there are `least`."""
-        kept, found = [], 0
+        """Take back buffers without users, the latest first: all up to the first in use, once there are `least`."""
+        kept, freed = [], 0
         while self._lent:
             buffer = self._lent.pop()
             if buffer.is_shared():  # with other processes, whose use is not counted
                 continue
             if other_users(buffer) == 0:
                 self._idle.append((self._pass, buffer))
-                found += 1
+                freed += 1
             else:
                 kept.append(buffer)
-                if found >= least:
+                if freed >= least:
                     break
         self._lent += reversed(kept)

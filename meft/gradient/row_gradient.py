@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .operations import operate, overflow_watchers
+from .operations import operate
 from .part import PartOfGradient, plain
 from .row_rules import rows_of_whole
-from .stored_rows import SPENT, StoredRows, check_not_spent
+from .scaling import overflow_watchers
+from .stored_rows import CONSUMED, StoredRows, check_not_consumed
 
-__all__ = ["SPENT", "RowGradient", "as_row_gradient", "overflow_watchers"]
+__all__ = ["CONSUMED", "RowGradient", "as_row_gradient", "overflow_watchers"]
 
 
 class RowGradient(StoredRows):
@@ -29,15 +30,15 @@ class RowGradient(StoredRows):
 
     Attributes:
         rows: int64 [n], the touched rows, ascending.
-        row_values: [n, d], their gradients, at least in float32. Of a gradient that is on its way from a device,
-            whoever reads these waits for its arrival.
+        row_values: [n, d], their gradients, at least in float32. While the gradient is being copied from a device,
+            reading them waits for the copy.
         owner: id of the table's parameter.
-        spent: whether the rows are being updated with it already, so that it can be read but not changed.
+        consumed: whether the rows are being updated with it already, so that it can be read but not changed.
     """
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        # By itself: torch would write into a view of some of its values.
-        check_not_spent(self)
+        # Not left to torch, which would write into a view of some of its values.
+        check_not_consumed(self)
         whole, touched = self.to_dense(), self.touched()
         value = tree_map(_whole, value)
         same = isinstance(value, Tensor) and value.dtype == self.dtype
@@ -54,7 +55,7 @@ def _whole(value: Any) -> Any:
 
 
 def as_row_gradient(gradient: Tensor, like: Tensor | None = None) -> RowGradient:
-    """A gradient that somebody else has made (a plain tensor, of a penalty for one): all rows are touched."""
+    """A gradient as a `RowGradient`; of a plain tensor (a penalty's, for example) all rows are touched."""
     if isinstance(gradient, RowGradient):
         return gradient
     if isinstance(gradient, PartOfGradient):

@@ -1,4 +1,4 @@
-"""Which operations on gradients leave the rows that nobody has touched zero, and their results on the others.
+"""Which operations on gradients keep the untouched rows zero, and their results on the touched ones.
 
 Gradients stand here as `Touched`: `meft.gradient.row_gradient` turns its own into these and the results back.
 """
@@ -45,12 +45,12 @@ class Touched:
         """Values of rows that contain the touched ones, [n, d]; the same memory where they are the same."""
         if rows is self.rows:
             return self.values
-        place = torch.searchsorted(rows, self.rows)
-        return self.values.new_zeros(len(rows), *self.shape[1:]).index_copy_(0, place, self.values)
+        index = torch.searchsorted(rows, self.rows)
+        return self.values.new_zeros(len(rows), *self.shape[1:]).index_copy_(0, index, self.values)
 
 
 class BecomesDenseError(NotImplementedError):
-    """A result would not be zero in rows that nobody has touched."""
+    """A result would not be zero in untouched rows."""
 
     def __init__(self, func: Any) -> None:
         super().__init__(
@@ -107,12 +107,12 @@ def by_rows(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor] | None:
             return leaf.at(rows)
         return leaf[rows] if id(leaf) in by_row else leaf
 
-    still = func(*tree_map(zeros, args), **tree_map(zeros, kwargs))
-    if not isinstance(still, Tensor) or not still.is_floating_point():
+    untouched = func(*tree_map(zeros, args), **tree_map(zeros, kwargs))
+    if not isinstance(untouched, Tensor) or not untouched.is_floating_point():
         return None
-    # Whatever is not finite says so in the touched rows: who scales by a norm that is not goes on, as in place.
+    # A factor that is not finite shows in the touched rows: scaling by such a norm is no error, as in place.
     scaled = func.overloadpacket in _SCALING and isinstance(args[0], Touched) and all(t.numel() == 1 for t in plain)
-    if not (scaled and len(touched) == 1) and bool((still != 0).any()):
+    if not (scaled and len(touched) == 1) and bool((untouched != 0).any()):
         raise BecomesDenseError(func)
     return rows, func(*tree_map(values, args), **tree_map(values, kwargs))
 

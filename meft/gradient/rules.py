@@ -1,4 +1,4 @@
-"""Operations on gradients of rows that have no way of their own: by the touched rows, or on the whole gradient."""
+"""Operations on row gradients without a function of their own: on the touched rows, or on the whole gradient."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .part import as_part, plain, written
 from .row_rules import Touched, by_rows, is_pointwise, rows_of_whole
-from .stored_rows import StoredRows, check_not_spent
+from .stored_rows import StoredRows, check_not_consumed
 
 aten = torch.ops.aten
 
@@ -20,7 +20,7 @@ _MAKERS = {*_LIKE, *_NEW}
 
 
 def by_rule(func: Any, args: Any, kwargs: Any) -> Any:
-    """Operations that have no way of their own."""
+    """Carry out an operation without a function of its own."""
     leaves = tree_leaves((args, kwargs))
     gradients = [leaf for leaf in leaves if isinstance(leaf, StoredRows)]
     if func.namespace not in ("aten", "prims", "prim"):
@@ -33,19 +33,21 @@ def by_rule(func: Any, args: Any, kwargs: Any) -> Any:
     targets = written(func, args, kwargs)
     changed = [leaf for leaf in targets if isinstance(leaf, StoredRows)]
     for gradient in changed:
-        check_not_spent(gradient)
+        check_not_consumed(gradient)
     if func.overloadpacket in _MAKERS:  # nothing of the gradient is in the result
         stand = {id(g): torch.empty(g.shape, dtype=g.dtype, device=g.device) for g in gradients}
         return func(*tree_map(lambda leaf: stand.get(id(leaf), plain(leaf)), args), **kwargs)
     touched = {id(g): g.touched() for g in gradients}
     in_place = len(targets) == 1 and targets[0] is args[0] if targets else True
     if gradients and in_place and bool(changed) == bool(targets):
-        stands = tuple(tree_map(lambda leaf: touched.get(id(leaf), plain(leaf)), each) for each in (args, kwargs))
+        stands = tuple(
+            tree_map(lambda leaf: touched.get(id(leaf), plain(leaf)), argument) for argument in (args, kwargs)
+        )
         shape, device = gradients[0].shape, kwargs.get("device")
         if is_pointwise(func, tree_leaves(stands), shape) and device in (None, gradients[0].device):
-            made = by_rows(func, *stands)
-            if made is not None:
-                return _made(*made, like=args[0] if changed else gradients[0], changed=bool(changed))
+            result = by_rows(func, *stands)
+            if result is not None:
+                return _gradient(*result, like=args[0] if changed else gradients[0], changed=bool(changed))
     return _on_the_whole(func, args, kwargs, targets, touched)
 
 
@@ -61,23 +63,23 @@ def _on_the_whole(func: Any, args: Any, kwargs: Any, targets: list[Any], touched
             return plain(leaf).to(narrow[leaf.dtype])
         return plain(leaf)
 
-    found = func(*tree_map(on_whole, args), **tree_map(on_whole, kwargs))
-    made = [(g, rows_of_whole(func, wholes[id(g)], list(touched.values()))) for g in changed]
-    for gradient, stored in made:
+    result = func(*tree_map(on_whole, args), **tree_map(on_whole, kwargs))
+    changes = [(g, rows_of_whole(func, wholes[id(g)], list(touched.values()))) for g in changed]
+    for gradient, stored in changes:
         gradient._stored = stored
     first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, StoredRows)), None)
     back = {id(wholes[id(g)]): g for g in changed}
 
-    def result(leaf: Any) -> Any:
+    def as_gradient(leaf: Any) -> Any:
         if id(leaf) in back:
             return back[id(leaf)]
         if first is None or any(leaf is target for target in targets):
             return leaf
         if func.is_view or not _is_gradient(leaf, first):
             return as_part(leaf, first.numel(), func.is_view)
-        return _made(*rows_of_whole(func, leaf, list(touched.values())), like=first)
+        return _gradient(*rows_of_whole(func, leaf, list(touched.values())), like=first)
 
-    return tree_map(result, found)
+    return tree_map(as_gradient, result)
 
 
 def _is_gradient(leaf: Any, like: StoredRows) -> bool:
@@ -90,7 +92,7 @@ def _is_gradient(leaf: Any, like: StoredRows) -> bool:
     )
 
 
-def _made(rows: Tensor, values: Tensor, *, like: StoredRows, changed: bool = False) -> StoredRows:
+def _gradient(rows: Tensor, values: Tensor, *, like: StoredRows, changed: bool = False) -> StoredRows:
     held = like.stored()[1].dtype
     dtype = like.dtype if values.dtype == held else values.dtype
     stored = rows, values.to(torch.promote_types(values.dtype, torch.float32))
@@ -103,12 +105,14 @@ def _made(rows: Tensor, values: Tensor, *, like: StoredRows, changed: bool = Fal
 def _each(func: Any, args: Any, kwargs: Any) -> list[Any] | None:
     """One of torch's `_foreach` operations, gradient by gradient."""
     single = getattr(aten, func._schema.name.removeprefix("aten::_foreach_"))
-    lists = [each for each in (*args, *kwargs.values()) if isinstance(each, list | tuple)]
-    made = []
+    lists = [value for value in (*args, *kwargs.values()) if isinstance(value, list | tuple)]
+    results = []
     for i in range(len(lists[0])):
-        mine = [each[i] if isinstance(each, list | tuple) else each for each in args]
-        if single in (aten.addcmul, aten.addcmul_, aten.addcdiv, aten.addcdiv_) and len(mine) == 4:
+        single_args = [value[i] if isinstance(value, list | tuple) else value for value in args]
+        if single in (aten.addcmul, aten.addcmul_, aten.addcdiv, aten.addcdiv_) and len(single_args) == 4:
             kwargs = {"value": args[3]}
-            mine.pop()
-        made.append(single(*mine, **{k: v[i] if isinstance(v, list | tuple) else v for k, v in kwargs.items()}))
-    return None if func._schema.is_mutable else made
+            single_args.pop()
+        results.append(
+            single(*single_args, **{k: v[i] if isinstance(v, list | tuple) else v for k, v in kwargs.items()})
+        )
+    return None if func._schema.is_mutable else results

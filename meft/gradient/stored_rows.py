@@ -1,4 +1,4 @@
-"""Rows and values of a gradient in the form of a tensor; what may be done with it is in `row_gradient`."""
+"""Rows and values of a gradient as a tensor subclass; `row_gradient` says what can be done with it."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from .row_rules import Touched
 
 @dataclass(eq=False)
 class _Held:
-    """What a gradient and its aliases (`.data`, `.detach()`) have in common.
+    """What a gradient and its aliases (`.data`, `.detach()`) share.
 
     Attributes:
-        in_use: whether an update that was queued reads it.
+        in_use: whether a queued update reads it.
         known: of values that were drained.
-        forks: what `host_tensors.forks` said when they were.
+        forks: the value of `host_tensors.forks` then.
         factors: float32 numbers, at most two, that the values still have to be multiplied by, in their order: the
-            update does it as it reads them, and whoever looks at them before finds them multiplied.
+            update multiplies as it reads them, and every other access multiplies them first.
         sharers: of all gradients that have these values, taken over from one another.
     """
 
     stored: Stored
-    spent: bool
+    consumed: bool
     in_use: bool = False
     known: KnownValues | None = None
     forks: int | None = None
@@ -44,15 +44,15 @@ class _Held:
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy or a pickle, which has memory of its own."""
         stored = self.stored.result() if isinstance(self.stored, Pending) else self.stored
-        return {"stored": stored, "spent": self.spent, "factors": self.factors}
+        return {"stored": stored, "consumed": self.consumed, "factors": self.factors}
 
     @property
     def shared(self) -> bool:
-        """Whether somebody else reads the values: nothing is written into them."""
+        """Whether an update or another gradient reads the values: they must not be written."""
         return self.in_use or (self.sharers is not None and any(held is not self for held in self.sharers))
 
 
-SPENT = (
+CONSUMED = (
     "A gradient of MEFT rows that were updated within the backward pass (row_optimizer has in_backward=True) cannot be "
     "clipped, scaled or added to any more: train without clipping (Trainer: max_grad_norm=0) and GradScaler, with one "
     "forward pass in a backward pass, accumulate by accelerate (a Trainer does), or set in_backward=False."
@@ -64,10 +64,10 @@ class StoredRows(torch.Tensor):
 
     Attributes:
         rows: int64 [n], the touched rows, ascending.
-        row_values: [n, d], their gradients, at least in float32. Of a gradient that is on its way from a device,
-            whoever reads these waits for its arrival.
+        row_values: [n, d], their gradients, at least in float32. While the gradient is being copied from a device,
+            reading them waits for the copy.
         owner: id of the table's parameter.
-        spent: whether the rows are being updated with it already, so that it can be read but not changed.
+        consumed: whether the rows are being updated with it already, so that it can be read but not changed.
     """
 
     owner: int
@@ -96,7 +96,7 @@ class StoredRows(torch.Tensor):
         self = torch.Tensor._make_wrapper_subclass(
             cls, like.shape, dtype=dtype or like.dtype, device=like.device, requires_grad=False
         )
-        self._held = _Held(stored, isinstance(like, StoredRows) and like.spent)
+        self._held = _Held(stored, isinstance(like, StoredRows) and like.consumed)
         self.owner = like.owner if isinstance(like, StoredRows) else id(like)
         return self
 
@@ -109,7 +109,7 @@ class StoredRows(torch.Tensor):
         self._held.stored, self._held.known, self._held.factors = stored, None, ()
 
     def take_over(self, other: Self) -> None:
-        """Rows and values of another gradient, which are on their way, and what is known of them."""
+        """Take rows and values of another gradient, which still arrive, and what is known of them."""
         self._held.stored, self._held.factors = other._held.stored, ()
         self._held.known, self._held.forks = other._held.known, other._held.forks
         if other._held is self._held:
@@ -140,33 +140,29 @@ class StoredRows(torch.Tensor):
         held.known = known
 
     @property
-    def spent(self) -> bool:
-        return self._held.spent
+    def consumed(self) -> bool:
+        return self._held.consumed
 
-    @spent.setter
-    def spent(self, spent: bool) -> None:
-        self._held.spent = spent
+    @consumed.setter
+    def consumed(self, consumed: bool) -> None:
+        self._held.consumed = consumed
 
     def for_update(self) -> Self:
-        """The gradient as it is now, for an update that is queued: what is written into this one later is not seen."""
+        """An alias for a queued update, which does not see what is written into this gradient later."""
         self._held.in_use = True
-        made = self._of(self._held.stored, self)
-        made._held.known, made._held.forks, made._held.factors = (
-            self._held.known,
-            self._held.forks,
-            self._held.factors,
-        )
-        return made
+        held, alias = self._held, self._of(self._held.stored, self)
+        alias._held.known, alias._held.forks, alias._held.factors = held.known, held.forks, held.factors
+        return alias
 
     def own_memory(self) -> None:
-        """Before something is written in place: an update that is queued keeps the memory that it reads."""
+        """Call before writing in place: a queued update keeps the memory that it reads."""
         if self._held.shared:
             rows, values = self.stored()
             if self._held.shared:
                 self._unshare(rows, values.clone())
 
     def _unshare(self, rows: Tensor, values: Tensor) -> None:
-        """Values of its own in place of those that somebody else reads too."""
+        """Replace shared values by values of its own."""
         self._stored, self._held.in_use = (rows, values), False
         self._leave()
 
@@ -181,7 +177,7 @@ class StoredRows(torch.Tensor):
 
     @property
     def row_values(self) -> Tensor:
-        self.own_memory()  # whoever asks may write
+        self.own_memory()  # the caller may write into them
         _, values = self.stored()
         known = self._held.known
         return known.watched(values) if known is not None and known.holds(values) else values
@@ -197,15 +193,15 @@ class StoredRows(torch.Tensor):
         return self._landed()
 
     def forget(self) -> None:
-        """Before something is written into the values by an operation on the gradient, which torch counts as a write
-        into that alone."""
+        """Call before an operation on the gradient writes into the values: torch counts it as a write into the gradient
+        alone."""
         self.stored()
         if self._held.known is not None:
             self._held.known.forget()
             self._held.known = None
 
     def multiply_now(self) -> None:
-        """Before the values are used as they are stored."""
+        """Call before the values are used as they are stored."""
         if self._held.factors:
             self.stored()
 
@@ -223,10 +219,10 @@ class StoredRows(torch.Tensor):
                 held.known.land(held.stored[1])
         return held.stored
 
-    # ------------------------------------------------------------------ without a look at the values
+    # ------------------------------------------------------------------ without reading the values
 
     def squares(self) -> float | None:
-        """The sum of the squares of all values in double, finite if and only if they are; None where a look is needed.
+        """The sum of the squares of all values in double, finite if and only if they are; None: read them.
 
         It waits for the values.
         """
@@ -244,10 +240,10 @@ class StoredRows(torch.Tensor):
         if held.known is None or len(held.factors) == 2:
             return False
         _, values = self._landed()
-        given = torch.as_tensor(factor)
-        if given.ndim or not given.is_cpu or given.dtype.is_complex or held_by_others(values):
+        number = torch.as_tensor(factor)
+        if number.ndim or not number.is_cpu or number.dtype.is_complex or held_by_others(values):
             return False
-        factors = *held.factors, float(given.detach().to(torch.float32))  # as torch takes it
+        factors = *held.factors, float(number.detach().to(torch.float32))  # as torch takes it
         if not math.isfinite(factors[-1]) or not held.known.allows(values, factors):
             return False
         held.factors = factors
@@ -266,7 +262,7 @@ class StoredRows(torch.Tensor):
         return self.touched().whole()
 
     def numpy(self, **kwargs: Any) -> Any:
-        """The whole gradient; what is written into the array would be lost, so it cannot be."""
+        """The whole gradient as a read-only array: what is written into it would be lost."""
         array = self.to_dense().numpy(**kwargs)
         array.flags.writeable = False
         return array
@@ -287,7 +283,12 @@ class StoredRows(torch.Tensor):
         self.copy_(values)
 
 
-def check_not_spent(gradient: StoredRows) -> None:
+def values_of(tensor: Any) -> Any:
+    """The touched values of a row gradient, to read and to write; any other tensor as it is."""
+    return tensor.stored()[1] if isinstance(tensor, StoredRows) else tensor
+
+
+def check_not_consumed(gradient: StoredRows) -> None:
     """Raises: RuntimeError: the rows are being updated with it already."""
-    if gradient.spent:
-        raise RuntimeError(SPENT)
+    if gradient.consumed:
+        raise RuntimeError(CONSUMED)

@@ -108,16 +108,16 @@ def broadcast_rows(table: RowTable, group: dist.ProcessGroup) -> None:
     """Give all ranks the first rank's rows, as DDP does with the parameters that it knows."""
     source = dist.get_global_rank(group, 0)
 
-    def write(wire: Tensor | None) -> None:
+    def write(compute_copy: Tensor | None) -> None:
         master = table.masters
         for block in row_blocks(master):
             sent = master[block].to(_device(group, master), copy=True)
             dist.broadcast(sent, source, group=group)
             master[block].copy_(sent)
-            if wire is not None:
-                wire[block].copy_(master[block])
+            if compute_copy is not None:
+                compute_copy[block].copy_(master[block])
 
-    table.writing(write)
+    table.update_masters(write)
 
 
 def average_gradient(table: RowTable, group: dist.ProcessGroup) -> None:

@@ -29,20 +29,20 @@ def _is_bitsandbytes_adam(optimizer: Optimizer) -> bool:
     return kind.__module__.startswith("bitsandbytes.") and kind.__name__.removeprefix("Paged") in _BNB_ADAM
 
 
-def rule_of(optimizer: Optimizer, group: dict[str, Any], given: RowOptimizerConfig) -> StepRule:
+def rule_of(optimizer: Optimizer, group: dict[str, Any], config: RowOptimizerConfig) -> StepRule:
     """The row rule of one step.
 
     Args:
-        optimizer: who steps.
+        optimizer: the one that steps.
         group: its parameter group with the rows.
-        given: what goes before the group's own fields.
+        config: its fields take precedence over the group's.
 
     Raises:
-        ValueError: the optimizer is no Adam or AdamW whose rule is known, and `given` has no lr.
+        ValueError: the optimizer is no Adam or AdamW whose rule is known, and `config` has no lr.
     """
     # By exact type: a subclass may step by another rule.
     torch_adam, bnb_adam = type(optimizer) in (Adam, AdamW), _is_bitsandbytes_adam(optimizer)
-    if not (torch_adam or bnb_adam) and given.lr is None:
+    if not (torch_adam or bnb_adam) and config.lr is None:
         raise ValueError(
             f"MEFT's rows are updated by the rule of Adam or AdamW, and {type(optimizer).__name__} is neither: use "
             "one of these, give the rows to meft.RowAdamW, or set row_optimizer=dict(lr=..., betas=...) in MEFTConfig."
@@ -53,18 +53,18 @@ def rule_of(optimizer: Optimizer, group: dict[str, Any], given: RowOptimizerConf
                 f"{type(optimizer).__name__} has {name}=True, which MEFT's rows do not support: set it to False."
             )
     known = group if torch_adam or bnb_adam else {}
-    beta1, beta2 = given.betas or known.get("betas", (0.9, 0.999))
+    beta1, beta2 = config.betas or known.get("betas", (0.9, 0.999))
 
-    def own(name: str, default: float) -> float:
-        value = getattr(given, name)
+    def setting(name: str, default: float) -> float:
+        value = getattr(config, name)
         return float(known.get(name, default) if value is None else value)
 
     return StepRule(
-        lr=own("lr", 0.0),
+        lr=setting("lr", 0.0),
         beta1=float(beta1),
         beta2=float(beta2),
-        eps=own("eps", 1e-8),
-        weight_decay=own("weight_decay", 0.0),
+        eps=setting("eps", 1e-8),
+        weight_decay=setting("weight_decay", 0.0),
         # Decoupled: AdamW, and all of bitsandbytes' Adams; coupled is torch's Adam alone.
         decoupled=not torch_adam or bool(group.get("decoupled_weight_decay", type(optimizer) is AdamW)),
     )
@@ -78,14 +78,14 @@ def group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
 def update_table(
     table: RowTable, entry: RowMoments, gradient: RowGradient, rule: StepRule, *, finite_only: bool = False
 ) -> None:
-    """One step of a table, now or by the thread of `table.updates`.
+    """One step of a table, at once or queued to the thread of `table.updates`.
 
     Args:
         entry: the optimizer's, from `RowTable.moments_in`.
         finite_only: leave the rows alone if a value of the gradient, which may not have landed yet, is inf or nan.
     """
     if not finite_only:
-        gradient.to_multiply()  # what went wrong on its way shows now
+        gradient.to_multiply()  # raises here if the gradient did not arrive
     if table.updates is not None:
         gradient = gradient.for_update()
 
@@ -96,10 +96,12 @@ def update_table(
         wide = values.to(torch.promote_types(table.rows.dtype, torch.float32)).contiguous()
         master = table.masters
         moments = entry.exclusive(master.device)
+
+        def step(compute_copy: Tensor | None) -> None:
+            table.step(moments.row_state(master, compute_copy), rows, wide, rule, seed=table.seed, factors=factors)
+
         with record_function("meft: update rows"):
-            table.writing(
-                lambda wire: moments.update(master, wire, rows, wide, rule, table.seed, table.step, factors), rows=rows
-            )
+            table.update_masters(step, rows=rows)
 
     if table.updates is None:
         with torch.no_grad():
@@ -163,8 +165,8 @@ class RowSteps:
 
     def note_overflow(self, owners: set[int], found_inf: Tensor) -> None:
         """A GradScaler has found inf or nan and will skip the step; it may look at several lists of gradients."""
-        mine = any(id(table.rows) in owners for tables in self.tables.values() for table in tables)
-        if mine and (self._overflow is None or self._overflow() is not found_inf):
+        affected = any(id(table.rows) in owners for tables in self.tables.values() for table in tables)
+        if affected and (self._overflow is None or self._overflow() is not found_inf):
             self._overflow = weakref.ref(found_inf)
             self.nonfinite_steps += 1
 
@@ -181,7 +183,7 @@ class RowSteps:
         ]
 
     def before_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
-        """Refuse an optimizer whose rule is unknown, before anything moves."""
+        """Raise for an optimizer whose rule is unknown, before anything is stepped."""
         for table, _, gradient, _ in self._taken:  # by a step that raised
             if table.rows.grad is None:
                 table.rows.grad = gradient
@@ -198,22 +200,22 @@ class RowSteps:
         """Rows do not move before the step ends."""
 
     def gradients_ready(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
-        """Take the row gradients away, so that the optimizer leaves the tables alone, and make their moments."""
+        """Take the row gradients, so that the optimizer does not step the tables, and make their moments."""
         scaler = getattr(optimizer, "grad_scale", None)  # of a fused step under a GradScaler: not yet unscaled
         divisor = float(scaler) if scaler is not None else 1.0
         if optimizer not in self._seen:
             self._seen.add(optimizer)
             warn_of_lost_moments(optimizer, [table for _, table in self._of(parameters)])
-        found = []
+        steps = []
         for name, table in self._of(parameters):
             if table.claimed_by is not None and table.claimed_by() is optimizer:
                 continue
-            if table.rows.grad is None or getattr(table.rows.grad, "spent", False):
+            if table.rows.grad is None or getattr(table.rows.grad, "consumed", False):
                 table.rows.grad = None
                 continue
             rule = rule_of(optimizer, group_of(optimizer, table.rows), self.configs[name].row_rule)
-            found.append((table, table.moments_in(optimizer), as_row_gradient(table.rows.grad, table.rows), rule))
-        for table, entry, gradient, rule in found:  # nothing fails from here on
+            steps.append((table, table.moments_in(optimizer), as_row_gradient(table.rows.grad, table.rows), rule))
+        for table, entry, gradient, rule in steps:  # nothing fails from here on
             table.rows.grad = None
             if divisor != 1.0:
                 gradient.div_(divisor)
@@ -225,13 +227,13 @@ class RowSteps:
         """Update the rows, those of the first layer first: the next forward pass reads them first."""
         taken, self._taken = self._taken, []
         for table, _, gradient, _ in taken:
-            table.rows.grad = gradient  # to be looked at until zero_grad, as any other
+            table.rows.grad = gradient  # it can be read until zero_grad, as any other
         for table, entry, gradient, rule in taken:
             count_step(optimizer, table.rows)
             update_table(table, entry, gradient, rule)
 
     def on_gradient(self, adapter_name: str, table: RowTable, gradient: RowGradient) -> RowGradient:
-        """A gradient has left for the host: with `in_backward` its rows are updated when it lands.
+        """The copy of a gradient to the host is queued: with `in_backward` its rows are updated when it lands.
 
         By the rule of the optimizer that has stepped the table last, as it is now: a schedule has set the next step's
         rate. With accumulation, which accelerate (a Trainer too) tells of, by the sum when that of the last micro-batch
@@ -255,7 +257,7 @@ class RowSteps:
             earlier.add_(gradient)
             gradient, table.rows.grad = earlier, None
         rule = rule_of(optimizer, group_of(optimizer, table.rows), config.row_rule)
-        gradient.spent = True
+        gradient.consumed = True
         entry = table.moments_in(optimizer)
         count_step(optimizer, table.rows)
         update_table(table, entry, gradient, rule, finite_only=True)

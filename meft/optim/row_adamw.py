@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ..gradient.row_gradient import as_row_gradient
 from ..table.moments import KEY, RowMoments, count_step, moments_of, moments_of_0_1
-from ..table.row_step import StepRule
+from ..table.row_step import StepRule, update_rows
 from ..table.row_table import RowTable
 from .optimizer_hook import TWO_OPTIMIZERS, update_table
 
@@ -101,7 +101,7 @@ class RowAdamW(Optimizer):
         moments = moments_of(self, parameter, rows=flat).exclusive(flat.device)
         count_step(self, parameter)
         gradient = parameter.grad.reshape(flat.shape)  # type: ignore[union-attr]
-        moments.update(flat, None, torch.arange(len(flat), device=flat.device), gradient, rule, 0)
+        update_rows(moments.row_state(flat), torch.arange(len(flat), device=flat.device), gradient, rule)
         if flat.data_ptr() != parameter.data_ptr():  # of a parameter that is not contiguous: a copy
             parameter.copy_(flat.view(parameter.shape))
 

@@ -11,13 +11,13 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from adapter_kernels import scatter_rows
 
 from ..table.layer_rows import LayerRows
 from ..table.row_parameter import State
 from ..table.row_table import RowTable
+from ..transport.profiling import phase
 from ..transport.staging import Slot
 from ..transport.streams import DeviceStreams, StreamEvent
 from ..transport.transfer import Traffic, nbytes
@@ -29,8 +29,8 @@ class KeyBuffers:
 
     def __init__(self, streams: DeviceStreams, layers: Sequence[LayerRows]) -> None:
         self.streams, self._layers = streams, layers
-        with layers[0].keys.reading() as wire:
-            self._buffers = [torch.empty_like(wire, device=streams.device) for _ in range(2)]
+        with layers[0].keys.reading() as compute_copy:
+            self._buffers = [torch.empty_like(compute_copy, device=streams.device) for _ in range(2)]
         self._holds: list[tuple[int, State] | None] = [None, None]
         self._free = [streams.record_event()] * 2
         self._arrival = list(self._free)
@@ -38,18 +38,18 @@ class KeyBuffers:
     def prefetch(self, layer: LayerRows) -> None:
         """Queue the copy of a layer's keys, unless they are there."""
         place = layer.number % 2
-        with layer.keys.reading() as wire:
+        with layer.keys.reading() as compute_copy:
             held = (layer.number, layer.keys.state)
             if self._holds[place] == held:
                 return
             buffer = self._buffers[place]
-            if buffer.dtype != wire.dtype:  # rows of another dtype were assigned
+            if buffer.dtype != compute_copy.dtype:  # rows of another dtype were assigned
                 with torch.inference_mode(False):  # as in `gather`
-                    buffer = self._buffers[place] = torch.empty_like(wire, device=self.streams.device)
+                    buffer = self._buffers[place] = torch.empty_like(compute_copy, device=self.streams.device)
             self._holds[place] = None  # whatever happens to the copy
             self.streams.inbound.wait_event(self._free[place])
-            with record_function("meft: bring keys"):
-                self.streams.inbound.run(partial(buffer.copy_, wire, non_blocking=True), [buffer])
+            with phase("bring keys"):
+                self.streams.inbound.run(partial(buffer.copy_, compute_copy, non_blocking=True), [buffer])
             self._arrival[place] = self.streams.inbound.record_event()
             layer.keys.add_reader_event(self.streams.inbound, self._arrival[place])
             self._holds[place] = held
@@ -76,9 +76,9 @@ class DeviceCopy:
 
     def __init__(self, streams: DeviceStreams, table: RowTable, traffic: Traffic) -> None:
         self.streams, self.table, self.traffic = streams, table, traffic
-        table.follow_changes()
-        with table.reading() as wire:
-            self._rows = torch.empty_like(wire, device=streams.device)
+        table.track_dirty_rows()
+        with table.reading() as compute_copy:
+            self._rows = torch.empty_like(compute_copy, device=streams.device)
         self._ids = Slot(streams)
         # Some rows, or all (None), on their way: they join the others when these are read next.
         self._coming: tuple[Tensor | None, Tensor, StreamEvent] | None = None
@@ -89,30 +89,32 @@ class DeviceCopy:
         Args:
             rows: the rows that will be read, None for all.
         """
-        with self.table.reading(rows) as wire, self._or_all_again():
-            if self._rows.dtype != wire.dtype:  # rows of another dtype were assigned
+        with self.table.reading(rows) as compute_copy, self._or_all_again():
+            if self._rows.dtype != compute_copy.dtype:  # rows of another dtype were assigned
                 self._coming = None
-                self.table.follow_changes()
+                self.table.track_dirty_rows()
                 with torch.inference_mode(False):  # as in `gather`
-                    self._rows = torch.empty_like(wire, device=self.streams.device)
-            changed = self.table.take_changes()
+                    self._rows = torch.empty_like(compute_copy, device=self.streams.device)
+            changed = self.table.take_dirty_rows()
             if changed is None:
                 return
             self._synchronize()
-            everything = len(changed) == len(wire)
+            everything = len(changed) == len(compute_copy)
             near = self._rows
             uses = [near]
-            work: Callable[[], object] = partial(near.copy_, wire, non_blocking=True)
+            work: Callable[[], object] = partial(near.copy_, compute_copy, non_blocking=True)
             if not everything:
                 with torch.inference_mode(False):  # as in `gather`
-                    near = torch.empty(len(changed), wire.shape[1], dtype=wire.dtype, device=self.streams.device)
+                    near = torch.empty(
+                        len(changed), compute_copy.shape[1], dtype=compute_copy.dtype, device=self.streams.device
+                    )
                     ids = torch.empty(changed.shape, dtype=torch.int32, device=self.streams.device)
                 (here,) = self._ids.take((changed.shape, ids.dtype))
                 here.copy_(changed)
-                uses, work = [near, ids], partial(bring_changed, here, ids, changed, wire, near)
+                uses, work = [near, ids], partial(bring_changed, here, ids, changed, compute_copy, near)
             self.streams.inbound.wait_event(self.streams.record_event())
             try:
-                with record_function("meft: bring changed rows"):
+                with phase("bring changed rows"):
                     self.streams.inbound.run(work, uses)
             finally:  # also where some of it was queued
                 arrival = self.streams.inbound.record_event()
@@ -128,7 +130,7 @@ class DeviceCopy:
             yield
         except BaseException:
             self._coming = None
-            self.table.follow_changes()
+            self.table.track_dirty_rows()
             raise
 
     def current(self, rows: Tensor | None = None) -> Tensor:

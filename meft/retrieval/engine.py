@@ -1,7 +1,6 @@
-"""The engine of one adapter: picks neurons, brings their rows beside the base FFN, and sends their gradients back.
+"""The engine of one adapter: selects neurons, gathers their rows beside the base FFN, and sends their gradients back.
 
-Used where the model computes on a device. A model on the CPU whose rows are there too reads them in place
-(`meft.retrieval.in_place`), unless the configuration names another way.
+How it does so is up to its strategy (`meft.retrieval.strategies`).
 """
 
 from __future__ import annotations
@@ -13,10 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from ..config import MEFTConfig
-from ..cost.auto import ModelProfile, chosen, out_of_memory_errors
 from ..gradient.offload_ring import GradientRing
 from ..gradient.row_gradient import RowGradient
 from ..table.gpu_step import ZeroCopySteps
@@ -24,18 +21,22 @@ from ..table.layer_rows import LayerRows
 from ..table.row_table import RowTable
 from ..table.update_queue import UpdateQueue
 from ..transport.openmp_waiting import check_waiting
-from ..transport.streams import CudaStreams, DeviceStreams, streams_of
+from ..transport.profiling import phase
+from ..transport.streams import CudaStreams, DeviceStreams, HostStreams, streams_of
+from .costs import Rows
 from .gather import experts_of
-from .gathered_ffn import GatheredFFN, RowGradientSink
 from .refetch import refetched_in_backward
 from .second_order import AsRowGradient
-from .sparse_ffn import check_versions
-from .strategies import STRATEGIES, Strategy, capturing
-from .types import GatheredRows, PendingForward, Picks
+from .sparse_ffn import SparseFFN, output_of
+from .strategies import STRATEGIES, InPlace, Strategy, capturing, strategy_name
+from .types import GatheredRows, PendingForward, Selection, check_versions
 
 logger = logging.getLogger(__name__)
 
 _LEAST_SLOT = 256  # rows of a staging buffer, however few the first gradient has: a batch of padding has none
+
+# For inputs like x [T, d] on a CUDA device: the strategy, and what happens with the rows for the backward pass.
+Chooser = Callable[[MEFTConfig, int, Tensor], tuple[str, Rows]]
 
 
 class Engine:
@@ -46,29 +47,29 @@ class Engine:
 
     Args:
         layers: the adapter's layers, in the order in which they run.
-        around: the model around the adapter, by which `retrieval="auto"` chooses.
+        choose: what `retrieval="auto"` asks on a CUDA device.
     """
 
-    def __init__(
-        self, config: MEFTConfig, layers: list[LayerRows], around: Callable[[], ModelProfile] | None = None
-    ) -> None:
-        self.config, self.layers, self.around = config, layers, around
+    def __init__(self, config: MEFTConfig, layers: list[LayerRows], choose: Chooser | None = None) -> None:
+        self.config, self.layers, self.choose = config, layers, choose
         self.on_gradient: Callable[[RowTable, RowGradient], RowGradient] | None = None
         self._given: DeviceStreams | None = None
         self._updates: UpdateQueue | None = None
+        self._in_place = InPlace(HostStreams(torch.device("cpu")), layers)
         self._forget()
 
     def _forget(self) -> None:
         self._for: tuple[Any, ...] | None = None
         self.streams: DeviceStreams | None = None
-        self._plan: tuple[str, str] | None = None
+        self._plan: tuple[str, Rows] | None = None
         self._planned_for: tuple[int, int] | None = None  # by `auto`: tokens, and errors for want of memory until then
         self._strategy: Strategy | None = None
+        self._reads_in_place: dict[torch.device, bool] = {}
         self._rings: dict[torch.dtype, GradientRing] = {}
         self._below: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("config", "layers", "around", "on_gradient")
+        kept = ("config", "layers", "choose", "on_gradient")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -81,11 +82,13 @@ class Engine:
         self._forget()
         self._given = streams
 
-    def handles(self, device: torch.device) -> bool:
-        """Whether inputs on a device take this way."""
-        home = self.layers[0].keys.masters.device
-        named = self.config.retrieval in ("stream", "device-keys", "device-rows")
-        return self._given is not None or device.type == "cuda" or device != home or named
+    def reads_in_place(self, device: torch.device) -> bool:
+        """Whether rows are read where they are, for inputs on a device."""
+        known = self._reads_in_place.get(device)
+        if known is None:
+            name = strategy_name(self.config, device, apart=self._given is not None)
+            known = self._reads_in_place[device] = name is not None and STRATEGIES[name].in_place
+        return known
 
     def updates_beside(self, device: torch.device) -> bool:
         """Whether rows are updated beside the computation of inputs on a device."""
@@ -113,24 +116,25 @@ class Engine:
         """Whether the rows for the backward pass are brought again."""
         return self._plan is not None and self._plan[1] == "refetch"
 
-    def _planned(self, x: Tensor) -> tuple[str, str]:
-        """Strategy, and what happens with the rows for the backward pass."""
-        config = self.config
-        strategy = config.retrieval if config.on_host else "resident"
-        rows = "save" if config.backward_rows == "auto" else config.backward_rows
-        if strategy != "auto":
-            return strategy, rows
-        if not x.is_cuda:
-            return "host", rows
-        plan = chosen(config, len(self.layers), x, self.around() if self.around is not None else None)
-        self._planned_for = len(x), out_of_memory_errors(x.device)
-        return plan.strategy, plan.work.rows
+    # ------------------------------------------------------------------ the strategy
 
-    def _ready(self, layer: LayerRows, x: Tensor) -> Strategy:
+    def _planned(self, x: Tensor) -> tuple[str, Rows]:
+        """Strategy, and what happens with the rows for the backward pass."""
+        asked = self.config.backward_rows
+        name = strategy_name(self.config, x.device, apart=self._given is not None)
+        if name is None:
+            if self.choose is not None:
+                self._planned_for = len(x), out_of_memory_errors(x.device)
+                return self.choose(self.config, len(self.layers), x)
+            name = strategy_name(self.config, torch.device("cpu"), apart=True)
+            assert name is not None
+        return name, "refetch" if asked == "refetch" else "save"
+
+    def _prepare(self, layer: LayerRows, x: Tensor) -> Strategy:
         """The strategy for inputs like x; what was made for another device or dtype is made anew."""
         # Of one layer, so that layers of several dtypes do not make it anew in turn.
-        now = (x.device, self.layers[0].keys.wire_dtype)
-        if self._strategy is None or self._for != now:
+        inputs = (x.device, self.layers[0].keys.compute_dtype)
+        if self._strategy is None or self._for != inputs:
             moved = self._for is not None and self._for[0] != x.device
             if moved and layer.number and self.config.on_host:
                 assert self._for is not None
@@ -139,33 +143,41 @@ class Engine:
                     "device only; put the model on one GPU (device_map={'': 0}), or set placement='device'."
                 )
             self._forget()
-            self._for, self.streams = now, self._given or streams_of(x.device)
+            self._for, self.streams = inputs, self._given or streams_of(x.device)
             self._lock_pages(self.streams)
             self._plan = self._planned(x)
             with torch.inference_mode(False):  # its buffers outlive the mode
                 strategy = STRATEGIES[self._plan[0]](self.streams, self.layers)
-            beside = self.updates_beside(x.device)
-            if beside and self._updates is None:
-                self._updates = UpdateQueue()
-                check_waiting(updates_beside=True)
-            for each in self.layers if beside else ():
-                each.keys.updates = each.values.updates = self._updates
-                each.keys.name, each.values.name = (f"{part} of layer {each.number}" for part in ("keys", "values"))
-            if beside and self.config.zero_copy:
-                self._step_by_device(self.streams)
+            if self.updates_beside(x.device):
+                self._update_beside(self.streams)
             self._strategy = strategy  # last: what fails for want of memory is made anew with a smaller batch
         return self._strategy
+
+    def _update_beside(self, streams: DeviceStreams) -> None:
+        if self._updates is None:
+            self._updates = UpdateQueue()
+            check_waiting(updates_beside=True)
+        for layer in self.layers:
+            layer.keys.updates = layer.values.updates = self._updates
+            layer.keys.name, layer.values.name = (f"{part} of layer {layer.number}" for part in ("keys", "values"))
+        if self.config.zero_copy:
+            with torch.inference_mode(False):  # as above
+                steps = ZeroCopySteps(streams, self.layers[0].keys.rows.shape[1])
+            for layer in self.layers:
+                layer.keys.step = layer.values.step = partial(steps, layer.traffic)
 
     def _lock_pages(self, streams: DeviceStreams) -> None:
         device = streams.device if isinstance(streams, CudaStreams) and self.config.on_host else None
         for layer in self.layers:
             layer.keys.locked_for = layer.values.locked_for = device
 
-    def _step_by_device(self, streams: DeviceStreams) -> None:
-        with torch.inference_mode(False):  # as above
-            steps = ZeroCopySteps(streams, self.layers[0].keys.rows.shape[1])
-        for layer in self.layers:
-            layer.keys.step = layer.values.step = partial(steps, layer.traffic)
+    def _in_use(self) -> Strategy:
+        if self._strategy is None:
+            raise RuntimeError(
+                "MEFT's engine has no buffers for this backward pass, because a later forward pass failed as it began "
+                "(perhaps for want of memory): run the forward pass again, with fewer tokens."
+            )
+        return self._strategy
 
     # ------------------------------------------------------------------ forward
 
@@ -177,154 +189,149 @@ class Engine:
         if self._strategy is not None:
             self._strategy.begin_pass()
 
-    def compute_dtype(self, layer: LayerRows, given: torch.dtype) -> torch.dtype:
-        """What a layer computes in: the rows' dtype if the input is given in it too, else float32 or more.
+    def compute_dtype(self, layer: LayerRows, x: Tensor) -> torch.dtype:
+        """What a layer computes in, for inputs like x."""
+        strategy = self._in_place if self.reads_in_place(x.device) else Strategy
+        return strategy.compute_dtype(layer, x.dtype)
 
-        On a GPU only products of 16-bit tensors run on tensor cores. Scores and sums are float32 in any case.
-        """
-        wire = layer.keys.wire_dtype
-        if given == wire:
-            return wire
-        return torch.promote_types(torch.promote_types(given, wire), torch.float32)
-
-    def begin(
-        self, layer: LayerRows, x: Tensor, logits: Tensor, picks: Picks | None, kept: GatheredRows | None
+    def select(
+        self, layer: LayerRows, x: Tensor, logits: Tensor, selection: Selection | None, rows: GatheredRows | None
     ) -> PendingForward:
-        """Begin to pick a layer's neurons; the host waits for nothing on the device. Known picks: queue their rows.
+        """Begin to select a layer's neurons; the host waits for nothing on the device. Known ones: gather their rows.
 
         Args:
             x: [T, d] in `compute_dtype`, without a graph. logits: W_g x, [T, E], without a graph.
-            picks: picks to use instead of new ones (recomputation). kept: their rows, if they were kept.
+            selection: to be used instead of a new one (recomputation). rows: its rows, if they were kept.
         """
+        if self.reads_in_place(x.device):
+            strategy: Strategy = self._in_place
+        else:
+            self._check_graphs(x)
+            if selection is None and not layer.number and self._planned_for is not None:
+                tokens, errors = self._planned_for
+                # What fits beside fewer tokens (an evaluation, a short batch) may not fit beside these; nor what did
+                # before an optimizer, another adapter or another process took memory, if it has run out since.
+                if len(x) > tokens or out_of_memory_errors(x.device) > errors:
+                    self._forget()
+            strategy = self._prepare(layer, x)
+        versions = layer.versions_after_updates()
+        if selection is not None:
+            if rows is None:
+                with phase("gather rows"):
+                    rows = strategy.gather(layer, selection)
+            layer.count(len(x), len(selection.rows))
+            return PendingForward(layer, selection, rows, versions, True)
+        with phase("select"):
+            selecting = strategy.select(layer, x, logits)
+
+        def gather() -> tuple[Selection, GatheredRows]:
+            selection = selecting.wait()
+            with phase("gather rows"):
+                rows = strategy.gather(layer, selection, selecting.made)
+            layer.count(len(x), len(selection.rows))
+            return selection, rows
+
+        return PendingForward(layer, None, None, versions, False, gather)
+
+    def _check_graphs(self, x: Tensor) -> None:
         if capturing(x) and (self.config.on_host or torch.is_grad_enabled()):
             raise RuntimeError(
                 "MEFT cannot be captured into this CUDA graph: how many rows a pass uses is known only when it runs. "
                 "Do without CUDA graphs (torch.compile: mode='default'), or set placement='device' and capture a pass "
                 "under torch.no_grad()."
             )
-        if picks is None and not layer.number and self._planned_for is not None:
-            tokens, errors = self._planned_for
-            # What fits beside fewer tokens (an evaluation, a short batch) may not fit beside these; nor what did before
-            # an optimizer, another adapter or another process took memory, if it has run out since.
-            if len(x) > tokens or out_of_memory_errors(x.device) > errors:
-                self._forget()
-        strategy = self._ready(layer, x)
-        with layer.traffic.stalled():  # for the updates of these rows
-            versions = layer.versions
-        if picks is not None:
-            if kept is None:
-                with record_function("meft: fetch rows"):
-                    kept = strategy.fetch(layer, picks)
-            self._count(layer, x, picks)
-            return PendingForward(layer, picks, kept, versions, True)
-        with record_function("meft: pick"):
-            picking = strategy.pick(layer, x, logits)
-
-        def complete() -> tuple[Picks, GatheredRows]:
-            picks = picking.wait()
-            with record_function("meft: fetch rows"):
-                fetched = strategy.fetch(layer, picks, picking.made)
-            self._count(layer, x, picks)
-            return picks, fetched
-
-        return PendingForward(layer, None, None, versions, False, complete)
 
     @staticmethod
-    def _count(layer: LayerRows, x: Tensor, picks: Picks) -> None:
-        traffic = layer.traffic
-        traffic.forwards += 1
-        traffic.tokens += len(x)
-        traffic.union_rows += len(picks.rows)
+    def gather(pending: PendingForward) -> GatheredRows:
+        """Wait for the selection, now that the base FFN is queued, and queue the way of its rows."""
+        if pending.gather is not None:
+            gather, pending.gather = pending.gather, None
+            pending.selection, pending.rows = gather()
+        assert pending.rows is not None
+        return pending.rows
 
-    def complete(self, begun: PendingForward) -> GatheredRows:
-        """Wait for the picks, now that the base FFN is queued, and queue the way of their rows."""
-        if begun.complete is not None:
-            complete, begun.complete = begun.complete, None
-            begun.picks, begun.fetched = complete()
-        assert begun.fetched is not None
-        return begun.fetched
-
-    def finish(
-        self, begun: PendingForward, x: Tensor, logits: Tensor, refetch: bool, done: Callable[[], None]
+    def sparse_ffn(
+        self, pending: PendingForward, x: Tensor, logits: Tensor, refetch: bool, done: Callable[[], None]
     ) -> Tensor:
         """The adapter's output, [T, d].
 
         Args:
-            x, logits: as in `begin`, with their graphs.
+            x, logits: as in `select`, with their graphs.
             refetch: rows are not kept for the backward pass, which brings them again.
             done: called when the gradients of the rows have been made.
         """
-        assert self.streams is not None
-        layer, fetched, picks = begun.layer, self.complete(begun), begun.picks
-        assert picks is not None
-        begun.fetched = None  # the graph holds `begun`
-        if not begun.again and self._strategy is not None:
-            # Now that the base FFN is queued: the next layer's rows may have to wait for their update.
-            self._strategy.begun(layer, len(x))
-        picks.join(self.streams)
-        fetched.join(self.streams)
-        near = (fetched.keys.detach().to(x.dtype), fetched.values.detach().to(x.dtype))
-        idle = None if self.config.router_factor else logits  # its router gets a gradient of zero, as in place
+        layer, rows, selection = pending.layer, self.gather(pending), pending.known
+        pending.rows = None  # the graph holds `pending`
+        if not rows.in_place:
+            rows = self._arrived(pending, rows, x)
+        factors = idle = None
+        if self.config.router_factor:
+            factors = logits.gather(1, experts_of(selection, layer.neurons_per_expert))
+        else:
+            idle = logits  # its router gets a gradient of zero
         # Sums over tokens pass the range of float16 where their terms do not.
         wide = self.config.gradient_dtype == "float32" or x.dtype == torch.float16
         dtype = torch.promote_types(x.dtype, torch.float32) if wide else x.dtype
-        rows = RowGradientSink.apply(layer.keys.rows, layer.values.rows, near[0], dtype, idle, self, begun, done)
-        factors = None
-        if self.config.router_factor:
-            factors = logits.gather(1, experts_of(picks, self.config.r // self.config.experts))
-        absent = refetched_in_backward(self, begun, near, refetch, self._below)
-        with absent as self._below, record_function("meft: sparse FFN"):
-            return GatheredFFN.apply(x, *rows, factors, *near, picks.position)
+        absent = refetched_in_backward(self, pending, (rows.keys, rows.values), refetch, self._below)
+        with absent as self._below, phase("sparse FFN"):
+            if not torch.is_grad_enabled():
+                return output_of(x, factors, rows)
+            return SparseFFN.apply(
+                x, factors, idle, layer.keys.rows, layer.values.rows, rows, pending, self, dtype, done
+            )
 
-    def fetch_again(self, begun: PendingForward) -> GatheredRows:
+    def _arrived(self, pending: PendingForward, rows: GatheredRows, x: Tensor) -> GatheredRows:
+        """Rows as the computation reads them from now on, in x's dtype."""
+        if self.streams is not None:
+            if not pending.recomputed and self._strategy is not None:
+                # Now that the base FFN is queued: the next layer's rows may have to wait for their update.
+                self._strategy.prefetch_next(pending.layer, len(x))
+            pending.known.wait_in(self.streams)
+            rows.wait_in(self.streams)
+        return GatheredRows(rows.keys.detach().to(x.dtype), rows.values.detach().to(x.dtype), rows.position)
+
+    def gather_again(self, pending: PendingForward) -> GatheredRows:
         """Queue the way of a layer's rows for its backward pass.
 
         Raises:
             RuntimeError: the rows were updated since the forward pass, or a later pass has failed as it began.
         """
         strategy = self._in_use()
-        check_versions(begun.versions, begun.layer.versions)
-        with record_function("meft: fetch rows again"):
-            return strategy.fetch(begun.layer, _known(begun))
+        check_versions(pending.versions, pending.layer.versions)
+        with phase("gather rows again"):
+            return strategy.gather(pending.layer, pending.known)
 
-    def fetch_below(self, layer: LayerRows, picks: Picks) -> GatheredRows:
+    def gather_below(self, layer: LayerRows, selection: Selection) -> GatheredRows:
         """Queue the way of the rows of the layer below for its recomputation."""
         strategy = self._in_use()
-        with record_function("meft: fetch rows again"):
-            return strategy.fetch(self.layers[layer.number - 1], picks)
-
-    def _in_use(self) -> Strategy:
-        if self._strategy is None:
-            raise RuntimeError(
-                "MEFT's engine has no buffers for this backward pass, because a later forward pass failed as it began "
-                "(perhaps for want of memory): run the forward pass again, with fewer tokens."
-            )
-        return self._strategy
+        with phase("gather rows again"):
+            return strategy.gather(self.layers[layer.number - 1], selection)
 
     # ------------------------------------------------------------------ backward
 
-    def keep_graph(self, begun: PendingForward, which: int, gradient: Tensor) -> RowGradient:
+    def keep_graph(self, pending: PendingForward, which: int, gradient: Tensor) -> RowGradient:
         """As `send_back`, with a graph, and at once."""
-        table = (begun.layer.keys, begun.layer.values)[which].rows
-        return AsRowGradient.apply(gradient, _known(begun).host_rows, table)
+        table = (pending.layer.keys, pending.layer.values)[which].rows
+        return AsRowGradient.apply(gradient, pending.known.host_rows, table)
 
-    def send_back(self, begun: PendingForward, which: int, gradient: Tensor) -> RowGradient:
+    def send_back(self, pending: PendingForward, which: int, gradient: Tensor) -> RowGradient:
         """A gradient of the rows of keys (0) or values (1), [u, d], leaves for its table."""
-        layer, rows = begun.layer, _known(begun).host_rows
+        layer, rows = pending.layer, pending.known.host_rows
         owner = (layer.keys, layer.values)[which]
         table = owner.rows
-        if not self.config.on_host:
-            return RowGradient(rows, gradient.to(torch.promote_types(table.dtype, torch.float32)), table)
+        if not self.config.on_host or self.reads_in_place(gradient.device):
+            wide = torch.promote_types(gradient.dtype, torch.promote_types(table.dtype, torch.float32))
+            return RowGradient(rows, gradient.to(table.device, wide), table)
         dtype = gradient.dtype if self.config.gradient_dtype == "auto" else torch.float32  # float64 is narrowed
         if dtype not in self._rings:
             assert self.streams is not None
             capacity = min(self.config.r, max(_LEAST_SLOT, 2 * len(gradient)))
             self._rings[dtype] = GradientRing(self.streams, capacity, gradient.shape[1], dtype)
-        with record_function("meft: row gradients"):
+        with phase("row gradients"):
             leaving = self._rings[dtype].send(rows, gradient, table, layer.traffic)
         return self.on_gradient(owner, leaving) if self.on_gradient is not None else leaving
 
 
-def _known(begun: PendingForward) -> Picks:
-    assert begun.picks is not None
-    return begun.picks
+def out_of_memory_errors(device: torch.device) -> int:
+    """How often torch's allocator has found no memory on a CUDA device, for whomever."""
+    return int(torch.cuda.memory_stats_as_nested_dict(device).get("num_ooms", 0))

@@ -19,8 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from peft_bridge.torch_private import at_end_of_backward, backward_number, graph_kept, saved_tensors_hooked
 
-from ..routing.topk import Selection
-from .types import GatheredRows, Picks
+from .types import GatheredRows, Selection
 
 
 @dataclass
@@ -29,20 +28,20 @@ class SavedSelection:
 
     Attributes:
         number: of the layer, among those of its adapter.
-        picks: the picks, in the form of the way in which they were made; None once the layer's backward pass is over.
+        selection: the picks; None once the layer's backward pass is over.
         real: int64 [T], places of the tokens that are no padding; None where all are real.
         probe: [tokens, <= 8], some columns of the layer's input, to tell forward passes apart.
         versions: of keys and values, to tell whether they were updated since.
-        fetched: rows that were kept, or brought, for the recomputation.
-        refetched: whether they are to be brought again for it.
+        rows: rows that were kept, or gathered, for the recomputation.
+        refetched: whether they are to be gathered again for it.
     """
 
     number: int
-    picks: Selection | Picks | None
+    selection: Selection | None
     real: Tensor | None
     probe: Tensor
     versions: tuple[int, int]
-    fetched: GatheredRows | None = None
+    rows: GatheredRows | None = None
     refetched: bool = False
 
 
@@ -92,7 +91,7 @@ class ForwardContext:
     def release(self, stash: SavedSelection) -> None:
         """The backward pass of the layer that made the stash is over."""
         if self.in_backward and not self.graph_kept:
-            stash.picks = stash.fetched = None
+            stash.selection = stash.rows = None
 
 
 class _Token:
@@ -254,7 +253,7 @@ def find_stash(key: tuple[int, str], x: Tensor) -> tuple[ForwardContext, SavedSe
         contexts = sorted(_alive, key=lambda context: -context.number)
     probe = input_fingerprint(x).float()
     fitting = [(c, s) for c in contexts for s in c.stashes.get(key, []) if s.probe.shape == probe.shape]
-    candidates = [each for each in fitting if each[1].picks is not None] or fitting
+    candidates = [each for each in fitting if each[1].selection is not None] or fitting
     going_on = [each for each in candidates if each[0].in_backward]
     if not candidates or (len(candidates) == len(going_on) == 1):
         return candidates[0] if candidates else None

@@ -23,7 +23,7 @@ from ..table.layer_rows import LayerRows
 from ..table.row_table import RowTable
 from ..transport.streams import DeviceStreams, StreamEvent
 from ..transport.transfer import bring_rows, nbytes
-from .types import Picks
+from .types import Selection
 
 
 def union_of(ids: Tensor, layer: LayerRows) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,21 +34,18 @@ def union_of(ids: Tensor, layer: LayerRows) -> tuple[Tensor, Tensor, Tensor]:
         the picks in it, int32 [T, K].
     """
     r, load = layer.config.r, layer.traffic.load_on(ids.device, layer.config.experts)
-    rows, count, _, position = row_union_window(ids, r, max(1, min(r, ids.numel())), load=load)
-    return rows, count, position
+    rows, count, _, inverse = row_union_window(ids, r, max(1, min(r, ids.numel())), load=load)
+    return rows, count, inverse
 
 
-def experts_of(picks: Picks, each: int) -> Tensor:
-    """The expert of each pick, int64 [T, K]; any where there is no pick.
-
-    Args:
-        each: neurons of an expert.
-    """
-    if not len(picks.rows):
-        return picks.position.new_zeros(picks.position.shape, dtype=torch.int64)
-    experts = torch.empty(picks.rows.shape, dtype=torch.int64, device=picks.rows.device)
-    torch.div(picks.rows, each, rounding_mode="floor", out=experts)
-    return experts[picks.position]  # -1 is the last one
+def experts_of(selection: Selection, neurons_per_expert: int) -> Tensor:
+    """The expert of each pick, int64 [T, K]; any where there is no pick."""
+    rows = selection.rows
+    if not len(rows):
+        return selection.inverse.new_zeros(selection.inverse.shape, dtype=torch.int64)
+    experts = torch.empty(rows.shape, dtype=torch.int64, device=rows.device)
+    torch.div(rows, neurons_per_expert, rounding_mode="floor", out=experts)
+    return experts[selection.inverse]  # -1 is the last one
 
 
 def rows_of(rows: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
@@ -59,9 +56,10 @@ def rows_of(rows: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
 
 
 def gather(
-    streams: DeviceStreams, layer: LayerRows, tables: Sequence[RowTable], picks: Picks, made: StreamEvent | None = None
-) -> tuple[list[Tensor], StreamEvent]:
-    """Queue the way of a union's rows out of host memory.
+    streams: DeviceStreams, layer: LayerRows, tables: Sequence[RowTable], selection: Selection,
+    made: StreamEvent | None = None,
+) -> tuple[list[Tensor], StreamEvent]:  # fmt: skip
+    """Queue the copy of a selection's rows out of host memory.
 
     Args:
         made: the point of the computation where the picks' ids are on the device: rows go into memory of the stream and
@@ -71,15 +69,17 @@ def gather(
         of each table [u, d] in the dtype in which it is read, and the event after which they are there.
     """
     with ExitStack() as held:
-        wires = [held.enter_context(table.reading(picks.host_rows)) for table in tables]
-        forms = [((len(picks.rows), wire.shape[1]), wire.dtype) for wire in wires]
+        compute_copies = [held.enter_context(table.reading(selection.host_rows)) for table in tables]
+        forms = [((len(selection.rows), compute_copy.shape[1]), compute_copy.dtype) for compute_copy in compute_copies]
         with torch.inference_mode(False):  # a stream, which may be a thread, writes into them
             if made is None:
                 out = [torch.empty(shape, dtype=dtype, device=streams.device) for shape, dtype in forms]
             else:
                 out = [streams.inbound.empty(*form) for form in forms]
         streams.inbound.wait_event(streams.record_event() if made is None else made)
-        streams.inbound.run(partial(bring_rows, picks.rows, picks.host_rows, wires, out), [picks.rows, *out])
+        streams.inbound.run(
+            partial(bring_rows, selection.rows, selection.host_rows, compute_copies, out), [selection.rows, *out]
+        )
         arrival = streams.inbound.record_event()
         for table in tables:
             table.add_reader_event(streams.inbound, arrival)
@@ -87,7 +87,7 @@ def gather(
     return out, arrival
 
 
-def bring_changed(here: Tensor, ids: Tensor, changed: Tensor, wire: Tensor, near: Tensor) -> None:
+def bring_changed(here: Tensor, ids: Tensor, changed: Tensor, compute_copy: Tensor, near: Tensor) -> None:
     """Bring rows that have changed and, before them, their ids, which the host has staged in `here`."""
     ids.copy_(here, non_blocking=True)
-    bring_rows(ids, changed, [wire], [near])
+    bring_rows(ids, changed, [compute_copy], [near])

@@ -23,43 +23,45 @@ class Fetcher(Protocol):
 
     streams: DeviceStreams | None
 
-    def fetch_again(self, begun: PendingForward) -> GatheredRows:
+    def gather_again(self, pending: PendingForward) -> GatheredRows:
         """Queue the way of a layer's rows; raises RuntimeError where they have been updated."""
 
 
 class RefetchedRows:
     """Rows of one layer in one pass that its graph names instead of keeping."""
 
-    def __init__(self, engine: Fetcher, begun: PendingForward, dtype: torch.dtype, below: RefetchedRows | None) -> None:
-        self.engine, self.begun, self.dtype = engine, begun, dtype
+    def __init__(
+        self, engine: Fetcher, pending: PendingForward, dtype: torch.dtype, below: RefetchedRows | None
+    ) -> None:
+        self.engine, self.pending, self.dtype = engine, pending, dtype
         self._below = weakref.ref(below) if below is not None else None
-        self._fetched: GatheredRows | None = None
+        self._rows: GatheredRows | None = None
         self._taken = 0
 
     def bring(self) -> GatheredRows:
         """Queue their way, once."""
-        if self._fetched is None:
-            self._fetched = self.engine.fetch_again(self.begun)
+        if self._rows is None:
+            self._rows = self.engine.gather_again(self.pending)
             self._taken = 0
-        return self._fetched
+        return self._rows
 
     def take(self, which: int) -> Tensor:
         """Keys (0) or values (1), [u, d]."""
-        fetched = self.bring()
+        rows = self.bring()
         below = self._below() if self._below is not None else None
         if below is not None:
             below.bring()
         assert self.engine.streams is not None
-        fetched.join(self.engine.streams)
+        rows.wait_in(self.engine.streams)
         self._taken += 1
         if self._taken == 2:  # the backward pass has both
-            self._fetched = None
-        return (fetched.keys, fetched.values)[which].to(self.dtype)
+            self._rows = None
+        return (rows.keys, rows.values)[which].to(self.dtype)
 
 
 @contextmanager
 def refetched_in_backward(
-    engine: Fetcher, begun: PendingForward, rows: tuple[Tensor, Tensor], wanted: bool, below: RefetchedRows | None
+    engine: Fetcher, pending: PendingForward, rows: tuple[Tensor, Tensor], wanted: bool, below: RefetchedRows | None
 ) -> Iterator[RefetchedRows | None]:
     """Let what is recorded in the block not keep `rows`, where that is wanted.
 
@@ -69,7 +71,7 @@ def refetched_in_backward(
     if not wanted or not rows[0].numel():
         yield None
         return
-    absent = RefetchedRows(engine, begun, rows[0].dtype, below)
+    absent = RefetchedRows(engine, pending, rows[0].dtype, below)
     addresses = [row.data_ptr() for row in rows]
 
     def pack(tensor: Tensor) -> Any:

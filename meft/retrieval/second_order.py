@@ -63,29 +63,16 @@ class AsRowGradient(torch.autograd.Function):
 
 
 class RowsOf(torch.autograd.Function):
-    """Rows of a table that were read already, as a function of the table."""
+    """Rows of a table that were read already, as a function of the table; their gradient is rounded to `dtype`."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, values: Tensor, rows: Tensor) -> Tensor:
-        ctx.table, ctx.rows = table, rows
+    def forward(ctx: Any, table: Tensor, values: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.table, ctx.rows, ctx.dtype = table, rows, dtype
         return values.clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return AsRowGradient.apply(g, ctx.rows, ctx.table), None, None
-
-
-class ValuesOf(torch.autograd.Function):
-    """Rows in the place of what stands for them in a graph."""
-
-    @staticmethod
-    def forward(ctx: Any, standing: Tensor, values: Tensor) -> Tensor:
-        ctx.dtype = standing.dtype
-        return values.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return g.to(ctx.dtype), None
+        return AsRowGradient.apply(g.to(ctx.dtype), ctx.rows, ctx.table), None, None, None
 
 
 def gradients(

@@ -1,183 +1,136 @@
-"""The FFN of the picked neurons, forward and backward, over rows that were brought together.
+"""The FFN of gathered rows in the autograd graph: its output, and gradients that leave for the tables.
 
 With g = dL/dy, c_j the router's logit of neuron j's expert (1 without the factor), s_j = c_j (x . w_j) and
 a_j = ReLU(s_j):
 
     y = sum_j a_j v_j                        dV_j = sum over tokens of a_j g
     ds_j = (v_j . g) 1[s_j > 0]              dW_j = sum over tokens of ds_j c_j x
-    dx = sum_j ds_j c_j w_j + W_g^T dp       dp_e = sum_{j in e} ds_j (x . w_j),  dW_g = dp^T x
+    dx = sum_j ds_j c_j w_j                  dc_j = ds_j (x . w_j)
 
-(arXiv 2406.04984; the picks are constants.) The sums over picks are products with a sparse [T, rows] matrix.
+(arXiv 2406.04984; the picks are constants.) The products are `adapter_kernels.sparse_ffn`'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from adapter_kernels.ffn.sparse_products import column_sums, entry_dots, line_sums
+from adapter_kernels import sparse_ffn, sparse_ffn_backward, table_ffn, table_ffn_backward
 from peft_bridge.torch_private import graph_kept
 
 from ..gradient.row_gradient import RowGradient
-from ..routing.topk import Selection
-from .second_order import AsRowGradient, RowsOf, check_not_batched, ffn_of_picks, gradients
+from .second_order import RowsOf, check_not_batched, ffn_of_picks, gradients
+from .types import GatheredRows, PendingForward, check_versions
 
 
-@dataclass(frozen=True)
-class Retrieved:
-    """Picks together with the rows that they read.
+class GradientReceiver(Protocol):
+    """Who takes the gradients of gathered rows: of keys (0) or values (1), [u, d]."""
 
-    Attributes:
-        selection: the picks, on the device of the computation.
-        keys, values: [m, d] of any floating dtype: whole tables, or only the rows of the union.
-        place: int64 [n], for each pick its row in `keys` and `values`.
-        rows: int64 [u], the union: ids of the touched neurons, ascending, on the device of the tables.
-        order: int64 [n], for each pick its place in `rows`.
-        in_place: whether `keys` and `values` are the tables themselves and no copies.
-    """
+    def send_back(self, pending: PendingForward, which: int, gradient: Tensor) -> RowGradient:
+        """The gradient of the table, which leaves for it."""
 
-    selection: Selection
-    keys: Tensor
-    values: Tensor
-    place: Tensor
-    rows: Tensor
-    order: Tensor
-    in_place: bool
+    def keep_graph(self, pending: PendingForward, which: int, gradient: Tensor) -> RowGradient:
+        """The same with a graph, and at once."""
 
 
-def check_versions(seen: tuple[int, int], now: tuple[int, int]) -> None:
-    """Raises: RuntimeError: keys or values were updated since a forward pass read them."""
-    if seen != now:
-        raise RuntimeError(
-            "MEFT rows were updated between this forward pass and its backward pass: call backward() before step()."
-        )
-
-
-def weighted_rows(weights: Tensor, selection: Selection, place: Tensor, rows: Tensor) -> Tensor:
-    """sum_j weights_j rows[place_j] over the picks of each token: [T, d]."""
-    return line_sums(selection.starts, place, selection.token, weights, rows.to(weights.dtype))
-
-
-def row_dots(x: Tensor, selection: Selection, place: Tensor, rows: Tensor) -> Tensor:
-    """x_t . rows[place_j] for each pick: [n]."""
-    return entry_dots(selection.starts, place, selection.token, x, rows.to(x.dtype))
-
-
-def token_sums(weights: Tensor, selection: Selection, order: Tensor, x: Tensor, rows: int) -> Tensor:
-    """sum of weights_j x_t over the picks of each row: [rows, d]."""
-    return column_sums(order, selection.token, weights, x, rows)
+def output_of(x: Tensor, factors: Tensor | None, rows: GatheredRows) -> Tensor:
+    """The output for x [T, d], without a graph; arguments as of `SparseFFN.forward`."""
+    if rows.dots is not None:
+        return table_ffn(x, rows.keys, rows.values, rows.position, rows.dots, factors)
+    return sparse_ffn(x, rows.keys, rows.values, rows.position, factors)
 
 
 class SparseFFN(torch.autograd.Function):
-    """sum_{j in J} ReLU(s_j) v_j of the retrieved picks; gradients of the tables are `RowGradient`s."""
+    """sum_{j in J} ReLU(s_j) v_j over gathered rows; gradients of the tables are `RowGradient`s."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        router: Tensor,
+        factors: Tensor | None,
+        idle: Tensor | None,
         keys: Tensor,
         values: Tensor,
-        retrieved: Retrieved,
-        logits: Tensor | None,
-        on_backward: Callable[[int], None] | None = None,
+        rows: GatheredRows,
+        pending: PendingForward,
+        receiver: GradientReceiver,
+        dtype: torch.dtype,
+        done: Callable[[], None],
     ) -> Tensor:
         """The forward pass.
 
         Args:
-            x: [T, d], float32 or float64.
-            router: W_g, [E, d].
+            x: [T, d].
+            factors: the router's logit of each pick's expert, [T, K], or None where scores carry no factor.
+            idle: what gets a gradient of zero, or None.
             keys, values: the tables [r, d] that get the gradients; they are not read.
-            retrieved: the picks and their rows.
-            logits: W_g x, [T, E], or None where scores carry no factor.
-            on_backward: called with the number of touched rows when their gradients have been made.
+            rows: of x's dtype, [u, d], or whole tables.
+            dtype: of row gradients: autograd would round them to the rows'.
+            done: called when the gradients of the rows have been made.
 
         Returns:
             [T, d] of x's dtype.
         """
-        picks = retrieved.selection
-        dots = picks.dots if picks.dots is not None else row_dots(x, picks, retrieved.place, retrieved.keys)
-        expert = torch.div(picks.neuron, len(keys) // len(router), rounding_mode="floor")
-        factor = logits[picks.token, expert] if logits is not None else None
-        scores = dots * factor if factor is not None else dots
-        active = scores.relu()
-        ctx.retrieved, ctx.tables = retrieved, (keys, values)
-        read: tuple[Tensor | None, ...] = (None, None)
-        if not retrieved.in_place:
-            # Copies are saved through autograd, so that its hooks (offloading, checkpointing) can drop them; of whole
-            # tables they must not take hold.
-            read = (retrieved.keys, retrieved.values)
-            nothing = x.new_empty(0)
-            ctx.retrieved = replace(retrieved, keys=nothing, values=nothing)
-        ctx.save_for_backward(x, router, dots, factor, active, expert, *read)
-        ctx.on_backward, ctx.router_factor = on_backward, logits is not None
-        ctx.versions = (keys._version, values._version)
-        return weighted_rows(active, picks, retrieved.place, retrieved.values)
+        ctx.pending, ctx.receiver, ctx.dtype, ctx.done = pending, receiver, dtype, done
+        ctx.zeros = idle.new_zeros(()).expand_as(idle) if idle is not None else None
+        # Whole tables are nothing that a hook on saved tensors may copy.
+        ctx.tables, ctx.read = (keys, values), (rows.keys, rows.values) if rows.in_place else None
+        ctx.save_for_backward(x, factors, *(() if rows.in_place else (rows.keys, rows.values)))
+        return output_of(x, factors, rows)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, router, dots, factor, active, expert, key_rows, value_rows = ctx.saved_tensors
-        retrieved: Retrieved = ctx.retrieved
-        if retrieved.in_place:
-            key_rows, value_rows = retrieved.keys, retrieved.values
-        picks, u = retrieved.selection, len(retrieved.rows)
-        keys, values = ctx.tables
-        if retrieved.in_place:
-            check_versions(ctx.versions, (keys._version, values._version))
+        x, factors, *read = ctx.saved_tensors
+        pending: PendingForward = ctx.pending
+        selection, needs = pending.known, ctx.needs_input_grad
         check_not_batched(g)
+        if ctx.read is not None:
+            check_versions(pending.versions, pending.layer.versions)
+            read = ctx.read
+        key_rows, value_rows = read
         if torch.is_grad_enabled():  # create_graph=True
-            made = _with_graphs(ctx, g, x, router, expert, active, key_rows, value_rows)
-            if ctx.on_backward is not None:
-                ctx.on_backward(u)
-            return *made, None, None, None
-        g = g.contiguous().to(x.dtype)
-        ds = row_dots(g, picks, retrieved.place, value_rows) * (active > 0)
-        by_key = ds * factor if factor is not None else ds
-        dx = drouter = dkeys = dvalues = None
-        if factor is not None and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
-            dp = x.new_zeros(picks.tokens * len(router))
-            dp = dp.index_add_(0, picks.token * len(router) + expert, ds * dots).view(picks.tokens, len(router))
-        if ctx.needs_input_grad[0]:
-            dx = weighted_rows(by_key, picks, retrieved.place, key_rows)
-            if factor is not None:
-                dx = dx.addmm(dp, router.to(x.dtype))
-        if ctx.needs_input_grad[1]:
-            drouter = (dp.T @ x).to(router.dtype) if factor is not None else torch.zeros_like(router)
-        if ctx.needs_input_grad[2]:
-            dkeys = _row_gradient(token_sums(by_key, picks, retrieved.order, x, u), retrieved.rows, keys)
-        if ctx.needs_input_grad[3]:
-            dvalues = _row_gradient(token_sums(active, picks, retrieved.order, g, u), retrieved.rows, values)
-        if ctx.on_backward is not None:
-            ctx.on_backward(u)
+            made, send = _with_graphs(ctx, g, x, factors, read), ctx.receiver.keep_graph
+        else:
+            wanted = (needs[0], needs[3], needs[4], needs[1])
+            if ctx.read is not None:
+                assert selection.neurons is not None
+                assert selection.dots is not None
+                picks = (selection.neurons, selection.dots, factors, selection.inverse, len(selection.rows))
+                found = table_ffn_backward(g, x, key_rows, value_rows, *picks, needs=wanted)
+            else:
+                found = sparse_ffn_backward(
+                    g, x, key_rows, value_rows, selection.inverse, factors, needs=wanted, row_gradients=ctx.dtype
+                )
+            dx, dkeys, dvalues, dfactors = found
+            made, send = [dx, dfactors, dkeys, dvalues], ctx.receiver.send_back
+        dx, dfactors, *by_row = made
+        sent = [send(pending, i, d) if d is not None else None for i, d in enumerate(by_row)]
+        ctx.done()
         if not graph_kept():  # picks go now, however long somebody holds the loss
-            ctx.retrieved = None
-        return dx, drouter, dkeys, dvalues, None, None, None
+            ctx.pending = ctx.read = None
+        return dx, dfactors, ctx.zeros, *sent, None, None, None, None, None
 
 
-def _with_graphs(
-    ctx: Any, g: Tensor, x: Tensor, router: Tensor, expert: Tensor, active: Tensor, key_rows: Tensor, value_rows: Tensor
-) -> list[Tensor | None]:
-    """Gradients as of `backward`, which can be differentiated."""
-    retrieved: Retrieved = ctx.retrieved
-    keys, values = ctx.tables
-    picks, rows, near = retrieved.selection, retrieved.rows, []
-    for table, read in ((keys, key_rows), (values, value_rows)):
-        read = read.detach().index_select(0, rows) if retrieved.in_place else read
-        near.append(RowsOf.apply(table, read, rows))
+def _with_graphs(ctx: Any, g: Tensor, x: Tensor, factors: Tensor | None, rows: Any) -> list[Tensor | None]:
+    """Gradients of x, factors and the rows of keys and values that can be differentiated."""
+    selection = ctx.pending.known
+    if ctx.read is not None:
+        rows = [table.detach().index_select(0, selection.host_rows) for table in rows]
+    token, column = (selection.inverse >= 0).nonzero(as_tuple=True)
+    place = selection.inverse[token, column].to(torch.int64)
+    by_table = zip(ctx.tables, rows, strict=True)
+    near = [RowsOf.apply(table, read, selection.host_rows, ctx.dtype) for table, read in by_table]
 
-    def function(x: Tensor, router: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        factors = F.linear(x, router.to(x.dtype))[picks.token, expert] if ctx.router_factor else None
-        return ffn_of_picks(x, keys, values, factors, picks.token, retrieved.order, active > 0)
+    def function(x: Tensor, factors: Tensor | None, keys: Tensor, values: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        w, v = keys.to(wide.dtype), values.to(wide.dtype)
+        by_pick = factors[token, column].to(wide.dtype) if factors is not None else None
+        with torch.no_grad():
+            scores = (wide[token] * w[place]).sum(1) * (by_pick if by_pick is not None else 1)
+        return ffn_of_picks(wide, w, v, by_pick, token, place, scores > 0).to(x.dtype)
 
-    dx, drouter, *by_row = gradients(function, [x, router, *near], list(ctx.needs_input_grad[:4]), g)
-    tables = zip(by_row, (keys, values), strict=True)
-    return [dx, drouter, *(AsRowGradient.apply(d, rows, table) if d is not None else None for d, table in tables)]
-
-
-def _row_gradient(sums: Tensor, rows: Tensor, table: Tensor) -> RowGradient:
-    return RowGradient(rows, sums.to(table.device), table)
+    needs = ctx.needs_input_grad
+    return gradients(function, [x, factors, *near], [needs[0], needs[1], needs[3], needs[4]], g)

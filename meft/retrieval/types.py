@@ -1,4 +1,4 @@
-"""What passes between the parts of a retrieval: picks, their rows, and the work that was begun for a layer."""
+"""What passes through a layer: which neurons (`Selection`), their rows (`GatheredRows`), and the work in hand."""
 
 from __future__ import annotations
 
@@ -12,59 +12,72 @@ from ..transport.streams import DeviceStreams, StreamEvent
 
 
 @dataclass(frozen=True)
-class Picks:
+class Selection:
     """The neurons that T tokens use.
 
     Attributes:
-        rows: int32 [u], the union: distinct neurons, ascending, on the device.
-        position: int32 [T, K], place of each pick in `rows`; -1 is none.
-        host_rows: int64 [u], the union where the tables are.
-        arrival: the event after which `rows` and `position`, in one piece of a stream's memory, are there; None: they
+        rows: int32 [u], the distinct neurons, ascending, on the device.
+        inverse: int32 [T, K], place of each pick in `rows`; -1 is none.
+        host_rows: int64 [u], `rows` where the tables are.
+        arrival: the event after which `rows` and `inverse`, in one piece of a stream's memory, are there; None: they
             are.
+        neurons: int32 [T, K], the neuron of each pick, -1 is none; None where nobody needs them.
+        dots: [T, K], x . w of each pick, where rows may be read in place: they are not computed again.
     """
 
     rows: Tensor
-    position: Tensor
+    inverse: Tensor
     host_rows: Tensor
     arrival: StreamEvent | None = None
+    neurons: Tensor | None = None
+    dots: Tensor | None = None
 
-    def join(self, streams: DeviceStreams) -> None:
-        """What the computation queues from now on uses the picks."""
+    def wait_in(self, streams: DeviceStreams) -> None:
+        """What the computation queues from now on uses the selection."""
         if self.arrival is not None:
             streams.wait_event(self.arrival)
-            streams.use([self.position])
+            streams.use([self.inverse])
 
 
 @dataclass(frozen=True)
-class Picking:
-    """Picks that are being made, for which nobody has waited yet.
+class PendingSelection:
+    """A selection that is being made, for which nobody has waited yet.
 
     Attributes:
-        wait: waits until the host knows them.
-        made: the point of the computation from which on a stream finds on the device what the picks are made of; None:
-            no stream will ask.
+        wait: waits until the host knows it.
+        made: the point of the computation from which on a stream finds on the device what the selection is made of;
+            None: no stream will ask.
     """
 
-    wait: Callable[[], Picks]
+    wait: Callable[[], Selection]
     made: StreamEvent | None
 
 
 @dataclass(frozen=True)
 class GatheredRows:
-    """Rows of a union on their way to the device.
+    """Rows on their way to where the FFN is computed.
 
     Attributes:
-        keys, values: [u, d] in the dtype in which rows are read.
+        keys, values: [u, d], the rows of a selection; or whole tables, [r, d], that are read in place.
+        position: int32 [T, K], each pick's place in `keys` and `values`; -1 is none.
+        dots: [T, K], x . w of each pick, if the tables are read in place.
         arrival: the event after which they are there; None: they are, in the order of the computation.
         of_stream: what of them is in a stream's memory.
     """
 
     keys: Tensor
     values: Tensor
-    arrival: StreamEvent | None
+    position: Tensor
+    arrival: StreamEvent | None = None
     of_stream: tuple[Tensor, ...] = ()
+    dots: Tensor | None = None
 
-    def join(self, streams: DeviceStreams) -> None:
+    @property
+    def in_place(self) -> bool:
+        """Whether they are the tables themselves, which a graph must not save."""
+        return self.dots is not None
+
+    def wait_in(self, streams: DeviceStreams) -> None:
         """What the computation queues from now on uses the rows."""
         if self.arrival is not None:
             streams.wait_event(self.arrival)
@@ -73,19 +86,33 @@ class GatheredRows:
 
 @dataclass(eq=False)
 class PendingForward:
-    """A layer's work that was queued beside the base FFN.
+    """A layer's work between `select` and the FFN of its rows.
 
     Attributes:
-        picks: the picks; None until somebody has waited for them.
-        fetched: the rows; None before their way was queued, and once they were used.
+        selection: the picks; None until somebody has waited for them, and once a backward pass is through with them.
+        rows: their rows; None before they were queued, and once they were used.
         versions: of keys and values as they are read.
-        again: whether this is a recomputation.
-        complete: waits for the picks and queues the way of their rows, if that was not done yet.
+        recomputed: whether this is a recomputation of gradient checkpointing.
+        gather: waits for the picks and queues their rows, if that was not done yet.
     """
 
     layer: LayerRows
-    picks: Picks | None
-    fetched: GatheredRows | None
+    selection: Selection | None
+    rows: GatheredRows | None
     versions: tuple[int, int]
-    again: bool
-    complete: Callable[[], tuple[Picks, GatheredRows]] | None = None
+    recomputed: bool
+    gather: Callable[[], tuple[Selection, GatheredRows]] | None = None
+
+    @property
+    def known(self) -> Selection:
+        """The selection, for which somebody has waited."""
+        assert self.selection is not None
+        return self.selection
+
+
+def check_versions(seen: tuple[int, int], now: tuple[int, int]) -> None:
+    """Raises: RuntimeError: keys or values were updated since a forward pass read them."""
+    if seen != now:
+        raise RuntimeError(
+            "MEFT rows were updated between this forward pass and its backward pass: call backward() before step()."
+        )

@@ -27,3 +27,22 @@ class LayerRows:
     def versions(self) -> tuple[int, int]:
         """Of keys and values; they change with every update."""
         return self.keys.version, self.values.version
+
+    def versions_after_updates(self) -> tuple[int, int]:
+        """`versions`; the wait for updates that are queued counts as the launching thread's."""
+        if self.keys.updates is None:
+            return self.versions
+        with self.traffic.stalled():
+            return self.versions
+
+    @property
+    def neurons_per_expert(self) -> int:
+        """r / E."""
+        return self.config.r // self.config.experts
+
+    def count(self, tokens: int, rows: int) -> None:
+        """A forward pass of some tokens has used some rows."""
+        traffic = self.traffic
+        traffic.forwards += 1
+        traffic.tokens += tokens
+        traffic.union_rows += rows

@@ -16,7 +16,7 @@ from torch.serialization import add_safe_globals
 
 from ..transport.host_tensors import check_process, forks, keep_from_forks, like_rows
 from .host_loading import HostBegin, HostEnd
-from .row_step import StepRule, update_rows
+from .row_step import RowState
 
 KEY = "row_moments"  # of the entry in `optimizer.state[rows]`
 
@@ -42,28 +42,9 @@ class Moments:
         m, v = (like_rows(table, dtype) for _ in range(2))
         return cls(m, v, like_rows(table, torch.int32, table.shape[:1]))
 
-    def update(
-        self,
-        table: Tensor,
-        wire: Tensor | None,
-        rows: Tensor,
-        gradients: Tensor,
-        rule: StepRule,
-        seed: int,
-        step: Callable[..., None] = update_rows,
-        factors: tuple[float, ...] = (),
-    ) -> None:
-        """One optimizer step with the gradients [n, d] of the rows [n]; all other rows stay as they are.
-
-        Args:
-            seed: of the stochastic rounding of bfloat16 masters.
-            step: who steps the rows.
-            factors: what the gradients count as multiplied by, as in `update_rows`.
-        """
-        step(
-            table, self.exp_avg, self.exp_avg_sq, self.counts, rows, gradients, rule, wire=wire, seed=seed,
-            factors=factors,
-        )  # fmt: skip
+    def row_state(self, table: Tensor, compute_copy: Tensor | None = None) -> RowState:
+        """What a step of the table's rows reads and writes."""
+        return RowState(table, **self.tensors(), compute_copy=compute_copy)
 
     def to(self, device: torch.device) -> Moments:
         """On a device; itself if it is there."""
@@ -76,18 +57,18 @@ class Moments:
         return Moments(*(like_rows(t, t.dtype).copy_(t) for t in self.tensors().values()))
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it as tensors, without a copy."""
+        """The tensors by name, without a copy."""
         return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "counts": self.counts}
 
     def check(self, rows: Tensor, where: str) -> None:
         """Raises: ValueError: these are not the moments of such rows; `where` says whose they are."""
-        wanted = Moments.fresh(torch.empty(rows.shape, dtype=rows.dtype, device="meta"))
-        for name, tensor in wanted.tensors().items():
-            found = getattr(self, name)
-            if found.shape != tensor.shape or found.dtype != tensor.dtype:
+        needed = Moments.fresh(torch.empty(rows.shape, dtype=rows.dtype, device="meta"))
+        for name, like in needed.tensors().items():
+            tensor = getattr(self, name)
+            if tensor.shape != like.shape or tensor.dtype != like.dtype:
                 raise ValueError(
-                    f"{where}: {name} of MEFT's rows is {found.dtype} {list(found.shape)} where {tensor.dtype} "
-                    f"{list(tensor.shape)} is needed: load the state that was saved with this adapter's r and "
+                    f"{where}: {name} of MEFT's rows is {tensor.dtype} {list(tensor.shape)} where {like.dtype} "
+                    f"{list(like.shape)} is needed: load the state that was saved with this adapter's r and "
                     "master_dtype."
                 )
 
@@ -96,12 +77,12 @@ class RowMoments:
     """The entry of a table in an optimizer's state: `Moments` that other entries may share until one is updated.
 
     It is no tensor, so that `load_state_dict` does not cast it to the dtype of the parameter and nobody moves it to a
-    device. Copies (`copy`, `deepcopy`) share the memory; who updates while others hold the same takes a copy first, so
-    that a state dict that was kept stays what it was. `torch.save` writes the tensors from where they are, and
+    device. Copies (`copy`, `deepcopy`) share the memory. An update copies the memory first if others hold it too, so
+    that a state dict that was kept does not change. `torch.save` writes the tensors from where they are, and
     `torch.load` reads them into host memory, whatever device its `map_location` names.
 
     Args:
-        moments: shared with whoever else holds them.
+        moments: may be shared with other entries.
         synchronize: waits for updates that are queued; None: there are none.
     """
 
@@ -124,7 +105,7 @@ class RowMoments:
         return self._moments
 
     def exclusive(self, device: torch.device) -> Moments:
-        """For an update: on the device of the rows, in memory that nobody else holds."""
+        """The moments for an update: on the device of the rows, in memory that no other entry shares."""
         shared = any(holder is not self for holder in self._moments.holders)
         moved = self._moments.to(device)
         if moved is self._moments and shared:
@@ -155,7 +136,7 @@ def row_moments_of_file(
     return RowMoments(Moments(exp_avg, exp_avg_sq, counts))
 
 
-# The name that stands in files, wherever this module moves.
+# The name in saved files, which does not change when this module moves.
 row_moments_of_file.__module__ = "meft"
 add_safe_globals([row_moments_of_file])  # for torch.load(weights_only=True), as a Trainer calls it
 
@@ -180,7 +161,7 @@ def moments_of(
     *,
     rows: Tensor | None = None,
     synchronize: Callable[[], None] | None = None,
-    given: RowMoments | None = None,
+    loaded: RowMoments | None = None,
 ) -> RowMoments:
     """The entry of a parameter in an optimizer's state, for its step; made if there is none.
 
@@ -188,21 +169,21 @@ def moments_of(
         parameter: the key in the state.
         rows: the parameter as [r, d]; None: it is.
         synchronize: as in `RowMoments`.
-        given: takes the place of what is there.
+        loaded: replaces the entry of the optimizer.
 
     Raises:
         ValueError: what was loaded there does not fit.
     """
     rows = parameter.detach() if rows is None else rows
     state = optimizer.state[parameter]
-    held = given if given is not None else state.get(KEY)
-    owner = held.owner() if held is not None and held.owner is not None else None
-    if held is not None and owner is optimizer:
-        return held
-    if held is None:
+    present = loaded if loaded is not None else state.get(KEY)
+    owner = present.owner() if present is not None and present.owner is not None else None
+    if present is not None and owner is optimizer:
+        return present
+    if present is None:
         moments = Moments.fresh(rows)
-    else:  # loaded, or the entry of another optimizer: it stays what it was for whoever holds it too
-        moments = held.moments
+    else:  # loaded, or the entry of another optimizer: which stays as it is for others that hold it
+        moments = present.moments
         moments.check(rows, f"The state of {type(optimizer).__name__}")
         for tensor in moments.tensors().values():
             keep_from_forks(tensor)

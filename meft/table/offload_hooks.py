@@ -16,7 +16,7 @@ _REGISTER = nn.Module.register_parameter
 
 
 class _Slots(dict[str, Any]):
-    """A module's parameters; what is put in the place of another is the module's to judge."""
+    """A module's parameters; the module decides what an assignment does."""
 
     def __init__(self, owner: KeptParameters, parameters: dict[str, Any]) -> None:
         super().__init__(parameters)
@@ -52,15 +52,15 @@ class KeptParameters(nn.Module):
             super().__setattr__(name, value)
 
     def _placed(self, name: str, value: Any) -> Any:
-        """What stands for a parameter when somebody puts `value` in its place."""
-        here = self._parameters.get(name)
-        emptied = here is not None and isinstance(value, Tensor) and value.is_meta and not here.is_meta
-        # accelerate's `init_empty_weights` puts a function of its own there, and means it.
-        meant = self._moving or nn.Module.register_parameter is not _REGISTER
-        return here if emptied and not meant else value
+        """The parameter after an assignment of `value`."""
+        parameter = self._parameters.get(name)
+        emptied = parameter is not None and isinstance(value, Tensor) and value.is_meta and not parameter.is_meta
+        # accelerate's `init_empty_weights` replaces `register_parameter`: there meta tensors are intended.
+        intended = self._moving or nn.Module.register_parameter is not _REGISTER
+        return parameter if emptied and not intended else value
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._moving = True  # to("meta") is meant
+        self._moving = True  # to("meta") is intended
         try:
             return super()._apply(fn, recurse)
         finally:

@@ -1,8 +1,8 @@
-// AdamW and Adam on scattered rows of a table, and the way of their gradients to it, over a plain C interface: no Python
-// or torch header, so that one build serves all their versions. Loaded by row_update.py.
+// AdamW and Adam on scattered rows of a table, and the drain of their gradients, over a plain C interface: no Python or
+// torch header, so that one build serves all their versions. Loaded by row_step.py.
 //
-// Each operation rounds by itself (built with -ffp-contract=off), in the order of adapter_kernels/adamw_blocks.py, the
-// torch path: both give the same bits, whatever instructions the machine has.
+// Each operation rounds by itself (built with -ffp-contract=off), in the order of adapter_kernels' row_adamw_torch.py:
+// both give the same bits, whatever instructions the machine has.
 
 #include <algorithm>
 #include <atomic>
@@ -46,21 +46,21 @@ std::atomic<int64_t> counted{0};
 
 template <class T>
 struct Counted {
-    struct LayerSlot {
-        T* at;
-        operator std::remove_const_t<T>() const { counted += sizeof(T); return *at; }
-        void operator=(T value) const { counted += sizeof(T); *at = value; }
+    struct Element {
+        T* address;
+        operator std::remove_const_t<T>() const { counted += sizeof(T); return *address; }
+        void operator=(T value) const { counted += sizeof(T); *address = value; }
     };
-    T* at;
-    Counted(T* first) : at(first) {}
-    LayerSlot operator[](int64_t i) const { return {at + i}; }
+    T* first;
+    Counted(T* pointer) : first(pointer) {}
+    Element operator[](int64_t i) const { return {first + i}; }
 };
 #define MEMORY(T) Counted<T>
 #else
 #define MEMORY(T) T* RESTRICT
 #endif
 
-// The scalars of one step, in the order of _COLUMNS in row_update.py.
+// The scalars of one step, in the order of `_scalars` in row_step.py.
 struct Step {
     float mix;       // of (g - m): 1 - beta1 added to m, or -beta1 added to g
     float from_grad; // which of the two; the first while 1 - beta1 < 0.5, as torch.lerp
@@ -72,7 +72,7 @@ struct Step {
     float step_size; // lr / (1 - beta1^n)
     float root2;     // sqrt(1 - beta2^n)
 };
-static_assert(sizeof(Step) == 9 * sizeof(float), "Step is handed over as nine floats");
+static_assert(sizeof(Step) == 9 * sizeof(float), "Step is passed as nine floats");
 
 // float32 to bfloat16, to the nearest, ties to even; NaN stays NaN.
 INLINE uint16_t narrow(float value) {
@@ -87,9 +87,16 @@ struct Factors {
     float first, second;
 };
 
-template <bool WIRE, bool COUPLED, bool FROM_GRAD>
-INLINE void step_as(MEMORY(float) p, MEMORY(float) m, MEMORY(float) v, MEMORY(uint16_t) wire, MEMORY(const float) grad,
-                    int64_t width, const Step& s, const Factors& f) {
+// A row of the table, of both moments and of the compute copy (null: there is none), and its gradient.
+struct Row {
+    float *p, *m, *v;
+    uint16_t* copy;
+    const float* grad;
+};
+
+template <bool COPY, bool COUPLED, bool FROM_GRAD>
+INLINE void step_values(MEMORY(float) p, MEMORY(float) m, MEMORY(float) v, MEMORY(uint16_t) copy,
+                        MEMORY(const float) grad, int64_t width, const Step& s, const Factors& f) {
     const float mix = s.mix, beta2 = s.beta2, fresh2 = s.fresh2, eps = s.eps, decay = s.decay;
     const float coupled = s.coupled, step_size = s.step_size, root2 = s.root2;
     const float first = f.first, second = f.second;
@@ -104,33 +111,35 @@ INLINE void step_as(MEMORY(float) p, MEMORY(float) m, MEMORY(float) v, MEMORY(ui
         m[i] = m_new;
         v[i] = v_new;
         p[i] = p_new;
-        if (WIRE) wire[i] = narrow(p_new);
+        if (COPY) copy[i] = narrow(p_new);
     }
 }
 
-template <bool WIRE>
-INLINE void step_from(float* p, float* m, float* v, uint16_t* wire, const float* grad, int64_t width, const Step& s,
-                      const Factors& f) {
+// Compilers take the pointers to be distinct as parameters, not as fields of a struct.
+template <bool COPY, bool COUPLED, bool FROM_GRAD>
+INLINE void step_as(const Row& row, int64_t width, const Step& s, const Factors& f) {
+    step_values<COPY, COUPLED, FROM_GRAD>(row.p, row.m, row.v, row.copy, row.grad, width, s, f);
+}
+
+template <bool COPY>
+INLINE void step_from(const Row& row, int64_t width, const Step& s, const Factors& f) {
     const bool coupled = s.coupled != 0.0f, from_grad = s.from_grad != 0.0f;
-    if (coupled && from_grad) return step_as<WIRE, true, true>(p, m, v, wire, grad, width, s, f);
-    if (coupled) return step_as<WIRE, true, false>(p, m, v, wire, grad, width, s, f);
-    if (from_grad) return step_as<WIRE, false, true>(p, m, v, wire, grad, width, s, f);
-    step_as<WIRE, false, false>(p, m, v, wire, grad, width, s, f);
+    if (coupled && from_grad) return step_as<COPY, true, true>(row, width, s, f);
+    if (coupled) return step_as<COPY, true, false>(row, width, s, f);
+    if (from_grad) return step_as<COPY, false, true>(row, width, s, f);
+    step_as<COPY, false, false>(row, width, s, f);
 }
 
 FOR_EACH_VECTOR_WIDTH
-void step_row(float* p, float* m, float* v, uint16_t* wire, const float* grad, int64_t width, const Step& s,
-              const Factors& f) {
-    if (wire)
-        step_from<true>(p, m, v, wire, grad, width, s, f);
+void step_row(const Row& row, int64_t width, const Step& s, const Factors& f) {
+    if (row.copy)
+        step_from<true>(row, width, s, f);
     else
-        step_from<false>(p, m, v, wire, grad, width, s, f);
+        step_from<false>(row, width, s, f);
 }
 
 struct Job {
-    float *table, *exp_avg, *exp_avg_sq;
-    uint16_t* wire;
-    const float* grads;
+    Row first; // row 0 of the table, and the gradient of the first touched row
     const int64_t* rows;
     const Step* steps;
     Factors factors;
@@ -141,15 +150,16 @@ struct Job {
 #if defined(__GNUC__)
         constexpr int64_t PAGE = 4096 / sizeof(float);
         for (int64_t i = 0; i < width; i += PAGE)
-            for (const float* values : {table, exp_avg, exp_avg_sq}) __builtin_prefetch(values + next + i);
+            for (const float* values : {first.p, first.m, first.v}) __builtin_prefetch(values + next + i);
 #endif
     }
 
     void row(int64_t i) const {
-        const int64_t at = rows[i] * width;
+        const int64_t offset = rows[i] * width;
         if (i + 1 < count) look_ahead(rows[i + 1] * width);
-        step_row(table + at, exp_avg + at, exp_avg_sq + at, wire ? wire + at : nullptr, grads + i * width, width,
-                 steps[i], factors);
+        const Row row{first.p + offset, first.m + offset, first.v + offset, first.copy ? first.copy + offset : nullptr,
+                      first.grad + i * width};
+        step_row(row, width, steps[i], factors);
     }
 };
 
@@ -170,15 +180,15 @@ INLINE double squares_as(MEMORY(const From) from, MEMORY(float) to, int64_t widt
     double sums[LANES] = {};
     int64_t begin = 0;
     for (; begin + LANES <= width; begin += LANES)
-        for (int64_t stream = 0; stream < LANES; ++stream) {
-            const float value = widen(static_cast<From>(from[begin + stream]));
-            if (KEEP) to[begin + stream] = value;
-            sums[stream] += static_cast<double>(value) * static_cast<double>(value);
+        for (int64_t lane = 0; lane < LANES; ++lane) {
+            const float value = widen(static_cast<From>(from[begin + lane]));
+            if (KEEP) to[begin + lane] = value;
+            sums[lane] += static_cast<double>(value) * static_cast<double>(value);
         }
-    for (int64_t stream = 0; begin + stream < width; ++stream) {
-        const float value = widen(static_cast<From>(from[begin + stream]));
-        if (KEEP) to[begin + stream] = value;
-        sums[stream] += static_cast<double>(value) * static_cast<double>(value);
+    for (int64_t lane = 0; begin + lane < width; ++lane) {
+        const float value = widen(static_cast<From>(from[begin + lane]));
+        if (KEEP) to[begin + lane] = value;
+        sums[lane] += static_cast<double>(value) * static_cast<double>(value);
     }
     double sum = 0.0;
     for (const double one : sums) sum += one;
@@ -227,14 +237,14 @@ EXPORT int meft_rows_ascend(const int64_t* rows, int64_t count, int64_t limit) {
     return 1;
 }
 
-// Row rows[i] takes steps[i] with grads[i] times both factors. Rows must be distinct and in range. `wire` (bfloat16)
-// may be null.
-EXPORT void meft_row_adamw(float* table, float* exp_avg, float* exp_avg_sq, uint16_t* wire, const float* grads,
+// Row rows[i] takes steps[i] with grads[i] times both factors. Rows must be distinct and in range.
+// `compute_copy` (bfloat16) may be null.
+EXPORT void meft_row_adamw(float* table, float* exp_avg, float* exp_avg_sq, uint16_t* compute_copy, const float* grads,
                            const int64_t* rows, int64_t count, int64_t width, const float* steps, float first,
                            float second, int threads) {
     static_assert(alignof(Step) == alignof(float), "steps are read in place");
-    const Job job{table, exp_avg, exp_avg_sq, wire, grads, rows, reinterpret_cast<const Step*>(steps), {first, second},
-                  count, width};
+    const Job job{{table, exp_avg, exp_avg_sq, compute_copy, grads}, rows, reinterpret_cast<const Step*>(steps),
+                  {first, second}, count, width};
     in_pieces(count, piece(width), threads, [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) job.row(i);
     });

@@ -1,4 +1,4 @@
-"""A module that keeps its rows, whoever puts another parameter in their place, and sees what is written into them."""
+"""A module that keeps its rows when another parameter is assigned, and notices what is written into them."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ class KeptRows(KeptParameters):
         super().__setstate__({key: value for key, value in state.items() if key != "_read_as"})
         self._adopt(self.rows, state["_read_as"])
 
-    # ------------------------------------------------------------------ whose place is it
+    # ------------------------------------------------------------------ replaced parameters
 
     def _placed(self, name: str, value: Any) -> Any:
         value = super()._placed(name, value)
         rows = self._parameters.get("rows")
         if rows is None or value is rows or self._moving:
             return value
-        # One of several processes may have got its part of them.
+        # In a distributed run it may be a shard of them.
         self._foreign = not self._fits(value) or (dist.is_available() and dist.is_initialized())
         if not self._foreign:
             self._adopt(value, self._watch.read_as)
@@ -76,10 +76,10 @@ class KeptRows(KeptParameters):
         self._watch.table = weakref.ref(self)
         if parameter.dtype != self._dtype:
             self._watch.read_as = parameter.dtype
-        here = parameter.device if parameter.is_meta or not self.on_host else torch.device("cpu")
-        if parameter.dtype != self._dtype or parameter.device != here:
+        device = parameter.device if parameter.is_meta or not self.on_host else torch.device("cpu")
+        if parameter.dtype != self._dtype or parameter.device != device:
             with torch.no_grad():
-                put(parameter, parameter.detach().to(here, self._dtype))
+                put(parameter, parameter.detach().to(device, self._dtype))
 
     def _replace(self, values: Tensor) -> None:
         """Put a new parameter with these values in the place of the rows."""
@@ -116,7 +116,7 @@ class KeptRows(KeptParameters):
             if not isinstance(rows, WatchedRows) or rows.watch is not self._watch or rows.shape != self._shape:
                 raise RuntimeError(SHARDED)
 
-    # ------------------------------------------------------------------ what was written
+    # ------------------------------------------------------------------ writes
 
     def _known_rows(self) -> Any:
         """The rows; those that `torch.utils.swap_tensors` has put there are taken."""
@@ -128,15 +128,15 @@ class KeptRows(KeptParameters):
 
     @property
     def masters(self) -> Tensor:
-        """The rows, [r, d], as a plain tensor for reading, and for writing that is told (`increment_version`)."""
+        """The rows, [r, d], as a plain tensor to read, and to write if `increment_version` is called afterwards."""
         return self._watch.plain(self._known_rows())
 
     def note_change(self) -> None:
-        """Rows may have been written in a way that nobody sees: all count as changed."""
+        """Rows may have been written without a version count: all count as changed."""
         self._watch.note()
 
     def look(self) -> None:
-        """A forward pass comes: while others share the rows' memory, all may have changed."""
+        """Called before a forward pass: while others share the rows' memory, all count as changed."""
         self.check_not_sharded()
         self._watch.look(self.rows)  # type: ignore[arg-type]
 

@@ -1,9 +1,9 @@
 """AdamW and Adam on the touched rows of tables.
 
-float32 tables on the CPU take a small C++ library, if there was a compiler at installation; all others, and machines
-without it, take `adapter_kernels`: for a table on a GPU the kernel of its `row_adamw`, for all else torch operations.
-All give the same bits: the same operations in the same order, each rounded. The library's threads are its own, as many
-as `adapter_kernels.runtime.host_threads` says.
+float32 tables on the CPU are stepped by a small C++ library, if there was a compiler at installation. All others, and
+machines without it, use `adapter_kernels.row_adamw`: its kernel for a table on a GPU, torch operations otherwise. All
+give the same bits: the same operations in the same order, each rounded. The library has threads of its own, as many as
+`adapter_kernels.runtime.host_threads` returns.
 """
 
 from __future__ import annotations
@@ -16,27 +16,21 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from adapter_kernels import row_adamw
-from adapter_kernels.adamw.adamw_blocks import StepRule
+from adapter_kernels import RowState, StepRule, row_adamw
 from adapter_kernels.runtime.host_threads import host_threads
 
-__all__ = ["StepRule", "multiplied", "native_library", "update_rows"]
+__all__ = ["RowState", "StepRule", "multiplied", "native_library", "update_rows"]
 
 _VERSION = 4  # of the library's arguments
 _BLOCK = 1 << 20  # values that torch multiplies at a time
-_COLUMNS = ("mix", "from_grad", "beta2", "fresh2", "eps", "decay", "coupled", "step_size", "root2")  # `Step` there
 
 
 def update_rows(
-    table: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    count: Tensor,
+    state: RowState,
     rows: Tensor,
     grads: Tensor,
     rule: StepRule,
     *,
-    wire: Tensor | None = None,
     seed: int = 0,
     factors: tuple[float, ...] = (),
     native: bool | None = None,
@@ -46,57 +40,41 @@ def update_rows(
     On a row's n-th touch its moments decay once and the bias correction uses that row's own n.
 
     Args:
-        table: [r, d] float32, float64 or bfloat16, contiguous, on any device. bfloat16 is reckoned in float32 and
-            rounded stochastically by a generator of (seed, row, count, column): the same in any grouping of the rows.
-        exp_avg, exp_avg_sq: [r, d] float32, or float64 if the table is.
-        count: [r] int32, how often each row was touched.
-        rows: [n] int64, ascending, each once.
-        grads: [n, d] in the table's dtype or float32.
-        wire: [r, d], a copy of the table in a narrower dtype, rewritten for the touched rows.
-        factors: at most two float32 numbers that `grads`, float32 then, count as multiplied by, in this order; they
-            stay as they are.
+        state: on any device. bfloat16 tables are computed in float32 and rounded stochastically by a generator of
+            (seed, row, count, column): the same in any grouping of the rows.
+        rows: [n] int64, ascending, each once, on the device of the state.
+        grads: [n, d] in the table's dtype or float32, on the device of the state.
+        factors: at most two float32 numbers by which `grads`, float32 then, are multiplied as they are read, in this
+            order; `grads` themselves stay as they are.
         native: True takes the C++ library, False adapter_kernels, None (the default) the library where it applies.
 
     Raises:
         ValueError: arguments that do not fit together, or `native=True` where the library does not apply.
     """
-    _check(table, exp_avg, exp_avg_sq, count, rows, grads, wire)
-    library = _choose(native, table, wire)
+    state.check()
+    _check_rows(state.table, rows, grads)
+    library = _choose(native, state)
     if not rows.numel():
         return
     with torch.no_grad():
         if library is None:
-            for part, given in _multiplied(grads, factors):
-                row_adamw(
-                    table,
-                    exp_avg,
-                    exp_avg_sq,
-                    count,
-                    rows[part].contiguous(),
-                    given.contiguous(),
-                    lr=rule.lr,
-                    betas=(rule.beta1, rule.beta2),
-                    eps=rule.eps,
-                    weight_decay=rule.weight_decay,
-                    decoupled=rule.decoupled,
-                    wire=wire,
-                    seed=seed,
-                )
+            for block, multiplied_grads in _multiplied(grads, factors):
+                row_adamw(state, rows[block].contiguous(), multiplied_grads.contiguous(), rule, seed=seed)
             return
-        touches = count.index_select(0, rows) + 1
+        touches = state.counts.index_select(0, rows) + 1
         n = touches.to(torch.float64)
         steps = _scalars(rule).expand(len(rows), -1).clone()
         steps[:, -2], steps[:, -1] = rule.lr / (1 - rule.beta1**n), (1 - rule.beta2**n).sqrt()
-        _call(library, table, exp_avg, exp_avg_sq, wire, rows, grads, steps, factors)
-        count.index_copy_(0, rows, touches)
+        _call(library, state, rows, grads, steps, factors)
+        state.counts.index_copy_(0, rows, touches)
 
 
 def _multiplied(grads: Tensor, factors: tuple[float, ...]) -> Iterator[tuple[slice, Tensor]]:
-    """Rows and their multiplied gradients, in blocks, so that no second gradient comes into being."""
-    each = max(1, _BLOCK // max(1, grads.shape[1])) if factors else len(grads)
-    for start in range(0, len(grads), each):
-        part = slice(start, start + each)
-        yield part, multiplied(grads[part], factors)
+    """Rows and their multiplied gradients, in blocks, so that there is never a second copy of all gradients."""
+    rows = max(1, _BLOCK // max(1, grads.shape[1])) if factors else len(grads)
+    for start in range(0, len(grads), rows):
+        block = slice(start, start + rows)
+        yield block, multiplied(grads[block], factors)
 
 
 def multiplied(values: Tensor, factors: tuple[float, ...], out: Tensor | None = None) -> Tensor:
@@ -110,33 +88,14 @@ def multiplied(values: Tensor, factors: tuple[float, ...], out: Tensor | None = 
     return values if out is None or values is out else out.copy_(values)
 
 
-def _check(
-    table: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    counter: Tensor,
-    rows: Tensor,
-    grads: Tensor,
-    wire: Tensor | None,
-) -> None:
-    wide = torch.promote_types(table.dtype, torch.float32)
-    if table.dim() != 2 or table.dtype not in (torch.float32, torch.float64, torch.bfloat16):
-        raise ValueError(f"a table is [r, d] in float32, float64 or bfloat16, not {table.dtype} {list(table.shape)}.")
-    copies = [("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("wire", wire)]
-    for name, x in [("table", table), *copies]:
-        if x is not None and (x.shape != table.shape or x.device != table.device or not x.is_contiguous()):
-            raise ValueError(f"{name} must be contiguous, {list(table.shape)} and on {table.device}.")
-    if exp_avg.dtype != wide or exp_avg_sq.dtype != wide:
-        raise ValueError(f"the moments of a {table.dtype} table are {wide}.")
-    if counter.shape != table.shape[:1] or counter.dtype != torch.int32 or counter.device != table.device:
-        raise ValueError(f"the rows' counts must be int32 [{len(table)}] on {table.device}.")
+def _check_rows(table: Tensor, rows: Tensor, grads: Tensor) -> None:
     if rows.dim() != 1 or rows.dtype != torch.int64 or rows.device != table.device:
         raise ValueError(f"rows must be int64 [n] on {table.device}.")
     if grads.shape != (len(rows), table.shape[1]) or grads.device != table.device:
         raise ValueError(f"grads must be [{len(rows)}, {table.shape[1]}] on {table.device}, not {list(grads.shape)}.")
     if grads.dtype not in (table.dtype, torch.float32):
         raise ValueError(f"grads must be {table.dtype} or float32, not {grads.dtype}.")
-    # On a device the look would wait for it; there, the kernel leaves such a row out, and torch has its own check.
+    # Checking the values on a device would wait for it; there the kernel skips such a row, and torch has its own check.
     if rows.is_cpu and not _ascend(rows, len(table)):
         raise ValueError(f"rows must ascend, each once, from 0 to {len(table) - 1}.")
 
@@ -169,23 +128,22 @@ def declare(library: ctypes.CDLL) -> None:
     library.meft_squares.argtypes, library.meft_squares.restype = [p, i, i, n], ctypes.c_double
 
 
-def _choose(native: bool | None, table: Tensor, wire: Tensor | None) -> ctypes.CDLL | None:
-    fits = table.is_cpu and table.dtype == torch.float32 and (wire is None or wire.dtype == torch.bfloat16)
+def _choose(native: bool | None, state: RowState) -> ctypes.CDLL | None:
+    copy = state.compute_copy
+    fits = state.table.is_cpu and state.table.dtype == torch.float32 and (copy is None or copy.dtype == torch.bfloat16)
     library = native_library() if fits and native is not False else None
     if native and library is None:
-        why = "it was not built" if fits else "it takes float32 tables on the CPU with a bfloat16 wire or none"
-        raise ValueError(f"the C++ library cannot be used: {why}.")
+        limits = "it takes float32 tables on the CPU with a bfloat16 compute copy or none"
+        reason = "it was not built" if fits else limits
+        raise ValueError(f"the C++ library cannot be used: {reason}.")
     return library
 
 
 def _scalars(rule: StepRule) -> Tensor:
-    """[9] float32: the scalars of a step, reckoned in double as torch does; the last two depend on the row's count."""
-    own = (rule.mix, float(rule.from_grad), rule.beta2, 1 - rule.beta2, rule.eps, rule.decay, rule.coupled, 0.0, 0.0)
-    return torch.tensor(own, dtype=torch.float64, device="cpu").to(torch.float32)
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+    """[9] float32: `Step` of row_adamw.cpp, computed in double as torch does; the last two are the row's own."""
+    fresh = 1 - rule.beta2
+    scalars = (rule.mix, float(rule.from_grad), rule.beta2, fresh, rule.eps, rule.decay, rule.coupled, 0.0, 0.0)
+    return torch.tensor(scalars, dtype=torch.float64, device="cpu").to(torch.float32)
 
 
 def _ascend(rows: Tensor, limit: int) -> bool:
@@ -197,20 +155,14 @@ def _ascend(rows: Tensor, limit: int) -> bool:
 
 
 def _call(
-    library: ctypes.CDLL,
-    table: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    wire: Tensor | None,
-    rows: Tensor,
-    grads: Tensor,
-    steps: Tensor,
-    factors: tuple[float, ...] = (),
+    library: ctypes.CDLL, state: RowState, rows: Tensor, grads: Tensor, steps: Tensor, factors: tuple[float, ...] = ()
 ) -> None:
+    rows, grads = rows.contiguous(), grads.contiguous()
+    written = state.table, state.exp_avg, state.exp_avg_sq, state.compute_copy
+    pointers = [None if x is None else x.data_ptr() for x in (*written, grads, rows)]
     first, second = (*factors, 1.0, 1.0)[:2]
-    held = [None if x is None else x.contiguous() for x in (table, exp_avg, exp_avg_sq, wire, grads, rows)]
-    pointers = [_address(x) for x in held]
-    library.meft_row_adamw(*pointers, len(rows), table.shape[1], steps.data_ptr(), first, second, host_threads())
-    for changed in (table, exp_avg, exp_avg_sq, wire):
-        if changed is not None and not changed.is_inference():
-            torch.autograd.graph.increment_version(changed)
+    width = state.table.shape[1]
+    library.meft_row_adamw(*pointers, len(rows), width, steps.data_ptr(), first, second, host_threads())
+    for tensor in written:
+        if tensor is not None and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)

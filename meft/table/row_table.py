@@ -1,12 +1,10 @@
-"""A table of rows: masters, the narrower copy that is read, and the optimizer's moments, all in one place."""
+"""A table of rows: the masters, the narrower copy that the computation reads, and the optimizer's moments."""
 
 from __future__ import annotations
 
-import logging
-import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -14,25 +12,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..transport.host_tensors import host_zeros, like_rows
-from ..transport.streams import CopyStream, StreamEvent
 from ..transport.transfer import PageLock
-from .dirty_rows import Changes
 from .moments import KEY, Moments, RowMoments, moments_of
-from .row_parameter import KeptRows, State
+from .row_parameter import State
 from .row_step import update_rows
-from .update_queue import PendingUpdate, UpdateQueue
-
-logger = logging.getLogger(__name__)
+from .shared_rows import SharedRows
 
 # Rows handled at a time where a whole table is read or written, so that no second table comes into being.
 BLOCK_BYTES = 64 << 20
-
-
-# What a copy or a pickle of a table makes anew.
-_OF_THIS_PROCESS = frozenset(
-    ("lock", "_stepped_with", "claimed_by", "_wire", "_wire_of", "_pages", "locked_for")
-    + ("updates", "step", "_ticket", "_readers", "_changes")
-)
 
 
 def row_blocks(table: Tensor) -> Iterator[slice]:
@@ -42,7 +29,7 @@ def row_blocks(table: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, len(table)))
 
 
-class RowTable(KeptRows):
+class RowTable(SharedRows):
     """One row a neuron: the keys, or the values, of one layer.
 
     It stays in host memory unless `on_host` is False: moving the model leaves it where it is. Casting the model to 16
@@ -53,64 +40,49 @@ class RowTable(KeptRows):
         seed: of the stochastic rounding of bfloat16 masters.
         restored: moments that were loaded without their optimizer; the next one that steps the table takes them.
         claimed_by: the `RowAdamW` that holds the table.
-        name: for messages.
-        updates: the thread that updates it beside the computation; None: updates happen within the step.
-        step: steps its touched rows.
-        locked_for: the CUDA device whose engine reads the rows, for which they are page-locked; None: nobody has asked.
+        step: steps its touched rows, as `update_rows`.
+        locked_for: the CUDA device whose engine reads the rows, for which they are page-locked; None: no engine does.
     """
 
     _all: ClassVar[weakref.WeakSet[RowTable]] = weakref.WeakSet()
-
-    _ticket: PendingUpdate | None = None
+    _of_this_process = SharedRows._of_this_process | {
+        "_stepped_with", "claimed_by", "step", "_compute_copy", "_compute_copy_state", "_pages", "locked_for",
+    }  # fmt: skip
 
     def __init__(
         self,
         shape: tuple[int, int],
         *,
         master: torch.dtype,
-        wire: torch.dtype,
+        compute_dtype: torch.dtype,
         on_host: bool,
         pin: bool,
         device: str = "cpu",
     ):
         in_host_memory = on_host and device == "cpu"
         values = host_zeros(shape, master) if in_host_memory else torch.empty(shape, dtype=master, device=device)
-        super().__init__(values, read_as=wire, on_host=on_host)
+        super().__init__(values, read_as=compute_dtype, on_host=on_host)
         self.pin = pin
         self.seed = 0
-        self.name = "rows"
         self.restored: RowMoments | None = None
-        self._made()
 
-    def _made(self) -> None:
+    def _start(self) -> None:
+        super()._start()
         self._stepped_with: RowMoments | None = None
         self.claimed_by: weakref.ref[Optimizer] | None = None
         RowTable._all.add(self)
-        self.lock = threading.RLock()
-        self._wire: Tensor | None = None
-        self._wire_of: State | None = None
+        self._compute_copy: Tensor | None = None
+        self._compute_copy_state: State | None = None
         self._pages = PageLock()
         self.locked_for: torch.device | None = None
-        self.updates: UpdateQueue | None = None
         self.step: Callable[..., None] = update_rows
-        self._ticket = None
-        self._readers: dict[CopyStream, StreamEvent] = {}
-        self._changes: Changes | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.synchronize()
-        return {key: value for key, value in super().__getstate__().items() if key not in _OF_THIS_PROCESS}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._made()
 
     @classmethod
     def by_parameter(cls) -> dict[int, RowTable]:
-        """id of the parameter -> its table, for all tables there are."""
+        """id of the parameter -> its table, for all tables that exist."""
         return {id(table.rows): table for table in list(cls._all)}
 
-    # ------------------------------------------------------------------ updates beside the computation
+    # ------------------------------------------------------------------ moments
 
     @property
     def entry(self) -> RowMoments | None:
@@ -139,63 +111,15 @@ class RowTable(KeptRows):
             ValueError: what was loaded there does not fit.
         """
         self.synchronize()
-        entry = moments_of(optimizer, self.rows, synchronize=self.synchronize, given=self.restored)
+        entry = moments_of(optimizer, self.rows, synchronize=self.synchronize, loaded=self.restored)
         self.restored, self._stepped_with = None, entry
         return entry
-
-    def update_later(self, update: Callable[[], None]) -> None:
-        """Queue an update: whoever comes to the table waits for it."""
-        self.synchronize()
-        assert self.updates is not None
-        self._ticket = self.updates.add(update, self.name)
-
-    def synchronize(self) -> None:
-        """Wait for the update that was queued; raises what it raised, once."""
-        ticket = self._ticket
-        if ticket is None or ticket.mine:
-            return
-        try:
-            ticket.wait()
-        finally:
-            if self._ticket is ticket:
-                self._ticket = None
-
-    @property
-    def state(self) -> State:
-        """Changes with every change of the masters."""
-        self.synchronize()
-        return self._state()
-
-    @property
-    def version(self) -> int:
-        """Changes with every change of the masters that a backward pass must not meet."""
-        self.synchronize()
-        return self._writes()
-
-    def add_reader_event(self, stream: CopyStream, event: StreamEvent) -> None:
-        """What was read under `reading` may be read on by a stream until its event, the last one so far, is reached."""
-        self._readers[stream] = event
-
-    def _wait_for_readers(self) -> None:
-        readers, self._readers = self._readers, {}
-        for event in readers.values():
-            with suppress(Exception):  # whoever uses what was read is told; the rows are free either way
-                event.wait()
-
-    def follow_changes(self) -> None:
-        """Begin to note which rows change; at first all have."""
-        self._changes = Changes(len(self.rows))
-
-    def take_changes(self) -> Tensor | None:
-        """The rows that have changed since the last call, int64 ascending (None: no row); call it under `reading`."""
-        assert self._changes is not None
-        return self._changes.take(self.state)
 
     # ------------------------------------------------------------------ reading
 
     @contextmanager
     def reading(self, rows: Tensor | None = None, *, in_place: bool = False) -> Iterator[Tensor]:
-        """Yield the rows as they are read, [r, d] in the wire dtype, held still until the block ends.
+        """Yield the rows as they are read, [r, d] in the compute dtype, held still until the block ends.
 
         Args:
             rows: the rows that will be read, None for all.
@@ -209,38 +133,40 @@ class RowTable(KeptRows):
             yield current
 
     def _current(self) -> Tensor:
-        master, dtype = self.masters, self.wire_dtype
-        if self._wire is not None and (self._wire.dtype != dtype or self._wire.device != master.device):
+        master, dtype = self.masters, self.compute_dtype
+        if self._compute_copy is not None and (
+            self._compute_copy.dtype != dtype or self._compute_copy.device != master.device
+        ):
             self._wait_for_readers()
-            self._wire = None
+            self._compute_copy = None
         if dtype == master.dtype:
             return master
-        if self._wire is None:
+        if self._compute_copy is None:
             with torch.inference_mode(False):  # it outlives the mode
-                self._wire, self._wire_of = like_rows(master, dtype), None
-        if self._wire_of != self.state:  # somebody wrote into the masters: loading, initialisation, the user
-            self._refresh(self._wire, master)
-        return self._wire
+                self._compute_copy, self._compute_copy_state = like_rows(master, dtype), None
+        if self._compute_copy_state != self.state:  # the masters were written: loading, initialisation, the user
+            self._refresh(self._compute_copy, master)
+        return self._compute_copy
 
-    def _refresh(self, wire: Tensor, master: Tensor) -> None:
+    def _refresh(self, compute_copy: Tensor, master: Tensor) -> None:
         self._wait_for_readers()
         for block in row_blocks(master):
-            wire[block].copy_(master[block])
-        self._wire_of = self.state
+            compute_copy[block].copy_(master[block])
+        self._compute_copy_state = self.state
 
     def _page_lock(self, tensor: Tensor) -> None:
         if self.pin and self.locked_for is not None and tensor.is_cpu:
             self.pin = self._pages.hold(tensor, self.locked_for)
 
     @property
-    def wire_dtype(self) -> torch.dtype:
+    def compute_dtype(self) -> torch.dtype:
         """Dtype in which rows are read."""
         read_as, own = self._watch.read_as, self._dtype
         return read_as if read_as.itemsize < own.itemsize else own
 
     # ------------------------------------------------------------------ writing
 
-    def writing(self, write: Callable[[Tensor | None], None], *, rows: Tensor | None = None) -> None:
+    def update_masters(self, write: Callable[[Tensor | None], None], *, rows: Tensor | None = None) -> None:
         """Call `write` with the narrower copy (None: there is none), which it keeps equal to the masters it changes.
 
         Args:
@@ -253,13 +179,13 @@ class RowTable(KeptRows):
             self._wait_for_readers()
             self._current()
             before = self.state
-            separate = self._wire if self.wire_dtype != self._dtype else None
+            separate = self._compute_copy if self.compute_dtype != self._dtype else None
             write(separate)
             torch.autograd.graph.increment_version(self.rows)
             if separate is not None:
-                self._wire_of = self.state
-            if self._changes is not None:
-                self._changes.note(rows, before, self.state)
+                self._compute_copy_state = self.state
+            if self._dirty is not None:
+                self._dirty.note(rows, before, self.state)
 
     def fill(self, std: float | None) -> None:
         """Fill with N(0, std^2) from torch's global generator, or with zeros (std None), in row blocks."""
@@ -277,17 +203,17 @@ class RowTable(KeptRows):
         if not self.on_host:
             self._apply_to_rows(fn, recurse)
             return self
-        # Tensors without elements tell what `fn` does to dtypes and device; where it leads to is left aside.
+        # `fn` is tried on empty tensors: its dtype is taken over, its device is not.
         probes = [torch.empty(0, dtype=dtype, device=self.rows.device) for dtype in (torch.float32, torch.float64)]
-        told = [fn(probe) for probe in probes]
-        cast = next((new.dtype for probe, new in zip(probes, told, strict=True) if new.dtype != probe.dtype), None)
+        results = [fn(probe) for probe in probes]
+        cast = next((new.dtype for probe, new in zip(probes, results, strict=True) if new.dtype != probe.dtype), None)
         with self.lock, torch.no_grad():
             if cast is not None:
-                self._wait_for_readers()  # memory that they read is given back
+                self._wait_for_readers()  # the memory that they read is freed
                 if cast.itemsize >= 4:  # to 16 bits, what is read becomes narrower; what is trained does not
                     self._cast_masters(cast)
                 self._watch.read_as = cast
-            if self.rows.is_meta and not told[0].is_meta:
+            if self.rows.is_meta and not results[0].is_meta:
                 self._replace(host_zeros(self.rows.shape, self.rows.dtype))
         return self
 
@@ -312,7 +238,7 @@ class RowTable(KeptRows):
         with self.lock, torch.no_grad():
             self._wait_for_readers()
             if self.rows.is_meta:
-                here = torch.empty(0, device="cpu" if self.on_host else loaded.device)
-                self._replace(like_rows(here, self.rows.dtype, self.rows.shape))
-            for block in row_blocks(self.rows):  # whether assign=True or not: a file that is mapped may go away
+                like = torch.empty(0, device="cpu" if self.on_host else loaded.device)
+                self._replace(like_rows(like, self.rows.dtype, self.rows.shape))
+            for block in row_blocks(self.rows):  # with assign=True too: a memory-mapped file may be removed
                 self.rows[block].copy_(loaded[block])

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 
 class PendingUpdate:
-    """A queued update, and whoever waits for it."""
+    """A queued update that others can wait for."""
 
     def __init__(self, update: Callable[[], None], what: str) -> None:
         self._update, self._what = update, what
@@ -17,17 +17,17 @@ class PendingUpdate:
         self.future: Future[None] | None = None
 
     def run(self) -> None:
-        """Update."""
+        """Do the update, in the calling thread."""
         self._thread = threading.get_ident()
         try:
             self._update()
         finally:
             self._thread = None
-            del self._update  # gradients are let go
+            del self._update  # releases the gradients
 
     @property
-    def mine(self) -> bool:
-        """Whether the calling thread is the one that updates: it must not wait for itself."""
+    def in_this_thread(self) -> bool:
+        """Whether the calling thread does the update: it must not wait for itself."""
         return self._thread == threading.get_ident()
 
     def wait(self) -> None:
@@ -42,7 +42,8 @@ class PendingUpdate:
 class UpdateQueue:
     """One thread that updates; its work has threads of its own.
 
-    None of them is kept near a device (`near`): an update touches none, and needs the bandwidth of all memory.
+    None of them is bound to a device's cores (`transport.numa`): an update uses no device, and needs the bandwidth of
+    all memory.
     """
 
     def __init__(self) -> None:
@@ -51,6 +52,6 @@ class UpdateQueue:
 
     def add(self, update: Callable[[], None], what: str) -> PendingUpdate:
         """Queue an update of `what`."""
-        ticket = PendingUpdate(update, what)
-        ticket.future = self._thread.submit(ticket.run)
-        return ticket
+        pending = PendingUpdate(update, what)
+        pending.future = self._thread.submit(pending.run)
+        return pending

@@ -1,8 +1,8 @@
-"""A parameter of rows that sees who gets hold of its memory.
+"""A parameter of rows that notices when its memory is given to others.
 
 Torch counts in-place operations on a tensor and on its views (`_version`), but not what is written through `.data`, a
-numpy array, dlpack or a storage. `WatchedRows` notes that such a thing was handed out; its views and what `detach`
-makes are watched too. While another tensor or array shares the memory, `other_users` tells.
+numpy array, dlpack or a storage. `WatchedRows` notes when one of these was handed out; its views and results of
+`detach` are watched too. `other_users` says whether another tensor or array shares the memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from peft_bridge.torch_private import (
 
 from ..transport.host_tensors import check_process, forks, like_rows
 
-# They ask for storages and arrays to tell tensors apart and to save them, and write nothing.
+# Modules that use storages and arrays to identify and to save tensors, and write nothing.
 _READERS = {
     "accelerate.utils.modeling",
     "huggingface_hub.serialization._torch",
@@ -46,14 +46,14 @@ _HARMLESS = (int, float, complex, str, torch.Size, torch.dtype, torch.device, to
 
 
 class Watch:
-    """What a parameter of rows and its views know in common.
+    """What a parameter of rows and its views share.
 
     Attributes:
-        handed_out: another object after each time that the memory was given to somebody whose writes torch does not
-            count.
+        handed_out: replaced by another object each time that the memory was given out in a way whose writes torch does
+            not count.
         read_as: the dtype in which rows are read, where it is narrower than the parameter's.
         on_host: whether the parameter stays where it is, whatever is assigned.
-        table: whose rows they are; an update of them that is queued is waited for before anybody reads them.
+        table: the table of the rows; a queued update is waited for before they are read.
     """
 
     table: weakref.ref[Any] | None = None
@@ -83,16 +83,16 @@ class Watch:
         """The parameter's values as one tensor without a watch, for our own reading and writing."""
         self.check_process()
         with without_torch_function():
-            if self._plain is None or self._plain.data_ptr() != rows.data_ptr():  # `set_` and swaps are not told
+            if self._plain is None or self._plain.data_ptr() != rows.data_ptr():  # changed by `set_` or a swap
                 self._plain = unwatched(rows)
             return self._plain
 
     def forget_plain(self) -> None:
-        """The parameter gets other memory: this one goes."""
+        """The parameter gets other memory: drop the alias of this one."""
         self._plain = None
 
     def look(self, rows: Tensor) -> None:
-        """A pass comes: what somebody else holds, or held until now, may have been written through."""
+        """Called before a pass: memory that others share, or shared until now, may have been written."""
         with without_torch_function():
             if rows.is_meta:
                 return
@@ -136,7 +136,7 @@ class WatchedRows(torch.Tensor):
         return result
 
     def as_subclass(self, cls: Any) -> Any:
-        """As torch's, which asks nobody."""
+        """As torch's, which does not call `__torch_function__`."""
         self.watch.wait()
         self.watch.note()
         return super().as_subclass(cls)
@@ -157,7 +157,7 @@ class WatchedRows(torch.Tensor):
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As that of a plain parameter or tensor: who loads it needs no class of ours."""
+        """As that of a plain parameter or tensor: loading it needs no class of this package."""
         self.watch.wait()
         return self._like_plain(unwatched(self)).__reduce_ex__(protocol)
 
@@ -168,13 +168,13 @@ class WatchedRows(torch.Tensor):
 
 
 def _watched(args: Any, kwargs: Any) -> list[WatchedRows]:
-    found: list[WatchedRows] = []
+    watched: list[WatchedRows] = []
     for value in (*args, *(kwargs or {}).values()):
         if isinstance(value, WatchedRows):
-            found.append(value)
+            watched.append(value)
         elif isinstance(value, list | tuple):
-            found.extend(each for each in value if isinstance(each, WatchedRows))
-    return found
+            watched.extend(element for element in value if isinstance(element, WatchedRows))
+    return watched
 
 
 def _caller() -> str:
@@ -196,27 +196,27 @@ def _hand_out(source: WatchedRows, result: Any, func: Any) -> None:
             become(result, WatchedRows, is_parameter=False)
             result.watch = source.watch  # type: ignore[attr-defined]
     elif isinstance(result, list | tuple):
-        for each in result:
-            if isinstance(each, Tensor):
-                _hand_out(source, each, func)
+        for element in result:
+            if isinstance(element, Tensor):
+                _hand_out(source, element, func)
     elif _caller() not in _READERS:
         source.watch.note()
 
 
 def watch(parameter: Tensor, by: Watch) -> None:
-    """Let a plain parameter be watched, in place: whoever holds it goes on holding it."""
+    """Make a plain parameter a watched one, in place: references to it stay valid."""
     become(parameter, WatchedRows, is_parameter=True)
     parameter.watch = by  # type: ignore[attr-defined]
 
 
 def unwatched(tensor: Tensor) -> Tensor:
-    """A plain alias without a graph; what is written through it has to be told to torch or to the watch."""
+    """A plain alias without a graph; after writing through it, call `increment_version` or `Watch.note`."""
     with without_torch_function(), torch.inference_mode(False):  # it may outlive the mode
         return tensor.detach()
 
 
 def put(parameter: WatchedRows, values: Tensor) -> None:
-    """Give a parameter other memory, which may have another dtype or be elsewhere."""
+    """Give a parameter other memory, which may have another dtype or device."""
     parameter.watch.forget_plain()
     parameter.watch.note()
     with without_torch_function():
@@ -229,7 +229,7 @@ def assign(target: WatchedRows, values: Tensor) -> None:
     Raises:
         ValueError: the values have another shape, are no floating-point numbers, or have no memory.
     """
-    if not is_parameter(target):  # somebody's alias: it leaves the rows
+    if not is_parameter(target):  # an alias: it gets other memory, the rows keep theirs
         with without_torch_function():
             target.data = values
         return

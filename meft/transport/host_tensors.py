@@ -78,7 +78,7 @@ def keep_from_forks(tensor: Tensor) -> Tensor:
         first = -(-storage.data_ptr() // page) * page
         size = (storage.data_ptr() + storage.nbytes()) // page * page - first
         _advise(first, size, mmap.MADV_DONTFORK)
-        # What comes to lie there later is for forked processes too.
+        # Memory that is allocated there later goes to forked processes as usual.
         weakref.finalize(storage, _advise, first, size, mmap.MADV_DOFORK)
     return tensor
 

@@ -12,16 +12,16 @@ _PCI = Path("/sys/bus/pci/devices")
 _NODES = Path("/sys/devices/system/node")
 
 
-def cores_near(device: torch.device) -> set[int]:
-    """The cores of the NUMA node that a CUDA device is attached to; none where the system does not say."""
+def numa_cores(device: torch.device) -> set[int]:
+    """The cores of the NUMA node that a CUDA device is attached to; none where the system does not report it."""
     if device.type != "cuda":
         return set()
-    of = torch.cuda.get_device_properties(device)
-    place = [getattr(of, name, -1) for name in ("pci_domain_id", "pci_bus_id", "pci_device_id")]
-    return _cores_of("{:04x}:{:02x}:{:02x}.0".format(*place)) if min(place) >= 0 else set()
+    properties = torch.cuda.get_device_properties(device)
+    pci = [getattr(properties, name, -1) for name in ("pci_domain_id", "pci_bus_id", "pci_device_id")]
+    return _pci_cores("{:04x}:{:02x}:{:02x}.0".format(*pci)) if min(pci) >= 0 else set()
 
 
-def _cores_of(address: str) -> set[int]:
+def _pci_cores(address: str) -> set[int]:
     """The cores of the NUMA node of a PCI address."""
     with suppress(OSError, ValueError):
         node = int((_PCI / address / "numa_node").read_text())
@@ -36,11 +36,11 @@ def _parsed(ranges: str) -> set[int]:
     return {core for low, *high in bounds for core in range(int(low), int((high or [low])[0]) + 1)}
 
 
-def stay_near(device: torch.device) -> None:
-    """Keep the calling thread, and those that it starts from now on, on the cores near a device, if it may use any."""
+def bind_to_numa_node(device: torch.device) -> None:
+    """Bind the calling thread, and those that it starts later, to the cores of the device's NUMA node, if allowed."""
     if not hasattr(os, "sched_setaffinity"):
         return
     with suppress(OSError):
-        allowed = cores_near(device) & os.sched_getaffinity(0)
+        allowed = numa_cores(device) & os.sched_getaffinity(0)
         if allowed:
             os.sched_setaffinity(0, allowed)

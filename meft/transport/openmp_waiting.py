@@ -1,7 +1,8 @@
-"""Says once where OpenMP's threads wait awake beside other work: each of torch's parallel operations then takes longer,
-some thirty times where they share cores with the thread that updates rows or with another process.
+"""Warns once if OpenMP's threads busy-wait beside other work.
 
-A library cannot set the policy, which is read when torch is imported. The threads of our own loops sleep.
+Torch's parallel operations then take longer, some of them thirty times as long, where the threads share cores with the
+thread that updates rows or with another process. A library cannot set the policy, which is read when torch is imported.
+The threads of our own loops sleep.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def wait_awake() -> bool:
-    """Whether torch has OpenMP threads and nothing tells them to sleep while they wait."""
+    """Whether torch has OpenMP threads and no variable makes them sleep while they wait."""
     if torch.get_num_threads() < 2 or not torch.backends.openmp.is_available():
         return False
     sleeping = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
@@ -24,7 +25,7 @@ def wait_awake() -> bool:
 
 
 def check_waiting(*, updates_beside: bool = False) -> None:
-    """Log a warning, once a process, if threads wait awake and other work goes on.
+    """Log a warning, once a process, if threads busy-wait and other work goes on.
 
     Args:
         updates_beside: rows are updated by a thread beside the computation. Other processes are known from

@@ -16,6 +16,7 @@ from adapter_kernels import gather_rows
 from peft_bridge.torch_private import has_cuda_context
 
 from .host_tensors import host_zeros
+from .profiling import phase
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 class Traffic:
     """Counters of one layer since it was made.
 
-    Where the model runs on the CPU, nothing has to move; then the counters say what would.
+    Bytes are those that crossed: none where rows are read in place. `aslora-meft estimate` says what a GPU would move.
 
     Attributes:
         forwards: forward passes that retrieved rows, recomputations included.
@@ -33,7 +34,7 @@ class Traffic:
         bytes_to_device: rows, and the picks' ids and scores, brought to the device.
         bytes_to_host: hidden states, router logits, ids and row gradients brought to the host. Ids that are picked on
             the device come with room for as many as there can be, before anybody knows how many there are.
-        bytes_zero_copy: rows, moments and gradients that steps by the device moved, both ways (`zero_copy`).
+        bytes_zero_copy: rows, moments and gradients that steps on the device moved, both ways (`zero_copy`).
         stall_ms: milliseconds for which the launching thread waited for copies, updates and free staging memory.
         host_ms: milliseconds of picking on the host.
         ring_stalls: how often a gradient found no free staging buffer.
@@ -66,7 +67,7 @@ class Traffic:
         """The host picks inside of the block."""
         began = time.perf_counter()
         try:
-            with torch.profiler.record_function("meft: pick on the host"):
+            with phase("pick on the host"):
                 yield
         finally:
             self.host_ms += 1e3 * (time.perf_counter() - began)
@@ -81,8 +82,8 @@ class Traffic:
     @property
     def expert_load(self) -> Tensor:
         """Picks of neurons of each expert, int64 [E] in host memory; none before the first pass. Waits for devices."""
-        found = [load.cpu() for load in self.loads.values()]
-        return torch.stack(found).sum(0) if found else torch.zeros(0, dtype=torch.int64, device="cpu")
+        loads = [load.cpu() for load in self.loads.values()]
+        return torch.stack(loads).sum(0) if loads else torch.zeros(0, dtype=torch.int64, device="cpu")
 
 
 def nbytes(tensor: Tensor) -> int:
@@ -107,9 +108,9 @@ def bring_rows(rows: Tensor, host_rows: Tensor, tables: Sequence[Tensor], out: S
 
 
 def wait_for_copies(tensors: Sequence[Tensor]) -> None:
-    """Wait for copies to host tensors that somebody has queued with `non_blocking=True`."""
+    """Wait for copies to host tensors that were queued with `non_blocking=True`."""
     if not torch.cuda.is_initialized() or not any(tensor.is_cpu and tensor.is_pinned() for tensor in tensors):
-        return  # copies into other memory are through when they return
+        return  # copies into other memory are done when they return
     for device in range(torch.cuda.device_count()):
         if device == torch.cuda.current_device() or has_cuda_context(device):  # else the wait would make a context
             torch.cuda.current_stream(device).synchronize()
@@ -124,7 +125,7 @@ def page_lock(tensor: Tensor, device: torch.device) -> bool:
     Registering takes exactly the tensor's bytes, where `pin_memory` would round up to a power of two.
 
     Args:
-        device: a CUDA device, in whose context it is locked; no other device gets a context by it.
+        device: a CUDA device, in whose context it is locked; no other device gets a context.
 
     Returns:
         Whether it is locked now: False where the driver refuses (too little lockable memory).
@@ -134,15 +135,15 @@ def page_lock(tensor: Tensor, device: torch.device) -> bool:
     with torch.cuda.device(device):
         if int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), nbytes(tensor), 0)) == 0:
             return True
-        with suppress(RuntimeError):  # takes the driver's error up, which the next launch would raise otherwise
+        with suppress(RuntimeError):  # clears the driver's error, which the next launch would raise otherwise
             torch.empty(1, device=device).zero_()
     return False
 
 
 def page_unlock(address: int, device: torch.device) -> None:
-    """Undo `page_lock` of the memory at an address; the device's copies from or to it are through by then.
+    """Undo `page_lock` of the memory at an address, after the device's copies from or to it.
 
-    A finalizer, in whichever thread collects garbage: it raises nothing.
+    It is a finalizer, called in whichever thread collects garbage, and raises nothing.
 
     Args:
         device: the one that it was locked for, which alone is waited for.

@@ -83,15 +83,15 @@ def layer(T, d, r, E, P, K, U, dtype, row_gradients=None):
     ops.sparse_ffn_backward(x, x, near[0], near[1], position, None, needs=(True, True, True, False))
 
 
-def step(r, d, n, master, wire, gradient):
+def step(r, d, n, master, compute_dtype, gradient):
     """A step of rows by the device."""
     import adapter_kernels as ops
 
     table, m, v = torch.zeros(r, d, dtype=master), torch.zeros(r, d), torch.zeros(r, d)
-    counts, rows = torch.zeros(r, dtype=torch.int32), torch.arange(n, dtype=torch.int32)
-    read = None if wire is None else torch.zeros(r, d, dtype=wire)
-    grads = torch.zeros(n, d, dtype=gradient)
-    ops.row_adamw(table, m, v, counts, rows, grads, lr=1e-3, weight_decay=0.01, wire=read, seed=5)
+    compute_copy = None if compute_dtype is None else torch.zeros(r, d, dtype=compute_dtype)
+    state = ops.RowState(table, m, v, torch.zeros(r, dtype=torch.int32), compute_copy)
+    rows, grads = torch.arange(n, dtype=torch.int32), torch.zeros(n, d, dtype=gradient)
+    ops.row_adamw(state, rows, grads, ops.StepRule(1e-3, weight_decay=0.01), seed=5)
 
 
 def launch_all() -> None:
@@ -108,10 +108,10 @@ def launch_all() -> None:
         layer(*shape)
     for dtype in (half, torch.float16):
         layer(512, 4096, 640, 32, 8, 64, 64, dtype, row_gradients=single)
-    for master, wire in ((single, half), (single, None), (half, None), (single, torch.float16)):
+    for master, compute_dtype in ((single, half), (single, None), (half, None), (single, torch.float16)):
         for gradient in (single, half):
-            step(640, 4096, 256, master, wire, gradient)
-            step(37, 72, 4, master, wire, gradient)
+            step(640, 4096, 256, master, compute_dtype, gradient)
+            step(37, 72, 4, master, compute_dtype, gradient)
 
 
 def form(name, arguments, types, constants, aligned, options):

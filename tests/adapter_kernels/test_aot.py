@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("triton")
 
 from adapter_kernels import aot
-from adapter_kernels.topk.expert_topk import variants as expert_topk
-from adapter_kernels.topk.router_topk import variants as router_topk
+from adapter_kernels.topk.expert_topk_triton import variants as expert_topk
+from adapter_kernels.topk.router_topk_triton import variants as router_topk
 
 
 @pytest.fixture(scope="module")

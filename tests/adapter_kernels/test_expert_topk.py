@@ -6,10 +6,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from selection_checks import Case, check_by_neuron, check_expert, check_expert_exactly, check_nan, generator
 
 from adapter_kernels import debugging, expert_topk, router_topk, row_union
 from adapter_kernels.topk.expert_topk import _op
+from tests.support.kernels.selection_checks import (
+    Case,
+    check_by_neuron,
+    check_expert,
+    check_expert_exactly,
+    check_nan,
+    generator,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -58,7 +65,7 @@ def test_narrower_keys_are_widened(x, keys, T):
 
 @pytest.mark.parametrize("factor", [True, False])
 @pytest.mark.parametrize("T", [0, 1, 30])
-def test_all_experts_probed(T, factor):
+def test_all_experts_of_each_token(T, factor):
     case = Case(T, 8, E=6, each=5, P=6, K=9, integers=True, factor=factor)  # in any order
     check_expert_exactly(expert_topk, case)
     case.K = 50  # more columns than candidates
@@ -145,7 +152,7 @@ def test_bad_input(change, message):
     ("change", "message"),
     [
         ({"experts": torch.tensor([[0, 5, 1]])}, "experts: ids outside of -1 to 4"),
-        ({"experts": torch.tensor([[0, 1, 0]])}, "experts: a token probes an expert twice"),
+        ({"experts": torch.tensor([[0, 1, 0]])}, "experts: a token has an expert twice"),
         ({"factors": torch.full((1, 3), torch.nan)}, "factors: NaN"),
         ({"x": torch.full((1, 8), torch.nan)}, "x: NaN"),
     ],

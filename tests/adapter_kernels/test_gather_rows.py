@@ -5,18 +5,12 @@ import sys
 
 import pytest
 import torch
-from row_checks import check_gather, check_scatter, same_bits, table
-from selection_checks import generator
 
 from adapter_kernels import debugging, gather_rows, scatter_rows
-from adapter_kernels.rows.gather_rows import (
-    _gather_op,
-    _gather_torch,
-    _host_memory_reachable,
-    _scatter_op,
-    _scatter_torch,
-    zero_copy,
-)
+from adapter_kernels.rows import gather_rows_torch, gather_rows_triton
+from adapter_kernels.rows.gather_rows import _gather_op, _host_memory_reachable, _scatter_op, zero_copy
+from tests.support.kernels.row_checks import check_gather, check_scatter, same_bits, table
+from tests.support.kernels.selection_checks import generator
 
 MODULE = sys.modules["adapter_kernels.rows.gather_rows"]  # the package has the function of that name
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -107,7 +101,7 @@ def test_a_probe_that_fails_leads_to_staging(monkeypatch, error):
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
-    monkeypatch.setattr(MODULE, "_launch", fail)
+    monkeypatch.setattr(gather_rows_triton, "copy_rows", fail)
     monkeypatch.setattr(MODULE.jit, "AVAILABLE", True)
     assert not _host_memory_reachable.__wrapped__(torch.device("cpu"))
 
@@ -155,8 +149,8 @@ class Elsewhere(torch.Tensor):
 def test_staged_rows():
     ids, one = torch.tensor([2, -1]), table(3, 8, torch.bfloat16)
     out = torch.empty(2, 8, dtype=torch.bfloat16)
-    _gather_torch(ids.as_subclass(Elsewhere), one, out)
+    gather_rows_torch.gather(ids.as_subclass(Elsewhere), one, out)
     assert same_bits(out, torch.cat([one[2:], torch.zeros(1, 8, dtype=torch.bfloat16)]))
     target = torch.zeros_like(one)
-    _scatter_torch(ids.as_subclass(Elsewhere), out, target)
+    gather_rows_torch.scatter(ids.as_subclass(Elsewhere), out, target)
     assert same_bits(target, torch.cat([torch.zeros_like(one[:2]), one[2:]]))

@@ -6,12 +6,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from selection_checks import Case, check_expert, check_expert_exactly, check_nan, check_router, generator
 
 from adapter_kernels import expert_topk, router_topk, row_union
 from adapter_kernels.runtime import host_threads
 from adapter_kernels.topk import host_topk
-from adapter_kernels.topk.host_topk import native_library, serves
+from adapter_kernels.topk.host_topk import handles, native_library
+from tests.support.kernels.selection_checks import (
+    Case,
+    check_expert,
+    check_expert_exactly,
+    check_nan,
+    check_router,
+    generator,
+)
 
 pytestmark = pytest.mark.skipif(native_library() is None, reason="there was no compiler")
 KEYS = [torch.float32, torch.bfloat16, torch.float16]
@@ -134,7 +141,7 @@ def test_many_tokens_of_one_expert():
 def test_it_is_what_the_op_takes_in_host_memory(monkeypatch):
     case = Case(9, 30, E=5, each=4, P=3, K=4)
     case.keys = case.keys.to(torch.bfloat16)
-    assert serves(case.x, case.keys, case.experts, case.E)
+    assert handles(case.x, case.keys, case.experts, case.E)
     assert all(map(torch.equal, case.run(expert_topk), case.run(native)))
     monkeypatch.setattr(host_topk, "native_library", lambda: None)  # as without a compiler
     given = (case.x, case.keys, case.experts, case.factors, case.K)
@@ -143,8 +150,8 @@ def test_it_is_what_the_op_takes_in_host_memory(monkeypatch):
 
 def test_what_it_leaves_to_torch():
     x, keys, experts = torch.zeros(100, 8), torch.zeros(12, 8), torch.zeros(100, 4, dtype=torch.int32)
-    assert serves(x, keys, experts, 6)
-    assert not serves(x, keys, experts, 4)  # all keys for many tokens: one large product
-    assert serves(x[:9], keys, experts[:9], 4)
-    assert not serves(x.double(), keys.double(), experts, 6)
-    assert not serves(x.to("meta"), keys.to("meta"), experts, 6)
+    assert handles(x, keys, experts, 6)
+    assert not handles(x, keys, experts, 4)  # all keys for many tokens: one large product
+    assert handles(x[:9], keys, experts[:9], 4)
+    assert not handles(x.double(), keys.double(), experts, 6)
+    assert not handles(x.to("meta"), keys.to("meta"), experts, 6)

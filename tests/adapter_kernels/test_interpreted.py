@@ -19,7 +19,7 @@ FILES = [Path(__file__).parent / "interpreted", Path(__file__).parents[1] / "gpu
 LEAST = 256  # a loss of coverage is a failure too
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_kernels_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=10", *map(str, FILES)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}

@@ -31,7 +31,7 @@ def one_alignment_alone(name, types, constants, aligned, options):
 
 def copy_in_float16(name, types, constants, aligned, options):
     """`_step_kernel` that writes a copy in float16: addresses and registers are those of bfloat16, which is checked."""
-    return name == "_step_kernel" and types["wire_ptr"] == "*fp16"
+    return name == "_step_kernel" and types["copy_ptr"] == "*fp16"
 
 
 # Launches that are not checked in exactly this form, and why that is no loss.

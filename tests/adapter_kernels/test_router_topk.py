@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_checks import LAYOUTS
-from selection_checks import check_router, generator
 
 from adapter_kernels import debugging, router_topk
 from adapter_kernels.topk.router_topk import _op
+from tests.support.kernels.kernel_checks import LAYOUTS
+from tests.support.kernels.selection_checks import check_router, generator
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

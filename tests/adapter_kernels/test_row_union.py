@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from selection_checks import check_load, check_union, check_window, generator
 
 from adapter_kernels import debugging, row_union, row_union_window
 from adapter_kernels.rows.row_union import _op, _window_op
+from tests.support.kernels.selection_checks import check_load, check_union, check_window, generator
 
 
 @given(st.integers(0, 9), st.integers(1, 6), st.integers(0, 40), st.booleans(), st.integers(1, 12), st.integers(0, 99))

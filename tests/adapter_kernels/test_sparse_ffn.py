@@ -1,16 +1,14 @@
 """sparse_ffn on the CPU: the torch path against the oracle, its gradient, its registration, its errors."""
 
-import sys
-
 import pytest
 import torch
-from ffn_checks import Case, check_ffn, check_wide_row_gradients
-from kernel_checks import LAYOUTS
-from selection_checks import generator
 
 from adapter_kernels import debugging, override, sparse_ffn, sparse_ffn_backward
-from adapter_kernels.ffn import plain_ffn
-from adapter_kernels.ffn.sparse_ffn import _backward_op, _backward_torch, _forward_torch, _op
+from adapter_kernels.ffn import sparse_ffn_plain, sparse_ffn_torch
+from adapter_kernels.ffn.sparse_ffn import _backward_op, _op
+from tests.support.kernels.ffn_checks import Case, check_ffn, check_wide_row_gradients
+from tests.support.kernels.kernel_checks import LAYOUTS
+from tests.support.kernels.selection_checks import generator
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -35,15 +33,15 @@ def test_without_sparse_products(monkeypatch, dtype):
 def test_plain_products(monkeypatch, dtype, T, d, U, K, factor):
     case = Case(T, d, U, K, dtype, layout="strided", factor=factor, base=factor, narrow=True)
     for name in ("forward", "backward"):
-        monkeypatch.setattr(sys.modules["adapter_kernels.ffn.sparse_ffn"], f"_{name}_torch", None)  # not called
+        monkeypatch.setattr(sparse_ffn_torch, name, None)  # not called
     with override("sparse_ffn.plain", TOKENS=T):
         check_ffn(sparse_ffn, case)
-        assert not plain_ffn.chosen(case.x[1:])
+        assert not sparse_ffn_plain.chosen(case.x[1:])
         case.position[:, 0] = U  # out of range: none
         y = case.run(sparse_ffn)[0]
         case.position[:, 0] = -1
         assert torch.equal(y, case.run(sparse_ffn)[0])
-    assert not plain_ffn.chosen(case.x)
+    assert not sparse_ffn_plain.chosen(case.x)
 
 
 def test_plain_products_of_no_rows_or_picks():
@@ -162,8 +160,8 @@ def test_nothing_of_tokens_by_rows_is_made():
     arguments = (case.x, case.keys, case.values, case.position, case.factors)
     sizes: list[int] = []
     with _Sizes(sizes):
-        _forward_torch(*arguments, case.base)
-        _backward_torch(case.g, *arguments, [True] * 4, torch.float32)
+        sparse_ffn_torch.forward(*arguments, case.base)
+        sparse_ffn_torch.backward(case.g, *arguments, [True] * 4, torch.float32)
     assert len(sizes) > 20
     assert max(sizes) < 50 * 400 // 2
 

@@ -1,11 +1,8 @@
 """Damaged, mixed-up and lying files: each gives one clear error, and nothing that was loaded before is touched."""
 
 import json
-import os
 import random
 import shutil
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
@@ -13,26 +10,18 @@ from peft import PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from aslora import ASLoRAConfig, export_to_lora
+from tests.support.adapter_files import WEIGHTS, edit_config, rewrite
+from tests.support.models import llama
+from tests.support.training import train, trainable
 
 Q_GROUP = "base_model.aslora_B.model/layers/*/self_attn/q_proj:32x32"
 DIGEST = "base_model.aslora_digest"
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def base(hidden=32, layers=4):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=hidden,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    return LlamaForCausalLM(config)
+    return llama(layers, hidden_size=hidden)
 
 
 def config(**fields):
@@ -43,13 +32,9 @@ def config(**fields):
 def saved(folder, steps=3, seed=0, **fields):
     """Train an adapter a little, and save it; of two planned merges the first is taken at step 2, the second at 4."""
     model = get_peft_model(base(), config(init_weights=False, merge_start=0, merge_interval=2, num_merges=2, **fields))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        batch = torch.randint(64, (2, 8), generator=generator)
-        model(input_ids=batch, labels=batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    batches = [torch.randint(64, (2, 8), generator=generator) for _ in range(steps)]
+    train(model, batches, torch.optim.SGD(trainable(model), lr=0.1))
     model.save_pretrained(folder)
     return folder
 
@@ -76,18 +61,6 @@ def damaged(pending, tmp_path):
 def loaded(finished):
     """A model with the good adapter `default`; every test leaves it as it was."""
     return PeftModel.from_pretrained(base(), finished, is_trainable=True)
-
-
-def rewrite(folder, change):
-    """Change the tensors of a file with `change(tensors)`."""
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def edit_config(folder, **fields):
-    content = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(content | fields))
 
 
 def without_digest(change):

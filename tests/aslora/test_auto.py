@@ -1,42 +1,22 @@
 """What PEFT's loading functions make of a saved adapter: from_pretrained, AutoPeftModel, low_cpu_mem_usage."""
 
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from aslora import ASLoRAConfig, ASLoRAModel
+from tests.support.models import llama
+from tests.support.training import train
 
 BATCH = torch.arange(16).view(2, 8)
 
 
 @pytest.fixture(scope="module")
 def base_dir(tmp_path_factory):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
     folder = tmp_path_factory.mktemp("base")
-    LlamaForCausalLM(config).save_pretrained(folder)
+    llama(4).save_pretrained(folder)
     return folder
-
-
-def train(model, steps):
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(steps):
-        model(input_ids=BATCH, labels=BATCH).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +25,7 @@ def trained(base_dir):
     base = AutoModelForCausalLM.from_pretrained(base_dir)
     config = ASLoRAConfig(r=4, merge_start=1, merge_interval=2, num_merges=2, task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
-    train(model, 4)
+    train(model.train(), [BATCH] * 4)
     return model.eval()
 
 
@@ -100,7 +80,7 @@ def test_loading_gives_the_model_that_was_saved(trained, base_dir, adapter_dir, 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem_usage"])
 def test_a_loaded_adapter_trains_on_and_takes_the_next_merge(base_dir, adapter_dir, low_cpu_mem_usage):
     model = load_peft_model(base_dir, adapter_dir, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
-    train(model, 1)
+    train(model.train(), [BATCH] * 1)
     report = model.base_model.sharing_report()
     assert sorted({merge["step"] for merge in report.merges}) == [3, 5]
     assert report.trainable_values["now"] == report.trainable_values["end"]

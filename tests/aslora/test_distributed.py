@@ -3,46 +3,34 @@
 The processes run this file as a script, once for all tests (`python test_distributed.py RANK FOLDER`).
 """
 
-import os
-import subprocess
 import sys
-import time
 import warnings
-from datetime import timedelta
 from pathlib import Path
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from aslora import ASLoRAConfig
+from tests.support import training
+from tests.support.models import llama
+from tests.support.processes import once, result_of, run_ranks, saved_by_ranks, work_as_rank
+from tests.support.training import adamw, assert_close, trainable
 
+pytestmark = pytest.mark.slow  # two processes, for all of them
 WORLD, STEPS, LAYERS = 2, 8, 5
 WEIGHTS = "adapter_model.safetensors"
 
 
 def adapted():
     """Five layers, so that FSDP2 shards the rows of B unevenly; of up_proj one layer alone: fewer rows than ranks."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        use_cache=False,
-    )
     targets = r".*\.q_proj|.*\.down_proj|.*\.4\.mlp\.up_proj"
     # Merges at 2, 4, 6: three of them in eight steps, so that training goes on after the last.
     adapter = ASLoRAConfig(
         r=3, lora_alpha=6, target_modules=targets, merge_start=0, merge_interval=2, total_steps=STEPS
     )
-    return get_peft_model(LlamaForCausalLM(config).double(), adapter)
+    return get_peft_model(llama(LAYERS, torch.float64, use_cache=False), adapter)
 
 
 def batches():
@@ -50,18 +38,11 @@ def batches():
     return torch.randint(64, (STEPS, WORLD * 2, 8), generator=torch.Generator().manual_seed(1))
 
 
-def optimizer_of(model):
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
-
-
 def train(model, rank=None, optimizer=None, steps=range(STEPS)):
     """Rank None sees the joint batch."""
-    optimizer = optimizer or optimizer_of(model)
-    for batch in batches()[list(steps)]:
-        mine = batch if rank is None else batch[2 * rank : 2 * rank + 2]
-        model(input_ids=mine, labels=mine).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    optimizer = optimizer or adamw(model)
+    rows = slice(None) if rank is None else slice(2 * rank, 2 * rank + 2)
+    training.train(model, batches()[list(steps)][:, rows], optimizer)
     return optimizer
 
 
@@ -124,7 +105,7 @@ def run_sharded_apart(rank):
 
 def train_on(model, rank=None):
     """Three steps after all merges, of an optimizer without moments."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     train(model, rank, optimizer, steps=range(3))
 
 
@@ -209,17 +190,8 @@ def run_fsdp_nonfinite(rank):
     }
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",
-        rank=rank,
-        world_size=WORLD,
-        timeout=timedelta(seconds=60),  # a rank that waits for one that failed
-    )
-    results = {}
-    for name, task in {
+def tasks(rank, folder):
+    return {
         "apart": lambda: run_apart(rank),
         "sharded apart": lambda: run_sharded_apart(rank),
         "ddp": lambda: run_ddp(rank),
@@ -227,45 +199,17 @@ def worker(rank, folder):
         "nonfinite": lambda: run_nonfinite(rank),
         "fsdp": lambda: run_fsdp(rank, folder),
         "fsdp_nonfinite": lambda: run_fsdp_nonfinite(rank),
-    }.items():
-        try:
-            results[name] = task()
-        except Exception as error:  # the other tests still have something to say; both ranks fail alike
-            results[name] = repr(error)
-        torch.save(results, folder / f"rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    }
 
 
 # ---------------------------------------------------------------------- tests
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(request):
     """The results of both processes, and the folder into which they have saved."""
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    logs = [folder / f"rank{rank}.log" for rank in range(WORLD)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment,
-            cwd=Path(__file__).parents[2],
-            stdout=logs[rank].open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(WORLD)
-    ]
-    deadline = time.monotonic() + 180
-    # One that fails leaves the other waiting: then neither is worth waiting for.
-    while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.1)
-    for process in processes:
-        process.kill()
-        process.wait()
-    assert [p.returncode for p in processes] == [0] * WORLD, "\n".join(log.read_text() for log in logs)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)], folder
+    folder = once(request, "ranks_of_aslora", lambda folder: run_ranks(__file__, folder))
+    return saved_by_ranks(folder), folder
 
 
 @pytest.fixture(scope="module")
@@ -277,20 +221,7 @@ def alone():
 
 
 def result(ranks, name):
-    results = [rank[name] for rank in ranks[0]]
-    for entry in results:
-        assert not isinstance(entry, str), entry
-    return results
-
-
-def assert_close(state, expected):
-    assert state.keys() == expected.keys()
-    for name, value in expected.items():
-        if value.is_floating_point():
-            # The joint batch's mean is summed in another order; AdamW divides by small square roots.
-            torch.testing.assert_close(state[name], value, rtol=1e-7, atol=1e-10, msg=name)
-        else:
-            assert torch.equal(state[name], value), name
+    return result_of(ranks[0], name)
 
 
 def test_the_reference_merges_three_times_in_each_projection(alone):
@@ -389,4 +320,5 @@ def test_fsdp2_skips_a_nonfinite_step_on_all_ranks(ranks):
 
 
 if __name__ == "__main__":
-    worker(int(sys.argv[1]), Path(sys.argv[2]))
+    number, results = int(sys.argv[1]), Path(sys.argv[2])
+    work_as_rank(number, results, tasks(number, results))

@@ -1,60 +1,48 @@
 """The exported LoRA is exact, needs nothing of ours, and appears whole or not at all."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from aslora import ASLoRAConfig, export_to_lora
+from tests.support.models import llama
+from tests.support.models import model as model_of
+from tests.support.processes import run_code
+from tests.support.training import train, trainable
 
 WEIGHTS = "adapter_model.safetensors"
 BATCH = torch.arange(16).view(2, 8)
 
 
-def llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        attention_bias=True,
-    )
-    return LlamaForCausalLM(config)
+def biased():
+    return llama(4, attention_bias=True)
 
 
 def gpt2():
     """Conv1D layers, and biases."""
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=4, n_head=2))
+    return model_of(GPT2LMHeadModel, n_positions=16, n_layer=4)
 
 
 CASES = {
-    "plain": (llama, {"target_modules": ["q_proj", "v_proj"]}),
-    "default targets": (llama, {}),
-    "all-linear": (llama, {"target_modules": "all-linear"}),
-    "regular expression": (llama, {"target_modules": r".*\.(q|o)_proj"}),
+    "plain": (biased, {"target_modules": ["q_proj", "v_proj"]}),
+    "default targets": (biased, {}),
+    "all-linear": (biased, {"target_modules": "all-linear"}),
+    "regular expression": (biased, {"target_modules": r".*\.(q|o)_proj"}),
     "Conv1D": (gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
-    "rsLoRA": (llama, {"target_modules": ["q_proj"], "use_rslora": True}),
-    "joint A": (llama, {"target_modules": ["q_proj", "v_proj", "down_proj"], "share_a": "joint"}),
-    "some layers": (llama, {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0, 2, 3]}),
-    "excluded": (llama, {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.1\..*"}),
-    "modules_to_save": (llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}),
-    "bias": (llama, {"target_modules": ["q_proj", "v_proj"], "bias": "aslora_only"}),
+    "rsLoRA": (biased, {"target_modules": ["q_proj"], "use_rslora": True}),
+    "joint A": (biased, {"target_modules": ["q_proj", "v_proj", "down_proj"], "share_a": "joint"}),
+    "some layers": (biased, {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0, 2, 3]}),
+    "excluded": (biased, {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.1\..*"}),
+    "modules_to_save": (biased, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}),
+    "bias": (biased, {"target_modules": ["q_proj", "v_proj"], "bias": "aslora_only"}),
     "all biases": (gpt2, {"target_modules": ["c_attn"], "bias": "all", "fan_in_fan_out": True}),
-    "dropout": (llama, {"target_modules": ["q_proj"], "aslora_dropout": 0.1}),
-    "bf16 base": (lambda: llama().to(torch.bfloat16), {"target_modules": ["q_proj", "v_proj"]}),
+    "dropout": (biased, {"target_modules": ["q_proj"], "aslora_dropout": 0.1}),
+    "bf16 base": (lambda: biased().to(torch.bfloat16), {"target_modules": ["q_proj", "v_proj"]}),
 }
 
 
@@ -64,11 +52,7 @@ def train_and_save(make_base, fields, folder, steps=4):
         r=4, lora_alpha=8, merge_start=1, merge_interval=1, num_merges=2, task_type="CAUSAL_LM", **fields
     )
     model = get_peft_model(make_base(), config)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
-    for _ in range(steps):
-        model(input_ids=BATCH, labels=BATCH).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(model, [BATCH] * steps, torch.optim.AdamW(trainable(model), lr=5e-2))
     model.save_pretrained(folder)
     model.eval()
     return model
@@ -135,11 +119,11 @@ torch.save(logits, folder / "logits.pt")
 
 
 def test_a_process_with_stock_peft_gives_the_same_logits(tmp_path):
-    llama().save_pretrained(tmp_path / "base")
+    biased().save_pretrained(tmp_path / "base")
     fields = {"target_modules": ["q_proj", "v_proj"]}
     model = train_and_save(lambda: LlamaForCausalLM.from_pretrained(tmp_path / "base"), fields, tmp_path / "aslora")
     export_to_lora(tmp_path / "aslora", tmp_path / "lora")
-    subprocess.run([sys.executable, "-c", STOCK, tmp_path], check=True, cwd=tmp_path, timeout=120)
+    run_code(STOCK, tmp_path)
     with torch.no_grad():
         expected = model(BATCH).logits
     # The other process may have another number of threads, and so another order of sums; no more than that.
@@ -150,11 +134,11 @@ def test_pefts_own_conversion_works():
     """PEFT's way is an SVD for each layer; at the full rank it is exact but for rounding."""
     torch.manual_seed(0)
     config = ASLoRAConfig(r=4, target_modules=["q_proj", "v_proj"], init_weights=False)
-    model = get_peft_model(llama().double(), config).eval()
+    model = get_peft_model(biased().double(), config).eval()
     with torch.no_grad():
         expected = model(BATCH).logits
     lora_config, state_dict = convert_to_lora(model, rank=4)
-    lora = get_peft_model(llama().double(), lora_config).eval()
+    lora = get_peft_model(biased().double(), lora_config).eval()
     assert not set_peft_model_state_dict(lora, state_dict).unexpected_keys
     with torch.no_grad():
         torch.testing.assert_close(lora(BATCH).logits, expected, rtol=1e-6, atol=1e-6)
@@ -213,7 +197,7 @@ for name, (owner, attribute, killer) in POINTS.items():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_kill_at_any_point_leaves_nothing_half_written(tmp_path):
     train_and_save(*CASES["plain"], tmp_path / "aslora")
-    subprocess.run([sys.executable, "-c", KILLED, tmp_path], check=True, cwd=Path(__file__).parents[2], timeout=120)
+    run_code(KILLED, tmp_path)
     for name in ("before", "half of the tensors", "before the config", "before the rename"):
         assert not (tmp_path / name).exists(), name
         export_to_lora(tmp_path / "aslora", tmp_path / name)  # and it works when it is done again

@@ -134,7 +134,7 @@ def test_a_forward_after_a_change_of_dtype_reads_the_new_values(tiny):
 def test_property_3_the_gradient_of_a_shared_b_is_the_sum_of_the_separate_ones(tiny):
     shared, apart = share(tiny, tiny.adapted()), tiny.adapted()
     for B in tiny.groups(apart).values():
-        B.before_pass = None  # else rows with equal bits would share
+        B.before_training_forward = None  # else rows with equal bits would share
     for name, B in tiny.groups(apart).items():
         with torch.no_grad():
             B.stacked_B.copy_(tiny.groups(shared)[name].stacked_B[[1, 1, 3, 3]])
@@ -187,7 +187,7 @@ def test_property_3_gradcheck():
 def by_indexing(monkeypatch, tiny, model):
     """Let the layers index the stack, as one would write it first."""
     for B in tiny.groups(model).values():
-        monkeypatch.setattr(B, "of_layer", lambda position, B=B: B.stacked_B[B.sharing_map[position]])
+        monkeypatch.setattr(B, "forward", lambda position, B=B: B.stacked_B[B.sharing_map[position]])
 
 
 def several_forwards(tiny, model):

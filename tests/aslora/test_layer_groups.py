@@ -6,25 +6,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from transformers import (
-    BertConfig,
     BertModel,
-    GPT2Config,
     GPT2LMHeadModel,
     GPT2Model,
-    LlamaConfig,
     LlamaForCausalLM,
-    T5Config,
     T5ForConditionalGeneration,
-    ViTConfig,
     ViTModel,
 )
 from transformers.pytorch_utils import Conv1D
 
-from aslora.layer_groups import a_group_of, b_group_name, in_features_of, module_path, place, tower_of
+from aslora.layer_groups import a_group_of, b_group_name, in_features_of, module_path, parse_layer_path, tower_of
+from tests.support.models import config
 
-SIZES = {"num_hidden_layers": 3, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
-GPT2 = GPT2Config(n_layer=3, n_embd=8, n_head=2)
-T5 = T5Config(num_layers=3, num_decoder_layers=2, d_model=8, d_kv=4, d_ff=16, num_heads=2, vocab_size=16)
+SIZES = {"num_hidden_layers": 3, "hidden_size": 8, "intermediate_size": 16, "vocab_size": 16}
+GPT2 = config("gpt2", n_layer=3, n_embd=8)
+T5 = config("t5", num_layers=3, num_decoder_layers=2, d_model=8, d_kv=4, d_ff=16, vocab_size=16)
 
 
 @pytest.mark.parametrize(
@@ -44,15 +40,15 @@ T5 = T5Config(num_layers=3, num_decoder_layers=2, d_model=8, d_kv=4, d_ff=16, nu
     ],
 )
 def test_place(path, projection, tower, layer):
-    assert place(path) == (projection, tower, layer)
+    assert parse_layer_path(path) == (projection, tower, layer)
 
 
 def test_a_pattern_names_the_list_of_layers():
     path = "stages.1.layers.2.q"
-    assert place(path) == ("stages.*.layers.2.q", "stages", 1)
+    assert parse_layer_path(path) == ("stages.*.layers.2.q", "stages", 1)
     for pattern in ("layers", ["blocks", "layers"]):
-        assert place(path, pattern) == ("stages.1.layers.*.q", "stages.1.layers", 2)
-    assert place(path, "blocks") == place(path)
+        assert parse_layer_path(path, pattern) == ("stages.1.layers.*.q", "stages.1.layers", 2)
+    assert parse_layer_path(path, "blocks") == parse_layer_path(path)
 
 
 def projections(model):
@@ -60,25 +56,25 @@ def projections(model):
     found = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
-            where = place(path)
+            where = parse_layer_path(path)
             found.setdefault(where.projection, []).append(where.layer)
     return found
 
 
 @pytest.mark.parametrize(
-    ("model_class", "config", "expected"),
+    ("model_class", "shape", "expected"),
     [
-        (LlamaForCausalLM, LlamaConfig(vocab_size=16, **SIZES), "model.layers.*.self_attn.q_proj"),
+        (LlamaForCausalLM, config("llama", **SIZES), "model.layers.*.self_attn.q_proj"),
         (GPT2LMHeadModel, GPT2, "transformer.h.*.attn.c_attn"),
         (GPT2Model, GPT2, "h.*.attn.c_attn"),
-        (BertModel, BertConfig(vocab_size=16, **SIZES), "encoder.layer.*.attention.self.query"),
-        (ViTModel, ViTConfig(image_size=8, patch_size=4, **SIZES), None),
+        (BertModel, config("bert", **SIZES), "encoder.layer.*.attention.self.query"),
+        (ViTModel, config("vit", **SIZES), None),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_every_projection_of_an_architecture_spans_all_layers(model_class, config, expected):
+def test_every_projection_of_an_architecture_spans_all_layers(model_class, shape, expected):
     with torch.device("meta"):
-        model = model_class(config)
+        model = model_class(shape)
     found = projections(model)
     of_layers = {name: layers for name, layers in found.items() if "*" in name}
     assert all(layers == [0, 1, 2] for layers in of_layers.values())
@@ -99,7 +95,7 @@ def test_t5_keeps_towers_and_kinds_of_attention_apart():
 
 
 def test_group_names():
-    name = b_group_name(place("model.layers.3.mlp.up_proj"), 8, 32)
+    name = b_group_name(parse_layer_path("model.layers.3.mlp.up_proj"), 8, 32)
     assert name == "model/layers/*/mlp/up_proj:8x32"
     assert a_group_of(name, "per_projection") == "model/layers/*/mlp/up_proj:8"
     assert a_group_of(name, "joint") == "model/layers:8"
@@ -107,7 +103,7 @@ def test_group_names():
 
 def test_joint_a_is_one_for_a_tower_and_an_input_size():
     paths = ["encoder.layers.0.q", "encoder.layers.1.v", "decoder.layers.0.q"]
-    names = {size: [b_group_name(place(path), size, 4) for path in paths] for size in (8, 16)}
+    names = {size: [b_group_name(parse_layer_path(path), size, 4) for path in paths] for size in (8, 16)}
     assert [a_group_of(name, "joint") for name in names[8]] == ["encoder/layers:8"] * 2 + ["decoder/layers:8"]
     assert a_group_of(names[16][0], "joint") == "encoder/layers:16"
 
@@ -124,7 +120,7 @@ part = st.one_of(
     pattern=st.one_of(st.none(), part, st.lists(part, max_size=3)),
 )
 def test_a_group_name_gives_back_the_path_it_came_from(path, in_features, out_features, pattern):
-    where = place(path, pattern)
+    where = parse_layer_path(path, pattern)
     name = b_group_name(where, in_features, out_features)
     assert "." not in name  # a key of nn.ModuleDict
     assert module_path(name, where.layer) == path
@@ -138,5 +134,5 @@ def test_a_group_name_gives_back_the_path_it_came_from(path, in_features, out_fe
 @given(path=st.lists(part, min_size=1, max_size=6).map(".".join), layers=st.lists(st.integers(0, 99), min_size=2))
 def test_the_layer_index_alone_makes_no_other_group(path, layers):
     paths = [f"model.layers.{layer}.{path}" for layer in layers]
-    assert len({place(p).projection for p in paths}) == 1
-    assert [place(p).layer for p in paths] == layers
+    assert len({parse_layer_path(p).projection for p in paths}) == 1
+    assert [parse_layer_path(p).layer for p in paths] == layers

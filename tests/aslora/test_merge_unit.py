@@ -36,7 +36,7 @@ def step_to(unit, steps):
     """Let the unit see these optimizer steps."""
     for step in steps:
         for B, _ in unit.members.values():
-            unit.sample(B, step)
+            B.after_step(step)
         unit.merge_due(None, None)
 
 
@@ -71,10 +71,10 @@ def test_members_take_the_same_merges_by_the_root_of_the_summed_squares():
 def test_a_unit_waits_until_all_members_have_stepped():
     joint = unit(members=2)
     first, second = (B for B, _ in joint.members.values())
-    joint.sample(first, 1)
+    first.after_step(1)
     joint.merge_due(None, None)
     assert joint.taken == 0
-    joint.sample(second, 1)
+    second.after_step(1)
     joint.merge_due(None, None)
     assert joint.taken == 1
 
@@ -119,14 +119,14 @@ def test_jumps_lead_where_steps_lead(layers, members, fields, fewer, jumps, seed
     plan = merge_steps(jumping.config, jumping.planned, None)
     maps, seen = [jumping.leader.sharing_map], 0
     for step in jumps:
-        runs["jump"].catch_up("a", step)
+        runs["jump"].record_step("a", step)
         state = [{k: v.clone() for k, v in B.state_dict().items()} for B, _ in jumping.members.values()]
         for again in (step, step - 1):  # counted already
-            runs["jump"].catch_up("a", again)
+            runs["jump"].record_step("a", again)
         for before, (B, _) in zip(state, jumping.members.values(), strict=True):
             assert all(torch.equal(value, before[k]) for k, value in B.state_dict().items())
         for each in range(seen + 1, step + 1):
-            runs["steps"].catch_up("a", each)
+            runs["steps"].record_step("a", each)
         seen = step
         assert jumping.taken == due(plan, step)
         assert jumping.leader.sharing_map == stepping.leader.sharing_map

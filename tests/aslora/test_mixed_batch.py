@@ -3,9 +3,11 @@
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import T5ForConditionalGeneration
 
 from aslora import ASLoRAConfig
+from tests.support.models import llama
+from tests.support.models import model as model_of
 
 NAMES = ["first", "__base__", "second", "first", "second"]
 
@@ -70,31 +72,13 @@ def generator(base, targets):
 
 
 def causal():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        eos_token_id=None,
-    )
-    return generator(LlamaForCausalLM(config), ["q_proj", "down_proj"])
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_key_value_heads": 2}
+    return generator(llama(3, **sizes, eos_token_id=None), ["q_proj", "down_proj"])
 
 
 def encoder_decoder():
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=40,
-        d_model=16,
-        d_kv=8,
-        d_ff=24,
-        num_layers=2,
-        num_heads=2,
-        decoder_start_token_id=0,
-        eos_token_id=None,
-    )
-    return generator(T5ForConditionalGeneration(config), ["q", "wo"])
+    sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24}
+    return generator(model_of(T5ForConditionalGeneration, **sizes, eos_token_id=None), ["q", "wo"])
 
 
 @pytest.mark.parametrize(

@@ -16,20 +16,18 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaForCausalLM, MixtralForCausalLM
 
 from aslora import ASLoRAConfig, ASLoRAModel
-from aslora.files.adapter_file import RESERVED
+from aslora.files.keys import RESERVED
+from tests.support.models import llama
+from tests.support.models import model as model_of
 
 FILE = "adapter_model.safetensors"
 
 
-def llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2
-    )
-    return LlamaForCausalLM(config)
+def small():
+    return llama(3, vocab_size=32, hidden_size=16, intermediate_size=24, num_key_value_heads=2)
 
 
 def adapted_layers(model):
@@ -111,7 +109,7 @@ def test_property_2_a_merge_changes_nothing_but_the_merged_layers_b(tiny):
     for name, B in tiny.groups(model).items():
         ((_, low, up, _),) = B.merges()
         for layer in range(4):
-            read = B.of_layer(layer)
+            read = B(layer)
             assert torch.equal(read, before[name][up if layer == low else layer])
     assert all(torch.equal(p, others[name]) for name, p in model.named_parameters() if name in others)
 
@@ -216,7 +214,7 @@ def test_property_5_a_file_is_little_more_than_what_lives(tiny, tmp_path, dtype)
 
 
 def test_the_default_targets_of_an_architecture(tiny):
-    model = get_peft_model(llama(), ASLoRAConfig())
+    model = get_peft_model(small(), ASLoRAConfig())
     assert list(model.base_model.shared_b("default")) == [
         "model/layers/*/self_attn/q_proj:16x16",
         "model/layers/*/self_attn/v_proj:16x16",
@@ -225,14 +223,14 @@ def test_the_default_targets_of_an_architecture(tiny):
 
 
 def test_all_linear_adapts_all_but_the_head():
-    model = get_peft_model(llama(), ASLoRAConfig(target_modules="all-linear"))
+    model = get_peft_model(small(), ASLoRAConfig(target_modules="all-linear"))
     assert len(adapted_layers(model)) == 3 * 7
     assert len(model.base_model.shared_b("default")) == 7
     assert len(model.base_model.shared_a("default")) == 7
 
 
 def test_a_joint_a_is_one_for_equal_inputs():
-    model = get_peft_model(llama(), ASLoRAConfig(target_modules="all-linear", share_a="joint"))
+    model = get_peft_model(small(), ASLoRAConfig(target_modules="all-linear", share_a="joint"))
     assert {n: tuple(a.shared_A.shape) for n, a in model.base_model.shared_a("default").items()} == {
         "model/layers:16": (8, 16),
         "model/layers:24": (8, 24),
@@ -260,7 +258,7 @@ def test_which_layers_are_adapted(tiny, fields, layers):
 
 @pytest.mark.parametrize(("layers", "expected"), [([0, 2], [0, 2]), (0, [0])], ids=str)
 def test_which_layers_of_an_architecture_are_adapted(layers, expected):
-    model = get_peft_model(llama(), ASLoRAConfig(layers_to_transform=layers))
+    model = get_peft_model(small(), ASLoRAConfig(layers_to_transform=layers))
     assert [B.layer_indices for B in model.base_model.shared_b("default").values()] == [expected] * 2
 
 
@@ -293,32 +291,24 @@ def everything(model):
 
 
 def mixtral():
-    config = MixtralConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=2,
-    )
-    return MixtralForCausalLM(config)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_key_value_heads": 2}
+    return model_of(MixtralForCausalLM, **sizes)
 
 
 @pytest.mark.parametrize(
     ("make", "fields", "message"),
     [
         (mixtral, {"target_modules": ["q_proj", "experts"]}, "experts.*fused 3-D expert parameters.*exclude_modules"),
-        (llama, {"target_modules": ["q_proj", "v_prj"]}, "'v_prj' matches no module of the model: .* v_proj"),
-        (llama, {"target_modules": ["nothing"]}, "nothing"),
-        (llama, {"target_modules": ["q_proj"], "num_merges": 3}, "num_merges=3 is more than the 3 layers .*=2, or"),
-        (llama, {"target_modules": ["q_proj", "input_layernorm"]}, "input_layernorm.*is no linear layer"),
+        (small, {"target_modules": ["q_proj", "v_prj"]}, "'v_prj' matches no module of the model: .* v_proj"),
+        (small, {"target_modules": ["nothing"]}, "nothing"),
+        (small, {"target_modules": ["q_proj"], "num_merges": 3}, "num_merges=3 is more than the 3 layers .*=2, or"),
+        (small, {"target_modules": ["q_proj", "input_layernorm"]}, "input_layernorm.*is no linear layer"),
         (
-            llama,
+            small,
             {"target_modules": ["q_proj", "v_prj"], "modules_to_save": ["lm_head"], "layers_to_transform": [0]},
             "that layers_to_transform leave",
         ),
-        (llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_hed"]}, "lm_hed"),
+        (small, {"target_modules": ["q_proj"], "modules_to_save": ["lm_hed"]}, "lm_hed"),
     ],
     ids=[
         "fused experts",
@@ -506,7 +496,7 @@ def test_low_cpu_mem_usage(tiny, two, tmp_path, later):
 
 
 def test_auto_model(tmp_path):
-    base = llama()
+    base = small()
     base.save_pretrained(tmp_path / "base")
     model = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), ASLoRAConfig(init_weights=False))
     model.save_pretrained(tmp_path / "adapter")
@@ -533,13 +523,13 @@ def test_counts_of_parameters(tiny):
 
 def test_default_targets_that_name_modules_of_variants_load_again(tmp_path, monkeypatch):
     """PEFT's default for some architectures lists names of which a model has only a part."""
-    llama = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=16)
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_key_value_heads": 2, "vocab_size": 16}
     mapping = {**ASLoRAModel.target_module_mapping, "llama": ["q", "v", "q_proj", "v_proj"]}
     monkeypatch.setattr(ASLoRAModel, "target_module_mapping", mapping)
-    model = get_peft_model(LlamaForCausalLM(llama), ASLoRAConfig())
+    model = get_peft_model(llama(**sizes), ASLoRAConfig())
     assert model.peft_config["default"].target_modules == {"q_proj", "v_proj"}
     model.save_pretrained(tmp_path)
-    PeftModel.from_pretrained(LlamaForCausalLM(llama), tmp_path)
+    PeftModel.from_pretrained(llama(**sizes), tmp_path)
 
 
 def test_an_unknown_adapter_is_named():

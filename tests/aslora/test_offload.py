@@ -1,40 +1,25 @@
 """accelerate's hooks bring tensors to modules that are called: A and B come too, wherever they were put."""
 
-import os
 import tempfile
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from aslora import ASLoRAConfig
+from tests.support.models import llama
 
 CPU = torch.device("cpu")
 BATCH = torch.arange(8)[None]
 
 
-def base():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    return LlamaForCausalLM(config)
-
-
 def adapted(kind="aslora"):
     fields = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
     if kind == "lora":
-        return get_peft_model(base(), LoraConfig(**fields, init_lora_weights=False))
-    model = get_peft_model(base(), ASLoRAConfig(**fields, init_weights=False, merge_start=0, merge_interval=1))
+        return get_peft_model(llama(4), LoraConfig(**fields, init_lora_weights=False))
+    model = get_peft_model(llama(4), ASLoRAConfig(**fields, init_weights=False, merge_start=0, merge_interval=1))
     model.base_model.update_and_allocate(2)
     assert {B.merges_taken for B in model.base_model.shared_b("default").values()} == {2}
     return model
@@ -76,14 +61,14 @@ def test_offloaded_logits_are_those_of_the_model(offload):
     tokens = model.generate(input_ids=BATCH, max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert torch.equal(tokens, adapted().generate(input_ids=BATCH, max_new_tokens=3, do_sample=False, pad_token_id=0))
     with model.disable_adapter():
-        assert torch.equal(logits(model), logits(base()))
+        assert torch.equal(logits(model), logits(llama(4)))
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_an_adapter_on_an_offloaded_base_model_has_its_values(tmp_path, low_cpu_mem_usage):
     model = adapted()
     model.save_pretrained(tmp_path)
-    offloaded = base()
+    offloaded = llama(4)
     cpu_offload(offloaded, CPU)
     loaded = PeftModel.from_pretrained(offloaded, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert torch.equal(logits(loaded), logits(model))
@@ -97,7 +82,7 @@ def test_an_adapter_whose_first_layer_is_on_disk(tmp_path, monkeypatch, low_cpu_
     monkeypatch.chdir(tmp_path)
     model = adapted()
     model.save_pretrained("adapter")
-    base().save_pretrained("base")
+    llama(4).save_pretrained("base")
     names = ["embed_tokens", "rotary_emb", "norm", *(f"layers.{i}" for i in range(4))]
     where = {"lm_head": "cpu"} | {f"model.{name}": "disk" if name == "layers.0" else "cpu" for name in names}
     parts = LlamaForCausalLM.from_pretrained(tmp_path / "base", device_map=where, offload_folder=tmp_path / "parts")
@@ -120,7 +105,7 @@ def test_an_adapter_on_a_base_model_with_parts_on_disk(tmp_path, monkeypatch, ki
     model = adapted(kind)
     expected = logits(model)
     model.save_pretrained(tmp_path / "adapter")
-    base().save_pretrained(tmp_path / "base")
+    llama(4).save_pretrained(tmp_path / "base")
     where = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
     where |= {f"model.layers.{i}": "disk" if i > 1 else "cpu" for i in range(4)}
     parts = LlamaForCausalLM.from_pretrained(

@@ -1,16 +1,15 @@
 """Quantised bases, with bitsandbytes on a CPU: train, share, save, load, merge into the base and back."""
 
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from aslora import ASLoRAConfig, export_to_lora
+from tests.support import training
+from tests.support.models import llama
+from tests.support.training import trainable
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -27,18 +26,8 @@ bits = pytest.mark.parametrize("bits", QUANTISED)
 
 @pytest.fixture(scope="module")
 def base_dir(tmp_path_factory):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        use_cache=False,
-    )
     folder = tmp_path_factory.mktemp("base")
-    LlamaForCausalLM(config).save_pretrained(folder)
+    llama(4, hidden_size=64, intermediate_size=128, use_cache=False).save_pretrained(folder)
     return folder
 
 
@@ -60,15 +49,8 @@ def adapted(base_dir, bits, prepare=True):
 
 
 def train(model, steps=4, optimizer=None):
-    model.train()
-    optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
-    losses = []
-    for _ in range(steps):
-        loss = model(input_ids=BATCH, labels=BATCH).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    optimizer = optimizer or torch.optim.AdamW(trainable(model), lr=2e-2)
+    losses = training.train(model.train(), [BATCH] * steps, optimizer)
     model.eval()
     return losses
 
@@ -194,7 +176,7 @@ def test_training_with_eight_bit_moments(base_dir):
     base = LlamaForCausalLM.from_pretrained(base_dir)
     config = ASLoRAConfig(r=32, merge_start=1, merge_interval=1, num_merges=2, target_modules=["q_proj"], lora_alpha=64)
     model = get_peft_model(base, config)
-    optimizer = bnb.optim.AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-2, min_8bit_size=1024)
+    optimizer = bnb.optim.AdamW8bit(trainable(model), lr=1e-2, min_8bit_size=1024)
     losses = train(model, 5, optimizer)
     assert losses[-1] < losses[0]
     (B,) = model.base_model.aslora_B["default"].values()

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaModel
+from transformers import LlamaForCausalLM, RobertaModel
 
 from aslora import ASLoRAConfig
+from tests.support.models import config
 
 
 def on_meta(model_class, config, **fields):
@@ -17,7 +18,7 @@ def on_meta(model_class, config, **fields):
 
 @pytest.fixture(scope="module")
 def roberta():
-    return RobertaConfig(vocab_size=8, hidden_size=768, num_hidden_layers=12, intermediate_size=8)
+    return config("roberta", vocab_size=8, hidden_size=768, num_hidden_layers=12, intermediate_size=8)
 
 
 @pytest.mark.parametrize(("share_a", "start", "end"), [("per_projection", 159_744, 73_728), ("joint", 153_600, 67_584)])
@@ -45,8 +46,11 @@ def test_roberta_base_after_real_merges(roberta):
 
 
 def test_llama_7b_shape():
-    config = LlamaConfig(vocab_size=8, num_hidden_layers=32, hidden_size=4096, intermediate_size=16)
-    model = on_meta(LlamaForCausalLM, config, target_modules=["q_proj", "v_proj"], num_merges=24)
+    sizes = {"vocab_size": 8, "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 16}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 32}
+    model = on_meta(
+        LlamaForCausalLM, config("llama", **sizes, **heads), target_modules=["q_proj", "v_proj"], num_merges=24
+    )
     report = model.base_model.sharing_report()
     assert report.trainable_values == {"start": 2_162_688, "now": 2_162_688, "end": 589_824}
 

@@ -1,19 +1,18 @@
 """A run that is resumed ends bit for bit where the uninterrupted run ends, whatever the phase of the sharing."""
 
-import os
 import random
 import shutil
 import warnings
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from aslora import ASLoRAConfig
+from tests.support.models import llama
+from tests.support.training import trainable
 
 STEPS = 8
 FIRST, LAST = 3, 5  # the steps of the two merges
@@ -26,16 +25,6 @@ def dataset():
 
 def adapted(**fields):
     """With dropout, so that the RNG matters."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        use_cache=False,
-    )
     fields = {
         "r": 4,
         "aslora_dropout": 0.2,
@@ -45,7 +34,7 @@ def adapted(**fields):
         "num_merges": 2,
         "modules_to_save": ["lm_head"],
     } | fields
-    return get_peft_model(LlamaForCausalLM(config), ASLoRAConfig(**fields))
+    return get_peft_model(llama(4, use_cache=False), ASLoRAConfig(**fields))
 
 
 class KeepRng(TrainerCallback):
@@ -222,7 +211,7 @@ def test_resume_by_hand_in_a_plain_loop(tmp_path):
 
     def start():
         model = adapted(total_steps=STEPS)
-        return model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+        return model, torch.optim.SGD(trainable(model), lr=0.1, momentum=0.9)
 
     whole_model, whole_optimizer = start()
     run(whole_model, whole_optimizer, range(STEPS))

@@ -1,14 +1,14 @@
-"""Which rows are tied: values, claims, and the flags that say that somebody has written."""
+"""Which rows are tied: values, recorded maps, and the flags of writes from outside."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aslora.sharing import shared_tensors as bank_module
+from aslora.sharing import host_values
 from aslora.sharing import ties as ties_module
 from aslora.sharing.merge_math import is_sharing_map, records_fit
-from aslora.sharing.ties import Ties, any_of, borne_out, filled, map_by_value
+from aslora.sharing.ties import Ties, any_of, filled, map_by_value, matches_values
 
 
 def rows(*values, dtype=torch.float64):
@@ -17,15 +17,15 @@ def rows(*values, dtype=torch.float64):
 
 
 @pytest.mark.parametrize(
-    ("values", "claim", "expected"),
+    ("values", "recorded", "expected"),
     [
         ((1, 2, 1, 3), (), [2, 1, 2, 3]),  # the highest
         ((1, 2, 1, 3), (0, 1, 0, 3), [0, 1, 0, 3]),  # or who it was
-        ((1, 2, 1, 3), (0, 1, 1, 3), [2, 1, 2, 3]),  # a claim that is not borne out
+        ((1, 2, 1, 3), (0, 1, 1, 3), [2, 1, 2, 3]),  # a recorded map that the values contradict
         ((1, 1, 1, 3), (0, 0, 2, 3), [0, 0, 0, 3]),  # one more joins a group
         ((1, 1, 1, 1), (0, 0, 2, 2), [3, 3, 3, 3]),  # two groups have become one
         ((0, 0, 1, 0), (), [0, 1, 2, 3]),  # zero says nothing
-        ((0, 0, 1, 0), (1, 1, 2, 3), [1, 1, 2, 3]),  # unless it is claimed
+        ((0, 0, 1, 0), (1, 1, 2, 3), [1, 1, 2, 3]),  # unless it is recorded
         ((1, 2, 1, 3), (9, -1, 0, 3), [2, 1, 2, 3]),  # no map
         ((1, 2, 1, 3), (0, 1), [2, 1, 2, 3]),
         ((float("nan"), 2, float("nan"), 3), (), [2, 1, 2, 3]),
@@ -33,8 +33,8 @@ def rows(*values, dtype=torch.float64):
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_map_that_values_give(values, claim, expected, dtype):
-    assert map_by_value(rows(*values, dtype=dtype), claim) == expected
+def test_the_map_that_values_give(values, recorded, expected, dtype):
+    assert map_by_value(rows(*values, dtype=dtype), recorded) == expected
 
 
 @pytest.mark.parametrize("size", [1, 2, 40])
@@ -42,7 +42,7 @@ def test_looking_at_rows_leaves_their_storage_resizable(size):
     """FSDP2 frees the whole parameter by resizing its storage."""
     B = torch.ones(3, size, 1)
     ties = Ties([0, 0, 2])
-    map_by_value(B, [0, 0, 2]), ties.broken(B), ties.incomplete(B), ties.collect(B), borne_out(B, [0, 0, 2])
+    map_by_value(B, [0, 0, 2]), ties.broken(B), ties.incomplete(B), ties.collect(B), matches_values(B, [0, 0, 2])
     B.untyped_storage().resize_(0)
 
 
@@ -52,33 +52,33 @@ def test_rows_are_compared_in_full():
     assert map_by_value(B) == [2, 1, 2]
     B[0, 31, 7] += 1
     assert map_by_value(B) == map_by_value(B, [2, 1, 2]) == [0, 1, 2]
-    assert not borne_out(B, [2, 1, 2])
+    assert not matches_values(B, [2, 1, 2])
     B[0] = B[2]
     B[0, 0, 0] = B[2, 0, 0] = 0.0
     B[2, 0, 0] = -0.0  # equal as a number, but another row
-    assert not borne_out(B, [2, 1, 2])
+    assert not matches_values(B, [2, 1, 2])
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=8), st.lists(st.integers(-1, 8), min_size=1, max_size=8))
-def test_any_claim_leads_to_a_map_that_the_values_bear_out(values, claim):
+def test_any_recorded_map_leads_to_one_that_the_values_confirm(values, recorded):
     B = rows(*map(float, values))
-    owners = map_by_value(B, claim)
+    owners = map_by_value(B, recorded)
     assert is_sharing_map(owners)
-    assert borne_out(B, owners)
+    assert matches_values(B, owners)
     assert not Ties(owners).broken(B)
     assert not Ties(owners).incomplete(B)
 
 
 def test_zero_rows_of_0_1_are_filled_and_others_are_not():
     assert torch.equal(filled(rows(0, 2, 3), [2, 1, 2]), rows(3, 2, 3))
-    for values, claim in (
+    for values, recorded in (
         ((1, 2, 3), [2, 1, 2]),
         ((0, 2, 0), [2, 1, 2]),
         ((0, 2, 3), [0, 1, 2]),
         ((0, 2, 3), [7, 1, 2]),
     ):
         B = rows(*values)
-        assert filled(B, claim) is B
+        assert filled(B, recorded) is B
 
 
 @pytest.fixture(params=["host", "device"])
@@ -86,7 +86,7 @@ def place(request, monkeypatch):
     """Also as on a device, where flags are tensors that are looked at once."""
     if request.param == "device":
         monkeypatch.setattr(ties_module, "on_host", lambda tensor: False)
-        monkeypatch.setattr(bank_module, "on_host", lambda tensor: False)
+        monkeypatch.setattr(host_values, "on_host", lambda tensor: False)
     return request.param
 
 
@@ -110,7 +110,7 @@ def test_what_is_written_is_seen_wherever_it_lies(place, tiny, written):
     optimizer = tiny.train(model, 3)
     unit = model.base_model.run.units["default"][0]
     B = unit.leader
-    assert not any_of(unit.suspicions())
+    assert not any_of(unit.change_flags())
     with torch.no_grad():
         if written == "rows of B":
             B.stacked_B.data[B.ties.mirrored[0], 0, 0] += 1
@@ -121,9 +121,9 @@ def test_what_is_written_is_seen_wherever_it_lies(place, tiny, written):
             B.rows.data.copy_(torch.arange(4))
         else:
             B.clock.data[2] = 1
-    assert any_of(unit.suspicions()) or (written, place) == ("the clock", "host")  # it is read anew there
-    unit.settle() if written != "the clock" else tiny.backward(model)
-    assert not any_of(unit.suspicions())
+    assert any_of(unit.change_flags()) or (written, place) == ("the clock", "host")  # it is read anew there
+    unit.reconcile() if written != "the clock" else tiny.backward(model)
+    assert not any_of(unit.change_flags())
     assert B.finished
     optimizer.zero_grad()
     tiny.train(model, 2, optimizer, first=4)

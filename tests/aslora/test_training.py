@@ -1,19 +1,18 @@
 """The sharing runs by itself in every usual way of training: what counts as a step, when merges come, the gradients."""
 
 import copy
-import os
 import warnings
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
 from accelerate import Accelerator
 from peft import get_peft_model
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from aslora import ASLoRAConfig
+from tests.support.models import llama
+from tests.support.training import trainable
 
 LAYERS, STEPS = 5, 20
 # Default schedule for T = 20 and 5 layers: 3 merges from floor(0.05 T) = 1 to floor(0.30 T) = 6, evenly.
@@ -30,18 +29,8 @@ def dataset(n):
 
 def adapted(dtype=torch.float32, layers=LAYERS, **fields):
     """A random Llama with ASLoRA on q and v."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        use_cache=False,
-    )
     fields = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | fields
-    return get_peft_model(LlamaForCausalLM(config).to(dtype), ASLoRAConfig(**fields))
+    return get_peft_model(llama(layers, dtype, use_cache=False), ASLoRAConfig(**fields))
 
 
 def groups(model):
@@ -84,7 +73,7 @@ def arguments(tmp_path, **fields):
 
 
 def plain_loop(model, steps, also_explicit=False):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     for step in range(1, steps + 1):
         batch = tokens(2 * steps)[2 * step - 2 : 2 * step]
         model(input_ids=batch, labels=batch).loss.backward()
@@ -209,7 +198,7 @@ def test_accelerate_accumulation_counts_each_real_step_once():
     model = adapted(merge_start=100, merge_interval=1)
     oracle = MeanOfB(model)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer)
     prepared, optimizer, loader, scheduler = accelerator.prepare(
         model, optimizer, DataLoader(tokens(8), batch_size=1), scheduler
@@ -231,15 +220,15 @@ def test_accelerate_accumulation_counts_each_real_step_once():
 def test_gradscaler_steps_that_are_skipped_do_not_count(fused):
     model = adapted(merge_start=100, merge_interval=1)
     oracle = MeanOfB(model)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-2, fused=fused)
+    parameters = trainable(model)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for step, batch in enumerate(tokens(10).split(2)):
         optimizer.zero_grad()
         scaler.scale(model(input_ids=batch, labels=batch).loss).backward()
         overflows = step in (0, 3)
         if overflows:
-            trainable[-1].grad.view(-1)[0] = float("inf")
+            parameters[-1].grad.view(-1)[0] = float("inf")
         scaler.step(optimizer)
         scaler.update()
         if not overflows:

@@ -6,29 +6,13 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from aslora import ASLoRAConfig
+from tests.support import training
+from tests.support.models import llama_of_0_1
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "v0_1"
 BATCH = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(99))
-
-
-def base():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config)
 
 
 def config():
@@ -46,18 +30,13 @@ def expected(folder):
     return load_file(FIXTURES / folder / "expected.safetensors")["logits"]
 
 
-def train(model, steps=3):
-    model.train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(steps):
-        model(input_ids=BATCH, labels=BATCH).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+def train(model):
+    training.train(model.train(), [BATCH] * 3, torch.optim.SGD(training.trainable(model), lr=0.1))
 
 
 @pytest.mark.parametrize("folder", ["aslora_pending", "aslora_finished"])
 def test_a_saved_adapter(tmp_path, folder):
-    model = PeftModel.from_pretrained(base(), FIXTURES / folder, is_trainable=True)
+    model = PeftModel.from_pretrained(llama_of_0_1(), FIXTURES / folder, is_trainable=True)
     torch.testing.assert_close(logits(model), expected(folder), rtol=1e-5, atol=1e-6)
     model.save_pretrained(tmp_path)
     first, again = (load_file(f / "adapter_model.safetensors") for f in (FIXTURES / folder, tmp_path))
@@ -75,12 +54,12 @@ def test_a_damaged_one_is_refused(tmp_path):
     save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
     (tmp_path / "adapter_config.json").write_text((FIXTURES / "aslora_finished" / "adapter_config.json").read_text())
     with pytest.raises(ValueError, match="digest"):
-        PeftModel.from_pretrained(base(), tmp_path)
+        PeftModel.from_pretrained(llama_of_0_1(), tmp_path)
 
 
 def test_a_full_state_dict_with_zeros_for_dropped_rows(tmp_path):
     state = load_file(FIXTURES / "aslora_state_dict" / "state_dict.safetensors")
-    model = get_peft_model(base(), config())
+    model = get_peft_model(llama_of_0_1(), config())
     result = model.load_state_dict(state, strict=False)
     assert not result.unexpected_keys
     assert not [key for key in result.missing_keys if "aslora" in key]
@@ -89,7 +68,7 @@ def test_a_full_state_dict_with_zeros_for_dropped_rows(tmp_path):
         assert B.merges_taken
         assert torch.equal(B.stacked_B, B.stacked_B[B.sharing_map])
     # And given to a save as it is.
-    other = get_peft_model(base(), config())
+    other = get_peft_model(llama_of_0_1(), config())
     other.save_pretrained(tmp_path / "given", state_dict=state)
     model.save_pretrained(tmp_path / "own")
     given, own = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("given", "own"))

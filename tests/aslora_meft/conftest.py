@@ -1,11 +1,8 @@
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
+
+from tests.support.models import llama
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eos>{% endfor %}"
@@ -40,20 +37,11 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory, tokenizer):
     """A saved random Llama of 4 layers with its tokenizer."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,  # what the blocks of 4-bit weights need
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
     folder = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).save_pretrained(folder)
+    # Blocks of 4-bit weights need a width of 64.
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 2}
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    llama(4, max_position_embeddings=128, **sizes, **special).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -37,7 +37,10 @@ def test_what_the_model_does_not_have_is_named(model_dir, method, given, message
 
 
 def test_model_and_tokenizer(model_dir):
-    model, tokenizer = load_model(ModelArguments(model=str(model_dir)), CPU), load_tokenizer(str(model_dir))
+    model, tokenizer = (
+        load_model(ModelArguments(model=str(model_dir)), CPU),
+        load_tokenizer(ModelArguments(model=str(model_dir))),
+    )
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert load_model(ModelArguments(model=str(model_dir), dtype="bfloat16"), CPU).dtype == torch.bfloat16
     assert tokenizer.padding_side == "right"
@@ -47,13 +50,13 @@ def test_a_tokenizer_without_padding_pads_with_eos(tmp_path, tokenizer):
     bare = copy.deepcopy(tokenizer)
     bare.pad_token = None
     bare.save_pretrained(tmp_path)
-    assert load_tokenizer(str(tmp_path)).pad_token == "<eos>"
+    assert load_tokenizer(ModelArguments(model=str(tmp_path))).pad_token == "<eos>"
 
 
 @pytest.mark.parametrize("name", ["./none", "/none", "no/such/model", "none"])
 def test_a_missing_model_is_named(name):
     with pytest.raises(UsageError, match=f"model='{name}'"):
-        load_tokenizer(name)
+        load_tokenizer(ModelArguments(model=name))
 
 
 def test_a_folder_without_weights_is_named(tmp_path, tokenizer):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from aslora_meft.errors import UsageError
 from aslora_meft.planner.base import build_base
@@ -17,15 +17,18 @@ from aslora_meft.planner.quantised import quantise, quantised_bytes
 from aslora_meft.planner.trace import Extra, Step, trace_step
 from meft import MEFTConfig
 from meft.cost.memory import AdapterShape, Plan, Work
+from tests.support.models import config
+from tests.support.training import trainable
 
 GIB = 2**30
 CONFIGS = {
-    "wide vocabulary": LlamaConfig(
-        vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+    "wide vocabulary": config(
+        "llama", vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2,
     ),
-    "wide layers": LlamaConfig(
-        vocab_size=64, hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4,
+    "wide layers": config(
+        "llama", hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4,
     ),
 }  # fmt: skip
 STEPS = {
@@ -43,7 +46,7 @@ def real_peak(config, dtype, adapter, step):
     if step.checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    optimizer = torch.optim.AdamW(trainable(model), fused=True)
     live = MemoryTracker()
     for tensor in (*model.parameters(), *model.buffers()):
         live.see(tensor)
@@ -114,16 +117,16 @@ def test_meft_is_traced_within_ten_percent(config, step):
 
 def test_the_counter_gives_the_numbers_of_the_example():
     """Llama-7B, LoRA r 64, 2 x 256: 13.24 GiB with checkpointing and 16.37 without, with torch's plain attention."""
-    config = LlamaConfig(
-        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000,
-        use_cache=False,
+    shape = config(
+        "llama", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, vocab_size=32000, use_cache=False,
     )  # fmt: skip
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
+        model = LlamaForCausalLM(shape).to(torch.bfloat16)
         model = get_peft_model(model, LoraConfig(r=64, target_modules=["q_proj", "v_proj"]))
     ids = torch.zeros(2, 256, dtype=torch.long, device="meta")
     mask = torch.ones(2, 1, 256, 256, dtype=torch.bool, device="meta")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
+    optimizer = torch.optim.AdamW(trainable(model), foreach=False)
     live = MemoryTracker()
     for parameter in model.parameters():
         live.see(parameter)
@@ -196,13 +199,11 @@ UNTRACED = {"adamss", "boft", "cpt", "frod", "poly", "shira", "unilora", "vblora
 
 
 def test_which_methods_can_be_planned():
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2
-    )
+    shape = config("llama", hidden_size=256, intermediate_size=256, num_key_value_heads=2)
     refused = {}
     for method in methods().keys() - {"meft"}:
         try:
-            model = adapt(build_base(copy.deepcopy(config), "bfloat16"), method_config(method, {}), method)
+            model = adapt(build_base(copy.deepcopy(shape), "bfloat16"), method_config(method, {}), method)
             memory = trace_step(model, Step(1, 8), method)
             assert memory.peak > memory.parts["base"] > 0
         except UsageError as error:

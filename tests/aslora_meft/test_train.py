@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from aslora_meft.arguments import DataArguments, parse_train
+from aslora_meft.data.samples import IGNORED, load_samples
 from aslora_meft.errors import UsageError
-from aslora_meft.samples import IGNORED, load_samples
 from aslora_meft.train import train
 
 
@@ -53,7 +53,7 @@ def test_before_is_the_base_model(run, model_dir, text_file):
     """Held-out loss of the untouched model, computed here from the same windows."""
     before = run("lora").before
     model, tokenizer = LlamaForCausalLM.from_pretrained(model_dir), AutoTokenizer.from_pretrained(model_dir)
-    _, held_out = load_samples(DataArguments(data=str(text_file), max_length=32), tokenizer, seed=42)
+    _, held_out, _ = load_samples(DataArguments(data=[str(text_file)], max_length=32), tokenizer, seed=42)
     total = count = 0
     for sample in held_out:
         ids, labels = torch.tensor([sample["input_ids"]]), torch.tensor([sample["labels"]])
@@ -112,15 +112,10 @@ def test_meft_tells_what_it_moved(run, tmp_path, capsys):
     assert (config.r, config.num_experts, config.experts_per_token, config.top_k) == (64, 16, 8, 8)
     report = result.model.base_model.transfer_report()
     told = capsys.readouterr().out
-    for name in ("host to device", "device to host"):  # on a CPU nothing crosses, and the counters say what would
-        assert f"{name:<40}{'0 MiB':>16}\n" in told
-    assert f"brought {report.totals()['bytes_to_device'] / 2**20:,.1f} MiB, and" in told
-    for line in str(report).splitlines()[-3:]:
-        assert line in told
+    assert str(report) in told
     kept = json.loads((tmp_path / "out" / "results.json").read_text())["transfers"]
     assert kept == report.to_dict()
     assert 0 < kept["union_share"] <= 1
-    assert min(kept["bytes_to_device"], kept["bytes_to_host"]) > 0
 
 
 def test_meft_rows_in_dense_mode_on_a_four_bit_base(run):

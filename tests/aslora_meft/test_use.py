@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, TextStreamer
 
 from aslora import ASLoRAConfig
 from aslora_meft.cli import main
-from aslora_meft.evaluate import measure
+from aslora_meft.evaluate_command import measure
 from meft import MEFTConfig
 
 
@@ -144,7 +144,7 @@ def test_a_chat_keeps_its_turns(adapters, tokenizer, model_dir, capsys, monkeypa
 
 BAD = {
     "no adapter": (["generate", "{tmp}", "--prompt", "a"], "holds no adapter_config.json"),
-    "no folder": (["evaluate", "{tmp}/none", "--data", "{rows}"], "holds no adapter_config.json"),
+    "no folder": (["evaluate", "{tmp}/none", "--data", "{rows}"], "does not exist"),
     "empty prompt": (["generate", "{out}", "--prompt", " "], "prompt=' ' is empty"),
     "no tokens": (["generate", "{out}", "--prompt", "a", "--max_new_tokens", "0"], "max_new_tokens=0"),
     "temperature": (["generate", "{out}", "--prompt", "a", "--temperature", "nan"], "temperature=nan"),

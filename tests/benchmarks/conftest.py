@@ -1,12 +1,7 @@
 """What the tests of several benchmarks share."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "benchmarks"), str(Path(__file__).parent)]
 
 
 @pytest.fixture

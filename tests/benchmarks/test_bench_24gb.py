@@ -123,7 +123,7 @@ def test_without_the_gate_rows_say_so(monkeypatch):
 
 def test_rows_that_many_generators_draw_are_the_same_each_time():
     def drawn():
-        table = RowTable((600, 64), master=torch.float32, wire=torch.bfloat16, on_host=True, pin=False)
+        table = RowTable((600, 64), master=torch.float32, compute_dtype=torch.bfloat16, on_host=True, pin=False)
         with models.filled_by_many():
             table.fill(0.02)
         return table.rows.detach()

@@ -3,23 +3,19 @@
 import csv
 import json
 import math
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import bench_aslora_quality as bench
+import paired_test
 import pytest
 import torch
+from aslora_quality import report, tasks
+from aslora_quality.rows import Rows
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import bench_aslora_quality as bench  # noqa: E402
-import paired_test  # noqa: E402
-from aslora_quality import report, tasks  # noqa: E402
-from aslora_quality.rows import Rows  # noqa: E402
+from tests.support.models import llama
 
 ROBERTA = [(768, 768), (768, 768)]  # query and value
 SMOLLM2 = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
@@ -89,13 +85,12 @@ def test_too_few_examples_and_a_wrong_folder_are_data_errors(tmp_path):
         tasks.load_splits(tmp_path, BANKING)
 
 
-def test_a_wrong_folder_ends_the_program_with_one_sentence(tmp_path):
-    run = subprocess.run(
-        [sys.executable, BENCHMARKS / "bench_aslora_quality.py", "--data", tmp_path], capture_output=True, text=True
-    )
-    said = [line for line in run.stderr.splitlines() if "--data" in line]
-    assert run.returncode == 2
-    assert "Traceback" not in run.stderr
+def test_a_wrong_folder_ends_the_program_with_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_aslora_quality.py", "--data", str(tmp_path)])
+    assert bench.main() == 2
+    error = capsys.readouterr().err
+    said = [line for line in error.splitlines() if "--data" in line]
+    assert "Traceback" not in error
     assert len(said) == 1
     assert "banking77/train.csv" in said[0]
 
@@ -122,10 +117,8 @@ def test_labels_are_the_completion_alone():
 
 def test_score_is_what_greedy_generation_gives():
     """One forward pass over the true completion decides what a decoding loop would, padding or not."""
-    torch.manual_seed(0)
-    size = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                       pad_token_id=0, eos_token_id=None)  # fmt: skip
-    model = get_peft_model(LlamaForCausalLM(size), LoraConfig(r=2, task_type="CAUSAL_LM")).eval()
+    base = llama(intermediate_size=32, num_key_value_heads=2, pad_token_id=0, eos_token_id=None)
+    model = get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM")).eval()
     prompts = [[2 + i] * (1 + i % 5) for i in range(12)]
     greedy = [
         model.generate(input_ids=torch.tensor([ids]), max_new_tokens=3, do_sample=False)[0].tolist() for ids in prompts

@@ -1,16 +1,10 @@
 """The benchmark runs from end to end on a toy model; its times mean nothing here."""
 
 import json
-import sys
-from pathlib import Path
 
+import bench_aslora_step as bench
 import pytest
 import torch
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import bench_aslora_step as bench  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -2,15 +2,10 @@
 
 import json
 import os
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import bench_host_picks as bench
+import pytest
+import torch
 
 SIZE = (64, 48, 8, 3, 10)
 

@@ -2,15 +2,10 @@
 
 import json
 import sys
-from pathlib import Path
 
+import bench_meft_cpu as bench
 import pytest
 import torch
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import bench_meft_cpu as bench  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -1,22 +1,19 @@
 """The recall benchmark's own arithmetic and book-keeping; no real model is loaded."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import bench_meft_recall as bench
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from aslora_quality.rows import Rows
+from meft_recall import methods, pairs, report
+from meft_recall.methods import METHODS, UNTRAINED, Method
+from meft_recall.pairs import Pair, Recall
+from transformers import LlamaForCausalLM
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import bench_meft_recall as bench  # noqa: E402
-from aslora_quality.rows import Rows  # noqa: E402
-from meft_recall import methods, pairs, report  # noqa: E402
-from meft_recall.methods import METHODS, UNTRAINED, Method  # noqa: E402
-from meft_recall.pairs import Pair, Recall  # noqa: E402
+from tests.support.models import llama
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ?'."
 
@@ -34,11 +31,9 @@ class Letters:
 
 
 def tiny() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=2 + len(LETTERS), hidden_size=64, intermediate_size=64, num_hidden_layers=2,
-                    num_attention_heads=2, initializer_range=0.3, pad_token_id=0, eos_token_id=1, bos_token_id=None)
-    )  # fmt: skip
+    sizes = {"vocab_size": 2 + len(LETTERS), "hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 2}
+    special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    return llama(**sizes, **special, initializer_range=0.3)
 
 
 def write_questions(folder: Path, rows: list[dict]) -> None:
@@ -83,12 +78,14 @@ def test_a_smaller_task_is_part_of_a_larger_and_long_ones_are_left_out(tmp_path)
         pairs.load_pairs(tmp_path, Recall(13, 1), Letters())
 
 
-def test_a_wrong_folder_is_one_sentence(tmp_path):
+def test_a_wrong_folder_is_one_sentence(tmp_path, monkeypatch, capsys):
     with pytest.raises(pairs.DataError, match=r"nq_open/NQ-open\.dev\.jsonl"):
         pairs.load_pairs(tmp_path, Recall(1, 1), Letters())
-    run = subprocess.run([sys.executable, BENCHMARKS / "bench_meft_recall.py"], capture_output=True, text=True)
-    assert run.returncode == 2
-    assert "--data is needed" in run.stderr
+    monkeypatch.setattr(sys, "argv", ["bench_meft_recall.py"])
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    assert ended.value.code == 2
+    assert "--data is needed" in capsys.readouterr().err
 
 
 def test_each_pass_has_each_pair_once_and_follows_the_seed():

@@ -63,12 +63,12 @@ def test_ratios_are_of_rounds():
 def test_a_wrong_update_is_found_before_any_time(monkeypatch, fault):
     update = bench.update_rows
 
-    def wrong(table, *others, **settings):
-        update(table, *others, **settings)
+    def wrong(state, *others, **settings):
+        update(state, *others, **settings)
         if fault == "another row":
-            table[0] += 1
+            state.table[0] += 1
         else:
-            table[1] *= 1.001
+            state.table[1] *= 1.001
 
     monkeypatch.setattr(bench, "update_rows", wrong)
     with pytest.raises(SystemExit, match="nothing is reported"):

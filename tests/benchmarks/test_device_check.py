@@ -18,7 +18,9 @@ import torch
 from card_24gb.plan import quick_plan
 from device import build, findings, headline, probe, sanitizer, verdicts
 from kernel_bench.targets import targets as kernel_targets
-from made_results import finding, results_of
+
+from tests.support.made_results import finding, results_of
+from tests.support.processes import once
 
 ROOT = Path(check.ROOT)
 
@@ -27,19 +29,23 @@ ROOT = Path(check.ROOT)
 
 
 @pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory):
+def rehearsal(request):
     """The folder of one whole rehearsal, its results, and the processor seconds that it took."""
-    out = tmp_path_factory.mktemp("rehearsal")
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, str(ROOT / "benchmarks" / "device_check.py"), "--rehearse", "--out", str(out)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert run.returncode == 0, run.stdout + run.stderr + (out / "log.txt").read_text()[-4000:]
-    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return out, json.loads((out / "results.json").read_text()), spent
+
+    def rehearse(folder):
+        out, before = folder / "out", resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, str(ROOT / "benchmarks" / "device_check.py"), "--rehearse", "--out", str(out)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert run.returncode == 0, run.stdout + run.stderr + (out / "log.txt").read_text()[-4000:]
+        (folder / "spent").write_text(str(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime))
+
+    folder = once(request, "rehearsal", rehearse)
+    out = folder / "out"
+    return out, json.loads((out / "results.json").read_text()), float((folder / "spent").read_text())
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_rehearsal_runs_every_part(rehearsal):
     out, results, spent = rehearsal
     assert [(row["part"], row["status"]) for row in results["parts"]] == [(part.name, "done") for part in check.PARTS]
@@ -52,7 +58,7 @@ def test_a_rehearsal_runs_every_part(rehearsal):
     assert all(op in text for op in ("router_topk", "sparse_ffn", "device-keys", "host in sleeping streams"))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_rehearsal_measures_nothing(rehearsal):
     out, results, _ = rehearsal
     text = (out / "verdicts.txt").read_text()
@@ -66,7 +72,7 @@ def test_a_rehearsal_measures_nothing(rehearsal):
     assert ingest.cells(results) == {}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_rehearsal_stays_out_of_the_results(rehearsal, tmp_path, capsys):
     out, _, _ = rehearsal
     with pytest.raises(SystemExit):
@@ -107,7 +113,7 @@ def findings_of_a_device(monkeypatch, capsys):
     return said + [finding(target.name, "worst of 3: 1.5", part="kernels") for target in kernel_targets([], "X9", 90)]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_device_fills_every_mark(rehearsal, tmp_path, monkeypatch, capsys):
     out, results, _ = rehearsal
     marks = [match[2] for match in ingest.MARKED.finditer(PAGES)]

@@ -11,11 +11,9 @@ from device import amp, chain, engine, findings, ops, probe, sanitizer
 from device.sleepy import SleepyStreams
 
 from meft.cost import calibration
-
-findings.use_tests("meft", "adapter_kernels")
-from fake_cuda import FakeCuda  # noqa: E402
-from kernel_checks import PAD, Fenced, in_poison  # noqa: E402
-from on_device import on_device  # noqa: E402
+from tests.support.fake_cuda import FakeCuda
+from tests.support.kernels.kernel_checks import PAD, Fenced, in_poison
+from tests.support.kernels.on_device import on_device
 
 CPU = torch.device("cpu")
 
@@ -162,7 +160,10 @@ def test_sleepy_streams_sleep_and_lose_nothing(monkeypatch, cuda):
 def test_settings_are_the_whole_grid():
     every = chain.settings()
     assert len({setting.title() for setting in every}) == len(every)
-    assert sum(setting.wire == "bfloat16" and setting.accumulation == 1 for setting in every) == 4 * 2 * 3 * 2 * 2 + 2
+    assert (
+        sum(setting.compute_dtype == "bfloat16" and setting.accumulation == 1 for setting in every)
+        == 4 * 2 * 3 * 2 * 2 + 2
+    )
 
 
 def test_a_wrong_setting_and_one_without_time_are_told(told):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 
-import meft.retrieval.strategies
+import meft.routing.topk
 from meft import MEFTConfig
 
 CPU = torch.device("cpu")
@@ -45,20 +45,19 @@ def test_own_picks_are_made_and_replaced(monkeypatch):
 
     def original(x, *_):
         asked.append(len(x))
-        return torch.zeros(len(x), 2, dtype=torch.int32)
+        return torch.zeros(len(x), 2, dtype=torch.int32), torch.zeros(len(x), 2)
 
-    monkeypatch.setattr(meft.retrieval.strategies, "picked_neurons", original)
+    monkeypatch.setattr(meft.routing.topk, "select_neurons", original)
     ids = routing.Routing("0.5").ids(8, 3, 1, 4)
     with routing.forced_picks(ids, routing.SUBSETS, 4, 2):
         found = [
-            meft.retrieval.strategies.picked_neurons(torch.zeros(4, 1), None, None, None)
-            for _ in range(routing.SUBSETS + 1)
+            meft.routing.topk.select_neurons(torch.zeros(4, 1), None, None, None)[0] for _ in range(routing.SUBSETS + 1)
         ]
     assert asked == [4] * (routing.SUBSETS + 1)
     assert all(len(some.unique()) == 4 for some in found)
     assert torch.equal(found[0], found[-1])
     assert not all(torch.equal(found[0], some) for some in found)
-    assert meft.retrieval.strategies.picked_neurons is original
+    assert meft.routing.topk.select_neurons is original
 
 
 def test_other_tokens_than_announced_are_refused():

@@ -5,7 +5,8 @@ import json
 import ingest_device as ingest
 import pytest
 from device import findings
-from made_results import finding, results_of
+
+from tests.support.made_results import finding, results_of
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ import runpy
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from aslora_meft.cli import main
+from tests.support.models import llama
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
@@ -25,13 +25,10 @@ def model_dir(tmp_path_factory):
     )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2,
-        max_position_embeddings=1024, pad_token_id=0, eos_token_id=1, bos_token_id=1,
-    )  # fmt: skip
     folder = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).save_pretrained(folder)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 2}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    llama(4, max_position_embeddings=1024, **sizes, **special).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -5,24 +5,14 @@ A test takes `device`, and has then a variant "cpu", which is part of every run,
 """
 
 import os
-import sys
-from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # runs are compared bit for bit
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-from device.findings import use_tests
-
-use_tests("meft", "adapter_kernels")
-
-from fake_cuda import FakeCuda  # noqa: E402
-
-from meft.transport.streams import CudaStreams  # noqa: E402
+from meft.transport.streams import CudaStreams
+from tests.support.fake_cuda import FakeCuda
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -9,9 +9,9 @@ import pytest
 import torch
 from device.chain import STRATEGIES, Setting, adapted, difference, end, settings, stepping, train, trained, use
 from device.engine import in_place, streams_maker
-from row_checks import same_bits, table
 
 from meft.transport.transfer import bring_rows, page_locked
+from tests.support.kernels.row_checks import same_bits, table
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from peft import get_peft_model, load_peft_weights, set_peft_model_state_dict
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from aslora import ASLoRAConfig
 from meft import MEFTConfig
+from tests.support.models import llama
+from tests.support.training import train, trainable
 
 MERGES = {"merge_start": 1, "merge_interval": 2, "num_merges": 2}
 CONFIGS = {
@@ -17,12 +19,8 @@ CONFIGS = {
 configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
-def llama(dtype=torch.float32, layers=4):
-    torch.manual_seed(0)
-    shape = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers}
-    return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=1, use_cache=False)).to(
-        dtype
-    )
+def small(dtype=torch.float32, layers=4):
+    return llama(layers, dtype, hidden_size=64, intermediate_size=128, use_cache=False)
 
 
 def batch(seed=0, rows=4):
@@ -31,16 +29,9 @@ def batch(seed=0, rows=4):
 
 def losses_of(model, device, steps, optimizer=None, forward=None):
     """Of some steps, which see what their numbers say."""
-    optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for step in steps:
-        ids = batch(step % 2).to(device)
-        loss = (model if forward is None else forward)(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses, optimizer
+    optimizer = optimizer or torch.optim.AdamW(trainable(model), lr=1e-2)
+    batches = (batch(step % 2).to(device) for step in steps)
+    return train(model if forward is None else forward, batches, optimizer), optimizer
 
 
 # -------------------------------------------------------------------------------------------------------------- users
@@ -59,7 +50,7 @@ def test_a_trainer_in_bfloat16_with_forked_workers(device, tmp_path, config):
         args._n_gpu = min(1, args.n_gpu)  # with several it would take DataParallel
         rows = [{"input_ids": row, "labels": row} for row in batch(rows=16)]
         torch.manual_seed(1)
-        return Trainer(get_peft_model(llama(), config()), args, train_dataset=rows)
+        return Trainer(get_peft_model(small(), config()), args, train_dataset=rows)
 
     def losses(trainer):
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -78,7 +69,7 @@ def test_a_base_in_4_bit_is_trained_around(device, tmp_path, config):
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
-    llama().save_pretrained(tmp_path)
+    small().save_pretrained(tmp_path)
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     place = {"": str(device)}
     base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=four, device_map=place, dtype="float32")
@@ -99,14 +90,14 @@ def test_a_base_in_4_bit_is_trained_around(device, tmp_path, config):
 
 
 def aslora(device, layers=4, **fields):
-    base, fields = llama(torch.float64, layers), MERGES | fields
+    base, fields = small(torch.float64, layers), MERGES | fields
     torch.manual_seed(1)
     return get_peft_model(base, ASLoRAConfig(r=4, target_modules=["q_proj", "v_proj"], **fields)).to(device)
 
 
 def sgd(model):
     """What two devices round differently stays as small as it is; AdamW would divide it by the size of a gradient."""
-    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0, momentum=0.9)
+    return torch.optim.SGD(trainable(model), lr=1.0, momentum=0.9)
 
 
 def ran(device, steps=8, forward=None, **fields):

@@ -7,11 +7,12 @@ import torch
 from device.battery import DTYPES, Battery
 from device.findings import first_line
 from device.ops import OPS
-from mutations import MUTATIONS, is_noticed
+
+from tests.support.kernels.mutations import MUTATIONS, is_noticed
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:  # by test_interpreted.py; one dtype, for device_check.py's rehearsal has them all
-    import interpreter_repair
+    from tests.support.kernels import interpreter_repair
 
     interpreter_repair.repair()
     DEVICE, DTYPES = torch.device("cpu"), {"fp32": DTYPES["fp32"]}

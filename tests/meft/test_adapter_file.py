@@ -7,11 +7,7 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import peft.peft_model
 import pytest
@@ -19,14 +15,15 @@ import torch
 from peft import PeftModel
 from peft.utils import set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from meft.files.adapter_file import FILE
 from peft_bridge.weights import _saving
+from tests.support.adapter_files import CONFIG, WEIGHTS, edit_config, rewrite
+from tests.support.processes import run_code
 
 DIGEST = FILE.digest_key
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def make(tiny, **fields):
@@ -73,17 +70,6 @@ def refuses(tiny, model, folder, match, error=ValueError):
             if "broken" in model.peft_config:
                 model.delete_adapter("broken")  # PEFT adds an adapter before it reads the file
         tiny.assert_equal(tiny.whole_state(model), before)
-
-
-def rewrite(folder, change):
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def edit_config(folder, **fields):
-    content = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(content | fields))
 
 
 # ---------------------------------------------------------------------- what is in a file
@@ -263,12 +249,11 @@ def test_a_model_that_has_no_values_yet_loads_after_an_error(tiny, good, damaged
 # One process that trains, saves, and forks: each of its children saves again and is killed at one point.
 CHILD = """
 import builtins, os, pathlib, resource, shutil, signal, sys
-sys.path.insert(0, sys.argv[1])
 import torch, safetensors.torch, peft.peft_model, peft.config
 import meft.transport.host_tensors, meft.files.training_state, peft_bridge.weights
-from tests.meft.conftest import Tiny
+from tests.support.tiny_meft import Tiny
 
-root = pathlib.Path(sys.argv[2])
+root = pathlib.Path(sys.argv[1])
 model = Tiny.adapted(dtype=torch.float32)
 optimizer = Tiny.train(model, 1)
 model.save_pretrained(root / "first")
@@ -361,12 +346,9 @@ POINTS = {
 @pytest.fixture(scope="module")
 def saves(tmp_path_factory):
     """The folder of each point in which a process was killed there; and what a large save takes, in MiB."""
-    here, folder = Path(__file__).parents[2], tmp_path_factory.mktemp("saves")
-    command = [sys.executable, "-W", "ignore", "-c", CHILD, str(here), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    lines = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 2]
+    folder = tmp_path_factory.mktemp("saves")
+    printed = run_code(CHILD, folder, timeout=300)
+    lines = [line.split("|") for line in printed.splitlines() if line.count("|") == 2]
     found = {point: folder / number for number, point, code in lines if int(code) == -signal.SIGKILL}
     return found, int(lines[-1][2])
 

@@ -11,6 +11,7 @@ from meft.cost.auto import choose, model_profile
 from meft.cost.calibration import Calibration
 from meft.cost.memory import AdapterShape, Plan, Work
 from meft.cost.step_time import BaseModel, Ceilings
+from meft.retrieval.engine import out_of_memory_errors
 
 GIB = 2**30
 BASE = BaseModel(256, 4 * 4096**2, 3 * 4096 * 11008, 4096, 32000 * 4096)
@@ -91,7 +92,7 @@ def test_what_an_engine_knows_of_its_model(tiny):
     assert base.weight_bytes == 4
     attention = 32 * 32 * 2 + 2 * 32 * 16  # q, o, and k, v of one head of two
     assert attention <= base.attention <= attention + 3 * 32 + 8 * 32  # norms, and the router
-    assert model.base_model._around().base == base
+    assert model.base_model._profile().base == base
 
 
 def test_an_engine_on_the_cpu_with_auto_reads_in_place(tiny):
@@ -125,6 +126,6 @@ def test_each_plan_reads_the_memory_that_is_free_then(monkeypatch):
 def test_errors_for_want_of_memory_are_counted_by_the_allocator(monkeypatch):
     stats = {"num_ooms": 3}
     monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: stats)
-    assert auto.out_of_memory_errors(torch.device("cuda", 0)) == 3
+    assert out_of_memory_errors(torch.device("cuda", 0)) == 3
     stats.clear()  # a backend of the allocator that does not count
-    assert auto.out_of_memory_errors(torch.device("cuda", 0)) == 0
+    assert out_of_memory_errors(torch.device("cuda", 0)) == 0

@@ -10,10 +10,10 @@ from collections import Counter
 
 import pytest
 import torch
-from test_waits import Base, activations, change
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meft.transport.streams import HostStreams
+from tests.meft.test_waits import Base, activations, change
 
 # A look at a value, of which test_waits knows whether somebody waits for it, launches nothing either.
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "view", "_unsafe_view", "reshape", "_reshape_alias", "t"}

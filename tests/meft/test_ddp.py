@@ -1,27 +1,23 @@
 """Two gloo processes: DDP equals one process with the joint batch, and the ranks equal each other; FSDP is refused.
 
-The processes run this file as a script, once for all tests (`python test_distributed.py RANK FOLDER`).
+The processes run this file as a script, once for all tests (`python test_ddp.py RANK FOLDER`).
 """
 
-import os
-import subprocess
 import sys
-import time
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.meft.conftest import Tiny
-from tests.meft.thread_streams import ThreadStreams
+from tests.support.processes import once, result_of, run_ranks, saved_by_ranks, work_as_rank
+from tests.support.thread_streams import ThreadStreams
+from tests.support.tiny_meft import Tiny
+from tests.support.training import assert_close
 
+pytestmark = pytest.mark.slow  # two processes, for all of them
 WORLD, STEPS, ROWS, LENGTH = 2, 5, 2, 6
 ENGINES = {
     "stream refetch": {"retrieval": "stream", "backward_rows": "refetch"},
@@ -272,78 +268,17 @@ for _name, _fields in ENGINES.items():
     }
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",
-        rank=rank,
-        world_size=WORLD,
-        timeout=timedelta(seconds=60),  # a rank that waits for one that failed
-    )
-    results = {}
-    for name, task in TASKS.items():
-        began = time.perf_counter()
-        try:
-            results[name] = task(rank)
-        except Exception as error:  # the other tests still have something to say; both ranks fail alike
-            results[name] = repr(error)
-        print(f"{name}: {time.perf_counter() - began:.2f} s", flush=True)
-        torch.save(results, folder / f"rank{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
 # ---------------------------------------------------------------------- tests
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(request):
     """The results of both processes."""
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    logs = [folder / f"rank{rank}.log" for rank in range(WORLD)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, str(rank), str(folder)],
-            env=environment,
-            cwd=Path(__file__).parents[2],
-            stdout=logs[rank].open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(WORLD)
-    ]
-    deadline = time.monotonic() + 240
-    # One that fails leaves the other waiting: then neither is worth waiting for.
-    while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.1)
-    for process in processes:
-        process.kill()
-        process.wait()
-    assert [p.returncode for p in processes] == [0] * WORLD, "\n".join(log.read_text() for log in logs)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]
-
-
-def result(ranks, name):
-    results = [rank[name] for rank in ranks]
-    for entry in results:
-        assert not isinstance(entry, str), entry
-    return results
-
-
-def assert_close(state, expected):
-    assert state.keys() == expected.keys()
-    for name, value in expected.items():
-        if value.is_floating_point():
-            # The joint batch's mean is summed in another order; AdamW divides by small square roots.
-            torch.testing.assert_close(state[name], value, rtol=1e-7, atol=1e-10, msg=name)
-        else:
-            assert torch.equal(state[name], value), name
+    return saved_by_ranks(once(request, "ranks_of_meft", lambda folder: run_ranks(__file__, folder)))
 
 
 def assert_bit_equal(ranks, name):
-    first, second = result(ranks, name)
+    first, second = result_of(ranks, name)
     Tiny.assert_equal(first["state"], second["state"])
     assert any(".counts" in key for key in first["state"])
     return first
@@ -363,7 +298,7 @@ def alone():
 
 
 def test_tables_are_not_in_ddps_buckets(ranks):
-    for entry in result(ranks, "ddp"):
+    for entry in result_of(ranks, "ddp"):
         assert len(entry["ignored"]) == 4
         assert all(name.endswith(".rows") for name in entry["ignored"])
         assert len(entry["buckets"]) == 2
@@ -378,7 +313,7 @@ def test_the_rows_of_the_first_rank_count_and_both_end_equal(ranks, alone):
 @pytest.mark.parametrize("name", ["clipping", *(f"ddp, {name}" for name in ENGINES)])
 def test_clipping_counts_the_same_norm_as_one_process(ranks, alone, name):
     expected, norms = alone(clip=True)
-    for entry in result(ranks, name):
+    for entry in result_of(ranks, name):
         assert entry["norms"] == pytest.approx(norms, rel=1e-9)
         assert min(entry["norms"]) > 0.05
     assert_close(assert_bit_equal(ranks, name)["state"], expected)
@@ -403,7 +338,7 @@ def test_accumulation_with_no_sync(ranks, name):
         (model(input_ids=joint(number), labels=joint(number)).loss / 2).backward()
 
     norms = accumulate(model, backward, clip)
-    for entry in result(ranks, name):
+    for entry in result_of(ranks, name):
         assert entry["norms"] == pytest.approx(norms, rel=1e-9)
     assert all(norm > 0.05 for norm in norms)
     assert_close(assert_bit_equal(ranks, name)["state"], Tiny.whole_state(model))
@@ -411,20 +346,20 @@ def test_accumulation_with_no_sync(ranks, name):
 
 @pytest.mark.parametrize("name", each("lengths"))
 def test_ranks_with_other_lengths_and_padding_alone(ranks, name):
-    assert_close(assert_bit_equal(ranks, name)["state"], result(ranks, "lengths")[0]["state"])
+    assert_close(assert_bit_equal(ranks, name)["state"], result_of(ranks, "lengths")[0]["state"])
 
 
 @pytest.mark.parametrize("name", each("evaluation first"))
 def test_an_evaluation_before_the_first_step_sees_the_first_ranks_rows(ranks, name):
     with torch.no_grad():
         expected = adapted()(input_ids=joint(0)).logits
-    for entry in result(ranks, name):
+    for entry in result_of(ranks, name):
         torch.testing.assert_close(entry["logits"], expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["apart", "apart in backward"])
 def test_ranks_that_train_apart_do_not_speak_to_each_other(ranks, name):
-    for rank, entry in enumerate(result(ranks, name)):
+    for rank, entry in enumerate(result_of(ranks, name)):
         assert entry["begun"] == 0
         model = adapted(delay=None if name == "apart" else 0.0, retrieval="stream" if name != "apart" else "auto")
         optimizer = train(model, rank, steps=range(2))[0] if rank == 0 else None
@@ -434,13 +369,13 @@ def test_ranks_that_train_apart_do_not_speak_to_each_other(ranks, name):
 
 def test_uneven_inputs_by_ddps_join_are_refused(ranks):
     """A rank that has joined shadows DDP's averages, not those of the rows: the others would wait for it."""
-    for entry in result(ranks, "joined"):
+    for entry in result_of(ranks, "joined"):
         assert "MEFT does not support DistributedDataParallel.join()" in entry["error"], entry["error"]
 
 
 @pytest.mark.parametrize("name", each("nonfinite"))
 def test_a_nonfinite_loss_on_one_rank_skips_the_step_on_all(ranks, alone, name):
-    for entry in result(ranks, name):
+    for entry in result_of(ranks, name):
         assert entry["begun"] == 0
         assert entry["same"]
         assert entry["skipped"] == 1
@@ -449,7 +384,7 @@ def test_a_nonfinite_loss_on_one_rank_skips_the_step_on_all(ranks, alone, name):
 
 def test_updates_in_the_backward_pass_wait_for_the_step(ranks, alone):
     """Only then are the ranks' gradients averaged; they may be clipped, too."""
-    for entry in result(ranks, "in backward"):
+    for entry in result_of(ranks, "in backward"):
         assert not any(entry["early"])
     state = assert_bit_equal(ranks, "in backward")["state"]
     Tiny.assert_equal(state, assert_bit_equal(ranks, "within the step")["state"])
@@ -458,7 +393,7 @@ def test_updates_in_the_backward_pass_wait_for_the_step(ranks, alone):
 
 @pytest.mark.parametrize("name", ["fsdp2", "fsdp2 layers", "fsdp1", "fsdp1 original"])
 def test_fsdp_is_refused(ranks, name):
-    for entry in result(ranks, name):
+    for entry in result_of(ranks, name):
         assert "FSDP" in entry["error"], entry["error"]
         assert "not supported" in entry["error"]
         assert "DistributedDataParallel" in entry["error"]
@@ -467,7 +402,7 @@ def test_fsdp_is_refused(ranks, name):
 def test_deepspeed_is_refused_when_a_trainers_run_begins():
     from types import SimpleNamespace
 
-    from peft_bridge.trainer import RunEvents
+    from peft_bridge.trainer_runs import RunEvents
 
     model = adapted()
     optimizer = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})()
@@ -478,4 +413,5 @@ def test_deepspeed_is_refused_when_a_trainers_run_begins():
 
 
 if __name__ == "__main__":
-    worker(int(sys.argv[1]), Path(sys.argv[2]))
+    number = int(sys.argv[1])
+    work_as_rank(number, Path(sys.argv[2]), {name: partial(task, number) for name, task in TASKS.items()})

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from test_engine import STRATEGIES
-from thread_streams import ThreadStreams
 
 import meft
 from meft import RowAdamW
 from meft.transport.streams import HostStreams
+from tests.support.thread_streams import ThreadStreams
+from tests.support.tiny_meft import STRATEGIES
 
 CPU = torch.device("cpu")
 LANES = {"in place": lambda: None, "host streams": lambda: HostStreams(CPU), "late streams": ThreadStreams}

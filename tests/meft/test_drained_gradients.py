@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from thread_streams import ThreadStreams
 from torch import nn
 
 import meft.gradient.drain
@@ -22,9 +21,10 @@ from meft.gradient.offload_ring import GradientRing
 from meft.gradient.pool import GradientPool
 from meft.gradient.row_gradient import RowGradient
 from meft.table.gpu_step import ZeroCopySteps
-from meft.table.row_step import StepRule, native_library, update_rows
+from meft.table.row_step import RowState, StepRule, native_library, update_rows
 from meft.transport.streams import HostStreams
 from meft.transport.transfer import Traffic
+from tests.support.thread_streams import ThreadStreams
 
 R, D = 40, 24
 ROWS = torch.arange(1, R, 3)
@@ -279,10 +279,11 @@ def test_unscaling_and_clipping_need_no_look(ring, path, monkeypatch):
     assert torch.equal(table.grad.row_values, values.float().mul(2.0**-16).mul(factor))
 
 
-def states(dtype):
+def state_of(dtype):
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(R, D, generator=generator).to(dtype)
-    return [table, torch.zeros(R, D), torch.zeros(R, D), torch.zeros(R, dtype=torch.int32)]
+    copy = torch.zeros(R, D, dtype=torch.bfloat16) if dtype == torch.float32 else None
+    return RowState(table, torch.zeros(R, D), torch.zeros(R, D), torch.zeros(R, dtype=torch.int32), copy)
 
 
 @pytest.mark.parametrize("factors", [(), (0.3,), (2.0**-16, 0.3), (1e-38, 1e-5), (-0.7, 0.0)], ids=str)
@@ -294,23 +295,19 @@ def test_the_update_multiplies_as_torch_does(way, dtype, rule, factors, monkeypa
     factors = tuple(float(torch.tensor(f, dtype=torch.float32)) for f in factors)
     gradient, found = randn(len(ROWS), D, dtype=torch.float32), []
     for given_factors in (factors, ()):
-        state, wire = states(dtype), torch.zeros(R, D, dtype=torch.bfloat16)
+        state = state_of(dtype)
         for scale in (1.0, -3.0):
             grads = gradient * scale
             for factor in () if given_factors else factors:
                 grads = grads * factor
             if way == "by the device":
                 streams = ThreadStreams()
-                ZeroCopySteps(streams, D)(
-                    Traffic(), *state, ROWS, grads, rule, wire=wire if dtype == torch.float32 else None, seed=3,
-                    factors=given_factors,
-                )  # fmt: skip
+                ZeroCopySteps(streams, D)(Traffic(), state, ROWS, grads, rule, seed=3, factors=given_factors)
                 streams.close()
             else:
                 native = way if dtype == torch.float32 else None
-                kept = wire if dtype == torch.float32 else None
-                update_rows(*state, ROWS, grads, rule, wire=kept, seed=3, factors=given_factors, native=native)
-        found.append([*state, wire])
+                update_rows(state, ROWS, grads, rule, seed=3, factors=given_factors, native=native)
+        found.append([x for x in state if x is not None])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 

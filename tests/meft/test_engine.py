@@ -2,31 +2,14 @@
 
 import pytest
 import torch
-from thread_streams import ThreadStreams
 from torch._C._profiler import _ExperimentalConfig
 
 import meft.retrieval.engine
-import meft.retrieval.strategies
+import meft.retrieval.strategies.resident
 from meft.routing.reference import reference
 from meft.transport.streams import HostStreams
-
-STRATEGIES = ["host", "stream", "device-keys", "device-rows"]
-ROWS = ["save", "refetch"]
-
-
-def on_streams(model, **fields):
-    """Let the model's engines take fake streams; updates run beside the computation too, then."""
-    streams = ThreadStreams(**fields)
-    for engine in model.base_model.engines.values():
-        engine.use(streams)
-    return streams
-
-
-def integers(model):
-    """Integer values, so that every sum is exact in whatever order."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_((parameter * 8).round().clamp(-4, 4))
+from tests.support.thread_streams import on_streams
+from tests.support.tiny_meft import ROWS, STRATEGIES
 
 
 def pair(tiny, dtype=torch.float64, layers=3, **fields):
@@ -154,7 +137,7 @@ def test_a_model_on_several_devices_is_refused(tiny):
     engine = ours.base_model.engines["default"]
     layer, x = engine.layers[1], torch.zeros(1, tiny.WIDTH, device="meta")
     with pytest.raises(RuntimeError, match=r"layers are on cpu and meta.*placement='device'"):
-        engine._ready(layer, x)
+        engine._prepare(layer, x)
 
 
 @pytest.mark.parametrize("reason", ["more tokens", "no memory"])
@@ -177,7 +160,7 @@ def test_auto_plans_again_when_more_tokens_come_and_when_memory_ran_out(tiny, mo
 
 
 def captured(monkeypatch):
-    for module in (meft.retrieval.engine, meft.retrieval.strategies):
+    for module in (meft.retrieval.engine, meft.retrieval.strategies.resident):
         monkeypatch.setattr(module, "capturing", lambda x: True)
 
 
@@ -207,7 +190,7 @@ def test_training_is_not_captured(tiny, monkeypatch):
         tiny.loss(ours)
 
 
-PHASES = {"pick", "fetch rows", "sparse FFN", "row gradients", "drain row gradients", "update rows"}
+PHASES = {"select", "gather rows", "sparse FFN", "row gradients", "drain row gradients", "update rows"}
 OWN_PHASES = {
     "host": {"pick on the host"},
     "stream": {"bring keys"},
@@ -226,7 +209,7 @@ def test_a_profile_names_the_phases(tiny, strategy):
         for table in tiny.tables(model):
             table.synchronize()
     named = {event.key.removeprefix("meft: ") for event in profile.key_averages() if event.key.startswith("meft: ")}
-    assert named == PHASES | OWN_PHASES[strategy] | {"fetch rows again"}
+    assert named == PHASES | OWN_PHASES[strategy] | {"gather rows again"}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

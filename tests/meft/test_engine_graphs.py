@@ -6,13 +6,15 @@ import time
 
 import pytest
 import torch
-from passes import GENERATION, checkpointed
-from test_engine import ROWS, STRATEGIES, on_streams
-from thread_streams import ThreadStreams
 
 import meft.gradient.accumulator
+import meft.table.row_table
 from meft import RowAdamW
-from meft.table.moments import Moments
+from meft.retrieval.types import PendingForward, Selection
+from meft.table.row_step import update_rows
+from tests.support.thread_streams import ThreadStreams, on_streams
+from tests.support.tiny_meft import ROWS, STRATEGIES
+from tests.support.training import GENERATION, checkpointed
 
 EACH = [(strategy, rows) for strategy in STRATEGIES for rows in ROWS]
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
@@ -179,13 +181,11 @@ def test_generation_with_a_cache(tiny, strategy, kind):
 
 @pytest.fixture
 def slow_updates(monkeypatch):
-    real = Moments.update
-
-    def update(self, *args):
+    def update(*args, **settings):
         time.sleep(0.02)
-        real(self, *args)
+        update_rows(*args, **settings)
 
-    monkeypatch.setattr(Moments, "update", update)
+    monkeypatch.setattr(meft.table.row_table, "update_rows", update)
 
 
 def a_state_dict(tiny, model, folder):
@@ -213,7 +213,7 @@ def a_checkpoint(tiny, model, folder):
 def test_a_pending_update_is_waited_for(tiny, slow_updates, tmp_path, what):
     ours = engine_model(tiny, retrieval="stream")
     tiny.train(ours, 1)
-    assert any(t._ticket is not None for t in tiny.tables(ours))
+    assert any(t._pending is not None for t in tiny.tables(ours))
     taken = what(tiny, ours, tmp_path)
     now = what(tiny, ours, tmp_path)
     pairs = zip(taken, now, strict=True) if isinstance(taken, list) else ((taken[k], now[k]) for k in now)
@@ -332,10 +332,11 @@ def test_a_first_gradient_without_rows_makes_no_tiny_slots(tiny):
     engine = ours.base_model.engines["default"]
     assert [ring.capacity for ring in engine._rings.values()] == [tiny.R]
     rows = torch.arange(3)
-    begun = type("PendingForward", (), {"layer": engine.layers[0], "picks": type("Picks", (), {"host_rows": rows})})
+    selection = Selection(rows.int(), rows[:, None].int(), rows)
+    pending = PendingForward(engine.layers[0], selection, None, (0, 0), False)
     for dtype in (torch.bfloat16, torch.float32):
         gradient = torch.full((3, tiny.WIDTH), 1.01, dtype=dtype)
-        assert torch.equal(engine.send_back(begun, 0, gradient).row_values, gradient.to(torch.float64))
+        assert torch.equal(engine.send_back(pending, 0, gradient).row_values, gradient.to(torch.float64))
 
 
 # ---------------------------------------------------------------------- dtypes
@@ -365,6 +366,7 @@ def test_all_ways_pick_the_same_in_narrow_dtypes(tiny, base, row_dtype):
         tiny.assert_equal(state, found[0][1])
 
 
+@pytest.mark.slow
 def test_compiled_autograd_goes_by_the_engine(tiny):
     """Picks are found by their inputs then."""
     gradients = []

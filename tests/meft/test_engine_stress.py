@@ -6,12 +6,13 @@ import time
 
 import pytest
 import torch
-from test_engine import STRATEGIES, integers
-from thread_streams import ThreadStreams
 
 import meft
 import meft.gradient.offload_ring
-from meft.table.moments import Moments
+import meft.table.row_table
+from tests.support.thread_streams import ThreadStreams
+from tests.support.tiny_meft import STRATEGIES
+from tests.support.training import integers
 
 RUNS = 200  # in all
 
@@ -38,15 +39,15 @@ def late(monkeypatch):
         some_delay(streams[0])
         drain(self, *args)
 
-    def late_update(self, table, wire, rows, gradients, rule, seed, step, factors):
+    def late_update(state, rows, gradients, rule, seed, factors):
         """One step down the sign of the gradient: integers stay integers, as with AdamW's they would not."""
         some_delay(streams[0])
-        self.counts[rows] += 1
-        for x in (table, wire):
+        state.counts[rows] += 1
+        for x in (state.table, state.compute_copy):
             x[rows] -= gradients.sign().to(x.dtype)
 
     monkeypatch.setattr(meft.gradient.offload_ring.GradientRing, "_drain", late_drain)
-    monkeypatch.setattr(Moments, "update", late_update)
+    monkeypatch.setattr(meft.table.row_table, "update_rows", late_update)
     return streams
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from thread_streams import ThreadStreams
 
 import meft.retrieval.gather
-import meft.retrieval.strategies
+import meft.retrieval.strategies.host
+from tests.support.thread_streams import ThreadStreams
+from tests.support.tiny_meft import STRATEGIES
 
-STRATEGIES = ["host", "stream", "device-keys", "device-rows"]
 LAYERS = 3
 
 
@@ -132,7 +132,7 @@ def test_checkpointing_with_kept_rows_gathers_once(tiny, counted, monkeypatch):
         calls.append(layer.number)
         return real(streams, layer, *rest)
 
-    monkeypatch.setattr(meft.retrieval.strategies, "gather", gather)
+    monkeypatch.setattr(meft.retrieval.strategies.host, "gather", gather)
     for rows, expected in (("save", [0, 1, 2]), ("refetch", [0, 0, 1, 1, 2, 2])):
         model = build(tiny, counted, retrieval="host", backward_rows=rows)
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})

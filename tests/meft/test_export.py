@@ -5,9 +5,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
+from transformers import BertForMaskedLM
 
 from meft import export_dense, export_resident, load_resident
+from tests.support.models import llama
+from tests.support.models import model as model_of
 
 
 @pytest.fixture
@@ -93,9 +95,7 @@ def test_a_routed_adapter_is_no_dense_one(saved, tmp_path, fields):
 
 
 def test_bert_joins_the_residual(tiny, tmp_path):
-    torch.manual_seed(0)
-    fields = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-    base = BertForMaskedLM(BertConfig(**fields, num_hidden_layers=2)).eval()
+    base = model_of(BertForMaskedLM, intermediate_size=64, max_position_embeddings=512).eval()
     ids = tiny.batch()
     state = {name: value.clone() for name, value in base.state_dict().items()}
     model = get_peft_model(base, tiny.config())
@@ -136,8 +136,7 @@ def test_another_base_model_is_refused_and_left_alone(tiny, saved, tmp_path):
     _, folder = saved()
     export_resident(folder, tmp_path / "out")
     export_resident(folder, tmp_path / "whole")
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
-    wide = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=2, **sizes))
+    wide = llama(hidden_size=64, intermediate_size=64)
     base = tiny.base(layers=1)
     before = [type(module) for module in base.modules()]
     with pytest.raises(ValueError, match=r"no module 'model\.layers\.1\.mlp'"):

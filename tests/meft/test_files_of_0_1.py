@@ -8,20 +8,17 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from meft import MEFTConfig
 from meft.files.export import export_resident, load_resident
+from tests.support.models import llama_of_0_1
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "v0_1"
 WEIGHTS = "adapter_model.safetensors"
 
 
 def base():
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 96, "hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 128}
-    heads = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
+    return llama_of_0_1().eval()
 
 
 def logits(model):

@@ -1,7 +1,6 @@
 """Forked processes beside a run: they get none of the rows' memory, slow nothing down, and are told so."""
 
 import os
-import subprocess
 import sys
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from meft.transport.host_tensors import host_zeros, keep_from_forks
+from tests.support.processes import run_code
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or sys.platform != "linux", reason="only Linux can keep pages")
 
@@ -46,7 +46,7 @@ def test_masters_moments_copies_and_loaded_states_are_kept_from_forks(tiny):
     optimizer = tiny.train(model, 1)
 
     def held(table):
-        return [table.masters, table._wire, table.moments.exp_avg, table.moments.exp_avg_sq]
+        return [table.masters, table._compute_copy, table.moments.exp_avg, table.moments.exp_avg_sq]
 
     for table in tiny.tables(model):
         assert all("dc" in flags(t) for t in held(table))
@@ -70,12 +70,11 @@ def save(state):
 CHILD = """
 import copy, os, torch
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from tests.support.models import llama
 from meft import MEFTConfig
 
 torch.set_num_threads(1)
-base = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
-                                    num_attention_heads=2, num_key_value_heads=1))
+base = llama(1, hidden_size=64, intermediate_size=64)
 model = get_peft_model(base, MEFTConfig(r=4096, num_experts=64))
 rows = next(p for name, p in model.named_parameters() if name.endswith(".rows"))
 ids = torch.ones(1, 4, dtype=torch.long)
@@ -97,9 +96,9 @@ model(input_ids=ids)
 """
 
 
+@pytest.mark.slow
 def test_a_child_that_touches_rows_gets_a_sentence():
-    done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["7"] * 6
+    assert run_code(CHILD).split() == ["7"] * 6
 
 
 def test_workers_of_a_data_loader_leave_training_as_it_was(tiny):

@@ -1,23 +1,21 @@
 """Contexts of forward passes: when they begin and die, and which picks a recomputation gets."""
 
 import gc
-import os
 import threading
 import weakref
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from meft import MEFTConfig
 from meft.layer import MEFTLayer
 from meft.retrieval import forward_context as context
-from meft.routing.topk import Selection
+from meft.retrieval.types import Selection
+from tests.support.models import llama
+from tests.support.training import trainable
 
 
 @pytest.fixture(autouse=True)
@@ -27,17 +25,7 @@ def nothing_left_open():
 
 
 def adapted(**fields):
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-        )
-    ).double()
+    model = llama(dtype=torch.float64, num_key_value_heads=2)
     sizes = {"r": 16, "num_experts": 4, "experts_per_token": 2, "top_k": 3, "init_weights": False}
     config = MEFTConfig(**sizes | {"task_type": "CAUSAL_LM", "master_dtype": "float64"} | fields)
     return get_peft_model(model, config).train()
@@ -226,12 +214,12 @@ def test_threads_have_their_own_contexts():
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["checkpoint", "reentrant"])
 def test_a_recomputation_makes_no_picks_of_its_own(monkeypatch, reentrant):
-    import meft.retrieval.in_place
+    import meft.routing.topk
 
     plain, model, calls = adapted(), checkpointed(adapted(), reentrant), []
     plain(input_ids=ids(), labels=ids()).loss.backward()
-    select = meft.retrieval.in_place.select_neurons
-    monkeypatch.setattr(meft.retrieval.in_place, "select_neurons", lambda *a, **k: calls.append(1) or select(*a, **k))
+    select = meft.routing.topk.select_neurons
+    monkeypatch.setattr(meft.routing.topk, "select_neurons", lambda *a: calls.append(1) or select(*a))
     loss = model(input_ids=ids(), labels=ids()).loss
     assert len(calls) == 2
     loss.backward()
@@ -246,7 +234,7 @@ def test_picks_are_let_go_when_the_layers_backward_pass_is_over(monkeypatch, ree
     model, opened, seen = checkpointed(adapted(), reentrant), recorded(monkeypatch), []
 
     def left():
-        return [stash.picks is not None for stashes in opened[0]().stashes.values() for stash in stashes]
+        return [stash.selection is not None for stashes in opened[0]().stashes.values() for stash in stashes]
 
     layers = [m for m in model.modules() if isinstance(m, MEFTLayer)]
     for layer in layers:
@@ -324,9 +312,8 @@ def test_a_layer_that_is_used_twice_in_a_pass_gets_the_picks_of_each_use():
 
 def stash_of(x, neuron):
     one = torch.tensor([neuron])
-    return context.SavedSelection(
-        0, Selection(torch.tensor([0, 1]), torch.tensor([0]), one), None, context.input_fingerprint(x), (0, 0)
-    )
+    selection = Selection(one.int(), torch.zeros(1, 1, dtype=torch.int32), one)
+    return context.SavedSelection(0, selection, None, context.input_fingerprint(x), (0, 0))
 
 
 def test_the_stash_with_the_closest_input_is_found():
@@ -343,7 +330,7 @@ def test_the_stash_with_the_closest_input_is_found():
     for i, x in enumerate(inputs):
         owner, stash = context.find_stash(key, x + 1e-6)
         assert owner is contexts[i]
-        assert stash.picks.neuron.item() == i
+        assert stash.selection.host_rows.item() == i
     assert context.find_stash((2, "default"), inputs[0]) is None
     assert context.find_stash(key, torch.ones(5, 16)) is None  # another number of tokens
     assert context.find_stash(key, inputs[0] + 0.4) is None  # nothing near
@@ -370,7 +357,7 @@ def test_which_of_several_passes_is_recomputed():
 
     def recompute(x):
         match = context.find_stash(key, x)
-        found.append(match[1].picks.neuron.item() if match is not None else None)
+        found.append(match[1].selection.host_rows.item() if match is not None else None)
 
     recompute(inputs[0])
     assert found.pop() is None
@@ -447,7 +434,7 @@ def test_a_pass_over_the_same_batch_whose_graph_is_kept_is_not_mistaken_for_this
     results = []
     for keep in (False, True):
         model, kept = checkpointed(adapted(), reentrant), []
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        optimizer = torch.optim.AdamW(trainable(model), lr=0.5)
         for _ in range(4):
             optimizer.zero_grad()
             loss = model(input_ids=ids(), labels=ids()).loss
@@ -461,7 +448,7 @@ def test_a_pass_over_the_same_batch_whose_graph_is_kept_is_not_mistaken_for_this
 def test_a_recomputation_after_the_rows_have_changed_is_an_error():
     """Not reentrant; a reentrant one first runs the layer when it recomputes, and has no older rows to compare with."""
     model = checkpointed(adapted(), False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.AdamW(trainable(model), lr=0.1)
     stale = model(input_ids=ids(), labels=ids()).loss
     model(input_ids=ids(1), labels=ids(1)).loss.backward()
     optimizer.step()

@@ -2,18 +2,19 @@
 
 import logging
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
-from test_engine import STRATEGIES, on_streams
-from thread_streams import ThreadStreams
 
 import meft.table.gpu_step
 from meft import RowAdamW
 from meft.table.gpu_step import ZeroCopySteps
 from meft.table.moments import Moments
-from meft.table.row_step import StepRule
+from meft.table.row_step import StepRule, update_rows
 from meft.transport.transfer import Traffic
+from tests.support.thread_streams import ThreadStreams, on_streams
+from tests.support.tiny_meft import STRATEGIES
 
 RULE = StepRule(1e-2, 0.9, 0.99, 1e-8, 0.1, True)
 
@@ -46,7 +47,7 @@ def row_adamw(model):
 
 VARIANTS = {
     "masters in bfloat16": {"master_dtype": "bfloat16"},
-    "wire in float16": {"row_dtype": "float16"},
+    "compute copy in float16": {"row_dtype": "float16"},
     "no narrower copy": {"row_dtype": "float32"},
     "clipping": {"clip": 0.05},
     "RowAdamW": {"optimizer": row_adamw},
@@ -87,11 +88,11 @@ def step_of(streams, traffic=None, seed=0, n=13, r=20, d=6):
     steps = ZeroCopySteps(streams, d)
     found = []
     for by_device in (False, True):
-        table, wire = master.clone(), master.to(torch.bfloat16)
-        moments = Moments.fresh(table)
-        by = [lambda *a, **k: steps(traffic or Traffic(), *a, **k)] if by_device else []
-        moments.update(table, wire, rows, gradient, RULE, 0, *by)
-        found.append([table, wire, moments.exp_avg, moments.exp_avg_sq, moments.counts])
+        table, compute_copy = master.clone(), master.to(torch.bfloat16)
+        state = Moments.fresh(table).row_state(table, compute_copy)
+        step = partial(steps, traffic or Traffic()) if by_device else update_rows
+        step(state, rows, gradient, RULE, seed=0)
+        found.append(state)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     return steps
 
@@ -100,7 +101,7 @@ def step_of(streams, traffic=None, seed=0, n=13, r=20, d=6):
 def test_any_number_of_rows(n):
     traffic = Traffic()
     step_of(ThreadStreams(longest=1e-3), traffic, n=n)
-    # Up: gradient, master, both moments, count, id; down: master, both moments, count, wire.
+    # Up: gradient, master, both moments, count, id; down: master, both moments, count, compute copy.
     assert traffic.bytes_zero_copy == n * (6 * (4 * 4 + 3 * 4 + 2) + 3 * 4)
 
 
@@ -182,7 +183,7 @@ def test_where_the_device_cannot_reach_the_memory_the_host_steps(monkeypatch, ca
     assert [record.message for record in caplog.records if "zero_copy" in record.message] == [
         "MEFT: the device cannot step rows in host memory (zero_copy): the host does."
     ]
-    assert len(held) == {"pages": 1, "probe": 5, "other device": 0}[refusal]  # table, two moments, count, wire
+    assert len(held) == {"pages": 1, "probe": 5, "other device": 0}[refusal]  # table, two moments, count, compute copy
 
 
 def test_the_memory_is_locked_once(monkeypatch):
@@ -192,9 +193,10 @@ def test_the_memory_is_locked_once(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: any(self is t for t in held))
     monkeypatch.setattr(meft.table.gpu_step.PageLock, "hold", lambda self, t, device: held.append(t) or True)
     monkeypatch.setattr(meft.table.gpu_step, "zero_copy", lambda device, **tensors: True)
-    assert steps._reaches({"table": table})
-    assert steps._reaches({"table": table})
-    assert len(held) == 1
+    state = Moments.fresh(table).row_state(table)
+    assert steps._reaches(state)
+    assert steps._reaches(state)
+    assert len(held) == 4
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from test_engine import STRATEGIES, on_streams
 
-import meft.retrieval.gather
-import meft.retrieval.gathered_ffn
+import meft.retrieval.sparse_ffn
 from adapter_kernels import expert_topk, sparse_ffn, sparse_ffn_backward
 from meft.routing.reference import reference
+from tests.support.thread_streams import on_streams
+from tests.support.tiny_meft import STRATEGIES
 
 HALF = torch.float16
 EPS = 2.0**-11  # half a unit in the last place
@@ -35,8 +35,8 @@ def test_kernels_get_operands_in_16_bits(tiny, monkeypatch, strategy):
 
         return noted
 
-    monkeypatch.setattr(meft.retrieval.gathered_ffn, "sparse_ffn", note("forward", sparse_ffn))
-    monkeypatch.setattr(meft.retrieval.gathered_ffn, "sparse_ffn_backward", note("backward", sparse_ffn_backward))
+    monkeypatch.setattr(meft.retrieval.sparse_ffn, "sparse_ffn", note("forward", sparse_ffn))
+    monkeypatch.setattr(meft.retrieval.sparse_ffn, "sparse_ffn_backward", note("backward", sparse_ffn_backward))
     for dtype, row_dtype, computed in (
         (HALF, "auto", HALF),
         (HALF, "bfloat16", torch.float32),

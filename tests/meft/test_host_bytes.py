@@ -25,6 +25,7 @@ from meft.cost.host_bytes import HostBytes
 from meft.cost.memory import AdapterShape, Plan, Work
 from meft.gradient.row_gradient import RowGradient
 from meft.transport.streams import HostStreams
+from tests.support.training import trainable
 
 SOURCE = Path(meft.table.row_step.__file__).with_name("row_adamw.cpp")
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-pthread", "-shared", "-fPIC", "-DCOUNT_BYTES"]
@@ -128,7 +129,7 @@ class Link(HostStreams):
 
 
 def trained(tiny, dtype, **fields):
-    """A model whose rows are used, its optimizer and its tables, after a step that has made wires and moments."""
+    """A model whose rows are used, its optimizer and its tables, after a step that has made copies and moments."""
     model = tiny.adapted(2, dtype=dtype, retrieval="device-rows", **fields)
     for engine in model.base_model.engines.values():
         engine.use(Link())
@@ -160,7 +161,7 @@ def bytes_of_a_step(tiny, count, dtype, clip, micro_batches, **fields):
             gradients_by_hand(tables, rows, dtype, engine, seed)
         engine._rings[dtype]._thread.submit(int).result()  # it has let go of what it did before
         if clip is not None:
-            nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
+            nn.utils.clip_grad_norm_(trainable(model), clip)
         optimizer.step()
         for table in tables:
             table.synchronize()
@@ -171,8 +172,10 @@ def bytes_of_a_step(tiny, count, dtype, clip, micro_batches, **fields):
 
 def predicted(tiny, dtype, micro_batches):
     """The same by `step_time`: host bytes of a step over the values that it updates."""
-    wire = 2 if dtype == torch.bfloat16 else 4
-    shape = AdapterShape(tiny.WIDTH, 2, tiny.R, 8, 3, 5, wire=wire, master=4, moment=4, base=wire, gradient=wire)
+    compute = 2 if dtype == torch.bfloat16 else 4
+    shape = AdapterShape(
+        tiny.WIDTH, 2, tiny.R, 8, 3, 5, compute=compute, master=4, moment=4, base=compute, gradient=compute
+    )
     union, all_rows = len(micro_batches[0]), len(torch.cat(micro_batches).unique())
     work = Work(14, union, len(micro_batches), step_union=all_rows)
     plan = Plan(shape, work, "device-rows")

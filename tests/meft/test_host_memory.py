@@ -11,7 +11,7 @@ from meft.cost.host_memory import available_bytes, require_memory, row_bytes
 
 def test_bytes_of_the_published_size():
     config = MEFTConfig(r=6400)
-    assert row_bytes(config, 4096, 32, 2) == 14 * 2 * 32 * 6400 * 4096  # wire 2, master 4, moments 8
+    assert row_bytes(config, 4096, 32, 2) == 14 * 2 * 32 * 6400 * 4096  # compute 2, master 4, moments 8
     assert row_bytes(config, 4096, 32, 4) == 12 * 2 * 32 * 6400 * 4096  # masters are read themselves
     assert row_bytes(MEFTConfig(r=6400, inference_mode=True), 4096, 32, 2) == 6 * 2 * 32 * 6400 * 4096
     bf16 = MEFTConfig(r=6400, master_dtype="bfloat16")

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from test_engine import STRATEGIES, on_streams
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from meft import RowAdamW
+from tests.support.thread_streams import on_streams
+from tests.support.tiny_meft import STRATEGIES
+from tests.support.training import trainable
 
 
 def adapted(tiny, in_backward=True, strategy="stream", **fields):
@@ -166,7 +168,7 @@ def test_a_trainer_goes_on_after_a_gradient_that_is_not_finite(tiny, tmp_path):
     assert len(calls) == 14
 
 
-def test_a_spent_gradient_is_not_changed_element_by_element(tiny):
+def test_a_consumed_gradient_is_not_changed_element_by_element(tiny):
     model, _ = adapted(tiny)
     optimizer = run(tiny, model, steps=1)
     tiny.loss(model).backward()
@@ -217,7 +219,7 @@ def test_the_norm_may_be_asked_for(tiny, foreach):
         model, _ = adapted(tiny, in_backward)
 
         def ask(model=model):
-            parameters = [p for p in model.parameters() if p.requires_grad]
+            parameters = trainable(model)
             norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, float("inf"), foreach=foreach)))
 
         run(tiny, model, steps=3, between=ask)
@@ -279,5 +281,5 @@ def test_rows_wait_for_the_step_only_where_ranks_average(tiny, monkeypatch, aver
     tiny.loss(model).backward()
     for table in tiny.tables(model):
         table.synchronize()
-        assert bool(getattr(table.rows.grad, "spent", False)) is not averages
+        assert bool(getattr(table.rows.grad, "consumed", False)) is not averages
     optimizer.zero_grad()

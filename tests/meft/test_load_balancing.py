@@ -1,36 +1,23 @@
 """The gradient of the balance loss against autograd of an explicit sum that is added to the loss."""
 
 import functools
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from meft import MEFTConfig
 from meft.layer import MEFTLayer
 from meft.load_balancing import balance_loss
+from tests.support.models import llama
 
 WEIGHT = 0.3
 
 
 def adapted(checkpointing=None, **fields):
     """A Llama of two layers in float64; checkpointing: None, or whether it is reentrant."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-        )
-    ).double()
+    model = llama(dtype=torch.float64, num_key_value_heads=2)
     sizes = {"r": 16, "num_experts": 4, "experts_per_token": 2, "top_k": 3, "init_weights": False}
     config = MEFTConfig(
         **sizes | {"task_type": "CAUSAL_LM", "master_dtype": "float64", "router_aux_loss_coef": WEIGHT} | fields

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from meft import MEFTConfig
 from meft.cost.fit import largest_that_fits, strategies_that_fit
-from meft.cost.memory import STRATEGIES, AdapterShape, Plan, Work
+from meft.cost.memory import AdapterShape, Plan, Work
+from meft.retrieval.strategies import DEVICE_STRATEGIES
 
 GIB = 2**30
 D, L, R, E, T = 4096, 32, 6400, 320, 512
@@ -23,9 +24,9 @@ def test_sizes_of_the_paper():
     assert AdapterShape(D, L, R, E, 8, 64) == LLAMA_7B
     assert LLAMA_7B.values == 1_677_721_600
     host = plan("stream").host_bytes()
-    assert host["wire rows, page-locked"] == 3_355_443_200
+    assert host["compute copy, page-locked"] == 3_355_443_200
     assert host["masters"] == 4 * 1_677_721_600
-    lasting = [host[name] for name in ("wire rows, page-locked", "masters", "moments")]
+    lasting = [host[name] for name in ("compute copy, page-locked", "masters", "moments")]
     assert sum(lasting) == 14 * 1_677_721_600 == 23_488_102_400
     assert host["gradient store"] == 2 * L * D * U * 4 == 1_744_830_464
     assert host["gradient store, kept for larger ones"] == host["gradient store"] // 8  # as the pool's test has it
@@ -106,9 +107,9 @@ def test_accumulation():
 def test_wide_base_reads_the_masters():
     shape = AdapterShape.of(MEFTConfig(r=64), d=32, layers=2, base_dtype=torch.float32)
     host = plan("stream", shape=shape, tokens=8, union=10).host_bytes()
-    assert host["wire rows, page-locked"] == 0
+    assert host["compute copy, page-locked"] == 0
     assert host["masters, page-locked"] == 2 * 2 * 64 * 32 * 4
-    assert plan("resident", shape=shape, tokens=8, union=10).tables() == 2 * 2 * 64 * 32 * 4
+    assert plan("resident", shape=shape, tokens=8, union=10).device_bytes()["adapter"] == 2 * 2 * 64 * 32 * 4
 
 
 def test_what_fits_comes_in_order_of_preference():
@@ -130,7 +131,7 @@ def test_what_fits_comes_in_order_of_preference():
 @given(
     union=st.integers(1, 64),
     tokens=st.integers(1, 100),
-    strategy=st.sampled_from(STRATEGIES),
+    strategy=st.sampled_from(DEVICE_STRATEGIES),
     rows=st.sampled_from(["save", "refetch"]),
     accumulation=st.integers(1, 4),
 )

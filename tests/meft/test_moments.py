@@ -2,13 +2,9 @@
 
 import copy
 import io
-import os
 import pickle
-import subprocess
 import sys
 import threading
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
@@ -18,8 +14,9 @@ from hypothesis import strategies as st
 
 from meft import RowAdamW
 from meft.table.moments import KEY, Moments, RowMoments
-from meft.table.row_step import StepRule
+from meft.table.row_step import StepRule, update_rows
 from meft.table.update_queue import UpdateQueue
+from tests.support.processes import run_code
 
 R, D = 9, 4
 
@@ -67,11 +64,12 @@ def oracle(p, steps):
 def test_steps_equal_the_plain_rule(steps):
     p = table()
     own = Moments.fresh(p)
+    state = own.row_state(p)
     for step, ((rule, rows), expected) in enumerate(zip(steps, oracle(p, steps), strict=True), 1):
-        before = [t.clone() for t in (p, own.exp_avg, own.exp_avg_sq, own.counts)]
-        own.update(p, None, *grads(rows, step), rule, 0)
+        before = [t.clone() for t in state.tensors()]
+        update_rows(state, *grads(rows, step), rule)
         untouched = [i for i in range(R) if i not in rows]
-        for old, new in zip(before, (p, own.exp_avg, own.exp_avg_sq, own.counts), strict=True):
+        for old, new in zip(before, state.tensors(), strict=True):
             assert torch.equal(old[untouched], new[untouched])
         for ours, theirs in zip((p, own.exp_avg, own.exp_avg_sq), expected, strict=False):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
@@ -406,7 +404,7 @@ from meft.files import training_state as state
 def resident():  # bytes of this process that no file backs
     return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
 
-table = RowTable((4096, 8192), master=torch.float32, wire=torch.float32, on_host=True, pin=False)  # 128 MiB
+table = RowTable((4096, 8192), master=torch.float32, compute_dtype=torch.float32, on_host=True, pin=False)  # 128 MiB
 table.fill(0.02)
 optimizer = torch.optim.AdamW([table.rows])
 moments = table.moments_in(optimizer).moments
@@ -442,9 +440,9 @@ measure(load)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is read from /proc")
 def test_saving_and_loading_take_no_second_copy(tmp_path):
-    done = subprocess.run([sys.executable, "-c", PEAK, tmp_path], capture_output=True, text=True, check=True)
-    *saving, loading = map(float, done.stdout.split()[-3:])
+    *saving, loading = map(float, run_code(PEAK, tmp_path).split()[-3:])
     assert max(saving) < 64  # MiB above the tables, of which each has 128
     assert loading < 256 + 64  # the moments themselves

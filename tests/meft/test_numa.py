@@ -1,4 +1,4 @@
-"""Which cores are near a GPU, read from a made-up system."""
+"""Which cores are numa a GPU, read from a made-up system."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ import torch
 from meft.gradient.offload_ring import GradientRing
 from meft.table.row_step import native_library
 from meft.table.update_queue import UpdateQueue
-from meft.transport import numa as near
+from meft.transport import numa
 
 CUDA = torch.device("cuda", 0)
 
@@ -29,10 +29,10 @@ def system(monkeypatch, tmp_path):
             (tmp_path / "node" / name).mkdir(parents=True)
             (tmp_path / "node" / name / "cpulist").write_text(ranges + "\n")
 
-    monkeypatch.setattr(near, "_PCI", tmp_path / "pci")
-    monkeypatch.setattr(near, "_NODES", tmp_path / "node")
+    monkeypatch.setattr(numa, "_PCI", tmp_path / "pci")
+    monkeypatch.setattr(numa, "_NODES", tmp_path / "node")
     card = SimpleNamespace(pci_domain_id=0, pci_bus_id=0x3B, pci_device_id=0)
-    monkeypatch.setattr(near.torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(numa.torch.cuda, "get_device_properties", lambda device: card)
     return write
 
 
@@ -41,14 +41,14 @@ def system(monkeypatch, tmp_path):
 )
 def test_the_cores_of_the_cards_node(system, ranges, cores):
     system(1, node0="6-7", node1=ranges)
-    assert near.cores_near(CUDA) == cores
+    assert numa.numa_cores(CUDA) == cores
 
 
 def test_a_machine_that_does_not_say(system):
-    assert near.cores_near(CUDA) == set()
+    assert numa.numa_cores(CUDA) == set()
     system(-1, node0="0-7")
-    assert near.cores_near(CUDA) == set()
-    assert near.cores_near(torch.device("cpu")) == set()
+    assert numa.numa_cores(CUDA) == set()
+    assert numa.numa_cores(torch.device("cpu")) == set()
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot tie threads to cores")
@@ -58,7 +58,7 @@ def test_a_thread_stays_on_the_cores_that_it_may_use(system):
     found = []
 
     def work():
-        near.stay_near(CUDA)
+        numa.bind_to_numa_node(CUDA)
         found.append(os.sched_getaffinity(0))
 
     thread = threading.Thread(target=work)
@@ -72,7 +72,7 @@ def test_a_thread_stays_on_the_cores_that_it_may_use(system):
 def test_a_thread_that_may_use_none_of_them_is_left_alone(system):
     system(0, node0="4000-4001")
     before = os.sched_getaffinity(0)
-    near.stay_near(CUDA)
+    numa.bind_to_numa_node(CUDA)
     assert os.sched_getaffinity(0) == before
 
 

@@ -8,8 +8,9 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model, init_empty_weights
 from accelerate.hooks import remove_hook_from_submodules
 from peft import PeftModel
-from thread_streams import ThreadStreams
 from transformers import AutoModelForCausalLM
+
+from tests.support.thread_streams import ThreadStreams
 
 HOST = torch.device("cpu")
 PARTS = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}

@@ -2,16 +2,12 @@
 
 import copy
 import gc
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
 import transformers
 from peft import get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from meft import MEFTConfig, RowAdamW
 from meft.gradient.row_gradient import RowGradient
@@ -21,6 +17,7 @@ from meft.routing.reference import reference
 from meft.routing.router import Router, Routers
 from meft.table.row_table import RowTable
 from peft_bridge import watch_steps
+from tests.support.models import llama
 
 R, D = 10, 4
 
@@ -52,9 +49,12 @@ HYPER = {"lr": 3e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.2}
 class Rows:
     """Keys, values and a router, followed as a model's are; gradients are given by hand."""
 
-    def __init__(self, dtype=torch.float64, wire=None, row_optimizer=None):
+    def __init__(self, dtype=torch.float64, compute_dtype=None, row_optimizer=None):
         generator = torch.Generator().manual_seed(0)
-        tables = [RowTable((R, D), master=dtype, wire=wire or dtype, on_host=True, pin=False) for _ in range(2)]
+        tables = [
+            RowTable((R, D), master=dtype, compute_dtype=compute_dtype or dtype, on_host=True, pin=False)
+            for _ in range(2)
+        ]
         with torch.no_grad():
             for table in tables:
                 table.rows.copy_(torch.randn(R, D, generator=generator, dtype=torch.float64))
@@ -641,22 +641,10 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_is_loaded():
 SIZES = {"r": 32, "num_experts": 8, "experts_per_token": 2, "top_k": 3, "init_weights": False}
 
 
-def llama(dtype=torch.float64):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-        )
-    ).to(dtype)
-
-
 def adapted(dtype=torch.float64, **fields):
-    return get_peft_model(llama(dtype), MEFTConfig(**SIZES | {"master_dtype": "float64"} | fields))
+    return get_peft_model(
+        llama(dtype=dtype, num_key_value_heads=2), MEFTConfig(**SIZES | {"master_dtype": "float64"} | fields)
+    )
 
 
 class DenseFFN(nn.Module):
@@ -679,7 +667,7 @@ class DenseFFN(nn.Module):
 
 def dense_twin(model):
     """The same model with dense parameters, and these in the order of `trainable`."""
-    twin = llama(model.get_base_model().dtype)
+    twin = llama(dtype=model.get_base_model().dtype, num_key_value_heads=2)
     twin.load_state_dict(
         {k.replace(".base_layer", ""): v for k, v in model.get_base_model().state_dict().items() if "meft_" not in k}
     )
@@ -755,9 +743,10 @@ def test_a_float64_model_with_narrower_masters_trains(master):
 
 
 @pytest.mark.parametrize(
-    ("base", "wire"), [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)]
+    ("base", "compute_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)],
 )
-def test_the_rows_that_are_read_follow_the_masters(base, wire):
+def test_the_rows_that_are_read_follow_the_masters(base, compute_dtype):
     model = adapted(base, master_dtype="float32")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(3):
@@ -767,8 +756,8 @@ def test_the_rows_that_are_read_follow_the_masters(base, wire):
         for layer in (m for m in model.modules() if isinstance(m, MEFTLayer)):
             for table in layer.tables("default"):
                 with table.reading() as rows:
-                    assert rows.dtype == wire
-                    assert torch.equal(rows, table.rows.detach().to(wire))
+                    assert rows.dtype == compute_dtype
+                    assert torch.equal(rows, table.rows.detach().to(compute_dtype))
 
 
 def test_removing_an_adapter_ends_its_steps():

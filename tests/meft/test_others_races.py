@@ -5,13 +5,12 @@ import time
 
 import pytest
 import torch
-from happens_before import WatchedStreams, watched
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import meft.gradient.operations
 from meft.gradient.accumulator import Pending, whole_of
-
-STRATEGIES = ["host", "stream", "device-keys", "device-rows"]
+from tests.support.happens_before import WatchedStreams, watched
+from tests.support.tiny_meft import STRATEGIES
 
 
 def train(tiny, model, fused, unscale, settles):

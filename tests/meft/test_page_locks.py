@@ -1,19 +1,17 @@
 """Rows are page-locked where an engine with CUDA streams reads them, for its device; elsewhere CUDA is not touched."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from fake_cuda import FakeCuda, forbid_cuda
 from peft import PeftModel
-from test_engine import STRATEGIES
 
 import meft.transport.transfer
 from meft import RowAdamW
 from meft.transport.streams import CudaStreams
+from tests.support.fake_cuda import FakeCuda, forbid_cuda
+from tests.support.processes import run_code
+from tests.support.tiny_meft import STRATEGIES
 
 CPU = torch.device("cpu")
 
@@ -56,14 +54,13 @@ def test_the_stand_in_sees_what_asks_for_cuda(tiny, monkeypatch):
 
 
 CHILD = """
-import os, sys, tempfile
+import os, tempfile
 import torch
 torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[1])
-from conftest import Tiny
-from fake_cuda import forbid_cuda
+from tests.support.fake_cuda import forbid_cuda
+from tests.support.tiny_meft import Tiny
 from pytest import MonkeyPatch
-from test_page_locks import life
+from tests.meft.test_page_locks import life
 
 with tempfile.TemporaryDirectory() as folder:
     life(Tiny(), folder)
@@ -80,11 +77,11 @@ with tempfile.TemporaryDirectory() as folder:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_touches_no_cuda():
-    run = [sys.executable, "-c", CHILD, str(Path(__file__).parent)]
-    done = subprocess.run(run, capture_output=True, text=True, check=True)
-    assert done.stdout.split()[-1:] == ["7"], done.stdout
+    printed = run_code(CHILD)
+    assert printed.split()[-1:] == ["7"], printed
 
 
 # ----------------------------------------------------------------------------------------------- an engine that asks
@@ -95,8 +92,8 @@ def on_cuda_streams(model):
         engine.use(CudaStreams(CPU))
 
 
-def wires(tiny, model):
-    return [table._wire if table._wire is not None else table.masters for table in tiny.tables(model)]
+def compute_copies(tiny, model):
+    return [table._compute_copy if table._compute_copy is not None else table.masters for table in tiny.tables(model)]
 
 
 @pytest.mark.parametrize("row_dtype", ["auto", "float32"], ids=["a narrower copy", "the masters"])
@@ -107,7 +104,7 @@ def test_what_an_engine_reads_is_locked_for_its_device_once(tiny, monkeypatch, s
     on_cuda_streams(model)
     assert cuda.locked == []
     tiny.train(model, 2)
-    assert sorted(cuda.locked) == sorted((wire.data_ptr(), CPU) for wire in wires(tiny, model))
+    assert sorted(cuda.locked) == sorted((compute_copy.data_ptr(), CPU) for compute_copy in compute_copies(tiny, model))
     assert model.base_model.transfer_report().refused == ()
 
 
@@ -124,7 +121,9 @@ def test_rows_that_get_other_memory_are_locked_where_an_engine_reads_them_and_no
     assert cuda.locked == first
     on_cuda_streams(model)
     tiny.loss(model).backward()
-    assert sorted(cuda.locked[len(first) :]) == sorted((wire.data_ptr(), CPU) for wire in wires(tiny, model))
+    assert sorted(cuda.locked[len(first) :]) == sorted(
+        (compute_copy.data_ptr(), CPU) for compute_copy in compute_copies(tiny, model)
+    )
 
 
 def test_with_pin_memory_false_nothing_is_locked(tiny, monkeypatch):

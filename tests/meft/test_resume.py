@@ -1,11 +1,8 @@
 """A Trainer's run that is resumed ends bit for bit where the uninterrupted run ends."""
 
-import os
 import random
 import shutil
 import warnings
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import pytest

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapter_kernels.adamw import adamw_blocks
+from adapter_kernels.adamw import row_adamw_torch
 from meft.table import row_step as row_update
-from meft.table.row_step import StepRule, native_library, update_rows
+from meft.table.row_step import RowState, StepRule, native_library, update_rows
 
 NEEDS_LIBRARY = pytest.mark.skipif(native_library() is None, reason="the C++ library was not built at installation")
 PATHS = [pytest.param(True, id="c++", marks=NEEDS_LIBRARY), pytest.param(False, id="torch")]
@@ -24,15 +24,14 @@ COUPLED = StepRule(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-6, weight_decay=0.1, d
 
 
 def make(r, d, dtype=torch.float32, seed=0):
-    """(table, exp_avg, exp_avg_sq, count)"""
     generator = torch.Generator().manual_seed(seed)
     wide = torch.promote_types(dtype, torch.float32)
     table = torch.randn(r, d, generator=generator, dtype=torch.float64).to(dtype)
-    return [table, torch.zeros(r, d, dtype=wide), torch.zeros(r, d, dtype=wide), torch.zeros(r, dtype=torch.int32)]
+    return RowState(table, *torch.zeros(2, r, d, dtype=wide), torch.zeros(r, dtype=torch.int32))
 
 
 def clone(state):
-    return [x.clone() for x in state]
+    return RowState(*(x.clone() for x in state.tensors()))
 
 
 def choose(generator, r, share=0.5):
@@ -52,7 +51,7 @@ def oracle(p, m, v, g, n, rule):
 
 
 def oracle_update(state, rows, grads, rule):
-    p, m, v, count = state
+    p, m, v, count, _ = state
     for row, g in zip(rows.tolist(), grads, strict=True):
         count[row] += 1
         p[row], m[row], v[row] = oracle(p[row], m[row], v[row], g, count[row].item(), rule)
@@ -77,7 +76,7 @@ def whole_steps(state, schedule, seed, native):
     full = [torch.randn(state[0].shape, generator=generator, dtype=torch.float64) for _ in schedule]
     full = [grad.to(state[0].dtype) for grad in full]
     for rule, grad in zip(schedule, full, strict=True):
-        update_rows(*state, torch.arange(len(grad)), grad, rule, native=native)
+        update_rows(state, torch.arange(len(grad)), grad, rule, native=native)
     return full
 
 
@@ -111,9 +110,9 @@ def test_touched_rows_equal_the_oracle_in_float64(schedule, seed):
     for rule in schedule:
         rows = choose(generator, 9)
         grads = torch.randn(len(rows), 5, generator=generator, dtype=torch.float64)
-        update_rows(*ours, rows, grads, rule)
+        update_rows(ours, rows, grads, rule)
         oracle_update(theirs, rows, grads, rule)
-    for a, b in zip(ours, theirs, strict=True):
+    for a, b in zip(ours.tensors(), theirs.tensors(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
@@ -154,7 +153,7 @@ def random_run(schedule, states, native):
         grads = torch.randn(len(rows), states[0][0].shape[1], generator=generator)
         for state in states:
             path = native if state[0].dtype == torch.float32 else None
-            update_rows(*state, rows, grads.to(state[0].dtype), rule, native=path)
+            update_rows(state, rows, grads.to(state[0].dtype), rule, native=path)
         yield rows.tolist(), grads
 
 
@@ -211,12 +210,12 @@ def test_300_steps_of_all_rows_in_float32_equal_a_dense_optimizer(rule, native):
 @pytest.mark.parametrize("native", PATHS)
 def test_untouched_rows_keep_their_bits(native, dtype):
     state = make(50, 33, dtype)
-    update_rows(*state, torch.arange(50), torch.randn(50, 33), RULE)
+    update_rows(state, torch.arange(50), torch.randn(50, 33), RULE)
     before = clone(state)
     rows = torch.tensor([0, 7, 8, 49])
-    update_rows(*state, rows, torch.randn(4, 33), RULE, native=native if dtype == torch.float32 else None)
+    update_rows(state, rows, torch.randn(4, 33), RULE, native=native if dtype == torch.float32 else None)
     others = torch.ones(50, dtype=torch.bool).index_fill_(0, rows, False)
-    for a, b in zip(state, before, strict=True):
+    for a, b in zip(state.tensors(), before.tensors(), strict=True):
         assert torch.equal(a[others], b[others])
         assert not torch.equal(a[rows], b[rows])
 
@@ -242,10 +241,10 @@ def test_both_paths_give_the_same_bits(rule, beta1):
         generator = torch.Generator().manual_seed(3)
         for _ in range(4):
             rows = choose(generator, 300)
-            update_rows(*state, rows, torch.randn(len(rows), 1100, generator=generator), rule, native=native)
+            update_rows(state, rows, torch.randn(len(rows), 1100, generator=generator), rule, native=native)
 
     ours, theirs = both_paths(run)
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(ours.tensors(), theirs.tensors(), strict=True))
 
 
 @pytest.mark.parametrize("native", PATHS)
@@ -256,11 +255,11 @@ def test_the_number_of_threads_changes_no_bit(native, monkeypatch):
         for count, state in enumerate(states, 1):
             torch.set_num_threads(count)
             monkeypatch.setenv("ASLORA_MEFT_THREADS", str(count))
-            update_rows(*state, rows, grads, RULE, native=native)
-            update_rows(*state, rows, grads, COUPLED, native=native)
+            update_rows(state, rows, grads, RULE, native=native)
+            update_rows(state, rows, grads, COUPLED, native=native)
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*(state.tensors() for state in states), strict=True))
 
 
 @NEEDS_LIBRARY
@@ -272,7 +271,7 @@ def test_the_library_has_a_number_of_threads_of_its_own(monkeypatch):
     monkeypatch.setattr(row_update, "native_library", lambda: recorder)
     recorder.meft_rows_ascend = library.meft_rows_ascend
     monkeypatch.setattr(row_update.torch, "get_num_threads", lambda: 1)
-    update_rows(*make(4, 8), torch.arange(4), torch.zeros(4, 8), RULE)
+    update_rows(make(4, 8), torch.arange(4), torch.zeros(4, 8), RULE)
     assert calls == [7]
 
 
@@ -280,28 +279,28 @@ def test_the_library_has_a_number_of_threads_of_its_own(monkeypatch):
 def test_calls_at_the_same_time_on_several_tables():
     def run(state, native=True):
         for scale in range(1, 21):
-            update_rows(*state, torch.arange(300), torch.full((300, 1100), float(scale)), RULE, native=native)
+            update_rows(state, torch.arange(300), torch.full((300, 1100), float(scale)), RULE, native=native)
         return state
 
     expected = run(make(300, 1100))
     with ThreadPoolExecutor(4) as pool:
         for state in pool.map(run, [make(300, 1100) for _ in range(4)]):
-            assert all(torch.equal(a, b) for a, b in zip(state, expected, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(state.tensors(), expected.tensors(), strict=True))
 
 
 # Neither tensors that torch fills with its threads nor torch.sqrt: in a fork of a process that used them, they hang.
 FORK = """
 import os, sys, torch
-from meft.table.row_step import StepRule, _call, _scalars, native_library
+from meft.table.row_step import RowState, StepRule, _call, _scalars, native_library
 steps = _scalars(StepRule(1e-2, 0.9, 0.999, 1e-8, 0.01, True)).expand(300, -1).clone()
 steps[:, -2], steps[:, -1] = 1e-2 / (1 - 0.9), (1 - 0.999) ** 0.5
-state = [torch.zeros(300, 1100), torch.zeros(300, 1100), torch.zeros(300, 1100)]
+state = RowState(*(torch.zeros(300, 1100) for _ in range(3)), torch.zeros(300, dtype=torch.int32))
 rows, grads = torch.arange(300), torch.zeros(300, 1100)
 grads[:, 0] = 1
 torch.set_num_threads(2)
-_call(native_library(), *state, None, rows, grads, steps)
+_call(native_library(), state, rows, grads, steps)
 child = os.fork()
-_call(native_library(), *state, None, rows, grads, steps)
+_call(native_library(), state, rows, grads, steps)
 right = state[0][299, 0].item() < -0.0199
 if child == 0:
     os._exit(7 if right else 0)
@@ -321,11 +320,11 @@ def test_without_the_library_the_torch_path_is_taken(monkeypatch):
     monkeypatch.setattr(row_update, "native_library", functools.cache(native_library.__wrapped__))
     assert row_update.native_library() is None
     plain, chosen = make(6, 4), make(6, 4)
-    update_rows(*plain, torch.arange(6), torch.ones(6, 4), RULE)
-    update_rows(*chosen, torch.arange(6), torch.ones(6, 4), RULE, native=False)
+    update_rows(plain, torch.arange(6), torch.ones(6, 4), RULE)
+    update_rows(chosen, torch.arange(6), torch.ones(6, 4), RULE, native=False)
     assert torch.equal(plain[0], chosen[0])
     with pytest.raises(ValueError, match="was not built"):
-        update_rows(*plain, torch.arange(6), torch.ones(6, 4), RULE, native=True)
+        update_rows(plain, torch.arange(6), torch.ones(6, 4), RULE, native=True)
 
 
 @pytest.mark.parametrize("found", ["no file", "another library"])
@@ -339,38 +338,38 @@ def test_a_broken_or_foreign_library_is_not_used(monkeypatch, found):
     assert native_library.__wrapped__() is None
 
 
-# ---------------------------------------------------------------------------------------------------------------- wire
+# -------------------------------------------------------------------------------------------------------- compute copy
 
 
 @pytest.mark.parametrize("native", PATHS)
-def test_wire_rows_are_the_rounded_rows(native):
-    state = make(40, 70)
-    wire = torch.zeros(40, 70, dtype=torch.bfloat16)
+def test_the_compute_copy_is_the_rounded_rows(native):
+    copy = torch.zeros(40, 70, dtype=torch.bfloat16)
+    state = make(40, 70)._replace(compute_copy=copy)
     rows = torch.arange(1, 40, 3)
-    update_rows(*state, rows, torch.randn(len(rows), 70), RULE, wire=wire, native=native)
-    assert torch.equal(wire[rows], state[0][rows].bfloat16())
+    update_rows(state, rows, torch.randn(len(rows), 70), RULE, native=native)
+    assert torch.equal(copy[rows], state[0][rows].bfloat16())
     others = torch.ones(40, dtype=torch.bool).index_fill_(0, rows, False)
-    assert not wire[others].any()
+    assert not copy[others].any()
 
 
 @NEEDS_LIBRARY
-def test_wire_of_ties_huge_values_and_nan():
+def test_a_compute_copy_of_ties_huge_values_and_nan():
     odd = [1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 3.3e38, 3.4e38, 1e-40, -0.0, float("inf"), float("nan")]
-    state = make(1, len(odd))
-    state[0][0] = torch.tensor(odd)
-    wire = torch.zeros(1, len(odd), dtype=torch.bfloat16)
+    copy = torch.zeros(1, len(odd), dtype=torch.bfloat16)
+    state = make(1, len(odd))._replace(compute_copy=copy)
+    state.table[0] = torch.tensor(odd)
     still = StepRule(0.0, 0.9, 0.99, 1e-8, 0.0, True)
-    update_rows(*state, torch.arange(1), torch.zeros(1, len(odd)), still, wire=wire, native=True)
-    assert torch.equal(wire[:, :-1], state[0].bfloat16()[:, :-1])
-    assert wire[0, -1].isnan()
+    update_rows(state, torch.arange(1), torch.zeros(1, len(odd)), still, native=True)
+    assert torch.equal(copy[:, :-1], state[0].bfloat16()[:, :-1])
+    assert copy[0, -1].isnan()
 
 
-def test_a_float16_wire_takes_the_torch_path():
-    state, wire = make(4, 6), torch.zeros(4, 6, dtype=torch.float16)
-    update_rows(*state, torch.tensor([2]), torch.ones(1, 6), RULE, wire=wire)
-    assert torch.equal(wire[2], state[0][2].half())
-    with pytest.raises(ValueError, match="bfloat16 wire or none"):
-        update_rows(*state, torch.tensor([2]), torch.ones(1, 6), RULE, wire=wire, native=True)
+def test_a_float16_compute_copy_takes_the_torch_path():
+    state = make(4, 6)._replace(compute_copy=torch.zeros(4, 6, dtype=torch.float16))
+    update_rows(state, torch.tensor([2]), torch.ones(1, 6), RULE)
+    assert torch.equal(state.compute_copy[2], state.table[2].half())
+    with pytest.raises(ValueError, match="bfloat16 compute copy or none"):
+        update_rows(state, torch.tensor([2]), torch.ones(1, 6), RULE, native=True)
 
 
 # --------------------------------------------------------------------------------------------------- bfloat16 tables
@@ -378,12 +377,12 @@ def test_a_float16_wire_takes_the_torch_path():
 
 def bf16_after(seed, rows=None, steps=1, chunk=None, monkeypatch=None):
     if chunk:
-        monkeypatch.setattr(adamw_blocks, "_CHUNK", chunk)
+        monkeypatch.setattr(row_adamw_torch, "_BLOCK", chunk)
     state = make(64, 96, torch.bfloat16)
     rows = torch.arange(64) if rows is None else rows
     grads = torch.linspace(-1, 1, 64 * 96).view(64, 96)
     for _ in range(steps):
-        update_rows(*state, rows, grads[rows], StepRule(1e-4, 0.9, 0.999, 1e-8, 0.0, True), seed=seed)
+        update_rows(state, rows, grads[rows], StepRule(1e-4, 0.9, 0.999, 1e-8, 0.0, True), seed=seed)
     return state[0]
 
 
@@ -398,11 +397,11 @@ def test_stochastic_rounding_follows_seed_row_and_count_alone(monkeypatch):
 def test_stochastic_rounding_keeps_the_mean():
     # A step of 1e-5 is 1/390 of the gap between neighbours of bfloat16 at 0.5: to the nearest, nothing would move.
     table = torch.full((512, 512), 0.5, dtype=torch.bfloat16)
-    moments = [torch.zeros(512, 512), torch.zeros(512, 512)]
-    count, rule = torch.zeros(512, dtype=torch.int32), StepRule(1e-5, 0.0, 0.0, 0.0, 0.0, True)
+    state = RowState(table, *torch.zeros(2, 512, 512), torch.zeros(512, dtype=torch.int32))
+    rule = StepRule(1e-5, 0.0, 0.0, 0.0, 0.0, True)
     steps = 20
     for _ in range(steps):
-        update_rows(table, *moments, count, torch.arange(512), -torch.ones(512, 512), rule)
+        update_rows(state, torch.arange(512), -torch.ones(512, 512), rule)
     moved = (table.double() - 0.5).mean().item()
     gap, share = 2**-8, 1e-5 * 2**8
     error = gap * (steps * share / table.numel()) ** 0.5
@@ -414,7 +413,7 @@ def test_stochastic_rounding_keeps_the_mean():
 def test_stochastic_rounding_leaves_values_of_bfloat16_infinities_and_nan():
     values = torch.tensor([[1.0, -0.5, float("inf"), float("-inf"), 0.0]])
     p = torch.cat([values, torch.tensor([[float("nan")]])], dim=1)
-    adamw_blocks.round_stochastically(p, torch.tensor([2**40]), torch.tensor([9]), seed=-(2**70) + 3)
+    row_adamw_torch.round_stochastically(p, torch.tensor([2**40]), torch.tensor([9]), seed=-(2**70) + 3)
     assert torch.equal(p[:, :-1], values)
     assert p[0, -1].isnan()
 
@@ -426,18 +425,18 @@ def test_stochastic_rounding_leaves_values_of_bfloat16_infinities_and_nan():
 def test_no_rows(native):
     state = make(4, 6)
     before = clone(state)
-    update_rows(*state, torch.empty(0, dtype=torch.int64), torch.empty(0, 6), RULE, native=native)
-    assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
+    update_rows(state, torch.empty(0, dtype=torch.int64), torch.empty(0, 6), RULE, native=native)
+    assert all(torch.equal(a, b) for a, b in zip(state.tensors(), before.tensors(), strict=True))
 
 
 @pytest.mark.parametrize("native", PATHS)
 def test_strided_gradients_and_a_parameter_as_the_table(native):
     state = make(4, 6)
-    state[0] = torch.nn.Parameter(state[0])
-    version, grads = state[0]._version, torch.randn(6, 2).T
-    expected = clone([x.detach() for x in state])
-    update_rows(*expected, torch.tensor([1, 3]), grads.contiguous(), RULE, native=native)
-    update_rows(*state, torch.tensor([1, 3]), grads, RULE, native=native)
+    state = state._replace(table=torch.nn.Parameter(state.table))
+    version, grads = state.table._version, torch.randn(6, 2).T
+    expected = clone(state._replace(table=state.table.detach()))
+    update_rows(expected, torch.tensor([1, 3]), grads.contiguous(), RULE, native=native)
+    update_rows(state, torch.tensor([1, 3]), grads, RULE, native=native)
     assert torch.equal(state[0], expected[0])
     assert state[0]._version > version  # a backward over the old rows must fail, not go wrong
 
@@ -445,11 +444,11 @@ def test_strided_gradients_and_a_parameter_as_the_table(native):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"table": torch.zeros(4, 6, dtype=torch.float16)}, "float32, float64 or bfloat16"),
-        ({"table": torch.zeros(6, 4).T}, "table must be contiguous"),
-        ({"exp_avg": torch.zeros(4, 5)}, "exp_avg must be contiguous"),
-        ({"exp_avg_sq": torch.zeros(4, 6, dtype=torch.float64)}, "moments"),
-        ({"count": torch.zeros(4, dtype=torch.int64)}, "int32"),
+        ({"table": torch.zeros(4, 6, dtype=torch.float16)}, "table: one of torch.float32, torch.bfloat16, "),
+        ({"table": torch.zeros(6, 4).T}, "table: a contiguous tensor"),
+        ({"exp_avg": torch.zeros(4, 5)}, r"exp_avg: the shape \(4, 6\)"),
+        ({"exp_avg_sq": torch.zeros(4, 6, dtype=torch.float64)}, "exp_avg_sq: one of torch.float32"),
+        ({"counts": torch.zeros(4, dtype=torch.int64)}, "counts: one of torch.int32"),
         ({"rows": torch.tensor([0, 1], dtype=torch.int32)}, "rows must be int64"),
         ({"rows": torch.tensor([1, 1])}, "ascend"),
         ({"rows": torch.tensor([2, 1])}, "ascend"),
@@ -457,17 +456,19 @@ def test_strided_gradients_and_a_parameter_as_the_table(native):
         ({"rows": torch.tensor([1, 4])}, "ascend"),
         ({"grads": torch.zeros(3, 6)}, "grads must be"),
         ({"grads": torch.zeros(2, 6, dtype=torch.float64)}, "grads must be"),
-        ({"wire": torch.zeros(4, 7, dtype=torch.bfloat16)}, "wire must be"),
+        ({"compute_copy": torch.zeros(4, 7, dtype=torch.bfloat16)}, "compute_copy: the shape"),
     ],
 )
 @pytest.mark.parametrize("library", [True, False])
 def test_arguments_that_do_not_fit(change, message, library, monkeypatch):
     if not library:
         monkeypatch.setattr(row_update, "native_library", lambda: None)
-    names = ("table", "exp_avg", "exp_avg_sq", "count")
-    given_ = dict(zip(names, make(4, 6), strict=True)) | {"rows": torch.tensor([0, 2]), "grads": torch.ones(2, 6)}
-    before = {name: x.clone() for name, x in (given_ | change).items()}
+    rows_and_grads = {"rows": torch.tensor([0, 2]), "grads": torch.ones(2, 6)}
+    rows_and_grads |= {name: x for name, x in change.items() if name in rows_and_grads}
+    state = make(4, 6)._replace(**{name: x for name, x in change.items() if name in RowState._fields})
+    before = [x.clone() for x in (*state.tensors(), *rows_and_grads.values())]
     with pytest.raises(ValueError, match=message) as caught:
-        update_rows(**(given_ | change), rule=RULE)
+        update_rows(state, **rows_and_grads, rule=RULE)
     assert str(caught.value).count("\n") == 0
-    assert all(torch.equal(x, before[name]) for name, x in (given_ | change).items())
+    after = (*state.tensors(), *rows_and_grads.values())
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from thread_streams import ThreadStreams
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel
 
-from meft.table.moments import Moments
+from meft.table.row_step import update_rows
 from meft.table.row_table import RowTable
 from meft.transport.streams import HostStreams
+from tests.support.thread_streams import ThreadStreams
 
 WAYS = {
     "in place": {},
@@ -301,7 +301,7 @@ def test_rows_of_a_narrower_dtype_change_what_is_read(tiny, way):
     for p, values in zip(rows(model), expected, strict=True):
         assert p.dtype == torch.float32
         assert torch.equal(p, values.bfloat16().float())
-    assert {table.wire_dtype for table in tiny.tables(model)} == {torch.bfloat16}
+    assert {table.compute_dtype for table in tiny.tables(model)} == {torch.bfloat16}
     fresh = make(tiny, torch.float32, way, row_dtype="bfloat16")
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(logits(tiny, model), logits(tiny, fresh))
@@ -327,7 +327,7 @@ def test_rows_of_a_wider_dtype_are_rounded_and_the_masters_are_read(tiny):
     p = rows(model)[1]
     p.data = torch.full(p.shape, 1 / 3, dtype=torch.float64)
     table = tiny.tables(model)[1]
-    assert p.dtype == table.wire_dtype == torch.float32
+    assert p.dtype == table.compute_dtype == torch.float32
     with table.reading() as read:
         assert torch.equal(read, torch.full(p.shape, 1 / 3))
 
@@ -339,7 +339,7 @@ def test_a_parameter_of_another_dtype_in_its_place(tiny):
     table.rows = placed
     assert table.rows is placed
     assert placed.dtype == torch.float32
-    assert table.wire_dtype == torch.bfloat16
+    assert table.compute_dtype == torch.bfloat16
     before = logits(tiny, model)
     placed.data.mul_(-1.5)
     assert not torch.equal(logits(tiny, model), before)
@@ -416,14 +416,15 @@ def test_a_copy_sees_its_own_writes(tiny, how):
         lambda p: p[:].clone(),
     ],
 )
-def test_whoever_reads_after_the_step_waits_for_the_update(tiny, monkeypatch, read):
+def test_whoever_reads_after_the_step_waits_for_the_update(tiny, read):
     """Rows of a model on a device are updated by a thread beside the computation."""
-    found, update = [], Moments.update
+    found = []
     for beside in (False, True):
         model = tiny.adapted(1, dtype=torch.float32, retrieval="stream" if beside else "auto")
         if beside:
             model.base_model.engines["default"].use(HostStreams(torch.device("cpu")))
-            monkeypatch.setattr(Moments, "update", lambda *args: (time.sleep(0.2), update(*args))[1])
+            for table in tiny.tables(model):
+                table.step = lambda *args, **settings: (time.sleep(0.2), update_rows(*args, **settings))
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
         tiny.loss(model).backward()
         before = [table.rows.detach().clone() for table in tiny.tables(model)]

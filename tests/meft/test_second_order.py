@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from thread_streams import ThreadStreams
 from torch.autograd import forward_ad, gradgradcheck
 from torch.autograd import functional as AF
 from torch.utils.checkpoint import checkpoint
@@ -11,6 +10,7 @@ from meft.config import MEFTConfig
 from meft.gradient.row_gradient import RowGradient
 from meft.layer import MEFTLayer
 from meft.routing.reference import reference
+from tests.support.thread_streams import ThreadStreams
 
 D, T = 8, 6
 WAYS = {

@@ -1,15 +1,21 @@
 """Outputs and all gradients of the sparse path against autograd through the oracle."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adapter_kernels import row_union
 from adapter_kernels.ffn import sparse_products
+from adapter_kernels.ffn.sparse_products import ByColumn, entry_dots, line_sums
 from meft.gradient.row_gradient import RowGradient
-from meft.retrieval.sparse_ffn import Retrieved, SparseFFN, row_dots, token_sums, weighted_rows
+from meft.retrieval.second_order import AsRowGradient
+from meft.retrieval.sparse_ffn import SparseFFN
+from meft.retrieval.types import GatheredRows, PendingForward, Selection
 from meft.routing.reference import chosen_neurons, reference
-from meft.routing.topk import Selection, select_neurons, union
+from meft.routing.topk import select_neurons
 
 SIZES = {"T": 11, "d": 6, "E": 4, "each": 5, "P": 2, "K": 4}
 
@@ -43,20 +49,55 @@ def draw(T=11, d=6, E=4, each=5, seed=0, **_):
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
-def retrieve(selection, keys, values, in_place=True):
-    rows, order = union(selection.neuron, len(keys))
+class Tables:
+    """What an autograd function asks of a layer."""
+
+    def __init__(self, keys, values):
+        self.rows = keys, values
+
+    @property
+    def versions(self):
+        return tuple(rows._version for rows in self.rows)
+
+
+class Receiver:
+    """Takes gradients as rows of their tables."""
+
+    def send_back(self, pending, which, gradient):
+        return RowGradient(pending.known.host_rows, gradient, pending.layer.rows[which])
+
+    def keep_graph(self, pending, which, gradient):
+        return AsRowGradient.apply(gradient, pending.known.host_rows, pending.layer.rows[which])
+
+
+def picks_of(x, logits, keys, P, K, factor):
+    """Ids and x . w of the picks, [T, K]."""
+    return select_neurons(x, logits, keys, SimpleNamespace(probed=P, top_k=K, router_factor=factor))
+
+
+def ffn(x, router, keys, values, picks, factor=True, in_place=True, read=None, done=lambda: None):
+    """The autograd function as the engine calls it, of given picks. read: the rows, if they are not the tables'."""
+    ids, dots = picks
+    key_rows, value_rows = (t.detach() for t in (read if read is not None else (keys, values)))
+    rows, inverse = row_union(ids, len(keys))
+    selection = Selection(rows, inverse, rows.long(), neurons=ids, dots=dots)
     if in_place:
-        return Retrieved(selection, keys.detach(), values.detach(), selection.neuron, rows, order, True)
-    return Retrieved(selection, keys.detach()[rows], values.detach()[rows], order, rows, order, False)
+        gathered = GatheredRows(key_rows.to(x.dtype), value_rows.to(x.dtype), ids, dots=dots)
+    else:
+        gathered = GatheredRows(key_rows[rows.long()].to(x.dtype), value_rows[rows.long()].to(x.dtype), inverse)
+    tables = Tables(keys, values)
+    pending = PendingForward(tables, selection, None, tables.versions, False)
+    logits = torch.nn.functional.linear(x, router.to(x.dtype))
+    expert = torch.div(ids.clamp_min(0), len(keys) // len(router), rounding_mode="floor").long()
+    factors, idle = (logits.gather(1, expert), None) if factor else (None, logits)
+    return SparseFFN.apply(x, factors, idle, keys, values, gathered, pending, Receiver(), x.dtype, done)
 
 
 def sparse(x, router, keys, values, P, K, factor=True, in_place=True, read=None):
-    """The sparse path as a layer calls it. read: the rows that are read, if they are not the tables."""
+    """The sparse path as a layer calls it."""
     logits = (x @ router.to(x.dtype).T).detach()
-    key_rows, value_rows = read if read is not None else (keys, values)
-    selection = select_neurons(x.detach(), logits, key_rows.detach(), experts_per_token=P, top_k=K, factor=factor)
-    found = retrieve(selection, key_rows, value_rows, in_place)
-    return SparseFFN.apply(x, router, keys, values, found, logits if factor else None)
+    scored = (read[0] if read is not None else keys).detach()
+    return ffn(x, router, keys, values, picks_of(x.detach(), logits, scored, P, K, factor), factor, in_place, read)
 
 
 def gradients(y, g, inputs):
@@ -115,9 +156,8 @@ def test_the_dense_configuration_is_a_relu_adapter(products, in_place):
 def test_nothing_picked_is_zero_with_zero_gradients(products, T, in_place):
     x, router, keys, values, g = draw(T=T, seed=2)
     inputs = [t.requires_grad_() for t in (x, router, keys, values)]
-    none = torch.zeros(0, dtype=torch.int64)
-    nobody = Selection(torch.zeros(T + 1, dtype=torch.int64), none, none, x.new_zeros(0))
-    y = SparseFFN.apply(*inputs, retrieve(nobody, keys, values, in_place), (x @ router.T).detach())
+    nobody = torch.full((T, 4), -1, dtype=torch.int32), x.new_zeros(T, 4)
+    y = ffn(*inputs, nobody, in_place=in_place)
     assert torch.equal(y, torch.zeros(T, 6, dtype=torch.float64))
     dx, drouter, dkeys, dvalues = gradients(y, g, inputs)
     assert not dx.any()
@@ -145,12 +185,12 @@ def test_gradcheck(products, factor, in_place):
     x, router, keys, values, _ = draw(T=5, d=3, seed=4)
     inputs = [t.requires_grad_() for t in (x, router, keys, values)]
     with torch.no_grad():
-        found = select_neurons(x, x @ router.T, keys, experts_per_token=2, top_k=4, factor=factor)
+        ids, _ = picks_of(x, x @ router.T, keys, 2, 4, factor)
 
     def run(x, router, keys, values):
-        read = retrieve(Selection(found.starts, found.token, found.neuron), keys, values, in_place)
-        logits = (x @ router.T).detach() if factor else None
-        return SparseFFN.apply(x, router, Dense.apply(keys), Dense.apply(values), read, logits)
+        # Dots of these inputs, which gradcheck moves.
+        dots = (x.detach()[:, None] * keys.detach()[ids.long().clamp_min(0)]).sum(2).where(ids >= 0, 0)
+        return ffn(x, router, Dense.apply(keys), Dense.apply(values), (ids, dots), factor, in_place)
 
     assert torch.autograd.gradcheck(run, inputs)
 
@@ -180,11 +220,11 @@ def test_float32_with_injected_picks(products, rows, bound, factor, in_place):
     expected = reference(*exact, experts_per_token=3, top_k=12, router_factor=factor, chosen=chosen)
 
     inputs = [t.float().requires_grad_() for t in (x, router, keys, values)]
-    token, neuron = chosen.nonzero(as_tuple=True)
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), chosen.sum(1).cumsum(0)])
-    found = retrieve(Selection(starts, token, neuron), inputs[2].to(rows), inputs[3].to(rows), in_place)
-    logits = (inputs[0] @ inputs[1].T).detach() if factor else None
-    y = SparseFFN.apply(*inputs, found, logits)
+    kept, ids = chosen.to(torch.int32).topk(12, dim=1)
+    ids = ids.where(kept > 0, -1).int()
+    read = [t.detach().to(rows) for t in inputs[2:]]
+    dots = (inputs[0].detach()[:, None] * read[0].float()[ids.long().clamp_min(0)]).sum(2).where(ids >= 0, 0)
+    y = ffn(*inputs, (ids, dots), factor, in_place, read)
     assert y.dtype == torch.float32
     pairs = [(y, expected), *zip(gradients(y, g.float(), inputs), gradients(expected, g, exact), strict=True)]
     for ours, theirs in pairs:
@@ -244,15 +284,14 @@ def test_copies_are_saved_through_autograd_and_whole_tables_are_not():
         x, router, keys, values, _ = draw(T=33, E=8, seed=9)
         inputs = [t.requires_grad_() for t in (x, router, keys, values)]
         logits = (x @ router.T).detach()
-        found = select_neurons(x.detach(), logits, keys.detach(), experts_per_token=1, top_k=1, factor=True)
-        read = retrieve(found, keys, values, in_place)
-        copy = (len(read.rows), 6)
+        picks = picks_of(x.detach(), logits, keys.detach(), 1, 1, True)
+        copy = (len(row_union(picks[0], len(keys))[0]), 6)
         assert copy not in (x.shape, router.shape, keys.shape)
         seen = []
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, seen=seen: seen.append(tuple(t.shape)) or t, lambda t: t
         ):
-            SparseFFN.apply(*inputs, read, logits)
+            ffn(*inputs, picks, in_place=in_place)
         assert seen.count(copy) == (0 if in_place else 2)
         assert tuple(keys.shape) not in seen
 
@@ -277,11 +316,11 @@ def test_a_backward_pass_is_announced_once():
     inputs = [t.requires_grad_() for t in (x, router, keys, values)]
     heard = []
     with torch.no_grad():
-        found = select_neurons(x, x @ router.T, keys, experts_per_token=2, top_k=4, factor=False)
-    y = SparseFFN.apply(*inputs, retrieve(found, keys, values), None, heard.append)
+        picks = picks_of(x, x @ router.T, keys, 2, 4, False)
+    y = ffn(*inputs, picks, factor=False, done=lambda: heard.append(True))
     assert heard == []
     y.backward(g)
-    assert heard == [len(retrieve(found, keys, values).rows)]
+    assert heard == [True]
 
 
 # ---------------------------------------------------------------------- the products
@@ -295,7 +334,6 @@ def test_the_products_over_picks_equal_loops(data, masked):
     starts = torch.tensor([0, *map(len, sets)]).cumsum(0)
     token = torch.tensor([t for t, s in enumerate(sets) for _ in s], dtype=torch.int64)
     neuron = torch.tensor([n for s in sets for n in s], dtype=torch.int64)
-    picks = Selection(starts, token, neuron)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     x, rows = (torch.randint(-3, 4, (n, d), generator=generator).double() for n in (T, r))
     weights = torch.randint(-3, 4, (len(token),), generator=generator).double()
@@ -307,6 +345,6 @@ def test_the_products_over_picks_equal_loops(data, masked):
     with pytest.MonkeyPatch.context() as patch:
         if masked:
             patch.setattr(sparse_products, "has_sparse_products", lambda tensor: False)
-        assert torch.equal(weighted_rows(weights, picks, neuron, rows), gathered)
-        assert row_dots(x, picks, neuron, rows).tolist() == [float(x[t] @ rows[n]) for t, n, _ in pairs]
-        assert torch.equal(token_sums(weights, picks, neuron, x, r), sums)
+        assert torch.equal(line_sums(starts, neuron, token, weights, rows), gathered)
+        assert entry_dots(starts, neuron, token, x, rows).tolist() == [float(x[t] @ rows[n]) for t, n, _ in pairs]
+        assert torch.equal(ByColumn(neuron, token, r).sums(weights, x), sums)

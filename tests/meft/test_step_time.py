@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meft.cost.memory import STRATEGIES, AdapterShape, Plan, Work
+from meft.cost.memory import AdapterShape, Plan, Work
 from meft.cost.step_time import BaseModel, Ceilings, _Resource, step_time
+from meft.retrieval.strategies import DEVICE_STRATEGIES
 
 UNBOUND = Ceilings(*[math.inf] * 7)
 TINY = AdapterShape(d=16, layers=3, r=64, experts=8, probed=2, top_k=4)
@@ -23,7 +24,7 @@ plans = st.builds(
     st.integers(1, 50),
     st.integers(1, 3),
     st.sampled_from(["save", "refetch"]),
-    st.sampled_from(STRATEGIES),
+    st.sampled_from(DEVICE_STRATEGIES),
 )
 
 
@@ -79,7 +80,7 @@ def test_flops_by_hand():
     assert seconds("resident", at(flops=1.0)) == L * (once + per_layer + sparse) + head
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+@pytest.mark.parametrize("strategy", DEVICE_STRATEGIES[1:])
 def test_host_memory_by_hand(strategy):
     """Gradients come in bf16 and are written in fp32; the update takes 30 bytes a value, clipping none.
 
@@ -124,7 +125,7 @@ def test_clipping_waits_for_all_gradients():
 
 def test_longer_work_takes_longer():
     limits = Ceilings(1e6, 1e7, 1e6, 1e6, 1.5e6, 1e7, 1e6)
-    for strategy in STRATEGIES:
+    for strategy in DEVICE_STRATEGIES:
         few, many = (seconds(strategy, limits, union=u) for u in (8, 64))
         assert few < many
         assert seconds(strategy, limits) < seconds(strategy, limits, accumulation=4)

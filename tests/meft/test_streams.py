@@ -4,10 +4,10 @@ from contextlib import suppress
 
 import pytest
 import torch
-from fake_cuda import FakeCuda
-from test_engine import ROWS, STRATEGIES
 
 from meft.transport.streams import CudaStreams, HostStreams
+from tests.support.fake_cuda import FakeCuda
+from tests.support.tiny_meft import ROWS, STRATEGIES
 
 THERE = torch.device("cuda", 1)
 
@@ -123,8 +123,8 @@ def on_the_host(cuda, tiny, model):
     """Addresses of memory that is the host's: tables, what is read of them, moments, staging."""
     found = list(cuda.staged)
     for table in tiny.tables(model):
-        with table.reading() as wire:
-            found += [table.rows, wire]
+        with table.reading() as compute_copy:
+            found += [table.rows, compute_copy]
         found += table.moments.tensors().values()
     return {tensor.untyped_storage().data_ptr() for tensor in found}
 

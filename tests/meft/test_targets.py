@@ -1,16 +1,16 @@
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+from transformers import GPT2LMHeadModel, OPTForCausalLM
 
 from meft.targets import candidates, ffn_width, is_linear
+from tests.support.models import model
 
 
 def test_candidates_are_the_ffns(tiny):
     assert candidates(tiny.base()) == ["mlp"]
-    assert candidates(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64))) == ["mlp"]
-    fields = {"hidden_size": 32, "ffn_dim": 64, "num_attention_heads": 2, "vocab_size": 64, "word_embed_proj_dim": 32}
-    assert candidates(OPTForCausalLM(OPTConfig(num_hidden_layers=1, **fields))) == []  # its layers call fc1 and fc2
+    assert candidates(model(GPT2LMHeadModel, n_layer=1)) == ["mlp"]
+    assert candidates(model(OPTForCausalLM, num_hidden_layers=1)) == []  # its layers call fc1 and fc2
 
 
 def test_width(tiny):

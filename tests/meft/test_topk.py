@@ -1,6 +1,8 @@
 """The cheap picks against the oracle: identical in float64; in float32 different only at the cut."""
 
 import importlib
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from meft import MEFTConfig
 from meft.layer import MEFTLayer
 from meft.retrieval import forward_context as context
 from meft.routing.reference import chosen_neurons
-from meft.routing.topk import select_neurons, union
+from meft.routing.topk import select_neurons
 
 
 def draw(T, d, E, each, seed=0, integer=False):
@@ -24,25 +26,37 @@ def draw(T, d, E, each, seed=0, integer=False):
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
+class Picks(NamedTuple):
+    """int32 [T, K], -1 is none, and x . w of each."""
+
+    ids: torch.Tensor
+    dots: torch.Tensor
+
+    @property
+    def neurons(self):
+        """Those of all tokens in a row, ascending within a token."""
+        return [n for row in self.ids.tolist() for n in sorted(row) if n >= 0]
+
+
+def picks_of(x, logits, keys, P, K, factor):
+    return Picks(*select_neurons(x, logits, keys, SimpleNamespace(probed=P, top_k=K, router_factor=factor)))
+
+
 def select(x, router, keys, P, K, factor):
-    return select_neurons(x, x @ router.T, keys, experts_per_token=P, top_k=K, factor=factor)
+    return picks_of(x, x @ router.T, keys, P, K, factor)
 
 
-def mask_of(selection, r):
-    mask = torch.zeros(selection.tokens, r, dtype=torch.bool)
-    mask[selection.token, selection.neuron] = True
-    assert int(mask.sum()) == len(selection.token) == len(selection.neuron) == int(selection.starts[-1])
-    return mask
+def mask_of(ids, r):
+    mask = torch.zeros(len(ids), r + 1, dtype=torch.bool)
+    mask.scatter_(1, ids.long().where(ids >= 0, r), True)
+    assert int(mask[:, :r].sum()) == int((ids >= 0).sum())  # distinct
+    return mask[:, :r]
 
 
-def assert_well_formed(selection, x, keys):
-    counts = torch.bincount(selection.token, minlength=selection.tokens)
-    assert selection.starts.tolist() == [0, *counts.cumsum(0).tolist()]
-    assert bool((selection.token.diff() >= 0).all())
-    same = selection.token.diff() == 0
-    assert bool((selection.neuron.diff()[same] > 0).all())
-    dots = (x[selection.token] * keys[selection.neuron]).sum(1)
-    torch.testing.assert_close(selection.dots, dots, rtol=1e-12, atol=1e-12)
+def assert_well_formed(picks, x, keys):
+    assert picks.ids.dtype == torch.int32
+    dots = (x[:, None] * keys[picks.ids.long().clamp_min(0)]).sum(2)
+    torch.testing.assert_close(picks.dots, dots.where(picks.ids >= 0, 0), rtol=1e-12, atol=1e-12)
 
 
 # ---------------------------------------------------------------------- float64: identical to the oracle
@@ -58,7 +72,7 @@ def test_the_picks_are_the_oracles(data, integer, factor):
         x[data.draw(st.integers(0, T - 1))] = 0  # all logits and scores tie at zero
     selection = select(x, router, keys, P, K, factor)
     expected = chosen_neurons(x, router, keys, experts_per_token=P, top_k=K, router_factor=factor)
-    assert torch.equal(mask_of(selection, E * each), expected)
+    assert torch.equal(mask_of(selection.ids, E * each), expected)
     assert_well_formed(selection, x, keys)
 
 
@@ -68,28 +82,28 @@ def test_the_picks_are_the_oracles_for_any_number_of_tokens(T, integer):
     x, router, keys = draw(T, 16, 16, 8, seed=T, integer=integer)
     selection = select(x, router, keys, 4, 10, True)
     expected = chosen_neurons(x, router, keys, experts_per_token=4, top_k=10, router_factor=True)
-    assert torch.equal(mask_of(selection, 128), expected)
+    assert torch.equal(mask_of(selection.ids, 128), expected)
 
 
 def test_equal_scores_go_to_the_lower_ids():
     x, keys = torch.ones(1, 1), torch.ones(12, 1)
     for logits, neurons in (([1.0] * 4, [0, 1, 2, 3]), ([0.0, 1.0, 2.0, 2.0], [6, 7, 8, 9]), ([-1.0] * 4, [])):
-        selection = select_neurons(x, torch.tensor([logits]), keys, experts_per_token=2, top_k=4, factor=True)
-        assert selection.neuron.tolist() == neurons
+        selection = picks_of(x, torch.tensor([logits]), keys, 2, 4, factor=True)
+        assert selection.neurons == neurons
 
 
 def test_infinite_logits_are_the_largest_and_zero_rows_pick_nothing():
     x, keys = torch.ones(2, 3), torch.arange(1.0, 9.0)[:, None].expand(8, 3).clone()
     x[1] = 0
     logits = torch.tensor([[1.0, torch.inf, -torch.inf, 2.0], [3.0, 2.0, 1.0, 0.0]])
-    selection = select_neurons(x, logits, keys, experts_per_token=2, top_k=3, factor=True)
+    selection = picks_of(x, logits, keys, 2, 3, factor=True)
     # Infinite scores tie; of the other probed expert the lower id fills the third place only if its score is larger.
-    assert selection.neuron.tolist() == [2, 3, 7]
-    assert selection.token.tolist() == [0, 0, 0]
-    selection = select_neurons(x, logits, keys, experts_per_token=2, top_k=3, factor=False)
-    assert selection.neuron.tolist() == [3, 6, 7]
+    assert selection.neurons == [2, 3, 7]
+    assert bool((selection.ids[1] == -1).all())
+    selection = picks_of(x, logits, keys, 2, 3, factor=False)
+    assert selection.neurons == [3, 6, 7]
     no_scores = torch.full((1, 4), -torch.inf)
-    assert not len(select_neurons(x[:1], no_scores, keys, experts_per_token=4, top_k=3, factor=True).neuron)
+    assert picks_of(x[:1], no_scores, keys, 4, 3, factor=True).neurons == []
 
 
 def test_more_experts_and_picks_than_the_kernels_take():
@@ -97,7 +111,7 @@ def test_more_experts_and_picks_than_the_kernels_take():
     for P, K in ((40, 300), (1100, 2200)):
         selection = select(x, router, keys, P, K, True)
         expected = chosen_neurons(x, router, keys, experts_per_token=P, top_k=K, router_factor=True)
-        assert torch.equal(mask_of(selection, 2200), expected)
+        assert torch.equal(mask_of(selection.ids, 2200), expected)
 
 
 def test_nan_picks_nothing_that_is_not_there():
@@ -106,8 +120,8 @@ def test_nan_picks_nothing_that_is_not_there():
     logits = x @ router.T
     logits[3, 1], logits[4] = torch.nan, torch.nan
     for P in (2, 4):
-        selection = select_neurons(x, logits, keys, experts_per_token=P, top_k=5, factor=True)
-        picks = mask_of(selection, 12)
+        selection = picks_of(x, logits, keys, P, 5, factor=True)
+        picks = mask_of(selection.ids, 12)
         assert not picks[[1, 4]].any()
         assert not picks[3, 3:6].any()
         assert not selection.dots.isnan().any()
@@ -115,11 +129,11 @@ def test_nan_picks_nothing_that_is_not_there():
 
 def test_permuting_and_splitting_tokens_leave_each_tokens_picks():
     x, router, keys = draw(50, 12, 8, 4, seed=5)
-    whole = mask_of(select(x, router, keys, 3, 5, True), 32)
+    whole = mask_of(select(x, router, keys, 3, 5, True).ids, 32)
     order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(mask_of(select(x[order], router, keys, 3, 5, True), 32), whole[order])
+    assert torch.equal(mask_of(select(x[order], router, keys, 3, 5, True).ids, 32), whole[order])
     for parts in ([1] * 50, [17, 33], [49, 1]):
-        picks = [mask_of(select(part, router, keys, 3, 5, True), 32) for part in x.split(parts)]
+        picks = [mask_of(select(part, router, keys, 3, 5, True).ids, 32) for part in x.split(parts)]
         assert torch.equal(torch.cat(picks), whole)
 
 
@@ -154,7 +168,7 @@ def picks_of_a_layer(layer, x, mask=None):
         context.end(opened)
     picks = torch.zeros(x.shape[0] * x.shape[1], 32, dtype=torch.bool)
     real = stash.real if stash.real is not None else torch.arange(len(picks))
-    picks[real[stash.picks.token], stash.picks.neuron] = True
+    picks[real] = mask_of(stash.selection.neurons, 32)
     return picks.view(*x.shape[:2], 32), y.detach()
 
 
@@ -205,7 +219,7 @@ def differences_at_the_cut(x, router, keys, P, K, factor):
     The cuts: the logit of the last probed expert, the score of the last kept neuron, and zero. An ulp is that of the
     sum of the magnitudes that a score is added up from: what rounding can move.
     """
-    free = mask_of(select_neurons(x, x @ router.T, keys, experts_per_token=P, top_k=K, factor=factor), len(keys))
+    free = mask_of(select(x, router, keys, P, K, factor).ids, len(keys))
     x, router, keys = x.double(), router.double(), keys.double()
     exact = chosen_neurons(x, router, keys, experts_per_token=P, top_k=K, router_factor=factor)
     each = len(keys) // len(router)
@@ -251,33 +265,12 @@ def test_float32_picks_at_near_ties_differ_only_at_the_cut(record_property):
 @pytest.mark.parametrize(("T", "P"), [(1, 3), (40, 3), (40, 8)])
 def test_a_token_costs_e_plus_p_k_dot_products(T, P, monkeypatch):
     # The counter does not look into a registered op.
-    module = importlib.import_module("adapter_kernels.topk.expert_topk")
-    monkeypatch.setattr(module, "_op", lambda *arguments: module._torch(*arguments[:-1]))
+    module = importlib.import_module("adapter_kernels.topk.expert_topk")  # the package has a function of this name
+    monkeypatch.setattr(module, "_op", lambda *arguments: module.expert_topk_torch.select(*arguments[:-1]))
     d, E, each = 16, 8, 4
     layer = layer_of(experts_per_token=P)
     x = torch.randn(T, d, dtype=torch.float64)
     with FlopCounterMode(display=False) as counter:
         logits = x @ layer.router("default").detach().T
-        select_neurons(x, logits, layer.meft_keys["default"].rows.detach(), experts_per_token=P, top_k=5, factor=True)
+        picks_of(x, logits, layer.meft_keys["default"].rows.detach(), P, 5, True)
     assert counter.get_total_flops() == 2 * d * T * (E + P * each)
-
-
-# ---------------------------------------------------------------------- the parts
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.integers(1, 40), st.data())
-def test_union_names_each_neuron_once_and_where_it_is(r, data):
-    neuron = torch.tensor(data.draw(st.lists(st.integers(0, r - 1), max_size=30)), dtype=torch.int64)
-    rows, place = union(neuron, r)
-    assert rows.tolist() == sorted(set(neuron.tolist()))
-    assert torch.equal(rows[place], neuron)
-    assert rows.dtype == place.dtype == torch.int64
-
-
-def test_a_selection_moves_whole_and_knows_its_bytes():
-    x, router, keys = draw(6, 5, 4, 3, seed=9)
-    selection = select(x, router, keys, 2, 2, True)
-    moved = selection.to(torch.device("meta"))
-    assert {t.device.type for t in (moved.starts, moved.token, moved.neuron, moved.dots)} == {"meta"}
-    assert selection.nbytes() == 8 * (7 + 2 * len(selection.neuron))

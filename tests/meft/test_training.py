@@ -1,10 +1,7 @@
 """Training as users do it: a plain Trainer at its defaults, long runs, and threads that read while steps run."""
 
 import gc
-import os
 import threading
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch

@@ -11,16 +11,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import meft.files.training_state
 from meft.files.training_state import INDEX
+from tests.support.models import llama_of_0_1
 
 FIELDS = {
     "float32 masters": {},
@@ -329,7 +327,7 @@ def test_an_interrupt_anywhere_leaves_a_whole_state_and_comes_out(tiny, tmp_path
     save, count, at = model.base_model.save_training_state, [0], [-1]
 
     def trace(frame, event, argument):
-        if not frame.f_code.co_filename.endswith(("meft/files/training_state.py", "peft_bridge/files.py")):
+        if not frame.f_code.co_filename.endswith(("meft/files/training_state.py", "peft_bridge/atomic_files.py")):
             return None
         if event == "line" and frame.f_code.co_name != "_remove":
             count[0] += 1
@@ -376,16 +374,9 @@ def test_litter_of_savers_that_were_killed_is_removed(tiny, good, damaged):
 OLD = Path(__file__).parents[1] / "fixtures" / "v0_1"
 
 
-def old_base():
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 96, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2))
-
-
 @pytest.mark.parametrize("name", ["meft_lazy", "meft_bf16"])
 def test_a_state_of_0_1_is_loaded(tiny, name):
-    model = PeftModel.from_pretrained(old_base(), OLD / name, is_trainable=True)
+    model = PeftModel.from_pretrained(llama_of_0_1(), OLD / name, is_trainable=True)
     model.base_model.load_training_state(OLD / name)
     saved = load_file(next((OLD / name).glob("meft_state-*")))
     found = {key: value for key, value in saved.items() if not key.endswith((".clock", ".history"))}
@@ -399,6 +390,6 @@ def test_a_state_of_0_1_is_loaded(tiny, name):
 
 def test_a_dense_state_of_0_1_is_refused():
     with pytest.warns(UserWarning, match=r"0\.1 with mode='dense'"):
-        model = PeftModel.from_pretrained(old_base(), OLD / "meft_dense", is_trainable=True)
+        model = PeftModel.from_pretrained(llama_of_0_1(), OLD / "meft_dense", is_trainable=True)
     with pytest.raises(ValueError, match=r"aslora-meft 0\.1 with mode='dense'"):
         model.base_model.load_training_state(OLD / "meft_dense")

@@ -4,15 +4,15 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from fake_cuda import FakeCuda
-from near_device import THERE, BlockingError, Near, NearDevice
 from torch import nn
 
 import meft.retrieval.engine
 import meft.retrieval.gather
-import meft.retrieval.strategies
+import meft.retrieval.strategies.resident
 from meft.table.row_table import RowTable
 from meft.transport.streams import CudaStreams, HostStreams, _Stream
+from tests.support.fake_cuda import FakeCuda
+from tests.support.near_device import THERE, BlockingError, Near, NearDevice
 
 WAYS = {name: {"retrieval": name} for name in ("host", "stream", "device-keys", "device-rows")}
 WAYS["resident"] = {"placement": "device"}
@@ -44,8 +44,9 @@ class Device(FakeCuda):
         self.tables = {t.masters.data_ptr() for layer in model for t in layer.tables("default")}
         monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: isinstance(tensor, Near)))
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda *args: False)
         monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # knows no such device
-        for module in meft.retrieval.engine, meft.retrieval.strategies:
+        for module in meft.retrieval.engine, meft.retrieval.strategies.resident:
             monkeypatch.setattr(module, "capturing", lambda x: False)
         run = _Stream.run
 
@@ -82,8 +83,8 @@ def on_the_device(tiny, monkeypatch, layers):
             dict.__setitem__(router._parameters, "weight", nn.Parameter(Near(router.weight.detach())))
         layer.base_layer.note = lambda: device.notes.append(("base", None, None))
         for table in layer.tables("default"):
-            with table.reading() as wire:
-                device.tables.add(wire.untyped_storage().data_ptr())
+            with table.reading() as compute_copy:
+                device.tables.add(compute_copy.untyped_storage().data_ptr())
     if not layers[0].configs["default"].on_host:
         reading = RowTable.reading
 
@@ -113,12 +114,12 @@ def change(layers):
         for table in layer.tables("default"):
             rows = torch.tensor([1, 5, 17])
 
-            def write(wire, table=table, rows=rows):
+            def write(compute_copy, table=table, rows=rows):
                 table.masters[rows] += 0.25
-                if wire is not None:
-                    wire[rows] = table.masters[rows].to(wire.dtype)
+                if compute_copy is not None:
+                    compute_copy[rows] = table.masters[rows].to(compute_copy.dtype)
 
-            table.writing(write, rows=rows)
+            table.update_masters(write, rows=rows)
 
 
 def passes(layers, x, event=lambda: None):
@@ -226,14 +227,14 @@ def test_what_blocks_is_noticed(tiny, monkeypatch, what):
 
 
 def test_a_wait_before_the_base_ffn_is_noticed(tiny, monkeypatch):
-    layers, begin = built(tiny, retrieval="stream"), meft.retrieval.engine.Engine.begin
+    layers, select = built(tiny, retrieval="stream"), meft.retrieval.engine.Engine.select
 
     def hasty(engine, *args):
-        begun = begin(engine, *args)
-        engine.complete(begun)
-        return begun
+        pending = select(engine, *args)
+        engine.gather(pending)
+        return pending
 
-    monkeypatch.setattr(meft.retrieval.engine.Engine, "begin", hasty)
+    monkeypatch.setattr(meft.retrieval.engine.Engine, "select", hasty)
     with on_the_device(tiny, monkeypatch, layers) as device:
         passes(layers, Near(activations(tiny)), device.notes.clear)
         words = order_of(device.notes, device, layers[0].places["default"].engine._given)

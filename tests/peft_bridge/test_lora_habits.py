@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from aslora import ASLoRAConfig
 from meft import MEFTConfig
+from tests.support import training
+from tests.support.models import llama
 
 METHODS = {
     "lora": lambda **fields: LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, **fields),
@@ -22,16 +23,8 @@ OURS = {"aslora": ASLoRAConfig, "meft": MEFTConfig}
 
 
 def base(tied=True, seed=0):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        tie_word_embeddings=tied,
-    )
-    return LlamaForCausalLM(config)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_key_value_heads": 2}
+    return llama(seed=seed, **sizes, tie_word_embeddings=tied)
 
 
 def batch(seed=0):
@@ -39,11 +32,7 @@ def batch(seed=0):
 
 
 def train(model, steps=2):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for step in range(steps):
-        model(input_ids=batch(step), labels=batch(step)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    training.train(model, map(batch, range(steps)))
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_bridge import AdapterFile, MethodConfig, MethodTuner, known_keywords, register_method, write_weights_at_once
+from tests.support.training import trainable
 
 
 @known_keywords
@@ -48,12 +49,10 @@ class ShiftLayer(nn.Module, BaseTunerLayer):
 class ShiftModel(MethodTuner):
     prefix, tuner_layer_cls, file, target_module_mapping = "shift_", ShiftLayer, AdapterFile("shift_"), {}
 
-    def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs) -> None:
+    def wrap(self, target, path, parent, adapter_name, config) -> ShiftLayer:
         layer = target if isinstance(target, ShiftLayer) else ShiftLayer(target)
-        if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
-        self.injection.layers.append((current_key, layer))
         layer.update_layer(adapter_name, config)
+        return layer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,7 +83,7 @@ def base(seed=0, **sizes):
 
 def trained(**fields):
     model = get_peft_model(base(), ShiftConfig(target_modules=["up", "down"], **fields))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.AdamW(trainable(model), lr=0.1)
     for _ in range(3):
         model(X).square().mean().backward()
         optimizer.step()

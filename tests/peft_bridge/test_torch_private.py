@@ -21,6 +21,7 @@ from peft_bridge.torch_private import (
     has_tangent,
     is_batched,
     is_parameter,
+    is_profiling,
     is_transformed,
     other_users,
     saved_tensors_hooked,
@@ -159,3 +160,12 @@ def test_a_plain_torch_function_gives_plain_results():
 
 def test_asking_for_a_context_makes_none():
     assert not has_cuda_context(0) or torch.cuda.is_available()
+
+
+def test_a_profile_shows():
+    assert not is_profiling()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert is_profiling()
+    with torch.autograd.profiler.profile():
+        assert is_profiling()
+    assert not is_profiling()

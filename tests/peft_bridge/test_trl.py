@@ -10,10 +10,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from aslora import ASLoRAConfig
 from meft import MEFTConfig
+from tests.support.models import llama
+from tests.support.training import trainable
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -38,26 +40,15 @@ def tokenizer():
 
 
 def base(dtype=torch.float32, cls=LlamaForCausalLM, **fields):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **fields,
-    )
-    return cls(config).to(dtype)
+    sizes = {"vocab_size": len(WORDS), "hidden_size": 16, "intermediate_size": 32, "num_key_value_heads": 2}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return llama(3, dtype, cls=cls, max_position_embeddings=64, **sizes, **special, **fields)
 
 
 def trained(method, dtype=torch.float32):
     """Four steps, in which ASLoRA's layers come to share."""
     model = get_peft_model(base(dtype), CONFIGS[method](task_type="CAUSAL_LM"))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    optimizer = torch.optim.AdamW(trainable(model), lr=3e-2)
     for step in range(4):
         ids = torch.randint(3, len(WORDS), (4, 12), generator=torch.Generator().manual_seed(step))
         model(input_ids=ids, labels=ids).loss.backward()
@@ -102,22 +93,17 @@ def letters(completions, **columns):
     return [float(len(set(text))) for text in completions]
 
 
+def arguments(config_cls, folder, steps, **fields):
+    """A trainer's configuration."""
+    quiet = {"logging_steps": 1, "save_strategy": "no", "report_to": [], "disable_tqdm": True}
+    cpu = {"use_cpu": True, "bf16": False, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    return config_cls(output_dir=str(folder), max_steps=steps, **quiet, **cpu, **fields)
+
+
 def run(name, model, tokenizer, folder, steps=1, peft_config=None):
     """Trains; returns what was logged at the first step."""
     trainer_cls, config_cls, fields, rows = TRAINERS[name]
-    args = config_cls()(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        **fields,
-    )
+    args = arguments(config_cls(), folder, steps, **fields)
     more = {"reward_funcs": letters} if name in ("GRPO", "RLOO") else {}
     trainer = trainer_cls()(
         model=model,
@@ -178,18 +164,7 @@ def test_dpo_from_a_loaded_adapter(tokenizer, tmp_path, method, dtype):
 def test_reward(tokenizer, tmp_path, method, fresh):
     config = CONFIGS[method](task_type="SEQ_CLS")
     model = base(cls=LlamaForSequenceClassification, num_labels=1)
-    args = trl.RewardConfig(
-        output_dir=str(tmp_path),
-        max_steps=2,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-    )
+    args = arguments(trl.RewardConfig, tmp_path, steps=2)
 
     def train(model, peft_config=None):
         trainer = trl.RewardTrainer(

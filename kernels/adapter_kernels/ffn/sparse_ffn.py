@@ -1,4 +1,4 @@
-"""The FFN of the picked neurons, over rows that were brought together: y = base + sum_j ReLU(s_j) v_j.
+"""The FFN of the picked neurons over gathered rows: y = base + sum_j ReLU(s_j) v_j.
 
 For token t, its picks j = 0 to K - 1, u = position[t, j] the compact row of a pick (-1: none) and c its router factor
 (1 without factors):
@@ -15,10 +15,10 @@ The gradient of an expert's logit, dp_e, is the sum of dc over the picks of e: a
 `logits.gather(1, expert of each pick)`. Which rows were picked has no gradient. Scores are computed again backward:
 keeping them would cost a [T, U] tensor a layer.
 
-Kernels (`sparse_ffn_kernels`): a masked form on tensor cores, and for at most TOKEN_FORM tokens, as in decoding, one
-that reads each token's rows. Sums are in fp32; activations and ds c are rounded to x's dtype between two GEMMs, so in
-fp16 a score must stay below 65504. Torch path on the CPU: products with a sparse [T, U] matrix, in fp32 (float64).
-A launch table can have plain GEMMs run instead (`plain_ffn`), which round factors and scores to x's dtype too.
+Kernels: a masked form on tensor cores (`sparse_ffn_triton`), and one that reads each token's rows for the few tokens of
+decoding (`sparse_ffn_token_triton`). Sums are in fp32; activations and ds c are rounded to x's dtype between two GEMMs,
+so in fp16 a score must stay below 65504. CPU: `sparse_ffn_torch`, in fp32 (float64). A launch table can have plain
+GEMMs run instead (`sparse_ffn_plain`), which round factors and scores to x's dtype too.
 
 Autograd rounds dkeys and dvalues to the dtype of the rows; `sparse_ffn_backward` can give the sums as they are.
 
@@ -36,11 +36,9 @@ import torch
 from torch import Tensor
 
 from ..runtime import dispatch
-from . import plain_ffn, sparse_ffn_kernels
-from .sparse_ffn_kernels import variants
-from .sparse_products import column_sums, entry_dots, line_sums
+from . import sparse_ffn_plain, sparse_ffn_torch, sparse_ffn_triton
 
-__all__ = ["sparse_ffn", "sparse_ffn_backward", "variants"]
+__all__ = ["sparse_ffn", "sparse_ffn_backward"]
 
 MAX_PICKS = 32767  # the int16 of the slots
 _MAX_SIZE = 1 << 24
@@ -49,139 +47,59 @@ _MAX_PAIRS = 1 << 30
 Grads = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-class _Picks:
-    """The picks that are not none, as the pattern of a sparse [T, U] matrix in rows of tokens."""
-
-    def __init__(self, position: Tensor, rows: int) -> None:
-        self.live = (position >= 0) & (position < rows)
-        self.rows = rows
-        self.starts = torch.zeros(len(position) + 1, dtype=torch.int64, device=position.device)
-        torch.cumsum(self.live.sum(1), 0, out=self.starts[1:])
-        self.row = position[self.live].to(torch.int64)
-        self.token = self.live.nonzero()[:, 0]
-
-    def dots(self, a: Tensor, b: Tensor) -> Tensor:
-        """a_t . b_u of each pick."""
-        return entry_dots(self.starts, self.row, self.token, a, b)
-
-    def by_token(self, weights: Tensor, b: Tensor) -> Tensor:
-        """The sum of weight times b_u over each token's picks."""
-        return line_sums(self.starts, self.row, self.token, weights, b)
-
-    def by_row(self, weights: Tensor, a: Tensor) -> Tensor:
-        """The sum of weight times a_t over each row's picks."""
-        return column_sums(self.row, self.token, weights, a, self.rows)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """In the dtype of sums; in one piece, as the sparse products take it."""
-    return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32).contiguous()
-
-
-def _forward_torch(
-    x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None, base: Tensor | None
-) -> Tensor:
-    picks = _Picks(position, len(keys))
-    scores = picks.dots(_wide(x), _wide(keys))
-    if factors is not None:
-        scores = scores * factors[picks.live].to(scores.dtype)
-    y = picks.by_token(scores.where(scores > 0, 0), _wide(values))
-    return (y.add_(base) if base is not None else y).to(x.dtype)
-
-
-def _backward_torch(
-    g: Tensor, x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None, needs: list[bool],
-    row_gradients: torch.dtype,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    picks = _Picks(position, len(keys))
-    wide_x, wide_g, wide_keys = _wide(x), _wide(g), _wide(keys)
-    dots = picks.dots(wide_x, wide_keys)
-    factor = factors[picks.live].to(dots.dtype) if factors is not None else None
-    scores = dots * factor if factor is not None else dots
-    dvalues = picks.by_row(scores.where(scores > 0, 0), wide_g).to(row_gradients) if needs[2] else None
-    if not (needs[0] or needs[1] or needs[3]):
-        return None, None, dvalues, None
-    ds = picks.dots(wide_g, _wide(values)).where(scores > 0, 0)
-    by_key = ds * factor if factor is not None else ds
-    dx = picks.by_token(by_key, wide_keys).to(x.dtype) if needs[0] else None
-    dkeys = picks.by_row(by_key, wide_x).to(row_gradients) if needs[1] else None
-    dfactors = None
-    if factors is not None and needs[3]:
-        dfactors = torch.zeros_like(factors, memory_format=torch.contiguous_format)
-        dfactors[picks.live] = (ds * dots).to(factors.dtype)
-    return dx, dkeys, dvalues, dfactors
-
-
 def _check_values(position: Tensor, rows: int) -> None:
     inside = (position >= -1) & (position < rows)
-    dispatch.require(bool(inside.all()), "position", f"rows outside of -1 to {rows - 1}")
+    if not bool(inside.all()):
+        dispatch.refuse("position", f"rows outside of -1 to {rows - 1}")
     ordered = position.sort(dim=1).values
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    dispatch.require(not bool(twice.any()), "position", "a token picks a row twice")
+    if bool(twice.any()):
+        dispatch.refuse("position", "a token picks a row twice")
 
 
-@torch.library.custom_op("adapter_kernels::sparse_ffn", mutates_args=())
-def _op(
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    position: Tensor,
-    factors: Tensor | None,
-    base: Tensor | None,
+def _run(
+    x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None, base: Tensor | None,
     impl: str | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     if dispatch.debug():
         _check_values(position, len(keys))
-    if impl is None and plain_ffn.chosen(x):
-        return plain_ffn.forward(x, keys, values, position, factors, base)
+    if impl is None and sparse_ffn_plain.chosen(x):
+        return sparse_ffn_plain.forward(x, keys, values, position, factors, base)
     if not dispatch.use_triton(impl, position.device, dispatch.half_or_single(x=x, factors=factors)):
-        return _forward_torch(x, keys, values, position, factors, base)
+        return sparse_ffn_torch.forward(x, keys, values, position, factors, base)
     if not (len(x) and len(keys) and position.shape[1]):
         return base.contiguous().clone() if base is not None else torch.zeros_like(x).contiguous()
     position, factors = dispatch.int32(position).contiguous(), factors.contiguous() if factors is not None else None
     base = dispatch.rows_apart(base) if base is not None else None
-    return sparse_ffn_kernels.forward(dispatch.rows_apart(x), keys, values, position, factors, base)
+    return sparse_ffn_triton.forward(dispatch.rows_apart(x), keys, values, position, factors, base)
+
+
+_op = torch.library.custom_op("adapter_kernels::sparse_ffn", mutates_args=())(_run)
 
 
 @_op.register_fake
-def _(
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    position: Tensor,
-    factors: Tensor | None,
-    base: Tensor | None,
-    impl: str | None,
-) -> Tensor:
+def _(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("adapter_kernels::sparse_ffn_backward", mutates_args=())
-def _backward_op(
-    g: Tensor,
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    position: Tensor,
-    factors: Tensor | None,
-    needs: list[bool],
-    row_gradients: torch.dtype,
-    impl: str | None,
-) -> Grads:
+def _run_backward(
+    g: Tensor, x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None, needs: list[bool],
+    row_gradients: torch.dtype, impl: str | None,
+) -> Grads:  # fmt: skip
     """Gradients of x, keys, values and factors; those that are not needed have no elements."""
     grads: tuple[Tensor | None, ...]
     if not (len(x) and len(keys) and position.shape[1]):
         dtypes = (x.dtype, row_gradients, row_gradients, None)
         inputs = zip((x, keys, values, factors), dtypes, strict=True)
         grads = tuple(None if t is None else t.new_zeros(t.shape, dtype=dtype) for t, dtype in inputs)
-    elif impl is None and plain_ffn.chosen(x):
-        grads = plain_ffn.backward(g, x, keys, values, position, factors, needs, row_gradients)
+    elif impl is None and sparse_ffn_plain.chosen(x):
+        grads = sparse_ffn_plain.backward(g, x, keys, values, position, factors, needs, row_gradients)
     elif dispatch.use_triton(impl, position.device, dispatch.half_or_single(x=x, factors=factors)):
         position, factors = dispatch.int32(position).contiguous(), factors.contiguous() if factors is not None else None
         g, x = dispatch.rows_apart(g), dispatch.rows_apart(x)
-        grads = sparse_ffn_kernels.backward(g, x, keys, values, position, factors, needs, row_gradients)
+        grads = sparse_ffn_triton.backward(g, x, keys, values, position, factors, needs, row_gradients)
     else:
-        grads = _backward_torch(g, x, keys, values, position, factors, needs, row_gradients)
+        grads = sparse_ffn_torch.backward(g, x, keys, values, position, factors, needs, row_gradients)
     none = x.new_empty(0)
     first, second, third, fourth = (
         grad if need and grad is not None else none.clone() for grad, need in zip(grads, needs, strict=True)
@@ -189,18 +107,12 @@ def _backward_op(
     return first, second, third, fourth
 
 
+_backward_op = torch.library.custom_op("adapter_kernels::sparse_ffn_backward", mutates_args=())(_run_backward)
+
+
 @_backward_op.register_fake
-def _(
-    g: Tensor,
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    position: Tensor,
-    factors: Tensor | None,
-    needs: list[bool],
-    row_gradients: torch.dtype,
-    impl: str | None,
-) -> Grads:
+def _(*arguments: Any) -> Grads:
+    _, x, keys, values, _, factors, needs, row_gradients, _ = arguments
     dtypes = (x.dtype, row_gradients, row_gradients, None)
     first, second, third, fourth = (
         t.new_empty(t.shape, dtype=dtype) if need and t is not None else x.new_empty(0)
@@ -232,7 +144,8 @@ def _gradients(
     wanted = [*needs[:3], needs[3] and factors is not None]
     if not any(wanted):
         return None, None, None, None
-    made = _backward_op(g, x, keys, values, position, factors, wanted, row_gradients, impl)
+    run = _run_backward if dispatch.at_once(g, x, keys, values) else _backward_op
+    made = run(g, x, keys, values, position, factors, wanted, row_gradients, impl)
     first, second, third, fourth = (grad if need else None for grad, need in zip(made, wanted, strict=True))
     return first, second, third, fourth
 
@@ -267,7 +180,8 @@ def sparse_ffn(
     _check(x, keys, values, position, factors)
     if base is not None:
         _check_tokens(base, "base", x)
-    return _op(x, keys, values, position, factors, base, impl)
+    run = _run if dispatch.at_once(x, keys, values, factors, base) else _op
+    return run(x, keys, values, position, factors, base, impl)
 
 
 def sparse_ffn_backward(
@@ -302,8 +216,9 @@ def sparse_ffn_backward(
     _check_tokens(g, "g", x)
     known = dict.fromkeys((keys.dtype, torch.promote_types(keys.dtype, torch.float32)))
     if row_gradients is not None and row_gradients not in known:
-        of = " or ".join(map(str, known))
-        dispatch.require(False, "row_gradients", f"of rows of {keys.dtype} None or {of} is needed, not {row_gradients}")
+        allowed = " or ".join(map(str, known))
+        message = f"of rows of {keys.dtype} None or {allowed} is needed, not {row_gradients}"
+        dispatch.refuse("row_gradients", message)
     return _gradients(g, x, keys, values, position, factors, needs, row_gradients or keys.dtype, impl)
 
 
@@ -312,22 +227,30 @@ def _check(x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: T
     T, D = x.shape
     for rows, name in ((keys, "keys"), (values, "values")):
         dispatch.require_matrix(rows, name, (x.dtype,), columns=D)
-        dispatch.require(rows.is_contiguous(), name, "contiguous rows are needed, as gather_rows makes them")
-    dispatch.require(len(values) == len(keys), "values", f"{len(values)} rows, but {len(keys)} keys")
-    dispatch.require(max(D, len(keys)) < _MAX_SIZE, "keys", f"rows and columns must be less than {_MAX_SIZE}")
+        if not rows.is_contiguous():
+            dispatch.refuse(name, "contiguous rows are needed, as gather_rows makes them")
+    if len(values) != len(keys):
+        dispatch.refuse("values", f"{len(values)} rows, but {len(keys)} keys")
+    if max(D, len(keys)) >= _MAX_SIZE:
+        dispatch.refuse("keys", f"rows and columns must be less than {_MAX_SIZE}")
     dispatch.require_matrix(position, "position", dispatch.INTS)
-    dispatch.require(len(position) == T, "position", f"{len(position)} rows for {T} tokens")
+    if len(position) != T:
+        dispatch.refuse("position", f"{len(position)} rows for {T} tokens")
     K = position.shape[1]
-    dispatch.require(K <= MAX_PICKS, "position", f"at most {MAX_PICKS} picks a token are possible, not {K}")
-    dispatch.require(T * max(K, len(keys)) < _MAX_PAIRS, "x", f"{T} tokens are too many for 32-bit places; split them")
+    if K > MAX_PICKS:
+        dispatch.refuse("position", f"at most {MAX_PICKS} picks a token are possible, not {K}")
+    if not (T * max(K, len(keys)) < _MAX_PAIRS):
+        dispatch.refuse("x", f"{T} tokens are too many for 32-bit places; split them")
     if factors is not None:
         dispatch.require_matrix(factors, "factors", dispatch.FLOATS, columns=K)
-        dispatch.require(len(factors) == T, "factors", f"{len(factors)} rows for {T} tokens")
+        if len(factors) != T:
+            dispatch.refuse("factors", f"{len(factors)} rows for {T} tokens")
     dispatch.require_same_device(position=position, x=x, keys=keys, values=values, factors=factors)
 
 
 def _check_tokens(tensor: Tensor, argument: str, x: Tensor) -> None:
     """As many tokens as x has, as wide, of its dtype and device."""
     dispatch.require_matrix(tensor, argument, (x.dtype,), columns=x.shape[1])
-    dispatch.require(len(tensor) == len(x), argument, f"{len(tensor)} rows for {len(x)} tokens")
+    if len(tensor) != len(x):
+        dispatch.refuse(argument, f"{len(tensor)} rows for {len(x)} tokens")
     dispatch.require_same_device(x=x, **{argument: tensor})

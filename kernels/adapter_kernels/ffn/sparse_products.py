@@ -47,9 +47,15 @@ def line_sums(starts: Tensor, column: Tensor, line: Tensor, weights: Tensor, b: 
     return whole @ b
 
 
-def column_sums(column: Tensor, line: Tensor, weights: Tensor, a: Tensor, columns: int) -> Tensor:
-    """The sum of weight times a_line over the entries of each column: [columns, d], of a [T, d]."""
-    order = column.argsort(stable=True)
-    starts = torch.zeros(columns + 1, dtype=torch.int64, device=a.device)
-    torch.cumsum(torch.bincount(column, minlength=columns), 0, out=starts[1:])
-    return line_sums(starts, line[order], column[order], weights[order], a)
+class ByColumn:
+    """The entries of a sparse matrix in the order of their columns."""
+
+    def __init__(self, column: Tensor, line: Tensor, columns: int) -> None:
+        self._entry = column.argsort(stable=True)
+        self._starts = torch.zeros(columns + 1, dtype=torch.int64, device=column.device)
+        torch.cumsum(torch.bincount(column, minlength=columns), 0, out=self._starts[1:])
+        self._line, self._column = line.index_select(0, self._entry), column.index_select(0, self._entry)
+
+    def sums(self, weights: Tensor, a: Tensor) -> Tensor:
+        """The sum of weight times a_line over the entries of each column: [columns, d], of a [T, d]."""
+        return line_sums(self._starts, self._line, self._column, weights.index_select(0, self._entry), a)

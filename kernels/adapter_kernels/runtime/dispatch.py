@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from . import triton_shim as jit
+from .torch_private import nobody_between
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTS = (torch.int32, torch.int64)
@@ -42,26 +44,41 @@ def use_triton(impl: str | None, device: torch.device, unsupported: Iterable[tup
             f'"triton" needs CUDA tensors, or the interpreter (TRITON_INTERPRET=1); the tensors are on {device}',
         )
         for argument, why in unsupported:
-            require(False, argument, f"{why}; pass impl='torch'")
+            refuse(argument, f"{why}; pass impl='torch'")
     return impl == "triton"
+
+
+def at_once(tensor: Tensor, *others: Tensor | None) -> bool:
+    """Whether an op on tensors in host memory may run without torch's dispatcher, which takes longer than few tokens.
+
+    Nothing of it would be recorded, traced, or seen by a mode.
+    """
+    if not tensor.is_cpu or not nobody_between(tensor):
+        return False
+    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (tensor, *others)))
+
+
+def refuse(argument: str, message: str) -> NoReturn:
+    """Raise a ValueError that names the argument."""
+    raise ValueError(f"{argument}: {message}")
 
 
 def require(satisfied: bool, argument: str, message: str) -> None:
     """Raise a ValueError that names the argument, before anything is launched."""
     if not satisfied:
-        raise ValueError(f"{argument}: {message}")
+        refuse(argument, message)
 
 
 def require_matrix(tensor: Tensor, argument: str, dtypes: Sequence[torch.dtype], columns: int | None = None) -> None:
     """Two dimensions, one of the dtypes (float64 too, for the torch path, where several floats are asked for)."""
     # No message is made up before it is needed: in decoding they would take longer than the checks.
     if tensor.dim() != 2:
-        require(False, argument, f"two dimensions are needed, not the shape {tuple(tensor.shape)}")
+        refuse(argument, f"two dimensions are needed, not the shape {tuple(tensor.shape)}")
     known = (*dtypes, torch.float64) if torch.float32 in dtypes and len(dtypes) > 1 else tuple(dtypes)
     if tensor.dtype not in known:
-        require(False, argument, f"one of {', '.join(map(str, known))} is needed, not {tensor.dtype}")
+        refuse(argument, f"one of {', '.join(map(str, known))} is needed, not {tensor.dtype}")
     if columns is not None and tensor.shape[1] != columns:
-        require(False, argument, f"{columns} columns are needed, not {tensor.shape[1]}")
+        refuse(argument, f"{columns} columns are needed, not {tensor.shape[1]}")
 
 
 def require_same_device(**tensors: Tensor | None) -> None:
@@ -69,7 +86,7 @@ def require_same_device(**tensors: Tensor | None) -> None:
     (first, head), *rest = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
     for name, tensor in rest:
         if tensor.device != head.device:
-            require(False, name, f"is on {tensor.device}, but {first} is on {head.device}")
+            refuse(name, f"is on {tensor.device}, but {first} is on {head.device}")
 
 
 def half_or_single(**tensors: Tensor | None) -> list[tuple[str, str]]:
@@ -93,8 +110,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
-def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Launches go to the current device, which need not be the tensors'."""
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes `device` current, to which launches go; does nothing for a CPU."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 

@@ -10,8 +10,8 @@ import torch
 
 TYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
-# A dtype, its name and whether rows are odd: see `odd`. Odd rows in fp16 are not compiled, for time: the addresses and
-# registers are those of bf16.
+# A dtype, its name and whether rows are unaligned: see `unaligned`. Unaligned rows in fp16 are not compiled, for time:
+# the addresses and registers are those of bf16.
 KINDS_OF_ROWS = [(dtype, name, False) for dtype, name in TYPE_NAMES.items()] + [
     (dtype, TYPE_NAMES[dtype], True) for dtype in (torch.float32, torch.bfloat16)
 ]
@@ -49,20 +49,20 @@ class Specialisation:
         """The kernel, the types of its data and what it is specialised for."""
         data = sorted({kind[1:] for kind in self.types.values() if kind.startswith("*") and not kind.startswith("*i")})
         fields = [f"{name}={value}" for name, value in (*self.constants.items(), *self.launch.items())]
-        odd = [] if self.aligned else ["odd rows"]
-        return " ".join([self.kernel.__name__.strip("_").removesuffix("_kernel"), "/".join(data), *fields, *odd])
+        unaligned = [] if self.aligned else ["unaligned rows"]
+        return " ".join([self.kernel.__name__.strip("_").removesuffix("_kernel"), "/".join(data), *fields, *unaligned])
 
 
-def with_odd_rows(found: list[Specialisation]) -> list[Specialisation]:
+def with_unaligned_rows(variants: list[Specialisation]) -> list[Specialisation]:
     """The variants and, of those that are compiled anew for them, the ones for sizes that are no multiples of 16.
 
     Those in fp16 are left out, as in KINDS_OF_ROWS.
     """
-    again = [v for v in found if v.specialised and "*fp16" not in v.types.values()]
-    return found + [replace(v, aligned=False, wide=False) for v in again]
+    again = [v for v in variants if v.specialised and "*fp16" not in v.types.values()]
+    return variants + [replace(v, aligned=False, wide=False) for v in again]
 
 
-def odd(*sizes: int) -> bool:
+def unaligned(*sizes: int) -> bool:
     """Whether rows of these lengths and distances cannot be read 16 bytes at a time."""
     return any(size % 16 for size in sizes)
 
@@ -73,5 +73,5 @@ def split(config: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, int]]:
     return {name: value for name, value in config.items() if name not in options}, options
 
 
-# What an op's module offers to the check: its variants for a compute capability (None: the default configurations).
+# `variants` of an op's Triton module: by compute capability (None: the default configurations).
 Variants = Callable[[int | None], list[Specialisation]]

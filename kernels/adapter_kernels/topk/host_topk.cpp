@@ -1,4 +1,4 @@
-// router_topk and expert_topk in host memory, over a plain C interface: no Python or torch header, so that one build
+// router_topk, expert_topk and row_union_window in host memory, over a plain C interface: no Python or torch header, so that one build
 // serves all their versions. Loaded by host_topk.py.
 //
 // expert_topk is one pass. Pairs of a token and an expert that it probes are grouped by expert. A unit of work is some
@@ -239,7 +239,7 @@ uint64_t descending(float value, int64_t index) {
 } // namespace
 
 // Changes with the arguments below, so that a stale build is not called.
-EXPORT int host_topk_version() { return 1; }
+EXPORT int host_topk_version() { return 2; }
 
 // The highest `level` of instructions that this machine has: 0, 1 (AVX2) or 2 (AVX-512).
 EXPORT int host_topk_levels() { return best_level(); }
@@ -271,4 +271,27 @@ EXPORT void host_expert_topk(const float* x, const void* keys, int key_type, con
         job.run<BFloat16>(threads);
     else
         job.run<Half>(threads);
+}
+
+// row_union_window of `ids`, [n]: `rows` has room for `capacity`, `places` for r. `load` ([r / each], or null) gets the
+// picks of each group of `each` rows added. Returns the size of the whole union.
+EXPORT int64_t host_row_union(const int32_t* ids, int64_t n, int64_t r, int64_t each, int64_t start, int64_t capacity,
+                              int64_t* load, int32_t* places, int32_t* rows, int32_t* position) {
+    std::fill_n(places, r, -1);
+    for (int64_t i = 0; i < n; ++i) {
+        if (ids[i] < 0 || ids[i] >= r) continue;
+        places[ids[i]] = 0;
+        if (load) ++load[ids[i] / each];
+    }
+    int64_t count = 0;
+    for (int64_t row = 0; row < r; ++row) {
+        if (places[row] < 0) continue;
+        const int64_t place = count++ - start;
+        const bool inside = place >= 0 && place < capacity;
+        places[row] = inside ? static_cast<int32_t>(place) : -1;
+        if (inside) rows[place] = static_cast<int32_t>(row);
+    }
+    for (int64_t i = std::max<int64_t>(0, count - start); i < capacity; ++i) rows[i] = -1;
+    for (int64_t i = 0; i < n; ++i) position[i] = ids[i] >= 0 && ids[i] < r ? places[ids[i]] : -1;
+    return count;
 }

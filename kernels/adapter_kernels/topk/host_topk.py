@@ -1,4 +1,4 @@
-"""`router_topk` and `expert_topk` in host memory, by a small C++ library; without a compiler torch does their work.
+"""`router_topk`, `expert_topk` and `row_union` in host memory, by a small C++ library, or else by torch.
 
 The torch path of `expert_topk` makes a product of two small matrices an expert, each with a copy of its keys in fp32
 and of its tokens. The library reads each key once, in its own dtype, and multiplies while it is in the cache. It picks
@@ -18,10 +18,11 @@ from torch import Tensor
 from ..runtime import dispatch
 from ..runtime.host_threads import host_threads
 
-__all__ = ["expert_topk", "native_library", "router_topk", "serves"]
+__all__ = ["expert_topk", "handles", "native_library", "router_topk", "row_union"]
 
-_VERSION = 1  # of the library's arguments
+_VERSION = 2  # of the library's arguments
 _FEW = 64  # tokens of a product of all keys
+_ALONE = 1 << 18  # as in the library
 _KEY_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -40,13 +41,20 @@ def native_library() -> ctypes.CDLL | None:
     library.host_expert_topk.restype = None
     library.host_router_topk.argtypes = [p, i, i, i, p, c]
     library.host_router_topk.restype = None
+    library.host_row_union.argtypes = [p, i, i, i, i, i, p, p, p, p]
+    library.host_row_union.restype = i
     return library
 
 
-def serves(x: Tensor, keys: Tensor, experts: Tensor, E: int) -> bool:
+def _threads(products: int) -> int:
+    """Threads for so many products; of few the library would use one in any case, and asking takes as long."""
+    return host_threads() if products >= _ALONE else 1
+
+
+def handles(x: Tensor, keys: Tensor, experts: Tensor, E: int) -> bool:
     """Whether the library is there, takes these arguments, and is the faster one.
 
-    Where each token probes all experts the torch path makes one large product, which the BLAS does 1.2 times as fast
+    Where each token uses all experts the torch path makes one large product, which the BLAS does 1.2 times as fast
     (measured with 512 tokens; with 16 it takes 1.7 times as long).
     """
     if not x.is_cpu or x.dtype == torch.float64 or keys.dtype not in _KEY_TYPES:
@@ -61,7 +69,7 @@ def router_topk(logits: Tensor, P: int) -> Tensor | None:
         return None
     logits, (T, E) = logits.contiguous(), logits.shape
     experts = logits.new_empty(T, P, dtype=torch.int32)
-    library.host_router_topk(logits.data_ptr(), T, E, P, experts.data_ptr(), host_threads())
+    library.host_router_topk(logits.data_ptr(), T, E, P, experts.data_ptr(), _threads(T * E))
     return experts
 
 
@@ -75,16 +83,33 @@ def expert_topk(
     """
     library = native_library()
     assert library is not None
-    (T, d), P, each = x.shape, experts.shape[1], keys.shape[0] // E
+    (T, d), P, neurons_per_expert = x.shape, experts.shape[1], keys.shape[0] // E
     x, experts = x.to(torch.float32).contiguous(), dispatch.int32(experts).contiguous()
     factors = factors.to(torch.float32).contiguous() if factors is not None else None
-    products = x.new_empty(T * P * each)  # not torch.empty: the default device may be another
+    products = x.new_empty(T * P * neurons_per_expert)  # not torch.empty: the default device may be another
     ids, scores, dots = x.new_empty(T, K, dtype=torch.int32), x.new_empty(T, K), x.new_empty(T, K)
-    given = (x, keys, experts, factors)
-    x_at, keys_at, experts_at, factors_at = (None if t is None else t.data_ptr() for t in given)
-    made = (t.data_ptr() for t in (products, ids, scores, dots))
+    inputs = (x, keys, experts, factors)
+    x_at, keys_at, experts_at, factors_at = (None if t is None else t.data_ptr() for t in inputs)
+    outputs = (t.data_ptr() for t in (products, ids, scores, dots))
     library.host_expert_topk(
-        x_at, keys_at, _KEY_TYPES[keys.dtype], experts_at, factors_at, T, d, E, each, P, K, by_neuron,
-        *made, level, host_threads(),
+        x_at, keys_at, _KEY_TYPES[keys.dtype], experts_at, factors_at, T, d, E, neurons_per_expert, P, K, by_neuron,
+        *outputs, level, host_threads(),
     )  # fmt: skip
     return ids, scores, dots
+
+
+def row_union(
+    ids: Tensor, load: Tensor | None, r: int, start: int, capacity: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """The op `row_union_window` without a mask; None where the library is not there or does not take the ids."""
+    library = native_library() if ids.is_cpu and ids.dtype == torch.int32 else None
+    if library is None:
+        return None
+    ids = ids.contiguous()
+    rows, position, places = ids.new_empty(capacity), ids.new_empty(ids.shape), ids.new_empty(r)
+    counts, each = (None, 1) if load is None else (load.data_ptr(), r // len(load))
+    count = library.host_row_union(
+        ids.data_ptr(), ids.numel(), r, each, start, capacity, counts,
+        places.data_ptr(), rows.data_ptr(), position.data_ptr(),
+    )  # fmt: skip
+    return rows, ids.new_tensor([count]), ids.new_tensor([int(count - start > capacity)]), position

@@ -4,17 +4,14 @@ By hand: TRITON_INTERPRET=1 python -m pytest tests/adapter_kernels/interpreted
 """
 
 import os
-import sys
-from pathlib import Path
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
-
-    import kernel_checks
     import pytest
     import torch
     from hypothesis import HealthCheck, settings
-    from interpreter_repair import repair
+
+    from tests.support.kernels import kernel_checks
+    from tests.support.kernels.interpreter_repair import repair
 
     repair()
     torch.set_num_threads(1)

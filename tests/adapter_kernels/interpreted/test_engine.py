@@ -6,23 +6,20 @@ The CPU is taken for a CUDA device where the engine asks; what it does in host m
 import sys
 from collections import Counter
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
-
 from device.chain import STRATEGIES, Setting, difference, trained
-from mutants import mutant
 
-import meft.retrieval.strategies
+import meft.retrieval.strategies.host
 from adapter_kernels.runtime import dispatch
 from meft.transport.streams import HostStreams
+from tests.support.kernels.mutants import mutant
 
 CPU = torch.device("cpu")
 SIZE = {"layers": 1, "tokens": 20, "steps": 1}
-THERE = ("meft.retrieval.strategies", "meft.transport.transfer")  # who asks whether tensors are on a CUDA device
+# Who asks whether tensors are on a CUDA device.
+THERE = ("meft.retrieval.strategies.base", "meft.retrieval.strategies.resident", "meft.transport.transfer")
 ON_DEVICE = {"sparse_ffn", "row_union", "router_topk", "expert_topk"}
 
 
@@ -37,7 +34,7 @@ def as_on_cuda(monkeypatch):
         launched[sys._getframe(1).f_globals["__name__"].rpartition(".")[2]] += 1
         return True
 
-    picked = meft.retrieval.strategies._picked
+    picked = meft.retrieval.strategies.host._selected
 
     def picked_on_the_host(*args):
         on_host.append(True)
@@ -49,7 +46,7 @@ def as_on_cuda(monkeypatch):
     asked = property(lambda tensor: sys._getframe(1).f_globals["__name__"] in THERE)
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "use_triton", use_triton)
-        patch.setattr(meft.retrieval.strategies, "_picked", picked_on_the_host)
+        patch.setattr(meft.retrieval.strategies.host, "_selected", picked_on_the_host)
         patch.setattr(torch.Tensor, "is_cuda", asked)
         patch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -58,17 +55,22 @@ def as_on_cuda(monkeypatch):
 
 @pytest.fixture(scope="module")
 def in_place():
-    return {wire: trained(Setting(wire=wire), CPU, **SIZE) for wire in ("bfloat16", "float32")}
+    return {
+        compute_dtype: trained(Setting(compute_dtype=compute_dtype), CPU, **SIZE)
+        for compute_dtype in ("bfloat16", "float32")
+    }
 
 
 @pytest.mark.parametrize("zero_copy", [False, True])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_layer_with_its_kernels_equals_rows_in_place(fenced, monkeypatch, in_place, strategy, zero_copy):
     # One has rows in the dtype of the inputs and keeps them, the other has narrower ones and brings them again.
-    wire, rows = ("float32", "refetch") if zero_copy else ("bfloat16", "save")
+    compute_dtype, rows = ("float32", "refetch") if zero_copy else ("bfloat16", "save")
     with as_on_cuda(monkeypatch) as launched:
-        found = trained(Setting(strategy, rows, zero_copy=zero_copy, wire=wire), CPU, HostStreams(CPU), **SIZE)
-    assert difference(found, in_place[wire]) == ""
+        found = trained(
+            Setting(strategy, rows, zero_copy=zero_copy, compute_dtype=compute_dtype), CPU, HostStreams(CPU), **SIZE
+        )
+    assert difference(found, in_place[compute_dtype]) == ""
     expected = {"sparse_ffn"} if strategy == "host" else set(ON_DEVICE)
     expected |= {"gather_rows"} if strategy != "device-rows" else set()
     assert expected <= launched.keys()

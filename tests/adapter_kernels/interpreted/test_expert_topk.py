@@ -3,14 +3,21 @@
 import contextlib
 from functools import partial
 
-import kernel_checks
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from selection_checks import Case, check_by_neuron, check_expert, check_expert_exactly, check_nan, generator
 
 from adapter_kernels import expert_topk, override, router_topk, row_union
+from tests.support.kernels import kernel_checks
+from tests.support.kernels.selection_checks import (
+    Case,
+    check_by_neuron,
+    check_expert,
+    check_expert_exactly,
+    check_nan,
+    generator,
+)
 
 kernel = partial(expert_topk, impl="triton")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

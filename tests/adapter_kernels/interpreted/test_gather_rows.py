@@ -2,15 +2,15 @@
 
 from functools import partial
 
-import kernel_checks
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from row_checks import check_gather, check_scatter, same_bits, table
-from selection_checks import generator
 
 from adapter_kernels import gather_rows, override, scatter_rows
+from tests.support.kernels import kernel_checks
+from tests.support.kernels.row_checks import check_gather, check_scatter, same_bits, table
+from tests.support.kernels.selection_checks import generator
 
 gather = partial(gather_rows, impl="triton")
 scatter = partial(scatter_rows, impl="triton")

@@ -1,10 +1,11 @@
 """bf16 in the interpreter is what hardware computes, or an error; canaries are seen."""
 
-import kernel_checks
 import pytest
 import torch
 import triton
 import triton.language as tl
+
+from tests.support.kernels import kernel_checks
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """The checks fail for kernels that are wrong: a line of the source is changed, and its check must notice."""
 
 import pytest
-from mutations import MUTATIONS, PAIRS, Mutation, is_noticed, run
+
+from tests.support.kernels.mutations import MUTATIONS, PAIRS, Mutation, is_noticed, run
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda each: each.op)

@@ -2,15 +2,15 @@
 
 from functools import partial
 
-import kernel_checks
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_checks import LAYOUTS
-from selection_checks import check_router, generator
 
 from adapter_kernels import debugging, router_topk
+from tests.support.kernels import kernel_checks
+from tests.support.kernels.kernel_checks import LAYOUTS
+from tests.support.kernels.selection_checks import check_router, generator
 
 kernel = partial(router_topk, impl="triton")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -4,12 +4,12 @@ from functools import partial
 
 import pytest
 import torch
-from adamw_checks import Tables, check_adamw
-from row_checks import same_bits
-from selection_checks import generator
 
 from adapter_kernels import override, row_adamw
 from meft.table import row_step as row_update
+from tests.support.kernels.adamw_checks import Tables, check_adamw
+from tests.support.kernels.row_checks import same_bits
+from tests.support.kernels.selection_checks import generator
 
 kernel = partial(row_adamw, impl="triton")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -35,7 +35,7 @@ def long_tiles():
 )
 def test_a_step(fenced, grads, table, n, d, betas, decoupled):
     narrow = torch.bfloat16 if grads == torch.float32 else grads
-    tables = Tables(20, d, table, wire=narrow if table == torch.float32 else None)
+    tables = Tables(20, d, table, compute_dtype=narrow if table == torch.float32 else None)
     rows = torch.randperm(20, generator=generator(1))[:n]
     check_adamw(
         kernel, tables, rows, torch.randn(n, d, generator=generator(2)).to(grads), betas=betas, decoupled=decoupled
@@ -51,8 +51,11 @@ def test_many_rows(fenced):
 @pytest.mark.parametrize("table", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("beta1", "decoupled"), [(0.9, True), (0.9, False), (0.5, True)])
 def test_same_bits_as_the_torch_path(fenced, table, beta1, decoupled):
-    wire = torch.float16 if table == torch.float32 else None
-    ours, theirs = Tables(9, 300, table, wire=wire), Tables(9, 300, table, wire=wire)
+    compute_dtype = torch.float16 if table == torch.float32 else None
+    ours, theirs = (
+        Tables(9, 300, table, compute_dtype=compute_dtype),
+        Tables(9, 300, table, compute_dtype=compute_dtype),
+    )
     for step in range(3):
         rows = torch.randperm(9, generator=generator(step))[:6].to(torch.int32)
         grads = torch.randn(6, 300, generator=generator(step))
@@ -69,15 +72,14 @@ def test_same_bits_as_the_torch_path(fenced, table, beta1, decoupled):
 @pytest.mark.parametrize("decoupled", [True, False])
 def test_meft_steps_rows_with_it_to_the_same_bits(fenced, monkeypatch, decoupled):
     """As `update_rows` does where the table is on a GPU."""
-    ours, theirs = Tables(9, 300, wire=torch.bfloat16), Tables(9, 300, wire=torch.bfloat16)
+    ours, theirs = Tables(9, 300, compute_dtype=torch.bfloat16), Tables(9, 300, compute_dtype=torch.bfloat16)
     rule = row_update.StepRule(1e-2, 0.9, 0.99, 1e-8, 0.1, decoupled)
     for step in range(2):
         rows = torch.randperm(9, generator=generator(step))[:6].sort().values
         grads = torch.randn(300, 6, generator=generator(step)).T
         for tables, op in ((ours, kernel), (theirs, row_adamw)):
             monkeypatch.setattr(row_update, "row_adamw", op)
-            own = [tables[name] for name in ("table", "exp_avg", "exp_avg_sq", "count")]
-            row_update.update_rows(*own, rows, grads, rule, wire=tables["wire"], native=False if op is kernel else None)
+            row_update.update_rows(tables.state, rows, grads, rule, native=False if op is kernel else None)
     for name in ours.fenced:
         assert same_bits(ours[name], theirs[name]), name
 

@@ -2,15 +2,15 @@
 
 from functools import partial
 
-import kernel_checks
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_checks import every_second_row, transposed
-from selection_checks import check_load, check_union, check_window, generator
 
 from adapter_kernels import row_union, row_union_window
+from tests.support.kernels import kernel_checks
+from tests.support.kernels.kernel_checks import every_second_row, transposed
+from tests.support.kernels.selection_checks import check_load, check_union, check_window, generator
 
 kernel = partial(row_union, impl="triton")
 window = partial(row_union_window, impl="triton")

@@ -1,0 +1,1 @@
+"""Training data: from files and the hub to token ids."""

@@ -1,0 +1,62 @@
+"""The folder of a saved adapter, checked before anything reads it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from aslora_meft.checks import check_expressions
+from aslora_meft.errors import UsageError, as_usage_error
+from aslora_meft.text import local_path, parse_json
+
+# Field -> what its value can be, in files that PEFT or this package writes.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "peft_type": (str,),
+    "r": (int,),
+    "lora_alpha": (int, float),
+    "target_modules": (str, list, type(None)),
+    "exclude_modules": (str, list, type(None)),
+    "modules_to_save": (list, type(None)),
+    "layers_to_transform": (int, list, type(None)),
+    "layers_pattern": (str, list, type(None)),
+    "base_model_name_or_path": (str, type(None)),
+}
+
+
+def check_saved_adapter(field: str, value: str) -> dict[str, Any]:
+    """Read and check an adapter's configuration, and its expressions on the tensors beside it.
+
+    Returns:
+        the configuration.
+
+    Raises:
+        UsageError: no such folder, or a file that save_pretrained did not write.
+    """
+    folder = local_path(field, value)
+    with as_usage_error(OSError, prefix=f"{field}={value!r} cannot be read: "):
+        if not folder.is_dir():
+            what = "is no folder" if folder.exists() else "does not exist"
+            raise UsageError(f"{field}={value!r} {what}; give the folder of a saved adapter")
+        file = folder / CONFIG_NAME
+        if not file.is_file():
+            raise UsageError(f"{field}={value!r} holds no {CONFIG_NAME}; give the folder that save_pretrained wrote")
+        with as_usage_error(UnicodeDecodeError, prefix=f"{str(file)!r} is damaged, restore it from a good save: "):
+            text = file.read_text(encoding="utf-8")
+    config = parse_json(text, repr(str(file)))
+    if not isinstance(config, dict):
+        raise UsageError(f"{str(file)!r} holds no JSON object; restore it from a good save")
+    for name, kinds in _TYPES.items():
+        found = config.get(name, "" if name == "peft_type" else None)
+        if (name in config or name == "peft_type") and (isinstance(found, bool) or not isinstance(found, kinds)):
+            raise UsageError(f"{str(file)!r} has {name}={found!r}, which no save writes; restore it from a good save")
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
+    names: list[str] = []
+    if weights.is_file():
+        damaged = as_usage_error(SafetensorError, OSError, prefix=f"{str(weights)!r} is damaged and cannot be read: ")
+        with damaged, safe_open(weights, framework="pt") as tensors:
+            names = [key.removeprefix("base_model.model.") for key in tensors.keys()]  # noqa: SIM118
+    check_expressions(SimpleNamespace(**config), {part for name in names for part in (name, name.rpartition(".")[0])})
+    return config

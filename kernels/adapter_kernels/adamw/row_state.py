@@ -1,0 +1,104 @@
+"""What a step of rows reads and writes, and the rule of the step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..runtime import dispatch
+
+
+class RowState(NamedTuple):
+    """A table of rows and what an optimizer keeps for each of them. A step changes the touched rows of all tensors.
+
+    All tensors are contiguous and on one device.
+
+    Attributes:
+        table: [r, d] float32, bfloat16 or float64, the rows that are trained.
+        exp_avg, exp_avg_sq: [r, d] float32, or float64 if the table is: the moments.
+        counts: int32 [r], how often each row was touched.
+        compute_copy: [r, d] float16 or bfloat16 (also float32 of a float64 table): a copy of the table that the
+            computation reads, rounded to the nearest; None: the computation reads the table.
+    """
+
+    table: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    counts: Tensor
+    compute_copy: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, without a compute copy that is None."""
+        return [tensor for tensor in self if tensor is not None]
+
+    def row_bytes(self) -> int:
+        """Bytes that a step of one row reads and writes, without its gradient; the compute copy is only written."""
+        return sum(tensor[:1].nbytes * (1 if tensor is self.compute_copy else 2) for tensor in self.tensors())
+
+    def check(self) -> None:
+        """Raises: ValueError: dtypes, shapes or devices that do not fit together, or a tensor is not contiguous."""
+        table, exp_avg, exp_avg_sq, counts, copy = self
+        dispatch.require_matrix(table, "table", (torch.float32, torch.bfloat16))
+        shape, device, double = table.shape, table.device, table.dtype == torch.float64
+        wide = (torch.float64,) if double else (torch.float32,)
+        expected: list[tuple[str, Tensor, tuple[torch.dtype, ...], torch.Size]] = [
+            ("table", table, (table.dtype,), shape), ("exp_avg", exp_avg, wide, shape),
+            ("exp_avg_sq", exp_avg_sq, wide, shape), ("counts", counts, (torch.int32,), shape[:1]),
+        ]  # fmt: skip
+        if copy is not None:
+            dispatch.require(table.dtype != torch.bfloat16, "compute_copy", "a bfloat16 table has none; pass None")
+            narrow = (torch.float16, torch.bfloat16, torch.float32) if double else (torch.float16, torch.bfloat16)
+            expected.append(("compute_copy", copy, narrow, shape))
+        # No message is made up before it is needed: steps can be small.
+        for name, tensor, dtypes, size in expected:
+            if tensor.dtype not in dtypes:
+                dispatch.require(False, name, f"one of {', '.join(map(str, dtypes))} is needed, not {tensor.dtype}")
+            if tensor.shape != size:
+                dispatch.require(False, name, f"the shape {tuple(size)} is needed, not {tuple(tensor.shape)}")
+            if tensor.device != device:
+                dispatch.require(False, name, f"is on {tensor.device}, but table is on {device}")
+            if not tensor.is_contiguous():
+                dispatch.require(False, name, "a contiguous tensor is needed")
+
+
+@dataclass(frozen=True)
+class StepRule:
+    """The hyper-parameters of one optimizer step, as torch.optim.AdamW (`decoupled`) or Adam takes them."""
+
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decoupled: bool = True
+
+    def check(self) -> None:
+        """Raises: ValueError: a value is out of range."""
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            dispatch.require(False, "betas", f"from 0 to below 1 are needed, not {(self.beta1, self.beta2)}")
+        if min(self.lr, self.eps, self.weight_decay) < 0:
+            values = self.lr, self.eps, self.weight_decay
+            dispatch.require(False, "lr, eps and weight_decay", f"they must not be negative, but are {values}")
+
+    @property
+    def decay(self) -> float:
+        """The factor of decoupled weight decay; 1.0 without it."""
+        return 1 - self.lr * self.weight_decay if self.decoupled else 1.0
+
+    @property
+    def coupled(self) -> float:
+        """The weight decay that is added to the gradient; 0.0 if it is decoupled."""
+        return 0.0 if self.decoupled else self.weight_decay
+
+    @property
+    def from_grad(self) -> bool:
+        """Whether the new first moment is computed from the gradient or from the old moment: torch.lerp's rule."""
+        return 1 - self.beta1 >= 0.5
+
+    @property
+    def mix(self) -> float:
+        """The factor of (gradient - old moment) that is added to the one that `from_grad` chooses."""
+        return -self.beta1 if self.from_grad else 1 - self.beta1

