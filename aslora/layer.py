@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class ASLoRALayer(BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.position: dict[str, int] = {}
         self.owns_device: dict[str, tuple[bool, bool]] = {}
+        self.on_delete: Callable[[str], None] | None = None  # without a PeftModel, layers are told and the tuner is not
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.in_features: int
@@ -67,6 +69,12 @@ class ASLoRALayer(BaseTunerLayer):
         self.aslora_B[adapter_name] = shared_b
         self.position[adapter_name] = position
         self.owns_device[adapter_name] = (owns_a, position == 0)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter, and without a `PeftModel` let its shared tensors go too."""
+        super().delete_adapter(adapter_name)
+        if self.on_delete is not None:
+            self.on_delete(adapter_name)
 
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Where and in what dtype PEFT would put this layer's adapter: those of the base layer, if it is of floats."""

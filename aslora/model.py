@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from peft_bridge import MethodTuner
 from peft_bridge.peft_private import lora_refuses, set_layer_requires_grad
 
+from . import native
 from .config import ASLoRAConfig
 from .files import keys
 from .files.adapter_file import from_file, to_file
@@ -43,7 +44,7 @@ class ASLoRAModel(MethodTuner):
         run: follows the optimizer steps and takes the merges.
     """
 
-    uses_shared_state = True
+    uses_shared_state = False  # without a PeftModel a module of the model owns what is shared
     reserved = keys.RESERVED
     prefix = "aslora_"
     tuner_layer_cls = ASLoRALayer
@@ -69,10 +70,13 @@ class ASLoRAModel(MethodTuner):
 
     # ------------------------------------------------------------------ injection
 
+    def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        self.wrapped = not isinstance(peft_config, PeftConfig)  # a PeftModel gives a dict of them
+        super().__init__(model, peft_config, *args, **kwargs)
+
     def prepare(self, model: nn.Module) -> None:
-        self.aslora_A = nn.ModuleDict()
-        self.aslora_B = nn.ModuleDict()
-        self.run = SharingRun()
+        shared = native.SharedInModel() if self.wrapped else native.shared_for(model, self)
+        self.aslora_A, self.aslora_B, self.run = shared.aslora_A, shared.aslora_B, shared.run
 
     def step_listener(self) -> SharingRun:
         return self.run
@@ -125,6 +129,9 @@ class ASLoRAModel(MethodTuner):
         set_layer_requires_grad(Bs, train)
         self.aslora_A[injection.adapter_name], self.aslora_B[injection.adapter_name] = As, Bs
         self.run.add(injection.adapter_name, units, config.total_steps)
+        if not self.wrapped:
+            for _, layer in injection.layers:
+                layer.on_delete = self.forget
         super()._mark_only_adapters_as_trainable(model)
 
     def wrap(
@@ -143,6 +150,12 @@ class ASLoRAModel(MethodTuner):
             setattr(parent, child_name, new_module)  # the inherited one looks for a weight
         else:
             super()._replace_module(parent, child_name, new_module, child)
+
+    def take_back(self, adapter_name: str) -> None:
+        """Remove an adapter with all that was wrapped for it."""
+        super().take_back(adapter_name)
+        if not self.wrapped:
+            native.remove_if_empty(self.model)
 
     def forget(self, adapter_name: str) -> None:
         for owner in (self.aslora_A, self.aslora_B):
@@ -181,9 +194,9 @@ class ASLoRAModel(MethodTuner):
         """A Trainer's run begins: its length is T where the configuration does not say otherwise."""
         warmup_steps = int(self._warmup_of(total_steps)) if self._warmup_of is not None else 0
         self._warmup_of = None
-        for adapter_name, config in self.configs.items():
+        for adapter_name in self.run.units:
             self.run.warmup_steps[adapter_name] = warmup_steps
-            if config.total_steps is None:
+            if self.configs[adapter_name].total_steps is None:
                 self.run.total_steps[adapter_name] = total_steps
 
     def on_run_end(self) -> None:
@@ -260,6 +273,8 @@ class ASLoRAModel(MethodTuner):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         if keys.in_memory(key, adapter_name):
             return keys.key_in_file(key, adapter_name)
+        if keys.owns(keys.file_key(key)):
+            return key
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
@@ -273,15 +288,34 @@ class ASLoRAModel(MethodTuner):
     ) -> dict[str, Tensor]:
         """Select an adapter's tensors and compact them: of rows that layers share one is saved."""
         biases = cls._get_learnable_bias_state_dict(model, state_dict, config)
-        tuner = next(module for module in model.modules() if isinstance(module, cls))
+        shared = native.shared_in(model)
+        tuner: Any = shared.tuner if shared else next(module for module in model.modules() if isinstance(module, cls))
         layers = {group: B.layer_indices for group, B in tuner.shared_b(adapter_name).items()}
-        return {**to_file(state_dict, adapter_name, config, layers), **biases}
+        if shared is None:
+            return {**to_file(state_dict, adapter_name, config, layers), **biases}
+        own = to_file(native.as_wrapped(state_dict), adapter_name, config, layers)
+        # transformers puts PEFT's prefix before each key.
+        return {**{key.removeprefix("base_model."): value for key, value in own.items()}, **biases}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]
         cls, model: nn.Module, config: ASLoRAConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Check a file's tensors, expand them, and put the adapter's name into their keys."""
-        others = {key: value for key, value in state_dict.items() if not keys.owns(key)}
-        own = from_file(state_dict, model.state_dict(), adapter_name, config)
+        own, others = cls.own_and_others(model, config, adapter_name, state_dict)
         return {**super()._remap_adapter_state_dict_for_load(model, config, adapter_name, others), **own}
+
+    @staticmethod
+    def own_and_others(
+        model: nn.Module, config: ASLoRAConfig, adapter_name: str, tensors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The tensors of a file: ASLoRA's own, checked and expanded, under the model's keys; and the others as given.
+
+        Raises:
+            ValueError: the file is damaged, or does not belong to this configuration or this model.
+        """
+        others = {key: value for key, value in tensors.items() if not keys.owns(keys.file_key(key))}
+        if native.shared_in(model) is None:
+            return from_file(tensors, model.state_dict(), adapter_name, config), others
+        own = from_file(tensors, native.as_wrapped(model.state_dict()), adapter_name, config)
+        return native.as_in_model(own), others

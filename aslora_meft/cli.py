@@ -36,10 +36,15 @@ def _run(argv: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"aslora-meft {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,estimate,export,doctor}")
-    # These parse their own arguments: see arguments.py, planner/command.py and export/command.py.
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{train,generate,evaluate,export,run,estimate,doctor}"
+    )
+    # Most have many arguments, made from dataclasses: see arguments.py, use.py, planner/command.py, export/command.py.
     commands.add_parser("train", help="fine-tune an adapter and save it", add_help=False)
     commands.add_parser("estimate", help="predict memory, traffic and time without GPU or weights", add_help=False)
+    commands.add_parser("generate", help="answer prompts with a saved adapter", add_help=False)
+    commands.add_parser("evaluate", help="measure a saved adapter on data", add_help=False)
+    commands.add_parser("run", help="run another Python program with both methods known to PEFT", add_help=False)
     commands.add_parser("export", help="write saved adapters in another format", add_help=False)
     doctor = commands.add_parser(
         "doctor",
@@ -49,6 +54,11 @@ def _run(argv: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     doctor.add_argument("--anew", action="store_true", help="measure again what was measured before")
+    if argv[:1] == ["run"]:
+        from aslora_meft.runner import run as run_program
+
+        run_program(argv[1:])
+        return
     options, rest = parser.parse_known_args(argv)
     if options.command == "train":
         # Only here: transformers takes seconds to import.
@@ -60,6 +70,14 @@ def _run(argv: list[str]) -> None:
         from aslora_meft.planner.command import run
 
         run(rest)
+    elif options.command == "generate":
+        from aslora_meft.generate import run as generate
+
+        generate(rest)
+    elif options.command == "evaluate":
+        from aslora_meft.evaluate_command import run as evaluate
+
+        evaluate(rest)
     elif options.command == "export":
         from aslora_meft.export.command import run as run_export
 

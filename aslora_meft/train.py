@@ -1,6 +1,5 @@
 """The recipe of ``aslora-meft train``: load, adapt, train and save, with an evaluation before and after."""
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +25,11 @@ from aslora_meft.checks import check_optimizer, check_output
 from aslora_meft.data.samples import IGNORED, Samples, load_samples
 from aslora_meft.errors import UsageError, as_usage_error
 from aslora_meft.evaluate import token_metrics, token_sums
+from aslora_meft.finish import next_commands, write_results
+from aslora_meft.hub import prepare_push, push
 from aslora_meft.interrupt import Interrupted, StopAtStep
 from aslora_meft.summary import merge_lines, merges, metrics_table, run_header, shares
 from aslora_meft.text import parse_json
-from peft_bridge import replace_file
 
 
 class TrainResult(NamedTuple):
@@ -80,6 +80,7 @@ def train(arguments: TrainArguments) -> TrainResult:
     set_seed(args.seed)  # the adapter's first values
     model = add_adapter(base, arguments.adapter, gradient_checkpointing=bool(args.gradient_checkpointing))
 
+    repository = prepare_push(args)
     stop = StopAtStep()
     with (
         as_usage_error(ValueError, ImportError, TypeError),  # what TrainingArguments leaves to the Trainer to check
@@ -129,8 +130,11 @@ def train(arguments: TrainArguments) -> TrainResult:
             transfers = tuner.transfer_report()
             results["transfers"] = transfers.to_dict()
             print(f"\n{transfers}")
-        replace_file(Path(args.output_dir, "results.json"), (json.dumps(results, indent=2) + "\n").encode())
+        write_results(arguments, results)
         print(f"\nAdapter and tokenizer: {Path(args.output_dir).resolve()}")
+        if repository is not None:
+            print(f"Pushed to: {push(args.output_dir, repository, args.hub_token)}")
+        print(f"\n{next_commands(arguments)}")
     return TrainResult(model, tokenizer, before, after)
 
 

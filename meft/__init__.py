@@ -6,6 +6,7 @@ Importing this package makes PEFT know the method: `get_peft_model(model, MEFTCo
 from peft_bridge import __version__ as __version__
 from peft_bridge import (
     check_native_loads,
+    describe_in_cards,
     index_when_offloaded,
     refuse_lora_optimizer,
     register_method,
@@ -14,6 +15,7 @@ from peft_bridge import (
 
 from .config import MEFTConfig
 from .files.adapter_file import FILE
+from .files.card import CARD
 from .files.export import export_dense
 from .files.training_state import check_training_state
 from .model import MEFTModel, take_back
@@ -24,7 +26,8 @@ from .table.moments import row_moments_of_file  # noqa: F401
 
 register_method(name="meft", config_cls=MEFTConfig, model_cls=MEFTModel, prefix="meft_")
 write_weights_at_once("meft_", load_on_host=True)
-check_native_loads("meft_", FILE.checked, take_back)
+describe_in_cards("MEFT", CARD)
+check_native_loads("meft_", lambda model, config, name, tensors: ({}, FILE.checked(config, tensors)), take_back)
 index_when_offloaded("meft_")
 refuse_lora_optimizer(
     "LoRA+",

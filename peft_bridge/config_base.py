@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
 from .atomic_files import replace_file
+from .model_card import write_card
 
 
 def is_int(value: Any) -> bool:
@@ -114,12 +115,13 @@ class MethodConfig(PeftConfig):
         return []
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As in PEFT, but a file that is there is replaced whole or not at all."""
+        """As in PEFT, but a file that is there is replaced whole or not at all; the folder gets a model card."""
         with tempfile.TemporaryDirectory() as draft:
             super().save_pretrained(draft, **kwargs)
             written = Path(draft, CONFIG_NAME).read_bytes()
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         replace_file(Path(save_directory) / CONFIG_NAME, written)
+        write_card(save_directory)
 
 
 def known_keywords(cls: type) -> type:

@@ -13,8 +13,11 @@ from peft.tuners.tuners_utils import (
     _get_tuner_state_dict_key_prefixes,
     _is_key_under_prefixes,
 )
+from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from peft.utils.other import _set_layer_requires_grad
 
+HOTSWAP_CONFIG_KEYS = CONFIG_KEYS_TO_CHECK
+HOTSWAP_INSERT_NAME = "_insert_adapter_name_into_state_dict"
 ExcludedModule = _ExcludedModule
 in_out_features = _get_in_out_features
 is_key_under_prefixes = _is_key_under_prefixes

@@ -26,6 +26,9 @@ def test_a_wheel_contains_every_module(tmp_path):
     subprocess.run(build, cwd=checkout, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as file:
+        (entry_points,) = (name for name in file.namelist() if name.endswith("dist-info/entry_points.txt"))
+        assert "[torch.backends]\naslora_meft = aslora_meft_autoload:install" in file.read(entry_points).decode()
+        assert "aslora_meft_autoload.py" in file.namelist()
         found = {name for name in file.namelist() if name.split("/")[0] in PACKAGES}
     wanted = {name.removeprefix("kernels/") for name in tracked.stdout.splitlines()}
     wanted = {name for name in wanted if name.split("/")[0] in PACKAGES and name.endswith((".py", ".typed", ".json"))}

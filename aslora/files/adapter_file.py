@@ -13,7 +13,7 @@ from ..sharing.merge_math import groups_of, records_fit
 from ..sharing.sharded import full_tensor
 from ..sharing.ties import filled, map_by_value, matches_values
 from .checks import check, check_fit, check_layers, digest_of
-from .keys import A_PREFIX, B_PREFIX, BUFFERS, DIGEST, b_groups, in_memory, key_in_file, key_in_memory, owns
+from .keys import A_PREFIX, B_PREFIX, BUFFERS, DIGEST, b_groups, file_key, in_memory, key_in_file, key_in_memory, owns
 
 
 def compact(tensors: dict[str, Tensor], layers: Mapping[str, list[int]], config: ASLoRAConfig) -> dict[str, Tensor]:
@@ -136,7 +136,7 @@ def from_file(
     Raises:
         ValueError: the file is damaged, or does not belong to this configuration or this model.
     """
-    own = {key: value for key, value in tensors.items() if owns(key)}
+    own = {file_key(key): value for key, value in tensors.items() if owns(file_key(key))}
     in_model = {
         key_in_file(key, adapter_name): value for key, value in state_dict.items() if in_memory(key, adapter_name)
     }

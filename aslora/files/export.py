@@ -116,6 +116,7 @@ def load_adapter(adapter_dir: str | Path) -> tuple[ASLoRAConfig, dict[str, Tenso
         ValueError: one sentence that names the folder or file and the remedy.
     """
     config, tensors = read_adapter(adapter_dir, ASLoRAConfig)
+    tensors = {keys.file_key(key): value for key, value in tensors.items()}
     check(tensors, config)
     for group in keys.b_groups(tensors):
         for layer, _ in rows_of_layers(tensors, group):

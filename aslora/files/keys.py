@@ -24,6 +24,12 @@ def owns(key: str) -> bool:
     return key.startswith((A_PREFIX, B_PREFIX)) or key == DIGEST
 
 
+def file_key(key: str) -> str:
+    """The key under which a `PeftModel` saves a tensor, for one that transformers has saved without it too."""
+    inner = key.removeprefix("base_model.model.")
+    return f"base_model.{inner}" if inner.startswith(("aslora_A.", "aslora_B.", "aslora_digest")) else key
+
+
 def b_groups(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of the B-groups in a saved file."""
     return [key.removeprefix(B_PREFIX).removesuffix(".stacked_B") for key in tensors if _is_b(key)]

@@ -53,7 +53,7 @@ ADOPTED: dict[str, list[str]] = {
 LEFT_OUT: dict[str, str] = {
     "test_add_weighted_adapter_cat_with_rank_pattern": "ignores its rows: always LoRA with ranks by layer",
     "test_inject_from_state_dict_and_from_config_target_same_layers": (
-        "inject_adapter_in_model is refused by design; test_inject_adapter_in_model_rejects_shared_state_tuners is run"
+        "the shared tensors lie under no layer's name, so a state dict does not say which layers to adapt"
     ),
     "test_mixed_adapter_batches_lora_opt_timing": "a timing on an accelerator",
 }
@@ -62,8 +62,4 @@ LEFT_OUT: dict[str, str] = {
 ALLOWED_SKIPS: dict[str, str] = {}
 
 # Passes that only show a refusal which follows from the design: test -> why.
-REFUSALS: dict[str, str] = {
-    "test_save_load_roundtrip_direct_injection": (
-        "inject_adapter_in_model is refused: the shared tensors belong to the tuner, which it would throw away"
-    ),
-}
+REFUSALS: dict[str, str] = {}

@@ -148,5 +148,4 @@ EXTRA: dict[tuple[str, ...], list[tuple[list[Any], list[dict[str, Any]]]]] = {
 # Tests or classes whose parametrisations have no LoRA row: these are added as if they had.
 ADDED: dict[str, list[list[Any]]] = {
     "TestQuantization": [[LoraConfig, {"r": 8, "target_modules": ["q_proj", "v_proj"]}]],
-    "test_inject_adapter_in_model_rejects_shared_state_tuners": [[LoraConfig, {"r": 2}]],
 }

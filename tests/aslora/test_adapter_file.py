@@ -10,7 +10,6 @@ from peft import PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
 
 from aslora import ASLoRAConfig, export_to_lora
 from tests.support.adapter_files import WEIGHTS, edit_config, rewrite
@@ -371,20 +370,3 @@ def test_a_config_that_is_no_mapping(damaged):
     (damaged / "adapter_config.json").write_text("[]")
     with pytest.raises(ValueError, match="not ASLORA"):
         export_to_lora(damaged, damaged / "out")
-
-
-def test_transformers_own_loading_is_refused_before_anything_is_changed(tmp_path):
-    """The shared tensors live in the tuner, which that loading drops."""
-    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_key_value_heads": 2}
-    llama(**sizes).save_pretrained(tmp_path / "base")
-    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
-    get_peft_model(base, ASLoRAConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
-    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
-    before = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
-    for load in (model.load_adapter, LlamaForCausalLM.from_pretrained):
-        with pytest.raises(ValueError, match="Please use `get_peft_model` instead"):
-            load(str(tmp_path / "adapter"))
-    after = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
-    assert after.keys() == before.keys()
-    assert all(after[name][0] is p and after[name][1] == flag for name, (p, flag) in before.items())
-    assert not model._hf_peft_config_loaded

@@ -40,7 +40,7 @@ def test_a_run_learns_saves_and_tells(run, tmp_path, model_dir, capsys, method):
     told = capsys.readouterr().out
     assert f"{result.before['perplexity']:.4g}" in told
     assert f"{result.after['perplexity']:.4g}" in told
-    assert told.rstrip().endswith(f"Adapter and tokenizer: {out}")
+    assert f"Adapter and tokenizer: {out}\n\nNext:\n  aslora-meft generate {out} --compare\n" in told
     assert json.loads((out / "results.json").read_text())["after"] == result.after
 
     loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(model_dir), out).eval()

@@ -1,10 +1,12 @@
 """What `peft_bridge.peft_private` takes from PEFT without its documentation."""
 
+import peft.utils.hotswap
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PretrainedConfig
 
+from peft_bridge import peft_private
 from peft_bridge.peft_private import (
     ExcludedModule,
     adapters_of,
@@ -70,3 +72,13 @@ def test_what_lora_refuses_in_an_architecture():
     assert lora_refuses(Model("mamba"), "in_proj") is None
     assert lora_refuses(Model("llama"), "out_proj") is None
     assert lora_refuses(Net(), "out_proj") is None
+
+
+def test_hotswap_looks_both_names_up_when_it_is_called():
+    """`allow_hotswap` replaces one and adds to the other."""
+    names = peft.utils.hotswap.hotswap_adapter.__code__.co_names
+    assert peft_private.HOTSWAP_INSERT_NAME in names
+    assert "hotswap_adapter_from_state_dict" in names
+    check = peft.utils.hotswap.check_hotswap_configs_compatible
+    assert "CONFIG_KEYS_TO_CHECK" in check.__code__.co_names
+    assert check.__globals__["CONFIG_KEYS_TO_CHECK"] is peft_private.HOTSWAP_CONFIG_KEYS
