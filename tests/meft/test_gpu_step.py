@@ -168,7 +168,7 @@ def test_where_the_device_cannot_reach_the_memory_the_host_steps(monkeypatch, ca
     streams = ThreadStreams()
     steps, held = ZeroCopySteps(streams, 6), []
     steps._device = torch.device("mps" if refusal == "other device" else "cuda")
-    monkeypatch.setattr(meft.table.gpu_step.dispatch, "on", lambda device: nullcontext())
+    monkeypatch.setattr(meft.table.gpu_step.dispatch, "device_guard", lambda device: nullcontext())
     monkeypatch.setattr(
         meft.table.gpu_step.PageLock, "hold", lambda self, t, device: held.append(t) or refusal != "pages"
     )

@@ -26,12 +26,7 @@ def test_the_counters_of_one_step(tiny):
     traffic = layer.traffic["default"]
     assert (traffic.forwards, traffic.tokens, traffic.union_rows) == (1, len(x), used)
     assert torch.equal(traffic.expert_load, chosen.sum(0).view(config.experts, -1).sum(1))
-    picks = int(chosen.sum())
-    row = tiny.WIDTH * 4
-    # Up: rows of keys and values, and for each pick its id (8 bytes) and score, with where each token's picks begin.
-    assert traffic.bytes_to_device == 2 * used * row + picks * (8 + 4) + (len(x) + 1) * 8
-    # Down: the hidden states with the router's logits, and the gradients of the rows.
-    assert traffic.bytes_to_host == len(x) * (tiny.WIDTH + config.experts) * 4 + 2 * used * row
+    assert traffic.bytes_to_device == traffic.bytes_to_host == 0  # rows are read where they are
 
 
 def test_sums_and_means_over_layers(tiny):
