@@ -56,7 +56,7 @@ class SharedInModel(nn.Module, RunListener):
 
     def update_and_allocate(self, global_step: int) -> None:
         for adapter_name in self.run.units:
-            self.run.catch_up(adapter_name, global_step)
+            self.run.record_step(adapter_name, global_step)
 
 
 def shared_in(model: nn.Module) -> SharedInModel | None:
