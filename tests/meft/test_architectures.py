@@ -227,7 +227,7 @@ def test_a_plan_over_several_widths():
     shape = AdapterShape.of_layers(MEFTConfig(r=64), [16, 16, 64], base_dtype=torch.bfloat16)
     assert (shape.d, shape.layers, shape.values) == (32, 3, 2 * 64 * (16 + 16 + 64))
     plan = Plan(shape, Work(tokens=8, union=10), "stream")
-    assert plan.key_buffers() == 2 * 64 * 64 * 2  # two key tables of the widest layer, bfloat16
+    assert plan.device_bytes()["key buffers"] == 2 * 64 * 64 * 2  # two key tables of the widest layer, bfloat16
     assert plan.row_buffers() == 2 * 64 * 10 * 2
     one = AdapterShape.of(MEFTConfig(r=64), d=32, layers=3, base_dtype=torch.bfloat16)
     same = AdapterShape.of_layers(MEFTConfig(r=64), [32] * 3, base_dtype=torch.bfloat16)
