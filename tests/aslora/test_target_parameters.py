@@ -96,7 +96,7 @@ def test_what_is_shared(fields):
 def test_distances_of_products_are_those_of_the_experts_deltas():
     model = get_peft_model(qwen3_moe(), config(similarity="product")).base_model
     unit = next(u for u in model.run.units["default"] if any("gate_up" in name for name in u.members))
-    for B in unit.banks:
+    for B in unit.b_groups:
         B.average.copy_(B.stacked_B.detach())
     layers = [layer.mlp.experts.base_layer for layer in model.model.model.layers]
     assert {layer.parameter_name for layer in layers} == {"gate_up_proj"}

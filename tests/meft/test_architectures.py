@@ -141,7 +141,7 @@ def test_such_a_layer_is_left_as_it_was(tiny):
     assert torch.equal(model.unload()(**batch()).logits, want)
     assert hooks() == before
     with pytest.raises(MemoryError):
-        get_peft_model(base, tiny.config(r=2**40, num_experts=2**20))
+        get_peft_model(base, tiny.config(r=2**30, num_experts=2**20))
     assert hooks() == before
     copied = copy.deepcopy(get_peft_model(base, tiny.config(master_dtype="float64")))
     assert not torch.equal(copied(**batch()).logits, want)
@@ -224,7 +224,7 @@ def test_a_plan_over_several_widths():
     shape = AdapterShape.of_layers(MEFTConfig(r=64), [16, 16, 64], base_dtype=torch.bfloat16)
     assert (shape.d, shape.layers, shape.values) == (32, 3, 2 * 64 * (16 + 16 + 64))
     plan = Plan(shape, Work(tokens=8, union=10), "stream")
-    assert plan.key_buffers() == 2 * 64 * 64 * 2  # two key tables of the widest layer, bfloat16
+    assert plan.device_bytes()["key buffers"] == 2 * 64 * 64 * 2  # two key tables of the widest layer, bfloat16
     assert plan.row_buffers() == 2 * 64 * 10 * 2
     one = AdapterShape.of(MEFTConfig(r=64), d=32, layers=3, base_dtype=torch.bfloat16)
     same = AdapterShape.of_layers(MEFTConfig(r=64), [32] * 3, base_dtype=torch.bfloat16)
