@@ -17,7 +17,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export TRITON_CACHE_DIR ?= $(CURDIR)/.cache/triton
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-gpu lint accept aot bench-kernels
+.PHONY: help setup demo test test-gpu lint accept model-table aot bench-kernels
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -39,6 +39,9 @@ lint: $(INSTALLED) ## ruff, ruff format, mypy
 
 accept: $(INSTALLED) ## PEFT's own tests over our methods
 	$(PY) tests/accept/run.py
+
+model-table: $(INSTALLED) ## docs/models.md: tiny models of all architectures; before a release (some 10 minutes)
+	$(PY) benchmarks/make_model_table.py
 
 aot: $(INSTALLED) ## compile the Triton kernels for each GPU (needs none), with a table of what came out
 	$(PY) -m adapter_kernels.aot $(AOT)

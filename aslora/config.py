@@ -56,6 +56,20 @@ class ASLoRAConfig(MethodConfig):
             "expression, or 'all-linear'. None takes PEFT's LoRA default of the architecture."
         },
     )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of parameters to adapt, matched at the end of their path, e.g. 'mlp.experts.gate_up_proj': "
+            "for experts whose weights are one 3-D parameter. As in LoraConfig; r is that of each expert."
+        },
+    )
+    share_a_experts: bool = field(
+        default=False,
+        metadata={
+            "help": "Of target_parameters: one A for all experts of a projection, in place of one for each expert. "
+            "Layers share them in any case."
+        },
+    )
     merge_start: int | float | None = field(
         default=None,
         metadata={
@@ -144,6 +158,8 @@ class ASLoRAConfig(MethodConfig):
             raise ValueError(f"lora_alpha={self.lora_alpha!r} must be a number above 0, e.g. lora_alpha=16.")
         if not is_number(self.aslora_dropout) or not 0 <= self.aslora_dropout < 1:
             raise ValueError(f"aslora_dropout={self.aslora_dropout!r} is not in [0, 1): use e.g. aslora_dropout=0.05.")
+        if isinstance(self.target_parameters, str):
+            raise ValueError(f"target_parameters={self.target_parameters!r} must be a list of names, or None.")
         self._check_schedule()
 
     def _check_schedule(self) -> None:
@@ -171,7 +187,8 @@ class ASLoRAConfig(MethodConfig):
 
     def output_fields(self) -> list[Any]:
         """What decides on the output besides A and B."""
-        return [self.r, float(self.lora_alpha), bool(self.use_rslora), self.share_a]
+        of_experts = [True] if self.share_a_experts else []  # absent as in files of earlier versions
+        return [self.r, float(self.lora_alpha), bool(self.use_rslora), self.share_a, *of_experts]
 
     @property
     def scaling(self) -> float:

@@ -18,13 +18,20 @@ from peft_bridge.peft_private import ExcludedModule
 
 from .config import ASLoRAConfig
 from .layer import Linear
-from .layer_groups import a_group_of, b_group_name, group_of_key, module_key, parse_layer_path, tower_of
+from .layer_groups import a_group_of, b_group_name, experts_of, group_of_key, module_key, parse_layer_path, tower_of
+from .parameter_layer import ParamWrapper, check_parameter
 from .sharing.merge_math import planned_merges
 from .sharing.merge_unit import MergeUnit
 from .sharing.shared_tensors import SharedA, SharedB
 
 # To modules_to_save, by task_type, whether the model has such a module or not.
 _ADDED_BY_PEFT = {"classifier", "score", "qa_outputs"}
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Names of a model's linear layers."""
+    names = {k.rpartition(".")[2] for k, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    return sorted(names - {"base_layer"})
 
 
 def check_names(injection: Injection, model: nn.Module, config: ASLoRAConfig) -> None:
@@ -41,13 +48,19 @@ def check_names(injection: Injection, model: nn.Module, config: ASLoRAConfig) ->
     ]
     for name in sorted(injection.names):
         if paths and not any(path == name or path.endswith(f".{name}") for path in [*paths, *excluded]):
-            linear = {k.rpartition(".")[2] for k, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
             limits = [f for f in ("layers_to_transform", "exclude_modules") if getattr(config, f) is not None]
             where = f"that {' and '.join(limits)} leave" if limits else "of the model"
             raise ValueError(
                 f"target_modules: '{name}' matches no module {where}: correct it, or choose from "
-                f"{', '.join(sorted(linear - {'base_layer'}))}."
+                f"{', '.join(linear_names(model))}."
             )
+    for name in config.target_parameters or []:
+        if not injection.has(name):
+            stacked = {f"{path}.{n}" for path, m in model.named_modules() for n, p in m.named_parameters(recurse=False)
+                       if p.ndim == 3 and not isinstance(m, nn.modules.conv._ConvNd)}  # fmt: skip
+            names = sorted({".".join(path.replace(".base_layer", "").split(".")[-2:]) for path in stacked})
+            hint = f"choose from {', '.join(names)}" if names else "this model has no 3-D parameters"
+            raise ValueError(f"target_parameters: '{name}' matches no parameter of the model: correct it, or {hint}.")
     everywhere = [path for path, _ in model.named_modules()]
     for name in sorted(set(config.modules_to_save or []) - _ADDED_BY_PEFT):
         if not any(path.endswith(name) for path in everywhere):
@@ -56,11 +69,13 @@ def check_names(injection: Injection, model: nn.Module, config: ASLoRAConfig) ->
 
 def build(injection: Injection, model: nn.Module, config: ASLoRAConfig) -> tuple[nn.ModuleDict, nn.ModuleDict]:
     """Group the layers and give them their tensors: key of an A-group -> `SharedA`, of a B-group -> `SharedB`."""
-    groups: dict[str, list[tuple[int, Linear]]] = {}
+    groups: dict[str, list[tuple[int, Linear | ParamWrapper]]] = {}
     for path, layer in injection.layers:
         parsed = parse_layer_path(path, config.layers_pattern)
-        name = b_group_name(parsed, layer.in_features, layer.out_features)
+        experts = layer.experts if isinstance(layer, ParamWrapper) else None
+        name = b_group_name(parsed, layer.in_features, layer.out_features, experts)
         groups.setdefault(name, []).append((parsed.layer, layer))
+    _check_merges(config, groups)
     As, Bs = nn.ModuleDict(), nn.ModuleDict()
     with init_empty_weights() if injection.low_cpu_mem_usage else nullcontext():
         for name, members in groups.items():
@@ -69,25 +84,44 @@ def build(injection: Injection, model: nn.Module, config: ASLoRAConfig) -> tuple
     return As, Bs
 
 
+def _check_merges(config: ASLoRAConfig, groups: dict[str, list[Any]]) -> None:
+    """Say where merges that were asked for have no second layer to merge.
+
+    Raises:
+        ValueError: there is none in any group.
+    """
+    alone = [group.rpartition(":")[0].replace("/", ".") for group, members in groups.items() if len(members) == 1]
+    if not config.num_merges or not alone:
+        return
+    what = f"num_merges={config.num_merges}: {', '.join(alone[:3])}{' ...' if len(alone) > 3 else ''} of this model"
+    if len(alone) == len(groups):
+        raise ValueError(
+            f"{what} has one layer, and so has every projection that is adapted, so that nothing can merge: leave "
+            "num_merges out, or use LoRA."
+        )
+    warnings.warn(f"{what} has one layer, so that nothing merges there.")
+
+
 def _build_group(
     adapter_name: str,
     config: ASLoRAConfig,
     name: str,
-    members: list[tuple[int, Linear]],
+    members: list[tuple[int, Linear | ParamWrapper]],
     As: nn.ModuleDict,
     Bs: nn.ModuleDict,
     device: torch.device,
 ) -> None:
     first = members[0][1]
     _, dtype = first.device_and_dtype()
-    a_name = module_key(a_group_of(name, config.share_a))
+    a_name = module_key(a_group_of(name, config.share_a, config.share_a_experts))
     owns_a = a_name not in As
     if owns_a:
-        As[a_name] = SharedA(config.r, first.in_features, dtype, device)
+        own = 1 if config.share_a_experts else experts_of(name) or 1
+        As[a_name] = SharedA(config.r * own, first.in_features, dtype, device)
     A = cast(SharedA, As[a_name])
     layers = [index for index, _ in members]
     merges = planned_merges(len(members), config.num_merges)
-    B = SharedB(config.r, first.out_features, layers, merges, dtype, device)
+    B = SharedB(config.r * (experts_of(name) or 1), first.out_features, layers, merges, dtype, device)
     if not config.init_weights:
         nn.init.normal_(B.stacked_B, std=0.02)
     Bs[module_key(name)] = B
@@ -95,7 +129,7 @@ def _build_group(
         layer.attach(adapter_name, A, B, position, owns_a and position == 0)
 
 
-def _device_of_values(model: nn.Module, layer: Linear) -> torch.device:
+def _device_of_values(model: nn.Module, layer: Linear | ParamWrapper) -> torch.device:
     """The device for a layer's A and B: its weight's, or the CPU if that is on disk or loaded by a hook."""
     device, _ = layer.device_and_dtype()
     # PEFT has taken the hooks of a model with parts on disk away by now.
@@ -114,8 +148,34 @@ def merge_units(config: ASLoRAConfig, As: nn.ModuleDict, Bs: nn.ModuleDict) -> l
     for name, module in Bs.items():
         name, B = group_of_key(name), cast(SharedB, module)
         key = (tower_of(name), tuple(B.layer_indices)) if config.merge_scope == "joint" else name
-        together.setdefault(key, {})[name] = (B, cast(SharedA, As[module_key(a_group_of(name, config.share_a))]))
+        together.setdefault(key, {})[name] = (
+            B,
+            cast(SharedA, As[module_key(a_group_of(name, config.share_a, config.share_a_experts))]),
+        )
     return [MergeUnit(config, members) for members in together.values()]
+
+
+def order_parameters(injection: Injection, config: ASLoRAConfig) -> None:
+    """Sort `target_parameters` as the parameters stand in their modules: the order in which LoRA's layers are nested,
+    which an export cannot ask the model for."""
+
+    def first(name: str) -> int:
+        return next(i for i, (path, _) in enumerate(injection.layers) if path == name or path.endswith(f".{name}"))
+
+    config.target_parameters = sorted(config.target_parameters or [], key=first)
+
+
+def new_parameter_layer(
+    target: nn.Module, path: str, parameter_name: str, adapter_name: str, config: ASLoRAConfig
+) -> ParamWrapper:
+    """Wrap a module of which one parameter, at `path`, is adapted.
+
+    Raises:
+        ValueError: the parameter cannot be adapted.
+    """
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    check_parameter(path, getattr(base, parameter_name), config)
+    return ParamWrapper(target, adapter_name, parameter_name, config)
 
 
 def new_layer(
@@ -135,7 +195,7 @@ def new_layer(
     is_conv1d = isinstance(base, Conv1D)
     if not isinstance(base, nn.Linear | Conv1D) and not _is_quantised_linear(base, quantization):
         fused = any(p.ndim == 3 for p in target.parameters(recurse=False))
-        what = "holds fused 3-D expert parameters" if fused else "is no linear layer"
+        what = "holds fused 3-D expert parameters (name them in target_parameters)" if fused else "is no linear layer"
         raise ValueError(
             f"Target module '{path}' ({type(target).__name__}) is not supported, because it {what}: ASLoRA adapts "
             "nn.Linear, transformers Conv1D and quantised linear layers; change target_modules or name it in "

@@ -173,6 +173,11 @@ class Linear(nn.Module, ASLoRALayer):
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
+        if not isinstance(result, Tensor) or result.shape[:-1] != x.shape[:-1]:
+            raise ValueError(
+                f"{type(self.get_base_layer()).__name__} gives more than, or another shape than, a linear layer: it "
+                "cannot be adapted, name it in exclude_modules."
+            )
         dtype = result.dtype
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)

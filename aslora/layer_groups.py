@@ -40,9 +40,11 @@ def parse_layer_path(path: str, layers_pattern: str | Iterable[str] | None = Non
     return LayerPath(f"{tower}*{match['rest']}", tower.removesuffix("."), int(match["index"]))
 
 
-def b_group_name(path: LayerPath, in_features: int, out_features: int) -> str:
-    """Key of the group in which B may merge: (projection, in_features, out_features)."""
-    return f"{path.projection.replace('.', '/')}:{in_features}x{out_features}"
+def b_group_name(path: LayerPath, in_features: int, out_features: int, experts: int | None = None) -> str:
+    """Key of the group in which B may merge: (projection, in_features, out_features), and of a parameter that is
+    adapted by itself the experts that it stacks."""
+    stacked = f"x{experts}" if experts is not None else ""
+    return f"{path.projection.replace('.', '/')}:{in_features}x{out_features}{stacked}"
 
 
 def tower_of(group: str) -> str:
@@ -59,10 +61,19 @@ def in_features_of(group: str) -> int:
     return int(group.rpartition(":")[2].partition("x")[0])
 
 
-def a_group_of(group: str, share_a: str) -> str:
-    """The A-group of a B-group: (projection, in_features), or (tower, in_features) if `share_a` is `joint`."""
+def experts_of(group: str) -> int | None:
+    """How many experts the parameter of a B-group stacks, from its name; None for a linear layer."""
+    sizes = group.rpartition(":")[2].split("x")
+    return int(sizes[2]) if len(sizes) == 3 else None
+
+
+def a_group_of(group: str, share_a: str, share_a_experts: bool = False) -> str:
+    """The A-group of a B-group: (projection, in_features), or (tower, in_features) if `share_a` is `joint`; where each
+    expert has an A of its own, their number too."""
     path = tower_of(group) if share_a == "joint" else group.rpartition(":")[0]
-    return f"{path}:{in_features_of(group)}"
+    experts = experts_of(group)
+    own = f"x{experts}" if experts is not None and not share_a_experts else ""
+    return f"{path}:{in_features_of(group)}{own}"
 
 
 _KEY = str.maketrans("/*:~#=", "~#=/*:")

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
@@ -14,15 +15,16 @@ from peft.utils import (
 from torch import Tensor, nn
 
 from peft_bridge import MethodTuner
-from peft_bridge.peft_private import set_layer_requires_grad
+from peft_bridge.peft_private import lora_refuses, set_layer_requires_grad
 
 from .config import ASLoRAConfig
 from .files import keys
 from .files.adapter_file import from_file, to_file
-from .injection import build, check_names, merge_units, new_layer
+from .injection import build, check_names, linear_names, merge_units, new_layer, new_parameter_layer, order_parameters
 from .layer import ASLoRALayer, Linear
 from .layer_groups import group_of_key
 from .mixed_batch import adapters_per_sample
+from .parameter_layer import ParamWrapper
 from .report import SharingReport, report
 from .sharing.merge_run import SharingRun
 from .sharing.shared_tensors import SharedA, SharedB
@@ -78,6 +80,34 @@ class ASLoRAModel(MethodTuner):
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         return self.run.watched_parameters()
 
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        """Raises: ValueError: adapters of one model have different `target_parameters`, as in LoRA."""
+        super()._check_new_adapter_config(config)
+        named = {frozenset(other.target_parameters or ()) for other in self.configs.values()} - {frozenset()}
+        if len(named) > 1:
+            listed = " and ".join(sorted(str(sorted(names)) for names in named))
+            raise ValueError(f"target_parameters of several adapters must be the same, and they are {listed}.")
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        config: Any = peft_config
+        if config.target_modules is None:
+            known = self.target_module_mapping.get(str(model_config.get("model_type")))
+            if known is None and not config.target_parameters:
+                raise ValueError(
+                    f"target_modules=None: PEFT has no default for model type '{model_config.get('model_type')}'; name "
+                    f"linear layers of this model ({', '.join(linear_names(self.model))}), or 'all-linear'."
+                )
+            config.target_modules = known if known is None or isinstance(known, str) else set(known)
+        return config
+
+    def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
+        """Raises: ValueError: the architecture reads the layer's weight without calling it (Mamba's `out_proj`)."""
+        if (model_type := lora_refuses(model, target_name)) is not None:
+            raise ValueError(
+                f"target_modules: '{target_name}' of model type '{model_type}' cannot be adapted: fused "
+                "kernels read its weight without calling it; leave it out (exclude_modules)."
+            )
+
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         # PEFT calls this once all layers are wrapped, and before anything else: an error here can be rolled back.
         injection = self.injection
@@ -86,6 +116,8 @@ class ASLoRAModel(MethodTuner):
         if not injection.names and isinstance(config.target_modules, set):
             # PEFT's default of an architecture names modules of its variants too: keep what this model has.
             config.target_modules = {name for name in config.target_modules if injection.has(name)}  # type: ignore[assignment]
+        if config.target_parameters:
+            order_parameters(injection, config)
         As, Bs = build(injection, model, config)
         units = merge_units(config, As, Bs)
         train = injection.adapter_name in self.active_adapters and not config.inference_mode
@@ -96,12 +128,21 @@ class ASLoRAModel(MethodTuner):
         super()._mark_only_adapters_as_trainable(model)
 
     def wrap(
-        self, target: nn.Module, path: str, parent: nn.Module, adapter_name: str, config: ASLoRAConfig
-    ) -> ASLoRALayer:
-        if not isinstance(target, Linear):
-            return new_layer(target, path, adapter_name, config, get_quantization_kwargs(self.model))
-        target.update_layer(adapter_name, config)
-        return target
+        self, target: nn.Module, path: str, parent: nn.Module, adapter_name: str, config: ASLoRAConfig,
+        parameter_name: str | None = None,
+    ) -> ASLoRALayer:  # fmt: skip
+        if isinstance(target, Linear | ParamWrapper) and getattr(target, "parameter_name", None) == parameter_name:
+            target.update_layer(adapter_name, config)
+            return target
+        if parameter_name is not None:
+            return new_parameter_layer(target, path, parameter_name, adapter_name, config)
+        return new_layer(target, path, adapter_name, config, get_quantization_kwargs(self.model))
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, ParamWrapper) or isinstance(new_module, ParamWrapper):
+            setattr(parent, child_name, new_module)  # the inherited one looks for a weight
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def forget(self, adapter_name: str) -> None:
         for owner in (self.aslora_A, self.aslora_B):

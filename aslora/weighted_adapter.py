@@ -78,6 +78,8 @@ def combine(
     if len(adapters) != len(weights) or not adapters:
         raise ValueError(f"weights has {len(weights)} values for {len(adapters)} adapters: give one for each.")
     configs = [tuner.configs[name] for name in adapters]
+    if parameters := [name for name in adapters if tuner.configs[name].target_parameters]:
+        raise ValueError(f"Adapters with target_parameters ({', '.join(parameters)}) cannot be combined, as in LoRA.")
     shares = {config.share_a for config in configs}
     if len(shares) > 1:
         raise ValueError(

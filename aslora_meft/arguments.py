@@ -114,6 +114,7 @@ class TrainArguments(NamedTuple):
     trainer: TrainerArguments
 
 
+_DEEPEST = 50  # levels of a YAML file
 _GROUPS: tuple[Any, ...] = (ModelArguments, DataArguments, TrainerArguments)
 _COMMON = (
     *("method", "r", "lora_alpha", "aslora_dropout", "lora_dropout", "top_k", "target_modules", "dtype"),
@@ -162,17 +163,23 @@ def _yaml_arguments(path: Path, parser: CommandParser) -> list[str]:
         with as_usage_error(UnicodeDecodeError, prefix=f"{path} is not UTF-8, save it as such: "):
             text = path.read_text(encoding="utf-8-sig")
     with as_usage_error(yaml.YAMLError, prefix=f"{path} is not valid YAML: "):
-        try:
-            # An alias can stand for a value many times its own size.
-            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.BaseLoader)):
-                raise UsageError(f"{path} uses a YAML alias (*name); write the value out")
-            # BaseLoader leaves every scalar as written: "no" and "1e-3" mean what they mean on the command line.
-            fields = yaml.load(text, Loader=yaml.BaseLoader)
-            if not isinstance(fields, dict):
-                raise UsageError(f"{path} holds no fields; write one 'field: value' a line")
-            return _words(fields, path, parser)
-        except RecursionError:
-            raise UsageError(f"{path} is nested too deeply; flatten it") from None
+        _check_events(text, path)
+        # BaseLoader leaves every scalar as written: "no" and "1e-3" mean what they mean on the command line.
+        fields = yaml.load(text, Loader=yaml.BaseLoader)
+        if not isinstance(fields, dict):
+            raise UsageError(f"{path} holds no fields; write one 'field: value' a line")
+        return _words(fields, path, parser)
+
+
+def _check_events(text: str, path: Path) -> None:
+    """Refuse, before anything is built, what can grow beyond the file's size, or takes long to read."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.BaseLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise UsageError(f"{path} is nested too deeply; flatten it")
+        if isinstance(event, yaml.AliasEvent):
+            raise UsageError(f"{path} uses a YAML alias (*name); write the value out")
 
 
 def _words(fields: dict[Any, Any], path: Path, parser: CommandParser) -> list[str]:

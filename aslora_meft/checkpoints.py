@@ -13,6 +13,7 @@ from safetensors import safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from aslora_meft.errors import UsageError
+from aslora_meft.text import local_path
 
 _NUMBERED = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
@@ -125,7 +126,7 @@ def checkpoint_to_resume(wanted: str, output: Path) -> tuple[Path, dict[Path, st
         UsageError: there is none, or the one that was named is not whole.
     """
     passed: dict[Path, str] = {}
-    checkpoint: Path | None = Path(wanted)
+    checkpoint: Path | None = local_path("resume_from_checkpoint", wanted)
     if wanted == "last":
         checkpoint, passed = last_whole(output) if output.is_dir() else (None, {})
     if checkpoint is None or not checkpoint.is_dir():

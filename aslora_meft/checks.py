@@ -59,8 +59,6 @@ def check_numbers(args: TrainingArguments) -> None:
         value = getattr(args, item.name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        if math.isnan(value):
-            raise UsageError(f"{item.name}={value} is no number; give one")
         check_range(item.name, value, *_RANGES.get(item.name, (-math.inf, math.inf)))
     if args.max_steps == 0:
         raise UsageError("max_steps=0 trains nothing; give at least 1, or -1 for num_train_epochs")
@@ -68,6 +66,8 @@ def check_numbers(args: TrainingArguments) -> None:
 
 def check_range(name: str, value: float, least: float, most: float) -> None:
     """Raises: UsageError: a number that is not from `least` to `most`."""
+    if math.isnan(value):
+        raise UsageError(f"{name}={value} is no number; give one")
     if least <= value <= most:
         return
     bounds = f"at least {_plain(least)}" if value < least else f"at most {_plain(most)}"
@@ -120,7 +120,9 @@ def check_optimizer(args: TrainingArguments, model: PreTrainedModel | None = Non
             return
         optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **settings)
     schedule = _name(args.lr_scheduler_type)
-    settings = args.lr_scheduler_kwargs if isinstance(args.lr_scheduler_kwargs, dict) else {}
+    settings = args.lr_scheduler_kwargs or {}
+    if not isinstance(settings, dict):
+        raise UsageError(f"lr_scheduler_kwargs={settings[:60]!r} is no JSON object; give one like '{{\"power\": 2}}'")
     with as_usage_error(Exception, prefix=f"lr_scheduler_type={schedule} with lr_scheduler_kwargs is refused: "):
         if schedule not in ("reduce_lr_on_plateau", "greedy"):
             get_scheduler(

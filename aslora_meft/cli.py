@@ -5,7 +5,7 @@ import sys
 import warnings
 
 from aslora_meft import __version__
-from aslora_meft.errors import RaisingParser, UsageError
+from aslora_meft.errors import RaisingParser, UsageError, as_usage_error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"aslora-meft: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"aslora-meft: {interrupt or 'interrupted; nothing was saved'}", file=sys.stderr)
+        print(f"aslora-meft: {str(interrupt) or 'interrupted; nothing was saved'}", file=sys.stderr)
         return 130
     return 0
 
@@ -69,7 +69,9 @@ def _run(argv: list[str]) -> None:
     else:
         from aslora_meft.doctor import report
 
-        print(report(anew=options.anew))
+        with as_usage_error(ValueError):  # of the environment's variables
+            told = report(anew=options.anew)
+        print(told)
 
 
 def _example(command: str) -> str:

@@ -81,7 +81,10 @@ def train(arguments: TrainArguments) -> TrainResult:
     model = add_adapter(base, arguments.adapter, gradient_checkpointing=bool(args.gradient_checkpointing))
 
     stop = StopAtStep()
-    with as_usage_error(ValueError, ImportError, TypeError):  # what TrainingArguments leaves to the Trainer to check
+    with (
+        as_usage_error(ValueError, ImportError, TypeError),  # what TrainingArguments leaves to the Trainer to check
+        as_usage_error(OSError, prefix=f"output_dir={args.output_dir!r} cannot be made: "),
+    ):
         trainer = Trainer(
             model=model,
             args=args,

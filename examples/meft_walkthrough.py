@@ -2,7 +2,7 @@
 # # MEFT, step by step
 #
 # Fine-tunes a small model with MEFT in its own loop, looks at what was used and moved, continues from a checkpoint, and
-# exports the adapter to plain tensors. Run it as a script, or cell by cell in an editor that knows `# %%`.
+# exports model and adapter as one folder. Run it as a script, or cell by cell in an editor that knows `# %%`.
 #
 # `MODEL`, `STEPS` and `R` are read from the environment. With the default model it takes a few minutes on a CPU.
 
@@ -15,7 +15,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from meft import MEFTConfig, export_resident, load_resident
+from aslora_meft.export.meft_model import export_model
+from meft import MEFTConfig
 
 MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolLM2-135M")
 STEPS = int(os.environ.get("STEPS", "20"))
@@ -109,14 +110,14 @@ print("the resumed run has the same losses:", same)
 # %% [markdown]
 # ## Export
 #
-# A routed adapter cannot be merged. The export to plain tensors is read by `meft.load_resident`. Logits are compared at
-# the tokens of the texts: in the export, padding uses neurons too.
+# A routed adapter cannot be merged. The export is a model folder with its own small modelling file, which transformers
+# loads without this package. Logits are compared at the tokens of the texts: in the export, padding uses neurons too.
 
 # %%
-export_resident(folder / "meft", folder / "resident")
-resident = load_resident(load_base(), folder / "resident").eval()
+export_model(folder / "meft", folder / "model")
+exported = AutoModelForCausalLM.from_pretrained(folder / "model", trust_remote_code=True, dtype=torch.float32).eval()
 saved = PeftModel.from_pretrained(load_base(), folder / "meft").eval()
 with torch.no_grad():
-    apart = (resident(**batch).logits - saved(**batch).logits).abs()
+    apart = (exported(**batch).logits - saved(**batch).logits).abs()
 difference = apart[batch["attention_mask"].bool()].max().item()
 print(f"largest difference of a logit: {difference:.2g}")

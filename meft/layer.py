@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -14,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .config import MEFTConfig
+from .ffn_call import FFNCall
 from .load_balancing import attach_balance_loss
 from .retrieval import forward_context as context
 from .retrieval.engine import Engine
@@ -50,8 +50,8 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("meft_keys", "meft_values", "meft_router")
     other_param_names = ("configs", "traffic", "places")
 
-    def __init__(self, base_layer: nn.Module, width: int) -> None:
-        """Args: width: hidden size d."""
+    def __init__(self, base_layer: nn.Module, width: int, up: nn.Module | None = None) -> None:
+        """Args: width: hidden size d. up: as in `FFNCall`."""
         super().__init__()
         self.base_layer = base_layer
         self.in_features = self.out_features = width
@@ -64,8 +64,8 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         self.on_backward: Callable[[], None] | None = None  # set by the tuner
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        # BERT's FFN ends in a module that adds the FFN's input itself: there the adapter joins that input.
-        self._joins_residual = "input_tensor" in inspect.signature(base_layer.forward).parameters
+        module = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+        self.call = FFNCall(module, up, self._begin_active)
 
     def update_layer(self, adapter_name: str, config: MEFTConfig) -> None:
         """Add an adapter's keys, values and router."""
@@ -168,20 +168,15 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The FFN's output, with the adapters' contributions in its dtype."""
+        return self.call(self.base_layer, args, kwargs)
+
+    def _begin_active(self, x: Tensor) -> Callable[[], Tensor] | None:
+        """Begin with what the active adapters add to the FFN's output for the input x; rows come while it computes."""
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.configs]
         if not active:
-            return self.base_layer(*args, **kwargs)
-        if self._joins_residual:
-            hidden, residual = _arguments(args, kwargs, "hidden_states", "input_tensor")
-            added = _untraced(self._finish)(_untraced(self._begin)(residual, active), residual)
-            return self.base_layer(hidden, residual + added.to(residual.dtype))
-        x = args[0] if args else kwargs["hidden_states"]
-        begun = _untraced(self._begin)(x, active)  # rows come while the base computes
-        output = self.base_layer(*args, **kwargs)
-        added = _untraced(self._finish)(begun, x)
-        if isinstance(output, tuple):  # a mixture-of-experts block with its logits
-            return (output[0] + added.to(output[0].dtype), *output[1:])
-        return output + added.to(output.dtype)
+            return None
+        begun = _untraced(self._begin)(x, active)
+        return partial(_untraced(self._finish), begun, x)
 
     def _begin(self, x: Tensor, active: list[str]) -> list[Callable[[], Tensor]]:
         if x.shape[-1] != self.in_features:
@@ -211,7 +206,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
                 check_versions(saved.versions, layer.versions)
         if saved is None:
             self._look_at_rows(adapter_name, x.device)
-        real = saved.real if saved is not None else _real_tokens(now, shape, x.device)
+        real = saved.real if saved is not None else _real_tokens(now, shape, x.device, self.call.up is not None)
         kept = x if real is None else x.index_select(0, real)
         wide = kept.to(torch.promote_types(x.dtype, torch.float32))
         logits = F.linear(wide, self.router(adapter_name).to(wide))  # under offloading the router may be elsewhere
@@ -292,16 +287,19 @@ def _as_given(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:
-    return [args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names)]
-
-
-def _real_tokens(now: context.ForwardContext | None, shape: torch.Size, device: torch.device) -> Tensor | None:
+def _real_tokens(
+    now: context.ForwardContext | None, shape: torch.Size, device: torch.device, flat: bool = False
+) -> Tensor | None:
     """Places of the tokens that are no padding, int64, among the tokens of an input [batch, length, d]; None: all.
 
     An input of another size than the mask is not of the model's tokens (a vision tower's patches).
+
+    Args:
+        flat: whether the input may be [batch * length, d], as a layer gives it that calls its linear layers itself.
     """
-    if now is None or now.mask is None or shape[:-1] != now.mask.shape:
+    if now is None or now.mask is None:
+        return None
+    if shape[:-1] != now.mask.shape and not (flat and shape[:-1] == (now.mask.numel(),)):
         return None
     if device not in now.real:  # the host waits for the device: once a pass, not once a layer
         real = now.mask.reshape(-1)

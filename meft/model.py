@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -31,7 +31,7 @@ from .retrieval import forward_context as context
 from .retrieval.costs import Rows
 from .retrieval.engine import Engine
 from .table.row_table import RowTable
-from .targets import FFN_OF, check_ffn, ffn_targets, ffn_width
+from .targets import FFN, default_targets, ffn_at, targeted_ffns
 from .transport.openmp_waiting import check_waiting
 
 logger = logging.getLogger(__name__)
@@ -52,9 +52,10 @@ class MEFTModel(MethodTuner):
     file = FILE
     prefix = "meft_"
     tuner_layer_cls = MEFTLayer
-    target_module_mapping = FFN_OF  # type: ignore[assignment]
+    target_module_mapping: dict[str, Any] = {}  # noqa: RUF012  (PEFT's; `targets` finds FFNs by their form)
 
     steps: RowSteps
+    _ffns: dict[str, FFN]
 
     @property
     def configs(self) -> dict[str, MEFTConfig]:
@@ -82,25 +83,41 @@ class MEFTModel(MethodTuner):
 
     def take_back(self, adapter_name: str) -> None:
         """Remove an adapter with all that was wrapped for it."""
+        layers = self.adapted_ffns().values()
         super().take_back(adapter_name)
+        for layer in layers:
+            if not layer.configs:
+                layer.call.end()
         if not self.steps.configs:
             self._unhook()
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         config: Any = peft_config
         if config.target_modules is None:
-            config.target_modules = ffn_targets(config, model_config.get("model_type"), self.model)
+            config.target_modules = default_targets(config, model_config.get("model_type"), self.model)
         return config
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
-        require_memory_for(peft_config, model)  # type: ignore[arg-type]
+        config: Any = peft_config
+        found, others = targeted_ffns(config, model)
+        self._ffns = found
+        if others:
+            warnings.warn(
+                f"target_modules also matches modules that are no FFN, which get no adapter: {_listed(others)}."
+            )
+        require_memory_for(config, list(found.values()))
 
-    def wrap(self, target: nn.Module, path: str, parent: nn.Module, adapter_name: str, config: MEFTConfig) -> MEFTLayer:
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        check_ffn(base, path, parent, self.model)
+    def wrap(
+        self, target: nn.Module, path: str, parent: nn.Module, adapter_name: str, config: MEFTConfig,
+        parameter_name: str | None = None,
+    ) -> MEFTLayer | None:  # fmt: skip
+        if self._ffns and path not in self._ffns:
+            return None
         layer = target
         if not isinstance(layer, MEFTLayer):
-            layer = MEFTLayer(target, ffn_width(base, self.model))
+            # Where PEFT takes the targets from a state dict, the configuration may name none.
+            ffn = self._ffns[path] if self._ffns else ffn_at(self.model, path)
+            layer = MEFTLayer(target, ffn.width, ffn.up)
             layer.train(target.training)
         layer.update_layer(adapter_name, config)
         return layer
@@ -132,9 +149,9 @@ class MEFTModel(MethodTuner):
             logger.info("MEFT: num_experts=%d for r=%d (4 sqrt(r), rounded to a divisor).", config.experts, config.r)
         check_waiting()
 
-    def _choose(self, config: MEFTConfig, layers: int, x: Tensor) -> tuple[str, Rows]:
+    def _choose(self, config: MEFTConfig, widths: list[int], x: Tensor) -> tuple[str, Rows]:
         """The strategy, and what happens with the rows for backward, that fit beside the base model."""
-        plan = chosen(config, layers, x, self._profile())
+        plan = chosen(config, widths, x, self._profile())
         return plan.strategy, plan.work.rows
 
     def _profile(self) -> ModelProfile:
@@ -202,7 +219,10 @@ class MEFTModel(MethodTuner):
             output.loss = note_loss_scale(loss, opened)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        layers = self.adapted_ffns().values()
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        for layer in layers:
+            layer.call.end()
         self._unhook()
         return model
 
@@ -322,3 +342,8 @@ def take_back(model: nn.Module, adapter_name: str) -> None:
     for tuner in context.watching(model):
         if isinstance(tuner, MEFTModel) and adapter_name in tuner.steps.configs:
             tuner.take_back(adapter_name)
+
+
+def _listed(paths: list[str], most: int = 3) -> str:
+    rest = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return f"{', '.join(paths[:most])}{rest}"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from peft import LoraConfig
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
+    _check_lora_target_modules_mamba,
     _ExcludedModule,
     _get_in_out_features,
     _get_tuner_state_dict_key_prefixes,
@@ -21,3 +25,12 @@ tuner_state_dict_key_prefixes = _get_tuner_state_dict_key_prefixes
 def adapters_of(layer: BaseTunerLayer) -> set[str]:
     """Names of the adapters that an adapted layer holds."""
     return layer._get_available_adapters()
+
+
+def lora_refuses(model: Any, target_name: str) -> str | None:
+    """The model type, if LoRA refuses to adapt modules of this name in models of this type; else None."""
+    try:
+        _check_lora_target_modules_mamba(LoraConfig(), model, target_name)
+    except ValueError:
+        return str(model.config.model_type)
+    return None

@@ -63,7 +63,10 @@ class MethodTuner(BaseTuner, RunListener):
         """Parameters of adapters that are not inside of the adapted model."""
         return ()
 
-    def wrap(self, target: nn.Module, path: str, parent: nn.Module, adapter_name: str, config: Any) -> BaseTunerLayer:
+    def wrap(
+        self, target: nn.Module, path: str, parent: nn.Module, adapter_name: str, config: Any,
+        parameter_name: str | None = None,
+    ) -> BaseTunerLayer | None:  # fmt: skip
         """The adapted layer for a target: `target` itself where it is one already, with one adapter more.
 
         Args:
@@ -71,6 +74,7 @@ class MethodTuner(BaseTuner, RunListener):
             path: its path in the base model.
             parent: the module that holds it.
             config: the adapter's configuration.
+            parameter_name: the parameter of `target` to adapt, where `target_parameters` names it.
 
         Raises:
             ValueError: the method cannot adapt this module.
@@ -141,7 +145,10 @@ class MethodTuner(BaseTuner, RunListener):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
-        layer = self.wrap(target, current_key, parent, adapter_name, peft_config)
+        parameter_name = optional_kwargs.get("parameter_name")
+        layer = self.wrap(target, current_key, parent, adapter_name, peft_config, parameter_name)
+        if layer is None:
+            return
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
         self.injection.layers.append((current_key, layer))
@@ -151,7 +158,7 @@ class MethodTuner(BaseTuner, RunListener):
         wrapped: list[tuple[str, Any]] = [
             (path, m) for path, m in self.model.named_modules() if isinstance(m, self.tuner_layer_cls)
         ]
-        for path, layer in wrapped:
+        for path, layer in reversed(wrapped):  # of nested ones the inner first
             layer.delete_adapter(adapter_name)
             if not adapters_of(layer):
                 parent, _, name = path.rpartition(".")

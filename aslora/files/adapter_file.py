@@ -35,7 +35,10 @@ def compact(tensors: dict[str, Tensor], layers: Mapping[str, list[int]], config:
     saved = {}
     for group, indices in layers.items():
         prefix = f"{B_PREFIX}{group}."
-        a_key, b_key = f"{A_PREFIX}{a_group_of(group, config.share_a)}.shared_A", f"{prefix}stacked_B"
+        a_key, b_key = (
+            f"{A_PREFIX}{a_group_of(group, config.share_a, config.share_a_experts)}.shared_A",
+            f"{prefix}stacked_B",
+        )
         for key in (a_key, b_key):
             if key not in tensors:
                 raise ValueError(

@@ -37,7 +37,7 @@ def check(tensors: Mapping[str, Tensor], config: ASLoRAConfig) -> None:
     for group in groups:
         prefix = f"{B_PREFIX}{group}."
         absent = [name for name in BUFFERS if f"{prefix}{name}" not in tensors]
-        a_key = f"{A_PREFIX}{a_group_of(group, config.share_a)}.shared_A"
+        a_key = f"{A_PREFIX}{a_group_of(group, config.share_a, config.share_a_experts)}.shared_A"
         if absent or a_key not in tensors:
             raise ValueError(
                 f"The file lacks {a_key if not absent else prefix + absent[0]}: it is incomplete or was saved with "

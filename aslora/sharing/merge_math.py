@@ -66,6 +66,16 @@ def change_of_basis(A: Tensor) -> Tensor:
     return vectors * eigenvalues.clamp_min(0).sqrt()
 
 
+def change_of_bases(A: Tensor, r: int, experts: int) -> Tensor:
+    """The same for B of several experts, r columns each: block-diagonal [experts * r, experts * r].
+
+    Args:
+        A: [experts * r, in_features], or [r, in_features] for all.
+    """
+    blocks = [change_of_basis(part) for part in A.split(r)]
+    return torch.block_diag(*(blocks if len(blocks) == experts else blocks * experts))
+
+
 def squared_distances(averages: Tensor, basis: Tensor | None = None) -> Tensor:
     """Squared Frobenius distances of k matrices (eq. 4), by differences and not by a Gram matrix: equal ones give 0.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config import ASLoRAConfig
 from .merge import Merge
-from .merge_math import change_of_basis, closest_pair, common_refinement, planned_merges, records_fit, squared_distances
+from .merge_math import change_of_bases, closest_pair, common_refinement, planned_merges, records_fit, squared_distances
 from .schedule import due, merge_steps
 from .sharded import full_tensor
 from .shared_tensors import SharedA, SharedB
@@ -190,7 +190,8 @@ class MergeUnit:
         for member, shared_a in self.members.values():
             basis = None
             if self.config.similarity == "product":
-                basis = change_of_basis(full_tensor(shared_a.shared_A))
+                r = self.config.r
+                basis = change_of_bases(full_tensor(shared_a.shared_A), r, member.stacked_B.shape[-1] // r)
             averages = member.average[live]
             total = total + squared_distances(averages, basis)
             zero &= (averages == 0).flatten(1).all(1).cpu()

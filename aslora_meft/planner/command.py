@@ -200,7 +200,7 @@ def as_text(result: Estimate) -> str:
     ]
     if plan is not None:
         kept = {"save": "saved for backward", "refetch": "fetched again in backward"}[plan.work.rows]
-        kept = kept if plan.strategy not in ("resident", "device-rows") else "read on the device"
+        kept = kept if not plan.way.rows_on_device else "read on the device"
         lines.append(
             f"MEFT: strategy {plan.strategy}, r {plan.shape.r}, E {plan.shape.experts}, |U| = {plan.work.union} "
             f"({plan.work.union / plan.shape.r:.2f} r), rows {kept}"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -24,6 +25,7 @@ from meft.cost.auto import decoder_shape
 from meft.cost.fit import largest_that_fits, strategies_that_fit
 from meft.cost.memory import AdapterShape, Plan, Rows, Work
 from meft.cost.step_time import BaseModel, StepTime, step_time
+from meft.retrieval.strategies import strategy_name
 
 RESERVED = 3 * GIB // 2  # of a GPU, for the CUDA context and fragmentation: an assumption
 
@@ -125,8 +127,8 @@ class _Model:
     def shape_of(self, request: Request) -> AdapterShape:
         """Of the adapter of another request, on the same FFNs."""
         config: Any = self.config if request.adapter == self.request.adapter else method_config("meft", request.adapter)
-        d = next(iter(self.neurons.values())).in_features
-        return AdapterShape.of(config, d=d, layers=len(self.neurons), base_dtype=compute_dtype(self.dtype))
+        widths = [layer.in_features for layer in self.neurons.values()]
+        return AdapterShape.of_layers(config, widths, base_dtype=compute_dtype(self.dtype))
 
     def work(self, request: Request, shape: AdapterShape | None = None) -> Work:
         """The step's sizes; a micro-batch cannot use more neurons than its tokens keep."""
@@ -152,7 +154,8 @@ class _Model:
         if plan is not None:
             base: Any = self.model.base_model
             for path, layer in self.neurons.items():
-                base.model.set_submodule(path, PlannedFFN(layer.base_layer, plan))
+                base.model.get_submodule(path).call.end()
+                base.model.set_submodule(path, PlannedFFN(layer.base_layer, plan, layer.in_features, layer.call.up))
             extra.lasting = lasting_bytes(plan)
         return trace_step(self.model, step, request.method, extra)
 
@@ -168,8 +171,7 @@ class _Model:
         if request.gpu is None:
             return [Plan(self.shape, work, "stream" if strategy == "auto" else strategy)]
         free = request.gpu - RESERVED - self.beside(request)
-        placement = "device" if strategy == "resident" else "host"
-        found = strategies_that_fit(self.shape, work, free, placement=placement, rows=self.kept_rows)
+        found = strategies_that_fit(self.shape, work, free, placement=self.config.placement, rows=self.kept_rows)
         # The plan's arithmetic adds up what is not live at one time: what it finds too large may fit.
         least = replace(work, rows=self.kept_rows[-1])
         last = ["stream", "host"] if strategy == "auto" else [strategy]
@@ -178,7 +180,7 @@ class _Model:
     @property
     def strategy(self) -> str:
         """MEFT's retrieval, or 'auto'."""
-        return str(self.config.retrieval) if self.config.on_host else "resident"
+        return strategy_name(self.config, torch.device("cuda")) or "auto"
 
     def speed(self, request: Request) -> BaseModel:
         ffns = [layer.base_layer for layer in self.neurons.values()]

@@ -8,6 +8,7 @@ it; tables and buffers always. Only the router is a parameter here, so its gradi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from aslora_meft.planner.live import MemoryTracker
 from meft.cost.memory import Plan
+from meft.ffn_call import FFNCall
 
 
 class _Neurons(torch.autograd.Function):
@@ -32,7 +34,7 @@ class _Neurons(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, router = ctx.saved_tensors
         live, ffn = _live(), ctx.ffn
-        if ffn.plan.strategy == "resident" and ffn.gradient is None:  # of a whole step: the most there can be
+        if ffn.plan.way.updates_on_device and ffn.gradient is None:  # of a whole step: the most there can be
             ffn.gradient = live.allocate(ffn.plan.row_gradients() // ffn.plan.shape.layers, "gradients")
         temporaries = live.allocate(ffn.plan.backward_temporaries(), "activations")
         found = torch.empty_like(x), torch.empty_like(router), None
@@ -47,36 +49,39 @@ def _live() -> MemoryTracker:
 
 
 class PlannedFFN(nn.Module):
-    """FFN(x) and what the neurons add; d is the width of x.
+    """FFN(x) and what the neurons add.
+
+    Args:
+        width: hidden size d. up: as in `FFNCall`.
 
     Attributes:
         kept: what waits for the backward pass.
         gradient: row gradients that wait for the optimizer step, on the device.
     """
 
-    def __init__(self, base_layer: nn.Module, plan: Plan) -> None:
+    def __init__(self, base_layer: nn.Module, plan: Plan, width: int, up: nn.Module | None) -> None:
         super().__init__()
         self.base_layer, self.plan = base_layer, plan
-        self.meft_router = nn.Parameter(
-            torch.empty(plan.shape.experts, plan.shape.d, dtype=torch.float32, device="meta")
-        )
+        self.meft_router = nn.Parameter(torch.empty(plan.shape.experts, width, dtype=torch.float32, device="meta"))
         self.kept: list[Tensor] | None = None
         self.gradient: Tensor | None = None
+        self.call = FFNCall(base_layer, up, self._begin)
+
+    def _begin(self, x: Tensor) -> Callable[[], Tensor]:
+        added: Tensor = _Neurons.apply(x, self.meft_router, self)  # type: ignore[no-untyped-call]
+        return lambda: added
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As `MEFTLayer`: the adapter reads the FFN's input, or BERT's `input_tensor`."""
-        x = kwargs.get("input_tensor", args[-1] if args else kwargs.get("hidden_states"))
-        added: Tensor = _Neurons.apply(x, self.meft_router, self)  # type: ignore[no-untyped-call]
-        output = self.base_layer(*args, **kwargs)
-        return (output[0] + added, *output[1:]) if isinstance(output, tuple) else output + added
+        """As `MEFTLayer`."""
+        return self.call(self.base_layer, args, kwargs)
 
 
 def lasting_bytes(plan: Plan) -> dict[str, int]:
     """Part -> bytes that the plan holds on the device through the whole step, beside the routers' own."""
-    resident = plan.strategy == "resident"
+    stay = plan.way.updates_on_device
     return {
         "adapter": plan.way.tables(plan.shape),
         "key buffers": plan.way.buffers(plan.shape),
-        "buffers": plan.row_buffers() + (0 if resident else plan.row_gradients()),
-        "optimizer": 2 * plan.shape.values * plan.shape.moment if resident else 0,
+        "buffers": plan.row_buffers() + (0 if stay else plan.row_gradients()),
+        "optimizer": 2 * plan.shape.values * plan.shape.moment if stay else 0,
     }

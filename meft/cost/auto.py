@@ -100,7 +100,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def choose(
-    config: MEFTConfig, layers: int, x: Tensor, profile: ModelProfile | None, free: int,
+    config: MEFTConfig, widths: Sequence[int], x: Tensor, profile: ModelProfile | None, free: int,
     calibration: Calibration | None,
 ) -> Plan:  # fmt: skip
     """The plan of an adapter whose rows are in host memory.
@@ -110,12 +110,12 @@ def choose(
     one that moves least, and if none fits the one that takes least.
 
     Args:
-        layers: how many the adapter has.
+        widths: the hidden size of each of the adapter's layers.
         x: [T, d], the input of a layer in the first pass.
         free: bytes that can still be allocated on the device.
     """
-    T, d = x.shape
-    shape = AdapterShape.of(config, d=d, layers=layers, base_dtype=x.dtype)
+    T = len(x)
+    shape = AdapterShape.of_layers(config, widths, base_dtype=x.dtype)
     work = Work(tokens=T, union=min(config.r, T * config.top_k))
     if profile is not None:
         free -= profile.activations(T)
@@ -144,10 +144,10 @@ def choose(
     return min(plans, key=seconds)
 
 
-def chosen(config: MEFTConfig, layers: int, x: Tensor, profile: ModelProfile | None) -> Plan:
+def chosen(config: MEFTConfig, widths: Sequence[int], x: Tensor, profile: ModelProfile | None) -> Plan:
     """The plan for inputs like x [T, d] on their CUDA device, by the memory that is free now; says what was chosen."""
     free = free_bytes(x.device)
-    plan = choose(config, layers, x, profile, free, _calibration(x.device))
+    plan = choose(config, widths, x, profile, free, _calibration(x.device))
     logger.info(
         "MEFT: retrieval='%s', backward_rows='%s' (%.2f of %.2f GiB left on the device, %d tokens).",
         plan.strategy, plan.work.rows, sum(plan.device_bytes().values()) / 2**30, free / 2**30, len(x),

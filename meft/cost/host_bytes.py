@@ -20,7 +20,7 @@ class HostBytes:
 
     @property
     def _nothing(self) -> bool:
-        return self.plan.strategy == "resident"
+        return self.plan.way.updates_on_device
 
     def _rows(self, micro_batches: int) -> int:
         """Distinct neurons of the first micro-batches of a step, as different as they can be."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from torch import nn
 
 from ..config import MEFTConfig
-from ..targets import ffn_width
+from ..targets import FFN
 
 OVERRIDE = "ASLORA_MEFT_HOST_GIB"  # GiB that may be taken, whatever the system says
 
@@ -99,14 +98,12 @@ def require_memory(wanted: int, config: MEFTConfig, layers: int) -> None:
     )
 
 
-def require_memory_for(config: MEFTConfig, model: nn.Module) -> None:
-    """Raises: MemoryError: the rows of an adapter of this model want more host memory than there is."""
-    found = [module for path, module in model.named_modules() if check_target_module_exists(config, path)]
-    ffns: list[nn.Module] = [m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for m in found]
-    if not config.on_host or not ffns or any(p.is_meta for ffn in ffns for p in ffn.parameters()):
+def require_memory_for(config: MEFTConfig, ffns: Sequence[FFN]) -> None:
+    """Raises: MemoryError: the rows of an adapter beside these FFNs want more host memory than there is."""
+    parameters = [p for ffn in ffns for p in ffn.module.parameters()]
+    if not config.on_host or not ffns or any(p.is_meta for p in parameters):
         return
-    compute = min((p.element_size() for ffn in ffns for p in ffn.parameters() if p.is_floating_point()), default=4)
+    compute = min((p.element_size() for p in parameters if p.is_floating_point()), default=4)
     if config.row_dtype != "auto":
         compute = getattr(torch, config.row_dtype).itemsize
-    with suppress(ValueError):  # no FFN of known width: the injection says so
-        require_memory(row_bytes(config, ffn_width(ffns[0], model), len(ffns), compute), config, len(ffns))
+    require_memory(row_bytes(config, sum(ffn.width for ffn in ffns), 1, compute), config, len(ffns))

@@ -52,6 +52,11 @@ class Plan:
         return 2 * self.shape.d * self.work.union
 
     @property
+    def largest_union(self) -> int:
+        """The same of the widest layer."""
+        return 2 * self.shape.buffered * self.work.union
+
+    @property
     def keeps_rows(self) -> bool:
         """Whether rows are saved for backward; where the tables lie on the device nothing needs to be."""
         return self.work.rows == "save" and not self.way.rows_on_device
@@ -73,25 +78,25 @@ class Plan:
     def row_buffers(self) -> int:
         """Bytes for the rows of the layer at work, and of the next one where they are fetched ahead in backward."""
         ahead = self.work.rows == "refetch" and not self.way.rows_on_device
-        return self.union_values * self.shape.compute * (2 if ahead else 1)
+        return self.largest_union * self.shape.compute * (2 if ahead else 1)
 
     def row_gradients(self) -> int:
         """Bytes of row gradients on the device: one layer's in fp32 and as they leave; those of a step if they stay."""
         s = self.shape
         if self.way.updates_on_device:
             return 2 * s.layers * s.d * self.step_union * FP32
-        return self.union_values * (FP32 + s.gradient)
+        return self.largest_union * (FP32 + s.gradient)
 
     def forward_temporaries(self) -> int:
         """Bytes of one layer's forward pass: x in fp32 for the router, logits, and the candidates of a token."""
         s, T = self.shape, self.work.tokens
         candidates = 0 if self.way.selects_on_host else s.probed * -(-s.r // s.experts)
-        return T * FP32 * (s.d + s.experts + candidates)
+        return T * FP32 * (s.buffered + s.experts + candidates)
 
     def backward_temporaries(self) -> int:
         """Bytes of one layer's backward pass: activations, ds and ds c as [T, U], dp as [T, E], dx in fp32."""
         s, T = self.shape, self.work.tokens
-        return T * (3 * s.base * self.work.union + FP32 * (s.experts + s.d))
+        return T * (3 * s.base * self.work.union + FP32 * (s.experts + s.buffered))
 
     def device_bytes(self) -> dict[str, int]:
         """Bytes on the device by part, all layers; without the base model and its activations."""
@@ -124,7 +129,7 @@ class Plan:
             "moments": 2 * s.values * s.moment,
             "gradient store": store,
             "gradient store, kept for larger ones": store // 8,
-            "gradient ring, page-locked": SLOTS * self.union_values * s.gradient,
+            "gradient ring, page-locked": SLOTS * self.largest_union * s.gradient,
         }
 
     # ------------------------------------------------------------------ link

@@ -6,8 +6,8 @@ its tokens picked in one layer. A row is d values, one neuron's key or value.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -25,11 +25,12 @@ class AdapterShape:
     """The sizes of an adapter.
 
     Attributes:
-        d: hidden size.
+        d: hidden size; where layers have several, their mean, rounded up.
         layers: adapted FFNs.
         r, experts, probed, top_k: of `MEFTConfig`, per layer; probed and top_k per token.
         compute, master, moment, base, gradient: bytes of a value of the rows as they are read, of the masters, of each
             of the two moments, of the hidden states, and of row gradients on their way to the host.
+        widest: the largest hidden size of a layer, which buffers are for; 0: d.
     """
 
     d: int
@@ -43,6 +44,7 @@ class AdapterShape:
     moment: int = 4
     base: int = 2
     gradient: int = 2
+    widest: int = 0
 
     @classmethod
     def of(cls, config: MEFTConfig, *, d: int, layers: int, base_dtype: torch.dtype) -> AdapterShape:
@@ -56,6 +58,17 @@ class AdapterShape:
             d, layers, config.r, config.experts, config.probed, config.top_k, compute, master, moment,
             base_dtype.itemsize, compute if narrow else max(FP32, compute),
         )  # fmt: skip
+
+    @classmethod
+    def of_layers(cls, config: MEFTConfig, widths: Sequence[int], *, base_dtype: torch.dtype) -> AdapterShape:
+        """As `of`, from the hidden size of each layer."""
+        shape = cls.of(config, d=-(-sum(widths) // len(widths)), layers=len(widths), base_dtype=base_dtype)
+        return replace(shape, widest=max(widths))
+
+    @property
+    def buffered(self) -> int:
+        """Hidden size of what passes through buffers."""
+        return max(self.d, self.widest)
 
     @property
     def values(self) -> int:

@@ -29,8 +29,8 @@ class KeyBuffers:
 
     def __init__(self, streams: DeviceStreams, layers: Sequence[LayerRows]) -> None:
         self.streams, self._layers = streams, layers
-        with layers[0].keys.reading() as compute_copy:
-            self._buffers = [torch.empty_like(compute_copy, device=streams.device) for _ in range(2)]
+        self._size = max(layer.keys.rows.numel() for layer in layers)
+        self._buffers = [self._buffer(layers[0].keys.compute_dtype) for _ in range(2)]
         self._holds: list[tuple[int, State] | None] = [None, None]
         self._free = [streams.record_event()] * 2
         self._arrival = list(self._free)
@@ -42,10 +42,10 @@ class KeyBuffers:
             held = (layer.number, layer.keys.state)
             if self._holds[place] == held:
                 return
-            buffer = self._buffers[place]
-            if buffer.dtype != compute_copy.dtype:  # rows of another dtype were assigned
+            if self._buffers[place].dtype != compute_copy.dtype:  # rows of another dtype were assigned
                 with torch.inference_mode(False):  # as in `gather`
-                    buffer = self._buffers[place] = torch.empty_like(compute_copy, device=self.streams.device)
+                    self._buffers[place] = self._buffer(compute_copy.dtype)
+            buffer = self._part(layer)
             self._holds[place] = None  # whatever happens to the copy
             self.streams.inbound.wait_event(self._free[place])
             with phase("bring keys"):
@@ -64,7 +64,15 @@ class KeyBuffers:
         except BaseException:
             self._holds[place] = None
             raise
-        return self._buffers[place]
+        return self._part(layer)
+
+    def _buffer(self, dtype: torch.dtype) -> Tensor:
+        return torch.empty(self._size, dtype=dtype, device=self.streams.device)
+
+    def _part(self, layer: LayerRows) -> Tensor:
+        """Where the keys of a layer are, [r, d]: layers may have several widths."""
+        shape = layer.keys.rows.shape
+        return self._buffers[layer.number % 2][: shape.numel()].view(shape)
 
     def done(self, layer: LayerRows) -> None:
         """The computation has queued its last read of the layer's keys."""

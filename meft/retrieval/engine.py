@@ -35,8 +35,9 @@ logger = logging.getLogger(__name__)
 
 _LEAST_SLOT = 256  # rows of a staging buffer, however few the first gradient has: a batch of padding has none
 
-# For inputs like x [T, d] on a CUDA device: the strategy, and what happens with the rows for the backward pass.
-Chooser = Callable[[MEFTConfig, int, Tensor], tuple[str, Rows]]
+# For layers of these widths and inputs like x [T, d] on a CUDA device: the strategy, and what happens with the rows
+# for the backward pass.
+Chooser = Callable[[MEFTConfig, list[int], Tensor], tuple[str, Rows]]
 
 
 class Engine:
@@ -65,7 +66,7 @@ class Engine:
         self._planned_for: tuple[int, int] | None = None  # by `auto`: tokens, and errors for want of memory until then
         self._strategy: Strategy | None = None
         self._reads_in_place: dict[torch.device, bool] = {}
-        self._rings: dict[torch.dtype, GradientRing] = {}
+        self._rings: dict[tuple[torch.dtype, int], GradientRing] = {}  # by dtype and width
         self._below: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -125,7 +126,7 @@ class Engine:
         if name is None:
             if self.choose is not None:
                 self._planned_for = len(x), out_of_memory_errors(x.device)
-                return self.choose(self.config, len(self.layers), x)
+                return self.choose(self.config, [layer.width for layer in self.layers], x)
             name = strategy_name(self.config, torch.device("cpu"), apart=True)
             assert name is not None
         return name, "refetch" if asked == "refetch" else "save"
@@ -162,9 +163,9 @@ class Engine:
             layer.keys.name, layer.values.name = (f"{part} of layer {layer.number}" for part in ("keys", "values"))
         if self.config.zero_copy:
             with torch.inference_mode(False):  # as above
-                steps = ZeroCopySteps(streams, self.layers[0].keys.rows.shape[1])
+                steps = {width: ZeroCopySteps(streams, width) for width in {layer.width for layer in self.layers}}
             for layer in self.layers:
-                layer.keys.step = layer.values.step = partial(steps, layer.traffic)
+                layer.keys.step = layer.values.step = partial(steps[layer.width], layer.traffic)
 
     def _lock_pages(self, streams: DeviceStreams) -> None:
         device = streams.device if isinstance(streams, CudaStreams) and self.config.on_host else None
@@ -323,12 +324,13 @@ class Engine:
             wide = torch.promote_types(gradient.dtype, torch.promote_types(table.dtype, torch.float32))
             return RowGradient(rows, gradient.to(table.device, wide), table)
         dtype = gradient.dtype if self.config.gradient_dtype == "auto" else torch.float32  # float64 is narrowed
-        if dtype not in self._rings:
+        form = dtype, gradient.shape[1]
+        if form not in self._rings:
             assert self.streams is not None
             capacity = min(self.config.r, max(_LEAST_SLOT, 2 * len(gradient)))
-            self._rings[dtype] = GradientRing(self.streams, capacity, gradient.shape[1], dtype)
+            self._rings[form] = GradientRing(self.streams, capacity, gradient.shape[1], dtype)
         with phase("row gradients"):
-            leaving = self._rings[dtype].send(rows, gradient, table, layer.traffic)
+            leaving = self._rings[form].send(rows, gradient, table, layer.traffic)
         return self.on_gradient(owner, leaving) if self.on_gradient is not None else leaving
 
 

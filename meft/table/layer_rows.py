@@ -24,6 +24,11 @@ class LayerRows:
     traffic: Traffic
 
     @property
+    def width(self) -> int:
+        """Hidden size d of the layer's FFN."""
+        return self.keys.rows.shape[1]
+
+    @property
     def versions(self) -> tuple[int, int]:
         """Of keys and values; they change with every update."""
         return self.keys.version, self.values.version

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from aslora_meft.adapter import add_adapter, load_model, load_tokenizer
 from aslora_meft.arguments import ModelArguments
@@ -34,6 +34,15 @@ def test_what_the_model_does_not_have_is_named(model_dir, method, given, message
     with pytest.raises(UsageError, match=message) as error:
         add_adapter(LlamaForCausalLM.from_pretrained(model_dir), config, gradient_checkpointing=False)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["lora", "aslora"])
+def test_an_architecture_without_defaults_names_the_option_and_the_modules(method):
+    fields = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Phi3Config(vocab_size=64, num_hidden_layers=2, pad_token_id=0, **fields)
+    sentence = r"--target_modules.*down_proj.*qkv_proj.*all-linear"
+    with pytest.raises(UsageError, match=sentence):
+        add_adapter(Phi3ForCausalLM(config), make_config(method, {}), gradient_checkpointing=False)
 
 
 def test_model_and_tokenizer(model_dir):

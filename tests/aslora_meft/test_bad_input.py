@@ -19,7 +19,7 @@ from meft import MEFTConfig
 
 LIMIT = 20
 DEEP = "[" * 100_000
-RUNAWAY = "(.*a)*(.*b)*(.*c)*(.*d)*x"
+RUNAWAY = r"(\w+[.]?)+!"
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def saved(tmp_path_factory, model_dir):
     folders = {}
     for method, config in (
         ("aslora", ASLoRAConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")),
-        ("meft", MEFTConfig(r=16, top_k=4, num_experts=4, task_type="CAUSAL_LM")),
+        ("meft", MEFTConfig(r=16, top_k=4, num_experts=4, experts_per_token=2, task_type="CAUSAL_LM")),
     ):
         folders[method] = tmp_path_factory.mktemp(method)
         get_peft_model(LlamaForCausalLM.from_pretrained(model_dir), config).save_pretrained(folders[method])
@@ -97,7 +97,7 @@ NUMBERS = [
     ("dataloader_num_workers", -1),
     ("label_smoothing_factor", 2),
     *(("eval_size", value) for value in ("nan", 0, -1, "inf", "2.5", "1e300")),
-    *(("max_length", value) for value in (0, 1, 10**9, "long")),
+    *(("max_length", value) for value in (0, 1, "long")),
     *(("r", value) for value in (0, -1, 10**12, 10**30, "1.5", "9" * 10_000)),
     *(("lora_alpha", value) for value in ("nan", "many")),
     *(("aslora_dropout", value) for value in ("1.5", "nan")),
@@ -109,7 +109,6 @@ NUMBERS = [
     ("lr_scheduler_kwargs", '{"steps": 3}'),
     ("dtype", "float8"),
     ("method", "dora"),
-    ("report_to", "paper"),
     ("load_in_4bit", "perhaps"),
 ]
 
@@ -140,6 +139,8 @@ def test_a_huge_r_of_meft(train, r):
         (["--resume_from_checkpoint", "o" * 300], "resume_from_checkpoint"),
         (["--lerning_rate", "1"], "learning_rate"),
         (["extra"], "extra"),
+        (["--report_to", "paper"], "paper"),
+        (["--max_length", 10**9], ""),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -274,7 +275,6 @@ CONFIGS = {
     "layers": {"num_hidden_layers": 1.5},
     "heads": {"num_attention_heads": 0},
     "code": {"auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}, "model_type": "mine"},
-    "quantised": {"quantization_config": {"quant_method": "nonesuch"}},
 }
 
 
@@ -284,8 +284,7 @@ def test_configs_of_models(train, refused, model_dir, tmp_path, name, monkeypatc
     (folder / "code.py").write_text("raise SystemExit('ran')")
     monkeypatch.setattr("builtins.input", lambda *words: pytest.fail("asked on stdin"))
     train("--model", folder, named="model")
-    if name != "quantised":  # a plan is one of the shapes alone
-        refused("estimate", "--model", folder, named="model")
+    refused("estimate", "--model", folder, named="model")
 
 
 def test_files_of_models(train, refused, model_dir, tmp_path, tokenizer):
@@ -415,13 +414,11 @@ def test_files_of_saved_adapters(refused, saved, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["train", "estimate", "export", "doctor"])
+@pytest.mark.parametrize("command", ["train", "export"])
 def test_in_a_process_without_stdin(command, model_dir, tmp_path):
     words = {
         "train": ["--model", model_dir, "--data", "none.jsonl", "--output_dir", tmp_path / "out"],
-        "estimate": [model_dir, "--r", "0"],
         "export": [tmp_path, "--to", "lora", tmp_path / "out"],
-        "doctor": ["now"],
     }[command]
     run = [sys.executable, "-m", "aslora_meft.cli", command, *map(str, words)]
     done = subprocess.run(run, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)

@@ -1,10 +1,11 @@
 import json
+import re
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
 
 from aslora_meft.arguments import DataArguments, parse_train
 from aslora_meft.data.samples import IGNORED, load_samples
@@ -116,6 +117,7 @@ def test_meft_tells_what_it_moved(run, tmp_path, capsys):
     kept = json.loads((tmp_path / "out" / "results.json").read_text())["transfers"]
     assert kept == report.to_dict()
     assert 0 < kept["union_share"] <= 1
+    assert (kept["bytes_to_device"], kept["bytes_to_host"]) == (0, 0)  # on a CPU nothing crosses
 
 
 def test_meft_rows_in_dense_mode_on_a_four_bit_base(run):
@@ -185,3 +187,31 @@ def test_a_checkpoint_of_another_run_is_refused(run, tmp_path, method, words, me
     with pytest.raises(UsageError, match=f"{message} differs from the checkpoint's"):
         run(method, *words, "--resume_from_checkpoint", checkpoint, output="other")
     assert not (tmp_path / "other").exists()
+
+
+def test_it_says_before_it_starts_what_it_will_do(run, capsys):
+    run("aslora", "--num_merges", 2)
+    header = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:4])
+    assert header["device"] == "cpu, base weights in float32"
+    assert re.fullmatch(r"\d+ samples, [\d,]+ tokens, [\d,]+ of them learnt", header["train"])
+    assert "text: uses text" in header["columns"]
+
+
+def test_a_four_bit_base_trains_after_an_evaluation(model_dir):
+    """Also where bitsandbytes would repack weights for inference: the methods keep it from doing so."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from aslora import ASLoRAConfig
+    from meft import MEFTConfig
+
+    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    for config in (ASLoRAConfig(r=2, target_modules=["q_proj"]), MEFTConfig(r=16, top_k=4)):
+        base = AutoModelForCausalLM.from_pretrained(model_dir, quantization_config=quantised)
+        for module in base.modules():
+            if isinstance(module, bitsandbytes.nn.Linear4bit):
+                module.support_avx512bf16_for_cpu = True  # as on a CPU with bfloat16 instructions
+        model = get_peft_model(base, config)
+        ids = torch.arange(20).unsqueeze(0)
+        with torch.no_grad():
+            model.eval()(input_ids=ids)
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())

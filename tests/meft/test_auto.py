@@ -25,9 +25,9 @@ def config(**fields):
 
 def chosen(free, given=None, calibration=None, tokens=512):
     given = given or config()
-    layers = 32
+    widths = [4096] * 32
     around = auto.ModelProfile(BASE, lambda tokens: 0)
-    return choose(given, layers, torch.empty(tokens, 4096, dtype=torch.bfloat16), around, free, calibration)
+    return choose(given, widths, torch.empty(tokens, 4096, dtype=torch.bfloat16), around, free, calibration)
 
 
 def size(strategy, rows, tokens=512):
@@ -62,12 +62,12 @@ def test_what_does_not_fit_at_all_takes_the_least_and_says_so(caplog):
 
 
 def test_activations_are_left_room():
-    layers = 32
+    widths = [4096] * 32
     around = auto.ModelProfile(BASE, lambda tokens: tokens * GIB // 512)
     free = size("device-rows", "save")
     x = torch.empty(512, 4096, dtype=torch.bfloat16)
-    assert choose(config(), layers, x, around, free + GIB, None).strategy == "device-rows"
-    assert choose(config(), layers, x, around, free + GIB - 1, None).strategy != "device-rows"
+    assert choose(config(), widths, x, around, free + GIB, None).strategy == "device-rows"
+    assert choose(config(), widths, x, around, free + GIB - 1, None).strategy != "device-rows"
 
 
 def test_with_a_calibration_the_fastest_of_those_that_fit_is_taken():
@@ -107,19 +107,19 @@ def test_a_device_without_the_memory_to_be_measured_gets_what_moves_least(monkey
 
     monkeypatch.setattr(auto, "calibrated", full)
     monkeypatch.setattr(auto, "free_bytes", lambda device: 10**15)
-    layers = 32
-    plan = auto.chosen(config(), layers, torch.empty(512, 4096, dtype=torch.bfloat16), None)
+    widths = [4096] * 32
+    plan = auto.chosen(config(), widths, torch.empty(512, 4096, dtype=torch.bfloat16), None)
     assert plan == chosen(10**15)
     assert "no memory left to be measured in" in caplog.text
 
 
 def test_each_plan_reads_the_memory_that_is_free_then(monkeypatch):
     monkeypatch.setattr(auto, "calibrated", lambda device: None)
-    layers = 32
+    widths = [4096] * 32
     x, found = torch.empty(512, 4096, dtype=torch.bfloat16), []
     for free in (10**15, 1):
         monkeypatch.setattr(auto, "free_bytes", lambda device, free=free: free)
-        found.append(auto.chosen(config(), layers, x, None).strategy)
+        found.append(auto.chosen(config(), widths, x, None).strategy)
     assert found == ["device-rows", "host"]
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import meft.gradient.operations
+import meft.gradient.copies
+import meft.gradient.scaling
 from meft.gradient.accumulator import Pending, whole_of
 from tests.support.happens_before import WatchedStreams, watched
 from tests.support.tiny_meft import STRATEGIES
@@ -60,7 +61,7 @@ def test_there_is_no_race(tiny, monkeypatch, strategy, unscale, fused):
 
 def reading_at_once(patch):
     """The scale and the flag are read as soon as their copies are queued."""
-    patch.setattr(meft.gradient.operations, "wait_for_copies", lambda tensors: None)
+    patch.setattr(meft.gradient.scaling, "wait_for_copies", lambda tensors: None)
 
 
 def arrived(stored):
@@ -79,12 +80,12 @@ def stepping_by_luck(patch):
 
 def adding_by_luck(patch):
     """Nor does autograd, which adds the gradient of the second micro-batch."""
-    merged = meft.gradient.operations.merged
+    merged = meft.gradient.copies.merged
 
     def at_once(a, b, most, *, in_place):
         return merged(whole_of(arrived(a)), whole_of(arrived(b)), most, in_place=in_place)
 
-    patch.setattr(meft.gradient.operations, "merged", at_once)
+    patch.setattr(meft.gradient.copies, "merged", at_once)
 
 
 def reported(watch, actor):

@@ -3,12 +3,14 @@
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
+from transformers import PretrainedConfig
 
 from peft_bridge.peft_private import (
     ExcludedModule,
     adapters_of,
     in_out_features,
     is_key_under_prefixes,
+    lora_refuses,
     set_layer_requires_grad,
     tuner_state_dict_key_prefixes,
 )
@@ -55,3 +57,16 @@ def test_a_layer_is_set_to_train_or_not():
     layer = nn.Linear(2, 2)
     set_layer_requires_grad(layer, False)
     assert not any(p.requires_grad for p in layer.parameters())
+
+
+def test_what_lora_refuses_in_an_architecture():
+    class Model(nn.Module):
+        def __init__(self, model_type):
+            super().__init__()
+            self.config = PretrainedConfig()
+            self.config.model_type = model_type
+
+    assert lora_refuses(Model("mamba"), "out_proj") == "mamba"
+    assert lora_refuses(Model("mamba"), "in_proj") is None
+    assert lora_refuses(Model("llama"), "out_proj") is None
+    assert lora_refuses(Net(), "out_proj") is None

@@ -143,7 +143,7 @@ class Tiny:
                 hidden, residual = args
                 return hidden, residual + sum(cls.added(layer, residual, name, expected.real) for name in adapters)
 
-            if layer._joins_residual:
+            if layer.call.joins_residual:
                 ffn.register_forward_pre_hook(join)
             else:
                 ffn.register_forward_hook(add)

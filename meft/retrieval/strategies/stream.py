@@ -56,7 +56,7 @@ class Stream(Strategy):
 
     @classmethod
     def buffers(cls, shape: AdapterShape) -> int:
-        return 2 * shape.r * shape.d * shape.compute
+        return 2 * shape.r * shape.buffered * shape.compute
 
     @classmethod
     def flows(cls, shape: AdapterShape, work: Work) -> Iterator[Flow]:
