@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from aslora_meft.export.base_model import BaseModel
 from aslora_meft.export.shards import Entry
 
+_WRAPPED = ("modules_to_save", "original_module")
 _RENAMED = {"embed_out.weight": "lm_head.weight"}  # in files of GPT-NeoX
 
 
@@ -62,6 +63,8 @@ def base_tensors(base: BaseModel, config: PeftConfig, trained: dict[str, Tensor]
         raise ValueError(
             f"The base model '{base.name}' is no causal language model of transformers ({why})."
         ) from error
+    # Of a wrapped embedding with new tokens PEFT writes the parts of the wrapper beside the weight itself.
+    trained = {name: tensor for name, tensor in trained.items() if not set(_WRAPPED) & set(name.split("."))}
     names: dict[str, Tensor] = model.state_dict()
     files, foreign = _names_in_files(base, model, names)
     if unknown := sorted(trained.keys() - names.keys()):
