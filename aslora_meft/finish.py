@@ -50,9 +50,10 @@ def next_commands(arguments: TrainArguments) -> str:
         f"aslora-meft generate {out} --compare",
         f"aslora-meft evaluate {out} --compare" + (asked or f" --held_out --data {shlex.join(data.data)}"),
     ]
-    if arguments.model.method == "aslora":
-        exported = shlex.quote(arguments.trainer.output_dir.rstrip("/") + "-lora")
-        lines.append(f"aslora-meft export {out} --to lora {exported}")
+    form = {"aslora": "lora", "meft": "model"}.get(arguments.model.method)
+    if form is not None:
+        exported = shlex.quote(f"{arguments.trainer.output_dir.rstrip('/')}-{form}")
+        lines.append(f"aslora-meft export {out} --to {form} {exported}")
     return "\n".join(["Next:", *(f"  {line}" for line in lines)])
 
 
