@@ -48,8 +48,8 @@ def page(rows: list[Row]) -> str:
             "",
             f"{len(tried)} architectures of transformers {transformers.__version__}, each as a tiny random model that "
             "is made from its configuration: the model trains for a few steps (a gradient reaches the adapter and the "
-            "loss is finite), a saved adapter reloads to equal tensors and to outputs within 1e-5, and with ASLoRA the merged model has the same "
-            f"outputs. Of these {counts}. A number is the reason below the table.",
+            "loss is finite), a saved adapter reloads to equal tensors and to outputs within 1e-5, and with ASLoRA the "
+            f"merged model has the same outputs. Of these {counts}. A number is the reason below the table.",
             "",
             "ASLoRA takes PEFT's LoRA defaults of an architecture, where PEFT has some. MEFT finds an architecture's "
             "FFNs by their form: a module, BERT's pair of modules, or two linear layers that the layer calls itself, "
