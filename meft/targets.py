@@ -71,14 +71,15 @@ def ffn_at(model: nn.Module, path: str) -> FFN:
         ValueError: there is none, or its input comes in pieces.
     """
     found = ffns(model)
-    if path not in found:
-        module = model.get_submodule(path)
+    module = model.get_submodule(path)
+    ffn = found.get(path) or _named(module, path.rpartition(".")[2])
+    if ffn is None:
         raise ValueError(
             f"Target module '{path}' ({type(module).__name__}) is no FFN: MEFT stands beside a whole FFN; set "
             f"target_modules to its name{_one_of(found)}."
         )
     _check_pieces(model, path)
-    return found[path]
+    return ffn
 
 
 def targeted_ffns(config: MEFTConfig, model: nn.Module) -> tuple[dict[str, FFN], list[str]]:
@@ -99,10 +100,12 @@ def targeted_ffns(config: MEFTConfig, model: nn.Module) -> tuple[dict[str, FFN],
     names = config.target_modules
     for name in sorted(names) if isinstance(names, list | set) else [None]:
         ours = [path for path in matched if name is None or path == name or path.endswith(f".{name}")]
-        if ours and not any(path in known for path in ours):
-            ffn_at(model, ours[0])
+        if ours and not any(path in known for path in ours):  # as in a model without numbered layers
+            known |= {path: ffn_at(model, path) for path in ours}
+            found |= {path: known[path] for path in ours}
     for path in found:
         _check_pieces(model, path)
+    found = {path: found[path] for path in matched if path in found}
     return found, [path for path in matched if path not in known]
 
 
@@ -156,6 +159,17 @@ def _ffn(model: nn.Module, path: str) -> FFN | None:
     if width is None or not _is_token_wise(module, width):
         return None
     return FFN(module, width)
+
+
+def _named(module: nn.Module, name: str) -> FFN | None:
+    """A module that is named and lies in no numbered layer, or has one linear layer: it must map tokens one by one."""
+    module = _unwrapped(module)
+    linear = [_shape(part) for part in module.modules() if is_linear(part)]
+    if _ATTENTION.search(name) or _NORM.search(name) or is_linear(module):
+        return None
+    if not linear or linear[0][0] != linear[-1][1] or not _is_token_wise(module, linear[0][0]):
+        return None
+    return FFN(module, linear[0][0])
 
 
 def _is_token_wise(module: nn.Module, width: int) -> bool:

@@ -40,8 +40,7 @@ ROWS: dict[str, dict[tuple[str, ...], list[tuple[str, list[Any]]]]] = {
 # Decoder models that PEFT's file names for prompt learning only: MEFT is run over them too.
 MORE_MODELS = ["hf-internal-testing/tiny-random-gpt2", "hf-internal-testing/tiny-random-MistralForCausalLM"]
 
-OPT = "models without an FFN module"
-DEBERTA = "architectures that MEFT does not know"
+BOTTLENECK = "a model whose FFN is a bottleneck"
 MERGING = "merging"
 WEIGHTED = "weighted adapters"
 MIXED = "mixed batches"
@@ -54,8 +53,7 @@ FSDP = "FSDP"
 
 # Kind -> why it cannot apply to MEFT, and the number of MEFT's items that it takes, exactly.
 NOT_APPLICABLE: dict[str, tuple[str, int]] = {
-    OPT: ("OPT's layers call fc1 and fc2 themselves: there is no module to stand beside, and MEFT says so", 37),
-    DEBERTA: ("DeBERTa's FFN is not in MEFT's table, and MEFT says so", 38),
+    BOTTLENECK: ("this tiny OPT's fc1 narrows its hidden states: MEFT takes it for no FFN, and says so", 37),
     MERGING: (
         "routed ReLU neurons are no linear map of the weights; in these tests, what precedes a merge is run",
         62,
@@ -74,9 +72,7 @@ NOT_APPLICABLE: dict[str, tuple[str, int]] = {
 }
 # Models and tests whose items are set aside.
 MODELS_ASIDE: dict[str, str] = {
-    "peft-internal-testing/tiny-random-OPTForCausalLM": OPT,
-    "peft-internal-testing/tiny-random-DebertaModel": DEBERTA,
-    "peft-internal-testing/tiny-random-DebertaV2Model": DEBERTA,
+    "peft-internal-testing/tiny-random-OPTForCausalLM": BOTTLENECK,
 }
 TESTS_ASIDE: dict[str, str] = {
     "test_default_target_modules_not_set_raises": TARGETS,

@@ -7,6 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from aslora import ASLoRAConfig, export_to_lora
+from peft_bridge import keep_trainable_on_cpu
 from tests.support import training
 from tests.support.models import llama
 from tests.support.training import trainable
@@ -32,9 +33,11 @@ def base_dir(tmp_path_factory):
 
 
 def quantised(base_dir, bits):
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         base_dir, quantization_config=BitsAndBytesConfig(**QUANTISED[bits][0]), device_map="cpu", dtype=torch.float32
     )
+    keep_trainable_on_cpu(model)  # also of those that LoRA is beside: what is compared has one layout
+    return model
 
 
 def adapted(base_dir, bits, prepare=True):

@@ -389,7 +389,7 @@ def test_fields_of_saved_adapters(refused, saved, tmp_path, name, value):
 
 
 def test_files_of_saved_adapters(refused, saved, tmp_path):
-    for method, forms in (("aslora", ("resident", "dense")), ("meft", ("lora", "dense"))):
+    for method, forms in (("aslora", ("model", "dense")), ("meft", ("lora", "dense"))):
         for form in forms:
             refused("export", saved[method], "--to", form, tmp_path / "out")
     for content in ("{", DEEP, "[]", "", '{"r": ' + "9" * 5000 + "}", "\ud800".encode("utf-8", "surrogatepass")):
@@ -397,13 +397,13 @@ def test_files_of_saved_adapters(refused, saved, tmp_path):
         shutil.copytree(saved["meft"], folder)
         data = content if isinstance(content, bytes) else content.encode()
         (folder / "adapter_config.json").write_bytes(data)
-        refused("export", folder, "--to", "resident", tmp_path / "out", named="adapter_config.json")
+        refused("export", folder, "--to", "model", tmp_path / "out", named="adapter_config.json")
         shutil.rmtree(folder)
     for change in (lambda data: data[:-9], lambda data: b"", lambda data: data[:-1] + bytes([data[-1] ^ 1])):
         shutil.copytree(saved["meft"], folder)
         file = folder / "adapter_model.safetensors"
         file.write_bytes(change(file.read_bytes()))
-        refused("export", folder, "--to", "resident", tmp_path / "out")
+        refused("export", folder, "--to", "model", tmp_path / "out")
         shutil.rmtree(folder)
     refused("export", saved["aslora"], "--to", "lora", saved["aslora"], named="not empty")
     (tmp_path / "notes").write_text("x")

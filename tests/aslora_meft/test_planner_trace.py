@@ -106,7 +106,7 @@ def test_meft_is_traced_within_ten_percent(config, step):
     shape = AdapterShape.of(adapter(), d=config.hidden_size, layers=len(layers), base_dtype=torch.float32)
     plan = Plan(shape, Work(step.batch * step.length, union, step.accumulation), "resident")
     for path, layer in layers.items():
-        model.base_model.model.set_submodule(path, PlannedFFN(layer.base_layer, plan))
+        model.base_model.model.set_submodule(path, PlannedFFN(layer.base_layer, plan, config.hidden_size, None))
     memory = trace_step(model, step, "meft", Extra(lasting_bytes(plan)))
     assert memory.peak == pytest.approx(real, rel=0.1)
     kept = {name: p for name, p in trained.named_parameters() if p.requires_grad}
@@ -138,7 +138,7 @@ def test_the_counter_gives_the_numbers_of_the_example():
             optimizer.zero_grad()
     assert round(live.peak / GIB, 2) == 16.37
     traced = adapt(
-        build_base(config, "bfloat16"), method_config("lora", {"r": 64, "target_modules": ["q_proj", "v_proj"]}), "lora"
+        build_base(shape, "bfloat16"), method_config("lora", {"r": 64, "target_modules": ["q_proj", "v_proj"]}), "lora"
     )
     memory = trace_step(traced, Step(2, 256), "lora")
     assert round(memory.peak / GIB, 2) == 13.24

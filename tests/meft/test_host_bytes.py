@@ -148,7 +148,7 @@ def gradients_by_hand(tables, rows, dtype, engine, seed=0):
         d = table.rows.shape[1]
         with torch.utils._python_dispatch._disable_current_modes():
             values = torch.randn(len(rows), d, generator=generator).to(dtype)
-        sent = engine._rings[dtype].send(rows, values, table.rows, engine.layers[0].traffic)
+        sent = engine._rings[dtype, d].send(rows, values, table.rows, engine.layers[0].traffic)
         table.rows.grad = sent if table.rows.grad is None else table.rows.grad.add_(sent)
 
 
@@ -159,7 +159,9 @@ def bytes_of_a_step(tiny, count, dtype, clip, micro_batches, **fields):
     with count(tiny.WIDTH, len(micro_batches[0]) // 2) as counted:
         for seed, rows in enumerate(micro_batches):
             gradients_by_hand(tables, rows, dtype, engine, seed)
-        engine._rings[dtype]._thread.submit(int).result()  # it has let go of what it did before
+        engine._rings[dtype, tables[0].rows.shape[1]]._thread.submit(
+            int
+        ).result()  # it has let go of what it did before
         if clip is not None:
             nn.utils.clip_grad_norm_(trainable(model), clip)
         optimizer.step()

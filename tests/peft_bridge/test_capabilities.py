@@ -102,7 +102,7 @@ def test_fields_and_papers(name):
     config_cls, _ = METHODS[name]
     fields = {f.name for f in dataclasses.fields(config_cls)}
     assert {"modules_to_save", "trainable_token_indices"} <= fields
-    assert "target_parameters" not in fields
+    assert ("target_parameters" in fields) == (name == "ASLORA")
     assert set(PAPER_URL.findall(config_cls.__doc__)) == {PAPERS[name]}
     peft_type = config_cls().peft_type
     assert peft_type not in PEFT_TYPE_TO_MIXED_MODEL_MAPPING

@@ -14,7 +14,9 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(8, 8))}) for _ in range(2))
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))}) for _ in range(2)
+        )
 
     def forward(self, x):
         for layer in self.layers:

@@ -49,7 +49,7 @@ class ShiftLayer(nn.Module, BaseTunerLayer):
 class ShiftModel(MethodTuner):
     prefix, tuner_layer_cls, file, target_module_mapping = "shift_", ShiftLayer, AdapterFile("shift_"), {}
 
-    def wrap(self, target, path, parent, adapter_name, config) -> ShiftLayer:
+    def wrap(self, target, path, parent, adapter_name, config, parameter_name=None) -> ShiftLayer:
         layer = target if isinstance(target, ShiftLayer) else ShiftLayer(target)
         layer.update_layer(adapter_name, config)
         return layer

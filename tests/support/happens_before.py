@@ -57,9 +57,9 @@ def caller():
 
 @functools.cache
 def engine_file(path):
-    *_, above, package, room, name = ["", "", "", *Path(path).parts]
-    in_room = package in ("meft", "peft_bridge") and above != "tests"
-    return name if in_room or (room in ("meft", "peft_bridge") and package != "tests") else ""
+    *folders, name = Path(path).parts
+    owner = next((i for i in range(len(folders) - 1, -1, -1) if folders[i] in ("meft", "peft_bridge")), 0)
+    return name if owner and folders[owner - 1] != "tests" else ""
 
 
 class State:
