@@ -98,8 +98,9 @@ class ASLoRAModel(MethodTuner):
             known = self.target_module_mapping.get(str(model_config.get("model_type")))
             if known is None and not config.target_parameters:
                 raise ValueError(
-                    f"Please specify `target_modules`: PEFT has no default for model type "
-                    f"'{model_config.get('model_type')}'; name linear layers of this model ({', '.join(linear_names(self.model))}), or 'all-linear'."
+                    "Please specify `target_modules`: PEFT has no default for model type "
+                    f"'{model_config.get('model_type')}'; name linear layers of this model "
+                    f"({', '.join(linear_names(self.model))}), or 'all-linear'."
                 )
             config.target_modules = known if known is None or isinstance(known, str) else set(known)
         return config
