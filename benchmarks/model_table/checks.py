@@ -151,5 +151,5 @@ def _base(model: Any) -> Any:
 
 
 def _sentence(error: Exception) -> str:
-    said = " ".join(str(error).split()).replace("|", "\\|")
+    said = " ".join(str(error).split()).replace("|", "\\|").replace("[", "\\[")
     return said if len(said) <= 300 else said[:297] + "..."
