@@ -93,7 +93,7 @@ def expert_topk(
     outputs = (t.data_ptr() for t in (products, ids, scores, dots))
     library.host_expert_topk(
         x_at, keys_at, _KEY_TYPES[keys.dtype], experts_at, factors_at, T, d, E, neurons_per_expert, P, K, by_neuron,
-        *outputs, level, host_threads(),
+        *outputs, level, _threads(products.numel() * d),
     )  # fmt: skip
     return ids, scores, dots
 
