@@ -15,7 +15,8 @@ def phi3():
 
 
 def test_an_architecture_without_default_names_its_linear_layers():
-    with pytest.raises(ValueError, match=r"specify .target_modules.*'phi3'.*down_proj, gate_up_proj.*qkv_proj.*all-linear"):
+    message = r"specify .target_modules.*'phi3'.*down_proj, gate_up_proj.*qkv_proj.*all-linear"
+    with pytest.raises(ValueError, match=message):
         get_peft_model(phi3(), ASLoRAConfig())
     assert get_peft_model(phi3(), ASLoRAConfig(target_modules=["qkv_proj"]))
 
