@@ -220,7 +220,8 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
                 self._gather_below(now, key)
         checkpointed, recomputes = context.checkpointed(), context.in_checkpoint_recompute()
         # Of a checkpointed layer the rows are kept for its recomputation, whose graph then has them.
-        refetch = engine.refetches and torch.is_grad_enabled() and not checkpointed and not recomputes
+        refetches = engine.refetches(x.device)
+        refetch = refetches and torch.is_grad_enabled() and not checkpointed and not recomputes
         fingerprint = None
         if saved is None and now is not None and now.recorded and checkpointed:
             fingerprint = context.input_fingerprint(x)  # now: the base FFN may write into its input
@@ -234,10 +235,10 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
                 )
             rows = engine.gather(pending)
             if fingerprint is not None:
-                keeps = not (engine.refetches or engine.reads_in_place(x.device))
+                keeps = not (refetches or engine.reads_in_place(x.device))
                 made = context.SavedSelection(
                     layer.number, pending.selection, real, fingerprint, layer.versions, rows if keeps else None,
-                    engine.refetches,
+                    refetches,
                 )  # fmt: skip
                 now.stashes.setdefault(key, []).append(made)  # type: ignore[union-attr]
                 stashed.append(made)

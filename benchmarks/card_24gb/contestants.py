@@ -141,7 +141,7 @@ class MeftContestants(Contestant):
 
     @property
     def refetches(self) -> bool:  # type: ignore[override]
-        return self.model.base_model.engines[self.adapter].refetches
+        return self.model.base_model.engines[self.adapter].refetches(self.model.get_base_model().device)
 
     def leave(self) -> None:
         self.optimizer.zero_grad()

@@ -112,10 +112,9 @@ class Engine:
         }
         return tuple(name for name, is_refused in found.items() if is_refused)
 
-    @property
-    def refetches(self) -> bool:
-        """Whether the rows for the backward pass are brought again."""
-        return self._plan is not None and self._plan[1] == "refetch"
+    def refetches(self, device: torch.device) -> bool:
+        """Whether the rows for the backward pass are gathered again, for inputs on a device."""
+        return self._plan is not None and self._plan[1] == "refetch" and not self.reads_in_place(device)
 
     # ------------------------------------------------------------------ the strategy
 
@@ -221,7 +220,7 @@ class Engine:
                 with phase("gather rows"):
                     rows = strategy.gather(layer, selection)
             layer.count(len(x), len(selection.rows))
-            return PendingForward(layer, selection, rows, versions, True)
+            return PendingForward(layer, selection, rows, versions, True, strategy.in_place)
         with phase("select"):
             selecting = strategy.select(layer, x, logits)
 
@@ -232,7 +231,7 @@ class Engine:
             layer.count(len(x), len(selection.rows))
             return selection, rows
 
-        return PendingForward(layer, None, None, versions, False, gather)
+        return PendingForward(layer, None, None, versions, False, strategy.in_place, gather)
 
     def _check_graphs(self, x: Tensor) -> None:
         if capturing(x) and (self.config.on_host or torch.is_grad_enabled()):
@@ -283,7 +282,7 @@ class Engine:
 
     def _arrived(self, pending: PendingForward, rows: GatheredRows, x: Tensor) -> GatheredRows:
         """Rows as the computation reads them from now on, in x's dtype."""
-        if self.streams is not None:
+        if self.streams is not None and not pending.on_host:  # other layers may be on a device
             if not pending.recomputed and self._strategy is not None:
                 # Now that the base FFN is queued: the next layer's rows may have to wait for their update.
                 self._strategy.prefetch_next(pending.layer, len(x))

@@ -93,6 +93,7 @@ class PendingForward:
         rows: their rows; None before they were queued, and once they were used.
         versions: of keys and values as they are read.
         recomputed: whether this is a recomputation of gradient checkpointing.
+        on_host: whether a model on the CPU reads the rows where they are; no stream takes part.
         gather: waits for the picks and queues their rows, if that was not done yet.
     """
 
@@ -101,6 +102,7 @@ class PendingForward:
     rows: GatheredRows | None
     versions: tuple[int, int]
     recomputed: bool
+    on_host: bool = False
     gather: Callable[[], tuple[Selection, GatheredRows]] | None = None
 
     @property

@@ -1,5 +1,7 @@
 """The engine on the CPU, with threads for streams: the same results whichever way the rows take."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._C._profiler import _ExperimentalConfig
@@ -221,3 +223,16 @@ def test_an_ffn_that_writes_into_its_input_is_an_error(tiny, strategy, grad):
     tiny.layers(model)[0].base_layer.register_forward_pre_hook(lambda module, args: (args[0].mul_(0.5), None)[1])
     with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="writes into its own input"):
         tiny.loss(model)
+
+
+@pytest.mark.parametrize("row_dtype", ["bfloat16", "float32"])
+def test_a_layer_on_the_cpu_takes_no_part_in_the_streams_of_others(tiny, row_dtype):
+    """Of an adapter whose other layers are on a device: its copies of rows are made, and kept, where they are."""
+    fields = {"dtype": torch.float32, "row_dtype": row_dtype}
+    plain, ours = tiny.adapted(**fields), tiny.adapted(**fields)
+    engine = ours.base_model.engines["default"]
+    others = SimpleNamespace(begin_pass=lambda: None)  # nothing else can be asked of it
+    engine._plan, engine.streams, engine._strategy = ("host", "refetch"), object(), others
+    for model in (plain, ours):
+        tiny.loss(model).backward()
+    tiny.assert_equal(tiny.gradients(ours), tiny.gradients(plain))
