@@ -2,8 +2,7 @@
 
 - `index.md` is the README.
 - A link from a page to a file outside of `docs/` takes the file into the site, below `repository/`.
-- `<!-- fields: package.Config -->` becomes the table of a configuration's fields, `<!-- model types -->` the list of
-  the model types whose FFN MEFT knows.
+- `<!-- fields: package.Config -->` becomes the table of a configuration's fields.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = "repository/"
 LINK = re.compile(r"(\]\()(?!https?:|#|mailto:)([^)#\s]+)((?:#[^)\s]*)?\))")
 FIELDS = re.compile(r"<!-- fields: (\w+)\.(\w+) -->")
-MODEL_TYPES = "<!-- model types -->"
 PAGES = {
     "README.md": "index.md",
     "CHANGELOG.md": f"{OUTSIDE}CHANGELOG.md",
@@ -75,8 +73,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(text: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Fill the places that code fills, and point links to where the site has the files."""
     text = FIELDS.sub(lambda match: fields_table(_public(match[1], match[2])), text)
-    if MODEL_TYPES in text:
-        text = text.replace(MODEL_TYPES, model_types())
     source = page.file.src_uri
     folder = posixpath.dirname(in_repository(source))
 
@@ -97,11 +93,6 @@ def fields_table(config: type[Any]) -> str:
         text = " ".join(field.metadata.get("help", "").split()).replace("|", "\\|").replace("<", "&lt;")
         lines.append(f"| `{field.name}` | {default} | {text} |")
     return "\n".join(lines)
-
-
-def model_types() -> str:
-    """The model types whose FFN MEFT knows."""
-    return ", ".join(f"`{name}`" for name in _public("meft", "MEFTModel").target_module_mapping) + "."
 
 
 def _public(package: str, name: str) -> Any:

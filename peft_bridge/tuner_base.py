@@ -112,7 +112,6 @@ class MethodTuner(BaseTuner, RunListener):
     ) -> None:
         """Wrap the targeted modules; on an error the model is as before."""
         config: Any = self.peft_config[adapter_name]
-        keep_trainable_on_cpu(model)
         if adapter_name in self.reserved:
             raise ValueError(
                 f"adapter_name='{adapter_name}' is the name of a tensor of {config.method}: choose another name."
@@ -134,6 +133,7 @@ class MethodTuner(BaseTuner, RunListener):
             # parameters inside of the adapted model.
             for parameter, flag in shared_flags:
                 parameter.requires_grad = flag
+        keep_trainable_on_cpu(model)  # last: a model that is refused stays as it was
 
     def _create_and_replace(  # type: ignore[override]
         self,
