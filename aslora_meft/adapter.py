@@ -15,10 +15,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from aslora_meft.arguments import ModelArguments
-from aslora_meft.checks import check_expressions, check_memory
+from aslora_meft.arguments.checks import check_expressions, check_memory
+from aslora_meft.arguments.groups import ModelArguments
+from aslora_meft.arguments.text import is_path, local_path
 from aslora_meft.errors import UsageError, as_usage_error
-from aslora_meft.text import is_path, local_path
 from peft_bridge import keep_trainable_on_cpu
 
 

@@ -39,7 +39,7 @@ def _run(argv: list[str]) -> None:
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="{train,generate,evaluate,export,run,estimate,doctor}"
     )
-    # Most have many arguments, made from dataclasses: see arguments.py, use.py, planner/command.py, export/command.py.
+    # Most have many arguments, made from dataclasses: see arguments/, use/, planner/command.py, export/command.py.
     commands.add_parser("train", help="fine-tune an adapter and save it", add_help=False)
     commands.add_parser("estimate", help="predict memory, traffic and time without GPU or weights", add_help=False)
     commands.add_parser("generate", help="answer prompts with a saved adapter", add_help=False)
@@ -62,7 +62,7 @@ def _run(argv: list[str]) -> None:
     options, rest = parser.parse_known_args(argv)
     if options.command == "train":
         # Only here: transformers takes seconds to import.
-        from aslora_meft.arguments import parse_train
+        from aslora_meft.arguments.groups import parse_train
         from aslora_meft.train import train
 
         train(parse_train(rest))
@@ -71,11 +71,11 @@ def _run(argv: list[str]) -> None:
 
         run(rest)
     elif options.command == "generate":
-        from aslora_meft.generate import run as generate
+        from aslora_meft.use.generate import run as generate
 
         generate(rest)
     elif options.command == "evaluate":
-        from aslora_meft.evaluate_command import run as evaluate
+        from aslora_meft.use.evaluate import run as evaluate
 
         evaluate(rest)
     elif options.command == "export":

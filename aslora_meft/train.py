@@ -19,17 +19,17 @@ from transformers import (
 )
 
 from aslora_meft.adapter import add_adapter, load_model, load_tokenizer
-from aslora_meft.arguments import TrainArguments, TrainerArguments
-from aslora_meft.checkpoints import checkpoint_to_resume, set_aside
-from aslora_meft.checks import check_optimizer, check_output
+from aslora_meft.arguments.checks import check_optimizer, check_output
+from aslora_meft.arguments.groups import TrainArguments, TrainerArguments
+from aslora_meft.arguments.text import parse_json
 from aslora_meft.data.samples import IGNORED, Samples, load_samples
 from aslora_meft.errors import UsageError, as_usage_error
-from aslora_meft.evaluate import token_metrics, token_sums
-from aslora_meft.finish import next_commands, write_results
-from aslora_meft.hub import prepare_push, push
-from aslora_meft.interrupt import Interrupted, StopAtStep
-from aslora_meft.summary import merge_lines, merges, metrics_table, run_header, shares
-from aslora_meft.text import parse_json
+from aslora_meft.training.checkpoints import checkpoint_to_resume, set_aside
+from aslora_meft.training.finish import next_commands, write_results
+from aslora_meft.training.hub import prepare_push, push
+from aslora_meft.training.interrupt import Interrupted, StopAtStep
+from aslora_meft.training.summary import merge_lines, merges, metrics_table, run_header, shares
+from aslora_meft.use.metrics import token_metrics, token_sums
 
 
 class TrainResult(NamedTuple):

@@ -99,7 +99,7 @@ def table() -> str:
     """The table of `data.md`, with the columns as the command line recognises them."""
     import tempfile
 
-    from aslora_meft.arguments import DataArguments
+    from aslora_meft.arguments.groups import DataArguments
     from aslora_meft.data.files import read_rows
     from aslora_meft.data.formats import recognise
 

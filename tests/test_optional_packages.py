@@ -44,7 +44,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 from aslora import ASLoRAConfig
 from aslora_meft import doctor
 from aslora_meft.adapter import load_model
-from aslora_meft.arguments import ModelArguments
+from aslora_meft.arguments.groups import ModelArguments
 from aslora_meft.errors import UsageError
 from meft import MEFTConfig
 from tests.support.models import llama

@@ -8,8 +8,8 @@ import zlib
 from pathlib import Path
 from typing import Any, TextIO
 
+from aslora_meft.arguments.text import is_path, local_path, parse_json
 from aslora_meft.errors import UsageError, as_usage_error
-from aslora_meft.text import is_path, local_path, parse_json
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")

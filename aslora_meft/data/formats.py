@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from aslora_meft.arguments import DataArguments
+from aslora_meft.arguments.groups import DataArguments
+from aslora_meft.arguments.text import is_encodable
 from aslora_meft.data.files import Row
 from aslora_meft.errors import UsageError
-from aslora_meft.text import is_encodable
 
 Turn = dict[str, Any]
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
-from aslora_meft.arguments import DataArguments
+from aslora_meft.arguments.groups import DataArguments
 from aslora_meft.data.chat import Segments, chat_segments
 from aslora_meft.data.files import Row, read_rows
 from aslora_meft.data.formats import Format, conversation, prompt_and_completion, recognise, text_of

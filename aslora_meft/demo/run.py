@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aslora_meft.arguments import parse_train
+from aslora_meft.arguments.groups import parse_train
 from aslora_meft.cli import main as aslora_meft
 from aslora_meft.demo import stock_logits
 from aslora_meft.demo.text import HELD_OUT, LEARNT, bible

@@ -4,10 +4,10 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from aslora_meft.checks import check_output
+from aslora_meft.arguments.checks import check_output
+from aslora_meft.arguments.text import local_path
 from aslora_meft.errors import RaisingParser, UsageError, as_usage_error
-from aslora_meft.saved import check_saved_adapter
-from aslora_meft.text import local_path
+from aslora_meft.use.saved import check_saved_adapter
 
 _FORMS = {
     "model": "MEFT: adapter and base model as one folder that transformers and servers load",

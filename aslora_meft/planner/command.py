@@ -7,11 +7,11 @@ from typing import Any, get_type_hints
 
 from peft import PeftConfig
 
-from aslora_meft.arguments import DataArguments, ModelArguments, TrainerArguments
-from aslora_meft.checks import check_range
-from aslora_meft.config_arguments import METHODS, add_config_arguments, read_fields
+from aslora_meft.arguments.checks import check_range
+from aslora_meft.arguments.config_arguments import METHODS, add_config_arguments, read_fields
+from aslora_meft.arguments.groups import DataArguments, ModelArguments, TrainerArguments
+from aslora_meft.arguments.parser import CommandParser
 from aslora_meft.errors import RaisingParser, UsageError
-from aslora_meft.parser import CommandParser
 from aslora_meft.planner.estimate import RESERVED, Estimate, Request, estimate
 from aslora_meft.planner.methods import known_method
 from aslora_meft.planner.optimizer_state import OPTIMIZERS

@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import PreTrainedModel
 
-from aslora_meft.config_arguments import config_fields
+from aslora_meft.arguments.config_arguments import config_fields
 from aslora_meft.errors import UsageError, as_usage_error
 
 _VIRTUAL_TOKENS = 20

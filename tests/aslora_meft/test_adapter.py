@@ -5,8 +5,8 @@ import torch
 from transformers import LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from aslora_meft.adapter import add_adapter, load_model, load_tokenizer
-from aslora_meft.arguments import ModelArguments
-from aslora_meft.config_arguments import make_config
+from aslora_meft.arguments.config_arguments import make_config
+from aslora_meft.arguments.groups import ModelArguments
 from aslora_meft.errors import UsageError
 
 CPU = torch.device("cpu")

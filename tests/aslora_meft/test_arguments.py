@@ -1,6 +1,6 @@
 import pytest
 
-from aslora_meft.arguments import parse_train
+from aslora_meft.arguments.groups import parse_train
 from aslora_meft.errors import UsageError
 
 NEEDED = ["--model", "m", "--data", "d.jsonl", "--output_dir", "o"]

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aslora_meft.arguments import parse_train
-from aslora_meft.checkpoints import check_whole, last_whole
+from aslora_meft.arguments.groups import parse_train
 from aslora_meft.errors import UsageError
 from aslora_meft.train import train
+from aslora_meft.training.checkpoints import check_whole, last_whole
 
 COMMON = [
     "trainer_state.json",

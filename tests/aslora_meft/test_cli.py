@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import aslora_meft
 from aslora import ASLoRAConfig
-from aslora_meft.arguments import parse_train
+from aslora_meft.arguments.config_arguments import config_fields
+from aslora_meft.arguments.groups import parse_train
 from aslora_meft.cli import main
-from aslora_meft.config_arguments import config_fields
 from aslora_meft.planner.command import parse
 from meft import MEFTConfig
 from meft.cost import calibration

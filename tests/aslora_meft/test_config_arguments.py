@@ -6,8 +6,8 @@ import pytest
 from peft import LoraConfig, PeftConfig
 
 from aslora import ASLoRAConfig
-from aslora_meft.arguments import parse_train
-from aslora_meft.config_arguments import METHODS, config_fields, make_config
+from aslora_meft.arguments.config_arguments import METHODS, config_fields, make_config
+from aslora_meft.arguments.groups import parse_train
 from aslora_meft.errors import UsageError
 from meft import MEFTConfig, RowOptimizerConfig
 

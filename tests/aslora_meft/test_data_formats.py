@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from aslora_meft.arguments import DataArguments
+from aslora_meft.arguments.groups import DataArguments
 from aslora_meft.data.samples import IGNORED, encode_rows, load_samples
 from aslora_meft.errors import UsageError
 

@@ -4,7 +4,7 @@ import json
 import pytest
 from tokenizers import processors
 
-from aslora_meft.arguments import DataArguments
+from aslora_meft.arguments.groups import DataArguments
 from aslora_meft.data.samples import IGNORED, encode_rows, load_samples, split
 from aslora_meft.errors import UsageError
 

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from aslora_meft.cli import main
 from aslora_meft.errors import UsageError
-from aslora_meft.hub import prepare_push
+from aslora_meft.training.hub import prepare_push
 
 
 class Hub(BaseHTTPRequestHandler):

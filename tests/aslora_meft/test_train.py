@@ -7,7 +7,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
 
-from aslora_meft.arguments import DataArguments, parse_train
+from aslora_meft.arguments.groups import DataArguments, parse_train
 from aslora_meft.data.samples import IGNORED, load_samples
 from aslora_meft.errors import UsageError
 from aslora_meft.train import train

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, TextStreamer
 
 from aslora import ASLoRAConfig
 from aslora_meft.cli import main
-from aslora_meft.evaluate_command import measure
+from aslora_meft.use.evaluate import measure
 from meft import MEFTConfig
 
 

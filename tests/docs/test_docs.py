@@ -15,7 +15,7 @@ import adapter_kernels
 import aslora
 import meft
 import peft_bridge
-from aslora_meft.arguments import parse_train
+from aslora_meft.arguments.groups import parse_train
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md", *ROOT.glob("docs/**/*.md")]

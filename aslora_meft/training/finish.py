@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from aslora_meft.arguments import DataArguments, TrainArguments
+from aslora_meft.arguments.groups import DataArguments, TrainArguments
 from peft_bridge import replace_file, write_card
 from peft_bridge.model_card import RESULTS
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import aslora  # noqa: F401  # both make PEFT know their method
 import meft  # noqa: F401
 from aslora_meft.adapter import load_model, load_tokenizer
-from aslora_meft.arguments import ModelArguments
+from aslora_meft.arguments.groups import ModelArguments
 from aslora_meft.errors import UsageError, as_usage_error
-from aslora_meft.saved import check_saved_adapter
+from aslora_meft.use.saved import check_saved_adapter
 from peft_bridge import read_results
 
 BASE = "base model"

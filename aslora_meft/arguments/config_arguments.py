@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 from aslora import ASLoRAConfig
+from aslora_meft.arguments.text import parse_json
 from aslora_meft.errors import UsageError, as_usage_error
-from aslora_meft.text import parse_json
 from meft import MEFTConfig
 
 METHODS: dict[str, type[PeftConfig]] = {"aslora": ASLoRAConfig, "meft": MEFTConfig, "lora": LoraConfig}

@@ -8,9 +8,9 @@ from typing import Any
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from aslora_meft.checks import check_expressions
+from aslora_meft.arguments.checks import check_expressions
+from aslora_meft.arguments.text import local_path, parse_json
 from aslora_meft.errors import UsageError, as_usage_error
-from aslora_meft.text import local_path, parse_json
 
 # Field -> what its value can be, in files that PEFT or this package writes.
 _TYPES: dict[str, tuple[type, ...]] = {

@@ -11,11 +11,11 @@ import yaml
 from peft import PeftConfig
 from transformers import TrainingArguments
 
-from aslora_meft.checks import check_numbers
-from aslora_meft.config_arguments import METHODS, add_config_arguments, make_config
+from aslora_meft.arguments.checks import check_numbers
+from aslora_meft.arguments.config_arguments import METHODS, add_config_arguments, make_config
+from aslora_meft.arguments.parser import CommandParser
+from aslora_meft.arguments.text import local_path
 from aslora_meft.errors import UsageError, as_usage_error
-from aslora_meft.parser import CommandParser
-from aslora_meft.text import local_path
 
 
 def _doc(text: str) -> dict[str, str]:

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from transformers import DataCollatorForSeq2Seq, EvalPrediction, PreTrainedTokenizerBase
 
-from aslora_meft.arguments import DataArguments
+from aslora_meft.arguments.groups import DataArguments
+from aslora_meft.arguments.parser import CommandParser
 from aslora_meft.data.files import read_rows
 from aslora_meft.data.samples import IGNORED, Sample, encode_rows, load_samples
 from aslora_meft.errors import UsageError
-from aslora_meft.evaluate import token_metrics, token_sums
-from aslora_meft.finish import DATA_FORM
-from aslora_meft.parser import CommandParser
-from aslora_meft.use import BASE, UseArguments, active, load_adapters
+from aslora_meft.training.finish import DATA_FORM
+from aslora_meft.use.loaded import BASE, UseArguments, active, load_adapters
+from aslora_meft.use.metrics import token_metrics, token_sums
 
 _NOT_HERE = {"eval_data", "eval_size", "eval_split"}
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 
+from aslora_meft.arguments.text import local_path
 from aslora_meft.errors import UsageError, as_usage_error
-from aslora_meft.text import local_path
 from meft.cost.host_memory import available_bytes
 
 # Name -> the least and the most that it may be, as the Trainer uses it.

@@ -9,9 +9,9 @@ import torch
 from jinja2 import TemplateError
 from transformers import TextStreamer, set_seed
 
+from aslora_meft.arguments.parser import CommandParser
 from aslora_meft.errors import UsageError
-from aslora_meft.parser import CommandParser
-from aslora_meft.use import BASE, Loaded, UseArguments, active, load_adapters
+from aslora_meft.use.loaded import BASE, Loaded, UseArguments, active, load_adapters
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""What a user types: the arguments of the commands, built from the configs, and their checks."""

@@ -1,0 +1,1 @@
+"""A saved adapter in use: `generate`, `evaluate` and what both load."""
