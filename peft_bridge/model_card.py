@@ -125,11 +125,12 @@ def _lines(folder: Path, config: dict[str, Any], method: MethodCard) -> list[str
     base = config.get("base_model_name_or_path") or "its base model"
     base = Path(base).name if _is_folder(base) else base
     run = read_results(folder)
+    with_config = (folder / MODEL_CONFIG).is_file()
     sections = [
         f"# {method.name} adapter for {base}",
         method.about,
         "## Load",
-        f"```\npip install aslora-meft\n```\n\n```python\n{_snippet(package, config, with_config=(folder / MODEL_CONFIG).is_file())}\n```",
+        f"```\npip install aslora-meft\n```\n\n```python\n{_snippet(package, config, with_config)}\n```",
         "`pip install aslora-meft` also lets programs that do not import it load this adapter, such as "
         "lm-evaluation-harness with `peft=`. Where that is switched off (`ASLORA_MEFT_AUTOLOAD=0`), start them by "
         "`aslora-meft run -- PROGRAM ...`.",
@@ -155,14 +156,16 @@ _AUTO = {
 }
 
 
-def _snippet(package: str, config: dict[str, Any], *, with_config: bool) -> str:
+def _snippet(package: str, config: dict[str, Any], with_config: bool) -> str:
     note = f"import {package}  # makes PEFT know the method"
     auto = _AUTO.get(str(config.get("task_type")))
     if auto is not None and config.get("base_model_name_or_path"):
         if with_config:  # which has the size of the head
-            load = f"model = {auto}.from_pretrained(folder, config=AutoConfig.from_pretrained(folder))"
+            load = f"fields = {{'id2label': head.id2label, 'pad_token_id': head.pad_token_id}}\n"
+            load += f"model = {auto}.from_pretrained(folder, **fields)"
             imports = f"from peft import {auto}\nfrom transformers import AutoConfig"
-            return f"{note}\n{imports}\n\nfolder = 'PATH_OF_THIS_FOLDER'\n{load}"
+            head = "folder = 'PATH_OF_THIS_FOLDER'\nhead = AutoConfig.from_pretrained(folder)"
+            return f"{note}\n{imports}\n\n{head}\n{load}"
         load = f"model = {auto}.from_pretrained('PATH_OF_THIS_FOLDER')"
         return f"{note}\nfrom peft import {auto}\n\n{load}"
     load = "model = PeftModel.from_pretrained(base_model, 'PATH_OF_THIS_FOLDER')"

@@ -31,6 +31,11 @@ class DirectPreferenceOptimization(Task):
         """Read, check and split the pairs."""
         return load_pairs(self.data, self.tokenizer, self.args.seed)
 
+    def measure(self, trainer: Trainer) -> dict[str, float]:
+        """Held-out metrics; a loss that trl does not have shows at the first of them."""
+        with as_usage_error(ValueError, prefix=f"loss_type={self.options.loss_type!r} is refused: "):
+            return super().measure(trainer)
+
     def make_trainer(
         self, base: PreTrainedModel, adapter: PeftConfig, data: TaskData, callbacks: list[TrainerCallback]
     ) -> Trainer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,10 @@ def load_with_head(
 
 def with_head(adapter: PeftConfig, new_modules: list[str]) -> PeftConfig:
     """An adapter's config that has new modules trained and saved: they would be drawn anew at each load."""
-    config: Any = adapter
-    return replace(config, modules_to_save=[*(config.modules_to_save or []), *new_modules] or None)
+    config: Any = copy(adapter)
+    config.modules_to_save = [*(config.modules_to_save or []), *new_modules] or None
+    result: PeftConfig = config
+    return result
 
 
 def save_config(folder: Path, model: Any) -> None:

@@ -102,8 +102,8 @@ def base_of(folders: list[str], model: str | None, task_type: str = "CAUSAL_LM")
         found = config.get("task_type") or task_type
         if found != task_type:
             raise UsageError(
-                f"ADAPTER_DIR='{folder}' has task_type={found}, and this needs {task_type}; give another adapter, or load "
-                "it from Python as its README.md shows"
+                f"ADAPTER_DIR='{folder}' has task_type={found}, and this needs {task_type}; give another adapter, or "
+                "load it from Python as its README.md shows"
             )
     first = folders[0]
     base = model or bases[first]

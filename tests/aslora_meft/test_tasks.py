@@ -8,8 +8,10 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, AutoPeftMo
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from aslora_meft.adapter import load_tokenizer
 from aslora_meft.arguments.groups import parse_train
 from aslora_meft.cli import main
+from aslora_meft.tasks.table import TASKS
 from aslora_meft.train import train
 from tests.support import task_models
 from tests.support.task_models import CHATS, LABELLED, METHODS, PAIRS, SETTINGS, TRANSLATED, write_rows
@@ -72,35 +74,25 @@ def test_dpo(run, tmp_path, method, rows):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_reference_of_dpo_is_the_base_model_bit_by_bit(run, words, models, monkeypatch, method):
+def test_the_reference_of_dpo_is_the_base_model_bit_by_bit(words, models, method):
+    """Log-probabilities that trl computes for the reference of a trained adapter, and for the base model alone."""
     trl = pytest.importorskip("trl")
-    made = []
-    original = trl.DPOTrainer.train
-
-    def kept(self, *args, **kwargs):
-        made.append(self)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(trl.DPOTrainer, "train", kept)
-    model = run("dpo", "llama", PAIRS, method=method).model.eval()
-    base = AutoModelForCausalLM.from_pretrained(models / "llama").eval()
-    [trainer] = made
+    arguments = parse_train(words("dpo", "llama", PAIRS, method=method))
+    task = TASKS["dpo"](arguments, load_tokenizer(arguments.model))
+    data = task.load_data()
+    trainer = task.make_trainer(task.load_model(torch.device("cpu")), arguments.adapter, data, [])
+    trainer.train()
     batch = next(iter(trainer.get_eval_dataloader()))
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    reference = trainer.compute_ref_log_probs(trainer.model, batch)
+    base = AutoModelForCausalLM.from_pretrained(models / "llama")
+    rows = pytest.importorskip("datasets").Dataset.from_list(data.train)
+    alone = trl.DPOTrainer(model=base, args=trainer.args, train_dataset=rows, processing_class=task.tokenizer)
+    for one, other in zip(reference, alone.compute_ref_log_probs(alone.model, batch), strict=True):
+        assert torch.equal(one, other)
+    assert list(trainer.model.peft_config) == ["default"]
     with torch.no_grad():
-        reference = trainer.compute_ref_log_probs(batch) if hasattr(trainer, "compute_ref_log_probs") else None
-        assert not torch.equal(base(**inputs).logits, plain(model)(**inputs).logits)
-        with model.disable_adapter():
-            disabled = plain(model)(**inputs).logits
-    assert torch.equal(base(**inputs).logits, disabled)
-    del reference
-
-
-def plain(model):
-    """A model without the head that trl has put over the forward pass of the base model."""
-    inner = model.get_base_model()
-    vars(inner).pop("forward", None)
-    return model
+        tuned = trainer.model.eval()(input_ids=batch["input_ids"]).logits
+        assert not torch.equal(tuned, base.eval()(input_ids=batch["input_ids"]).logits)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -113,8 +105,12 @@ def test_reward(run, tmp_path, method, model):
 
 
 def check_reloads(auto, model, folder, **inputs):
-    config = AutoConfig.from_pretrained(folder) if (folder / "config.json").exists() else None
-    loaded = auto.from_pretrained(folder, **({"config": config} if config else {})).eval()
+    """Loads an adapter as its card shows, and compares the outputs."""
+    fields = {}
+    if (folder / "config.json").exists():
+        head = AutoConfig.from_pretrained(folder)
+        fields = {"id2label": head.id2label, "pad_token_id": head.pad_token_id}
+    loaded = auto.from_pretrained(folder, **fields).eval()
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=IDS, **inputs).logits, model.eval()(input_ids=IDS, **inputs).logits)
     return loaded
@@ -188,7 +184,7 @@ def test_packed_samples_stay_apart(run, capsys):
         ("dpo", "llama", [*PAIRS, {**PAIRS[0], "chosen": " no a"}], [], "'chosen' equals 'rejected'"),
         ("dpo", "llama", [*PAIRS, CHATS[0]], [], "write all in one form"),
         ("reward", "llama", PAIRS, ["--max_length", 4], "max_length=4"),
-        ("dpo", "llama", PAIRS, ["--max_length", 2], "max_length=2 leaves no answer"),
+        ("dpo", "llama", PAIRS, ["--max_length", 2], "max_length=2 leaves none of the 9 training rows"),
         ("dpo", "llama", PAIRS, ["--packing", "true"], "packing=True has no meaning with task=dpo"),
         ("classification", "bert", LABELLED, ["--beta", 1], "beta=1.0 has no meaning with task=classification"),
         ("dpo", "llama", PAIRS, ["--beta", -1], "beta=-1.0 is out of range"),
@@ -199,7 +195,7 @@ def test_packed_samples_stay_apart(run, capsys):
 def test_bad_input_ends_with_one_sentence(words, tmp_path, capsys, task, model, rows, more, sentence):
     if task in ("dpo", "reward"):
         pytest.importorskip("trl")
-    assert main(words(task, model, rows, *more)) == 2
+    assert main(["train", *words(task, model, rows, *more)]) == 2
     error = capsys.readouterr().err.splitlines()
     assert sentence in error[-1]
     assert error[-1].startswith("aslora-meft: error: ")
@@ -208,7 +204,7 @@ def test_bad_input_ends_with_one_sentence(words, tmp_path, capsys, task, model, 
 
 def test_an_unknown_label_in_the_held_out_file(words, tmp_path, capsys):
     held_out = write_rows(tmp_path / "held_out.jsonl", [{"text": "x", "label": "worse"}])
-    assert main(words("classification", "bert", LABELLED, "--eval_data", held_out)) == 2
+    assert main(["train", *words("classification", "bert", LABELLED, "--eval_data", held_out)]) == 2
     assert "row 1: label 'worse' is none of the 3 that were learnt" in capsys.readouterr().err
 
 
@@ -217,7 +213,7 @@ def test_without_trl_a_sentence_names_it(words, capsys, monkeypatch, words_of):
     monkeypatch.setitem(__import__("sys").modules, "trl", None)
     task = words_of[1] if words_of[0] == "--task" else "sft"
     more = [] if words_of[0] == "--task" else words_of
-    assert main(words(task, "llama", PAIRS, *more)) == 2
+    assert main(["train", *words(task, "llama", PAIRS, *more)]) == 2
     assert "needs the package trl; pip install 'aslora-meft[trl]'" in capsys.readouterr().err
 
 
