@@ -161,7 +161,7 @@ def _snippet(package: str, config: dict[str, Any], with_config: bool) -> str:
     auto = _AUTO.get(str(config.get("task_type")))
     if auto is not None and config.get("base_model_name_or_path"):
         if with_config:  # which has the size of the head
-            load = f"fields = {{'id2label': head.id2label, 'pad_token_id': head.pad_token_id}}\n"
+            load = "fields = {'id2label': head.id2label, 'pad_token_id': head.pad_token_id}\n"
             load += f"model = {auto}.from_pretrained(folder, **fields)"
             imports = f"from peft import {auto}\nfrom transformers import AutoConfig"
             head = "folder = 'PATH_OF_THIS_FOLDER'\nhead = AutoConfig.from_pretrained(folder)"
