@@ -14,8 +14,8 @@ from aslora_meft.data.files import Row
 from aslora_meft.data.formats import text_of
 from aslora_meft.data.samples import IGNORED
 from aslora_meft.errors import as_usage_error
+from aslora_meft.tasks.metrics import token_metrics, token_sums
 from aslora_meft.tasks.task import Task, TaskData, check_lengths, read_task_rows
-from aslora_meft.use.metrics import token_metrics, token_sums
 
 
 class SequenceToSequence(Task):

@@ -11,9 +11,9 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel, Trainer, Train
 
 from aslora_meft.data.samples import IGNORED, Sample, load_samples
 from aslora_meft.errors import UsageError, as_usage_error
+from aslora_meft.tasks.metrics import token_metrics, token_sums
 from aslora_meft.tasks.task import Task, TaskData, check_lengths
 from aslora_meft.tasks.trl_trainers import import_trl
-from aslora_meft.use.metrics import token_metrics, token_sums
 
 
 class SupervisedFineTuning(Task):

@@ -115,9 +115,7 @@ def _rows(field: str, names: list[str], split: str, data: DataArguments, columns
     return list(chain.from_iterable(parts))
 
 
-def check_lengths(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, highest: int, max_length: int, field: str = "max_length"
-) -> None:
+def check_lengths(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, highest: int, max_length: int) -> None:
     """Check that the model has a place for each position and an embedding for each token.
 
     Args:
@@ -128,7 +126,7 @@ def check_lengths(
     """
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and max_length > longest:
-        raise UsageError(f"{field}={max_length} is more than the model's {longest}; give at most that")
+        raise UsageError(f"max_length={max_length} is more than the model's {longest}; give at most that")
     embeddings: Any = model.get_input_embeddings()
     known = len(embeddings.weight)
     if max(highest, tokenizer.pad_token_id) >= known:

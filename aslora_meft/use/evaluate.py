@@ -15,10 +15,10 @@ from aslora_meft.arguments.text import local_path
 from aslora_meft.data.files import read_rows
 from aslora_meft.data.samples import IGNORED, Sample, encode_rows, load_samples
 from aslora_meft.errors import UsageError
+from aslora_meft.tasks.metrics import token_metrics, token_sums
 from aslora_meft.training.finish import DATA_FORM
 from aslora_meft.use.evaluate_task import EVALUATED, evaluate_task
 from aslora_meft.use.loaded import BASE, UseArguments, active, load_adapters
-from aslora_meft.use.metrics import token_metrics, token_sums
 from peft_bridge import read_results
 
 _NOT_HERE = {"eval_data", "eval_size", "eval_split"}

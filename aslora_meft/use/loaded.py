@@ -81,8 +81,9 @@ def load_adapters(folders: list[str], args: UseArguments) -> Loaded:
 
 def model_arguments(base: str, args: UseArguments) -> ModelArguments:
     """How the base model is loaded."""
-    flags = {"load_in_4bit": args.load_in_4bit, "load_in_8bit": args.load_in_8bit}
-    return ModelArguments(base, dtype=args.dtype, trust_remote_code=args.trust_remote_code, **flags)
+    names = ("dtype", "load_in_4bit", "load_in_8bit", "trust_remote_code")
+    how: dict[str, Any] = {name: getattr(args, name) for name in names}
+    return ModelArguments(base, **how)
 
 
 def base_of(folders: list[str], model: str | None, task_type: str = "CAUSAL_LM") -> str:
