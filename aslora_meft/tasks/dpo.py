@@ -11,7 +11,7 @@ from aslora_meft.adapter import ADAPTER_ERRORS, prepare_base
 from aslora_meft.arguments.groups import TrainArguments
 from aslora_meft.errors import as_usage_error
 from aslora_meft.tasks.task import Task, TaskData
-from aslora_meft.tasks.trl_trainers import check_pairs, import_trl, load_pairs, trl_config
+from aslora_meft.tasks.trl_trainers import check_pairs, import_trl, load_pairs, train_in_float32, trl_config
 
 
 class DirectPreferenceOptimization(Task):
@@ -63,6 +63,7 @@ class DirectPreferenceOptimization(Task):
                 peft_config=adapter,
                 callbacks=callbacks,
             )
+        train_in_float32(trainer.model)
         columns = ("prompt_ids", "chosen_ids", "rejected_ids")
         check_pairs(base, self.tokenizer, self.data.max_length, trainer, data, columns)
         return trainer

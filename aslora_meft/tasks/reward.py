@@ -13,7 +13,7 @@ from aslora_meft.arguments.groups import TrainArguments
 from aslora_meft.errors import as_usage_error
 from aslora_meft.tasks.heads import load_with_head, save_config, with_head
 from aslora_meft.tasks.task import Task, TaskData
-from aslora_meft.tasks.trl_trainers import check_pairs, import_trl, load_pairs, trl_config
+from aslora_meft.tasks.trl_trainers import check_pairs, import_trl, load_pairs, train_in_float32, trl_config
 
 
 class RewardModel(Task):
@@ -57,6 +57,7 @@ class RewardModel(Task):
                 processing_class=self.tokenizer,
                 callbacks=callbacks,
             )
+        train_in_float32(model)
         return trainer
 
     def save(self, folder: Path, model: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from aslora_meft.arguments.groups import DataArguments
@@ -33,6 +34,17 @@ def trl_config(config: Any, args: TrainingArguments, **own: Any) -> Any:
     """A trl config with the values of `args`, and fields of its own."""
     values = {item.name: getattr(args, item.name) for item in dataclasses.fields(TrainingArguments) if item.init}
     return config(**values, **own)
+
+
+def train_in_float32(model: Any) -> None:
+    """Give the values that are trained beside a quantised base model their float32 again, which trl casts to bfloat16.
+
+    In bfloat16 small updates are lost, and a head does not take the float32 states that come out of a quantised model.
+    """
+    if getattr(model.get_base_model(), "is_quantized", False):
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+                parameter.data = parameter.data.float()
 
 
 def load_pairs(data: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:

@@ -243,3 +243,19 @@ def test_report_to_reaches_the_trainer(run, tmp_path):
     run("classification", "bert", LABELLED, "--report_to", "tensorboard")
     assert list((tmp_path / "out").rglob("events.out.tfevents*"))
     assert AutoTokenizer.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "quantised"), [("reward", PAIRS, "4bit"), ("classification", LABELLED, "8bit")]
+)
+def test_a_quantised_base(run, model_dir, tmp_path, task, rows, quantised, capsys):
+    """What is trained stays in float32, also where trl would cast it."""
+    pytest.importorskip("bitsandbytes")
+    if task == "reward":
+        pytest.importorskip("trl")
+    result = run(task, model_dir, rows, f"--load_in_{quantised}", "true")
+    assert {p.dtype for p in result.model.parameters() if p.requires_grad} == {torch.float32}
+    assert f"base weights in {'NF4' if quantised == '4bit' else 'INT8'}" in capsys.readouterr().out
+    words = ["--data", tmp_path / "data.jsonl", "--held_out", f"--load_in_{quantised}", "true"]
+    assert main(["evaluate", str(tmp_path / "out"), *map(str, words)]) == 0
+    assert f"{result.after['loss']:.4g}" in capsys.readouterr().out
