@@ -15,7 +15,7 @@ from transformers import (
     set_seed,
 )
 
-from aslora_meft.adapter import load_tokenizer
+from aslora_meft.adapter import check_targets, load_tokenizer
 from aslora_meft.arguments.checks import check_optimizer, check_output
 from aslora_meft.arguments.groups import TrainArguments, TrainerArguments
 from aslora_meft.arguments.text import parse_json
@@ -74,15 +74,14 @@ def train(arguments: TrainArguments) -> TrainResult:
     data = task.load_data()
     base = task.load_model(args.device)
 
+    check_targets(base, arguments.adapter)
+    repository = prepare_push(args)
     set_seed(args.seed)  # the adapter's first values
-    args.push_to_hub, pushes = False, args.push_to_hub  # the Trainer would push by itself
     stop = StopAtStep()
     with as_usage_error(OSError, prefix=f"output_dir={args.output_dir!r} cannot be made: "):
         trainer = task.make_trainer(base, arguments.adapter, data, [stop])
         with as_usage_error(ValueError, ImportError, TypeError):  # what TrainingArguments leaves to the Trainer
             trainer.get_train_dataloader()
-    args.push_to_hub = pushes
-    repository = prepare_push(args)
     model: Any = trainer.model
     if shares(model):
         trainer.add_callback(MergeEvents())
