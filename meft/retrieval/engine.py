@@ -264,6 +264,8 @@ class Engine:
         pending.rows = None  # the graph holds `pending`
         if not rows.in_place:
             rows = self._arrived(pending, rows, x)
+        if rows.in_place and not torch.is_grad_enabled():
+            return output_of(x, None, rows)
         factors = idle = None
         if self.config.router_factor:
             factors = logits.gather(1, experts_of(selection, layer.neurons_per_expert))
