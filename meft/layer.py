@@ -218,13 +218,13 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             saved.rows = None
             if saved.refetched and now is not None:
                 self._gather_below(now, key)
-        checkpointed, recomputes = context.checkpointed(), context.in_checkpoint_recompute()
-        # Of a checkpointed layer the rows are kept for its recomputation, whose graph then has them.
-        refetches = engine.refetches(x.device)
-        refetch = refetches and torch.is_grad_enabled() and not checkpointed and not recomputes
-        fingerprint = None
-        if saved is None and now is not None and now.recorded and checkpointed:
-            fingerprint = context.input_fingerprint(x)  # now: the base FFN may write into its input
+        fingerprint, refetches, refetch = None, False, False
+        if torch.is_grad_enabled() or (now is not None and now.recorded):
+            checkpointed, refetches = context.checkpointed(), engine.refetches(x.device)
+            # Of a checkpointed layer the rows are kept for its recomputation, whose graph then has them.
+            refetch = refetches and not checkpointed and not context.in_checkpoint_recompute()
+            if saved is None and now is not None and now.recorded and checkpointed:
+                fingerprint = context.input_fingerprint(x)  # now: the base FFN may write into its input
         version = None if wide.is_inference() else wide._version  # an inference tensor counts no writes
 
         def finish() -> Tensor:

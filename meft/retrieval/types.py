@@ -91,7 +91,7 @@ class PendingForward:
     Attributes:
         selection: the picks; None until somebody has waited for them, and once a backward pass is through with them.
         rows: their rows; None before they were queued, and once they were used.
-        versions: of keys and values as they are read.
+        versions: of keys and values as they are read; None without a graph.
         recomputed: whether this is a recomputation of gradient checkpointing.
         on_host: whether a model on the CPU reads the rows where they are; no stream takes part.
         gather: waits for the picks and queues their rows, if that was not done yet.
@@ -100,7 +100,7 @@ class PendingForward:
     layer: LayerRows
     selection: Selection | None
     rows: GatheredRows | None
-    versions: tuple[int, int]
+    versions: tuple[int, int] | None
     recomputed: bool
     on_host: bool = False
     gather: Callable[[], tuple[Selection, GatheredRows]] | None = None
@@ -112,7 +112,7 @@ class PendingForward:
         return self.selection
 
 
-def check_versions(seen: tuple[int, int], now: tuple[int, int]) -> None:
+def check_versions(seen: tuple[int, int] | None, now: tuple[int, int]) -> None:
     """Raises: RuntimeError: keys or values were updated since a forward pass read them."""
     if seen != now:
         raise RuntimeError(

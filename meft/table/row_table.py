@@ -119,7 +119,8 @@ class RowTable(SharedRows):
 
     def read_in_place(self) -> Tensor:
         """The rows as they are read, [r, d] in the compute dtype, for a host that also makes their updates."""
-        self.synchronize()
+        if self._pending is not None:
+            self.synchronize()
         with self.lock:
             return self._current()
 

@@ -1,4 +1,4 @@
-"""From hidden states to the rows that they use: `router_topk`, `expert_topk` and `row_union_window` one after the other.
+"""From hidden states to the rows that they use: `router_topk`, `expert_topk` and `row_union_window` in turn.
 
 In host memory the C++ library does the three in one call (`host_topk`), where nobody looks at what happens between
 them: of few tokens most of the time is that of the calls.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..runtime import dispatch
@@ -27,7 +26,7 @@ class SelectedRows(NamedTuple):
         ids: int32 [T, K], each token's neurons, the largest score first; -1 after the last.
         scores, dots: [T, K], float32 or float64, with the router's factor and without; 0 where there is no neuron.
         rows: int32, the distinct ids, ascending, in a buffer of the size that they can have.
-        count: int32 [1], how many there are.
+        size: int32 [1], how many there are.
         position: int32 [T, K], each pick's place in `rows`, -1 where there is none.
     """
 
@@ -35,7 +34,7 @@ class SelectedRows(NamedTuple):
     scores: Tensor
     dots: Tensor
     rows: Tensor
-    count: Tensor
+    size: Tensor
     position: Tensor
 
 
@@ -55,7 +54,8 @@ def select_rows(
     """
     E, r = logits.shape[-1], len(keys)
     K = min(K, P * (r // max(1, E)))
-    if dispatch.at_once(x) and dispatch.at_once(logits) and not dispatch.debug():
+    apart = dispatch.debug() or dispatch.use_triton(None, x.device)
+    if not apart and dispatch.at_once(x, logits):
         made = host_topk.select_rows(x, logits, keys, P, K, factor, load)
         if made is not None:
             return SelectedRows(*made)

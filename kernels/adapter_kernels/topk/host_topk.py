@@ -1,4 +1,4 @@
-"""`router_topk`, `expert_topk`, `row_union` and the three in one call in host memory, by a small C++ library, or else by torch.
+"""`router_topk`, `expert_topk`, `row_union` and the three in one call in host memory, by a small C++ library.
 
 The torch path of `expert_topk` makes a product of two small matrices an expert, each with a copy of its keys in fp32
 and of its tokens. The library reads each key once, in its own dtype, and multiplies while it is in the cache. It picks
@@ -120,9 +120,14 @@ def row_union(
 def select_rows(
     x: Tensor, logits: Tensor, keys: Tensor, P: int, K: int, factor: bool, load: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-    """`select_rows`; None where the library is not there or the three ops are to be called one by one."""
+    """`select_rows`; None where the library is not there or the ops, which refuse bad arguments, are to be called."""
+    shapes = x.ndim == logits.ndim == keys.ndim == 2 and x.shape == (logits.shape[0], keys.shape[1])
+    if not shapes or logits.dtype != torch.float32 or not logits.is_cpu or not keys.is_cpu or not keys.is_contiguous():
+        return None
     T, E = logits.shape
-    if logits.dtype != torch.float32 or not handles(x, keys, P, E):
+    if not (1 <= P <= E and K >= 1 and len(keys) and len(keys) % E == 0 and handles(x, keys, P, E)):
+        return None
+    if load is not None and not (load.dtype == torch.int64 and load.shape == (E,) and load.is_contiguous()):
         return None
     library = native_library()
     assert library is not None

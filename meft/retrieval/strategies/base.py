@@ -85,7 +85,7 @@ class Strategy(ABC):
             # The kernel multiplies one dtype; the torch path would launch some products an expert and wait for counts.
             keys = keys.to(x.dtype)
         picks = topk.select_neurons(x, logits, keys, layer.config, layer.load_on(x.device))
-        rows, count = picks.rows, picks.count
+        rows, count = picks.rows, picks.size
         copied = [count, rows] if layer.config.on_host else [count]
         coming = Coming(self.streams, copied, self._slots)
         if layer.config.on_host:

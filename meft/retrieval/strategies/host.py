@@ -83,4 +83,4 @@ class Host(Strategy):
 @torch.no_grad()
 def _selected(layer: LayerRows, keys: Tensor, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     picks = topk.select_neurons(x, logits, keys, layer.config, layer.load_on(x.device))
-    return picks.rows[: int(picks.count)], picks.position
+    return picks.rows[: int(picks.size)], picks.position

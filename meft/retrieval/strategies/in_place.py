@@ -29,7 +29,7 @@ class InPlace(Strategy):
 
     def select(self, layer: LayerRows, x: Tensor, logits: Tensor) -> PendingSelection:
         picks = topk.select_neurons(x, logits, layer.keys.read_in_place(), layer.config, layer.load_on(x.device))
-        rows = picks.rows[: int(picks.count)]
+        rows = picks.rows[: int(picks.size)]
         selection = Selection(rows, picks.position, rows.to(torch.int64), picks=picks)
         return PendingSelection(lambda: selection, None)
 
