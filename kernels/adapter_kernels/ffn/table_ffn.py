@@ -1,8 +1,8 @@
 """The FFN of the picked neurons over whole tables in host memory: `sparse_ffn` without gathered rows.
 
 The formula and its gradient are those of `sparse_ffn`; rows are read where they are, and what `expert_topk` has
-computed is not computed again: the scores, and x . key of each pick. Gradients are those of the distinct rows alone. On the CPU
-only, where there is no kernel: these functions are no operations that `torch.compile` would see.
+computed is not computed again: the scores, and x . key of each pick. Gradients are those of the distinct rows alone.
+On the CPU only, where there is no kernel: these functions are no operations that `torch.compile` would see.
 """
 
 from __future__ import annotations
