@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from adapter_kernels import RowState, StepRule
-from kernel_bench.inputs import OURS, Bench, Case, MissingError, Planned, close, find, require, union_size
-from kernel_bench.timing import Contestant
+from benchmarks.kernel_bench.inputs import OURS, Bench, Case, MissingError, Planned, close, find, require, union_size
+from benchmarks.kernel_bench.timing import Contestant
 
 STAGED, EACH_ROW = "host index_select, one copy", "one copy a row"
 TO_COMPACT, TO_TABLE = "device index_select, one D2H copy", "one D2H copy, host index_copy_"

@@ -6,13 +6,14 @@ import subprocess
 import time
 from pathlib import Path
 
-import bench_kernels as bench
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_bench import cases_rows as kernel_cases_rows
-from kernel_bench import inputs, report, run, targets, timing
+
+from benchmarks.kernel_bench import __main__ as bench
+from benchmarks.kernel_bench import cases_rows as kernel_cases_rows
+from benchmarks.kernel_bench import inputs, report, run, targets, timing
 
 ROOT = Path(__file__).resolve().parents[2]
 

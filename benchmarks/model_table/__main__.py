@@ -2,8 +2,8 @@
 
 Tiny random models are made from configurations alone; nothing is downloaded. A few minutes on two cores:
 
-    python benchmarks/make_model_table.py                 # all, writes docs/models.md
-    python benchmarks/make_model_table.py llama gpt2      # some, prints the table
+    python -m benchmarks.model_table                 # all, writes docs/models.md
+    python -m benchmarks.model_table llama gpt2      # some, prints the table
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import warnings
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 import transformers
-from model_table.checks import METHODS, Row, check, model_types
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+from benchmarks.model_table.checks import METHODS, Row, check, model_types
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 _SHORT = {"ASLoRA, default": "ASLoRA", "ASLoRA, all-linear": "ASLoRA `all-linear`", "MEFT, default": "MEFT"}
 
 
@@ -44,7 +44,7 @@ def page(rows: list[Row]) -> str:
         [
             "# Models",
             "",
-            "<!-- made by benchmarks/make_model_table.py -->",
+            "<!-- made by python -m benchmarks.model_table -->",
             "",
             f"{len(tried)} architectures of transformers {transformers.__version__}, each as a tiny random model that "
             "is made from its configuration: the model trains for a few steps (a gradient reaches the adapter and the "

@@ -1,4 +1,4 @@
-"""The result file of `bench_aslora_quality.py`: one row a run, replaced atomically after each, looked up on a rerun."""
+"""A result file: one row a run, replaced atomically after each, looked up on a rerun."""
 
 import fcntl
 import json

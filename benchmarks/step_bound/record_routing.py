@@ -1,7 +1,7 @@
 """How often a trained MEFT uses each neuron, and how many a micro-batch uses, recorded from SmolLM2-135M.
 
-    python benchmarks/record_routing.py --data DIR            # into benchmarks/results/routing_smollm2.npz
-    python benchmarks/record_routing.py --model FOLDER --data DIR --steps 2 --r 64 --passes 1 --out FILE
+    python -m benchmarks.step_bound.record_routing --data DIR            # into benchmarks/results/routing_smollm2.npz
+    python -m benchmarks.step_bound.record_routing --model FOLDER --data DIR --steps 2 --r 64 --passes 1 --out FILE
 
 DIR holds `wikitext2/`. A short training run with MEFT on its validation text (AdamW, linear warm-up of 10 %, no decay)
 moves keys, values and router away from their start; then, without training, micro-batches of its test text are run and
@@ -21,17 +21,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from environment import environment
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import meft.routing.topk
+from benchmarks.common.environment import environment
 from meft import MEFTConfig
 from peft_bridge import replace_file
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "benchmarks" / "results" / "routing_smollm2.npz"
-# Batch x length: those of bench_24gb.py, and one more to see how the union grows.
+# Batch x length: those of benchmarks.card_24gb, and one more to see how the union grows.
 SHAPES = ((1, 256), (2, 256), (4, 256), (8, 256), (1, 2048), (16, 256))
 
 
@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     config = model.peft_config["default"]
     counter, shares = record(model, recorded_on, args.r, args.passes)
     about = {
-        "command": "python benchmarks/record_routing.py --data ../shared/data",
+        "command": "python -m benchmarks.step_bound.record_routing --data ../shared/data",
         "date": date.today().isoformat(),
         "model": "SmolLM2-135M-Instruct", "text": "WikiText-2: validation to train, test to record",
         "r": args.r, "experts": config.experts, "probed": config.probed, "top_k": config.top_k,

@@ -1,10 +1,10 @@
 """A 7B model on one 24 GB card: MEFT by each strategy, the same engine without transport, and every other way.
 
-    python benchmarks/bench_24gb.py                       # on a CUDA machine; a rerun goes on where it was stopped
-    python benchmarks/bench_24gb.py --quick               # the main shape at two |U| / r, one round; under 10 minutes
-    python benchmarks/bench_24gb.py --no-gate             # training was checked just before: see `device_check.py`
-    python benchmarks/bench_24gb.py --only 'r 6400.*stream'   # some cells; the yardstick of each is measured with it
-    python benchmarks/bench_24gb.py --dry-run --out DIR   # everything, on tiny shapes on the CPU; measures nothing
+    python -m benchmarks.card_24gb                       # on a CUDA machine; a rerun goes on where it was stopped
+    python -m benchmarks.card_24gb --quick               # the main shape at two |U| / r, one round; under 10 minutes
+    python -m benchmarks.card_24gb --no-gate             # training was checked just before: see `device_check.py`
+    python -m benchmarks.card_24gb --only 'r 6400.*stream'   # some cells; the yardstick of each is measured with it
+    python -m benchmarks.card_24gb --dry-run --out DIR   # everything, on tiny shapes on the CPU; measures nothing
 
 From a checkout, with nothing installed but torch, triton, transformers and peft (bitsandbytes and torchao add rows):
 
@@ -12,7 +12,7 @@ From a checkout, with nothing installed but torch, triton, transformers and peft
         meft/table/row_adamw.cpp -o meft/table/_row_adamw.so    # the host's row update, else by torch operations
     g++ (the same) \
         kernels/adapter_kernels/topk/host_topk.cpp -o kernels/adapter_kernels/topk/_host_topk.so    # the host's picks
-    PYTHONPATH=kernels:. python benchmarks/bench_24gb.py --out $OUT
+    PYTHONPATH=kernels python -m benchmarks.card_24gb --out $OUT
 
 Llama-2-7B and Mistral-7B shapes with random frozen weights; torch's allocator is capped at 22.5 GiB. |U| / r is forced,
 or drawn from a recording (`card_24gb/routing.py`). A strategy whose training differs from that of rows that are read
@@ -37,15 +37,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from card_24gb import report
-from card_24gb.contestants import missing
-from card_24gb.plan import Cell, Group, dry_plan, plan, quick_plan, rotated
-from card_24gb.rows import Rows, environment
-from card_24gb.steps import Settings
-from card_24gb.targets import times_bound, traffic_error
-from card_24gb.worker import Emit, Job, Worker
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.card_24gb.contestants import missing
+from benchmarks.card_24gb.plan import Cell, Group, dry_plan, plan, quick_plan, rotated
+from benchmarks.card_24gb.report import table as report
+from benchmarks.card_24gb.report.rows import Rows, environment
+from benchmarks.card_24gb.report.targets import times_bound, traffic_error
+from benchmarks.card_24gb.steps import Settings
+from benchmarks.card_24gb.worker import Emit, Job, Worker
+
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 MINUTES = 8.3  # of 9: the rest is for what a worker is in the middle of, and for the plot
 GRACE_S = 25.0  # after which a worker that is late is ended
@@ -58,10 +59,10 @@ Start = Callable[[Path], subprocess.Popen]
 
 def start_worker(job: Path) -> subprocess.Popen:
     """A process for a job."""
-    paths = [str(ROOT / "benchmarks"), str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     asleep = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that wait awake take the cores of the others
     surroundings = asleep | os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, "-m", "card_24gb.worker", str(job)]
+    command = [sys.executable, "-m", "benchmarks.card_24gb.worker", str(job)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=surroundings)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from card_24gb.plan import FLAT_R, FLAT_ROWS, HOST_STRATEGIES, OFFLOADING
+from benchmarks.card_24gb.plan import FLAT_R, FLAT_ROWS, HOST_STRATEGIES, OFFLOADING
 
 MEASURED = "measured"
 MET, MISSED, OPEN = "met", "missed", "not measured"

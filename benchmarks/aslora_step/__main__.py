@@ -1,7 +1,7 @@
 """Time of a training step of ASLoRA beside PEFT's LoRA with the same rank and targets, and what both weigh.
 
-    python benchmarks/bench_aslora_step.py            # all rows, about 20 minutes on 2 cores; a rerun goes on
-    python benchmarks/bench_aslora_step.py --quick    # fewer pairs, without the largest model; keeps no result
+    python -m benchmarks.aslora_step            # all rows, about 20 minutes on 2 cores; a rerun goes on
+    python -m benchmarks.aslora_step --quick    # fewer pairs, without the largest model; keeps no result
 
 Both methods run interleaved in one process over the same frozen weights: a pair is one step (forward, backward,
 optimizer) of each, in changing order; the row's number is the median of the pairs' ratios with a bootstrap interval.
@@ -27,15 +27,15 @@ from statistics import median
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from environment import environment
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from aslora import ASLoRAConfig
 from aslora_meft.demo import smollm2
+from benchmarks.common.environment import environment
 from peft_bridge import replace_file
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "aslora_step.json"
 TARGETS = {"q,v": ["q_proj", "v_proj"], "all-linear": "all-linear"}
 STEP_LIMIT, MERGE_LIMIT = 1.03, 1.0  # times a step of LoRA; extra steps of ASLoRA

@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import torch
-from kernel_bench.report import driver, installed
 
-from card_24gb.plan import HOST_STRATEGIES, Cell
-from card_24gb.steps import ratio_of_rounds
-from card_24gb.targets import CARD_GIB, MEASURED
-from card_24gb.worker import CAP_GIB, DRY, OOM
+from benchmarks.card_24gb.plan import HOST_STRATEGIES, Cell
+from benchmarks.card_24gb.report.targets import CARD_GIB, MEASURED
+from benchmarks.card_24gb.steps import ratio_of_rounds
+from benchmarks.card_24gb.worker import CAP_GIB, DRY, OOM
+from benchmarks.kernel_bench.report import driver, installed
 from meft.table.row_step import native_library
 from peft_bridge import replace_file
 

@@ -1,7 +1,7 @@
 """Time of one MEFT layer on the CPU beside a dense ReLU parallel adapter of the same r.
 
-    python benchmarks/bench_meft_cpu.py            # d 4096, r 6400, and curves over T and r: some 10 minutes
-    python benchmarks/bench_meft_cpu.py --quick    # the two main rows alone, few rounds; keeps no result
+    python -m benchmarks.meft_layer            # d 4096, r 6400, and curves over T and r: some 10 minutes
+    python -m benchmarks.meft_layer --quick    # the two main rows alone, few rounds; keeps no result
 
 Both adapters compute what they add to the FFN's output, its gradients, and one AdamW step: MEFT with its row-wise one,
 the dense adapter with torch's fused one. Forward, backward and update are timed apart. The contestants run in turn in
@@ -21,10 +21,10 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from environment import environment
 from torch import Tensor, nn
 
 from adapter_kernels.runtime.host_threads import VARIABLE
+from benchmarks.common.environment import environment
 from meft import MEFTConfig
 from meft.layer import MEFTLayer
 from meft.num_experts import default_num_experts
@@ -33,7 +33,7 @@ from meft.routing.reference import reference
 from meft.table.row_step import StepRule
 from peft_bridge import replace_file
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "meft_cpu.json"
 D, PROBED, TOP_K, VOCABULARY = 4096, 8, 64, 32_000
 MAIN = (6400, 512)  # r, T
@@ -224,7 +224,7 @@ def main() -> int:
     if args.quick:
         return int(missed)
     result = {
-        "command": "python benchmarks/bench_meft_cpu.py",
+        "command": "python -m benchmarks.meft_layer",
         "date": datetime.date.today().isoformat(),
         "seconds": round(time.perf_counter() - began),
         "environment": environment(),

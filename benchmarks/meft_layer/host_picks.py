@@ -1,13 +1,13 @@
 """Time of picking neurons in host memory: the C++ pass beside the torch path, which made all picks before it.
 
-    python benchmarks/bench_host_picks.py            # r 6400, d 4096, bf16 keys, T 1, 64, 512; a minute or two
-    python benchmarks/bench_host_picks.py --quick    # few rounds; keeps no result
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/bench_host_picks.py    # a run of its own, in the same file
+    python -m benchmarks.meft_layer.host_picks            # r 6400, d 4096, bf16 keys, T 1, 64, 512; a minute or two
+    python -m benchmarks.meft_layer.host_picks --quick    # few rounds; keeps no result
+    OMP_WAIT_POLICY=PASSIVE python -m benchmarks.meft_layer.host_picks    # a run of its own, in the same file
 
 What is timed is what `host` does a layer: `router_topk` and `expert_topk`. The contestants run in turn within a round,
 in a new order each round, and a ratio is the median of the rounds' ratios, with the quartiles. Time on the processor
 (of all threads) is given beside time on the clock, which on a shared machine says more about the others. Gflop/s count
-the products of the candidates' scores. A whole step of a layer with rows in place (float32, `bench_meft_cpu`) is timed
+the products of the candidates' scores. A whole step of a layer with rows in place (float32, `meft_layer`) is timed
 with either way of picking too. Nothing is reported unless the checks of the same run have passed: picks equal those of
 float64 on integer-valued inputs; on Gaussian ones they differ only where scores are within a rounding.
 """
@@ -23,18 +23,18 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median, quantiles
 
-import bench_meft_cpu
 import torch
-from environment import environment
 from torch import Tensor
 
 from adapter_kernels import expert_topk, router_topk
 from adapter_kernels.runtime.host_threads import VARIABLE
 from adapter_kernels.topk import host_topk
 from adapter_kernels.topk.host_topk import native_library
+from benchmarks.common.environment import environment
+from benchmarks.meft_layer import __main__ as whole_layer
 from peft_bridge import replace_file
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "host_picks.json"
 SIZE = (6400, 4096, 320, 8, 64)  # r, d, E, P, K
 TOKENS = (1, 64, 512)
@@ -138,14 +138,14 @@ def in_place(tokens: int, r: int, rounds: int, threads: int) -> dict[str, object
     for kind in ("zipf", "gaussian"):
         torch.manual_seed(0)
         generator = torch.Generator().manual_seed(1)
-        layer = bench_meft_cpu.sparse_layer(r)
+        layer = whole_layer.sparse_layer(r)
         layer.requires_grad_(True)
-        bench_meft_cpu.check(layer, bench_meft_cpu.inputs(kind, min(tokens, 64), generator))
-        step = bench_meft_cpu.sparse_step(layer)
+        whole_layer.check(layer, whole_layer.inputs(kind, min(tokens, 64), generator))
+        step = whole_layer.sparse_step(layer)
         seconds: dict[str, list[float]] = {NATIVE: [], BEFORE: []}
         forward: dict[str, list[float]] = {NATIVE: [], BEFORE: []}
         for i in range(rounds + 1):
-            x = bench_meft_cpu.inputs(kind, tokens, generator)
+            x = whole_layer.inputs(kind, tokens, generator)
             g = torch.randn(x.shape, generator=generator)
             for name in sorted(seconds, reverse=bool(i % 2)):
                 kept = host_topk.native_library

@@ -1,8 +1,8 @@
 """Quality of ASLoRA beside LoRA and VeRA on SmolLM2-135M: banking intents and GSM8K answers.
 
-    python benchmarks/bench_aslora_quality.py --data DIR            # all rows; a rerun goes on where it was stopped
-    python benchmarks/bench_aslora_quality.py --data DIR --quick    # a few short rows, under 10 minutes on 2 cores
-    python benchmarks/bench_aslora_quality.py --report              # only writes the table anew
+    python -m benchmarks.aslora_quality --data DIR            # all rows; a rerun goes on where it was stopped
+    python -m benchmarks.aslora_quality --data DIR --quick    # a few short rows, under 10 minutes on 2 cores
+    python -m benchmarks.aslora_quality --report              # only writes the table anew
 
 DIR holds `banking77/` and `gsm8k/`. All methods share targets, data, order of examples, number of steps and
 optimizer. Each method's learning rate is chosen from three on a held-out part of the training file, with a seed that
@@ -24,9 +24,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import torch.nn.functional as F
-from aslora_quality import report
-from aslora_quality.rows import Rows
-from aslora_quality.tasks import (
+from peft import LoraConfig, VeraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
+
+from aslora_meft.demo import smollm2
+from benchmarks.aslora_quality import report
+from benchmarks.aslora_quality.tasks import (
     TASKS,
     DataError,
     Task,
@@ -37,13 +40,10 @@ from aslora_quality.tasks import (
     score,
     training_batches,
 )
-from environment import environment
-from peft import LoraConfig, VeraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
+from benchmarks.common.environment import environment
+from benchmarks.common.rows import Rows
 
-from aslora_meft.demo import smollm2
-
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 # Every linear layer: in a trial (16 intents, 40 steps, one run each) LoRA on q and v alone, the paper's choice, was far
 # behind, 65 % against 74 %, and with all layers a whole rank of LoRA comes closer to ASLoRA's end count.

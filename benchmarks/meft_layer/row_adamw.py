@@ -1,7 +1,7 @@
 """Time of one AdamW step on scattered rows of a table in host memory: ours beside torch's optimizers.
 
-    python benchmarks/bench_row_adamw.py            # 2048 of 6144 rows of 4096, float32; under 2 minutes on 2 cores
-    python benchmarks/bench_row_adamw.py --quick    # few rounds; keeps no result
+    python -m benchmarks.meft_layer.row_adamw           # 2048 of 6144 rows of 4096, float32; under 2 minutes on 2 cores
+    python -m benchmarks.meft_layer.row_adamw --quick   # few rounds; keeps no result
 
 All contestants run in turn within a round, in a new order each round, so that what else the machine does falls on all
 alike; a ratio is the median of the rounds' ratios, with a bootstrap interval. A bandwidth counts what a step must move:
@@ -21,15 +21,15 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import torch
-from environment import environment
 from torch import Tensor
 
 from adapter_kernels.runtime.host_threads import VARIABLE
+from benchmarks.common.environment import environment
 from meft.table.moments import Moments
 from meft.table.row_step import RowState, StepRule, native_library, update_rows
 from peft_bridge import replace_file
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "row_adamw.json"
 SIZE = (6144, 2048, 4096)  # rows of the table, touched rows, values of a row
 BYTES = 28  # a value and step: 4 read, 3 written, of 4 bytes

@@ -1,7 +1,7 @@
 """The engine on a CPU behind a slow, simulated link, beside the bound that `meft.cost.step_time` gives for it.
 
-    python benchmarks/model_24gb_check.py            # into benchmarks/results/model_24gb_check.json: minutes
-    python benchmarks/model_24gb_check.py --quick    # one strategy, fewer steps; keeps no result
+    python -m benchmarks.step_bound.check            # into benchmarks/results/model_24gb_check.json: minutes
+    python -m benchmarks.step_bound.check --quick    # one strategy, fewer steps; keeps no result
 
 The streams are threads that take `bytes / rate` for a copy, one each way, as a card's two copy engines; picks,
 gradients, the host's store and the row optimizer are the real ones. What is checked is the schedule: whether the engine
@@ -21,11 +21,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from environment import environment
 from peft import get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.common.environment import environment
 from meft import MEFTConfig
 from meft.cost import calibration
 from meft.cost.memory import AdapterShape, Plan, Work
@@ -33,7 +33,7 @@ from meft.cost.step_time import BaseModel, Ceilings, step_time
 from meft.transport.transfer import nbytes
 from peft_bridge import replace_file
 
-RESULT = Path(__file__).resolve().parent / "results" / "model_24gb_check.json"
+RESULT = Path(__file__).resolve().parents[1] / "results" / "model_24gb_check.json"
 STRATEGIES = ("device-rows", "device-keys", "stream", "host")
 D, LAYERS, HEADS, FFN, VOCABULARY = 512, 6, 8, 512, 512
 R, BATCH, LENGTH = 2048, 1, 128
@@ -200,7 +200,7 @@ def main() -> int:
         )
     if not args.quick:
         result = {
-            "command": "python benchmarks/model_24gb_check.py",
+            "command": "python -m benchmarks.step_bound.check",
             "link, bytes/s each way (simulated)": RATE,
             "model": {"d": D, "layers": LAYERS, "ffn": FFN, "tokens": BATCH * LENGTH, "dtype": "float32"},
             "seconds of the run": round(time.perf_counter() - began),

@@ -1,8 +1,8 @@
 """The kernels on a CUDA device: first whether they are right, then how fast, beside what the machine and torch can do.
 
     make bench-kernels                                                   # into benchmarks/results; under 8 minutes
-    PYTHONPATH=kernels:. python benchmarks/bench_kernels.py --out $OUT   # from the repository's root, nothing installed
-    PYTHONPATH=kernels:. python benchmarks/bench_kernels.py --rehearse --out DIR   # without a GPU: see below
+    PYTHONPATH=kernels python -m benchmarks.kernel_bench --out $OUT   # from the repository's root, nothing installed
+    PYTHONPATH=kernels python -m benchmarks.kernel_bench --rehearse --out DIR   # without a GPU: see below
 
 Needs torch, triton and, for the plot, matplotlib. An op that fails its check gets no time. In each round every
 contestant runs once, in a new order, after a memset larger than the L2 cache; times are CUDA events, given as their
@@ -22,16 +22,17 @@ import time
 from pathlib import Path
 
 import torch
-from kernel_bench.cases_ffn import gate_ffn, sparse
-from kernel_bench.cases_rows import adamw, gate_adamw, gate_rows, gather, scatter
-from kernel_bench.cases_selection import gate_selection, neurons, routing, routing_and_union, union
-from kernel_bench.inputs import FULL, TINY, TOY, Bench, Shapes
-from kernel_bench.report import REHEARSAL, machine, replace, roofline, stem, table
-from kernel_bench.run import Gate, Plan, beside_a_gemm, measure_ceilings, run_op
-from kernel_bench.targets import OK, Row, choices, place, targets
-from kernel_bench.timing import Clock
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.kernel_bench.cases_ffn import gate_ffn, sparse
+from benchmarks.kernel_bench.cases_rows import adamw, gate_adamw, gate_rows, gather, scatter
+from benchmarks.kernel_bench.cases_selection import gate_selection, neurons, routing, routing_and_union, union
+from benchmarks.kernel_bench.inputs import FULL, TINY, TOY, Bench, Shapes
+from benchmarks.kernel_bench.report import REHEARSAL, machine, replace, roofline, stem, table
+from benchmarks.kernel_bench.run import Gate, Plan, beside_a_gemm, measure_ceilings, run_op
+from benchmarks.kernel_bench.targets import OK, Row, choices, place, targets
+from benchmarks.kernel_bench.timing import Clock
+
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 MINUTES = 7.5  # of 8; the rest is for imports and the plot
 # Each op's function, its gate, and its part of the time.
