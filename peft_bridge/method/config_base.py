@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
-from .atomic_files import replace_file
-from .model_card import write_card
+from ..files.atomic_files import replace_file
+from ..files.model_card import write_card
 
 
 def is_int(value: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import peft.utils.hotswap
 from torch import Tensor, nn
 
-from .peft_private import HOTSWAP_CONFIG_KEYS, HOTSWAP_INSERT_NAME
+from ..peft_private import HOTSWAP_CONFIG_KEYS, HOTSWAP_INSERT_NAME
 
 Swap = Callable[[nn.Module, Any, str, Mapping[str, Tensor]], None]
 

@@ -11,12 +11,12 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
+from ..peft_private import adapters_of, is_key_under_prefixes, tuner_state_dict_key_prefixes
+from ..training.optimizer_steps import StepListener, watch_steps
+from ..training.trainer_runs import RunListener, watch_runs
 from .adapter_file import AdapterFile
 from .config_base import MethodConfig
-from .optimizer_steps import StepListener, watch_steps
-from .peft_private import adapters_of, is_key_under_prefixes, tuner_state_dict_key_prefixes
 from .quantised import keep_trainable_on_cpu
-from .trainer_runs import RunListener, watch_runs
 
 
 @dataclass
