@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peft_bridge.torch_private import other_users, storage_address
 
-from ..transport.host_tensors import keep_from_forks
+from ...transport.host_tensors import keep_from_forks
 
 _IDLE = 2  # passes after which memory that none of them has used is given back
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peft_bridge.torch_private import become
 
-from ..table.watched_rows import Watch, WatchedRows, unwatched
+from ...table.watched_rows import Watch, WatchedRows, unwatched
 from .drain import squares
 
 _LEAST, _MOST = 2.0**-80, float(torch.finfo(torch.float32).max)

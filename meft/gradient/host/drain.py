@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adapter_kernels.runtime.host_threads import host_threads
 
-from ..table.row_step import native_library
+from ...table.row_step import native_library
 
 _BLOCK = 1 << 20  # values that torch widens to double at a time
 
