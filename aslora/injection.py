@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -36,7 +36,7 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def default_targets(
-    config: ASLoRAConfig, known: list[str] | str | None, model_type: str | None, model: nn.Module
+    config: ASLoRAConfig, known: Sequence[str] | None, model_type: str | None, model: nn.Module
 ) -> set[str] | str | None:
     """`target_modules` where the configuration names none.
 

@@ -35,8 +35,9 @@ def gated(op: str, device: object, tiny: bool) -> list[str]:
     """What the gates of the kernel benchmark have against an op."""
     import torch
 
+    from benchmarks.kernel_bench.cases_adamw import gate_adamw
     from benchmarks.kernel_bench.cases_ffn import gate_ffn
-    from benchmarks.kernel_bench.cases_rows import gate_adamw, gate_rows
+    from benchmarks.kernel_bench.cases_rows import gate_rows
     from benchmarks.kernel_bench.cases_selection import gate_selection
     from benchmarks.kernel_bench.inputs import TINY, Bench
     from benchmarks.kernel_bench.timing import Clock

@@ -23,8 +23,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.kernel_bench.cases_adamw import adamw, gate_adamw
 from benchmarks.kernel_bench.cases_ffn import gate_ffn, sparse
-from benchmarks.kernel_bench.cases_rows import adamw, gate_adamw, gate_rows, gather, scatter
+from benchmarks.kernel_bench.cases_rows import gate_rows, gather, scatter
 from benchmarks.kernel_bench.cases_selection import gate_selection, neurons, routing, routing_and_union, union
 from benchmarks.kernel_bench.inputs import FULL, TINY, TOY, Bench, Shapes
 from benchmarks.kernel_bench.report import REHEARSAL, machine, replace, roofline, stem, table

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from benchmarks.kernel_bench.cases_adamw import STEP_DEVICE, STEP_PINNED
 from benchmarks.kernel_bench.cases_ffn import BARE, YARDSTICK
-from benchmarks.kernel_bench.cases_rows import PINNED, STEP_DEVICE, STEP_PINNED, TO_COMPACT, TO_TABLE
+from benchmarks.kernel_bench.cases_rows import PINNED, TO_COMPACT, TO_TABLE
 from benchmarks.kernel_bench.cases_selection import DENSE
 from benchmarks.kernel_bench.inputs import OURS
 
