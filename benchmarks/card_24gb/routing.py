@@ -2,7 +2,7 @@
 
 `0.26`: every token gets K distinct ids out of a subset of exactly round(0.26 r) neurons, all of which are used where
 T K is enough; the subset of a micro-batch and layer is one of seven that take turns. `rows:1024`: the same with a
-fixed size. `recorded`: drawn from what `record_routing.py` counted in a trained SmolLM2-135M, as follows.
+fixed size. `recorded`: from what `benchmarks.step_bound.record_routing` counted in a trained SmolLM2-135M, as follows.
 
 A layer l of L takes the recorded layer floor(30 l / L). Its neurons' counts, sorted, are stretched to r by linear
 interpolation over the rank and dealt to neurons by a random permutation. A token's ids are drawn without replacement

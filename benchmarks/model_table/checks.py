@@ -13,8 +13,8 @@ from transformers import CONFIG_MAPPING
 
 from aslora import ASLoRAConfig
 from aslora.layer import ASLoRALayer
+from benchmarks.model_table.tiny import inputs, model_kind, tiny_model
 from meft import MEFTConfig
-from model_table.tiny import inputs, model_kind, tiny_model
 
 STEPS = 3
 _ASLORA = {"r": 2, "lora_alpha": 4, "init_weights": False}

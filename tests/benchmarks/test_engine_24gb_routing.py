@@ -1,15 +1,15 @@
 """The 24 GB benchmark's routing: forced shares, draws from the recording, and the recording itself."""
 
 import pytest
-import record_routing as record
 import torch
-from card_24gb import models, plan, routing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 
 import meft.routing.topk
 from adapter_kernels import expert_topk
+from benchmarks.card_24gb import models, plan, routing
+from benchmarks.step_bound import record_routing as record
 from meft import MEFTConfig
 
 CPU = torch.device("cpu")
