@@ -219,7 +219,7 @@ class Engine:
             if rows is None:
                 with phase("gather rows"):
                     rows = strategy.gather(layer, selection)
-            layer.count(len(x), len(selection.rows))
+            layer.count(len(x), selection.host_rows)
             return PendingForward(layer, selection, rows, versions, True, strategy.in_place)
         with phase("select"):
             selecting = strategy.select(layer, x, logits)
@@ -228,7 +228,7 @@ class Engine:
             selection = selecting.wait()
             with phase("gather rows"):
                 rows = strategy.gather(layer, selection, selecting.made)
-            layer.count(len(x), len(selection.rows))
+            layer.count(len(x), selection.host_rows)
             return selection, rows
 
         return PendingForward(layer, None, None, versions, False, strategy.in_place, gather)

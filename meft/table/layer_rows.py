@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from ..config import MEFTConfig
 from ..transport.transfer import Traffic
 from .row_table import RowTable
@@ -15,6 +17,7 @@ class LayerRows:
 
     Attributes:
         number: place of the layer among those of the adapter.
+        used: bool [r], where the rows are: the neurons that passes have picked, while somebody records them.
     """
 
     number: int
@@ -22,6 +25,7 @@ class LayerRows:
     values: RowTable
     config: MEFTConfig
     traffic: Traffic
+    used: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -45,9 +49,11 @@ class LayerRows:
         """r / E."""
         return self.config.r // self.config.experts
 
-    def count(self, tokens: int, rows: int) -> None:
-        """A forward pass of some tokens has used some rows."""
+    def count(self, tokens: int, rows: Tensor) -> None:
+        """A forward pass of some tokens has used some rows, int64 [u] where the tables are."""
         traffic = self.traffic
         traffic.forwards += 1
         traffic.tokens += tokens
-        traffic.union_rows += rows
+        traffic.union_rows += len(rows)
+        if self.used is not None:
+            self.used[rows] = True
