@@ -135,6 +135,15 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
 
     # ------------------------------------------------------------------ PEFT's frame
 
+    def __getattr__(self, name: str) -> Any:
+        """What some models read of an FFN beside calling it (X-MOD's `output.adapter_modules`)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name == "base_layer":  # hooks and the like are each module's own
+                raise
+            return getattr(self.get_base_layer(), name)
+
     def _base_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Of the FFN's first floating-point parameter; where all are packed (4 bit), what they are computed in."""
         parameters = list(self.base_layer.parameters())
