@@ -15,7 +15,7 @@ from aslora_meft.tasks.table import TASKS
 from aslora_meft.training.finish import DATA_FORM
 from aslora_meft.training.summary import shown
 from aslora_meft.use.loaded import UseArguments, base_of, model_arguments, name_of
-from peft_bridge import read_results
+from aslora_meft.use.saved import saved_results
 
 EVALUATED = ("reward", "classification", "seq2seq")
 
@@ -36,7 +36,7 @@ def evaluate_task(folders: list[str], use: UseArguments, values: dict[str, Any],
             f"compare=True has no meaning with task={name}: the base model has no head of its own; drop it"
         )
     for folder in folders[1:]:
-        other = read_results(Path(folder))
+        other = saved_results(Path(folder).expanduser())
         if (other.get("task"), other.get("labels")) != (name, results.get("labels")):
             raise UsageError(
                 f"ADAPTER_DIR='{folder}' has another task or labels than '{folders[0]}'; evaluate it alone"
@@ -77,11 +77,11 @@ def _measured(
     model: Any = None
     for folder in folders:
         name = name_of(folder, names)
-        with as_usage_error(ValueError, OSError, ImportError, RuntimeError, prefix=f"ADAPTER_DIR='{folder}': "):
+        with as_usage_error(Exception, prefix=f"ADAPTER_DIR='{folder}': "):
             if model is None:
-                model = PeftModel.from_pretrained(base, folder, adapter_name=name)
+                model = PeftModel.from_pretrained(base, str(Path(folder).expanduser()), adapter_name=name)
             else:
-                model.load_adapter(folder, adapter_name=name)
+                model.load_adapter(str(Path(folder).expanduser()), adapter_name=name)
         names.append(name)
     trainer = task.trainer_of(model, rows, [])
     columns = {}

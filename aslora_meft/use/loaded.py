@@ -14,8 +14,7 @@ import meft  # noqa: F401
 from aslora_meft.adapter import load_model, load_tokenizer
 from aslora_meft.arguments.groups import ModelArguments
 from aslora_meft.errors import UsageError, as_usage_error
-from aslora_meft.use.saved import check_saved_adapter
-from peft_bridge import read_results
+from aslora_meft.use.saved import check_saved_adapter, saved_results
 
 BASE = "base model"
 
@@ -62,9 +61,10 @@ def load_adapters(folders: list[str], args: UseArguments) -> Loaded:
     """
     base = base_of(folders, args.model)
     first = folders[0]
-    own = any((Path(first) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    results = saved_results(Path(first).expanduser())
+    own = any((Path(first).expanduser() / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     wanted = model_arguments(base, args)
-    tokenizer = load_tokenizer(replace(wanted, model=first) if own else wanted)
+    tokenizer = load_tokenizer(replace(wanted, model=str(Path(first).expanduser())) if own else wanted)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = device or torch.device("cpu")
     model = load_model(wanted, device)
@@ -73,10 +73,10 @@ def load_adapters(folders: list[str], args: UseArguments) -> Loaded:
     names: list[str] = []
     for folder in folders:
         name = name_of(folder, names)
-        with as_usage_error(ValueError, OSError, ImportError, RuntimeError, prefix=f"ADAPTER_DIR='{folder}': "):
-            model.load_adapter(str(folder), name)
+        with as_usage_error(Exception, prefix=f"ADAPTER_DIR='{folder}': "):
+            model.load_adapter(str(Path(folder).expanduser()), name)
         names.append(name)
-    return Loaded(model.eval(), tokenizer, names, read_results(Path(first)))
+    return Loaded(model.eval(), tokenizer, names, results)
 
 
 def model_arguments(base: str, args: UseArguments) -> ModelArguments:
@@ -107,8 +107,8 @@ def base_of(folders: list[str], model: str | None, task_type: str = "CAUSAL_LM")
                 "load it from Python as its README.md shows"
             )
     first = folders[0]
-    base = model or bases[first]
-    if base is None:
+    base = bases[first] if model is None else model
+    if not base:
         raise UsageError(f"ADAPTER_DIR='{first}' does not say which base model it was trained on; give it by --model")
     for folder, other in bases.items():
         if model is None and other != base:
