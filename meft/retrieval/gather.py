@@ -27,13 +27,13 @@ from .types import Selection
 
 
 def union_of(ids: Tensor, layer: LayerRows) -> tuple[Tensor, Tensor, Tensor]:
-    """The union of some picks, where they are; without a wait. The experts' load is counted.
+    """The union of some picks, where they are; without a wait. The picks of each row are counted.
 
     Returns:
         rows, int32 [as many as there can be], of which the first `count` are the union; count, int32 [1]; the places of
         the picks in it, int32 [T, K].
     """
-    r, load = layer.config.r, layer.traffic.load_on(ids.device, layer.config.experts)
+    r, load = layer.config.r, layer.traffic.load_on(ids.device, layer.config.r)
     rows, count, _, inverse = row_union_window(ids, r, max(1, min(r, ids.numel())), load=load)
     return rows, count, inverse
 
