@@ -9,7 +9,6 @@ from typing import Any
 from .layer_groups import module_path
 from .sharing.merge_math import groups_of, merged
 from .sharing.merge_unit import MergeUnit
-from .sharing.shared_tensors import SharedB
 
 EARLY_STEPS = 20  # after the warm-up: averages of fewer steps say little
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from aslora_meft.report.run_folder import Run
-from aslora_meft.report.style import DEVICE, HOST, RUNS, Drawing, new_figure, steps_axis
+from aslora_meft.report.style import DEVICE, HOST, RUNS, Drawing, from_zero, new_figure, steps_axis
 
 _SIZE = (6.4, 3.4)
 _MARKED = 40  # points; of more, markers would lie on each other
@@ -65,7 +65,7 @@ def _single(runs: Sequence[Run], name: str, key: str, title: str, label: str, ca
             told.append(f"{run.name}: {values[0]:.3g} at first, at most {max(values):.3g}, {values[-1]:.3g} at last")
     steps_axis(axes)
     axes.set_ylabel(label)
-    axes.set_ylim(bottom=0)
+    from_zero(axes)
     if len(told) > 1:
         axes.legend()
     return Drawing(key, title, figure, f"Line chart of the {title.lower()}. {'; '.join(told)}.", caption)
@@ -96,7 +96,7 @@ def _memory(runs: Sequence[Run]) -> Drawing | None:
                 told.append(f"{label}: at most {max(values):.3g} GiB")
     steps_axis(axes)
     axes.set_ylabel("memory (GiB)")
-    axes.set_ylim(bottom=0)
+    from_zero(axes)
     axes.legend()
     caption = "Host: resident memory of the process. Device: PyTorch's peak so far."
     return Drawing("memory", "Memory", figure, f"Line chart of memory. {'; '.join(told)}.", caption)

@@ -80,7 +80,9 @@ def projections_of(
     note = None
     recorded = _recorded(lines)
     sharing = results.get("sharing")
-    candidates = [(_list(sharing.get("projections")), _list(sharing.get("merges")))] if isinstance(sharing, dict) else []
+    candidates = (
+        [(_list(sharing.get("projections")), _list(sharing.get("merges")))] if isinstance(sharing, dict) else []
+    )
     if saved is not None:
         try:
             candidates.append(merge_history(saved))

@@ -25,8 +25,9 @@ h3 { font-size: 1rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
 p { margin: .25rem 0; } .soft { color: var(--soft); }
 .run { border-left: 4px solid var(--one); padding-left: .75rem; margin-top: 1rem; overflow-wrap: anywhere; }
 .run.two { border-color: var(--two); }
-.numbers { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: .75rem; margin: 1rem 0; }
-.numbers div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .6rem .8rem; }
+.numbers { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1rem 0; }
+.numbers div { max-width: 100%; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  padding: .6rem .8rem; }
 .numbers b { display: block; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
 .numbers span { color: var(--soft); font-size: .8rem; }
 .note { background: var(--note); border-left: 4px solid var(--note-line); padding: .6rem 1rem; margin: 1rem 0; }
@@ -51,7 +52,8 @@ def page(runs: Sequence[Run], drawings: Sequence[Drawing]) -> str:
     title = " and ".join(run.name for run in runs)
     style = _STYLE.replace("ONE", RUNS[0]).replace("TWO", RUNS[1])
     common = [drawing for drawing in drawings if drawing.run is None]
-    parts = [f"<header><h1>{escape(title)}</h1>", *(_head(run, i) for i, run in enumerate(runs)), "</header>"]
+    heads = [_head(run, i, named=len(runs) > 1) for i, run in enumerate(runs)]
+    parts = [f"<header><h1>{escape(title)}</h1>", *heads, "</header>"]
     parts += [note for i, run in enumerate(runs) if (note := _missing(run, len(runs)))]
     if common:
         parts.append(f"<h2>Training</h2><div class='figures'>{''.join(_figure(d, d.title) for d in common)}</div>")
@@ -72,7 +74,7 @@ def page(runs: Sequence[Run], drawings: Sequence[Drawing]) -> str:
     )
 
 
-def _head(run: Run, number: int) -> str:
+def _head(run: Run, number: int, named: bool) -> str:
     what = [part for part in (run.method, f"on {run.model}" if run.model else "", run.device) if part]
     before, after = (numbers(run.results.get(when)) for when in ("before", "after"))
     cells = [("status", run.status)]
@@ -86,8 +88,9 @@ def _head(run: Run, number: int) -> str:
     if rates := finite(run, "tokens_per_second")[1]:
         cells.append(("tokens per second", f"{sorted(rates)[len(rates) // 2]:,.0f}"))
     boxes = "".join(f"<div><span>{escape(name)}</span><b>{escape(value)}</b></div>" for name, value in cells)
+    name = f"<h3>{escape(run.name)}</h3>" if named else ""
     return (
-        f"<div class='run{' two' if number else ''}'><h3>{escape(run.name)}</h3>"
+        f"<div class='run{' two' if number else ''}'>{name}"
         f"<p class='soft'>{escape(', '.join(what))}</p><div class='numbers'>{boxes}</div></div>"
     )
 

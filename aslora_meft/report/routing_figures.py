@@ -11,7 +11,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFor
 from aslora_meft.report.curves import finite, plot
 from aslora_meft.report.routing import LayerUse
 from aslora_meft.report.run_folder import Run
-from aslora_meft.report.style import COLOURS, DEVICE, HOST, RUNS, Drawing, new_figure, steps_axis
+from aslora_meft.report.style import COLOURS, DEVICE, HOST, RUNS, Drawing, from_zero, new_figure, steps_axis
 from aslora_meft.training.run_record import TOP_SHARES
 
 _MOST_LABELS = 40
@@ -165,7 +165,7 @@ def _bytes(run: Run, number: int) -> Drawing | None:
         return None
     steps_axis(axes)
     axes.set_ylabel("MiB per optimizer step")
-    axes.set_ylim(bottom=0)
+    from_zero(axes)
     axes.legend()
     alt = f"Line chart of the bytes that cross in {run.name}: {'; '.join(told)}."
     return Drawing(f"bytes_{number + 1}", "Bytes between host and device", figure, alt, "", number)

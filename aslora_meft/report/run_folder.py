@@ -91,19 +91,16 @@ def read_run(field_name: str, value: str) -> Run:
         _read_trainer_state(run, places)
     _read_method(run, lines, places)
     _describe(run, lines, checkpoints)
-    if all(place == folder or not _any(place) for place in places) and not run.logs and not run.adapter:
-        if not run.results and run.missing:
-            raise UsageError(f"{field_name}={value!r} cannot be reported: {run.missing[0]}")
+    if not (lines or run.logs or run.adapter or run.results):
+        raise UsageError(f"{field_name}={value!r} cannot be reported: {run.missing[0].rstrip('.')}")
     return run
-
-
-def _any(place: Path) -> bool:
-    return (place / TRAINER_STATE_NAME).is_file() or (place / CONFIG_NAME).is_file()
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Newest first."""
-    found = [(int(m[1]), path) for path in folder.iterdir() if (m := _CHECKPOINT.fullmatch(path.name)) and path.is_dir()]
+    found = [
+        (int(m[1]), path) for path in folder.iterdir() if (m := _CHECKPOINT.fullmatch(path.name)) and path.is_dir()
+    ]
     return [path for _, path in sorted(found, reverse=True)]
 
 

@@ -13,7 +13,7 @@ from matplotlib.colors import Normalize
 from aslora_meft.report.curves import finite
 from aslora_meft.report.merge_map import Projection
 from aslora_meft.report.run_folder import Run
-from aslora_meft.report.style import COLOURS, INK, RUNS, Drawing, new_figure, steps_axis
+from aslora_meft.report.style import COLOURS, INK, RUNS, Drawing, from_zero, new_figure, steps_axis
 
 _MOST_LABELS = 48  # of layers on one axis
 
@@ -109,7 +109,7 @@ def _dendrogram(axes: Any, projection: Projection, scale: Normalize) -> None:
     every = math.ceil(len(order) / _MOST_LABELS)
     axes.set_xticks(range(0, len(order), every), [str(layer) for layer in order[::every]], fontsize=6, rotation=90)
     axes.set_xlim(-0.7, len(order) - 0.3)
-    axes.set_ylim(bottom=0)
+    from_zero(axes)
     axes.grid(axis="x", visible=False)
     axes.set_title(projection.title)
     axes.axhline(0, color=INK, linewidth=0.8)
@@ -124,6 +124,6 @@ def _values(run: Run, number: int) -> Drawing | None:
     axes.step(steps, thousands, where="post", color=RUNS[number])
     steps_axis(axes)
     axes.set_ylabel("trained values (thousands)")
-    axes.set_ylim(bottom=0)
+    from_zero(axes)
     alt = f"Step chart: {run.name} trains {values[0]:,.0f} values at first and {values[-1]:,.0f} at last."
     return Drawing(f"values_{number + 1}", "Trained values", figure, alt, "Each merge removes one B.", number)

@@ -61,7 +61,7 @@ class Drawing(NamedTuple):
 @contextmanager
 def figure_style() -> Iterator[None]:
     """The settings of all figures."""
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(_SETTINGS):  # type: ignore[arg-type]  # it names all keys
         yield
 
 
@@ -75,6 +75,11 @@ def steps_axis(axes: Any) -> None:
     """Optimizer steps, whole numbers."""
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+
+
+def from_zero(axes: Any) -> None:
+    """Let the vertical axis begin at zero, with room above the highest value."""
+    axes.set_ylim(0, max(axes.dataLim.y1, 1e-12) * 1.08)
 
 
 def png(drawing: Drawing) -> bytes:

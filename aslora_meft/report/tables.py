@@ -12,7 +12,7 @@ from aslora_meft.report.curves import finite
 from aslora_meft.report.run_folder import Run, numbers
 
 _ORIGIN = {field.name for field in dataclasses.fields(peft.PeftConfig)}  # about model and version, no hyperparameter
-_NOT_SET = (None, False, [], {}, "")
+_NOT_SET: tuple[Any, ...] = (None, False, [], {}, "")
 
 
 class Table(NamedTuple):

@@ -195,10 +195,14 @@ class RunRecord(TrainerCallback):
     def _write(self) -> None:
         assert self._path is not None
         lines, self._waiting = self._waiting, []
-        text = "".join(json.dumps(line, default=str) + "\n" for line in lines)
+        text = "".join(json.dumps(line, default=_plain) + "\n" for line in lines)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(text)
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value, key=str) if isinstance(value, set | frozenset) else str(value)
 
 
 def _tuner(model: Any) -> Any:
