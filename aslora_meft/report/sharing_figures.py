@@ -23,9 +23,12 @@ def sharing_figures(run: Run, number: int) -> list[Drawing]:
     projections = [projection for projection in run.projections if projection.layers]
     drawings: list[Drawing] = []
     if any(projection.merges for projection in projections):
-        drawings += [_merge_map(run, projections, number), _dendrograms(run, projections, number)]
-    values = _values(run, number)
-    return [*drawings, values] if values is not None else drawings
+        drawings.append(_merge_map(run, projections, number))
+    if (values := _values(run, number)) is not None:
+        drawings.append(values)
+    if any(projection.merges for projection in projections):
+        drawings.append(_dendrograms(run, projections, number))
+    return drawings
 
 
 def _told(projections: list[Projection]) -> str:

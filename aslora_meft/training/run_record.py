@@ -176,7 +176,8 @@ class RunRecord(TrainerCallback):
             before, self._counts[path] = self._counts.get(path, dict.fromkeys(names, 0)), counts
             new = {name: counts[name] - before[name] for name in names}
             load = traffic.row_load
-            picks = load - self._loads[path] if path in self._loads else load
+            known = self._loads.get(path)
+            picks = load - known if known is not None and len(known) else load
             self._loads[path] = load
             if new["forwards"] <= 0 or not len(picks):
                 continue
