@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+from matplotlib.colors import PowerNorm
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from aslora_meft.report.curves import finite, plot
@@ -90,7 +91,14 @@ def _experts(run: Run, number: int) -> Drawing:
         uses = [u for u in run.layer_use if u.layer == layer and len(u.expert_load) == len(totals[layer])]
         order = np.argsort(-totals[layer], kind="stable")
         columns = [np.array(u.expert_load)[order] * len(order) / max(1, sum(u.expert_load)) for u in uses]
-        _map(figure, axes, [u.step for u in uses], np.stack(columns, axis=1), "load / even load", vmin=0)
+        _map(
+            figure,
+            axes,
+            [u.step for u in uses],
+            np.stack(columns, axis=1),
+            "load / even load",
+            norm=PowerNorm(0.4, vmin=0),
+        )
         axes.invert_yaxis()
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axes.set_title(f"Layer {_short(layer)}, {what}")
@@ -129,7 +137,7 @@ def _top_rows(run: Run, number: int) -> Drawing:
         plot(right, list(tenth), middles, color=RUNS[number], label="median layer")
         told = f"the most picked tenth of the neurons gets {middles[-1]:.0f} % of the picks in the median layer at last"
     left.set_xscale("log")
-    left.xaxis.set_major_locator(FixedLocator([100 * share for share in TOP_SHARES]))
+    left.xaxis.set_major_locator(FixedLocator([1, 2, 5, 10, 20, 50, 100]))
     left.xaxis.set_minor_locator(NullLocator())
     left.xaxis.set_major_formatter(PercentFormatter(decimals=0))
     left.set_xlabel("most picked neurons (share of r, log scale)")

@@ -90,9 +90,9 @@ def read_run(field_name: str, value: str) -> Run:
     if not run.logs:
         _read_trainer_state(run, places)
     _read_method(run, lines, places)
-    _describe(run, lines, checkpoints)
-    if not (lines or run.logs or run.adapter or run.results):
+    if run.missing and not (lines or run.logs or run.adapter or run.results):  # what there is cannot be read
         raise UsageError(f"{field_name}={value!r} cannot be reported: {run.missing[0].rstrip('.')}")
+    _describe(run, lines, checkpoints)
     return run
 
 
@@ -185,7 +185,7 @@ def _read_trainer_state(run: Run, places: list[Path]) -> None:
             found = [numbers(entry) for entry in history if isinstance(entry, dict) and _is_step(entry.get("step"))]
             run.logs = sorted(found, key=lambda entry: entry["step"])
             run.max_steps = state["max_steps"] if _is_step(state.get("max_steps")) else 0
-            if not run.logs and _is_step(state.get("global_step")):
+            if not run.logs and _is_step(state.get("global_step")) and state["global_step"]:
                 run.logs = [{"step": float(state["global_step"])}]
             return
 

@@ -31,9 +31,9 @@ TOP_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 class RunRecord(TrainerCallback):
     """Writes `run_record.jsonl` into `output_dir`, one JSON object a line, for `aslora-meft report`.
 
-    Give it to any Trainer as `callbacks=[RunRecord()]`. It records what the Trainer logs, the merges of ASLoRA and the
-    counters of MEFT's layers, each time that the Trainer logs; nothing is written before the first step has been taken.
-    A resumed run appends.
+    Give it to any Trainer as `callbacks=[RunRecord()]`. Each time that the Trainer logs, it records what is logged, the
+    merges of ASLoRA, and the counters of MEFT's layers without evaluation. Nothing is written before the first step has
+    been taken. A resumed run appends.
 
     To the logs it adds `tokens_per_second` (of all processes, without evaluation and saving), `memory/host_gib`
     (resident now) and `memory/device_gib` (PyTorch's peak). The scalars of the methods, `aslora/...` and `meft/...`,
@@ -45,8 +45,8 @@ class RunRecord(TrainerCallback):
         self._waiting: list[dict[str, Any]] = []  # what is to be written once a step has been taken
         self._path: Path | None = None
         self._merges = 0
-        self._counts: dict[str, dict[str, float]] = {}
-        self._loads: dict[str, torch.Tensor] = {}
+        self._counted: dict[str, dict[str, Any]] = {}  # of each layer of MEFT, at the last record
+        self._before_evaluation: dict[str, dict[str, Any]] = {}
         self._next_layers = 0
         self._epoch_tokens: int | None = None
         self._began = self._since = time.perf_counter()
@@ -80,7 +80,7 @@ class RunRecord(TrainerCallback):
             if report.merges:
                 self._waiting.append({"kind": "merges", "step": state.global_step, "merges": report.merges})
         elif hasattr(tuner, "transfer_report"):
-            self._layers(tuner.transfer_report())  # of an evaluation before
+            self._counted = _counters(tuner.transfer_report())  # of an evaluation before
         if isinstance(data, list) and data and isinstance(data[0], dict) and "input_ids" in data[0]:
             self._epoch_tokens = sum(len(sample["input_ids"]) for sample in data)
         self._next_layers = state.global_step
@@ -88,12 +88,22 @@ class RunRecord(TrainerCallback):
         self._tokens = self._tokens_so_far(state, {})
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Count the step's time."""
+        """Count the step's time, and note what an evaluation that is due begins with."""
         now = time.perf_counter()
         self._busy, self._since = self._busy + now - self._since, now
+        tuner = _tuner(kwargs.get("model")) if control.should_evaluate else None
+        if hasattr(tuner, "transfer_report"):
+            self._before_evaluation = _counters(tuner.transfer_report())
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Evaluation is no training."""
+        """Evaluation is no training: neither its time nor its passes count."""
+        tuner = _tuner(kwargs.get("model"))
+        if self._before_evaluation and hasattr(tuner, "transfer_report"):
+            for path, now in _counters(tuner.transfer_report()).items():
+                before, known = self._before_evaluation[path], self._counted.get(path)
+                if known is not None:
+                    self._counted[path] = {name: known[name] + now[name] - before[name] for name in now}
+        self._before_evaluation = {}
         self._since = time.perf_counter()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -169,17 +179,12 @@ class RunRecord(TrainerCallback):
 
     def _layers(self, report: Any) -> dict[str, dict[str, Any]]:
         """Of each layer what has come since the last record; nothing where none had a forward pass."""
-        found = {}
-        for path, traffic in report.layers.items():
-            names = ("forwards", "tokens", "union_rows", "bytes_to_device", "bytes_to_host")
-            counts = {name: getattr(traffic, name) for name in names}
-            before, self._counts[path] = self._counts.get(path, dict.fromkeys(names, 0)), counts
-            new = {name: counts[name] - before[name] for name in names}
-            load = traffic.row_load
-            known = self._loads.get(path)
-            picks = load - known if known is not None and len(known) else load
-            self._loads[path] = load
-            if new["forwards"] <= 0 or not len(picks):
+        found, counters = {}, _counters(report)
+        for path, now in counters.items():
+            before = self._counted.get(path)
+            new = {name: now[name] - before[name] for name in now} if before is not None else now
+            picks = new["load"]
+            if new["forwards"] <= 0:
                 continue
             sums = picks.sort(descending=True).values.cumsum(0)
             tops = [int(sums[max(1, round(share * len(sums))) - 1]) for share in TOP_SHARES]
@@ -188,15 +193,16 @@ class RunRecord(TrainerCallback):
                 "tokens": new["tokens"],
                 "bytes_to_device": new["bytes_to_device"],
                 "bytes_to_host": new["bytes_to_host"],
-                "expert_load": picks.view(traffic.experts, -1).sum(1).tolist(),
+                "expert_load": picks.view(report.layers[path].experts, -1).sum(1).tolist(),
                 "picks_of_top_rows": tops,
             }
+        self._counted = counters
         return found
 
     def _write(self) -> None:
         assert self._path is not None
         lines, self._waiting = self._waiting, []
-        text = "".join(json.dumps(line, default=_plain) + "\n" for line in lines)
+        text = "".join(json.dumps(line, default=_plain, separators=(",", ":")) + "\n" for line in lines)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(text)
@@ -204,6 +210,17 @@ class RunRecord(TrainerCallback):
 
 def _plain(value: Any) -> Any:
     return sorted(value, key=str) if isinstance(value, set | frozenset) else str(value)
+
+
+def _counters(report: Any) -> dict[str, dict[str, Any]]:
+    """Of each layer of MEFT what it has counted; picks of each neuron, int64 [r]."""
+    names = ("forwards", "tokens", "union_rows", "bytes_to_device", "bytes_to_host")
+    found = {}
+    for path, traffic in report.layers.items():
+        load = traffic.row_load
+        counts = {name: getattr(traffic, name) for name in names}
+        found[path] = counts | {"load": load if len(load) else torch.zeros(report.r, dtype=torch.int64, device="cpu")}
+    return found
 
 
 def _tuner(model: Any) -> Any:

@@ -80,14 +80,14 @@ def report(tmp_path, capsys):
 
     def report(*folders):
         assert main(["report", *map(str, folders), "--output", str(tmp_path / "page.html")]) == 0
-        assert capsys.readouterr().out.startswith(f"Report: {tmp_path / 'page.html'}\n")
+        assert f"Report: {tmp_path / 'page.html'}\n" in capsys.readouterr().out
         return Page(tmp_path / "page.html")
 
     return report
 
 
 def record(folder, *lines):
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     (folder / RECORD).write_text("".join(f"{text}\n" for text in texts))
     return folder
@@ -114,7 +114,7 @@ def test_reporters_get_the_scalars_of_the_methods_and_the_record_all_of_them(run
         assert [event.value for event in events.Scalars(name)] == pytest.approx(values, rel=1e-6)
 
 
-def test_the_page_of_an_aslora_run_holds_its_merges(runs, report, tmp_path):
+def test_the_merges_of_a_run_are_those_of_the_model(runs, tmp_path):
     folder, model = runs["ASLORA"]
     merges = model.base_model.sharing_report().merges
     assert len(merges) > 2
@@ -123,20 +123,13 @@ def test_the_page_of_an_aslora_run_holds_its_merges(runs, report, tmp_path):
     found = [(m.step, p.name, list(m.lower), list(m.upper), m.distance) for p in run.projections for m in p.merges]
     expected = [tuple(merge.values()) for merge in merges]
     assert sorted(found) == sorted(expected)
-    page = report(folder)
-    assert page.loads == []
-    assert len(page.ids) == len(set(page.ids))
-    assert all(chart["role"] == "img" and chart["aria-labelledby"] in page.ids for chart in page.charts)
-    assert f"{len(merges)} merges in 2 projections" in page.text
-    pictures = {path.name for path in (tmp_path / "page-figures").iterdir()}
-    assert {"loss.png", "learning_rate.png", "merge_map_1.png", "dendrogram_1.png", "memory.png"} <= pictures
     # Without the record the adapter's file tells of the merges.
     alone = tmp_path / "alone"
     model.save_pretrained(alone)
     assert [p.merges for p in read_run("RUN_DIR", str(alone)).projections] == [p.merges for p in run.projections]
 
 
-def test_the_page_of_a_meft_run_holds_the_use_of_experts_and_neurons(runs, report):
+def test_the_use_of_experts_and_neurons_is_that_of_the_model(runs):
     folder, model = runs["MEFT"]
     uses = read_run("RUN_DIR", str(folder)).layer_use
     for path, traffic in model.base_model.transfer_report().layers.items():
@@ -145,21 +138,40 @@ def test_the_page_of_a_meft_run_holds_the_use_of_experts_and_neurons(runs, repor
         loads = zip(*(use.expert_load for use in own), strict=True)
         assert [sum(load) for load in loads] == traffic.expert_load.tolist()
         assert all(use.top[-1] == sum(use.expert_load) for use in own)
-    page = report(folder)
-    assert page.loads == []
-    assert "Load of the experts over time" in page.text
-    assert "|U| / r" in page.text
-    assert "Bytes between host and device" not in page.text  # rows are read in place here
 
 
-def test_two_runs_side_by_side(runs, report):
+def test_two_runs_side_by_side_on_a_page_that_loads_nothing(runs, report, tmp_path):
     page = report(runs["ASLORA"][0], runs["MEFT"][0])
-    for part in ("ASLORA: Merge map", "MEFT: Load of the experts over time", "training loss of MEFT"):
+    for part in (
+        "ASLORA: Merge map",
+        "MEFT: Load of the experts over time",
+        "training loss of MEFT",
+        "Neurons used, |U| / r",
+    ):
         assert part in page.text
+    assert "Bytes between host and device" not in page.text  # rows are read in place here
+    assert page.loads == []
     assert len(page.ids) == len(set(page.ids))
-    page = report(runs["MEFT"][0], runs["MEFT"][0])  # of one name
-    assert "MEFT (1): Load of the experts" in page.text
-    assert "MEFT (2): Load of the experts" in page.text
+    assert all(chart["role"] == "img" and chart["aria-labelledby"] in page.ids for chart in page.charts)
+    pictures = {path.name for path in (tmp_path / "page-figures").iterdir()}
+    assert len(pictures) == len(page.charts)
+    assert {
+        "loss.png",
+        "memory.png",
+        "merge_map_1.png",
+        "dendrogram_1.png",
+        "experts_2.png",
+        "top_rows_2.png",
+    } <= pictures
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path, report):
+    runs = [
+        record(tmp_path / part / "run", log(1, loss=1.0), log(2, loss=value))
+        for part, value in (("a", 2.0), ("b", 3.0))
+    ]
+    page = report(*runs)
+    assert "training loss of run (1) from 1 to 2; training loss of run (2) from 1 to 3" in page.text
 
 
 def test_leaves_of_a_dendrogram_stand_together():
