@@ -95,13 +95,15 @@ def svg(drawing: Drawing) -> str:
     # Ids of clip paths must differ between the figures of a page.
     with matplotlib.rc_context({"svg.hashsalt": f"{drawing.key}"}):
         drawing.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    drawing.figure.set_layout_engine("none")  # the places are found
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     head, _, body = text.partition(">")
     box = re.search(r'viewBox="[^"]*"', head)
     prefix = f"{drawing.key}-"
-    body = re.sub(r'\bid="', f'id="{prefix}', body)
+    used = set(re.findall(r'(?:href="|url\()#([^")]*)', body))
+    body = re.sub(r' id="([^"]*)"', lambda found: f' id="{prefix}{found[1]}"' if found[1] in used else "", body)
     body = re.sub(r'(href="|url\()#', rf"\1#{prefix}", body)
     body = body.replace(INK, "currentColor").replace(GRID, "var(--grid)")
     body = body.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
