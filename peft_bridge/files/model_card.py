@@ -18,12 +18,18 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME as MODEL_CONFIG
 
 from .atomic_files import replace_file
 
 CARD, RESULTS = "README.md", "results.json"
 BEGIN, END = "<!-- aslora-meft: written at each save -->", "<!-- aslora-meft: end -->"
 _TEMPLATE = "# Model Card for Model ID"  # PEFT's, with every entry left blank
+_PIPELINES = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+}
 _ORIGIN = {field.name for field in dataclasses.fields(peft.PeftConfig)}  # about model and version, no option
 
 
@@ -100,8 +106,8 @@ def _set_head(card: Any, config: dict[str, Any], package: str) -> None:
     if base and _is_folder(base):  # which the hub refuses, and which says nothing to others
         head.base_model = head.base_model if head.base_model != base else None
         tags.discard(f"base_model:adapter:{base}")
-    if config.get("task_type") == "CAUSAL_LM":
-        head.pipeline_tag = head.pipeline_tag or "text-generation"
+    if (tag := _PIPELINES.get(str(config.get("task_type")))) is not None:
+        head.pipeline_tag = head.pipeline_tag or tag
     head.tags = sorted({*tags, package, "aslora-meft"})
 
 
@@ -119,11 +125,12 @@ def _lines(folder: Path, config: dict[str, Any], method: MethodCard) -> list[str
     base = config.get("base_model_name_or_path") or "its base model"
     base = Path(base).name if _is_folder(base) else base
     run = read_results(folder)
+    with_config = (folder / MODEL_CONFIG).is_file()
     sections = [
         f"# {method.name} adapter for {base}",
         method.about,
         "## Load",
-        f"```\npip install aslora-meft\n```\n\n```python\n{_snippet(package, config)}\n```",
+        f"```\npip install aslora-meft\n```\n\n```python\n{_snippet(package, config, with_config)}\n```",
         "`pip install aslora-meft` also lets programs that do not import it load this adapter, such as "
         "lm-evaluation-harness with `peft=`. Where that is switched off (`ASLORA_MEFT_AUTOLOAD=0`), start them by "
         "`aslora-meft run -- PROGRAM ...`.",
@@ -142,11 +149,25 @@ def _lines(folder: Path, config: dict[str, Any], method: MethodCard) -> list[str
     return [part for section in sections for part in (section, "")][:-1]
 
 
-def _snippet(package: str, config: dict[str, Any]) -> str:
+_AUTO = {
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+}
+
+
+def _snippet(package: str, config: dict[str, Any], with_config: bool) -> str:
     note = f"import {package}  # makes PEFT know the method"
-    if config.get("task_type") == "CAUSAL_LM" and config.get("base_model_name_or_path"):
-        load = "model = AutoPeftModelForCausalLM.from_pretrained('PATH_OF_THIS_FOLDER')"
-        return f"{note}\nfrom peft import AutoPeftModelForCausalLM\n\n{load}"
+    auto = _AUTO.get(str(config.get("task_type")))
+    if auto is not None and config.get("base_model_name_or_path"):
+        if with_config:  # which has the size of the head
+            load = "fields = {'id2label': head.id2label, 'pad_token_id': head.pad_token_id}\n"
+            load += f"model = {auto}.from_pretrained(folder, **fields)"
+            imports = f"from peft import {auto}\nfrom transformers import AutoConfig"
+            head = "folder = 'PATH_OF_THIS_FOLDER'\nhead = AutoConfig.from_pretrained(folder)"
+            return f"{note}\n{imports}\n\n{head}\n{load}"
+        load = f"model = {auto}.from_pretrained('PATH_OF_THIS_FOLDER')"
+        return f"{note}\nfrom peft import {auto}\n\n{load}"
     load = "model = PeftModel.from_pretrained(base_model, 'PATH_OF_THIS_FOLDER')"
     return f"{note}\nfrom peft import PeftModel\n\n{load}"
 
