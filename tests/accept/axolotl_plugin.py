@@ -104,7 +104,8 @@ def main() -> None:
         "# The plug-in in axolotl",
         "",
         f"`python tests/accept/axolotl_plugin.py`: {versions}, Python {platform.python_version()}",
-        "(axolotl asks for 3.12); a random Llama of 2 layers. axolotl was installed without its dependencies. A whole training run was not run.",
+        "(axolotl asks for 3.12); a random Llama of 2 layers. axolotl was installed without its dependencies. A whole",
+        "training run was not run.",
         "",
     ]
     for method in SMALL:
