@@ -21,26 +21,22 @@ def record_rows(model: nn.Module, adapter_name: str | None = None) -> Iterator[d
         adapter_name: None: the active one.
 
     Yields:
-        Path in `model` of each FFN with the adapter -> bool [r], where the rows are; True: some token has picked it.
-        Passes replayed from a CUDA graph are not seen.
+        Path in `model` of each FFN with the adapter -> bool [r] in host memory, filled when the block ends; True: some
+        token has picked it. Passes of a CUDA graph are not seen.
 
     Raises:
         ValueError: there is no such adapter.
     """
     name, layers = _layers(model, adapter_name)
-    rows = {path: layer.places[name].rows for path, layer in layers.items()}
-    outer = {path: one.used for path, one in rows.items()}
-    used = {path: torch.zeros(len(one.values.rows), dtype=torch.bool, device=one.values.rows.device)
-            for path, one in rows.items()}  # fmt: skip
-    for path, one in rows.items():
-        one.used = used[path]
+    before = {path: layer.traffic[name].row_load for path, layer in layers.items()}
+    used = {path: torch.zeros(layer.configs[name].r, dtype=torch.bool, device="cpu") for path, layer in layers.items()}
     try:
         yield used
     finally:
-        for path, one in rows.items():
-            before = one.used = outer[path]
-            if before is not None:
-                before |= used[path]
+        for path, layer in layers.items():
+            load = layer.traffic[name].row_load
+            if len(load):
+                used[path].copy_(load > before[path] if len(before[path]) else load > 0)
 
 
 @torch.no_grad()

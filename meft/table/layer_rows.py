@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..config import MEFTConfig
@@ -17,7 +18,6 @@ class LayerRows:
 
     Attributes:
         number: place of the layer among those of the adapter.
-        used: bool [r], where the rows are: the neurons that passes have picked, while somebody records them.
     """
 
     number: int
@@ -25,7 +25,6 @@ class LayerRows:
     values: RowTable
     config: MEFTConfig
     traffic: Traffic
-    used: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -49,11 +48,13 @@ class LayerRows:
         """r / E."""
         return self.config.r // self.config.experts
 
-    def count(self, tokens: int, rows: Tensor) -> None:
-        """A forward pass of some tokens has used some rows, int64 [u] where the tables are."""
+    def load_on(self, device: torch.device) -> Tensor:
+        """The picks of each expert so far, int64 [E], for whoever picks on a device to add to."""
+        return self.traffic.load_on(device, self.config.experts)
+
+    def count(self, tokens: int, rows: int) -> None:
+        """A forward pass of some tokens has used some rows."""
         traffic = self.traffic
         traffic.forwards += 1
         traffic.tokens += tokens
-        traffic.union_rows += len(rows)
-        if self.used is not None:
-            self.used[rows] = True
+        traffic.union_rows += rows
