@@ -91,7 +91,7 @@ class RunRecord(TrainerCallback):
         """Count the step's time, and note what an evaluation that is due begins with."""
         now = time.perf_counter()
         self._busy, self._since = self._busy + now - self._since, now
-        tuner = _tuner(kwargs.get("model")) if control.should_evaluate else None
+        tuner: Any = _tuner(kwargs.get("model")) if control.should_evaluate else None
         if hasattr(tuner, "transfer_report"):
             self._before_evaluation = _counters(tuner.transfer_report())
 
