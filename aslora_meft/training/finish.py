@@ -7,7 +7,7 @@ from typing import Any
 
 from aslora_meft.arguments.groups import DataArguments, TrainArguments
 from peft_bridge import replace_file, write_card
-from peft_bridge.model_card import RESULTS
+from peft_bridge.files.model_card import RESULTS
 
 # How rows were read: evaluate and generate take the same, unless told otherwise.
 DATA_FORM = (

@@ -14,9 +14,9 @@ from peft_bridge.torch_private import PLAIN_TORCH_FUNCTION
 
 from ..table.row_step import multiplied
 from ..transport.host_tensors import check_process, forks
-from .accumulator import Pending, Stored
-from .known_values import KnownValues
-from .pool import held_by_others
+from .host.accumulator import Pending, Stored
+from .host.known_values import KnownValues
+from .host.pool import held_by_others
 from .row_rules import Touched
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meft.gradient.accumulator import Pending, RowSums, whole_of
+from meft.gradient.host.accumulator import Pending, RowSums, whole_of
 from meft.gradient.row_gradient import RowGradient
 
 R, D = 12, 3

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from meft.files.adapter_file import FILE
-from peft_bridge.weights import _saving
+from peft_bridge.files.weights import _saving
 from tests.support.adapter_files import CONFIG, WEIGHTS, edit_config, rewrite
 from tests.support.processes import run_code
 
@@ -250,7 +250,7 @@ def test_a_model_that_has_no_values_yet_loads_after_an_error(tiny, good, damaged
 CHILD = """
 import builtins, os, pathlib, resource, shutil, signal, sys
 import torch, safetensors.torch, peft.peft_model, peft.config
-import meft.transport.host_tensors, meft.files.training_state, peft_bridge.weights
+import meft.transport.host_tensors, meft.files.training_state, peft_bridge.files.weights
 from tests.support.tiny_meft import Tiny
 
 root = pathlib.Path(sys.argv[1])
@@ -290,8 +290,8 @@ def half_a_config():
 
 W, S = "adapter_model.safetensors", "meft_state.json"
 ways = {
-    "weights: half a file": lambda: setattr(peft.peft_model, "safe_save_file", peft_bridge.weights._saving(half)),
-    "weights: before the sync": lambda: setattr(peft_bridge.weights, "sync", die),
+    "weights: half a file": lambda: setattr(peft.peft_model, "safe_save_file", peft_bridge.files.weights._saving(half)),
+    "weights: before the sync": lambda: setattr(peft_bridge.files.weights, "sync", die),
     "weights: before the rename": lambda: dying_replace(W, True),
     "weights: after the rename": lambda: dying_replace(W, False),
     "between weights and config": lambda: setattr(peft.config.PeftConfigMixin, "save_pretrained", die),

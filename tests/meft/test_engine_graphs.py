@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-import meft.gradient.accumulator
+import meft.gradient.host.accumulator
 import meft.table.row_table
 from meft import RowAdamW
 from meft.retrieval.types import PendingForward, Selection
@@ -285,7 +285,7 @@ def test_micro_batches_are_added_up_by_the_thread(tiny):
     for seed in range(2):
         tiny.loss(ours, seed).backward()
     grads = [t.rows.grad for t in tiny.tables(ours)]
-    assert sum(isinstance(g._stored, meft.gradient.accumulator.Pending) for g in grads) == 6
+    assert sum(isinstance(g._stored, meft.gradient.host.accumulator.Pending) for g in grads) == 6
     plain = tiny.adapted(3)
     for seed in range(2):
         tiny.loss(plain, seed).backward()

@@ -327,7 +327,7 @@ def test_an_interrupt_anywhere_leaves_a_whole_state_and_comes_out(tiny, tmp_path
     save, count, at = model.base_model.save_training_state, [0], [-1]
 
     def trace(frame, event, argument):
-        if not frame.f_code.co_filename.endswith(("meft/files/training_state.py", "peft_bridge/atomic_files.py")):
+        if not frame.f_code.co_filename.endswith(("meft/files/training_state.py", "peft_bridge/files/atomic_files.py")):
             return None
         if event == "line" and frame.f_code.co_name != "_remove":
             count[0] += 1
