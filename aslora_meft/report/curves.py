@@ -61,7 +61,8 @@ def _single(runs: Sequence[Run], name: str, key: str, title: str, label: str, ca
     for run, colour in zip(runs, RUNS, strict=False):
         steps, values = finite(run, name)
         if steps:
-            plot(axes, steps, values, color=colour, label=run.name)
+            style = "-" if colour == RUNS[0] else "--"  # curves of two runs may be equal
+            plot(axes, steps, values, color=colour, linestyle=style, label=run.name)
             told.append(f"{run.name}: {values[0]:.3g} at first, at most {max(values):.3g}, {values[-1]:.3g} at last")
     steps_axis(axes)
     axes.set_ylabel(label)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from peft_bridge.model_card import RESULTS
+from peft_bridge.files.model_card import RESULTS
 from transformers.trainer import TRAINER_STATE_NAME
 
 from aslora_meft.arguments.text import local_path

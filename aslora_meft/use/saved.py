@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from peft_bridge.model_card import RESULTS
+from peft_bridge.files.model_card import RESULTS
 from safetensors import SafetensorError, safe_open
 
 from aslora_meft.arguments.checks import check_expressions
