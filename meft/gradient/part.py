@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
-from peft_bridge.torch_private import PLAIN_TORCH_FUNCTION
+from peft_bridge.torch_private import PLAIN_TORCH_FUNCTION, tree_leaves, tree_map
 
 
 class PartOfGradient(torch.Tensor):
