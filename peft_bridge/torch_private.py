@@ -21,6 +21,7 @@ PLAIN_TORCH_FUNCTION: Any = torch._C._disabled_torch_function_impl  # of a subcl
 # The code of the function in which the autograd engine is at work.
 ENGINE_CODE: CodeType = _engine_run_backward.__code__
 foreach_norm = torch._foreach_norm
+make_wrapper_subclass = torch.Tensor._make_wrapper_subclass  # a tensor without memory of its own
 GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 GET_GRAD = torch.Tensor.grad.__get__  # type: ignore[union-attr]

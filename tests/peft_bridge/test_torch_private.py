@@ -25,6 +25,7 @@ from peft_bridge.torch_private import (
     is_parameter,
     is_profiling,
     is_transformed,
+    make_wrapper_subclass,
     other_users,
     saved_tensors_hooked,
     storage_address,
@@ -198,3 +199,14 @@ def test_a_dispatch_mode_sees_each_operation():
 def test_norms_of_many_tensors_at_once():
     norms = foreach_norm([torch.tensor([3.0, 4.0]), torch.tensor([[12.0]])])
     assert [float(norm) for norm in norms] == [5.0, 12.0]
+
+
+def test_a_wrapper_has_no_memory():
+    class Wrapper(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise NotImplementedError
+
+    made = make_wrapper_subclass(Wrapper, (2, 3), dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert (type(made), made.shape, made.dtype, made.device.type) == (Wrapper, (2, 3), torch.bfloat16, "cpu")
+    assert made.untyped_storage().data_ptr() == 0
