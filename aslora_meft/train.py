@@ -25,6 +25,7 @@ from aslora_meft.arguments.text import parse_json
 from aslora_meft.data.samples import IGNORED, Samples, load_samples
 from aslora_meft.errors import UsageError, as_usage_error
 from aslora_meft.training.checkpoints import checkpoint_to_resume, set_aside
+from aslora_meft.training.failed_writes import nothing_half_written
 from aslora_meft.training.finish import next_commands, write_results
 from aslora_meft.training.hub import prepare_push, push
 from aslora_meft.training.interrupt import Interrupted, StopAtStep
@@ -106,7 +107,8 @@ def train(arguments: TrainArguments) -> TrainResult:
             aside = set_aside(torn)
             warnings.warn(f"'{torn}' is not whole ({why}): it is now '{aside}', the run goes on from '{checkpoint}'.")
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        with nothing_half_written(args.output_dir):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     finally:
         stop.give_back()
     if stop.step is not None:
@@ -118,7 +120,8 @@ def train(arguments: TrainArguments) -> TrainResult:
     tuner: Any = model.base_model
     if shares(model):
         tuner.finish_sharing()
-    trainer.save_model()
+    with nothing_half_written(args.output_dir):
+        trainer.save_model()
     if trainer.is_world_process_zero():
         results: dict[str, Any] = {"before": before, "after": after}
         print("\n" + metrics_table(before, after))
@@ -130,7 +133,8 @@ def train(arguments: TrainArguments) -> TrainResult:
             transfers = tuner.transfer_report()
             results["transfers"] = transfers.to_dict()
             print(f"\n{transfers}")
-        write_results(arguments, results)
+        with nothing_half_written(args.output_dir):
+            write_results(arguments, results)
         print(f"\nAdapter and tokenizer: {Path(args.output_dir).resolve()}")
         if repository is not None:
             print(f"Pushed to: {push(args.output_dir, repository, args.hub_token)}")

@@ -135,6 +135,15 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
 
     # ------------------------------------------------------------------ PEFT's frame
 
+    def __getattr__(self, name: str) -> Any:
+        """What some models read of an FFN beside calling it (X-MOD's `output.adapter_modules`)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name == "base_layer":  # hooks and the like are each module's own
+                raise
+            return getattr(self.get_base_layer(), name)
+
     def _base_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Of the FFN's first floating-point parameter; where all are packed (4 bit), what they are computed in."""
         parameters = list(self.base_layer.parameters())
@@ -218,13 +227,13 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             saved.rows = None
             if saved.refetched and now is not None:
                 self._gather_below(now, key)
-        checkpointed, recomputes = context.checkpointed(), context.in_checkpoint_recompute()
-        # Of a checkpointed layer the rows are kept for its recomputation, whose graph then has them.
-        refetches = engine.refetches(x.device)
-        refetch = refetches and torch.is_grad_enabled() and not checkpointed and not recomputes
-        fingerprint = None
-        if saved is None and now is not None and now.recorded and checkpointed:
-            fingerprint = context.input_fingerprint(x)  # now: the base FFN may write into its input
+        fingerprint, refetches, refetch = None, False, False
+        if torch.is_grad_enabled() or (now is not None and now.recorded):
+            checkpointed, refetches = context.checkpointed(), engine.refetches(x.device)
+            # Of a checkpointed layer the rows are kept for its recomputation, whose graph then has them.
+            refetch = refetches and not checkpointed and not context.in_checkpoint_recompute()
+            if saved is None and now is not None and now.recorded and checkpointed:
+                fingerprint = context.input_fingerprint(x)  # now: the base FFN may write into its input
         version = None if wide.is_inference() else wide._version  # an inference tensor counts no writes
 
         def finish() -> Tensor:

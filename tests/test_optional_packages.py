@@ -10,8 +10,8 @@ import importlib, pkgutil
 ROOMS = ("adapter_kernels", "peft_bridge", "aslora", "meft", "aslora_meft")
 for room in ROOMS:
     for found in pkgutil.walk_packages(importlib.import_module(room).__path__, room + "."):
-        # Not what runs when it is imported, nor C++ libraries, which are no modules of Python.
-        if not found.name.endswith("__main__") and "._" not in found.name:
+        # Not what runs when it is imported, what other programs load, nor C++ libraries, which are no modules of Python.
+        if not found.name.endswith("__main__") and "._" not in found.name and ".plugins." not in found.name:
             importlib.import_module(found.name)
 """
 # As where they are not installed: neither their modules nor what the package index says of them.

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import DataCollatorForSeq2Seq, EvalPrediction, PreTrainedTokenizerBase
 
+from aslora_meft.arguments.checks import check_range
 from aslora_meft.arguments.groups import DataArguments
 from aslora_meft.arguments.parser import CommandParser
 from aslora_meft.data.files import read_rows
@@ -51,8 +52,9 @@ def run(argv: list[str]) -> None:
     values = parser.read(argv)
     folders = values.pop("adapter_dir")
     options = EvaluateArguments(**{name: values.pop(name) for name in ("held_out", "batch_size")})
-    if options.batch_size < 1:
-        raise UsageError(f"batch_size={options.batch_size} is no number of rows; give at least 1")
+    check_range("batch_size", options.batch_size, 1, 2**31)
+    if values["max_length"] is not None:
+        check_range("max_length", values["max_length"], 2, 2**31)
     use = UseArguments(**{f.name: values.pop(f.name) for f in dataclasses.fields(UseArguments)})
     loaded = load_adapters(folders, use)
     form = loaded.results.get("data_form", {})

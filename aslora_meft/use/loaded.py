@@ -14,8 +14,7 @@ import meft  # noqa: F401
 from aslora_meft.adapter import load_model, load_tokenizer
 from aslora_meft.arguments.groups import ModelArguments
 from aslora_meft.errors import UsageError, as_usage_error
-from aslora_meft.use.saved import check_saved_adapter
-from peft_bridge import read_results
+from aslora_meft.use.saved import check_saved_adapter, saved_results
 
 BASE = "base model"
 
@@ -61,8 +60,8 @@ def load_adapters(folders: list[str], args: UseArguments) -> Loaded:
     """
     bases = {folder: check_saved_adapter("ADAPTER_DIR", folder).get("base_model_name_or_path") for folder in folders}
     first = folders[0]
-    base = args.model or bases[first]
-    if base is None:
+    base = bases[first] if args.model is None else args.model
+    if not base and args.model is None:
         raise UsageError(f"ADAPTER_DIR='{first}' does not say which base model it was trained on; give it by --model")
     for folder, other in bases.items():
         if args.model is None and other != base:
@@ -70,11 +69,12 @@ def load_adapters(folders: list[str], args: UseArguments) -> Loaded:
                 f"ADAPTER_DIR='{folder}' was trained on {other!r} and '{first}' on {base!r}; give adapters of one base "
                 "model, or the model to use by --model"
             )
-    own = any((Path(first) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    results = saved_results(Path(first).expanduser())
+    own = any((Path(first).expanduser() / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     wanted = ModelArguments(
         base, dtype=args.dtype, load_in_4bit=args.load_in_4bit, trust_remote_code=args.trust_remote_code
     )
-    tokenizer = load_tokenizer(replace(wanted, model=first) if own else wanted)
+    tokenizer = load_tokenizer(replace(wanted, model=str(Path(first).expanduser())) if own else wanted)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = device or torch.device("cpu")
     model = load_model(wanted, device)
@@ -83,10 +83,10 @@ def load_adapters(folders: list[str], args: UseArguments) -> Loaded:
     names: list[str] = []
     for folder in folders:
         name = _unused(Path(folder).resolve().name.replace(".", "_") or "adapter", [*names, BASE])
-        with as_usage_error(ValueError, OSError, ImportError, RuntimeError, prefix=f"ADAPTER_DIR='{folder}': "):
-            model.load_adapter(str(folder), name)
+        with as_usage_error(Exception, prefix=f"ADAPTER_DIR='{folder}': "):
+            model.load_adapter(str(Path(folder).expanduser()), name)
         names.append(name)
-    return Loaded(model.eval(), tokenizer, names, read_results(Path(first)))
+    return Loaded(model.eval(), tokenizer, names, results)
 
 
 def _unused(name: str, others: list[str]) -> str:

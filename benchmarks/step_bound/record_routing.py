@@ -61,9 +61,10 @@ def counted(counter: Counter) -> Iterator[None]:
     original = meft.routing.topk.select_neurons
 
     def counting(*args):
-        ids, dots = original(*args)
+        selected = original(*args)
+        ids = selected.ids
         counter.add(ids[ids >= 0], len(ids))
-        return ids, dots
+        return selected
 
     meft.routing.topk.select_neurons = counting
     try:

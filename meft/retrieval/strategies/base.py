@@ -15,7 +15,6 @@ from ...transport.staging import Coming, Slot
 from ...transport.streams import DeviceStreams, StreamEvent
 from ...transport.transfer import nbytes
 from ..costs import AdapterShape, Flow, Work
-from ..gather import union_of
 from ..types import GatheredRows, PendingSelection, Selection
 
 
@@ -85,8 +84,8 @@ class Strategy(ABC):
         if keys.is_cuda and keys.dtype != x.dtype:
             # The kernel multiplies one dtype; the torch path would launch some products an expert and wait for counts.
             keys = keys.to(x.dtype)
-        ids, _ = topk.select_neurons(x, logits, keys, layer.config)
-        rows, count, inverse = union_of(ids, layer)
+        picks = topk.select_neurons(x, logits, keys, layer.config, layer.load_on(x.device))
+        rows, count = picks.rows, picks.size
         copied = [count, rows] if layer.config.on_host else [count]
         coming = Coming(self.streams, copied, self._slots)
         if layer.config.on_host:
@@ -97,7 +96,7 @@ class Strategy(ABC):
                 size, *host = coming.wait()
             union = rows[: int(size)]
             host_rows = host[0][: len(union)] if host else union
-            return Selection(union, inverse, host_rows.to(torch.int64))
+            return Selection(union, picks.position, host_rows.to(torch.int64))
 
         return PendingSelection(wait, coming.made)
 
