@@ -29,6 +29,8 @@ from aslora_meft.training.failed_writes import nothing_half_written
 from aslora_meft.training.finish import next_commands, write_results
 from aslora_meft.training.hub import prepare_push, push
 from aslora_meft.training.interrupt import Interrupted, StopAtStep
+from aslora_meft.training.progress import show_progress
+from aslora_meft.training.run_record import RunRecord
 from aslora_meft.training.summary import merge_lines, merges, metrics_table, run_header, shares
 from aslora_meft.use.metrics import token_metrics, token_sums
 
@@ -98,6 +100,8 @@ def train(arguments: TrainArguments) -> TrainResult:
             preprocess_logits_for_metrics=token_sums,
             callbacks=[stop, MergeEvents()] if shares(model) else [stop],
         )
+        RunRecord().attach(trainer)
+        show_progress(trainer)
         trainer.get_train_dataloader()
     if trainer.is_world_process_zero():
         print(run_header(model, args, samples), flush=True)

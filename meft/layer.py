@@ -92,7 +92,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         ]
         router = Router(config.experts, self.in_features, torch.promote_types(base_dtype, torch.float32), made_on)
         self.configs[adapter_name] = config
-        self.traffic[adapter_name] = Traffic()
+        self.traffic[adapter_name] = Traffic(experts=config.experts)
         self.meft_keys[adapter_name], self.meft_values[adapter_name] = tables
         self.meft_router[adapter_name] = router
         self.join(adapter_name, 0, None)

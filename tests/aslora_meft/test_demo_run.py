@@ -36,6 +36,8 @@ def test_the_demo_on_a_tiny_model(model_dir, tmp_path, monkeypatch, capfd):
         assert part in told
     assert "ASLoRA r 8, at the end" in told
     assert "logits equal, largest difference" in told
+    assert "It says:  And it came to pass" in told
+    assert told.splitlines()[-1] == f"Report: {tmp_path / 'demo-output' / 'adapter' / 'report.html'}"
     assert not (tmp_path / "demo-output" / "of the last run").exists()
 
     # The check can fail: an exported adapter that is a little off is found out.
@@ -54,7 +56,14 @@ def test_the_demo_of_meft_on_a_tiny_model(model_dir, tmp_path, monkeypatch, capf
     monkeypatch.setattr(demo, "HELD_OUT", slice(0, 2000))
     assert demo.main(str(model_dir), "meft", ["--disable_tqdm", "true", "--r", "64"]) == 0
     told = capfd.readouterr().out
-    for part in ("host to device", "device to host", "|U| / r", "busiest expert", "logits equal, largest difference"):
+    for part in (
+        "host to device",
+        "device to host",
+        "|U| / r",
+        "busiest expert",
+        "logits equal, largest difference",
+        "Report: ",
+    ):
         assert part in told
 
     exported = tmp_path / "demo-output" / "model"

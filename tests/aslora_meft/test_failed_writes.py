@@ -53,9 +53,7 @@ def test_an_export_that_cannot_write(model_dir, tmp_path, capsys, file_size, for
     config = (
         ASLoRAConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
         if form in ("lora", "merged")
-        else MEFTConfig(
-            r=16, top_k=16, num_experts=4, experts_per_token=4, router_factor=False, task_type="CAUSAL_LM"
-        )
+        else MEFTConfig(r=16, top_k=16, num_experts=4, experts_per_token=4, router_factor=False, task_type="CAUSAL_LM")
     )
     get_peft_model(LlamaForCausalLM.from_pretrained(model_dir), config).save_pretrained(tmp_path / "adapter")
     file_size(1000)
