@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from peft_bridge.torch_private import PLAIN_TORCH_FUNCTION
+from peft_bridge.torch_private import PLAIN_TORCH_FUNCTION, make_wrapper_subclass
 
 from ..table.row_step import multiplied
 from ..transport.host_tensors import check_process, forks
@@ -93,7 +93,7 @@ class StoredRows(torch.Tensor):
 
     @classmethod
     def _of(cls, stored: Stored, like: Tensor, dtype: torch.dtype | None = None) -> Self:
-        self = torch.Tensor._make_wrapper_subclass(
+        self = make_wrapper_subclass(
             cls, like.shape, dtype=dtype or like.dtype, device=like.device, requires_grad=False
         )
         self._held = _Held(stored, isinstance(like, StoredRows) and like.consumed)

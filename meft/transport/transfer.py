@@ -31,8 +31,8 @@ class Traffic:
         forwards: forward passes that retrieved rows, recomputations included.
         tokens: tokens of these passes, without padding.
         union_rows: sum over the passes of |U|, the distinct neurons that were used.
-        bytes_to_device: rows, and the picks' ids and scores, brought to the device.
-        bytes_to_host: hidden states, router logits, ids and row gradients brought to the host. Ids that are picked on
+        bytes_to_device: rows, and the picks' ids and scores, copied to the device.
+        bytes_to_host: hidden states, router logits, ids and row gradients copied to the host. Ids that are picked on
             the device come with room for as many as there can be, before anybody knows how many there are.
         bytes_zero_copy: rows, moments and gradients that steps on the device moved, both ways (`zero_copy`).
         stall_ms: milliseconds for which the launching thread waited for copies, updates and free staging memory.
