@@ -307,7 +307,7 @@ for number, (point, way) in enumerate(ways.items()):
     folder = shutil.copytree(root / "first", root / str(number))
     child = os.fork()
     if not child:
-        meft.transport.host_tensors._forks = 0  # tables as small as these are in forked processes too
+        meft.transport.host_tensors._forks -= 1  # tables as small as these are in forked processes too
         way()
         model.save_pretrained(folder)
         model.base_model.save_training_state(folder)
