@@ -53,6 +53,11 @@ def become(request, number):
     try:
         exec(compile(request["code"], request["file"], "exec"), vars(main))
         code = 0
+    except SystemExit as end:
+        code = end.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:
         traceback.print_exc()
     finally:
