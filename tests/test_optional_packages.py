@@ -86,7 +86,7 @@ with tempfile.TemporaryDirectory() as folder:
 
 
 def output(program):
-    return run_code("import warnings; warnings.simplefilter('ignore')\n" + program, timeout=300)
+    return run_code("import warnings; warnings.simplefilter('ignore')\n" + program, timeout=300, fresh=True)
 
 
 def test_without_them_all_but_quantised_bases_works_and_those_name_bitsandbytes():

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from peft_bridge.files.model_card import RESULTS
 from transformers.trainer import TRAINER_STATE_NAME
 
 from aslora_meft.arguments.text import local_path
@@ -18,6 +17,7 @@ from aslora_meft.errors import UsageError, as_usage_error
 from aslora_meft.report.merge_map import Projection, projections_of
 from aslora_meft.report.routing import LayerUse, layer_use_of
 from aslora_meft.training.run_record import RECORD
+from peft_bridge.files.model_card import RESULTS
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
