@@ -114,8 +114,8 @@ class MEFTConfig(MethodConfig):
         default="auto",
         metadata={
             "help": "The rows that a backward pass needs: 'save' keeps those of the forward pass on the device, "
-            "'refetch' brings them again, 'auto' is 'save', and what fits where retrieval='auto' chooses for a GPU. Of "
-            "no effect where rows are read in place."
+            "'refetch' gathers them again, 'auto' is 'save', and what fits where retrieval='auto' chooses for a GPU. "
+            "Of no effect where rows are read in place."
         },
     )
     gradient_dtype: str = field(
