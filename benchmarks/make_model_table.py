@@ -36,7 +36,7 @@ def page(rows: list[Row]) -> str:
         beside = f"`{row.targets}`".replace("|", "\\|") if row.found["MEFT, default"].startswith("yes") else ""
         lines.append(f"| {row.model_type} | {row.head} | {' | '.join(cells)} | {beside} |")
     counts = ", ".join(
-        f"{sum(row.found[method] == 'yes' for row in tried)} with {_SHORT[method]}" for method in METHODS
+        f"{sum(row.found[method].startswith('yes') for row in tried)} with {_SHORT[method]}" for method in METHODS
     )
     left = [f"- {row.model_type}: {next(iter(row.found.values()))}" for row in rows if row not in tried]
     listed = [f"{number}. {reason}" for reason, number in reasons.items()]

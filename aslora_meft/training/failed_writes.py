@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-
 from aslora_meft.errors import UsageError
 from aslora_meft.training.checkpoints import last_whole
 

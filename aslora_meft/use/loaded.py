@@ -60,8 +60,8 @@ def load_adapters(folders: list[str], args: UseArguments) -> Loaded:
     """
     bases = {folder: check_saved_adapter("ADAPTER_DIR", folder).get("base_model_name_or_path") for folder in folders}
     first = folders[0]
-    base = bases[first] if args.model is None else args.model
-    if not base and args.model is None:
+    base: str | None = bases[first] if args.model is None else args.model
+    if base is None or (args.model is None and not base):
         raise UsageError(f"ADAPTER_DIR='{first}' does not say which base model it was trained on; give it by --model")
     for folder, other in bases.items():
         if args.model is None and other != base:
