@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ..transport.host_tensors import host_zeros, like_rows
 from ..transport.transfer import PageLock
 from .moments import KEY, Moments, RowMoments, moments_of
+from .node_rows import NodeRows
 from .row_parameter import State
 from .row_step import update_rows
 from .shared_rows import SharedRows
@@ -111,7 +112,8 @@ class RowTable(SharedRows):
             ValueError: what was loaded there does not fit.
         """
         self.synchronize()
-        entry = moments_of(optimizer, self.rows, synchronize=self.synchronize, loaded=self.restored)
+        fresh = self.node.moments if self.node is not None and self.node.unused else None
+        entry = moments_of(optimizer, self.rows, synchronize=self.synchronize, loaded=self.restored, fresh=fresh)
         self.restored, self._stepped_with = None, entry
         return entry
 
@@ -186,6 +188,8 @@ class RowTable(SharedRows):
                 self._compute_copy_state = self.state
             if self._dirty is not None:
                 self._dirty.note(rows, before, self.state)
+            if self.node is not None:
+                self.node.note_own(self._state())
 
     def fill(self, std: float | None) -> None:
         """Fill with N(0, std^2) from torch's global generator, or with zeros (std None), in row blocks."""
@@ -195,6 +199,66 @@ class RowTable(SharedRows):
                     self.rows[block].zero_()
                 else:  # drawn in float32 whatever the dtype, so that equal seeds give equal rows
                     self.rows[block].copy_(torch.empty_like(self.rows[block], dtype=torch.float32).normal_(0, std))
+
+    # ------------------------------------------------------------------ ranks that share the table
+
+    def take_up(self, node: NodeRows) -> Tensor:
+        """Take the masters and the narrower copy that are in shared memory in place of those of this process.
+
+        Returns:
+            the masters of this process.
+        """
+        self.leave_node()
+        self.synchronize()
+        with self.lock, torch.no_grad():
+            self._wait_for_readers()
+            own = self.masters
+            masters, self._compute_copy = node.tensors()
+            self._change(masters)
+            self._compute_copy_state, self.node = None, node
+            self._watch.ranks = len(node.ranks)
+        return own
+
+    def shared_rows_written(self) -> None:
+        """One rank has written all masters in shared memory, and the narrower copy."""
+        with self.lock:
+            self.note_change()
+            self._compute_copy_state = self._state()
+            assert self.node is not None
+            self.node.note_own(self._state())
+
+    def write_shared(self, masters: Tensor) -> None:
+        """Write the masters, and the narrower copy of them, in shared memory."""
+        with self.lock, torch.no_grad():
+            for block in row_blocks(masters):
+                self.masters[block].copy_(masters[block])
+                if self._compute_copy is not None:
+                    self._compute_copy[block].copy_(self.masters[block])
+
+    def leave_node(self) -> None:
+        """Go on with a copy of this process's own."""
+        node = self.node
+        if node is None:
+            return
+        self.synchronize()
+        with self.lock, torch.no_grad():
+            self._wait_for_readers()
+            if self.masters.data_ptr() == node.masters:
+                self._change(like_rows(self.masters, self._dtype).copy_(self.masters))
+            self._compute_copy = self._compute_copy_state = None
+            node.release()
+            self.node, self._watch.ranks = None, 1
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the ranks of this node share the rows as they are now."""
+        return self.node is not None and self.node.holds(self.masters, self.compute_dtype)
+
+    def look(self) -> None:
+        super().look()
+        if self.node is not None and self.node.others_wrote(self._state()):
+            self.note_change()
+            self.node.note_own(self._state())
 
     # ------------------------------------------------------------------ moving, loading, saving
 
@@ -207,6 +271,8 @@ class RowTable(SharedRows):
         probes = [torch.empty(0, dtype=dtype, device=self.rows.device) for dtype in (torch.float32, torch.float64)]
         results = [fn(probe) for probe in probes]
         cast = next((new.dtype for probe, new in zip(probes, results, strict=True) if new.dtype != probe.dtype), None)
+        if cast is not None and (cast != self.compute_dtype or (cast.itemsize >= 4 and cast != self._dtype)):
+            self.leave_node()  # what follows is in memory of this process
         with self.lock, torch.no_grad():
             if cast is not None:
                 self._wait_for_readers()  # the memory that they read is freed

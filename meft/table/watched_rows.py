@@ -53,10 +53,12 @@ class Watch:
             not count.
         read_as: the dtype in which rows are read, where it is narrower than the parameter's.
         on_host: whether the parameter stays where it is, whatever is assigned.
+        ranks: processes that share the memory.
         table: the table of the rows; a queued update is waited for before they are read.
     """
 
     table: weakref.ref[Any] | None = None
+    ranks = 1
 
     def __init__(self, read_as: torch.dtype, on_host: bool) -> None:
         self.handed_out = object()
@@ -125,6 +127,7 @@ class WatchedRows(torch.Tensor):
             source.watch.check_process()
             if func in (GET_DATA, SET_DATA) or getattr(func, "__name__", "") not in _ASK_NO_VALUES:
                 source.watch.wait()
+        _check_shared_writes(func, args, kwargs)
         if func == SET_DATA:
             return assign(args[0], args[1])
         with without_torch_function():
@@ -167,6 +170,12 @@ class WatchedRows(torch.Tensor):
         return values.requires_grad_(self.requires_grad)
 
 
+_IN_PLACE_OPERATORS = {
+    "__iadd__", "__iand__", "__idiv__", "__ifloordiv__", "__ilshift__", "__imod__", "__imul__", "__ior__", "__ipow__",
+    "__irshift__", "__isub__", "__itruediv__", "__ixor__",
+}  # fmt: skip
+
+
 def _watched(args: Any, kwargs: Any) -> list[WatchedRows]:
     watched: list[WatchedRows] = []
     for value in (*args, *(kwargs or {}).values()):
@@ -175,6 +184,30 @@ def _watched(args: Any, kwargs: Any) -> list[WatchedRows]:
         elif isinstance(value, list | tuple):
             watched.extend(element for element in value if isinstance(element, WatchedRows))
     return watched
+
+
+# In-place functions whose result is the same if several processes call them with the same arguments.
+_SAME_IF_REPEATED = {
+    "clamp_", "clamp_max_", "clamp_min_", "copy_", "detach_", "fill_", "index_copy_", "index_fill_", "masked_fill_",
+    "masked_scatter_", "nan_to_num_", "requires_grad_", "scatter_", "share_memory_", "zero_",
+}  # fmt: skip
+
+
+def _check_shared_writes(func: Any, args: Any, kwargs: Any) -> None:
+    """Raises: RuntimeError: rows that several processes share would be changed by each of them in turn."""
+    name = getattr(func, "__name__", "")
+    out = (kwargs or {}).get("out")
+    in_place = name.endswith("_") and not name.endswith("__") and name not in _SAME_IF_REPEATED
+    if not (in_place or out is not None or (name.startswith("__i") and name in _IN_PLACE_OPERATORS)):
+        return
+    targets = [out] if out is not None else list(args[:1])
+    targets = [t for target in targets for t in (target if isinstance(target, list | tuple) else [target])]
+    shared = next((t for t in targets if isinstance(t, WatchedRows) and t.watch.ranks > 1), None)
+    if shared is not None:
+        raise RuntimeError(
+            f"{name} would change MEFT's rows once for each of the {shared.watch.ranks} ranks of this node, which share "
+            "them: compute the new values first, and write them with copy_, the same ones on all ranks."
+        )
 
 
 def _caller() -> str:
