@@ -126,6 +126,14 @@ class NodeSum:
             self._readers[i] = weakref.ref(values.untyped_storage())
             parameter.grad = RowGradient.shared(rows, values, parameter, known)
 
+    def any_over_nodes(self, answer: bool) -> bool:
+        """Whether any node answers yes; all ranks of a node give the same answer."""
+        if self._nodes == 1:
+            return answer
+        if self._leaders is not None:
+            answer = bool(self._over_nodes(torch.tensor([answer], dtype=torch.uint8), dist.ReduceOp.MAX))
+        return self._ranks.any(answer)
+
     def _mark(self, i: int, own: tuple[Tensor, Tensor] | None) -> None:
         mask = self._masks[i][self._ranks.rank]
         mask.zero_()

@@ -61,13 +61,13 @@ class RankAverage:
                 "MEFT does not support DistributedDataParallel.join(): a rank without a batch would leave out the "
                 "averages of the rows' gradients; give all ranks the same number of batches (drop_last=True)."
             )
-        if ddp is not None and (self._shared is None or self._shared() is not ddp or self._parted()):
+        synchronises = ddp is not None and ddp.require_backward_grad_sync and torch.is_grad_enabled()
+        if ddp is not None and (self._shared is None or self._shared() is not ddp or (synchronises and self._parted())):
             check_left_alone(self._tables(), ddp)
             self._share(ddp.process_group)
             self._shared = weakref.ref(ddp)
         if torch.is_grad_enabled():
-            self._ddp, self.steps.averaged = ddp, ddp is not None
-            self._synchronises = ddp is not None and ddp.require_backward_grad_sync
+            self._ddp, self.steps.averaged, self._synchronises = ddp, ddp is not None, synchronises
 
     def note_backward(self) -> None:
         """Row gradients were made: average them when this backward pass is through."""
@@ -90,18 +90,21 @@ class RankAverage:
                 broadcast_rows(table, group)
 
     def _parted(self) -> bool:
-        """Whether tables are not shared, or not any more: of a new adapter, cast, or trained outside of DDP."""
+        """Whether tables of any rank are not shared, or not any more: of a new adapter, written, cast, or trained
+        outside of DDP. All ranks ask, as all make such a pass.
+        """
         if self.node is None:
             return False
-        return not self.node.whole or any(t.node is None and can_be_shared(t) for t in self._tables())
+        return self.node.any(any(can_be_shared(table) and not table.is_shared for table in self._tables()))
 
     def _average(self) -> None:
         self._queued = -1
         assert self._ddp is not None
-        if self.node is not None and self.node.whole:
+        summed = self.node.tables if self.node is not None else []
+        if self.node is not None:
             self.node.average_gradients()
         for table in self._tables():
-            if table.rows.requires_grad and not table.is_shared:
+            if table.rows.requires_grad and table not in summed:
                 average_gradient(table, self._ddp.process_group)
 
 

@@ -82,7 +82,7 @@ class Node:
             return None
         members, rank = nodes[machine], dist.get_rank(group)
         layout = Layout()
-        numbers = layout.place(16 * len(members))
+        numbers = layout.place(32 * len(members))
         places = [NodePlaces.plan(layout, *form, ranks=len(members)) for form in forms]
         wide = [(*shape, torch.promote_types(dtype, torch.float32)) for shape, dtype, _ in forms]
         sums = SumPlaces.plan(layout, wide, len(members))
@@ -91,7 +91,7 @@ class Node:
             return None
         timeout = timeout_of(group)
         ranks = NodeRanks(
-            members.index(rank), [everywhere[m][1] for m in members], memory.numbers(numbers, 2 * len(members)), timeout
+            members.index(rank), [everywhere[m][1] for m in members], memory.numbers(numbers, 4 * len(members)), timeout
         )
         leaders = None
         if len(nodes) > 1 and ranks.leads:
@@ -124,10 +124,9 @@ class Node:
         for table in self.tables:
             table.shared_rows_written()
 
-    @property
-    def whole(self) -> bool:
-        """Whether all tables are still shared."""
-        return all(table.is_shared for table in self.tables)
+    def any(self, answer: bool) -> bool:
+        """Whether any rank of the group answers yes; all ranks ask."""
+        return self.sum.any_over_nodes(self.ranks.any(answer))
 
     def average_gradients(self) -> None:
         """Replace the gradients of the tables by their means over all ranks."""

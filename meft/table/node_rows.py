@@ -16,9 +16,8 @@ from torch import Tensor
 from ..transport.node_ranks import NodeRanks
 from ..transport.shared_memory import Layout, SharedMemory
 from .moments import Moments, RowMoments
-from .row_parameter import State
 
-COUNTERS = 5  # of each rank: the attributes of `NodeRows` in their order
+_COUNTERS = 4  # of each rank
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class NodePlaces:
             masters=layout.place(values * dtype.itemsize),
             compute_copy=layout.place(values * compute_dtype.itemsize) if narrower else None,
             moments=(layout.place(values * wide), layout.place(values * wide), layout.place(4 * shape[0])),
-            counters=layout.place(8 * COUNTERS * ranks),
+            counters=layout.place(8 * _COUNTERS * ranks),
         )  # fmt: skip
 
 
@@ -74,11 +73,9 @@ class NodeRows:
         )
         self.moments = Moments(*tensors)
         self.unused, self.steps = True, 0
-        n, numbers = len(ranks), memory.numbers(places.counters, COUNTERS * len(ranks))
-        parts = [numbers[i * n : (i + 1) * n] for i in range(COUNTERS)]
-        self._entered, self._done, self._brings, self._brought, self._written = parts
-        self._known: State | None = None
-        self._seen = 0
+        n, numbers = len(ranks), memory.numbers(places.counters, _COUNTERS * len(ranks))
+        parts = [numbers[i * n : (i + 1) * n] for i in range(_COUNTERS)]
+        self._entered, self._done, self._brings, self._brought = parts
         self.masters = memory.tensor(places.masters, places.shape, places.dtype).data_ptr()
 
     def tensors(self) -> tuple[Tensor, Tensor | None]:
@@ -99,7 +96,7 @@ class NodeRows:
         Raises:
             RuntimeError: a rank has ended or failed, or has not come in time.
         """
-        self.ranks.wait(self._done, self.steps)
+        self.ranks.wait(self._done, self.steps, sharing=True)
 
     @contextmanager
     def turn(self, entry: RowMoments) -> Iterator[Moments]:
@@ -114,7 +111,7 @@ class NodeRows:
             self.unused = False
             self.ranks.publish(self._brings, 0 if entry.holds(self.moments) else 1)
             self.ranks.publish(self._entered, number)
-            self.ranks.wait(self._entered, number)
+            self.ranks.wait(self._entered, number, sharing=True)
             if any(self._brings):  # all ranks see the same
                 self._bring(entry, number)
             yield self.moments
@@ -148,23 +145,4 @@ class NodeRows:
                 shared[rows].copy_(own[name][rows])
             entry.hold(self.moments)
         self.ranks.publish(self._brought, number)
-        self.ranks.wait(self._brought, number)
-
-    # ------------------------------------------------------------------ other writes
-
-    def note_own(self, state: State) -> None:
-        """The table's state now is one of which the other ranks know."""
-        self._known = state
-
-    def others_wrote(self, state: State) -> bool:
-        """Tell the others if this rank wrote outside of a step; whether another one has since the last call.
-
-        Args:
-            state: of the table now.
-        """
-        if state != self._known:
-            self._known = state
-            self.ranks.publish(self._written, self._written[self.ranks.rank] + 1)
-        others = sum(self._written) - self._written[self.ranks.rank]
-        new, self._seen = others != self._seen, others
-        return new
+        self.ranks.wait(self._brought, number, sharing=True)

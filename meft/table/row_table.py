@@ -188,8 +188,6 @@ class RowTable(SharedRows):
                 self._compute_copy_state = self.state
             if self._dirty is not None:
                 self._dirty.note(rows, before, self.state)
-            if self.node is not None:
-                self.node.note_own(self._state())
 
     def fill(self, std: float | None) -> None:
         """Fill with N(0, std^2) from torch's global generator, or with zeros (std None), in row blocks."""
@@ -216,7 +214,6 @@ class RowTable(SharedRows):
             masters, self._compute_copy = node.tensors()
             self._change(masters)
             self._compute_copy_state, self.node = None, node
-            self._watch.ranks = len(node.ranks)
         return own
 
     def shared_rows_written(self) -> None:
@@ -224,8 +221,6 @@ class RowTable(SharedRows):
         with self.lock:
             self.note_change()
             self._compute_copy_state = self._state()
-            assert self.node is not None
-            self.node.note_own(self._state())
 
     def write_shared(self, masters: Tensor) -> None:
         """Write the masters, and the narrower copy of them, in shared memory."""
@@ -235,11 +230,13 @@ class RowTable(SharedRows):
                 if self._compute_copy is not None:
                     self._compute_copy[block].copy_(self.masters[block])
 
-    def leave_node(self) -> None:
-        """Go on with a copy of this process's own."""
+    def leave_node(self) -> bool:
+        """Go on with a copy of this process's own, as before anything but a step writes into the rows; whether they were
+        shared.
+        """
         node = self.node
         if node is None:
-            return
+            return False
         self.synchronize()
         with self.lock, torch.no_grad():
             self._wait_for_readers()
@@ -247,18 +244,13 @@ class RowTable(SharedRows):
                 self._change(like_rows(self.masters, self._dtype).copy_(self.masters))
             self._compute_copy = self._compute_copy_state = None
             node.release()
-            self.node, self._watch.ranks = None, 1
+            self.node, self._watch.left = None, True
+        return True
 
     @property
     def is_shared(self) -> bool:
         """Whether the ranks of this node share the rows as they are now."""
         return self.node is not None and self.node.holds(self.masters, self.compute_dtype)
-
-    def look(self) -> None:
-        super().look()
-        if self.node is not None and self.node.others_wrote(self._state()):
-            self.note_change()
-            self.node.note_own(self._state())
 
     # ------------------------------------------------------------------ moving, loading, saving
 
@@ -300,6 +292,7 @@ class RowTable(SharedRows):
         if loaded is None or loaded.shape != self.rows.shape:
             super()._load_from_state_dict(state_dict, prefix, *args)  # reports it
             return
+        self.leave_node()  # other ranks may still read the rows
         self.synchronize()  # not under the lock, which the update needs
         with self.lock, torch.no_grad():
             self._wait_for_readers()

@@ -53,12 +53,12 @@ class Watch:
             not count.
         read_as: the dtype in which rows are read, where it is narrower than the parameter's.
         on_host: whether the parameter stays where it is, whatever is assigned.
-        ranks: processes that share the memory.
+        left: whether other processes have shared the memory, which views may still refer to.
         table: the table of the rows; a queued update is waited for before they are read.
     """
 
     table: weakref.ref[Any] | None = None
-    ranks = 1
+    left = False
 
     def __init__(self, read_as: torch.dtype, on_host: bool) -> None:
         self.handed_out = object()
@@ -127,15 +127,16 @@ class WatchedRows(torch.Tensor):
             source.watch.check_process()
             if func in (GET_DATA, SET_DATA) or getattr(func, "__name__", "") not in _ASK_NO_VALUES:
                 source.watch.wait()
-        _check_shared_writes(func, args, kwargs)
+        _leave_before_write(func, args, kwargs)
         if func == SET_DATA:
             return assign(args[0], args[1])
         with without_torch_function():
             result = func(*args, **(kwargs or {}))
             if isinstance(result, _HARMLESS) or func == GET_GRAD:
                 return result
-            for source in sources:
-                _hand_out(source, result, func)
+            unseen = [source for source in sources if _hand_out(source, result, func)]
+            if any([_own(source) for source in unseen]):
+                return func(*args, **(kwargs or {}))
         return result
 
     def as_subclass(self, cls: Any) -> Any:
@@ -170,12 +171,6 @@ class WatchedRows(torch.Tensor):
         return values.requires_grad_(self.requires_grad)
 
 
-_IN_PLACE_OPERATORS = {
-    "__iadd__", "__iand__", "__idiv__", "__ifloordiv__", "__ilshift__", "__imod__", "__imul__", "__ior__", "__ipow__",
-    "__irshift__", "__isub__", "__itruediv__", "__ixor__",
-}  # fmt: skip
-
-
 def _watched(args: Any, kwargs: Any) -> list[WatchedRows]:
     watched: list[WatchedRows] = []
     for value in (*args, *(kwargs or {}).values()):
@@ -186,28 +181,29 @@ def _watched(args: Any, kwargs: Any) -> list[WatchedRows]:
     return watched
 
 
-# In-place functions whose result is the same if several processes call them with the same arguments.
-_SAME_IF_REPEATED = {
-    "clamp_", "clamp_max_", "clamp_min_", "copy_", "detach_", "fill_", "index_copy_", "index_fill_", "masked_fill_",
-    "masked_scatter_", "nan_to_num_", "requires_grad_", "scatter_", "share_memory_", "zero_",
-}  # fmt: skip
-
-
-def _check_shared_writes(func: Any, args: Any, kwargs: Any) -> None:
-    """Raises: RuntimeError: rows that several processes share would be changed by each of them in turn."""
-    name = getattr(func, "__name__", "")
-    out = (kwargs or {}).get("out")
-    in_place = name.endswith("_") and not name.endswith("__") and name not in _SAME_IF_REPEATED
-    if not (in_place or out is not None or (name.startswith("__i") and name in _IN_PLACE_OPERATORS)):
+def _leave_before_write(func: Any, args: Any, kwargs: Any) -> None:
+    """Rows that other processes read too get memory of their own before anything is written into them."""
+    name, out = getattr(func, "__name__", ""), (kwargs or {}).get("out")
+    in_place = name.endswith("_") and not name.endswith("__")
+    if not (in_place or out is not None or name == "__setitem__" or name.startswith("__i")):
         return
-    targets = [out] if out is not None else list(args[:1])
-    targets = [t for target in targets for t in (target if isinstance(target, list | tuple) else [target])]
-    shared = next((t for t in targets if isinstance(t, WatchedRows) and t.watch.ranks > 1), None)
-    if shared is not None:
-        raise RuntimeError(
-            f"{name} would change MEFT's rows once for each of the {shared.watch.ranks} ranks of this node, which share "
-            "them: compute the new values first, and write them with copy_, the same ones on all ranks."
-        )
+    if name not in _ASK_NO_VALUES:
+        for target in _watched([args[0] if out is None and args else out], None):
+            _own(target)
+
+
+def _own(target: WatchedRows) -> bool:
+    """Let rows be in memory of this process alone, and a view refer to that; whether they were not."""
+    table = target.watch.table() if target.watch.table is not None else None
+    if table is None or not (table.leave_node() or target.watch.left):
+        return False
+    rows = table.masters
+    if is_parameter(target) or storage_address(target) == storage_address(rows):
+        return is_parameter(target)
+    with without_torch_function():  # a view from before
+        target.data = rows.as_strided(target.size(), target.stride(), target.storage_offset())
+    target.watch.note()
+    return True
 
 
 def _caller() -> str:
@@ -218,22 +214,29 @@ def _caller() -> str:
     return str(frame.f_globals["__name__"])
 
 
-def _hand_out(source: WatchedRows, result: Any, func: Any) -> None:
-    """Watch a result that is an alias of `source`, or note what cannot be watched."""
+def _hand_out(source: WatchedRows, result: Any, func: Any) -> bool:
+    """Watch a result that is an alias of `source`, or note what cannot be watched.
+
+    Returns:
+        whether it may be written without anybody knowing when.
+    """
     if isinstance(result, Tensor):
         if type(result) is not Tensor or storage_address(result) != storage_address(source):
-            return
-        if func == GET_DATA or result.is_inference():  # all other aliases share the version counter
+            return False
+        uncounted = func == GET_DATA or result.is_inference()  # all other aliases share the version counter
+        if uncounted:
             source.watch.note()
-        else:
+        table = source.watch.table() if source.watch.table is not None else None
+        if not uncounted or (table is not None and table.is_shared):
             become(result, WatchedRows, is_parameter=False)
             result.watch = source.watch  # type: ignore[attr-defined]
-    elif isinstance(result, list | tuple):
-        for element in result:
-            if isinstance(element, Tensor):
-                _hand_out(source, element, func)
-    elif _caller() not in _READERS:
+        return False
+    if isinstance(result, list | tuple):
+        return any([_hand_out(source, element, func) for element in result if isinstance(element, Tensor)])
+    if _caller() not in _READERS:
         source.watch.note()
+        return True
+    return False
 
 
 def watch(parameter: Tensor, by: Watch) -> None:

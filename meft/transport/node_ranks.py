@@ -20,7 +20,7 @@ class NodeRanks:
     Args:
         rank: of this process among them.
         processes: their ids.
-        numbers: int64 [2 n] in shared memory, zeros at first.
+        numbers: int64 [4 n] in shared memory, zeros at first.
         timeout: seconds after which a wait fails.
 
     Attributes:
@@ -29,8 +29,9 @@ class NodeRanks:
 
     def __init__(self, rank: int, processes: Sequence[int], numbers: memoryview, timeout: float) -> None:
         self.rank, self.processes, self.timeout = rank, list(processes), timeout
-        self._status, self._arrived = numbers[: len(processes)], numbers[len(processes) :]
-        self._barriers = 0
+        n = len(processes)
+        self._status, self._arrived, *self._answers = (numbers[i * n : (i + 1) * n] for i in range(4))
+        self._barriers = self._questions = 0
         self._lock = threading.Lock()
         self.summed = False
         self._ends: dict[int, int] = {}  # rank -> a descriptor that can be read once its process has ended
@@ -60,11 +61,14 @@ class NodeRanks:
         self._order()
         numbers[self.rank] = value
 
-    def wait(self, numbers: memoryview, least: int) -> None:
+    def wait(self, numbers: memoryview, least: int, *, sharing: bool = False) -> None:
         """Wait until the numbers of all ranks are at least `least`; then what they wrote before can be read.
 
+        Args:
+            sharing: only those that have not left will come.
+
         Raises:
-            RuntimeError: a rank has ended or failed, or the timeout has passed.
+            RuntimeError: a rank has ended, failed or left, or the timeout has passed.
         """
         looks, nap, began = 0, _NAP, time.monotonic()
         while behind := [rank for rank, number in enumerate(numbers) if number < least]:
@@ -72,7 +76,7 @@ class NodeRanks:
             if looks < _EAGER:
                 time.sleep(0)
                 continue
-            self._check(behind, numbers, least, time.monotonic() - began)
+            self._check(behind, numbers, least, time.monotonic() - began, sharing)
             time.sleep(nap)
             nap = min(2 * nap, _LONGEST)
         self._order()
@@ -82,6 +86,14 @@ class NodeRanks:
         self._barriers += 1
         self.publish(self._arrived, self._barriers)
         self.wait(self._arrived, self._barriers)
+
+    def any(self, answer: bool) -> bool:
+        """Whether any rank answers yes; all ranks ask."""
+        self._questions += 1
+        answers = self._answers[self._questions % 2]  # those of the last question may still be read
+        answers[self.rank] = int(answer)
+        self.barrier()
+        return sum(answers) > 0
 
     def fail(self) -> None:
         """Tell the others that they wait for nothing: this rank's update has failed."""
@@ -101,9 +113,9 @@ class NodeRanks:
             with self._lock:
                 pass
 
-    def _check(self, behind: list[int], numbers: memoryview, least: int, waited: float) -> None:
+    def _check(self, behind: list[int], numbers: memoryview, least: int, waited: float, sharing: bool) -> None:
         for rank in behind:
-            reason = self._reason(rank)
+            reason = self._reason(rank, sharing)
             if reason is None and waited > self.timeout:
                 reason = f"has not come for {waited:.0f} seconds, the timeout of the process group"
             # It may have come and ended since.
@@ -113,12 +125,12 @@ class NodeRanks:
                     f"one, {reason}: see its own messages, and start all ranks again from the last checkpoint."
                 )
 
-    def _reason(self, rank: int) -> str | None:
+    def _reason(self, rank: int, sharing: bool) -> str | None:
         """Why a rank will not come; None: it may."""
         if self._status[rank] == _FAILED:
             return "has failed to update them"
-        if self._status[rank] == _LEFT:
-            return "has gone on with rows of its own (its model was cast, or trained outside of DDP)"
+        if sharing and self._status[rank] == _LEFT:
+            return "has gone on with rows of its own since the forward pass (they were written, or its model was cast)"
         if rank in self._ends:
             poll = select.poll()
             poll.register(self._ends[rank], select.POLLIN)
