@@ -30,7 +30,7 @@ class SumPlaces:
 
     Attributes:
         forms: of each table (r, d, dtype of the sums).
-        masks: of each table uint8 [ranks, r + 1]: the rows that a rank has touched; the last: whether it has a gradient.
+        masks: of each table uint8 [ranks, r + 1]: the rows that a rank has touched; last, whether it has a gradient.
         union: uint8, the masks over all nodes, of all tables in turn.
         numbers: int64 [tables, ranks + 1], then float64 [tables, ranks].
         blocks: [2, ranks] blocks of `block_bytes`.
@@ -95,7 +95,7 @@ class NodeSum:
         integers = memory.numbers(places.numbers, tables * (n + 1))
         self._held = [integers[i * n : (i + 1) * n] for i in range(tables)]  # whether a rank still reads the last mean
         self._descriptors = integers[tables * n :]
-        floats = memory.numbers(places.numbers + 8 * tables * (n + 1), tables * n, "d")
+        floats = memory.fractions(places.numbers + 8 * tables * (n + 1), tables * n)
         self._squares = [floats[i * n : (i + 1) * n] for i in range(tables)]
         self._means: list[SharedMemory | None] = [None] * tables
         self._readers: list[weakref.ref[object] | None] = [None] * tables

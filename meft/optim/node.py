@@ -67,7 +67,7 @@ class Node:
         Raises:
             RuntimeError: the ranks have other tables.
         """
-        forms = [(tuple(t.rows.shape), t.masters.dtype, t.compute_dtype) for t in tables]
+        forms = [(len(t.rows), t.rows.shape[1], t.masters.dtype, t.compute_dtype) for t in tables]
         machine = shared_memory.machine_of_process() if shared_memory.can_share() else None
         everywhere = _gathered(group, (machine, os.getpid(), forms))
         if any(other[2] != forms for other in everywhere):
@@ -83,8 +83,8 @@ class Node:
         members, rank = nodes[machine], dist.get_rank(group)
         layout = Layout()
         numbers = layout.place(32 * len(members))
-        places = [NodePlaces.plan(layout, *form, ranks=len(members)) for form in forms]
-        wide = [(*shape, torch.promote_types(dtype, torch.float32)) for shape, dtype, _ in forms]
+        places = [NodePlaces.plan(layout, (r, d), own, read_as, len(members)) for r, d, own, read_as in forms]
+        wide = [(r, d, torch.promote_types(dtype, torch.float32)) for r, d, dtype, _ in forms]
         sums = SumPlaces.plan(layout, wide, len(members))
         memory = _memory(group, members[0], everywhere[members[0]][1], layout.size)
         if memory is None:

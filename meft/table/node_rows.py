@@ -68,9 +68,7 @@ class NodeRows:
         self._memory = memory
         wide = torch.promote_types(places.dtype, torch.float32)
         shapes = ((places.shape, wide), (places.shape, wide), (places.shape[:1], torch.int32))
-        tensors = (
-            memory.tensor(at, shape, dtype) for at, (shape, dtype) in zip(places.moments, shapes, strict=True)
-        )
+        tensors = (memory.tensor(at, shape, dtype) for at, (shape, dtype) in zip(places.moments, shapes, strict=True))
         self.moments = Moments(*tensors)
         self.unused, self.steps = True, 0
         n, numbers = len(ranks), memory.numbers(places.counters, _COUNTERS * len(ranks))

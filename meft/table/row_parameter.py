@@ -109,7 +109,10 @@ class KeptRows(KeptParameters):
     def synchronize(self) -> None:
         """Wait for an update of the rows that is queued."""
 
-    is_shared = False
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes have the rows too."""
+        return False
 
     def leave_node(self) -> bool:
         """Somebody will write into the rows, which other processes may read; whether any did."""

@@ -231,7 +231,7 @@ class RowTable(SharedRows):
                     self._compute_copy[block].copy_(self.masters[block])
 
     def leave_node(self) -> bool:
-        """Go on with a copy of this process's own, as before anything but a step writes into the rows; whether they were
+        """Go on with a copy of this process's own, as before anything but a step writes the rows; whether they were
         shared.
         """
         node = self.node

@@ -29,7 +29,9 @@ class SharedRows(KeptRows):
         node: what the ranks of this node share of the table; None: this process has a copy of its own.
     """
 
-    _of_this_process: ClassVar[frozenset[str]] = frozenset(("lock", "updates", "node", "_pending", "_readers", "_dirty"))
+    _of_this_process: ClassVar[frozenset[str]] = frozenset(
+        ("lock", "updates", "node", "_pending", "_readers", "_dirty")
+    )
 
     _pending: PendingUpdate | None = None  # asked for before `_start`, by what adopts the rows
     node: NodeRows | None = None
@@ -63,7 +65,7 @@ class SharedRows(KeptRows):
         self._pending = self.updates.add(update, self.name)
 
     def synchronize(self) -> None:
-        """Wait for the update that is queued, if there is one, and for other ranks' parts of it; raises its error, once."""
+        """Wait for the update that is queued, if there is one, and for the other ranks; raises its error, once."""
         pending = self._pending
         if pending is not None:
             if pending.in_this_thread:

@@ -135,7 +135,7 @@ class WatchedRows(torch.Tensor):
             if isinstance(result, _HARMLESS) or func == GET_GRAD:
                 return result
             unseen = [source for source in sources if _hand_out(source, result, func)]
-            if any([_own(source) for source in unseen]):
+            if sum(_own(source) for source in unseen):
                 return func(*args, **(kwargs or {}))
         return result
 
@@ -232,7 +232,7 @@ def _hand_out(source: WatchedRows, result: Any, func: Any) -> bool:
             result.watch = source.watch  # type: ignore[attr-defined]
         return False
     if isinstance(result, list | tuple):
-        return any([_hand_out(source, element, func) for element in result if isinstance(element, Tensor)])
+        return sum(_hand_out(source, element, func) for element in result if isinstance(element, Tensor)) > 0
     if _caller() not in _READERS:
         source.watch.note()
         return True

@@ -1,5 +1,6 @@
-"""Host threads on the cores that share memory with the GPU: across sockets a copy takes about twice the time. And memory
-that all sockets use, spread over theirs.
+"""Host threads on the cores that share memory with the GPU: across sockets a copy takes about twice the time.
+
+Memory that the ranks of all sockets use is spread over theirs.
 """
 
 from __future__ import annotations

@@ -100,9 +100,13 @@ class SharedMemory:
                 return torch.empty(shape, dtype=dtype, device="cpu")
             return torch.frombuffer(self._map, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
 
-    def numbers(self, offset: int, count: int, kind: str = "q") -> memoryview:
-        """Numbers of 8 bytes in the memory: int64, or float64 with kind "d". Each is read and written at once."""
-        return memoryview(self._map)[offset : offset + 8 * count].cast(kind)
+    def numbers(self, offset: int, count: int) -> memoryview[int]:
+        """int64 numbers in the memory, each of which is read and written at once."""
+        return memoryview(self._map)[offset : offset + 8 * count].cast("q")
+
+    def fractions(self, offset: int, count: int) -> memoryview[float]:
+        """As `numbers`, float64."""
+        return memoryview(self._map)[offset : offset + 8 * count].cast("d")
 
 
 class Layout:
