@@ -41,13 +41,13 @@ accept: $(INSTALLED) ## PEFT's own tests over our methods
 	$(PY) tests/accept/run.py
 
 model-table: $(INSTALLED) ## docs/models.md: tiny models of all architectures; before a release (some 10 minutes)
-	$(PY) benchmarks/make_model_table.py
+	$(PY) -m benchmarks.model_table
 
 aot: $(INSTALLED) ## compile the Triton kernels for each GPU (needs none), with a table of what came out
 	$(PY) -m adapter_kernels.aot $(AOT)
 
 bench-kernels: $(INSTALLED) ## measure the kernels on a CUDA GPU, into benchmarks/results (8 minutes)
-	$(PY) benchmarks/bench_kernels.py
+	$(PY) -m benchmarks.kernel_bench
 
 DOCS_INSTALLED := $(VENV)/.docs-installed
 .PHONY: docs

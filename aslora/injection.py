@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -32,6 +33,43 @@ def linear_names(model: nn.Module) -> list[str]:
     """Names of a model's linear layers."""
     names = {k.rpartition(".")[2] for k, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     return sorted(names - {"base_layer"})
+
+
+def default_targets(
+    config: ASLoRAConfig, known: Sequence[str] | None, model_type: str | None, model: nn.Module
+) -> set[str] | str | None:
+    """`target_modules` where the configuration names none.
+
+    Args:
+        known: PEFT's default for LoRA on this type of model; None: it has none.
+
+    Raises:
+        ValueError: there is no default, and no `target_parameters` either.
+    """
+    if known is None and not config.target_parameters:
+        raise ValueError(
+            f"Please specify `target_modules`: PEFT has no default for model type '{model_type}'; name linear layers "
+            f"of this model ({', '.join(linear_names(model))}), or 'all-linear'."
+        )
+    return known if known is None or isinstance(known, str) else set(known)
+
+
+def resolve_targets(injection: Injection, model: nn.Module, config: ASLoRAConfig) -> None:
+    """Hold the names of the configuration against what was wrapped, and keep of PEFT's defaults what this model has."""
+    check_names(injection, model, config)
+    if not injection.names and isinstance(config.target_modules, set):
+        # PEFT's default of an architecture names modules of its variants too.
+        config.target_modules = {name for name in config.target_modules if injection.has(name)}  # type: ignore[assignment]
+    if config.target_parameters:
+        order_parameters(injection, config)
+
+
+def check_parameters(configs: Iterable[ASLoRAConfig]) -> None:
+    """Raises: ValueError: adapters of one model have different `target_parameters`."""
+    named = {frozenset(config.target_parameters or ()) for config in configs} - {frozenset()}
+    if len(named) > 1:
+        listed = " and ".join(sorted(str(sorted(names)) for names in named))
+        raise ValueError(f"target_parameters of several adapters must be the same, and they are {listed}.")
 
 
 def check_names(injection: Injection, model: nn.Module, config: ASLoRAConfig) -> None:
@@ -165,32 +203,35 @@ def order_parameters(injection: Injection, config: ASLoRAConfig) -> None:
     config.target_parameters = sorted(config.target_parameters or [], key=first)
 
 
-def new_parameter_layer(
+def _new_parameter_layer(
     target: nn.Module, path: str, parameter_name: str, adapter_name: str, config: ASLoRAConfig
 ) -> ParamWrapper:
-    """Wrap a module of which one parameter, at `path`, is adapted.
-
-    Raises:
-        ValueError: the parameter cannot be adapted.
-    """
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     check_parameter(path, getattr(base, parameter_name), config)
     return ParamWrapper(target, adapter_name, parameter_name, config)
 
 
 def new_layer(
-    target: nn.Module, path: str, adapter_name: str, config: ASLoRAConfig, quantization: dict[str, Any]
-) -> Linear:
-    """Wrap a module in an adapted layer.
+    target: nn.Module,
+    path: str,
+    adapter_name: str,
+    config: ASLoRAConfig,
+    quantization: dict[str, Any],
+    parameter_name: str | None = None,
+) -> Linear | ParamWrapper:
+    """Wrap a module in an adapted layer, or one parameter of it.
 
     Args:
         target: the module, or another method's adapted layer around it.
-        path: its path in the model, for the message.
+        path: its path in the model, or the parameter's, for the message.
         quantization: what PEFT's resolver of quantised layers needs.
+        parameter_name: the parameter's.
 
     Raises:
-        ValueError: it is no linear layer.
+        ValueError: it is no linear layer, or the parameter cannot be adapted.
     """
+    if parameter_name is not None:
+        return _new_parameter_layer(target, path, parameter_name, adapter_name, config)
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     is_conv1d = isinstance(base, Conv1D)
     if not isinstance(base, nn.Linear | Conv1D) and not _is_quantised_linear(base, quantization):

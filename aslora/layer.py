@@ -181,7 +181,7 @@ class Linear(nn.Module, ASLoRALayer):
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
-        if not isinstance(result, Tensor) or result.shape[:-1] != x.shape[:-1]:
+        if not isinstance(result, Tensor) or result.shape != (*x.shape[:-1], self.out_features):
             raise ValueError(
                 f"{type(self.get_base_layer()).__name__} gives more than, or another shape than, a linear layer: it "
                 "cannot be adapted, name it in exclude_modules."

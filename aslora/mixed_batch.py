@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,6 +11,15 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .layer import ASLoRALayer
+
+
+def check_names_of_samples(adapter_names: Sequence[str], adapters: Container[str], training: bool) -> None:
+    """Raises: ValueError: the model trains, or has no adapter of such a name."""
+    if training:
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+    unknown = {name for name in adapter_names if name != "__base__" and name not in adapters}
+    if unknown:
+        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
 
 
 @contextmanager

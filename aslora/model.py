@@ -8,10 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    get_quantization_kwargs,
-)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from torch import Tensor, nn
 
 from peft_bridge import MethodTuner
@@ -21,10 +18,10 @@ from . import native
 from .config import ASLoRAConfig
 from .files import keys
 from .files.adapter_file import from_file, to_file
-from .injection import build, check_names, linear_names, merge_units, new_layer, new_parameter_layer, order_parameters
+from .injection import build, check_parameters, default_targets, merge_units, new_layer, resolve_targets
 from .layer import ASLoRALayer, Linear
 from .layer_groups import group_of_key
-from .mixed_batch import adapters_per_sample
+from .mixed_batch import adapters_per_sample, check_names_of_samples
 from .parameter_layer import ParamWrapper
 from .report import SharingReport, report
 from .sharing.merge_run import SharingRun
@@ -87,22 +84,13 @@ class ASLoRAModel(MethodTuner):
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         """Raises: ValueError: adapters of one model have different `target_parameters`, as in LoRA."""
         super()._check_new_adapter_config(config)
-        named = {frozenset(other.target_parameters or ()) for other in self.configs.values()} - {frozenset()}
-        if len(named) > 1:
-            listed = " and ".join(sorted(str(sorted(names)) for names in named))
-            raise ValueError(f"target_parameters of several adapters must be the same, and they are {listed}.")
+        check_parameters(self.configs.values())
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         config: Any = peft_config
         if config.target_modules is None:
             known = self.target_module_mapping.get(str(model_config.get("model_type")))
-            if known is None and not config.target_parameters:
-                raise ValueError(
-                    "Please specify `target_modules`: PEFT has no default for model type "
-                    f"'{model_config.get('model_type')}'; name linear layers of this model "
-                    f"({', '.join(linear_names(self.model))}), or 'all-linear'."
-                )
-            config.target_modules = known if known is None or isinstance(known, str) else set(known)
+            config.target_modules = default_targets(config, known, model_config.get("model_type"), self.model)
         return config
 
     def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
@@ -117,12 +105,7 @@ class ASLoRAModel(MethodTuner):
         # PEFT calls this once all layers are wrapped, and before anything else: an error here can be rolled back.
         injection = self.injection
         config = self.configs[injection.adapter_name]
-        check_names(injection, model, config)
-        if not injection.names and isinstance(config.target_modules, set):
-            # PEFT's default of an architecture names modules of its variants too: keep what this model has.
-            config.target_modules = {name for name in config.target_modules if injection.has(name)}  # type: ignore[assignment]
-        if config.target_parameters:
-            order_parameters(injection, config)
+        resolve_targets(injection, model, config)
         As, Bs = build(injection, model, config)
         units = merge_units(config, As, Bs)
         train = injection.adapter_name in self.active_adapters and not config.inference_mode
@@ -142,9 +125,7 @@ class ASLoRAModel(MethodTuner):
         if isinstance(target, Linear | ParamWrapper) and getattr(target, "parameter_name", None) == parameter_name:
             target.update_layer(adapter_name, config)
             return target
-        if parameter_name is not None:
-            return new_parameter_layer(target, path, parameter_name, adapter_name, config)
-        return new_layer(target, path, adapter_name, config, get_quantization_kwargs(self.model))
+        return new_layer(target, path, adapter_name, config, get_quantization_kwargs(self.model), parameter_name)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, ParamWrapper) or isinstance(new_module, ParamWrapper):
@@ -200,6 +181,15 @@ class ASLoRAModel(MethodTuner):
             if self.configs[adapter_name].total_steps is None:
                 self.run.total_steps[adapter_name] = total_steps
 
+    def log_scalars(self) -> dict[str, float]:
+        """For a Trainer's logs: the merges so far, and how many values the active adapter trains."""
+        if not self.active_adapters or self.active_adapters[0] not in self.run.units:
+            return {}
+        Bs = self.shared_b(self.active_adapters[0]).values()
+        values = sum(A.shared_A.numel() for A in self.shared_a(self.active_adapters[0]).values())
+        values += sum((len(B.stacked_B) - B.merges_taken) * B.stacked_B.shape[1:].numel() for B in Bs)
+        return {"aslora/merges": sum(B.merges_taken for B in Bs), "aslora/trainable_values": values}
+
     def on_run_end(self) -> None:
         """A Trainer's run has ended: merges that were not done are worth a warning."""
         for adapter_name in self.active_adapters:
@@ -230,11 +220,7 @@ class ASLoRAModel(MethodTuner):
         if adapter_names is None:
             yield
             return
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        unknown = set(adapter_names) - {"__base__"} - set(self.aslora_B)
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        check_names_of_samples(adapter_names, self.aslora_B.keys(), self.training)
         with adapters_per_sample(self, self.model, adapter_names, kwargs.get("num_beams")):
             yield
 

@@ -7,8 +7,13 @@ from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -58,32 +63,96 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(args: ModelArguments, device: torch.device) -> PreTrainedModel:
+# PEFT's type of a task -> what loads its models, their configurations, and what the model is called.
+_KINDS: dict[str, tuple[Any, Any, str]] = {
+    "CAUSAL_LM": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING, "causal language model"),
+    "SEQ_CLS": (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "classifier"),
+    "SEQ_2_SEQ_LM": (AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, "encoder-decoder"),
+}
+
+
+def load_model(args: ModelArguments, device: torch.device, task_type: str = "CAUSAL_LM") -> PreTrainedModel:
     """Load the base model, in a type that suits ``device``.
 
+    Args:
+        task_type: PEFT's name of the kind of model.
+
     Raises:
-        UsageError: there is none, it is no causal language model, or what its quantisation needs is not installed.
+        UsageError: there is none, it is not of this kind, or what its quantisation needs is not installed.
     """
+    model, missing = _load(args, device, task_type)
+    _check_whole(args.model, missing)
+    return model
+
+
+def load_classifier(args: ModelArguments, device: torch.device, labels: list[str]) -> tuple[PreTrainedModel, list[str]]:
+    """Load the base model with a head of an output for each label, drawn at random where the model has none: seed it.
+
+    Returns:
+        The model, and the names of the modules that are new.
+
+    Raises:
+        UsageError: as :func:`load_model`.
+    """
+    ids = {label: index for index, label in enumerate(labels)}
+    model, missing = _load(
+        args, device, "SEQ_CLS", num_labels=len(labels), id2label=dict(enumerate(labels)), label2id=ids
+    )
+    # What is outside of the model itself is its head. An encoder's pooler is part of no language model either.
+    inside = f"{model.base_model_prefix}."
+    new = [name for name in missing if not name.startswith(inside) or "pooler" in name]
+    _check_whole(args.model, [name for name in missing if name not in new])
+    return model, sorted({name.rpartition(".")[0] for name in new})
+
+
+def _load(
+    args: ModelArguments, device: torch.device, task_type: str, **options: Any
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model and the weights that its folder lacks."""
     on_cpu = device.type == "cpu"
     dtype: Any = args.dtype
     if dtype == "auto" and on_cpu:
         dtype = "float32"  # bfloat16 is several times slower there
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": args.trust_remote_code}
+    options |= {"dtype": dtype, "trust_remote_code": args.trust_remote_code}
     if args.load_in_4bit:
         compute = torch.float32 if on_cpu else torch.bfloat16
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
         )
+    elif args.load_in_8bit:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     with as_usage_error(Exception, prefix=f"model={args.model!r} could not be loaded: "):
         folder = check_model("model", args.model)
-        check_causal(AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code), args.model)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-    model: PreTrainedModel = loaded[0]
-    if missing := sorted(loaded[1]["missing_keys"]):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
+        check_kind(config, args.model, task_type)
+        loaded: Any = _KINDS[task_type][0].from_pretrained(folder, output_loading_info=True, **options)
+    return loaded[0], sorted(loaded[1]["missing_keys"])
+
+
+def _check_whole(model: str, missing: list[str]) -> None:
+    if missing:
         raise UsageError(
-            f"model={args.model!r} has no weights for {missing[0]} ({len(missing)} are missing); give a whole model"
+            f"model={model!r} has no weights for {missing[0]} ({len(missing)} are missing); give a whole model"
         )
-    return model
+
+
+def check_kind(config: Any, model: str, task_type: str) -> None:
+    """Raises: UsageError: transformers has no model of a task's kind for a config."""
+    if task_type == "CAUSAL_LM":
+        decoder = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
+        if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not decoder:
+            raise UsageError(
+                f"model={model!r} is an encoder of type {config.model_type!r}, whose tokens see those that follow, and "
+                "not a causal language model, which this task needs; give one, or use task=classification"
+            )
+        check_causal(config, model)
+        return
+    auto, known, kind = _KINDS[task_type]
+    if type(config) not in known and auto.__name__ not in (getattr(config, "auto_map", None) or {}):
+        raise UsageError(
+            f"model={model!r} is of type {config.model_type!r}, of which transformers has no {kind}, which this task "
+            "needs; give another model"
+        )
 
 
 def check_causal(config: Any, model: str) -> None:
@@ -99,20 +168,34 @@ def check_causal(config: Any, model: str) -> None:
     )
 
 
+# What building an adapter raises; what torch raises where memory or integers do not suffice is a RuntimeError.
+ADAPTER_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError, MemoryError)
+
+
 def add_adapter(model: PreTrainedModel, config: PeftConfig, *, gradient_checkpointing: bool) -> PeftModel:
     """Wrap ``model`` in the adapter of ``config``.
 
     Raises:
         UsageError: target modules that the model does not have, or that the method cannot adapt.
     """
+    model = prepare_base(model, config, gradient_checkpointing=gradient_checkpointing)
+    with as_usage_error(*ADAPTER_ERRORS):
+        return get_peft_model(model, config)
+
+
+def prepare_base(model: PreTrainedModel, config: PeftConfig, *, gradient_checkpointing: bool) -> PreTrainedModel:
+    """Check a base model against an adapter's config, and make it ready for it.
+
+    Raises:
+        UsageError: target modules that the model does not have, or more memory than there is.
+    """
     check_targets(model, config)
     check_memory(config, model)
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
-    # What torch raises where memory or integers do not suffice is a RuntimeError.
-    with as_usage_error(ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError, MemoryError):
+    with as_usage_error(*ADAPTER_ERRORS):
         keep_trainable_on_cpu(model)
-        return get_peft_model(model, config)
+    return model
 
 
 def check_targets(model: PreTrainedModel, config: PeftConfig) -> None:

@@ -7,10 +7,7 @@ from typing import Any, NamedTuple
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import (
-    DataCollatorForSeq2Seq,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -18,18 +15,20 @@ from transformers import (
     set_seed,
 )
 
-from aslora_meft.adapter import add_adapter, load_model, load_tokenizer
+from aslora_meft.adapter import check_targets, load_tokenizer
 from aslora_meft.arguments.checks import check_optimizer, check_output
 from aslora_meft.arguments.groups import TrainArguments, TrainerArguments
 from aslora_meft.arguments.text import parse_json
-from aslora_meft.data.samples import IGNORED, Samples, load_samples
 from aslora_meft.errors import UsageError, as_usage_error
+from aslora_meft.tasks.table import TASKS
 from aslora_meft.training.checkpoints import checkpoint_to_resume, set_aside
+from aslora_meft.training.failed_writes import nothing_half_written
 from aslora_meft.training.finish import next_commands, write_results
 from aslora_meft.training.hub import prepare_push, push
 from aslora_meft.training.interrupt import Interrupted, StopAtStep
+from aslora_meft.training.progress import show_progress
+from aslora_meft.training.run_record import RunRecord
 from aslora_meft.training.summary import merge_lines, merges, metrics_table, run_header, shares
-from aslora_meft.use.metrics import token_metrics, token_sums
 
 
 class TrainResult(NamedTuple):
@@ -74,39 +73,33 @@ def train(arguments: TrainArguments) -> TrainResult:
     check_optimizer(args)
     checkpoint, passed = _check_folders(args, arguments.adapter)
     tokenizer = load_tokenizer(arguments.model)
-    samples = load_samples(arguments.data, tokenizer, args.seed)
-    base = load_model(arguments.model, args.device)
-    _check_tokens(base, tokenizer, samples, arguments.data.max_length)
-    set_seed(args.seed)  # the adapter's first values
-    model = add_adapter(base, arguments.adapter, gradient_checkpointing=bool(args.gradient_checkpointing))
+    task = TASKS[arguments.task.task](arguments, tokenizer)
+    data = task.load_data()
+    base = task.load_model(args.device)
 
+    check_targets(base, arguments.adapter)
     repository = prepare_push(args)
+    set_seed(args.seed)  # the adapter's first values
     stop = StopAtStep()
-    with (
-        as_usage_error(ValueError, ImportError, TypeError),  # what TrainingArguments leaves to the Trainer to check
-        as_usage_error(OSError, prefix=f"output_dir={args.output_dir!r} cannot be made: "),
-    ):
-        trainer = Trainer(
-            model=model,
-            args=args,
-            train_dataset=samples.train,  # type: ignore[arg-type]  # a list will do
-            eval_dataset=samples.held_out,  # type: ignore[arg-type]
-            data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
-            processing_class=tokenizer,
-            compute_metrics=token_metrics,
-            preprocess_logits_for_metrics=token_sums,
-            callbacks=[stop, MergeEvents()] if shares(model) else [stop],
-        )
-        trainer.get_train_dataloader()
+    with as_usage_error(OSError, prefix=f"output_dir={args.output_dir!r} cannot be made: "):
+        trainer = task.make_trainer(base, arguments.adapter, data, [stop])
+        with as_usage_error(ValueError, ImportError, TypeError):  # what TrainingArguments leaves to the Trainer
+            RunRecord().attach(trainer)
+            show_progress(trainer)
+            trainer.get_train_dataloader()
+    model: Any = trainer.model
+    if shares(model):
+        trainer.add_callback(MergeEvents())
     if trainer.is_world_process_zero():
-        print(run_header(model, args, samples), flush=True)
-    before = _metrics(trainer)
+        print(run_header(model, trainer.args, data.lines), flush=True)
+    before = task.measure(trainer)
     if trainer.is_world_process_zero():
         for torn, why in passed.items():
             aside = set_aside(torn)
             warnings.warn(f"'{torn}' is not whole ({why}): it is now '{aside}', the run goes on from '{checkpoint}'.")
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        with nothing_half_written(args.output_dir):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     finally:
         stop.give_back()
     if stop.step is not None:
@@ -114,14 +107,16 @@ def train(arguments: TrainArguments) -> TrainResult:
             f"stopped after step {stop.step}, which {args.output_dir}/checkpoint-{stop.step} holds; to go on, run the "
             "same command with --resume_from_checkpoint last"
         )
-    after = _metrics(trainer)
+    after = task.measure(trainer)
     tuner: Any = model.base_model
     if shares(model):
         tuner.finish_sharing()
-    trainer.save_model()
+    with nothing_half_written(args.output_dir):
+        trainer.save_model()
     if trainer.is_world_process_zero():
-        results: dict[str, Any] = {"before": before, "after": after}
-        print("\n" + metrics_table(before, after))
+        task.save(Path(args.output_dir), model)
+        results: dict[str, Any] = {"task": arguments.task.task, **task.details(), "before": before, "after": after}
+        print("\n" + metrics_table(before, after, task.titles))
         if shares(model):
             report = tuner.sharing_report()
             results["sharing"] = report.to_dict()
@@ -130,7 +125,8 @@ def train(arguments: TrainArguments) -> TrainResult:
             transfers = tuner.transfer_report()
             results["transfers"] = transfers.to_dict()
             print(f"\n{transfers}")
-        write_results(arguments, results)
+        with nothing_half_written(args.output_dir):
+            write_results(arguments, results)
         print(f"\nAdapter and tokenizer: {Path(args.output_dir).resolve()}")
         if repository is not None:
             print(f"Pushed to: {push(args.output_dir, repository, args.hub_token)}")
@@ -162,30 +158,3 @@ def _check_folders(args: TrainerArguments, config: Any) -> tuple[Path | None, di
         if value != there[name]:
             raise UsageError(f"{name}={value} differs from the checkpoint's {name}={there[name]}; resume with that")
     return checkpoint, passed
-
-
-def _check_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples, max_length: int
-) -> None:
-    """Check that the model has a place for each position and an embedding for each token.
-
-    Raises:
-        UsageError: it has not.
-    """
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and max_length > longest:
-        raise UsageError(f"max_length={max_length} is more than the model's {longest}; give at most that")
-    embeddings: Any = model.get_input_embeddings()
-    known = len(embeddings.weight)
-    highest = max(max(sample["input_ids"]) for sample in (*samples.train, *samples.held_out))
-    if max(highest, tokenizer.pad_token_id) >= known:
-        raise UsageError(
-            f"the tokenizer gives token {max(highest, tokenizer.pad_token_id)} and the model has embeddings for "
-            f"{known:,}; give the tokenizer that belongs to the model"
-        )
-
-
-def _metrics(trainer: Trainer) -> dict[str, float]:
-    names = ("loss", "perplexity", "accuracy", "tokens")
-    metrics = trainer.evaluate()
-    return {name: metrics[f"eval_{name}"] for name in names}

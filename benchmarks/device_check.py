@@ -39,10 +39,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT))
 
-from device.findings import heard  # noqa: E402
-from device.verdicts import table  # noqa: E402
+from benchmarks.device.findings import heard, table  # noqa: E402
 
 LOG_BYTES = 8 << 20
 TEXT_BYTES = 2 << 20  # of a result file that is kept in results.json
@@ -67,14 +66,14 @@ class Part:
 
 
 PARTS = (
-    Part("build", ("device.build",), 45, lean=True),
-    Part("probe", ("device.probe",), 50, lean=True),
-    Part("ops", ("device.ops",), 80, lean=True),
-    Part("engine", ("device.engine",), 75, lean=True),
-    Part("sleepy", ("device.engine", "--sleepy"), 35),
-    Part("headline", ("device.headline",), 195, 75),
-    Part("sanitizer", ("device.sanitizer",), 90, 45),
-    Part("kernels", ("device.kernels",), 110, 35),
+    Part("build", ("benchmarks.device.build",), 45, lean=True),
+    Part("probe", ("benchmarks.device.probe",), 50, lean=True),
+    Part("ops", ("benchmarks.device.ops",), 80, lean=True),
+    Part("engine", ("benchmarks.device.engine",), 75, lean=True),
+    Part("sleepy", ("benchmarks.device.engine", "--sleepy"), 35),
+    Part("headline", ("benchmarks.device.headline",), 195, 75),
+    Part("sanitizer", ("benchmarks.device.sanitizer",), 90, 45),
+    Part("kernels", ("benchmarks.device.kernels",), 110, 35),
 )
 LEAN_SECONDS = 240.0
 
@@ -138,7 +137,7 @@ def host_gib() -> float | None:
 
 def model_profile(rehearse: bool) -> dict[str, str]:
     """The environment of a part."""
-    folders = [str(ROOT / "benchmarks"), str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    folders = [str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     found = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, folders)), "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE",
         "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",

@@ -14,16 +14,17 @@ import re
 import sys
 from pathlib import Path
 
-from card_24gb.worker import MEASURED, OOM, OOM_HOST
-from device.verdicts import table
-from device_check import source
-
-from peft_bridge import replace_file
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.card_24gb.worker import MEASURED, OOM, OOM_HOST  # noqa: E402
+from benchmarks.device.findings import table  # noqa: E402
+from benchmarks.device_check import source  # noqa: E402
+from peft_bridge import replace_file  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"(<!-- device:([^>]+?) -->)(.*?)(<!-- /device -->)", re.DOTALL)
-# Of a measured row of `bench_24gb.py`: key's last word -> column, form.
+# Of a measured row of `benchmarks.card_24gb`: key's last word -> column, form.
 COLUMNS = {
     "tokens/s": ("tokens_per_s", "{:,.0f} tokens/s"), "step": ("ms_q50", "{:.0f} ms"),
     "peak": ("peak_gib", "{:.1f} GiB"),
@@ -54,7 +55,7 @@ def stem(results: dict) -> str:
 
 
 def rows(results: dict) -> list[dict]:
-    """The rows of `bench_24gb.py`, with what they are compared with."""
+    """The rows of `benchmarks.card_24gb`, with what they are compared with."""
     found: list[dict] = []
     for name, text in results["files"].items():
         if "24gb" in name and name.endswith(".json"):

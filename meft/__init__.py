@@ -21,6 +21,7 @@ from .files.training_state import check_training_state
 from .model import MEFTModel, take_back
 from .optim.row_adamw import RowAdamW
 from .row_optimizer import RowOptimizerConfig
+from .scaling import record_rows, scale_values
 from .table.host_loading import host_storages_begin, host_storages_end  # noqa: F401  # names in optimizer.pt
 from .table.moments import row_moments_of_file  # noqa: F401
 
@@ -46,4 +47,6 @@ __all__ = [
     "RowOptimizerConfig",
     "check_training_state",
     "export_dense",
+    "record_rows",
+    "scale_values",
 ]

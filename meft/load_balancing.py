@@ -62,6 +62,8 @@ def attach_balance_loss(y: Tensor, logits: Tensor, config: MEFTConfig, context: 
     return _Attached.apply(y, balance_loss(logits, config) * (config.router_aux_loss_coef / layers), context)
 
 
-def note_loss_scale(loss: Tensor, context: ForwardContext) -> Tensor:
-    """The model's loss, such that its backward pass tells the layers how it is scaled (accumulation, GradScaler)."""
-    return _Scale.apply(loss, context)
+def note_loss_scale(output: Any, context: ForwardContext) -> None:
+    """Let the backward pass of an output's loss tell the layers how it is scaled (accumulation, GradScaler)."""
+    loss = getattr(output, "loss", None)
+    if isinstance(loss, Tensor) and loss.requires_grad:
+        output.loss = _Scale.apply(loss, context)

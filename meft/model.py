@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +15,11 @@ from torch.optim import Optimizer
 from peft_bridge import MethodTuner, last_loaded_folder
 
 from .config import MEFTConfig
-from .cost.auto import ModelProfile, chosen, model_profile
+from .cost.auto import chosen
 from .cost.host_memory import require_memory_for
 from .files import training_state as state
 from .files.adapter_file import FILE, RESERVED
+from .injection import check_gradients_last, connect, profile_of, warn_of_others
 from .layer import NOT_MERGEABLE, MEFTLayer
 from .load_balancing import note_loss_scale
 from .optim.ddp import RankAverage
@@ -31,10 +29,7 @@ from .retrieval import forward_context as context
 from .retrieval.costs import Rows
 from .retrieval.engine import Engine
 from .table.row_table import RowTable
-from .targets import FFN, default_targets, ffn_at, targeted_ffns
-from .transport.openmp_waiting import check_waiting
-
-logger = logging.getLogger(__name__)
+from .targets import default_targets, ffn_at, targeted_ffns
 
 
 class MEFTModel(MethodTuner):
@@ -53,9 +48,6 @@ class MEFTModel(MethodTuner):
     prefix = "meft_"
     tuner_layer_cls = MEFTLayer
     target_module_mapping: dict[str, Any] = {}  # noqa: RUF012  (PEFT's; `targets` finds FFNs by their form)
-
-    steps: RowSteps
-    _ffns: dict[str, FFN]
 
     @property
     def configs(self) -> dict[str, MEFTConfig]:
@@ -99,13 +91,9 @@ class MEFTModel(MethodTuner):
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         config: Any = peft_config
-        found, others = targeted_ffns(config, model)
-        self._ffns = found
-        if others:
-            warnings.warn(
-                f"target_modules also matches modules that are no FFN, which get no adapter: {_listed(others)}."
-            )
-        require_memory_for(config, list(found.values()))
+        self._ffns, others = targeted_ffns(config, model)
+        warn_of_others(others)
+        require_memory_for(config, list(self._ffns.values()))
 
     def wrap(
         self, target: nn.Module, path: str, parent: nn.Module, adapter_name: str, config: MEFTConfig,
@@ -129,36 +117,15 @@ class MEFTModel(MethodTuner):
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         # PEFT comes here when all layers are wrapped.
         if self.injection.layers and self.injection.adapter_name not in self.steps.configs:
-            self._adopt(self.injection.adapter_name)
+            name = self.injection.adapter_name
+            layers = [layer for layer in self.adapted_ffns().values() if name in layer.configs]
+            self.engines[name] = connect(name, self.configs[name], layers, self.steps, self.ranks, self._choose)
         super()._mark_only_adapters_as_trainable(model)
-
-    def _adopt(self, adapter_name: str) -> None:
-        config = self.configs[adapter_name]
-        layers = [layer for layer in self.adapted_ffns().values() if adapter_name in layer.configs]
-        tables = [table for layer in layers for table in layer.tables(adapter_name)]
-        for seed, table in enumerate(tables):
-            table.seed = seed
-        self.steps.configs[adapter_name], self.steps.tables[adapter_name] = config, tables
-        self.steps.routers[adapter_name] = [layer.meft_router for layer in layers]
-        for layer in layers:
-            layer.on_backward = self.ranks.note_backward
-        engine = self.engines[adapter_name] = Engine(config, [], self._choose)
-        engine.on_gradient = partial(self.steps.on_gradient, adapter_name)
-        engine.layers.extend(layer.join(adapter_name, number, engine) for number, layer in enumerate(layers))
-        if config.num_experts is None:
-            logger.info("MEFT: num_experts=%d for r=%d (4 sqrt(r), rounded to a divisor).", config.experts, config.r)
-        check_waiting()
 
     def _choose(self, config: MEFTConfig, widths: list[int], x: Tensor) -> tuple[str, Rows]:
         """The strategy, and what happens with the rows for backward, that fit beside the base model."""
-        plan = chosen(config, widths, x, self._profile())
+        plan = chosen(config, widths, x, profile_of(self.model, list(self.adapted_ffns().values())))
         return plan.strategy, plan.work.rows
-
-    def _profile(self) -> ModelProfile:
-        layers = self.adapted_ffns().values()
-        own = {id(m) for layer in layers for part in (layer.meft_keys, layer.meft_values) for m in part.modules()}
-        own |= {id(layer) for layer in layers}
-        return model_profile(self.model, [layer.base_layer for layer in layers], lambda module: id(module) in own)
 
     def forget(self, adapter_name: str) -> None:
         for table in self.steps.tables.get(adapter_name, []):
@@ -213,10 +180,8 @@ class MEFTModel(MethodTuner):
         if opened is None:
             return
         context.keep_with_graph(opened, output)
-        loss = getattr(output, "loss", None)
-        weighted = any(self.configs[name].router_aux_loss_coef for name in self.active_adapters if name in self.configs)
-        if weighted and isinstance(loss, Tensor) and loss.requires_grad:
-            output.loss = note_loss_scale(loss, opened)
+        if any(self.configs[name].router_aux_loss_coef for name in self.active_adapters if name in self.configs):
+            note_loss_scale(output, opened)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         layers = self.adapted_ffns().values()
@@ -278,19 +243,10 @@ class MEFTModel(MethodTuner):
 
     def check_run(self, arguments: Any) -> None:
         """Raises: ValueError: the run clips or scales gradients, and an adapter's are used up before that."""
-        wrong = {name: getattr(arguments, name, None) for name in ("max_grad_norm", "fp16")}
-        found = [f"{name}={value}" for name, value in wrong.items() if value]
         # A Trainer of several ranks averages gradients when the backward pass is over, so rows are updated after that.
         alone = getattr(arguments, "world_size", 1) == 1
-        if (
-            found
-            and alone
-            and any(self._updates_in_backward(name) for name in self.active_adapters if name in self.configs)
-        ):
-            raise ValueError(
-                f"{' and '.join(found)} would change gradients when the backward pass is over, and row_optimizer has "
-                "in_backward=True: set max_grad_norm=0 and bf16 in place of fp16, or in_backward=False."
-            )
+        if alone and any(self._updates_in_backward(name) for name in self.active_adapters if name in self.configs):
+            check_gradients_last(arguments)
 
     def _updates_in_backward(self, adapter_name: str) -> bool:
         layer = next(layer for layer in self.adapted_ffns().values() if adapter_name in layer.configs)
@@ -342,8 +298,3 @@ def take_back(model: nn.Module, adapter_name: str) -> None:
     for tuner in context.watching(model):
         if isinstance(tuner, MEFTModel) and adapter_name in tuner.steps.configs:
             tuner.take_back(adapter_name)
-
-
-def _listed(paths: list[str], most: int = 3) -> str:
-    rest = f" and {len(paths) - most} more" if len(paths) > most else ""
-    return f"{', '.join(paths[:most])}{rest}"

@@ -78,7 +78,7 @@ def ffn_at(model: nn.Module, path: str) -> FFN:
             f"Target module '{path}' ({type(module).__name__}) is no FFN: MEFT stands beside a whole FFN; set "
             f"target_modules to its name{_one_of(found)}."
         )
-    _check_pieces(model, path)
+    _check_config(model, path)
     return ffn
 
 
@@ -104,7 +104,7 @@ def targeted_ffns(config: MEFTConfig, model: nn.Module) -> tuple[dict[str, FFN],
             known |= {path: ffn_at(model, path) for path in ours}
             found |= {path: known[path] for path in ours}
     for path in found:
-        _check_pieces(model, path)
+        _check_config(model, path)
     found = {path: found[path] for path in matched if path in found}
     return found, [path for path in matched if path not in known]
 
@@ -252,12 +252,18 @@ def _one_of(found: dict[str, FFN]) -> str:
     return f", one of {', '.join(names)}" if names else ""
 
 
-def _check_pieces(model: nn.Module, path: str) -> None:
+def _check_config(model: nn.Module, path: str) -> None:
     pieces = getattr(model.get_submodule(path.rpartition(".")[0]), "chunk_size_feed_forward", 0)
     if pieces:
         raise ValueError(
             f"chunk_size_feed_forward={pieces} in the model's config cuts the FFN's input into pieces that the padding "
             "mask does not fit: set it to 0, which changes no result."
+        )
+    rescaled = getattr(getattr(model, "config", None), "rescale_every", 0)
+    if rescaled:
+        raise ValueError(
+            f"rescale_every={rescaled} in the model's config divides the FFN's weights in eval mode, and the adapter's "
+            "output would not follow: set it to 0 in the model's config, which changes no result in float32."
         )
 
 

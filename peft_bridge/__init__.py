@@ -2,20 +2,20 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .adapter_file import AdapterFile, check_digest, check_known_fields, check_shapes, digest, read_adapter
-from .atomic_files import folder_replaced_at_once, process_runs, replace_file, sync
-from .config_base import MethodConfig, is_int, is_number, known_keywords
-from .hotswap import allow_hotswap
-from .load import check_native_loads
-from .lora_optimizers import refuse_lora_optimizer
-from .model_card import MethodCard, describe_in_cards, read_results, write_card
-from .offload import index_when_offloaded
-from .optimizer_steps import StepListener, watch_steps
-from .quantised import keep_trainable_on_cpu
-from .registration import register_method
-from .trainer_runs import RunListener, watch_runs
-from .tuner_base import Injection, MethodTuner
-from .weights import last_loaded_folder, write_weights_at_once
+from .files.atomic_files import folder_replaced_at_once, process_runs, replace_file, sync
+from .files.model_card import MethodCard, describe_in_cards, read_results, write_card
+from .files.weights import last_loaded_folder, write_weights_at_once
+from .integrations.hotswap import allow_hotswap
+from .integrations.load import check_native_loads
+from .integrations.lora_optimizers import refuse_lora_optimizer
+from .integrations.offload import index_when_offloaded
+from .method.adapter_file import AdapterFile, check_digest, check_known_fields, check_shapes, digest, read_adapter
+from .method.config_base import MethodConfig, is_int, is_number, known_keywords
+from .method.quantised import keep_trainable_on_cpu
+from .method.registration import register_method
+from .method.tuner_base import Injection, MethodTuner
+from .training.optimizer_steps import StepListener, watch_steps
+from .training.trainer_runs import RunListener, watch_runs
 
 try:
     __version__ = version("aslora-meft")

@@ -27,6 +27,57 @@ def in_backward() -> bool:
     return backward_number() != -1
 
 
+class TakenRows:
+    """The rows that a training forward pass has taken from a stack, for as long as they may be taken again.
+
+    Attributes:
+        passes: the backward passes that have come through.
+    """
+
+    def __init__(self) -> None:
+        self.passes = BackwardPasses()
+        self._passes_at_step = 0  # of these passes: those before the last step
+        self._taken: tuple[Tensor, int, int, tuple[Tensor, ...]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For deepcopy and pickle, which do not take the graph of the rows."""
+        return {**self.__dict__, "_taken": None}
+
+    @property
+    def any(self) -> bool:
+        """Whether rows are kept."""
+        return self._taken is not None
+
+    @property
+    def gradients_pending(self) -> bool:
+        """Whether a backward pass has come through since the last step."""
+        return self.passes.count != self._passes_at_step
+
+    def mark_stepped(self) -> None:
+        self._passes_at_step = self.passes.count
+        self.forget()
+
+    def forget(self) -> None:
+        self._taken = None
+
+    def stale(self, stack: Tensor) -> bool:
+        """Whether the stack was written or replaced since, or a backward pass has ended the forward pass (FSDP2 writes
+        parameters without a new version)."""
+        taken = self._taken
+        if taken is None or taken[0] is not stack or taken[1] != stack._version:
+            return True
+        return taken[2] != self.passes.count and not in_backward()
+
+    def take(self, stack: Tensor, owners: Sequence[int]) -> None:
+        """Take all rows of `stack` in one function of autograd."""
+        rows: Any = AllRows.apply(stack, owners, self.passes)
+        self._taken = (stack, stack._version, self.passes.count, rows)
+
+    def __getitem__(self, position: int) -> Tensor:
+        assert self._taken is not None
+        return self._taken[3][position]
+
+
 class AllRows(torch.autograd.Function):
     """All rows of a stack [n, out_features, r] as views; twice differentiable, with forward mode and `torch.func`."""
 

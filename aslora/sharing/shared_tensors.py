@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from .host_values import HostValues
 from .merge_math import groups_of, is_sharing_map
 from .sharded import full_tensor, overwrite
-from .shared_rows import AllRows, BackwardPasses, OneRow, in_backward
-from .ties import Ties, confirmed_map, filled
+from .shared_rows import OneRow, TakenRows
+from .ties import Ties, confirmed_map, fill
 from .unseen_steps import CompiledBackwardPasses
 
 
@@ -82,13 +82,10 @@ class SharedB(nn.Module):
         self.register_buffer("clock", torch.tensor([0, 0, 0 if merges else 1], device=device))
         self.register_buffer("history", torch.full((n - 1, 3), -1, device=device))
         self.register_buffer("distances", torch.zeros(n - 1, device=device))
-        # What to read where there are no values: on the meta device.
         self._first = {"layers": list(layers), "rows": list(range(n)), "clock": [0, 0, 0 if merges else 1]}
         self.clock_values = HostValues()
-        self._views: tuple[Any, int, int, tuple[Tensor, ...]] | None = None
         self.ties = Ties(range(n))
-        self._passes = BackwardPasses()
-        self._passes_at_step = 0  # of these passes: those before the last step
+        self._taken = TakenRows()
         self._compiled = CompiledBackwardPasses(self)
         self.checked = False
         self.before_training_forward: Callable[[], None] | None = None
@@ -96,7 +93,7 @@ class SharedB(nn.Module):
     # ------------------------------------------------------------------ buffers
 
     def read(self, name: str) -> list[int]:
-        """`layers`, `rows` or `clock` as they are now; on a device this waits for it."""
+        """`layers`, `rows` or `clock` as they are now, on the meta device as at first; on others this waits for it."""
         tensor = getattr(self, name)
         return list(self._first[name]) if tensor.is_meta else tensor.tolist()
 
@@ -106,9 +103,7 @@ class SharedB(nn.Module):
     @property
     def sharing_map(self) -> list[int]:
         """The owner of each row: what `rows` records, as far as the values agree."""
-        if self.stacked_B.is_meta or isinstance(self.stacked_B, DTensor):
-            return list(self.ties.owners)
-        return confirmed_map(self.stacked_B, self.read("rows"))
+        return confirmed_map(self.stacked_B, self.read("rows")) if self.compared else list(self.ties.owners)
 
     @property
     def layer_indices(self) -> list[int]:
@@ -158,38 +153,32 @@ class SharedB(nn.Module):
             if self.before_training_forward is not None and not self.checked:
                 self.before_training_forward()
             self.checked = False
-            rows = AllRows.apply(stack, self.ties.owners, self._passes)
-            self._views = (stack, stack._version, self._passes.count, rows)  # type: ignore[assignment]
-        assert self._views is not None
-        return self._views[3][position]
+            self._taken.take(stack, self.ties.owners)
+        return self._taken[position]
 
     @property
     def stale(self) -> bool:
-        """Whether the next training forward pass takes the rows anew: B was written or replaced, or a backward pass
-        has ended the last one (FSDP2 writes B without a new version)."""
-        views, stack = self._views, self.stacked_B
-        if views is None or views[0] is not stack or views[1] != stack._version:
-            return True
-        return views[2] != self._passes.count and not in_backward()
+        """Whether the next training forward pass takes the rows anew."""
+        return self._taken.stale(self.stacked_B)
 
     def forget_views(self) -> None:
         """Drop the rows kept by `forward`, so that the next forward takes them anew."""
-        self._views = None
+        self._taken.forget()
 
     @property
     def rows_taken(self) -> bool:
         """Whether a forward pass has taken the rows since the last step, and compared them."""
-        return self._views is not None
+        return self._taken.any
 
     @property
     def gradients_pending(self) -> bool:
         """Whether a backward pass has come through since the last optimizer step that was seen."""
-        return self._passes.count != self._passes_at_step
+        return self._taken.gradients_pending
 
     def mark_stepped(self) -> None:
         """Gradients up to now have been used by a step that was seen, or B has been loaded since."""
-        self._passes_at_step, self._compiled.count = self._passes.count, 0
-        self.forget_views()
+        self._compiled.count = 0
+        self._taken.mark_stepped()
 
     # ------------------------------------------------------------------ training
 
@@ -232,9 +221,7 @@ class SharedB(nn.Module):
         `forward` leaves none there; another rank of DDP does that found the same rows tied with another owner, and
         code that was compiled before the rows were.
         """
-        gradient = self.stacked_B.grad
-        if type(gradient) is Tensor and not gradient.is_sparse:
-            self.ties.collect(gradient)
+        self.ties.collect(self.stacked_B.grad)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -300,13 +287,12 @@ class SharedB(nn.Module):
         if self.compared and f"{prefix}stacked_B" in state_dict and f"{prefix}rows" in state_dict:
             with torch.no_grad():
                 for rows in (self.stacked_B, self.average) if len(self.average) else (self.stacked_B,):
-                    if (full := filled(rows, owners)) is not rows:
-                        rows.copy_(full)
+                    fill(rows, owners)
         self.ties = Ties(owners if is_sharing_map(owners) else range(len(owners)))
 
     def __getstate__(self) -> dict[str, Any]:
-        """For deepcopy and pickle, which do not take the graph that `forward` keeps."""
-        return {**self.__dict__, "_views": None, "_compiled": None, "clock_values": None}
+        """For deepcopy and pickle."""
+        return {**self.__dict__, "_compiled": None, "clock_values": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -90,6 +90,13 @@ def filled(B: Tensor, recorded: Sequence[int]) -> Tensor:
     return B.index_select(0, torch.tensor(sources, device=B.device))
 
 
+def fill(rows: Tensor, owners: list[int]) -> None:
+    """Write what `filled` gives into `rows`, where it is not `rows` itself."""
+    full = filled(rows, owners)
+    if full is not rows:
+        rows.copy_(full)
+
+
 def _sample(B: Tensor) -> Tensor:
     """Some values of each row, [n, up to 32]; a copy, since storage that numpy has seen cannot be resized (FSDP2)."""
     flat = B.detach().flatten(1)
@@ -137,8 +144,10 @@ class Ties:
             owners, mirrored, _ = self._tensors(rows.device)
             rows.index_copy_(0, mirrored, rows.index_select(0, owners[mirrored]))
 
-    def collect(self, gradient: Tensor) -> None:
-        """Add the gradients [n, ...] of mirrored rows to their owners', and leave zeros there."""
+    def collect(self, gradient: Tensor | None) -> None:
+        """Add the gradients [n, ...] of mirrored rows to their owners', and leave zeros there; not of shards."""
+        if type(gradient) is not Tensor or gradient.is_sparse:
+            return
         if on_host(gradient) and not any(int(bits(gradient[row]).count_nonzero()) for row in self.mirrored):
             return
         owners, mirrored, _ = self._tensors(gradient.device)

@@ -78,15 +78,18 @@ def read_fields(
     return fields
 
 
-def make_config(method: str, words: Mapping[str, str | list[str]]) -> PeftConfig:
-    """The config of one of :data:`METHODS` for a causal language model; what is not given has the method's default.
+def make_config(method: str, words: Mapping[str, str | list[str]], task_type: str = "CAUSAL_LM") -> PeftConfig:
+    """The config of one of :data:`METHODS`; what is not given has the method's default.
+
+    Args:
+        task_type: PEFT's name of the kind of model.
 
     Raises:
         UsageError: a field that the method does not have, or a value that it does not allow.
     """
     fields = read_fields(method, words, METHODS)
     with as_usage_error(ValueError, TypeError, ImportError, OverflowError, RecursionError):
-        config: Any = METHODS[method](task_type="CAUSAL_LM", **fields)
+        config: Any = METHODS[method](task_type=task_type, **fields)
     if method == "lora":  # its config checks nothing
         if config.r < 1:
             raise UsageError(f"r={config.r} is no rank; give an integer of at least 1")

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from aslora_meft.arguments.checks import check_numbers
 from aslora_meft.arguments.config_arguments import METHODS, add_config_arguments, make_config
 from aslora_meft.arguments.parser import CommandParser
+from aslora_meft.arguments.task_arguments import LEARNING_RATES, TASK_TYPES, TaskArguments, check_task
 from aslora_meft.arguments.text import local_path
 from aslora_meft.errors import UsageError, as_usage_error
 
@@ -27,13 +28,14 @@ class ModelArguments:
     """Which model is fine-tuned, and by which method."""
 
     _argument_group_name = "model"
-    model: str = field(metadata=_doc("Folder or hub id of a causal language model."))
+    model: str = field(metadata=_doc("Folder or hub id of a language model of the kind that the task needs."))
     method: str = field(default="aslora", metadata={**_doc("PEFT method of the adapter."), "choices": tuple(METHODS)})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
         metadata=_doc("Type of the base weights; auto: the one that they were saved in, on a CPU float32."),
     )
     load_in_4bit: bool = field(default=False, metadata=_doc("Quantise the base weights to NF4 with bitsandbytes."))
+    load_in_8bit: bool = field(default=False, metadata=_doc("Quantise the base weights to INT8 with bitsandbytes."))
     trust_remote_code: bool = field(
         default=False, metadata=_doc("Run Python code that the model's folder or repository brings along.")
     )
@@ -47,7 +49,7 @@ class DataArguments:
     data: list[str] = field(
         metadata=_doc(
             "Files (.jsonl, .json, .csv, .tsv, .txt, .parquet; text also with .gz) or hub ids. Columns: messages, "
-            "conversations, prompt + completion, instruction + output, or text."
+            "conversations, prompt + completion, instruction + output, or text; of other tasks see --task."
         )
     )
     eval_data: list[str] | None = field(
@@ -61,7 +63,13 @@ class DataArguments:
     eval_split: str = field(default="test", metadata=_doc("Split of --eval_data on the hub."))
     prompt_column: str = field(default="prompt", metadata=_doc("Column with the prompt."))
     completion_column: str = field(default="completion", metadata=_doc("Column with what the model shall answer."))
-    text_column: str = field(default="text", metadata=_doc("Column with text that is learnt whole."))
+    text_column: str = field(default="text", metadata=_doc("Column with text that is learnt whole, or classified."))
+    text_pair_column: str | None = field(
+        default=None, metadata=_doc("classification: column with a second text, such as a hypothesis.")
+    )
+    label_column: str = field(default="label", metadata=_doc("classification: column with names or integers."))
+    source_column: str = field(default="source", metadata=_doc("seq2seq: column with what the encoder reads."))
+    target_column: str = field(default="target", metadata=_doc("seq2seq: column with what the decoder shall write."))
     separator: str = field(default="\n", metadata=_doc("Text between prompt and completion, part of the prompt."))
     apply_chat_template: bool = field(
         default=False, metadata=_doc("Put prompt and completion into the model's chat template as two turns.")
@@ -112,12 +120,13 @@ class TrainArguments(NamedTuple):
     adapter: PeftConfig
     data: DataArguments
     trainer: TrainerArguments
+    task: TaskArguments
 
 
 _DEEPEST = 50  # levels of a YAML file
-_GROUPS: tuple[Any, ...] = (ModelArguments, DataArguments, TrainerArguments)
+_GROUPS: tuple[Any, ...] = (ModelArguments, TaskArguments, DataArguments, TrainerArguments)
 _COMMON = (
-    *("method", "r", "lora_alpha", "aslora_dropout", "lora_dropout", "top_k", "target_modules", "dtype"),
+    *("method", "task", "r", "lora_alpha", "aslora_dropout", "lora_dropout", "top_k", "target_modules", "dtype"),
     *("load_in_4bit", "eval_data", "max_length", "learning_rate", "num_train_epochs", "max_steps"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "seed"),
     "resume_from_checkpoint",
@@ -134,7 +143,7 @@ def parse_train(argv: list[str]) -> TrainArguments:
         _GROUPS,
         prog="aslora-meft train",
         usage="aslora-meft train [CONFIG.yaml] [--name value ...]",
-        description="Fine-tune a causal language model with an adapter, evaluate it before and after, and save it.\n"
+        description="Fine-tune a language model with an adapter, evaluate it before and after, and save it.\n"
         "CONFIG.yaml holds the same names, one 'name: value' a line.",
         example="aslora-meft train --model MODEL --data train.jsonl --output_dir out --r 16 --num_train_epochs 1",
         common=_COMMON,
@@ -143,14 +152,21 @@ def parse_train(argv: list[str]) -> TrainArguments:
     if argv and not argv[0].startswith("-"):
         argv = [*_yaml_arguments(local_path("CONFIG.yaml", argv[0]), parser), *argv[1:]]
     values = parser.read(argv)
+    if values["task"] in LEARNING_RATES:
+        parser.set_defaults(learning_rate=LEARNING_RATES[values["task"]])
+        values = parser.read(argv)
     # TrainingArguments checks its own values when it is built.
     with as_usage_error(Exception):
-        model, data, trainer = (
+        model, task, data, trainer = (
             group(**{item.name: values.pop(item.name) for item in dataclasses.fields(group) if item.init})
             for group in _GROUPS
         )
     check_numbers(trainer)
-    return TrainArguments(model, make_config(model.method, values), data, trainer)
+    check_task(task, data)
+    if model.load_in_4bit and model.load_in_8bit:
+        raise UsageError("load_in_8bit=True excludes load_in_4bit=True; give one of them")
+    adapter = make_config(model.method, values, TASK_TYPES[task.task])
+    return TrainArguments(model, adapter, data, trainer, task)
 
 
 def _yaml_arguments(path: Path, parser: CommandParser) -> list[str]:

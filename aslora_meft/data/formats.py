@@ -50,7 +50,7 @@ def recognise(rows: list[Row], args: DataArguments, where: str) -> Format:
 
     for column in (*named, *([args.text_column] if args.text_column != "text" else [])):
         if column not in columns:
-            raise UsageError(f"{where} has no column {column!r}; its columns are {_listed(columns)}")
+            raise UsageError(f"{where} has no column {column!r}; its columns are {listed(columns)}")
     if all(column in first for column in asked):
         conversational = any(isinstance(first[column], list) for column in asked)
         if conversational or args.apply_chat_template:
@@ -68,15 +68,19 @@ def recognise(rows: list[Row], args: DataArguments, where: str) -> Format:
     if args.text_column in first:
         return found("text", "text", args.text_column)
     if "chosen" in columns and "rejected" in columns:
-        raise UsageError(f"{where} holds preference pairs (chosen, rejected); train on rows with a single answer")
+        raise UsageError(
+            f"{where} holds preference pairs (chosen, rejected); use --task dpo or reward, or train on rows with "
+            "a single answer"
+        )
     raise UsageError(
-        f"{where} has the columns {_listed(columns)} but neither messages, conversations, {asked[0]} and {asked[1]}, "
+        f"{where} has the columns {listed(columns)} but neither messages, conversations, {asked[0]} and {asked[1]}, "
         f"instruction and output, nor {args.text_column}; name yours with --prompt_column and --completion_column, or "
         "with --text_column"
     )
 
 
-def _listed(columns: list[str]) -> str:
+def listed(columns: list[str]) -> str:
+    """Names of columns for a message, a dozen at most."""
     shown = ", ".join(map(repr, columns[:12]))
     return f"{shown} and {len(columns) - 12} more" if len(columns) > 12 else shown
 
@@ -106,7 +110,7 @@ def conversation(row: Row, fmt: Format, where: str) -> tuple[list[Turn], int]:
     """
     if len(fmt.used) == 1:
         column = fmt.used[0]
-        return _turns(row.get(column), f"{where}: {column}"), 0
+        return turns_of(row.get(column), f"{where}: {column}"), 0
     if "instruction" in fmt.used:
         prompt: Any = _instruction(row, where)
         completion: Any = text_of(row, "output", where)
@@ -116,9 +120,9 @@ def conversation(row: Row, fmt: Format, where: str) -> tuple[list[Turn], int]:
             value if isinstance(value, list) else text_of(row, column, where)
             for column, value in zip(fmt.used, (prompt, completion), strict=True)
         )
-    before = _turns(prompt, f"{where}: {fmt.used[0]}") if isinstance(prompt, list) else [_turn("user", prompt)]
+    before = turns_of(prompt, f"{where}: {fmt.used[0]}") if isinstance(prompt, list) else [_turn("user", prompt)]
     after = (
-        _turns(completion, f"{where}: {fmt.used[-1]}")
+        turns_of(completion, f"{where}: {fmt.used[-1]}")
         if isinstance(completion, list)
         else [_turn("assistant", completion)]
     )
@@ -133,7 +137,12 @@ def _turn(role: str, content: str) -> Turn:
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
-def _turns(value: Any, where: str) -> list[Turn]:
+def turns_of(value: Any, where: str) -> list[Turn]:
+    """The turns of a conversation, with role and content, also from ShareGPT's form.
+
+    Raises:
+        UsageError: no list of turns, or trl, whose converter of ShareGPT is used, is not installed.
+    """
     if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
         raise UsageError(f"{where} is not a list of turns with role and content; correct it")
     turns = [dict(turn) for turn in value]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +15,7 @@ from aslora_meft.data.files import Row, read_rows
 from aslora_meft.data.formats import Format, conversation, prompt_and_completion, recognise, text_of
 from aslora_meft.errors import UsageError
 
+Item = TypeVar("Item")
 IGNORED = -100  # a label that torch's cross entropy leaves out
 
 
@@ -56,16 +57,21 @@ def load_samples(args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: 
     Raises:
         UsageError: any field, file, column or row that cannot be used.
     """
-    if args.max_length < 2:
-        raise UsageError(f"max_length={args.max_length} leaves nothing to predict; give at least 2")
-    if not 0 < args.eval_size < 1 and not (1 <= args.eval_size < 2**53 and args.eval_size == int(args.eval_size)):
-        raise UsageError(f"eval_size={args.eval_size} is neither a share in (0, 1) nor a number of rows; try 0.1")
+    check_sizes(args)
     sources = [_source(name, "data", args.data_split, args, tokenizer) for name in args.data]
     if args.eval_data is None:
         return Samples(*split(_units(sources), args.eval_size, seed), sources)
     held_out = [_source(name, "eval_data", args.eval_split, args, tokenizer) for name in args.eval_data]
     train, evaluated = (list(chain.from_iterable(_units(part))) for part in (sources, held_out))
     return Samples(train, evaluated, sources + held_out)
+
+
+def check_sizes(args: DataArguments) -> None:
+    """Raises: UsageError: `max_length` or `eval_size` is out of its range."""
+    if args.max_length < 2:
+        raise UsageError(f"max_length={args.max_length} leaves nothing to predict; give at least 2")
+    if not 0 < args.eval_size < 1 and not (1 <= args.eval_size < 2**53 and args.eval_size == int(args.eval_size)):
+        raise UsageError(f"eval_size={args.eval_size} is neither a share in (0, 1) nor a number of rows; try 0.1")
 
 
 def _source(name: str, field: str, split: str, args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Source:
@@ -84,7 +90,7 @@ def _units(sources: list[Source]) -> list[list[Sample]]:
     ]
 
 
-def split(encoded: list[list[Sample]], eval_size: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+def split(encoded: list[list[Item]], eval_size: float, seed: int) -> tuple[list[Item], list[Item]]:
     """Hold out a share (``eval_size`` < 1) or a number of rows, chosen by ``seed``; one text is split by windows."""
     units = [[window] for window in encoded[0]] if len(encoded) == 1 else encoded
     count = max(1, round(eval_size * len(units))) if eval_size < 1 else int(eval_size)

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from aslora_meft.arguments.checks import check_output
 from aslora_meft.arguments.text import local_path
 from aslora_meft.errors import RaisingParser, UsageError, as_usage_error
@@ -39,7 +41,7 @@ def run(argv: Sequence[str]) -> None:
     write, target = _writer(options.to, options.dtype), local_path("OUT_DIR", out)
     with (
         as_usage_error(ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError),
-        as_usage_error(OSError, prefix=f"OUT_DIR={out!r} cannot be written: "),
+        as_usage_error(OSError, SafetensorError, prefix=f"OUT_DIR={out!r} cannot be written: "),
     ):
         write(folders, target)
     print(f"{_WRITTEN[options.to]}: {target.resolve()}")

@@ -26,19 +26,37 @@ class MeftLlamaConfig(LlamaConfig):
         super().__init__(**kwargs)
 
 
-def dots_of_experts(x: Tensor, keys: Tensor, experts: Tensor) -> Tensor:
-    """x [T, d] times the keys [E, k, d] of each token's experts [T, P]: float32 [T, P, k], in one of three forms."""
-    E, k, d = keys.shape
-    if experts.numel() <= E:  # few tokens: only their experts' keys are read
-        return torch.bmm(keys[experts].flatten(1, 2).float(), x.float().unsqueeze(2)).view(*experts.shape, k)
-    if x.is_cuda:  # dense: no wait for the device, so that a graph can be captured
-        flat = keys.view(E * k, d).T
-        full = x.float() @ flat.float() if x.dtype == torch.float32 else torch.mm(x, flat, out_dtype=torch.float32)
-        return full.view(-1, E, k).take_along_dim(experts.unsqueeze(2), dim=1)
-    order = experts.flatten().argsort()  # grouped: all tokens of an expert at once
-    parts = order.split(experts.flatten().bincount(minlength=E).tolist())
+def gathered(x: Tensor, keys: Tensor, experts: Tensor) -> Tensor:
+    """Reads only the keys of the tokens' experts, once for each token. As all forms: float32 [T, P, k]."""
+    return torch.bmm(keys[experts].flatten(1, 2).float(), x.float().unsqueeze(2)).view(*experts.shape, keys.shape[1])
+
+
+def dense(x: Tensor, keys: Tensor, experts: Tensor) -> Tensor:
+    """All keys in one product. Nothing waits for the device, so that a graph can be captured."""
+    flat = keys.flatten(0, 1).T
+    wide = x.dtype == torch.float32 or not x.is_cuda
+    full = x.float() @ flat.float() if wide else torch.mm(x, flat, out_dtype=torch.float32)
+    return full.view(-1, *keys.shape[:2]).take_along_dim(experts.unsqueeze(2), dim=1)
+
+
+def grouped(x: Tensor, keys: Tensor, experts: Tensor) -> Tensor:
+    """A product for each expert, of all its tokens."""
+    order = experts.flatten().argsort()
+    parts = order.split(experts.flatten().bincount(minlength=len(keys)).tolist())
     dots = [x[part // experts.shape[1]].float() @ key.float().T for part, key in zip(parts, keys, strict=True)]
-    return torch.cat(dots)[order.argsort()].view(*experts.shape, k)
+    return torch.cat(dots)[order.argsort()].view(*experts.shape, keys.shape[1])
+
+
+# On a CPU: multiplications an expert up to which one large product is faster than E small ones (measured).
+DENSE_UP_TO = 2**20
+
+
+def dots_of_experts(x: Tensor, keys: Tensor, experts: Tensor) -> Tensor:
+    """x [T, d] times the keys [E, k, d] of each token's experts [T, P]: float32 [T, P, k], in the fastest form."""
+    E, k, d = keys.shape
+    if len(x) == 1 or 4 * experts.numel() <= E:  # they are read, copied and read again
+        return gathered(x, keys, experts)
+    return (dense if x.is_cuda or len(x) * k * d <= DENSE_UP_TO else grouped)(x, keys, experts)
 
 
 def added_by_neurons(

@@ -12,10 +12,11 @@ from aslora_meft.arguments.config_arguments import METHODS, add_config_arguments
 from aslora_meft.arguments.groups import DataArguments, ModelArguments, TrainerArguments
 from aslora_meft.arguments.parser import CommandParser
 from aslora_meft.errors import RaisingParser, UsageError
-from aslora_meft.planner.estimate import RESERVED, Estimate, Request, estimate
+from aslora_meft.planner.estimate import estimate
 from aslora_meft.planner.methods import known_method
 from aslora_meft.planner.optimizer_state import OPTIMIZERS
 from aslora_meft.planner.rates import GIB, card, device_bytes, rates
+from aslora_meft.planner.request import RESERVED, Estimate, Request
 
 UNION_SHARE = 0.26  # the paper's
 

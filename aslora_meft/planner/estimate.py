@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -20,80 +20,13 @@ from aslora_meft.planner.methods import adapt, method_config
 from aslora_meft.planner.neurons import PlannedFFN, lasting_bytes
 from aslora_meft.planner.quantised import QUANTISED, quantise
 from aslora_meft.planner.rates import GIB, ceilings
+from aslora_meft.planner.request import RESERVED, Estimate, Request
 from aslora_meft.planner.trace import Extra, Memory, Step, trace_step
 from meft.cost.auto import decoder_shape
 from meft.cost.fit import largest_that_fits, strategies_that_fit
 from meft.cost.memory import AdapterShape, Plan, Rows, Work
 from meft.cost.step_time import BaseModel, StepTime, step_time
 from meft.retrieval.strategies import strategy_name
-
-RESERVED = 3 * GIB // 2  # of a GPU, for the CUDA context and fragmentation: an assumption
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be planned; the names are those of `aslora-meft train`.
-
-    Attributes:
-        adapter: fields of the method's config that are not to have their defaults.
-        weights: of the base model, one of `base.DTYPES`; None: the config's, bfloat16 where it names none.
-        gpu: bytes of the device's memory, None: not said.
-        card: the card whose seconds are predicted, None: none.
-    """
-
-    model: str
-    method: str
-    adapter: dict[str, Any]
-    weights: str | None
-    max_length: int
-    per_device_train_batch_size: int
-    gradient_accumulation_steps: int
-    gradient_checkpointing: bool
-    optim: str
-    max_grad_norm: float
-    union_share: float
-    gpu: int | None = None
-    card: str | None = None
-    trust_remote_code: bool = False
-
-    @property
-    def micro_batch(self) -> int:
-        """Tokens of a micro-batch."""
-        return self.per_device_train_batch_size * self.max_length
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A plan; all of it is predicted.
-
-    Attributes:
-        weights: number of the base model's weights.
-        memory: what the device holds at the peak.
-        plan: of MEFT.
-        host: part -> bytes in host memory.
-        seconds: at least so many per optimizer step on the card.
-        compute_seconds: the same without anything moving.
-        dtype: of the base weights, one of `base.DTYPES`.
-        remedies: options of the command line, each line of which makes it fit, all else equal.
-        largest: 'r', 'per_device_train_batch_size' and 'max_length' -> the largest one that fits, all else equal; 0:
-            none does.
-    """
-
-    request: Request
-    weights: int
-    memory: Memory
-    plan: Plan | None
-    host: dict[str, int]
-    seconds: float | None
-    compute_seconds: float | None
-    dtype: str
-    largest: dict[str, int] = field(default_factory=dict)
-    remedies: tuple[str, ...] = ()
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether the peak leaves `RESERVED` of the GPU; None where its size was not said."""
-        return None if self.request.gpu is None else self.memory.peak <= self.request.gpu - RESERVED
 
 
 class _Model:

@@ -7,12 +7,13 @@ from typing import Any
 
 from aslora_meft.arguments.groups import DataArguments, TrainArguments
 from peft_bridge import replace_file, write_card
-from peft_bridge.model_card import RESULTS
+from peft_bridge.files.model_card import RESULTS
 
 # How rows were read: evaluate and generate take the same, unless told otherwise.
 DATA_FORM = (
     *("prompt_column", "completion_column", "text_column", "separator", "apply_chat_template", "completion_only"),
     "max_length",
+    *("text_pair_column", "label_column", "source_column", "target_column"),
 )
 _TRAINING = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps"),
@@ -27,7 +28,7 @@ def write_results(arguments: TrainArguments, results: dict[str, Any]) -> None:
         results: held-out metrics `before` and `after`, and the method's reports.
     """
     data, args = arguments.data, arguments.trainer
-    training = {name: getattr(args, name) for name in _TRAINING}
+    training: dict[str, Any] = {"task": arguments.task.task} | {name: getattr(args, name) for name in _TRAINING}
     training["lr_scheduler_type"] = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     results = {
         **results,
@@ -46,12 +47,15 @@ def next_commands(arguments: TrainArguments) -> str:
     out = shlex.quote(arguments.trainer.output_dir)
     data = arguments.data
     asked = "" if data.eval_data is None else f" --data {shlex.join(data.eval_data)}"
-    lines = [
-        f"aslora-meft generate {out} --compare",
-        f"aslora-meft evaluate {out} --compare" + (asked or f" --held_out --data {shlex.join(data.data)}"),
-    ]
+    asked = asked or f" --held_out --data {shlex.join(data.data)}"
+    task = arguments.task.task
+    lines = [f"aslora-meft generate {out} --compare"] * (task in ("sft", "dpo"))
+    if task == "sft":
+        lines.append(f"aslora-meft evaluate {out} --compare{asked}")
+    elif task != "dpo":  # whose metrics compare with the base model of the run
+        lines.append(f"aslora-meft evaluate {out}{asked}")
     form = {"aslora": "lora", "meft": "model"}.get(arguments.model.method)
-    if form is not None:
+    if form is not None and task in ("sft", "dpo"):
         exported = shlex.quote(f"{arguments.trainer.output_dir.rstrip('/')}-{form}")
         lines.append(f"aslora-meft export {out} --to {form} {exported}")
     return "\n".join(["Next:", *(f"  {line}" for line in lines)])

@@ -1,25 +1,24 @@
 """What a run says in text: metrics before and after, and merges."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from peft import PeftModel
 from transformers import TrainingArguments
 
-from aslora_meft.data.samples import IGNORED, Samples
 
+def run_header(model: PeftModel, args: TrainingArguments, data: list[tuple[str, str]]) -> str:
+    """What a run is about to do: on what, with which data, and which values it trains.
 
-def run_header(model: PeftModel, args: TrainingArguments, samples: Samples) -> str:
-    """What a run is about to do: on what, with which data, and which values it trains."""
-    first = next(p for p in model.get_base_model().parameters() if p.is_floating_point() or p.ndim)
-    dtype = "NF4" if getattr(model.get_base_model(), "is_loaded_in_4bit", False) else str(first.dtype).split(".")[-1]
-    lines = [("device", f"{args.device}, base weights in {dtype}")]
-    for name, part in (("train", samples.train), ("held out", samples.held_out)):
-        tokens = sum(len(sample["input_ids"]) for sample in part)
-        learnt = sum(label != IGNORED for sample in part for label in sample["labels"])
-        lines.append((name, f"{len(part):,} samples, {tokens:,} tokens, {learnt:,} of them learnt"))
-    for source in samples.sources:
-        lines.append(("columns", f"{source.where}: {source.format}"))
-        lines += [("note", note) for note in source.notes]
+    Args:
+        data: lines about the data, each with its name.
+    """
+    base: Any = model.get_base_model()
+    first = next(p for p in base.parameters() if p.is_floating_point() or p.ndim)
+    dtype = str(first.dtype).split(".")[-1]
+    for name, flag in (("NF4", "is_loaded_in_4bit"), ("INT8", "is_loaded_in_8bit")):
+        dtype = name if getattr(base, flag, False) else dtype
+    lines = [("device", f"{args.device}, base weights in {dtype}"), *data]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.get_base_model().parameters())
     lines.append(("trained", f"{trained:,} values beside {total - trained:,} frozen ones"))
@@ -42,13 +41,22 @@ def merge_plan(model: PeftModel) -> list[str]:
     return [*lines, f"{counts['start']:,} values at the start, {counts['end']:,} after the last planned merge"]
 
 
-def metrics_table(before: dict[str, float], after: dict[str, float]) -> str:
-    """Held-out metrics before and after training."""
+def metrics_table(before: dict[str, float], after: dict[str, float], titles: Mapping[str, str]) -> str:
+    """Held-out metrics before and after training.
+
+    Args:
+        titles: metric -> what the table calls it; shares are those with accuracy or F1 in their title.
+    """
     rows = [("held out", "before", "after")]
-    rows += [(name, f"{before[name]:.4g}", f"{after[name]:.4g}") for name in ("loss", "perplexity")]
-    rows += [("token accuracy", f"{before['accuracy']:.1%}", f"{after['accuracy']:.1%}")]
+    rows += [(title, shown(title, before[name]), shown(title, after[name])) for name, title in titles.items()]
     lines = [f"{name:<16}{left:>10}{right:>10}" for name, left, right in rows]
-    return "\n".join([*lines, f"({before['tokens']:,} tokens)"])
+    counted = [f"({before[name]:,} {name})" for name in ("tokens", "rows") if name in before]
+    return "\n".join([*lines, *counted])
+
+
+def shown(title: str, value: float) -> str:
+    """A metric's value in a table."""
+    return f"{value:.1%}" if "accuracy" in title or "F1" in title else f"{value:.4g}"
 
 
 def shares(model: PeftModel) -> bool:

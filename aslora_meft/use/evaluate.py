@@ -9,14 +9,18 @@ import numpy as np
 import torch
 from transformers import DataCollatorForSeq2Seq, EvalPrediction, PreTrainedTokenizerBase
 
+from aslora_meft.arguments.checks import check_range
 from aslora_meft.arguments.groups import DataArguments
 from aslora_meft.arguments.parser import CommandParser
+from aslora_meft.arguments.text import local_path
 from aslora_meft.data.files import read_rows
 from aslora_meft.data.samples import IGNORED, Sample, encode_rows, load_samples
 from aslora_meft.errors import UsageError
+from aslora_meft.tasks.metrics import token_metrics, token_sums
 from aslora_meft.training.finish import DATA_FORM
+from aslora_meft.use.evaluate_task import EVALUATED, evaluate_task
 from aslora_meft.use.loaded import BASE, UseArguments, active, load_adapters
-from aslora_meft.use.metrics import token_metrics, token_sums
+from peft_bridge import read_results
 
 _NOT_HERE = {"eval_data", "eval_size", "eval_split"}
 
@@ -51,9 +55,15 @@ def run(argv: list[str]) -> None:
     values = parser.read(argv)
     folders = values.pop("adapter_dir")
     options = EvaluateArguments(**{name: values.pop(name) for name in ("held_out", "batch_size")})
-    if options.batch_size < 1:
-        raise UsageError(f"batch_size={options.batch_size} is no number of rows; give at least 1")
+    check_range("batch_size", options.batch_size, 1, 2**31)
+    if values["max_length"] is not None:
+        check_range("max_length", values["max_length"], 2, 2**31)
     use = UseArguments(**{f.name: values.pop(f.name) for f in dataclasses.fields(UseArguments)})
+    results = read_results(local_path("ADAPTER_DIR", folders[0]))
+    if results.get("task") in EVALUATED:
+        values |= {"held_out": options.held_out, "batch_size": options.batch_size}
+        print(evaluate_task(folders, use, values, results))
+        return
     loaded = load_adapters(folders, use)
     form = loaded.results.get("data_form", {})
     for name in DATA_FORM:  # as trained, unless given

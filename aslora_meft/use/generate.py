@@ -9,8 +9,10 @@ import torch
 from jinja2 import TemplateError
 from transformers import TextStreamer, set_seed
 
+from aslora_meft.arguments.checks import check_range
 from aslora_meft.arguments.parser import CommandParser
-from aslora_meft.errors import UsageError
+from aslora_meft.arguments.text import is_encodable
+from aslora_meft.errors import UsageError, as_usage_error
 from aslora_meft.use.loaded import BASE, Loaded, UseArguments, active, load_adapters
 
 
@@ -66,13 +68,15 @@ def run(argv: list[str]) -> None:
 
 
 def _check(options: GenerateArguments) -> None:
-    if options.max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens={options.max_new_tokens} leaves no answer; give at least 1")
-    if not 0 <= options.temperature < float("inf"):
-        raise UsageError(f"temperature={options.temperature} is out of range; give 0 or a positive number")
+    check_range("max_new_tokens", options.max_new_tokens, 1, 2**31)
+    check_range("seed", options.seed, 0, 2**32 - 1)
+    if options.temperature:  # logits are divided by it
+        check_range("temperature", options.temperature, 1e-3, 1e6)
     for prompt in options.prompt or []:
         if not prompt.strip():
             raise UsageError(f"prompt={prompt!r} is empty; write what shall be answered")
+        if not is_encodable(prompt):
+            raise UsageError(f"prompt={prompt!r} is no valid text; write it in UTF-8")
 
 
 def _prompts(options: GenerateArguments) -> Iterator[str]:
@@ -82,7 +86,8 @@ def _prompts(options: GenerateArguments) -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             print("> ", end="", flush=True)
-        line = sys.stdin.readline()
+        with as_usage_error(UnicodeDecodeError, prefix="the standard input is no valid text, give it in UTF-8: "):
+            line = sys.stdin.readline()
         if not line:
             return
         if line.strip():

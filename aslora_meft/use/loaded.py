@@ -14,8 +14,7 @@ import meft  # noqa: F401
 from aslora_meft.adapter import load_model, load_tokenizer
 from aslora_meft.arguments.groups import ModelArguments
 from aslora_meft.errors import UsageError, as_usage_error
-from aslora_meft.use.saved import check_saved_adapter
-from peft_bridge import read_results
+from aslora_meft.use.saved import check_saved_adapter, saved_results
 
 BASE = "base model"
 
@@ -34,6 +33,7 @@ class UseArguments:
         default="auto", metadata={"help": "Type of the base weights; auto: as saved, on a CPU float32."}
     )
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the base weights to NF4 with bitsandbytes."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the base weights to INT8 with bitsandbytes."})
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run Python code that the model's folder or repository brings along."}
     )
@@ -59,40 +59,72 @@ def load_adapters(folders: list[str], args: UseArguments) -> Loaded:
     Raises:
         UsageError: a folder holds no adapter, adapters were trained on different base models, or one does not fit.
     """
-    bases = {folder: check_saved_adapter("ADAPTER_DIR", folder).get("base_model_name_or_path") for folder in folders}
+    base = base_of(folders, args.model)
     first = folders[0]
-    base = args.model or bases[first]
-    if base is None:
+    results = saved_results(Path(first).expanduser())
+    own = any((Path(first).expanduser() / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    wanted = model_arguments(base, args)
+    tokenizer = load_tokenizer(replace(wanted, model=str(Path(first).expanduser())) if own else wanted)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = device or torch.device("cpu")
+    model = load_model(wanted, device)
+    if not getattr(model, "is_quantized", False):
+        model.to(device)  # type: ignore[arg-type]  # of a decorated method
+    names: list[str] = []
+    for folder in folders:
+        name = name_of(folder, names)
+        with as_usage_error(Exception, prefix=f"ADAPTER_DIR='{folder}': "):
+            model.load_adapter(str(Path(folder).expanduser()), name)
+        names.append(name)
+    return Loaded(model.eval(), tokenizer, names, results)
+
+
+def model_arguments(base: str, args: UseArguments) -> ModelArguments:
+    """How the base model is loaded."""
+    names = ("dtype", "load_in_4bit", "load_in_8bit", "trust_remote_code")
+    how: dict[str, Any] = {name: getattr(args, name) for name in names}
+    return ModelArguments(base, **how)
+
+
+def base_of(folders: list[str], model: str | None, task_type: str = "CAUSAL_LM") -> str:
+    """The base model of saved adapters.
+
+    Args:
+        model: what is given instead of the one that they name.
+        task_type: PEFT's name of the kind of model that they must be for.
+
+    Raises:
+        UsageError: a folder holds no adapter, or one of another kind, or they are of different base models.
+    """
+    bases: dict[str, str | None] = {}
+    for folder in folders:
+        config = check_saved_adapter("ADAPTER_DIR", folder)
+        bases[folder] = config.get("base_model_name_or_path")
+        found = config.get("task_type") or task_type
+        if found != task_type:
+            raise UsageError(
+                f"ADAPTER_DIR='{folder}' has task_type={found}, and this needs {task_type}; give another adapter, or "
+                "load it from Python as its README.md shows"
+            )
+    first = folders[0]
+    base = model if model is not None else bases[first] or ""
+    if not base and model is None:
         raise UsageError(f"ADAPTER_DIR='{first}' does not say which base model it was trained on; give it by --model")
     for folder, other in bases.items():
-        if args.model is None and other != base:
+        if model is None and other != base:
             raise UsageError(
                 f"ADAPTER_DIR='{folder}' was trained on {other!r} and '{first}' on {base!r}; give adapters of one base "
                 "model, or the model to use by --model"
             )
-    own = any((Path(first) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    wanted = ModelArguments(
-        base, dtype=args.dtype, load_in_4bit=args.load_in_4bit, trust_remote_code=args.trust_remote_code
-    )
-    tokenizer = load_tokenizer(replace(wanted, model=first) if own else wanted)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = device or torch.device("cpu")
-    model = load_model(wanted, device)
-    if not args.load_in_4bit:
-        model.to(device)  # type: ignore[arg-type]  # of a decorated method
-    names: list[str] = []
-    for folder in folders:
-        name = _unused(Path(folder).resolve().name.replace(".", "_") or "adapter", [*names, BASE])
-        with as_usage_error(ValueError, OSError, ImportError, RuntimeError, prefix=f"ADAPTER_DIR='{folder}': "):
-            model.load_adapter(str(folder), name)
-        names.append(name)
-    return Loaded(model.eval(), tokenizer, names, read_results(Path(first)))
+    return base
 
 
-def _unused(name: str, others: list[str]) -> str:
+def name_of(folder: str, names: list[str]) -> str:
+    """A name of an adapter, from its folder, that none of `names` is."""
+    name = Path(folder).resolve().name.replace(".", "_") or "adapter"
     number = 2
     unique = name
-    while unique in others:
+    while unique in (*names, BASE):
         unique, number = f"{name}-{number}", number + 1
     return unique
 

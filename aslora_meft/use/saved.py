@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from aslora_meft.arguments.checks import check_expressions
 from aslora_meft.arguments.text import local_path, parse_json
 from aslora_meft.errors import UsageError, as_usage_error
+from peft_bridge.files.model_card import RESULTS
 
 # Field -> what its value can be, in files that PEFT or this package writes.
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -50,6 +52,9 @@ def check_saved_adapter(field: str, value: str) -> dict[str, Any]:
         raise UsageError(f"{str(file)!r} holds no JSON object; restore it from a good save")
     for name, kinds in _TYPES.items():
         found = config.get(name, "" if name == "peft_type" else None)
+        items = found if isinstance(found, list) and name != "layers_to_transform" else []
+        if not all(isinstance(item, str) for item in items):
+            raise UsageError(f"{str(file)!r} has {name}={str(found)[:60]}, which no save writes; give names in it")
         if (name in config or name == "peft_type") and (isinstance(found, bool) or not isinstance(found, kinds)):
             raise UsageError(f"{str(file)!r} has {name}={found!r}, which no save writes; restore it from a good save")
     weights = folder / SAFETENSORS_WEIGHTS_NAME
@@ -60,3 +65,38 @@ def check_saved_adapter(field: str, value: str) -> dict[str, Any]:
             names = [key.removeprefix("base_model.model.") for key in tensors.keys()]  # noqa: SIM118
     check_expressions(SimpleNamespace(**config), {part for name in names for part in (name, name.rpartition(".")[0])})
     return config
+
+
+# What `train` writes into results.json and use reads again: name -> what its value can be.
+_FORM: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("prompt_column", "completion_column", "text_column", "separator"), (str,)),
+    **dict.fromkeys(("apply_chat_template", "completion_only"), (bool,)),
+    "max_length": (int,),
+}
+_SPLIT: dict[str, tuple[type, ...]] = {"eval_size": (int, float), "seed": (int,)}
+
+
+def saved_results(folder: Path) -> dict[str, Any]:
+    """What `train` has written into an adapter's folder; empty where it has not.
+
+    Raises:
+        UsageError: a file that it did not write.
+    """
+    file = folder / RESULTS
+    if not file.exists():
+        return {}
+    damaged = f"{str(file)!r} is damaged, restore or delete it"
+    with as_usage_error(OSError, UnicodeDecodeError, prefix=f"{damaged}: "):
+        results = parse_json(file.read_text(encoding="utf-8"), repr(str(file)))
+    if not isinstance(results, dict):
+        raise UsageError(f"{damaged}: it holds no JSON object")
+    for part, kinds in (("data_form", _FORM), ("split", _SPLIT)):
+        found = results.get(part)
+        if found is None:
+            continue
+        wrong = not isinstance(found, dict) or any(
+            name in found and type(found[name]) not in allowed for name, allowed in kinds.items()
+        )
+        if wrong or (part == "split" and found.keys() < kinds.keys()):
+            raise UsageError(f"{damaged}: it has {part}={str(found)[:60]}, which train does not write")
+    return results

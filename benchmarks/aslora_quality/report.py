@@ -1,12 +1,11 @@
-"""The table of `bench_aslora_quality.py`, and sentences that say no more than its numbers do."""
+"""The table of `benchmarks.aslora_quality`, and sentences that say no more than its numbers do."""
 
 import math
 from pathlib import Path
 from statistics import mean, stdev
 
-from paired_test import LEVEL, Measured, corrected
-
-from aslora_quality.tasks import Task
+from benchmarks.aslora_quality.tasks import Task
+from benchmarks.common.paired_test import LEVEL, Measured, corrected
 
 SEEDS_NEEDED = 3  # with fewer, the spread over seeds is too poorly known to call anything a difference
 Planned = list[tuple[Task, str, int]]  # task, method, seed
@@ -216,7 +215,7 @@ def text(content: dict[str, list[dict]], planned: Planned, quick: bool = False) 
     tasks = list({task.name: task for task, _, _ in planned}.values())
     lines = ["# Quality of ASLoRA beside LoRA and VeRA" + (", quick run: it decides nothing" if quick else ""), ""]
     lines += [
-        "Written by `python benchmarks/bench_aslora_quality.py` from the JSON file of the same name.",
+        "Written by `python -m benchmarks.aslora_quality` from the JSON file of the same name.",
         "",
     ]
     details, missing = [], []

@@ -1,4 +1,4 @@
-"""The two tasks of `bench_aslora_quality.py`: reading, splitting, batching and scoring the data.
+"""The two tasks of `benchmarks.aslora_quality`: reading, splitting, batching and scoring the data.
 
 Banking77 is asked as generation of the intent's name, GSM8K as prediction of the worked answer. Both are lists of
 (prompt, completion) pairs; only the completion's tokens carry loss.

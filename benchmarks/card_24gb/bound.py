@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from card_24gb.plan import Cell
+from benchmarks.card_24gb.plan import Cell
 from meft import MEFTConfig
 from meft.cost.memory import AdapterShape, Plan, Work
 from meft.cost.step_time import BaseModel, Ceilings, StepTime, step_time

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from adapter_kernels.rows.gather_rows import zero_copy
-from card_24gb.models import MissingError, filled_by_many, frozen_model, require
-from card_24gb.plan import HOST_STRATEGIES, Cell
+from benchmarks.card_24gb.models import MissingError, filled_by_many, frozen_model, require
+from benchmarks.card_24gb.plan import HOST_STRATEGIES, Cell
 from meft import MEFTConfig
 from meft.table.row_table import RowTable
 from meft.transport.streams import streams_of

@@ -6,9 +6,9 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 
-from card_24gb.contestants import meft_config
-from card_24gb.models import frozen_model
-from card_24gb.plan import HOST_STRATEGIES
+from benchmarks.card_24gb.contestants import meft_config
+from benchmarks.card_24gb.models import frozen_model
+from benchmarks.card_24gb.plan import HOST_STRATEGIES
 from meft.transport.streams import streams_of
 
 R, STEPS = 64, 2

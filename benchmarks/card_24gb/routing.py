@@ -2,7 +2,7 @@
 
 `0.26`: every token gets K distinct ids out of a subset of exactly round(0.26 r) neurons, all of which are used where
 T K is enough; the subset of a micro-batch and layer is one of seven that take turns. `rows:1024`: the same with a
-fixed size. `recorded`: drawn from what `record_routing.py` counted in a trained SmolLM2-135M, as follows.
+fixed size. `recorded`: from what `benchmarks.step_bound.record_routing` counted in a trained SmolLM2-135M, as follows.
 
 A layer l of L takes the recorded layer floor(30 l / L). Its neurons' counts, sorted, are stretched to r by linear
 interpolation over the rank and dealt to neurons by a random permutation. A token's ids are drawn without replacement
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import meft.routing.topk
+from adapter_kernels import SelectedRows, expert_topk, router_topk, row_union_window
 
 RECORD = Path(__file__).resolve().parents[1] / "results" / "routing_smollm2.npz"
 SUBSETS = 7  # no divisor of usual numbers of layers: a layer's subset changes from step to step
@@ -187,13 +188,17 @@ def forced_picks(ids: Ids, calls: int, T: int, K: int) -> Iterator[None]:
     there = {torch.device("cpu"): here}
     call = 0
 
-    def picked(x, logits, keys, config):
+    def picked(x, logits, keys, config, load=None):
         nonlocal call
-        own, dots = original(x, logits, keys, config)
-        if own.device not in there:
-            there[own.device] = [some.to(own.device) for some in here]
+        experts, factors = router_topk(logits, config.probed)
+        most = min(config.top_k, config.probed * (len(keys) // logits.shape[1]))
+        own = expert_topk(x, keys, experts, factors if config.router_factor else None, most, E=logits.shape[1])
+        if x.device not in there:
+            there[x.device] = [some.to(x.device) for some in here]
         call += 1
-        return there[own.device][(call - 1) % calls], dots
+        forced = there[x.device][(call - 1) % calls]
+        rows, count, _, position = row_union_window(forced, len(keys), min(len(keys), forced.numel()), load=load)
+        return SelectedRows(forced, own[1], own[2], rows, count, position)
 
     meft.routing.topk.select_neurons = picked
     try:

@@ -11,11 +11,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from card_24gb.contestants import Contestant
-from card_24gb.gate import WrongError
-from card_24gb.plan import Cell
-from card_24gb.routing import Routing, forced_picks
-from card_24gb.traffic import ELEMENT, expected_bytes, growing_bytes
+from benchmarks.card_24gb.contestants import Contestant
+from benchmarks.card_24gb.gate import WrongError
+from benchmarks.card_24gb.plan import Cell
+from benchmarks.card_24gb.routing import Routing, forced_picks
+from benchmarks.card_24gb.traffic import ELEMENT, expected_bytes, growing_bytes
 
 COUNTERS = ("forwards", "union_rows", "bytes_to_device", "bytes_to_host", "stall_ms", "host_ms", "ring_stalls")
 

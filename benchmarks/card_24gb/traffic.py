@@ -1,6 +1,6 @@
 """What has to cross the link in a step, by formula; the benchmark holds MEFT's counters against it."""
 
-from card_24gb.plan import Cell
+from benchmarks.card_24gb.plan import Cell
 
 ELEMENT = 2  # bytes of a bf16 value; ids and logits, of four bytes, count as two elements
 

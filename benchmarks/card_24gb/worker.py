@@ -1,6 +1,6 @@
 """One worker of the 24 GB benchmark: builds the contestants of a job and measures their cells in rotating order.
 
-    PYTHONPATH=benchmarks:kernels:. python -m card_24gb.worker JOB.json
+    PYTHONPATH=kernels python -m benchmarks.card_24gb.worker JOB.json
 
 The job names cells that share a model; what comes out are lines `@begin KEY` and `@row ROW` on standard output. A cell
 that does not fit into memory is a row that says so; the others go on if all of its memory came back, else the worker
@@ -17,12 +17,12 @@ from statistics import median
 
 import torch
 
-from card_24gb.bound import bound_of
-from card_24gb.contestants import NOTES, Contestant, free, make
-from card_24gb.gate import WrongError, check_strategy
-from card_24gb.models import MissingError
-from card_24gb.plan import Cell, rotated
-from card_24gb.steps import Block, Settings, measure_block
+from benchmarks.card_24gb.bound import bound_of
+from benchmarks.card_24gb.contestants import NOTES, Contestant, free, make
+from benchmarks.card_24gb.gate import WrongError, check_strategy
+from benchmarks.card_24gb.models import MissingError
+from benchmarks.card_24gb.plan import Cell, rotated
+from benchmarks.card_24gb.steps import Block, Settings, measure_block
 from meft.cost.calibration import calibrated
 from meft.cost.step_time import Ceilings
 

@@ -5,8 +5,8 @@ torch brings both to the CPU by `Tensor.to(..., non_blocking=True)`: whoever rea
 
 import torch
 
-from device.chain import Setting, adapted, whole_numbers
-from device.findings import UNMEASURED, say
+from benchmarks.device.chain import Setting, adapted, whole_numbers
+from benchmarks.device.findings import UNMEASURED, say
 from meft.transport.streams import HostStreams
 
 SCALE = 1024.0

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import adapter_kernels
-from device.findings import use_tests
+from benchmarks.device.findings import use_tests
 
 use_tests()
 

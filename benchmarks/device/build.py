@@ -10,7 +10,7 @@ import time
 import tomllib
 from pathlib import Path
 
-from device.findings import ROOT, UNMEASURED, arguments, say
+from benchmarks.device.findings import ROOT, UNMEASURED, arguments, say
 
 
 def libraries() -> list[dict]:
@@ -47,8 +47,8 @@ def build(library: dict, target: Path) -> bool:
 def warm(seconds: float) -> None:
     """Compile kernels side by side; what comes out is judged by the parts that follow."""
     began = time.perf_counter()
-    commands = [["device.engine", "--warm"]]
-    small = ["device.ops", "--here", "--tiny", "--right-only", "--only"]
+    commands = [["benchmarks.device.engine", "--warm"]]
+    small = ["benchmarks.device.ops", "--here", "--tiny", "--right-only", "--only"]
     commands += [[*small, op] for op in ("expert_topk", "sparse_ffn")]
     running = [
         subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

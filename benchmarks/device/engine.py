@@ -1,7 +1,7 @@
 """Part "engine": training by each strategy on the device, against rows that are read in place on the CPU.
 
-First the gate of `bench_24gb.py` (a tiny model, within rounding); then a chain over small integers (`chain.py`), bit
-for bit: strategy x save or refetch x checkpointing x in_backward x zero_copy, in mixed order, so that a limit cuts a
+First the gate of `card_24gb/` (a tiny model, within rounding); then a chain over small integers (`chain.py`), bit for
+bit: strategy x save or refetch x checkpointing x in_backward x zero_copy, in mixed order, so that a limit cuts a
 little of each. With `--sleepy` the same in streams that sleep at random, and streams that leave out a hand-over,
 which must show. A rehearsal has threads with delays for streams.
 """
@@ -14,12 +14,12 @@ import traceback
 from collections.abc import Callable
 
 import torch
-from card_24gb.gate import check_strategy
-from card_24gb.plan import HOST_STRATEGIES
 
-from device.chain import STRATEGIES, Setting, difference, require_exact, settings, trained
-from device.findings import UNMEASURED, arguments, attempt, device_of, first_line, say, use_tests
-from device.sleepy import SleepyStreams
+from benchmarks.card_24gb.gate import check_strategy
+from benchmarks.card_24gb.plan import HOST_STRATEGIES
+from benchmarks.device.chain import STRATEGIES, Setting, difference, require_exact, settings, trained
+from benchmarks.device.findings import UNMEASURED, arguments, attempt, device_of, first_line, say, use_tests
+from benchmarks.device.sleepy import SleepyStreams
 from meft.transport.streams import DeviceStreams, HostStreams
 
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ class Tally:
 
 
 def gate(device: torch.device, rehearse: bool) -> bool:
-    """The check that comes before any speed of `bench_24gb.py`; whether all have passed."""
+    """The check that comes before any speed of `benchmarks.card_24gb`; whether all have passed."""
     passed = []
     for name in ("null", *HOST_STRATEGIES):
         try:

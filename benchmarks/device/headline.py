@@ -1,13 +1,12 @@
-"""Part "headline": the main rows of `bench_24gb.py`, torch's allocator capped to a 24 GB card, and their targets."""
+"""Part "headline": the main rows of `card_24gb/`, torch's allocator capped to a 24 GB card, and their targets."""
 
 import json
 import sys
 import time
 
-import bench_24gb
-from card_24gb.targets import MET, MISSED, targets
-
-from device.findings import UNMEASURED, arguments, say
+from benchmarks.card_24gb import __main__ as bench_24gb
+from benchmarks.card_24gb.report.targets import MET, MISSED, targets
+from benchmarks.device.findings import UNMEASURED, arguments, say
 
 CELLS = " (null|meft auto|meft stream|meft device-rows|meft host) | lora "
 DRY_CELLS = "tiny-llama.*(null|meft auto|meft stream|meft host) 0.26| lora "

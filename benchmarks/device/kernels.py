@@ -1,16 +1,16 @@
-"""Part "kernels": `bench_kernels.py`, and its targets."""
+"""Part "kernels": `benchmarks.kernel_bench`, and its targets."""
 
 import subprocess
 import sys
 
-from device.findings import ROOT, UNMEASURED, arguments, say
+from benchmarks.device.findings import UNMEASURED, arguments, say
 
 VERDICTS = {"reached": True, "NOT reached": False, "not measured": None}
 
 
 def main() -> int:
     given = arguments(__doc__).parse_args()
-    command = [sys.executable, str(ROOT / "benchmarks" / "bench_kernels.py"), "--out", str(given.out)]
+    command = [sys.executable, "-m", "benchmarks.kernel_bench", "--out", str(given.out)]
     command += ["--rehearse"] if given.rehearse else ["--minutes", f"{max(0.3, (given.seconds - 12) / 60):.2f}"]
     code = subprocess.run(command, check=False).returncode
     texts = sorted(given.out.glob("*kernels*.txt"))

@@ -1,6 +1,6 @@
 """Part "ops": each op in Triton against its float64 oracle, on the device; `--tiny` for compute-sanitizer.
 
-First the gates of `bench_kernels.py` in three dtypes, with rows in page-locked memory too; then the checks of the
+First the gates of `kernel_bench/` in three dtypes, with rows in page-locked memory too; then the checks of the
 interpreter tests in poisoned, fenced memory (`battery.py`). On many cores each op has a process of its own, so that
 they compile side by side.
 """
@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from device.findings import UNMEASURED, arguments, first_line, heard, say
+from benchmarks.device.findings import UNMEASURED, arguments, first_line, heard, say
 
 OPS = ("sparse_ffn", "expert_topk", "row_adamw", "gather_rows", "row_union", "router_topk")
 TARGET = "its float64 oracle"
@@ -20,7 +20,8 @@ TARGET = "its float64 oracle"
 
 def apart(ops: Sequence[str], options: list[str], seconds: float) -> bool:
     """Some ops in a process of their own, whose output is passed on; whether it ended well."""
-    command = [sys.executable, "-m", "device.ops", "--here", "--seconds", str(seconds), *options, "--only", *ops]
+    part = [sys.executable, "-m", "benchmarks.device.ops", "--here"]
+    command = [*part, "--seconds", str(seconds), *options, "--only", *ops]
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     print(run.stdout, end="", flush=True)
     told = {found["what"] for line in run.stdout.splitlines() if (found := heard(line))}
@@ -33,11 +34,13 @@ def apart(ops: Sequence[str], options: list[str], seconds: float) -> bool:
 def gated(op: str, device: object, tiny: bool) -> list[str]:
     """What the gates of the kernel benchmark have against an op."""
     import torch
-    from kernel_bench.cases_ffn import gate_ffn
-    from kernel_bench.cases_rows import gate_adamw, gate_rows
-    from kernel_bench.cases_selection import gate_selection
-    from kernel_bench.inputs import TINY, Bench
-    from kernel_bench.timing import Clock
+
+    from benchmarks.kernel_bench.cases_adamw import gate_adamw
+    from benchmarks.kernel_bench.cases_ffn import gate_ffn
+    from benchmarks.kernel_bench.cases_rows import gate_rows
+    from benchmarks.kernel_bench.cases_selection import gate_selection
+    from benchmarks.kernel_bench.inputs import TINY, Bench
+    from benchmarks.kernel_bench.timing import Clock
 
     gates = {
         "sparse_ffn": gate_ffn, "row_adamw": gate_adamw, "gather_rows": gate_rows,
@@ -60,14 +63,14 @@ def one(op: str, tiny: bool, until: float, interpreted: bool, right_only: bool) 
 
     device = torch.device("cpu" if interpreted else "cuda")
     if interpreted:
-        from device.findings import use_tests
+        from benchmarks.device.findings import use_tests
 
         use_tests()
         from tests.support.kernels import interpreter_repair
 
         interpreter_repair.repair()
         torch.set_num_threads(1)
-    from device.battery import Battery
+    from benchmarks.device.battery import Battery
 
     torch.backends.cuda.matmul.allow_tf32 = False
     wrong = gated(op, device, tiny)

@@ -9,12 +9,12 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from kernel_bench.report import driver, installed
 from torch import Tensor
 
 from adapter_kernels.topk import host_topk
-from device import amp
-from device.findings import UNMEASURED, arguments, attempt, device_of, say
+from benchmarks.device import amp
+from benchmarks.device.findings import UNMEASURED, arguments, attempt, device_of, say
+from benchmarks.kernel_bench.report import driver, installed
 from meft.cost import calibration
 from meft.table.row_step import native_library
 from meft.transport.transfer import page_lock, page_unlock

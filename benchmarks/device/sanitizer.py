@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 
-from device.findings import UNMEASURED, arguments, heard, say
+from benchmarks.device.findings import UNMEASURED, arguments, heard, say
 
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (.*)")
 TOOLS = {"memcheck": (), "racecheck": ("expert_topk", "sparse_ffn")}
@@ -30,7 +30,7 @@ def judged(output: str, code: int | str) -> tuple[str, bool]:
 
 def run(tool: str, ops: tuple[str, ...], seconds: float) -> bool:
     """One tool over some ops (none named: all)."""
-    inside = [sys.executable, "-m", "device.ops", "--here", "--tiny", "--right-only"]
+    inside = [sys.executable, "-m", "benchmarks.device.ops", "--here", "--tiny", "--right-only"]
     inside += ["--seconds", f"{seconds - 15:.0f}", *(["--only", *ops] if ops else [])]
     command = ["compute-sanitizer", "--error-exitcode", "9", "--tool", tool, *inside]
     began = time.perf_counter()
@@ -56,7 +56,8 @@ def main() -> int:
     if given.rehearse:
         for tool in TOOLS:
             say(tool, UNMEASURED, None, "no errors in the tiny ops")
-        inside = [sys.executable, "-m", "device.ops", "--here", "--rehearse", "--right-only", "--only", "row_union"]
+        part = [sys.executable, "-m", "benchmarks.device.ops"]
+        inside = [*part, "--here", "--rehearse", "--right-only", "--only", "row_union"]
         output = subprocess.run(inside, capture_output=True, text=True, check=False)
         print(output.stdout.replace("@finding", "found"), output.stderr, flush=True)
         return output.returncode

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from adapter_kernels.ffn import sparse_ffn_plain
-from kernel_bench.inputs import OURS, Bench, Case, Planned, close, find, forced_picks, leaves, union_size
-from kernel_bench.timing import Contestant
+from benchmarks.kernel_bench.inputs import OURS, Bench, Case, Planned, close, find, forced_picks, leaves, union_size
+from benchmarks.kernel_bench.timing import Contestant
 
 YARDSTICK, BARE, DENSE = "torch, mask and ReLU apart", "the bare GEMMs", "dense adapter of all r"
 TOKEN, MASKED = "ours, token form", "ours, masked form"

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_bench.inputs import OURS, Bench, Case, Planned, close, find, require, union_size
-from kernel_bench.timing import Contestant
+from benchmarks.kernel_bench.inputs import OURS, Bench, Case, Planned, close, find, require, union_size
+from benchmarks.kernel_bench.timing import Contestant
 
 WINDOW, EXACT = "ours, window of fixed size", "ours, exact size"
 DENSE = "GEMM over all keys, masked top-k"

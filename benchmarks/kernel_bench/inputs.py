@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_bench.timing import Clock, Contestant
+from benchmarks.kernel_bench.timing import Clock, Contestant
 
 OURS = "ours"
 # Where an op is, below its package.

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import installed
 
-from kernel_bench.inputs import OURS
-from kernel_bench.targets import OK, Row, number
+from benchmarks.common.environment import installed
+from benchmarks.kernel_bench.inputs import OURS
+from benchmarks.kernel_bench.targets import OK, Row, number
 
 COLUMNS = (
     "rehearsal", "op", "what", "contestant", "dtype", "d", "r", "E", "T", "share", "U", "status", "ms_q20", "ms_q50",

@@ -6,10 +6,10 @@ from statistics import median
 
 import torch
 
-from kernel_bench.cases_rows import gate_rows, require_zero_copy
-from kernel_bench.inputs import OURS, Bench, Case, MissingError, Planned, Shape, WrongError, find, union_size
-from kernel_bench.targets import BESIDE, OK, Row
-from kernel_bench.timing import Contestant, Sample, at_once, quantiles, side_by_side
+from benchmarks.kernel_bench.cases_rows import gate_rows, require_zero_copy
+from benchmarks.kernel_bench.inputs import OURS, Bench, Case, MissingError, Planned, Shape, WrongError, find, union_size
+from benchmarks.kernel_bench.targets import BESIDE, OK, Row
+from benchmarks.kernel_bench.timing import Contestant, Sample, at_once, quantiles, side_by_side
 
 SECONDS = 0.4  # of the rounds of one case, beyond the fewest
 

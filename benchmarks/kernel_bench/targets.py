@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from kernel_bench.cases_ffn import BARE, YARDSTICK
-from kernel_bench.cases_rows import PINNED, STEP_DEVICE, STEP_PINNED, TO_COMPACT, TO_TABLE
-from kernel_bench.cases_selection import DENSE
-from kernel_bench.inputs import OURS
+from benchmarks.kernel_bench.cases_adamw import STEP_DEVICE, STEP_PINNED
+from benchmarks.kernel_bench.cases_ffn import BARE, YARDSTICK
+from benchmarks.kernel_bench.cases_rows import PINNED, TO_COMPACT, TO_TABLE
+from benchmarks.kernel_bench.cases_selection import DENSE
+from benchmarks.kernel_bench.inputs import OURS
 
 REACHED, MISSED, OPEN = "reached", "NOT reached", "not measured"
 OK = "measured"

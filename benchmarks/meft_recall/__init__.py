@@ -1,1 +1,1 @@
-"""How many answers that it was trained on does a model with MEFT give back? Run by `bench_meft_recall.py`."""
+"""How many answers that it was trained on does a model with MEFT give back? Run by `benchmarks.meft_recall`."""

@@ -1,4 +1,4 @@
-"""The methods that `bench_meft_recall.py` compares, each put on a fresh model by `Method.attach`."""
+"""The methods that `benchmarks.meft_recall` compares, each put on a fresh model by `Method.attach`."""
 
 from dataclasses import dataclass, field, replace
 

@@ -1,4 +1,4 @@
-"""The task of `bench_meft_recall.py`: learn N question-answer pairs of NQ-open by heart and say the answers again.
+"""The task of `benchmarks.meft_recall`: learn N question-answer pairs of NQ-open by heart and say the answers again.
 
 The file is closed-book: a question has no text that holds its answer, so whatever is recalled sits in the weights.
 """
@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from aslora_quality.tasks import DataError, Encoded, encode, training_batches
+
+from benchmarks.aslora_quality.tasks import DataError, Encoded, encode, training_batches
 
 MAX_NEW_TOKENS = 12
 

@@ -1,14 +1,13 @@
-"""The table of `bench_meft_recall.py`, and whether the published claim holds, decided by rule from the rows."""
+"""The table of `benchmarks.meft_recall`, and whether the published claim holds, decided by rule from the rows."""
 
 import math
 from datetime import datetime, timedelta
 from pathlib import Path
 from statistics import mean, stdev
 
-from aslora_quality.report import compare
-from paired_test import LEVEL, Measured, corrected
-
-from meft_recall.pairs import Recall
+from benchmarks.aslora_quality.report import compare
+from benchmarks.common.paired_test import LEVEL, Measured, corrected
+from benchmarks.meft_recall.pairs import Recall
 
 SEEDS_NEEDED = 3  # with fewer, the spread over seeds is too poorly known to call anything a difference
 VERDICTS = ("holds", "undecided", "does not hold", "not compared")
@@ -213,7 +212,7 @@ def text(content: dict[str, list[dict]], planned: Planned, quick: bool = False) 
     sizes = list({task.name: task for task, _, _ in planned}.values())
     names = list(dict.fromkeys(name for _, name, _ in planned))
     lines = ["# Recall of learned answers: MEFT, LoRA, dense adapter" + ", quick run: it decides nothing" * quick, ""]
-    lines += ["Written by `python benchmarks/bench_meft_recall.py` from the JSON file of the same name.", ""]
+    lines += ["Written by `python -m benchmarks.meft_recall` from the JSON file of the same name.", ""]
     first = held(rows, sizes[0])
     said = verdicts(names, first)
     lines += [conclusion(sizes[0], said), "", *comparisons(names, first, said), "", *NOTES]

@@ -1,1 +1,1 @@
-"""The parts of `benchmarks/make_model_table.py`: which architectures of transformers work with which method."""
+"""The parts of `python -m benchmarks.model_table`: which architectures of transformers work with which method."""

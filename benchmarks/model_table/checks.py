@@ -13,10 +13,11 @@ from transformers import CONFIG_MAPPING
 
 from aslora import ASLoRAConfig
 from aslora.layer import ASLoRALayer
+from benchmarks.model_table.tiny import inputs, model_kind, tiny_model
 from meft import MEFTConfig
-from model_table.tiny import inputs, model_kind, tiny_model
 
-STEPS = 3
+STEPS = 20  # at most
+FALLS = 0.99  # of the first loss
 _ASLORA = {"r": 2, "lora_alpha": 4, "init_weights": False}
 METHODS: dict[str, Callable[[], PeftConfig]] = {
     "ASLoRA, default": lambda: ASLoRAConfig(**_ASLORA),
@@ -30,7 +31,7 @@ class Row(NamedTuple):
 
     Attributes:
         model_type: its name in transformers. head: the class of model.
-        found: method -> "yes", or the reason why not.
+        found: method -> "yes"; "yes, to ..." where outputs differ so much after reloading; or the reason why not.
         targets: the modules that MEFT stands beside by default.
     """
 
@@ -83,7 +84,7 @@ def _check(model_type: str, head: str, config: PeftConfig) -> tuple[PeftModel, s
         warnings.simplefilter("ignore")
         model = get_peft_model(tiny_model(base), config)
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-3)
+        optimizer = torch.optim.AdamW(trained, lr=1e-2)
         losses = []
         for _ in range(STEPS):
             optimizer.zero_grad()
@@ -92,11 +93,15 @@ def _check(model_type: str, head: str, config: PeftConfig) -> tuple[PeftModel, s
             if not losses:
                 flows = sum(1 for p in trained if p.grad is not None and float(torch.linalg.vector_norm(p.grad)) > 0)
             losses.append(float(loss))
+            if losses[-1] < FALLS * losses[0]:
+                break
             optimizer.step()
         if not flows:
             return model, "no gradient reaches the adapter"
         if not all(loss < float("inf") for loss in losses):
             return model, "the loss is not finite"
+        if not losses[-1] < losses[0]:
+            return model, f"the loss does not fall: {losses[0]:.4g}, after {len(losses) - 1} steps {losses[-1]:.4g}"
         want = _output(model, head)
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
@@ -104,9 +109,12 @@ def _check(model_type: str, head: str, config: PeftConfig) -> tuple[PeftModel, s
         same = get_peft_model_state_dict(loaded), get_peft_model_state_dict(model)
         if same[0].keys() != same[1].keys() or not all(torch.equal(v, same[1][k]) for k, v in same[0].items()):
             return model, "reloads with other tensors"
-        # Some architectures' own operations do not give the same bits for the same values elsewhere in memory.
-        if not torch.allclose(again := _output(loaded, head), want, rtol=1e-5, atol=1e-6):
-            return model, f"reloads with a difference of {float((again - want).abs().max()):.1e}"
+        again, verdict = _output(loaded, head), "yes"
+        if not torch.equal(again, want):
+            # Equal tensors: the architecture's own operations give other bits elsewhere in memory.
+            verdict = f"yes, to {float((again - want).abs().max()):.0e}"
+            if not torch.allclose(again, want, rtol=1e-5, atol=1e-6):
+                return model, f"reloads with a difference of {float((again - want).abs().max()):.1e}"
         if isinstance(config, ASLoRAConfig):
             unused = _not_called(model, head)
             merged = _output(model.merge_and_unload(), head)
@@ -118,7 +126,7 @@ def _check(model_type: str, head: str, config: PeftConfig) -> tuple[PeftModel, s
                         "merging changes the output (with LoRA too): exclude_modules"
                     )
                 return model, what
-    return model, "yes"
+    return model, verdict
 
 
 def _not_called(model: PeftModel, head: str) -> list[str]:

@@ -8,6 +8,7 @@ from .ffn.sparse_ffn import sparse_ffn, sparse_ffn_backward
 from .ffn.table_ffn import table_ffn, table_ffn_backward
 from .rows.gather_rows import gather_rows, scatter_rows
 from .rows.row_union import row_union, row_union_window
+from .rows.select_rows import SelectedRows, select_rows
 from .runtime.dispatch import debugging
 from .runtime.launch_config import override
 from .topk.expert_topk import expert_topk
@@ -20,6 +21,7 @@ except PackageNotFoundError:  # a checkout that is not installed
 
 __all__ = [
     "RowState",
+    "SelectedRows",
     "StepRule",
     "debugging",
     "expert_topk",
@@ -30,6 +32,7 @@ __all__ = [
     "row_union",
     "row_union_window",
     "scatter_rows",
+    "select_rows",
     "sparse_ffn",
     "sparse_ffn_backward",
     "table_ffn",

@@ -21,7 +21,7 @@ from statistics import median
 import torch
 
 from adapter_kernels.runtime.host_threads import host_threads
-from peft_bridge.atomic_files import replace_file
+from peft_bridge import replace_file
 
 from ..config import MEFTConfig
 from ..routing.topk import select_neurons

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peft_bridge.torch_private import ENGINE_CODE
 
-from .accumulator import Pending, merged
+from .host.accumulator import Pending, merged
 from .stored_rows import CONSUMED, StoredRows, values_of
 
 aten = torch.ops.aten

@@ -17,10 +17,10 @@ from peft_bridge.torch_private import backward_number
 from ..transport.numa import bind_to_numa_node
 from ..transport.streams import DeviceStreams, StreamEvent
 from ..transport.transfer import Traffic, nbytes
-from .accumulator import Pending
-from .drain import drain
-from .known_values import KnownValues
-from .pool import GradientPool
+from .host.accumulator import Pending
+from .host.drain import drain
+from .host.known_values import KnownValues
+from .host.pool import GradientPool
 from .row_gradient import RowGradient
 
 SLOTS = 4

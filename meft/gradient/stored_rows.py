@@ -10,13 +10,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from peft_bridge.torch_private import PLAIN_TORCH_FUNCTION
+from peft_bridge.torch_private import PLAIN_TORCH_FUNCTION, make_wrapper_subclass
 
 from ..table.row_step import multiplied
 from ..transport.host_tensors import check_process, forks
-from .accumulator import Pending, Stored
-from .known_values import KnownValues
-from .pool import held_by_others
+from .host.accumulator import Pending, Stored
+from .host.known_values import KnownValues
+from .host.pool import held_by_others
 from .row_rules import Touched
 
 
@@ -105,7 +105,7 @@ class StoredRows(torch.Tensor):
 
     @classmethod
     def _of(cls, stored: Stored, like: Tensor, dtype: torch.dtype | None = None) -> Self:
-        self = torch.Tensor._make_wrapper_subclass(
+        self = make_wrapper_subclass(
             cls, like.shape, dtype=dtype or like.dtype, device=like.device, requires_grad=False
         )
         self._held = _Held(stored, isinstance(like, StoredRows) and like.consumed)

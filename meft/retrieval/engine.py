@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ from ..transport.profiling import phase
 from ..transport.streams import CudaStreams, DeviceStreams, HostStreams, streams_of
 from .costs import Rows
 from .gather import experts_of
-from .refetch import refetched_in_backward
+from .refetch import RefetchedRows, refetched_in_backward
 from .second_order import AsRowGradient
 from .sparse_ffn import SparseFFN, output_of
 from .strategies import STRATEGIES, InPlace, Strategy, capturing, strategy_name
@@ -139,7 +140,7 @@ class Engine:
             if moved and layer.number and self.config.on_host:
                 assert self._for is not None
                 raise RuntimeError(
-                    f"MEFT's layers are on {self._for[0]} and {x.device}: rows in host memory are brought to one "
+                    f"MEFT's layers are on {self._for[0]} and {x.device}: rows in host memory are copied to one "
                     "device only; put the model on one GPU (device_map={'': 0}), or set placement='device'."
                 )
             self._forget()
@@ -214,13 +215,19 @@ class Engine:
                 if len(x) > tokens or out_of_memory_errors(x.device) > errors:
                     self._forget()
             strategy = self._prepare(layer, x)
-        versions = layer.versions_after_updates()
+        # Without a graph nobody asks later whether rows are still those; a wait for queued updates is counted here.
+        asked = torch.is_grad_enabled() or not strategy.in_place
+        versions = layer.versions_after_updates() if asked else None
         if selection is not None:
             if rows is None:
                 with phase("gather rows"):
                     rows = strategy.gather(layer, selection)
             layer.count(len(x), len(selection.rows))
             return PendingForward(layer, selection, rows, versions, True, strategy.in_place)
+        if strategy.in_place:  # nothing runs beside the base FFN
+            found = strategy.select(layer, x, logits).wait()
+            layer.count(len(x), len(found.rows))
+            return PendingForward(layer, found, strategy.gather(layer, found), versions, False, True)
         with phase("select"):
             selecting = strategy.select(layer, x, logits)
 
@@ -231,7 +238,7 @@ class Engine:
             layer.count(len(x), len(selection.rows))
             return selection, rows
 
-        return PendingForward(layer, None, None, versions, False, strategy.in_place, gather)
+        return PendingForward(layer, None, None, versions, False, False, gather)
 
     def _check_graphs(self, x: Tensor) -> None:
         if capturing(x) and (self.config.on_host or torch.is_grad_enabled()):
@@ -257,13 +264,15 @@ class Engine:
 
         Args:
             x, logits: as in `select`, with their graphs.
-            refetch: rows are not kept for the backward pass, which brings them again.
+            refetch: rows are not kept for the backward pass, which gathers them again.
             done: called when the gradients of the rows have been made.
         """
         layer, rows, selection = pending.layer, self.gather(pending), pending.known
         pending.rows = None  # the graph holds `pending`
         if not rows.in_place:
             rows = self._arrived(pending, rows, x)
+        if pending.on_host and not torch.is_grad_enabled() and rows.in_place:
+            return output_of(x, None, rows)
         factors = idle = None
         if self.config.router_factor:
             factors = logits.gather(1, experts_of(selection, layer.neurons_per_expert))
@@ -272,7 +281,9 @@ class Engine:
         # Sums over tokens pass the range of float16 where their terms do not.
         wide = self.config.gradient_dtype == "float32" or x.dtype == torch.float16
         dtype = torch.promote_types(x.dtype, torch.float32) if wide else x.dtype
-        absent = refetched_in_backward(self, pending, (rows.keys, rows.values), refetch, self._below)
+        absent: AbstractContextManager[RefetchedRows | None] = nullcontext()
+        if refetch:
+            absent = refetched_in_backward(self, pending, (rows.keys, rows.values), self._below)
         with absent as self._below, phase("sparse FFN"):
             if not torch.is_grad_enabled():
                 return output_of(x, factors, rows)

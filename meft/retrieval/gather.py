@@ -1,4 +1,4 @@
-"""The union of the picks, and the way of its rows to the device.
+"""The way of a selection's rows to the device.
 
 The order of a hand-over. Host to device: the launching thread takes a table's lock, which waits for its update, queues
 the copy and leaves its event with the table (`RowTable.add_reader_event`); an update waits for these events before it
@@ -17,25 +17,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from adapter_kernels import gather_rows, row_union_window
+from adapter_kernels import gather_rows
 
 from ..table.layer_rows import LayerRows
 from ..table.row_table import RowTable
 from ..transport.streams import DeviceStreams, StreamEvent
 from ..transport.transfer import bring_rows, nbytes
 from .types import Selection
-
-
-def union_of(ids: Tensor, layer: LayerRows) -> tuple[Tensor, Tensor, Tensor]:
-    """The union of some picks, where they are; without a wait. The experts' load is counted.
-
-    Returns:
-        rows, int32 [as many as there can be], of which the first `count` are the union; count, int32 [1]; the places of
-        the picks in it, int32 [T, K].
-    """
-    r, load = layer.config.r, layer.traffic.load_on(ids.device, layer.config.experts)
-    rows, count, _, inverse = row_union_window(ids, r, max(1, min(r, ids.numel())), load=load)
-    return rows, count, inverse
 
 
 def experts_of(selection: Selection, neurons_per_expert: int) -> Tensor:
@@ -87,7 +75,7 @@ def gather(
     return out, arrival
 
 
-def bring_changed(here: Tensor, ids: Tensor, changed: Tensor, compute_copy: Tensor, near: Tensor) -> None:
-    """Bring rows that have changed and, before them, their ids, which the host has staged in `here`."""
-    ids.copy_(here, non_blocking=True)
-    bring_rows(ids, changed, [compute_copy], [near])
+def bring_changed(staged: Tensor, ids: Tensor, changed: Tensor, compute_copy: Tensor, device_rows: Tensor) -> None:
+    """Bring rows that have changed and, before them, their ids, which the host has staged in `staged`."""
+    ids.copy_(staged, non_blocking=True)
+    bring_rows(ids, changed, [compute_copy], [device_rows])

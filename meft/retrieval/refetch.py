@@ -1,4 +1,4 @@
-"""Rows that a graph does not keep: its backward pass brings them again, those of the layer below ahead of their use."""
+"""Re-gathers a layer's rows in its backward pass instead of saving them, the layer below's ahead of their use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .types import GatheredRows, PendingForward
 
 
 class Fetcher(Protocol):
-    """Who brings rows again.
+    """Who gathers rows again.
 
     Attributes:
         streams: in whose order they arrive.
@@ -61,14 +61,14 @@ class RefetchedRows:
 
 @contextmanager
 def refetched_in_backward(
-    engine: Fetcher, pending: PendingForward, rows: tuple[Tensor, Tensor], wanted: bool, below: RefetchedRows | None
+    engine: Fetcher, pending: PendingForward, rows: tuple[Tensor, Tensor], below: RefetchedRows | None
 ) -> Iterator[RefetchedRows | None]:
-    """Let what is recorded in the block not keep `rows`, where that is wanted.
+    """Let what is recorded in the block not keep `rows`.
 
     Args:
         below: what was yielded for the layer below.
     """
-    if not wanted or not rows[0].numel():
+    if not rows[0].numel():
         yield None
         return
     absent = RefetchedRows(engine, pending, rows[0].dtype, below)

@@ -38,8 +38,8 @@ class GradientReceiver(Protocol):
 
 def output_of(x: Tensor, factors: Tensor | None, rows: GatheredRows) -> Tensor:
     """The output for x [T, d], without a graph; arguments as of `SparseFFN.forward`."""
-    if rows.dots is not None:
-        return table_ffn(x, rows.keys, rows.values, rows.position, rows.dots, factors)
+    if rows.scores is not None:
+        return table_ffn(rows.values, rows.position, rows.scores)
     return sparse_ffn(x, rows.keys, rows.values, rows.position, factors)
 
 
@@ -96,10 +96,9 @@ class SparseFFN(torch.autograd.Function):
         else:
             wanted = (needs[0], needs[3], needs[4], needs[1])
             if ctx.read is not None:
-                assert selection.neurons is not None
-                assert selection.dots is not None
-                picks = (selection.neurons, selection.dots, factors, selection.inverse, len(selection.rows))
-                found = table_ffn_backward(g, x, key_rows, value_rows, *picks, needs=wanted)
+                assert selection.picks is not None
+                picked = (selection.picks.ids, selection.picks.dots, factors, selection.inverse, len(selection.rows))
+                found = table_ffn_backward(g, x, key_rows, value_rows, *picked, needs=wanted)
             else:
                 found = sparse_ffn_backward(
                     g, x, key_rows, value_rows, selection.inverse, factors, needs=wanted, row_gradients=ctx.dtype
@@ -122,7 +121,7 @@ def _with_graphs(ctx: Any, g: Tensor, x: Tensor, factors: Tensor | None, rows: A
     token, column = (selection.inverse >= 0).nonzero(as_tuple=True)
     place = selection.inverse[token, column].to(torch.int64)
     by_table = zip(ctx.tables, rows, strict=True)
-    near = [RowsOf.apply(table, read, selection.host_rows, ctx.dtype) for table, read in by_table]
+    row_tensors = [RowsOf.apply(table, read, selection.host_rows, ctx.dtype) for table, read in by_table]
 
     def function(x: Tensor, factors: Tensor | None, keys: Tensor, values: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -133,4 +132,4 @@ def _with_graphs(ctx: Any, g: Tensor, x: Tensor, factors: Tensor | None, rows: A
         return ffn_of_picks(wide, w, v, by_pick, token, place, scores > 0).to(x.dtype)
 
     needs = ctx.needs_input_grad
-    return gradients(function, [x, factors, *near], [needs[0], needs[1], needs[3], needs[4]], g)
+    return gradients(function, [x, factors, *row_tensors], [needs[0], needs[1], needs[3], needs[4]], g)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from adapter_kernels import SelectedRows
+
 from ..table.layer_rows import LayerRows
 from ..transport.streams import DeviceStreams, StreamEvent
 
@@ -21,16 +23,14 @@ class Selection:
         host_rows: int64 [u], `rows` where the tables are.
         arrival: the event after which `rows` and `inverse`, in one piece of a stream's memory, are there; None: they
             are.
-        neurons: int32 [T, K], the neuron of each pick, -1 is none; None where nobody needs them.
-        dots: [T, K], x . w of each pick, where rows may be read in place: they are not computed again.
+        picks: as they were made, where rows may be read in place; None elsewhere.
     """
 
     rows: Tensor
     inverse: Tensor
     host_rows: Tensor
     arrival: StreamEvent | None = None
-    neurons: Tensor | None = None
-    dots: Tensor | None = None
+    picks: SelectedRows | None = None
 
     def wait_in(self, streams: DeviceStreams) -> None:
         """What the computation queues from now on uses the selection."""
@@ -60,7 +60,7 @@ class GatheredRows:
     Attributes:
         keys, values: [u, d], the rows of a selection; or whole tables, [r, d], that are read in place.
         position: int32 [T, K], each pick's place in `keys` and `values`; -1 is none.
-        dots: [T, K], x . w of each pick, if the tables are read in place.
+        scores: [T, K], the score of each pick, if the tables are read in place: it is not computed again.
         arrival: the event after which they are there; None: they are, in the order of the computation.
         of_stream: what of them is in a stream's memory.
     """
@@ -70,12 +70,12 @@ class GatheredRows:
     position: Tensor
     arrival: StreamEvent | None = None
     of_stream: tuple[Tensor, ...] = ()
-    dots: Tensor | None = None
+    scores: Tensor | None = None
 
     @property
     def in_place(self) -> bool:
         """Whether they are the tables themselves, which a graph must not save."""
-        return self.dots is not None
+        return self.scores is not None
 
     def wait_in(self, streams: DeviceStreams) -> None:
         """What the computation queues from now on uses the rows."""
@@ -91,7 +91,7 @@ class PendingForward:
     Attributes:
         selection: the picks; None until somebody has waited for them, and once a backward pass is through with them.
         rows: their rows; None before they were queued, and once they were used.
-        versions: of keys and values as they are read.
+        versions: of keys and values as they are read; None without a graph.
         recomputed: whether this is a recomputation of gradient checkpointing.
         on_host: whether a model on the CPU reads the rows where they are; no stream takes part.
         gather: waits for the picks and queues their rows, if that was not done yet.
@@ -100,7 +100,7 @@ class PendingForward:
     layer: LayerRows
     selection: Selection | None
     rows: GatheredRows | None
-    versions: tuple[int, int]
+    versions: tuple[int, int] | None
     recomputed: bool
     on_host: bool = False
     gather: Callable[[], tuple[Selection, GatheredRows]] | None = None
@@ -112,7 +112,7 @@ class PendingForward:
         return self.selection
 
 
-def check_versions(seen: tuple[int, int], now: tuple[int, int]) -> None:
+def check_versions(seen: tuple[int, int] | None, now: tuple[int, int]) -> None:
     """Raises: RuntimeError: keys or values were updated since a forward pass read them."""
     if seen != now:
         raise RuntimeError(

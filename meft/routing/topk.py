@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from adapter_kernels import expert_topk, router_topk
+from adapter_kernels import SelectedRows, select_rows
 
 from ..config import MEFTConfig
 
 
-def select_neurons(x: Tensor, logits: Tensor, keys: Tensor, config: MEFTConfig) -> tuple[Tensor, Tensor]:
-    """The neurons of each token, where the keys are: the `top_k` with the largest positive scores.
+def select_neurons(
+    x: Tensor, logits: Tensor, keys: Tensor, config: MEFTConfig, load: Tensor | None = None
+) -> SelectedRows:
+    """The neurons of each token, where the keys are: the `top_k` with the largest positive scores; without a wait.
 
     Args:
         x: [T, d]. logits: W_g x, [T, E]. keys: [r, d], on x's device, of x's dtype or a narrower one.
+        load: int64 [r], to which the picks of each neuron are added; None: not counted.
 
     Returns:
-        ids, int32 [T, K], -1 where there are fewer, and their x . w, [T, K]; K is at most `top_k`.
+        ids, int32 [T, K], -1 where there are fewer, with their scores and x . w, [T, K], and the distinct rows; K is at
+        most `top_k`.
     """
-    experts, factors = router_topk(logits, config.probed)
-    most = min(config.top_k, experts.shape[1] * (len(keys) // logits.shape[1]))
-    ids, _, dots = expert_topk(
-        x, keys, experts, factors if config.router_factor else None, most, E=logits.shape[1], by_neuron=False
-    )
-    return ids, dots
+    return select_rows(x, logits, keys, config.probed, config.top_k, factor=config.router_factor, load=load)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from ..config import MEFTConfig
 from ..transport.transfer import Traffic
 from .row_table import RowTable
@@ -44,6 +47,10 @@ class LayerRows:
     def neurons_per_expert(self) -> int:
         """r / E."""
         return self.config.r // self.config.experts
+
+    def load_on(self, device: torch.device) -> Tensor:
+        """The picks of each neuron so far, int64 [r], for whoever picks on a device to add to."""
+        return self.traffic.load_on(device, self.config.r)
 
     def count(self, tokens: int, rows: int) -> None:
         """A forward pass of some tokens has used some rows."""

@@ -119,19 +119,24 @@ class RowTable(SharedRows):
 
     # ------------------------------------------------------------------ reading
 
+    def read_in_place(self) -> Tensor:
+        """The rows as they are read, [r, d] in the compute dtype, for a host that also makes their updates."""
+        if self._pending is not None:
+            self.synchronize()
+        with self.lock:
+            return self._current()
+
     @contextmanager
-    def reading(self, rows: Tensor | None = None, *, in_place: bool = False) -> Iterator[Tensor]:
+    def reading(self, rows: Tensor | None = None) -> Iterator[Tensor]:
         """Yield the rows as they are read, [r, d] in the compute dtype, held still until the block ends.
 
         Args:
             rows: the rows that will be read, None for all.
-            in_place: they are read by the host alone: nothing is page-locked.
         """
         self.synchronize()
         with self.lock:
             current = self._current()
-            if not in_place:
-                self._page_lock(current)
+            self._page_lock(current)
             yield current
 
     def _current(self) -> Tensor:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from adapter_kernels import expert_topk, router_topk, row_union
+from adapter_kernels import debugging, expert_topk, router_topk, row_union, row_union_window, select_rows
 from adapter_kernels.runtime import host_threads
 from adapter_kernels.topk import host_topk
 from adapter_kernels.topk.host_topk import handles, native_library
@@ -141,7 +142,7 @@ def test_many_tokens_of_one_expert():
 def test_it_is_what_the_op_takes_in_host_memory(monkeypatch):
     case = Case(9, 30, E=5, each=4, P=3, K=4)
     case.keys = case.keys.to(torch.bfloat16)
-    assert handles(case.x, case.keys, case.experts, case.E)
+    assert handles(case.x, case.keys, case.experts.shape[1], case.E)
     assert all(map(torch.equal, case.run(expert_topk), case.run(native)))
     monkeypatch.setattr(host_topk, "native_library", lambda: None)  # as without a compiler
     given = (case.x, case.keys, case.experts, case.factors, case.K)
@@ -149,9 +150,52 @@ def test_it_is_what_the_op_takes_in_host_memory(monkeypatch):
 
 
 def test_what_it_leaves_to_torch():
-    x, keys, experts = torch.zeros(100, 8), torch.zeros(12, 8), torch.zeros(100, 4, dtype=torch.int32)
-    assert handles(x, keys, experts, 6)
-    assert not handles(x, keys, experts, 4)  # all keys for many tokens: one large product
-    assert handles(x[:9], keys, experts[:9], 4)
-    assert not handles(x.double(), keys.double(), experts, 6)
-    assert not handles(x.to("meta"), keys.to("meta"), experts, 6)
+    x, keys = torch.zeros(100, 8), torch.zeros(12, 8)
+    assert handles(x, keys, 4, 6)
+    assert not handles(x, keys, 4, 4)  # all keys for many tokens: one large product
+    assert handles(x[:9], keys, 4, 4)
+    assert not handles(x.double(), keys.double(), 4, 6)
+    assert not handles(x.to("meta"), keys.to("meta"), 4, 6)
+
+
+@given(T=st.integers(0, 70), E=st.integers(1, 9), each=st.integers(1, 5), data=st.data())
+def test_the_three_ops_in_one_call_give_their_bits(T, E, each, data):
+    P, K = data.draw(st.integers(1, E)), data.draw(st.integers(1, 6))
+    factor, narrow, counted = (data.draw(st.booleans()) for _ in range(3))
+    case = Case(T, 5, E=E, each=each, P=P, K=K)
+    keys = case.keys.to(torch.bfloat16) if narrow else case.keys
+    logits = torch.randint(-2, 3, (T, E), generator=generator(T)).float()  # with ties
+    groups = data.draw(st.sampled_from([E, E * each]))
+    load = torch.arange(groups) if counted else None
+    found = select_rows(case.x, logits, keys, P, K, factor=factor, load=load)
+    experts, factors = router_topk(logits, P)
+    ids, scores, dots = expert_topk(case.x, keys, experts, factors if factor else None, min(K, P * each), E=E)
+    expected_load = torch.arange(groups)
+    rows, count, _, position = row_union_window(ids, E * each, max(1, min(E * each, ids.numel())), load=expected_load)
+    assert torch.equal(found.rows[: int(count)], rows[: int(count)])
+    pairs = zip(found._replace(rows=rows), (ids, scores, dots, rows, count, position), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    assert load is None or torch.equal(load, expected_load)
+
+
+def test_the_three_ops_are_called_one_by_one_where_somebody_looks_between_them(monkeypatch):
+    monkeypatch.setattr(host_topk, "select_rows", lambda *args: pytest.fail("in one call"))
+    case = Case(3, 5, E=4, each=2, P=2, K=2)
+    logits = torch.zeros(3, 4)
+    with debugging():
+        select_rows(case.x, logits, case.keys, 2, 2, factor=True)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(t) for t in (case.x, logits, case.keys)]
+        assert select_rows(*fake, 2, 2, factor=True).ids.shape == (3, 2)
+    monkeypatch.undo()
+    bad = {"P": (5, 2), "K": (2, 0)}
+    for name, (P, K) in bad.items():
+        with pytest.raises(ValueError, match=name):
+            select_rows(case.x, logits, case.keys, P, K, factor=True)
+    with pytest.raises(ValueError, match="keys"):
+        select_rows(case.x, logits, case.keys.T.contiguous().T, 2, 2, factor=True)
+    with pytest.raises(ValueError, match="load"):
+        select_rows(case.x, logits, case.keys, 2, 2, factor=True, load=torch.zeros(3))
+    monkeypatch.setattr(host_topk, "_FEW", 2)
+    assert host_topk.select_rows(case.x, logits, case.keys, 4, 2, True, None) is None  # one large product
+    assert host_topk.select_rows(case.x, logits.double(), case.keys, 2, 2, True, None) is None

@@ -410,18 +410,129 @@ def test_files_of_saved_adapters(refused, saved, tmp_path):
     refused("export", saved["aslora"], "--to", "lora", tmp_path / "notes", named="OUT_DIR")
 
 
+# ---------------------------------------------------------------------- evaluate and generate
+
+USES = [
+    *(("evaluate", "batch_size", value) for value in (0, -1, "2.5", "many", 10**30)),
+    *(("evaluate", "max_length", value) for value in (0, -1, 1, "long", 10**30)),
+    *(("evaluate", "data", value) for value in (*PATHS, "/dev/zero", "someone/nothing")),
+    *(("evaluate", name, "perhaps") for name in ("held_out", "completion_only", "apply_chat_template")),
+    ("evaluate", "held_out", True),
+    ("evaluate", "bach_size", 3),
+    *(("generate", "max_new_tokens", value) for value in (0, -1, "1.5", "x", 10**40)),
+    *(("generate", "temperature", value) for value in ("nan", "inf", -1, "hot", "1e400", "1e-300")),
+    *(("generate", "seed", value) for value in (-1, 2**40, "1.5", 10**30)),
+    *(("generate", "prompt", value) for value in ("", " \n", "a\ud800", "word " * 500)),
+    ("generate", "chat", "perhaps"),
+    ("generate", "promt", "a"),
+    *(
+        (command, name, value)
+        for command in ("evaluate", "generate")
+        for name, values in (("model", PATHS), ("dtype", ["float8"]), ("load_in_4bit", ["perhaps"]))
+        for value in values
+    ),
+]
+
+
+@pytest.fixture
+def use(refused, saved, tmp_path):
+    """Refused use of a saved adapter; the words given here replace those of a good one."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "word1", "completion": "word2"}\n' * 4)
+
+    def use(command, *words, folder=saved["aslora"], named=""):
+        good = ["--data", tmp_path / "rows.jsonl"] if command == "evaluate" else ["--prompt", "word1"]
+        return refused(command, folder, *good, *words, named=named)
+
+    return use
+
+
+@pytest.mark.parametrize(("command", "name", "value"), USES, ids=lambda value: repr(value)[:24])
+def test_words_of_evaluate_and_generate(use, tmp_path, monkeypatch, command, name, value):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes").write_text("x")
+    use(command, f"--{name}", value, named="did you mean" if name in ("promt", "bach_size") else name)
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data_of_evaluate(use, tmp_path, name):
+    content = DATA[name]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    use("evaluate", "--data", tmp_path / name, named="data=")
+
+
+USED_FIELDS = [
+    *(("r", value) for value in (7, 10**12, None, "many")),
+    *(("peft_type", value) for value in ("MEFT", "NONESUCH", None)),
+    *(("target_modules", value) for value in ("(", RUNAWAY, [5], ["c_attn"])),
+    *(("base_model_name_or_path", value) for value in ("/nope", "", 5, None)),
+    ("lora_alpha", "big"),
+    ("layers_to_transform", [99]),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), USED_FIELDS, ids=lambda value: str(value)[:24])
+@pytest.mark.parametrize("command", ["evaluate", "generate"])
+def test_fields_of_used_adapters(use, saved, tmp_path, command, name, value):
+    folder = tmp_path / "adapter"
+    shutil.copytree(saved["aslora"], folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {name: value}))
+    use(command, folder=folder)
+
+
+def test_files_of_used_adapters(use, saved, tmp_path):
+    folder = tmp_path / "adapter"
+    form = [{"separator": 5}, {"max_length": "x"}, {"apply_chat_template": 1}, 5, []]
+    split = [5, {}, {"eval_size": "x", "seed": 0}, {"eval_size": 5, "seed": []}]
+    files = {
+        "adapter_config.json": ["{", DEEP, "[]", "", b"\xff"],
+        "adapter_model.safetensors": ["", "{}"],
+        "tokenizer.json": ["{", DEEP],
+        "results.json": ["{", DEEP, "[]", b"\xff", *({"data_form": f} for f in form), *({"split": s} for s in split)],
+    }
+    for number, (name, contents) in enumerate(files.items()):
+        method = ("aslora", "meft")[number % 2]
+        for content in contents:
+            shutil.copytree(saved[method], folder)
+            text = json.dumps(content) if isinstance(content, dict) else content
+            (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+            use(("evaluate", "generate")[len(contents) % 2], folder=folder)
+            shutil.rmtree(folder)
+    shutil.copytree(saved["meft"], folder)
+    file = folder / "adapter_model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    use("evaluate", folder=folder)
+    file.unlink()
+    use("generate", folder=folder)
+
+
+@pytest.mark.parametrize("value", PATHS, ids=lambda value: repr(value)[:20])
+def test_folders_of_used_adapters(refused, tmp_path, monkeypatch, value):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes").write_text("x")
+    refused("evaluate", value, "--data", "notes", named="ADAPTER_DIR")
+    refused("generate", value, "--prompt", "a", named="ADAPTER_DIR")
+
+
 # ---------------------------------------------------------------------- processes of their own
 
 
+COMMANDS = """
+import json, sys
+from aslora_meft.cli import main
+assert [main(words) for words in json.loads(sys.argv[1])] == [2, 2]
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["train", "export"])
-def test_in_a_process_without_stdin(command, model_dir, tmp_path):
-    words = {
-        "train": ["--model", model_dir, "--data", "none.jsonl", "--output_dir", tmp_path / "out"],
-        "export": [tmp_path, "--to", "lora", tmp_path / "out"],
-    }[command]
-    run = [sys.executable, "-m", "aslora_meft.cli", command, *map(str, words)]
+def test_in_a_process_without_stdin(model_dir, tmp_path):
+    commands = [
+        ["train", "--model", model_dir, "--data", "none.jsonl", "--output_dir", tmp_path / "out"],
+        ["export", tmp_path, "--to", "lora", tmp_path / "out"],
+    ]
+    run = [sys.executable, "-c", COMMANDS, json.dumps(commands, default=str)]
     done = subprocess.run(run, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
-    assert done.returncode == 2
+    assert done.returncode == 0, done.stderr
     assert done.stdout == ""
-    assert [line[:20] for line in done.stderr.splitlines()] == ["aslora-meft: error: "]
+    assert [line[:20] for line in done.stderr.splitlines()] == ["aslora-meft: error: "] * 2

@@ -6,7 +6,7 @@ import torch
 from transformers import EvalPrediction
 
 from aslora_meft.data.samples import IGNORED
-from aslora_meft.use.metrics import token_metrics, token_sums
+from aslora_meft.tasks.metrics import token_metrics, token_sums
 
 
 def test_metrics_are_means_over_tokens():

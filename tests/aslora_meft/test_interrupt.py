@@ -56,7 +56,7 @@ def test_ctrl_c_before_training_saves_nothing_and_says_so(words, tmp_path, monke
     def pressed(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("aslora_meft.train.load_samples", pressed)
+    monkeypatch.setattr("aslora_meft.tasks.sft.load_samples", pressed)
     assert main(words("out")) == 130
     assert capsys.readouterr().err.splitlines() == ["aslora-meft: interrupted; nothing was saved"]
     assert not (tmp_path / "out").exists()

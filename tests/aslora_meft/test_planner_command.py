@@ -8,8 +8,8 @@ import pytest
 from aslora_meft.cli import main
 from aslora_meft.errors import UsageError
 from aslora_meft.planner.command import parse
-from aslora_meft.planner.estimate import RESERVED
 from aslora_meft.planner.rates import card, ceilings, device_bytes, rates
+from aslora_meft.planner.request import RESERVED
 from meft.cost.fit import largest_that_fits
 from meft.cost.memory import AdapterShape, Plan, Work
 from meft.retrieval.strategies import DEVICE_STRATEGIES

@@ -6,13 +6,13 @@ import sys
 import time
 from dataclasses import replace
 
-import bench_24gb as bench
 import pytest
 import torch
-from card_24gb import gate, models, plan, routing, steps
-from card_24gb import worker as work
-from card_24gb.contestants import missing
 
+from benchmarks.card_24gb import __main__ as bench
+from benchmarks.card_24gb import gate, models, plan, routing, steps
+from benchmarks.card_24gb import worker as work
+from benchmarks.card_24gb.contestants import missing
 from meft.table.row_table import RowTable
 
 CELL = plan.Cell("llama-2-7b", "bf16", 2, 256, 1, True, 6400, "meft auto", "0.26")

@@ -7,14 +7,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import bench_aslora_quality as bench
-import paired_test
 import pytest
 import torch
-from aslora_quality import report, tasks
-from aslora_quality.rows import Rows
 from peft import LoraConfig, get_peft_model
 
+from benchmarks.aslora_quality import __main__ as bench
+from benchmarks.aslora_quality import report, tasks
+from benchmarks.common import paired_test
+from benchmarks.common.rows import Rows
 from tests.support.models import llama
 
 ROBERTA = [(768, 768), (768, 768)]  # query and value
@@ -86,7 +86,7 @@ def test_too_few_examples_and_a_wrong_folder_are_data_errors(tmp_path):
 
 
 def test_a_wrong_folder_ends_the_program_with_one_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench_aslora_quality.py", "--data", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["aslora_quality", "--data", str(tmp_path)])
     assert bench.main() == 2
     error = capsys.readouterr().err
     said = [line for line in error.splitlines() if "--data" in line]

@@ -2,9 +2,10 @@
 
 import json
 
-import bench_aslora_step as bench
 import pytest
 import torch
+
+from benchmarks.aslora_step import __main__ as bench
 
 
 @pytest.fixture(autouse=True)

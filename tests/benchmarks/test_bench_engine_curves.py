@@ -3,8 +3,9 @@
 import json
 import sys
 
-import bench_engine_curves as bench
 import pytest
+
+from benchmarks.engine_curves import __main__ as bench
 
 LOSSES = [4.0, 3.0, 3.5]
 

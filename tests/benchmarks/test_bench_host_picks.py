@@ -3,9 +3,10 @@
 import json
 import os
 
-import bench_host_picks as bench
 import pytest
 import torch
+
+from benchmarks.meft_layer import host_picks as bench
 
 SIZE = (64, 48, 8, 3, 10)
 
@@ -14,7 +15,7 @@ SIZE = (64, 48, 8, 3, 10)
 def toy(monkeypatch):
     if bench.native_library() is None:
         pytest.skip("there was no compiler")
-    monkeypatch.setattr(bench.bench_meft_cpu, "D", 48)
+    monkeypatch.setattr(bench.whole_layer, "D", 48)
     monkeypatch.setenv(bench.VARIABLE, "1")  # put back afterwards: the benchmark sets it
     threads = torch.get_num_threads()
     yield

@@ -6,13 +6,13 @@ import subprocess
 import time
 from pathlib import Path
 
-import bench_kernels as bench
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_bench import cases_rows as kernel_cases_rows
-from kernel_bench import inputs, report, run, targets, timing
+
+from benchmarks.kernel_bench import __main__ as bench
+from benchmarks.kernel_bench import cases_adamw, inputs, report, run, targets, timing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -164,9 +164,9 @@ def test_what_is_wrong_only_past_the_gate_gets_no_time_either(monkeypatch, machi
 
 
 def test_a_wrong_peer_alone_has_no_time(monkeypatch, machine):
-    monkeypatch.setattr(kernel_cases_rows, "fused_step", lambda rows, grads: lambda: rows)
+    monkeypatch.setattr(cases_adamw, "fused_step", lambda rows, grads: lambda: rows)
     rows = run_op(machine, "row_adamw")
-    assert {row["contestant"] for row in rows if row["status"] != run.OK} == {kernel_cases_rows.FUSED}
+    assert {row["contestant"] for row in rows if row["status"] != run.OK} == {cases_adamw.FUSED}
 
 
 def test_a_missing_op_is_a_row(monkeypatch, machine):

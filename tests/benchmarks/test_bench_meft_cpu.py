@@ -3,9 +3,10 @@
 import json
 import sys
 
-import bench_meft_cpu as bench
 import pytest
 import torch
+
+from benchmarks.meft_layer import __main__ as bench
 
 
 @pytest.fixture(autouse=True)

@@ -4,15 +4,15 @@ import json
 import sys
 from pathlib import Path
 
-import bench_meft_recall as bench
 import pytest
 import torch
-from aslora_quality.rows import Rows
-from meft_recall import methods, pairs, report
-from meft_recall.methods import METHODS, UNTRAINED, Method
-from meft_recall.pairs import Pair, Recall
 from transformers import LlamaForCausalLM
 
+from benchmarks.common.rows import Rows
+from benchmarks.meft_recall import __main__ as bench
+from benchmarks.meft_recall import methods, pairs, report
+from benchmarks.meft_recall.methods import METHODS, UNTRAINED, Method
+from benchmarks.meft_recall.pairs import Pair, Recall
 from tests.support.models import llama
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ?'."
@@ -81,7 +81,7 @@ def test_a_smaller_task_is_part_of_a_larger_and_long_ones_are_left_out(tmp_path)
 def test_a_wrong_folder_is_one_sentence(tmp_path, monkeypatch, capsys):
     with pytest.raises(pairs.DataError, match=r"nq_open/NQ-open\.dev\.jsonl"):
         pairs.load_pairs(tmp_path, Recall(1, 1), Letters())
-    monkeypatch.setattr(sys, "argv", ["bench_meft_recall.py"])
+    monkeypatch.setattr(sys, "argv", ["meft_recall"])
     with pytest.raises(SystemExit) as ended:
         bench.main()
     assert ended.value.code == 2

@@ -1,16 +1,11 @@
 """The benchmark's own arithmetic and book-keeping, on a tiny table."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
-PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "bench_row_adamw.py"
-spec = importlib.util.spec_from_file_location("bench_row_adamw", PATH)
-bench = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(bench)
+from benchmarks.meft_layer import row_adamw as bench
 
 TINY = (24, 8, 16)
 

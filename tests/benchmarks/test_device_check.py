@@ -11,14 +11,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
-import device_check as check
-import ingest_device as ingest
 import pytest
 import torch
-from card_24gb.plan import quick_plan
-from device import build, findings, headline, probe, sanitizer, verdicts
-from kernel_bench.targets import targets as kernel_targets
 
+from benchmarks import device_check as check
+from benchmarks import ingest_device as ingest
+from benchmarks.card_24gb.plan import quick_plan
+from benchmarks.device import build, findings, headline, probe, sanitizer
+from benchmarks.kernel_bench.targets import targets as kernel_targets
 from tests.support.made_results import finding, results_of
 from tests.support.processes import once
 
@@ -53,7 +53,7 @@ def test_a_rehearsal_runs_every_part(rehearsal):
     assert len(list(out.iterdir())) <= 8
     assert spent < 110  # of two minutes, on one core
     text = (out / "verdicts.txt").read_text()
-    assert len(text.splitlines()) <= verdicts.LINES
+    assert len(text.splitlines()) <= findings.LINES
     assert "FAILS" not in text
     assert all(op in text for op in ("router_topk", "sparse_ffn", "device-keys", "host in sleeping streams"))
 
@@ -162,7 +162,7 @@ def parts(monkeypatch, tmp_path):
     return run
 
 
-GOOD = "from device.findings import say\nsay('good', 'yes', True, 'yes')"
+GOOD = "from benchmarks.device.findings import say\nsay('good', 'yes', True, 'yes')"
 
 
 def test_a_part_that_fails_or_is_late_does_not_stop_the_next(parts):
@@ -258,7 +258,7 @@ def test_the_call_for_a_bare_machine_is_one_short_line():
 
 def test_failures_come_first_and_the_table_is_short():
     found = [finding(f"info {i}") for i in range(80)] + [finding("right", holds=True), finding("bad", holds=False)]
-    lines = verdicts.table(results_of(*found)).splitlines()
+    lines = findings.table(results_of(*found)).splitlines()
     assert len(lines) <= 60
     assert lines[2].startswith("FAILS")
     assert lines[3].startswith("holds")
@@ -267,8 +267,8 @@ def test_failures_come_first_and_the_table_is_short():
 
 
 def test_a_line_keeps_its_target():
-    said = verdicts.line(finding("x" * 300, holds=True, target=">= 0.9"), False)
-    assert len(said) <= verdicts.WIDTH
+    said = findings.line(finding("x" * 300, holds=True, target=">= 0.9"), False)
+    assert len(said) <= findings.WIDTH
     assert said.endswith("... [>= 0.9]")
 
 

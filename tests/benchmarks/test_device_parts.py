@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from device import amp, chain, engine, findings, ops, probe, sanitizer
-from device.sleepy import SleepyStreams
 
+from benchmarks.device import amp, chain, engine, findings, ops, probe, sanitizer
+from benchmarks.device.sleepy import SleepyStreams
 from meft.cost import calibration
 from tests.support.fake_cuda import FakeCuda
 from tests.support.kernels.kernel_checks import PAD, Fenced, in_poison

@@ -1,14 +1,15 @@
 """The 24 GB benchmark's routing: forced shares, draws from the recording, and the recording itself."""
 
 import pytest
-import record_routing as record
 import torch
-from card_24gb import models, plan, routing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 
 import meft.routing.topk
+from adapter_kernels import expert_topk
+from benchmarks.card_24gb import models, plan, routing
+from benchmarks.step_bound import record_routing as record
 from meft import MEFTConfig
 
 CPU = torch.device("cpu")
@@ -42,18 +43,20 @@ def test_a_subset_that_is_none(size):
 
 def test_own_picks_are_made_and_replaced(monkeypatch):
     asked = []
-
-    def original(x, *_):
-        asked.append(len(x))
-        return torch.zeros(len(x), 2, dtype=torch.int32), torch.zeros(len(x), 2)
-
-    monkeypatch.setattr(meft.routing.topk, "select_neurons", original)
+    monkeypatch.setattr(routing, "expert_topk", lambda *args, **more: asked.append(args) or expert_topk(*args, **more))
+    original, config = meft.routing.topk.select_neurons, MEFTConfig(r=8, num_experts=4, experts_per_token=2, top_k=2)
     ids = routing.Routing("0.5").ids(8, 3, 1, 4)
+    load = torch.zeros(4, dtype=torch.int64)
     with routing.forced_picks(ids, routing.SUBSETS, 4, 2):
-        found = [
-            meft.routing.topk.select_neurons(torch.zeros(4, 1), None, None, None)[0] for _ in range(routing.SUBSETS + 1)
+        picked = [
+            meft.routing.topk.select_neurons(torch.ones(4, 3), torch.ones(4, 4), torch.ones(8, 3), config, load)
+            for _ in range(routing.SUBSETS + 1)
         ]
-    assert asked == [4] * (routing.SUBSETS + 1)
+    found = [one.ids for one in picked]
+    assert len(asked) == len(picked)
+    assert int(load.sum()) == 8 * len(picked)
+    for one in picked:
+        assert torch.equal(one.rows[: int(one.size)][one.position], one.ids)
     assert all(len(some.unique()) == 4 for some in found)
     assert torch.equal(found[0], found[-1])
     assert not all(torch.equal(found[0], some) for some in found)

@@ -3,17 +3,17 @@
 import time
 from dataclasses import replace
 
-import bench_24gb as bench
-import model_24gb
 import pytest
 import torch
-from card_24gb import bound, models, plan
-from card_24gb import worker as work
-from card_24gb.rows import Rows, environment
-from card_24gb.targets import MET, MISSED, OPEN, targets
-from card_24gb.traffic import expected_bytes
 
 from aslora_meft.planner.rates import ceilings
+from benchmarks.card_24gb import __main__ as bench
+from benchmarks.card_24gb import bound, models, plan
+from benchmarks.card_24gb import worker as work
+from benchmarks.card_24gb.report.rows import Rows, environment
+from benchmarks.card_24gb.report.targets import MET, MISSED, OPEN, targets
+from benchmarks.card_24gb.traffic import expected_bytes
+from benchmarks.step_bound import __main__ as model_24gb
 from meft import MEFTConfig
 
 CELL = plan.Cell("llama-2-7b", "bf16", 2, 256, 1, True, 6400, "meft auto", "0.26")
@@ -195,7 +195,7 @@ def test_a_worker_process_measures_and_traces(tmp_path):
 
 
 def test_a_row_is_held_against_the_model_of_a_step():
-    """The same number as `model_24gb.py` predicts, from what a row says."""
+    """The same number as `benchmarks.step_bound` predicts, from what a row says."""
     at = ceilings("3090")
     config = MEFTConfig(r=6400, row_dtype="bfloat16")
     said = {"strategy": "stream", "union_share": 0.26, "stepped_share": 0.26, "refetch": False}

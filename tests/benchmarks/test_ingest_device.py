@@ -2,10 +2,10 @@
 
 import json
 
-import ingest_device as ingest
 import pytest
-from device import findings
 
+from benchmarks import ingest_device as ingest
+from benchmarks.device import findings
 from tests.support.made_results import finding, results_of
 
 

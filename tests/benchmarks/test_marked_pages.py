@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-import ingest_device as ingest
 import pytest
+
+from benchmarks import ingest_device as ingest
 
 ROOT = Path(ingest.ROOT)
 UNMEASURED = {"nothing", "not measured", "not measured by us"}

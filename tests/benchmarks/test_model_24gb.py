@@ -3,9 +3,9 @@
 import json
 import sys
 
-import model_24gb as bench
 import pytest
 
+from benchmarks.step_bound import __main__ as bench
 from meft.retrieval.strategies import DEVICE_STRATEGIES
 
 

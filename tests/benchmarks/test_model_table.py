@@ -1,11 +1,11 @@
-"""A sample of the table of `benchmarks/make_model_table.py`, which is made whole before a release."""
+"""A sample of the table of `python -m benchmarks.model_table`, which is made whole before a release."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from model_table.checks import METHODS, Row, check, model_types
+
+from benchmarks.model_table.checks import METHODS, Row, check, model_types
+from tests.support.processes import run_code
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL = ["llama", "bert", "t5", "opt", "mixtral", "llama4_text"]
@@ -41,7 +41,7 @@ def test_the_page_has_all_architectures_and_a_reason_for_each_no():
 
 
 def test_rows_of_the_page():
-    from make_model_table import page
+    from benchmarks.model_table.__main__ import page
 
     yes = Row("good", "Good", dict.fromkeys(METHODS, "yes"), r"a\.\d+\.b|c")
     no = Row("bad", "Bad", {**dict.fromkeys(METHODS, "yes"), "MEFT, default": "ValueError: why"})
@@ -54,7 +54,5 @@ def test_rows_of_the_page():
 
 
 def test_the_script_prints_the_table_of_what_it_is_given():
-    command = [sys.executable, str(ROOT / "benchmarks" / "make_model_table.py"), "gpt2"]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
-    assert said.returncode == 0, said.stderr
-    assert "| gpt2 | GPT2LMHeadModel | yes | yes | yes | `mlp` |" in said.stdout
+    said = run_code("import runpy; runpy.run_module('benchmarks.model_table', run_name='__main__')", "gpt2")
+    assert "| gpt2 | GPT2LMHeadModel | yes | yes | yes | `mlp` |" in said

@@ -7,13 +7,21 @@ from pathlib import Path
 import pytest
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, T5ForConditionalGeneration
 
 from aslora_meft.cli import main
-from tests.support.models import llama
+from tests.support.models import llama, model
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
+# Task -> a row of its data.
+ROWS = {
+    "sft": lambda i: {"prompt": f"{i} plus 1", "completion": f" {i + 1}"},
+    "dpo": lambda i: {"prompt": f"{i} plus 1", "chosen": f" {i + 1}", "rejected": f" {i + 2}"},
+    "reward": lambda i: {"prompt": f"{i} plus 1", "chosen": f" {i + 1}", "rejected": f" {i + 2}"},
+    "classification": lambda i: {"text": str(i), "label": ("even", "odd")[i % 2]},
+    "seq2seq": lambda i: {"source": f"{i} plus 1", "target": str(i + 1)},
+}
 
 
 @pytest.fixture(scope="session")
@@ -35,9 +43,14 @@ def model_dir(tmp_path_factory):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe(recipe, model_dir, tmp_path):
-    data = tmp_path / "train.jsonl"
-    data.write_text("\n".join(json.dumps({"prompt": f"{i} plus 1", "completion": f" {i + 1}"}) for i in range(40)))
     fields = yaml.safe_load(recipe.read_text())
+    task = fields.get("task", "sft")
+    data = tmp_path / "train.jsonl"
+    data.write_text("\n".join(json.dumps(ROWS[task](i)) for i in range(40)))
+    if task in ("dpo", "reward"):
+        pytest.importorskip("trl")
+    if task == "seq2seq":
+        model_dir = encoder_decoder(model_dir, tmp_path / "t5")
     if fields.get("load_in_4bit"):
         pytest.importorskip("bitsandbytes")
     words = ["--model", model_dir, "--data", data, "--output_dir", tmp_path / "out", "--max_length", 32]
@@ -50,8 +63,18 @@ def test_recipe(recipe, model_dir, tmp_path):
     assert results["after"]["loss"] != results["before"]["loss"]
 
 
+def encoder_decoder(model_dir, folder):
+    """A saved random T5 with the tokenizer of another model."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
+    special = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    model(T5ForConditionalGeneration, vocab_size=len(tokenizer), **special).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def test_recipes_are_found():
-    assert {path.stem.partition("_")[0] for path in RECIPES} == {"aslora", "meft"}
+    methods = {"aslora", "meft"}
+    assert {path.stem.partition("_")[0] for path in RECIPES} == methods | {"dpo", "reward", "classification", "seq2seq"}
 
 
 @pytest.fixture

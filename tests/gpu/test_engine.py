@@ -7,9 +7,20 @@ import random
 
 import pytest
 import torch
-from device.chain import STRATEGIES, Setting, adapted, difference, end, settings, stepping, train, trained, use
-from device.engine import in_place, streams_maker
 
+from benchmarks.device.chain import (
+    STRATEGIES,
+    Setting,
+    adapted,
+    difference,
+    end,
+    settings,
+    stepping,
+    train,
+    trained,
+    use,
+)
+from benchmarks.device.engine import in_place, streams_maker
 from meft.transport.transfer import bring_rows, page_locked
 from tests.support.kernels.row_checks import same_bits, table
 

@@ -4,10 +4,10 @@ import os
 
 import pytest
 import torch
-from device.battery import DTYPES, Battery
-from device.findings import first_line
-from device.ops import OPS
 
+from benchmarks.device.battery import DTYPES, Battery
+from benchmarks.device.findings import first_line
+from benchmarks.device.ops import OPS
 from tests.support.kernels.mutations import MUTATIONS, is_noticed
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -4,8 +4,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from device import amp
-from device.chain import (
+from peft import load_peft_weights, set_peft_model_state_dict
+
+from benchmarks.device import amp
+from benchmarks.device.chain import (
     Setting,
     adapted,
     difference,
@@ -18,7 +20,6 @@ from device.chain import (
     weighed,
     whole_numbers,
 )
-from peft import load_peft_weights, set_peft_model_state_dict
 
 CPU = torch.device("cpu")
 MANY = 1 << 20  # tokens

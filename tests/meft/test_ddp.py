@@ -403,7 +403,7 @@ def test_fsdp_is_refused(ranks, name):
 def test_deepspeed_is_refused_when_a_trainers_run_begins():
     from types import SimpleNamespace
 
-    from peft_bridge.trainer_runs import RunEvents
+    from peft_bridge.training.trainer_runs import RunEvents
 
     model = adapted()
     optimizer = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})()

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import meft.gradient.drain
-import meft.gradient.pool
+import meft.gradient.host.drain
+import meft.gradient.host.pool
 import meft.gradient.stored_rows
 import meft.table.row_step
-from meft.gradient.drain import drain, squares
+from meft.gradient.host.drain import drain, squares
+from meft.gradient.host.pool import GradientPool
 from meft.gradient.offload_ring import GradientRing
-from meft.gradient.pool import GradientPool
 from meft.gradient.row_gradient import RowGradient
 from meft.table.gpu_step import ZeroCopySteps
 from meft.table.row_step import RowState, StepRule, native_library, update_rows
@@ -38,7 +38,7 @@ COUPLED = StepRule(lr=1e-2, beta1=0.2, beta2=0.99, eps=1e-6, weight_decay=0.1, d
 def path(request, monkeypatch):
     """With the library, and where there was no compiler."""
     if not request.param:
-        for module in (meft.gradient.drain, meft.table.row_step):
+        for module in (meft.gradient.host.drain, meft.table.row_step):
             monkeypatch.setattr(module, "native_library", lambda: None)
     return request.param
 
@@ -76,7 +76,7 @@ ODD = [math.inf, -math.inf, math.nan, 3.3e38, 1e-40, 0.0, -0.0]
 def test_the_pass_widens_and_adds_up_squares(dtype, n, d, seed, odd):
     for native in {native_library(), None}:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(meft.gradient.drain, "native_library", lambda native=native: native)
+            patch.setattr(meft.gradient.host.drain, "native_library", lambda native=native: native)
             values = randn(n, d, seed=seed, dtype=torch.float32).mul_(10.0 ** (seed % 30 - 15)).to(dtype)
             for i, value in enumerate(odd if n else ()):
                 values.view(-1)[(7 * i + seed) % values.numel()] = value
@@ -497,8 +497,10 @@ def test_equal_steps_take_no_more_memory_however_they_are_checkpointed(tiny, mon
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     model.base_model.engines["default"].use(HostStreams(torch.device("cpu")))
-    taken, keep = [], meft.gradient.pool.keep_from_forks
-    monkeypatch.setattr(meft.gradient.pool, "keep_from_forks", lambda buffer: (taken.append(buffer), keep(buffer))[1])
+    taken, keep = [], meft.gradient.host.pool.keep_from_forks
+    monkeypatch.setattr(
+        meft.gradient.host.pool, "keep_from_forks", lambda buffer: (taken.append(buffer), keep(buffer))[1]
+    )
     optimizer, after = torch.optim.SGD(model.parameters(), lr=0.0), []
     for _ in range(4):
         optimizer.zero_grad()

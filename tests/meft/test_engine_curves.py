@@ -1,4 +1,4 @@
-"""Training by the engine against training by the oracle; fifty steps of SmolLM2-135M: bench_engine_curves.py."""
+"""Training by the engine against training by the oracle; fifty steps of SmolLM2-135M: benchmarks/engine_curves."""
 
 from importlib.util import find_spec
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from meft.gradient.accumulator import Pending
+from meft.gradient.host.accumulator import Pending
 from meft.gradient.row_gradient import RowGradient
 
 R, D = 12, 5

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import meft.gradient.drain
+import meft.gradient.host.drain
 import meft.table.row_step
 from meft.cost.host_bytes import HostBytes
 from meft.cost.memory import AdapterShape, Plan, Work
@@ -84,7 +84,7 @@ def counting(tmp_path_factory):
 @pytest.fixture
 def count(counting, monkeypatch):
     """Counts what runs inside of a block: `with count(...) as bytes`, then `bytes.total`."""
-    for module in (meft.table.row_step, meft.gradient.drain):
+    for module in (meft.table.row_step, meft.gradient.host.drain):
         monkeypatch.setattr(module, "native_library", lambda: counting)
     submit = ThreadPoolExecutor.submit
 

@@ -40,9 +40,9 @@ def picks(monkeypatch):
     real = meft.routing.topk.select_neurons
 
     def select_neurons(*args):
-        ids, dots = real(*args)
-        made.append([tuple(sorted(n for n in row if n >= 0)) for row in ids.tolist()])
-        return ids, dots
+        selected = real(*args)
+        made.append([tuple(sorted(n for n in row if n >= 0)) for row in selected.ids.tolist()])
+        return selected
 
     monkeypatch.setattr(meft.routing.topk, "select_neurons", select_neurons)
     return made

@@ -378,7 +378,7 @@ def test_an_added_adapter_keeps_the_flags_and_the_moments_of_the_others(tiny):
 
 
 def test_the_number_of_experts_that_was_chosen_is_logged(tiny, caplog):
-    with caplog.at_level("INFO", logger="meft.model"):
+    with caplog.at_level("INFO", logger="meft.injection"):
         get_peft_model(tiny.base(), tiny.config(num_experts=None))
     (record,) = [r for r in caplog.records if "num_experts" in r.getMessage()]
     assert "num_experts=24 for r=48" in record.getMessage()  # 4 sqrt(48) = 27.7

@@ -9,7 +9,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import meft.gradient.copies
 import meft.gradient.scaling
-from meft.gradient.accumulator import Pending, whole_of
+from meft.gradient.host.accumulator import Pending, whole_of
 from tests.support.happens_before import WatchedStreams, watched
 from tests.support.tiny_meft import STRATEGIES
 

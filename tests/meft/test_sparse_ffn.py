@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapter_kernels import row_union
+from adapter_kernels import SelectedRows, row_union
 from adapter_kernels.ffn import sparse_products
 from adapter_kernels.ffn.sparse_products import ByColumn, entry_dots, line_sums
 from meft.gradient.row_gradient import RowGradient
@@ -72,7 +72,8 @@ class Receiver:
 
 def picks_of(x, logits, keys, P, K, factor):
     """Ids and x . w of the picks, [T, K]."""
-    return select_neurons(x, logits, keys, SimpleNamespace(probed=P, top_k=K, router_factor=factor))
+    found = select_neurons(x, logits, keys, SimpleNamespace(probed=P, top_k=K, router_factor=factor))
+    return found.ids, found.dots
 
 
 def ffn(x, router, keys, values, picks, factor=True, in_place=True, read=None, done=lambda: None):
@@ -80,15 +81,16 @@ def ffn(x, router, keys, values, picks, factor=True, in_place=True, read=None, d
     ids, dots = picks
     key_rows, value_rows = (t.detach() for t in (read if read is not None else (keys, values)))
     rows, inverse = row_union(ids, len(keys))
-    selection = Selection(rows, inverse, rows.long(), neurons=ids, dots=dots)
+    logits = torch.nn.functional.linear(x, router.to(x.dtype))
+    expert = torch.div(ids.clamp_min(0), len(keys) // len(router), rounding_mode="floor").long()
+    scores = (dots * logits.detach().gather(1, expert) if factor else dots).relu()
+    selection = Selection(rows, inverse, rows.long(), picks=SelectedRows(ids, scores, dots, rows, rows, inverse))
     if in_place:
-        gathered = GatheredRows(key_rows.to(x.dtype), value_rows.to(x.dtype), ids, dots=dots)
+        gathered = GatheredRows(key_rows.to(x.dtype), value_rows.to(x.dtype), ids, scores=scores)
     else:
         gathered = GatheredRows(key_rows[rows.long()].to(x.dtype), value_rows[rows.long()].to(x.dtype), inverse)
     tables = Tables(keys, values)
     pending = PendingForward(tables, selection, None, tables.versions, False)
-    logits = torch.nn.functional.linear(x, router.to(x.dtype))
-    expert = torch.div(ids.clamp_min(0), len(keys) // len(router), rounding_mode="floor").long()
     factors, idle = (logits.gather(1, expert), None) if factor else (None, logits)
     return SparseFFN.apply(x, factors, idle, keys, values, gathered, pending, Receiver(), x.dtype, done)
 

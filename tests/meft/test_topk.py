@@ -39,7 +39,8 @@ class Picks(NamedTuple):
 
 
 def picks_of(x, logits, keys, P, K, factor):
-    return Picks(*select_neurons(x, logits, keys, SimpleNamespace(probed=P, top_k=K, router_factor=factor)))
+    found = select_neurons(x, logits, keys, SimpleNamespace(probed=P, top_k=K, router_factor=factor))
+    return Picks(found.ids, found.dots)
 
 
 def select(x, router, keys, P, K, factor):
@@ -163,12 +164,12 @@ def picks_of_a_layer(layer, x, mask=None):
     try:
         with torch.no_grad():  # as reentrant checkpointing calls it: picks are kept for the recomputation
             y = layer(x)
-        stash = opened.stashes[id(layer), "default"][0]
+        stash = opened.selections[id(layer), "default"][0]
     finally:
         context.end(opened)
     picks = torch.zeros(x.shape[0] * x.shape[1], 32, dtype=torch.bool)
     real = stash.real if stash.real is not None else torch.arange(len(picks))
-    picks[real] = mask_of(stash.selection.neurons, 32)
+    picks[real] = mask_of(stash.selection.picks.ids, 32)
     return picks.view(*x.shape[:2], 32), y.detach()
 
 

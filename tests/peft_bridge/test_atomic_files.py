@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from peft_bridge import atomic_files, folder_replaced_at_once, replace_file
+from peft_bridge import folder_replaced_at_once, replace_file
+from peft_bridge.files import atomic_files
 
 SIZE = 3_000_000
 

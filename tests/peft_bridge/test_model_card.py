@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from aslora import ASLoRAConfig
 from meft import MEFTConfig
 from peft_bridge import write_card
-from peft_bridge.model_card import BEGIN, END
+from peft_bridge.files.model_card import BEGIN, END
 
 CONFIGS = {
     "aslora": ASLoRAConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", merge_start=7),

@@ -12,7 +12,7 @@ from peft.utils import PeftType
 
 import aslora
 from peft_bridge import register_method
-from peft_bridge.registration import add_enum_member
+from peft_bridge.method.registration import add_enum_member
 
 
 @dataclass

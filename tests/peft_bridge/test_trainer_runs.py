@@ -12,7 +12,7 @@ from torch import nn
 
 from aslora import ASLoRAConfig
 from peft_bridge import RunListener, watch_runs
-from peft_bridge.trainer_runs import RunEvents
+from peft_bridge.training.trainer_runs import RunEvents
 
 
 class Recorder(nn.Module, RunListener):

@@ -15,7 +15,8 @@ from torch import nn
 
 import meft
 from meft import MEFTConfig
-from peft_bridge import last_loaded_folder, weights, write_weights_at_once
+from peft_bridge import last_loaded_folder, write_weights_at_once
+from peft_bridge.files import weights
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

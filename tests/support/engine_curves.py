@@ -1,6 +1,6 @@
 """Losses of a training by the engine beside those of the oracle: with its picks replayed, and with the oracle's own.
 
-The long run, SmolLM2-135M with all of its layers, is benchmarks/bench_engine_curves.py.
+The long run, SmolLM2-135M with all of its layers, is benchmarks/engine_curves.
 """
 
 import logging

@@ -45,37 +45,39 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def forward(
-    x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None, base: Tensor | None,
-    dots: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """y, [T, d] of x's dtype.
-
-    Args:
-        dots: x . key of each pick, [T, K], where it is known.
-    """
+    x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None, base: Tensor | None
+) -> Tensor:
+    """y, [T, d] of x's dtype."""
     if len(x) <= _FEW and len(keys) and position.shape[1]:
-        y = _of_few(x, keys, values, position, factors, dots)
+        y = _of_few(x, keys, values, position, factors)
     else:
         picks = _Picks(position, len(keys))
-        scores = picks.column(dots, dots.dtype) if dots is not None else picks.dots(wide(x), wide(keys))
+        scores = picks.dots(wide(x), wide(keys))
         if factors is not None:
             scores = scores * picks.column(factors, scores.dtype)
         y = picks.by_token(scores.where(scores > 0, 0), wide(values))
     return (y.add_(base) if base is not None else y).to(x.dtype)
 
 
-def _of_few(
-    x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None, dots: Tensor | None
-) -> Tensor:
+def _of_few(x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None) -> Tensor:
     (T, K), D = position.shape, x.shape[1]
     row = position.clamp(-1, len(keys)).flatten().to(torch.int64)
     row = row.where(row < len(keys), -1)
     read = row.clamp_min(0)
-    if dots is None:
-        dots = torch.bmm(wide(keys.index_select(0, read)).view(T, K, D), wide(x).unsqueeze(2)).squeeze(2)
+    dots = torch.bmm(wide(keys.index_select(0, read)).view(T, K, D), wide(x).unsqueeze(2)).squeeze(2)
     scores = dots * factors.to(dots.dtype) if factors is not None else dots
     active = scores.where((scores > 0) & (row >= 0).view(T, K), 0)
     return torch.bmm(active.unsqueeze(1), wide(values.index_select(0, read)).view(T, K, D)).squeeze(1)
+
+
+def weighted_sums(values: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
+    """The sum of score times value over each token's picks, [T, d]; the score of what is none (-1) is 0."""
+    (T, K), D = ids.shape, values.shape[1]
+    if T <= _FEW and len(values) and K:
+        read = values.index_select(0, ids.view(-1).clamp_min(0)).view(T, K, D)
+        return torch.bmm(scores.unsqueeze(1), read).squeeze(1)
+    picks = _Picks(ids, len(values))
+    return picks.by_token(picks.column(scores, scores.dtype), values.contiguous())
 
 
 def backward(

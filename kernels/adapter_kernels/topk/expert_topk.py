@@ -40,7 +40,7 @@ def _run(
             if tensor is not None and bool(tensor.isnan().any()):
                 dispatch.refuse(name, "NaN")
     if not dispatch.use_triton(impl, experts.device, expert_topk_triton.unsupported(x, keys, experts.shape[1], K, E)):
-        on_host = impl is None and host_topk.handles(x, keys, experts, E)
+        on_host = impl is None and host_topk.handles(x, keys, experts.shape[1], E)
         select = host_topk.expert_topk if on_host else expert_topk_torch.select
         return select(x, keys, experts, factors, K, E, by_neuron)
     ids, scores, dots = expert_topk_triton.select(x, keys, experts, factors, K, E)

@@ -1,5 +1,5 @@
-// router_topk, expert_topk and row_union_window in host memory, over a plain C interface: no Python or torch header, so that one build
-// serves all their versions. Loaded by host_topk.py.
+// router_topk, expert_topk, row_union_window, and the three in one call, in host memory, over a plain C interface: no
+// Python or torch header, so that one build serves all their versions. Loaded by host_topk.py.
 //
 // expert_topk is one pass. Pairs of a token and an expert that it probes are grouped by expert. A unit of work is some
 // pairs of one expert: its keys are read once, widened piece by piece, and multiplied with all the unit's tokens while
@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -121,111 +122,7 @@ void block_at(int level, const float* const* x, int64_t count, const Narrow* key
     plain::block(x, count, keys, n, d, scratch, products);
 }
 
-struct Job {
-    const float* x;         // [T, d]
-    const void* keys;       // [E each, d]
-    const int32_t* experts; // [T, P]
-    const float* factors;   // [T, P] or null
-    int64_t T, d, E, each, P, K;
-    bool by_neuron;
-    float* products; // [T, P, each], in the ascending order of a token's experts
-    int32_t* ids;    // [T, K]
-    float *scores, *dots;
-    int level;
-
-    std::vector<int32_t> expert, slot; // [T, P]: a token's experts in ascending order, none as E; and their columns
-    std::vector<int64_t> pairs;        // t P + p of the above, by expert
-    struct Unit {
-        int64_t expert, from, to; // of `pairs`
-    };
-    std::vector<Unit> units;
-
-    void group() {
-        expert.resize(T * P), slot.resize(T * P), pairs.resize(T * P);
-        std::vector<int64_t> start(E + 2, 0);
-        for (int64_t t = 0; t < T; ++t) {
-            const int32_t* const given = experts + t * P;
-            const auto of = [&](int32_t p) { return static_cast<int32_t>(given[p] >= 0 && given[p] < E ? given[p] : E); };
-            int32_t* const mine = slot.data() + t * P;
-            for (int32_t p = 0; p < P; ++p) mine[p] = p;
-            std::stable_sort(mine, mine + P, [&](int32_t a, int32_t b) { return of(a) < of(b); });
-            for (int64_t p = 0; p < P; ++p) ++start[(expert[t * P + p] = of(mine[p])) + 1];
-        }
-        for (int64_t e = 0; e <= E; ++e) start[e + 1] += start[e];
-        for (int64_t e = 0; e < E; ++e)
-            for (int64_t from = start[e]; from < start[e + 1]; from += UNIT)
-                units.push_back({e, from, std::min(from + UNIT, start[e + 1])});
-        for (int64_t i = 0; i < T * P; ++i) pairs[start[expert[i]]++] = i;
-    }
-
-    template <class Narrow>
-    void multiply(const Unit& unit, Scratch& scratch) const {
-        const int64_t count = unit.to - unit.from;
-        const float* token[UNIT];
-        float* product[UNIT];
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t pair = pairs[unit.from + i];
-            token[i] = x + pair / P * d;
-            product[i] = products + pair * each;
-        }
-        const Narrow* const own = static_cast<const Narrow*>(keys) + unit.expert * each * d;
-        block_at(level, token, count, own, each, d, scratch, product);
-    }
-
-    // `ranked` has room for P each.
-    void pick(int64_t t, uint64_t* ranked) const {
-        const int64_t candidates = P * each, n = std::min(K, candidates);
-        const float* const product = products + t * candidates;
-        int64_t at = 0;
-        for (int64_t p = 0; p < P; ++p) {
-            const bool there = expert[t * P + p] < E;
-            const float factor = factors ? factors[t * P + slot[t * P + p]] : 1.0f;
-            for (int64_t j = 0; j < each; ++j, ++at) {
-                const float score = there ? (factors ? factor * product[at] : product[at]) : 0.0f;
-                // Positive floats are ordered as their bits; what is not positive, NaN too, counts as zero.
-                uint32_t bits;
-                std::memcpy(&bits, &score, sizeof bits);
-                ranked[at] = uint64_t{score > 0.0f ? bits : 0u} << 32 | static_cast<uint32_t>(~at);
-            }
-        }
-        const auto write = [&](int64_t i, uint64_t one) {
-            const int64_t candidate = static_cast<uint32_t>(~one);
-            const float score = as_float(static_cast<uint32_t>(one >> 32));
-            const bool used = score > 0.0f;
-            ids[t * K + i] = used ? expert[t * P + candidate / each] * each + candidate % each : -1;
-            scores[t * K + i] = score;
-            dots[t * K + i] = used ? product[candidate] : 0.0f;
-        };
-        if (by_neuron) {
-            uint64_t least = 0;
-            if (n < candidates) {
-                std::vector<uint64_t> order(ranked, ranked + candidates);
-                std::nth_element(order.begin(), order.begin() + n - 1, order.end(), std::greater<>());
-                least = order[n - 1];
-            }
-            for (int64_t c = 0, i = 0; c < candidates; ++c)
-                if (ranked[c] >= least) write(i++, ranked[c]);
-        } else {
-            if (n < candidates) std::nth_element(ranked, ranked + n - 1, ranked + candidates, std::greater<>());
-            std::sort(ranked, ranked + n, std::greater<>());
-            for (int64_t i = 0; i < n; ++i) write(i, ranked[i]);
-        }
-        for (int64_t i = n; i < K; ++i) ids[t * K + i] = -1, scores[t * K + i] = dots[t * K + i] = 0.0f;
-    }
-
-    template <class Narrow>
-    void run(int64_t threads) {
-        group();
-        if (T * P * each * d < ALONE) threads = 1;
-        in_pieces(static_cast<int64_t>(units.size()), 1, threads, [&](int64_t from, int64_t to) {
-            for (; from < to; ++from) multiply<Narrow>(units[from], Scratch::mine());
-        });
-        in_pieces(T, 16, threads, [&](int64_t from, int64_t to) {
-            std::vector<uint64_t> ranked(P * each);
-            for (; from < to; ++from) pick(from, ranked.data());
-        });
-    }
-};
+#include "host_topk_job.h"
 
 // Floats in their order, NaN above all, -0.0 as 0.0; of equal ones the lower index comes first in descending order.
 uint64_t descending(float value, int64_t index) {
@@ -236,16 +133,7 @@ uint64_t descending(float value, int64_t index) {
     return uint64_t{order} << 32 | static_cast<uint32_t>(~index);
 }
 
-} // namespace
-
-// Changes with the arguments below, so that a stale build is not called.
-EXPORT int host_topk_version() { return 2; }
-
-// The highest `level` of instructions that this machine has: 0, 1 (AVX2) or 2 (AVX-512).
-EXPORT int host_topk_levels() { return best_level(); }
-
-// The columns of the P largest of each row of `logits`, [T, E].
-EXPORT void host_router_topk(const float* logits, int64_t T, int64_t E, int64_t P, int32_t* experts, int threads) {
+void router_topk(const float* logits, int64_t T, int64_t E, int64_t P, int32_t* experts, int threads) {
     in_pieces(T, 64, T * E < ALONE ? 1 : threads, [&](int64_t from, int64_t to) {
         std::vector<uint64_t> order(E);
         for (; from < to; ++from) {
@@ -254,6 +142,28 @@ EXPORT void host_router_topk(const float* logits, int64_t T, int64_t E, int64_t 
             for (int64_t p = 0; p < P; ++p) experts[from * P + p] = static_cast<int32_t>(~order[p]);
         }
     });
+}
+
+void run(Job& job, int key_type, int threads) {
+    if (key_type == 0)
+        job.run<float>(threads);
+    else if (key_type == 1)
+        job.run<BFloat16>(threads);
+    else
+        job.run<Half>(threads);
+}
+
+} // namespace
+
+// Changes with the arguments below, so that a stale build is not called.
+EXPORT int host_topk_version() { return 3; }
+
+// The highest `level` of instructions that this machine has: 0, 1 (AVX2) or 2 (AVX-512).
+EXPORT int host_topk_levels() { return best_level(); }
+
+// The columns of the P largest of each row of `logits`, [T, E].
+EXPORT void host_router_topk(const float* logits, int64_t T, int64_t E, int64_t P, int32_t* experts, int threads) {
+    router_topk(logits, T, E, P, experts, threads);
 }
 
 // `keys`: float32, bfloat16 or float16 for key_type 0, 1, 2. `products`: room for [T, P, each]. `level`: at most the
@@ -265,12 +175,7 @@ EXPORT void host_expert_topk(const float* x, const void* keys, int key_type, con
     static const int best = best_level();
     Job job{x, keys, experts, factors, T, d, E, each, P, K, by_neuron != 0, products, ids, scores, dots,
             level < 0 ? best : std::min(level, best), {}, {}, {}, {}};
-    if (key_type == 0)
-        job.run<float>(threads);
-    else if (key_type == 1)
-        job.run<BFloat16>(threads);
-    else
-        job.run<Half>(threads);
+    run(job, key_type, threads);
 }
 
 // row_union_window of `ids`, [n]: `rows` has room for `capacity`, `places` for r. `load` ([r / each], or null) gets the
@@ -294,4 +199,22 @@ EXPORT int64_t host_row_union(const int32_t* ids, int64_t n, int64_t r, int64_t 
     for (int64_t i = std::max<int64_t>(0, count - start); i < capacity; ++i) rows[i] = -1;
     for (int64_t i = 0; i < n; ++i) position[i] = ids[i] >= 0 && ids[i] < r ? places[ids[i]] : -1;
     return count;
+}
+
+// The three in one call. `logits`: [T, E]; `factor`: whether scores carry them. `rows`: room for the smaller of E each
+// and T K; the part past the union is filled with -1. `load`, `load_each`: as `load`
+// and `each` above.
+EXPORT int64_t host_select_rows(const float* x, const float* logits, const void* keys, int key_type, int64_t T,
+                                int64_t d, int64_t E, int64_t each, int64_t P, int64_t K, int factor, int64_t* load,
+                                int64_t load_each, int32_t* ids, float* scores, float* dots, int32_t* rows, int32_t* position,
+                                int threads) {
+    const auto memory = [](auto one, int64_t n) { return std::unique_ptr<decltype(one)[]>(new decltype(one)[n]); };
+    const auto probed = memory(int32_t{}, T * P), places = memory(int32_t{}, E * each);
+    const auto factors = memory(float{}, factor ? T * P : 0), products = memory(float{}, T * P * each);
+    router_topk(logits, T, E, P, probed.get(), threads);
+    for (int64_t i = 0; factor && i < T * P; ++i) factors[i] = logits[i / P * E + probed[i]];
+    host_expert_topk(x, keys, key_type, probed.get(), factor ? factors.get() : nullptr, T, d, E, each, P, K, 0,
+                     products.get(), ids, scores, dots, -1, threads);
+    return host_row_union(ids, T * K, E * each, load_each, 0, std::min(E * each, T * K), load, places.get(), rows,
+                          position);
 }

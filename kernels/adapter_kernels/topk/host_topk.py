@@ -1,4 +1,4 @@
-"""`router_topk`, `expert_topk` and `row_union` in host memory, by a small C++ library, or else by torch.
+"""`router_topk`, `expert_topk`, `row_union` and the three in one call in host memory, by a small C++ library.
 
 The torch path of `expert_topk` makes a product of two small matrices an expert, each with a copy of its keys in fp32
 and of its tokens. The library reads each key once, in its own dtype, and multiplies while it is in the cache. It picks
@@ -18,9 +18,9 @@ from torch import Tensor
 from ..runtime import dispatch
 from ..runtime.host_threads import host_threads
 
-__all__ = ["expert_topk", "handles", "native_library", "router_topk", "row_union"]
+__all__ = ["expert_topk", "handles", "native_library", "router_topk", "row_union", "select_rows"]
 
-_VERSION = 2  # of the library's arguments
+_VERSION = 3  # of the library's arguments
 _FEW = 64  # tokens of a product of all keys
 _ALONE = 1 << 18  # as in the library
 _KEY_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -43,6 +43,8 @@ def native_library() -> ctypes.CDLL | None:
     library.host_router_topk.restype = None
     library.host_row_union.argtypes = [p, i, i, i, i, i, p, p, p, p]
     library.host_row_union.restype = i
+    library.host_select_rows.argtypes = [p, p, p, c, i, i, i, i, i, i, c, p, i, p, p, p, p, p, c]
+    library.host_select_rows.restype = i
     return library
 
 
@@ -51,15 +53,15 @@ def _threads(products: int) -> int:
     return host_threads() if products >= _ALONE else 1
 
 
-def handles(x: Tensor, keys: Tensor, experts: Tensor, E: int) -> bool:
-    """Whether the library is there, takes these arguments, and is the faster one.
+def handles(x: Tensor, keys: Tensor, P: int, E: int) -> bool:
+    """Whether the library is there, takes these arguments of `expert_topk`, and is the faster one.
 
     Where each token uses all experts the torch path makes one large product, which the BLAS does 1.2 times as fast
     (measured with 512 tokens; with 16 it takes 1.7 times as long).
     """
     if not x.is_cpu or x.dtype == torch.float64 or keys.dtype not in _KEY_TYPES:
         return False
-    return (experts.shape[1] < E or len(x) <= _FEW) and native_library() is not None
+    return (P < E or len(x) <= _FEW) and native_library() is not None
 
 
 def router_topk(logits: Tensor, P: int) -> Tensor | None:
@@ -113,3 +115,34 @@ def row_union(
         places.data_ptr(), rows.data_ptr(), position.data_ptr(),
     )  # fmt: skip
     return rows, ids.new_tensor([count]), ids.new_tensor([int(count - start > capacity)]), position
+
+
+def select_rows(
+    x: Tensor, logits: Tensor, keys: Tensor, P: int, K: int, factor: bool, load: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """`select_rows`; None where the library is not there or the ops, which refuse bad arguments, are to be called."""
+    shapes = x.ndim == logits.ndim == keys.ndim == 2 and x.shape == (logits.shape[0], keys.shape[1])
+    if not shapes or logits.dtype != torch.float32 or not logits.is_cpu or not keys.is_cpu or not keys.is_contiguous():
+        return None
+    T, E = logits.shape
+    if not (1 <= P <= E and K >= 1 and len(keys) and len(keys) % E == 0 and handles(x, keys, P, E)):
+        return None
+    groups = 1 if load is None else load.numel()
+    if load is not None and (
+        load.dtype != torch.int64 or load.ndim != 1 or not load.is_contiguous() or not load.is_cpu
+    ):
+        return None
+    if not groups or len(keys) % groups:
+        return None
+    library = native_library()
+    assert library is not None
+    x, logits, r, d = x.to(torch.float32).contiguous(), logits.contiguous(), keys.shape[0], keys.shape[1]
+    ids, rows = x.new_empty((T, K), dtype=torch.int32), x.new_empty(min(r, T * K), dtype=torch.int32)
+    position, scores, dots = torch.empty_like(ids), x.new_empty((T, K)), x.new_empty((T, K))
+    count = library.host_select_rows(
+        x.data_ptr(), logits.data_ptr(), keys.data_ptr(), _KEY_TYPES[keys.dtype], T, d, E, r // E, P, K, factor,
+        None if load is None else load.data_ptr(), r // groups,
+        ids.data_ptr(), scores.data_ptr(), dots.data_ptr(), rows.data_ptr(), position.data_ptr(),
+        _threads(T * P * (r // E) * d),
+    )  # fmt: skip
+    return ids, scores, dots, rows, ids.new_tensor([count]), position

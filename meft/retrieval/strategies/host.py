@@ -17,7 +17,7 @@ from ...transport.staging import Coming, Slot
 from ...transport.streams import DeviceStreams, StreamEvent
 from ...transport.transfer import nbytes
 from ..costs import FP32, ID, AdapterShape, Flow, Work, gradients_to_host, to_device, to_host
-from ..gather import gather, union_of
+from ..gather import gather
 from ..types import GatheredRows, PendingSelection, Selection
 from .base import Strategy
 
@@ -82,6 +82,5 @@ class Host(Strategy):
 
 @torch.no_grad()
 def _selected(layer: LayerRows, keys: Tensor, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    ids, _ = topk.select_neurons(x, logits, keys, layer.config)
-    rows, count, inverse = union_of(ids, layer)
-    return rows[: int(count)], inverse
+    picks = topk.select_neurons(x, logits, keys, layer.config, layer.load_on(x.device))
+    return picks.rows[: int(picks.size)], picks.position

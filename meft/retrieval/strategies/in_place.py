@@ -11,7 +11,6 @@ from ...routing import topk
 from ...table.layer_rows import LayerRows
 from ...transport.streams import StreamEvent
 from ..costs import AdapterShape, Flow, Work
-from ..gather import union_of
 from ..types import GatheredRows, PendingSelection, Selection
 from .base import Strategy
 
@@ -29,22 +28,19 @@ class InPlace(Strategy):
         return torch.promote_types(given, torch.float32)
 
     def select(self, layer: LayerRows, x: Tensor, logits: Tensor) -> PendingSelection:
-        with layer.keys.reading(in_place=True) as keys:
-            neurons, dots = topk.select_neurons(x, logits, keys, layer.config)
-        rows, count, inverse = union_of(neurons, layer)
-        rows = rows[: int(count)]
-        selection = Selection(rows, inverse, rows.to(torch.int64), neurons=neurons, dots=dots)
+        picks = topk.select_neurons(x, logits, layer.keys.read_in_place(), layer.config, layer.load_on(x.device))
+        rows = picks.rows[: int(picks.size)]
+        selection = Selection(rows, picks.position, rows.to(torch.int64), picks=picks)
         return PendingSelection(lambda: selection, None)
 
     def gather(self, layer: LayerRows, selection: Selection, made: StreamEvent | None = None) -> GatheredRows:
-        assert selection.neurons is not None
-        assert selection.dots is not None
-        rows, dtype = selection.host_rows, selection.dots.dtype
-        with layer.keys.reading(in_place=True) as keys, layer.values.reading(rows, in_place=True) as values:
-            if keys.dtype == values.dtype == dtype:
-                return GatheredRows(keys, values, selection.neurons, dots=selection.dots)
-            copies = [table.index_select(0, rows).to(dtype) for table in (keys, values)]
-        return GatheredRows(copies[0], copies[1], selection.inverse)
+        assert selection.picks is not None
+        scores = selection.picks.scores
+        tables = keys, values = layer.keys.read_in_place(), layer.values.read_in_place()
+        if keys.dtype == values.dtype == scores.dtype:
+            return GatheredRows(keys, values, selection.picks.ids, scores=scores)
+        keys, values = (table.index_select(0, selection.host_rows).to(scores.dtype) for table in tables)
+        return GatheredRows(keys, values, selection.inverse)
 
     @classmethod
     def flows(cls, shape: AdapterShape, work: Work) -> Iterator[Flow]:

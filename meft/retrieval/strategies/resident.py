@@ -34,7 +34,7 @@ class Resident(Strategy):
                 return self._select_on_device(layer, x, logits, keys)
             # A graph has fixed sizes and does not wait: all rows stand for the union.
             rows = torch.arange(layer.config.r, device=x.device)
-            selection = Selection(rows.to(torch.int32), topk.select_neurons(x, logits, keys, layer.config)[0], rows)
+            selection = Selection(rows.to(torch.int32), topk.select_neurons(x, logits, keys, layer.config).ids, rows)
             return PendingSelection(lambda: selection, None)
 
     def gather(self, layer: LayerRows, selection: Selection, made: StreamEvent | None = None) -> GatheredRows:

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from device.chain import STRATEGIES, Setting, difference, trained
 
 import meft.retrieval.strategies.host
 from adapter_kernels.runtime import dispatch
+from benchmarks.device.chain import STRATEGIES, Setting, difference, trained
 from meft.transport.streams import HostStreams
 from tests.support.kernels.mutants import mutant
 

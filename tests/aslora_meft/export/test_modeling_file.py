@@ -24,12 +24,30 @@ def added(x, router, keys, values, factor=True):
     return modeling.added_by_neurons(x, router, keys.view(E, R // E, D), values, P, K, factor)
 
 
-FORMS = pytest.mark.parametrize("tokens", [1, E // P, E // P + 1, 200])  # the last two are grouped by expert
+# Tokens, and whether they are read densely (else grouped by expert) on a CPU; None: the keys of one are gathered.
+FORMS = pytest.mark.parametrize(
+    ("tokens", "densely"), [(1, None), *((n, b) for n in (2, E // P + 1, 200) for b in (True, False))]
+)
+
+
+@pytest.fixture(autouse=True)
+def form(request, monkeypatch):
+    """Sets what `densely` says, and counts which form was taken."""
+    taken = []
+    densely = getattr(request.node, "callspec", None) and request.node.callspec.params.get("densely")
+    if densely is not None:
+        monkeypatch.setattr(modeling, "DENSE_UP_TO", 2**40 if densely else 0)
+    for name in ("gathered", "dense", "grouped"):
+        real = getattr(modeling, name)
+        monkeypatch.setattr(modeling, name, lambda *args, real=real, name=name: taken.append(name) or real(*args))
+    yield taken
+    if "densely" in request.fixturenames:
+        assert set(taken) == {{None: "gathered", True: "dense", False: "grouped"}[densely]}
 
 
 @FORMS
 @pytest.mark.parametrize("factor", [True, False])
-def test_picks_are_the_oracles_with_ties_to_the_lower_id(tokens, factor):
+def test_picks_are_the_oracles_with_ties_to_the_lower_id(tokens, densely, factor):
     """Whole numbers: each form must be bit-equal, whatever the order of its sums."""
     x, router, keys, values = tensors(tokens, whole=True)
     chosen = chosen_neurons(x, router, keys, router_factor=factor, **OPTIONS)
@@ -42,14 +60,14 @@ def test_picks_are_the_oracles_with_ties_to_the_lower_id(tokens, factor):
 
 
 @FORMS
-def test_sums_are_the_oracles(tokens):
+def test_sums_are_the_oracles(tokens, densely):
     x, router, keys, values = tensors(tokens)
     expected = reference(x, router, keys, values, **OPTIONS)
     assert (added(x, router, keys, values) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @FORMS
-def test_scores_of_16_bit_rows_are_summed_in_float32(tokens):
+def test_scores_of_16_bit_rows_are_summed_in_float32(tokens, densely):
     x, router, keys, _ = tensors(tokens, dtype=torch.bfloat16)
     wide = [tensor.float() for tensor in (x, router, keys)]
     found = modeling.dots_of_experts(x, keys.view(E, R // E, D), (wide[0] @ wide[1].T).topk(P).indices)
@@ -59,7 +77,15 @@ def test_scores_of_16_bit_rows_are_summed_in_float32(tokens):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_dense_form_of_gpus_gives_the_same(monkeypatch):
+@pytest.mark.parametrize(("tokens", "wanted"), [(1, "gathered"), (2, "dense"), (100, "dense"), (101, "grouped")])
+def test_the_form_follows_the_number_of_tokens(tokens, wanted, form, monkeypatch):
+    """As benchmarks/results/export_forms.md shows: few products an expert are one large product."""
+    monkeypatch.setattr(modeling, "DENSE_UP_TO", 100 * (R // E) * D)
+    added(*tensors(tokens))
+    assert form == [wanted]
+
+
+def test_the_dense_form_of_gpus_gives_the_same(form):
     """No GPU is needed: a tensor that says that it is on one."""
 
     class OnGpu(torch.Tensor):
@@ -68,6 +94,7 @@ def test_the_dense_form_of_gpus_gives_the_same(monkeypatch):
     x, router, keys, values = tensors(200, whole=True)
     expected = added(x, router, keys, values)
     assert torch.equal(added(x.as_subclass(OnGpu), router, keys, values).as_subclass(torch.Tensor), expected)
+    assert form[-1] == "dense"
 
 
 class RowsRead(TorchDispatchMode):

@@ -1,0 +1,1 @@
+"""Parts of this package that other programs load; each needs its program."""

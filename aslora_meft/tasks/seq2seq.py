@@ -1,0 +1,76 @@
+"""Source to target on encoder-decoder models, on transformers' Trainer."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftConfig
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, Trainer, TrainerCallback
+
+from aslora_meft.adapter import load_model
+from aslora_meft.data.files import Row
+from aslora_meft.data.formats import text_of
+from aslora_meft.data.samples import IGNORED
+from aslora_meft.errors import as_usage_error
+from aslora_meft.tasks.metrics import token_metrics, token_sums
+from aslora_meft.tasks.task import Task, TaskData, check_lengths, read_task_rows
+
+
+class SequenceToSequence(Task):
+    """Next-token loss of the decoder on the target."""
+
+    titles: ClassVar[dict[str, str]] = {"loss": "loss", "perplexity": "perplexity", "accuracy": "token accuracy"}
+
+    def load_data(self) -> TaskData:
+        """Read, tokenise and split the rows."""
+        columns = (self.data.source_column, self.data.target_column)
+        read = read_task_rows(self.data, self.args.seed, columns)
+        train, held_out = ([self._encoded(row) for row in part] for part in (read.train, read.held_out))
+        tokens = sum(len(row["labels"]) for row in train)
+        lines = [("train", f"{len(train):,} rows, {tokens:,} tokens learnt"), ("held out", f"{len(held_out):,} rows")]
+        return TaskData(train, held_out, lines + read.lines)
+
+    def _encoded(self, row: Row) -> dict[str, Any]:
+        tokenizer: Any = self.tokenizer
+        limit = self.data.max_length
+        source = text_of(row, self.data.source_column, row["where"])
+        target = text_of(row, self.data.target_column, row["where"])
+        encoded = tokenizer(source, truncation=True, max_length=limit)
+        labels = tokenizer(text_target=target)["input_ids"]
+        if tokenizer.eos_token_id is not None and labels[-1:] != [tokenizer.eos_token_id]:
+            labels = [*labels, tokenizer.eos_token_id]  # where the decoder is to stop
+        parts = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+        return parts | {"labels": labels[:limit]}
+
+    def load_model(self, device: torch.device) -> PreTrainedModel:
+        """The encoder-decoder."""
+        return load_model(self.model, device, "SEQ_2_SEQ_LM")
+
+    def make_trainer(
+        self, base: PreTrainedModel, adapter: PeftConfig, data: TaskData, callbacks: list[TrainerCallback]
+    ) -> Trainer:
+        """The Trainer of transformers."""
+        rows = [*data.train, *data.held_out]
+        highest = max(max(*row["input_ids"], *row["labels"]) for row in rows)
+        longest = max(max(len(row["input_ids"]), len(row["labels"])) for row in rows)
+        check_lengths(base, self.tokenizer, highest, longest)
+        return self.trainer_of(self.adapted(base, adapter), data, callbacks)
+
+    def trainer_of(self, model: Any, data: TaskData, callbacks: list[TrainerCallback]) -> Trainer:
+        """The Trainer of a model that has its adapter."""
+        train: Any = data.train
+        held_out: Any = data.held_out
+        with as_usage_error(ValueError, ImportError, TypeError):
+            return Trainer(
+                model=model,
+                args=self.args,
+                train_dataset=train,
+                eval_dataset=held_out,
+                data_collator=DataCollatorForSeq2Seq(self.tokenizer, model=model, label_pad_token_id=IGNORED),
+                processing_class=self.tokenizer,
+                compute_metrics=token_metrics,
+                preprocess_logits_for_metrics=partial(token_sums, next_token=False),
+                callbacks=callbacks,
+            )

@@ -1,0 +1,1 @@
+"""Measurements: a folder a question; see README.md."""

@@ -1,0 +1,1 @@
+"""How long a training step of ASLoRA takes beside LoRA."""

@@ -1,0 +1,1 @@
+"""What is kept of the rows, and what is said of them."""

@@ -1,0 +1,51 @@
+"""A result file: one row a run, replaced atomically after each, looked up on a rerun."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+
+class Rows:
+    """Rows kept in one JSON file: `environments` (each distinct one once) and `rows`, one line each.
+
+    Several processes may add to one file; each addition reads it anew under a lock.
+    """
+
+    KEYS = ("task", "method", "seed", "split")
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def read(self) -> dict[str, list[dict]]:
+        """The whole file, or empty lists where there is none."""
+        return json.loads(self.path.read_text()) if self.path.exists() else {"environments": [], "rows": []}
+
+    def find(self, key: dict, settings: dict) -> dict | None:
+        """The row with these keys whose settings are equal, as JSON sees them; None if there is none."""
+        wanted = json.loads(json.dumps(key | {"settings": settings}))
+        return next((row for row in self.read()["rows"] if all(row.get(name) == wanted[name] for name in wanted)), None)
+
+    def add(self, row: dict, environment: dict) -> dict:
+        """Append a row and replace the file whole.
+
+        It takes the place of a row for the same run with other settings; runs that choose a learning rate differ by it,
+        of the runs for the table there is one per task, method and seed.
+        """
+        keys = self.KEYS if row["split"] == "test" else (*self.KEYS, "learning_rate")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            held = self.read()
+            if environment not in held["environments"]:
+                held["environments"].append(environment)
+            row = json.loads(json.dumps(row | {"environment": held["environments"].index(environment)}))
+            rows = [old for old in held["rows"] if any(old[key] != row[key] for key in keys)] + [row]
+            lines = ",\n".join(json.dumps(line) for line in rows)
+            temporary = self.path.with_suffix(".partial")
+            temporary.write_text(f'{{"environments": {json.dumps(held["environments"])},\n"rows": [\n{lines}\n]}}\n')
+            os.replace(temporary, self.path)
+        finally:
+            os.close(folder)
+        return row

@@ -1,0 +1,1 @@
+"""Whether the engine trains as the plain formula does."""

@@ -1,0 +1,1 @@
+"""How fast a layer of MEFT is on a CPU, and its parts."""

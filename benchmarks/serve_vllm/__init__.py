@@ -1,0 +1,1 @@
+"""Whether vLLM gives the tokens of an exported MEFT model."""

@@ -1,0 +1,73 @@
+"""What is known of the values of a gradient that were drained, for as long as nobody else writes into them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from peft_bridge.torch_private import become
+
+from ...table.watched_rows import Watch, WatchedRows, unwatched
+from .drain import squares
+
+_LEAST, _MOST = 2.0**-80, float(torch.finfo(torch.float32).max)
+
+
+class KnownValues:
+    """The sum of the squares of values [n, d], float32; that it is finite says that all of them are.
+
+    Who writes into the values or a view of them is told by torch's version counter, who gets hold of the memory in a
+    way that it does not count (`.data`, an array) by `watched_rows`; operations on the gradient itself call `forget`.
+
+    Args:
+        earlier: what was known of other values in the same memory.
+    """
+
+    def __init__(self, earlier: KnownValues | None = None) -> None:
+        self.watch: Watch = Watch(torch.float32, True) if earlier is None else earlier.watch
+        self._handed_out = self.watch.handed_out
+        self._version: int | None = None  # of the values when they landed
+        self._squares: float | None = None
+        self._forgotten = False
+
+    def land(self, values: Tensor, sum_of_squares: float | None = None) -> None:
+        """The values are there, and nobody has seen them; without a sum it is taken when it is asked for."""
+        if self._version is None:
+            self._version, self._squares = values._version, sum_of_squares
+
+    def forget(self) -> None:
+        """The values will be others."""
+        self._forgotten = True
+
+    def holds(self, values: Tensor) -> bool:
+        """Whether nobody has written into the values since."""
+        same = values._version == self._version and self.watch.handed_out is self._handed_out
+        return same and not self._forgotten
+
+    def squares_of(self, values: Tensor, factors: tuple[float, ...] = ()) -> float | None:
+        """The sum of the squares of the values times the factors; None where it is not known and cannot be."""
+        if not self.holds(values):
+            return None
+        if self._squares is None:
+            self._squares = squares(values)
+        return None if self._squares is None else self._squares * math.prod(factor**2 for factor in factors)
+
+    def allows(self, values: Tensor, factors: tuple[float, ...]) -> bool:
+        """Whether the values times the factors stay finite, and not so small that their norm would be another one."""
+        if not self.holds(values) or self._squares is None or not math.isfinite(self._squares):
+            return False
+        norm = math.sqrt(self._squares)
+        for factor in factors:
+            norm *= abs(factor)
+            if norm and not _LEAST < norm < _MOST:
+                return False
+        return True
+
+    def watched(self, values: Tensor) -> Tensor:
+        """An alias of the values that tells who gets hold of their memory."""
+        alias = unwatched(values)
+        become(alias, WatchedRows, is_parameter=False)
+        alias.watch = self.watch  # type: ignore[attr-defined]
+        return alias

@@ -1,0 +1,86 @@
+"""One injection of an adapter: what its FFNs have in common once all of them are wrapped."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from torch import Tensor, nn
+
+from .config import MEFTConfig
+from .cost.auto import ModelProfile, model_profile
+from .layer import MEFTLayer
+from .optim.ddp import RankAverage
+from .optim.optimizer_hook import RowSteps
+from .retrieval.costs import Rows
+from .retrieval.engine import Engine
+from .transport.openmp_waiting import check_waiting
+
+logger = logging.getLogger(__name__)
+
+Choice = Callable[[MEFTConfig, list[int], Tensor], tuple[str, Rows]]
+
+
+def connect(
+    adapter_name: str,
+    config: MEFTConfig,
+    layers: Sequence[MEFTLayer],
+    steps: RowSteps,
+    ranks: RankAverage,
+    choose: Choice,
+) -> Engine:
+    """Let the rows of an adapter's layers be updated, and retrieved by one engine.
+
+    Args:
+        layers: the adapted FFNs, in the order of the model.
+        choose: the strategy, where the configuration leaves it open.
+    """
+    tables = [table for layer in layers for table in layer.tables(adapter_name)]
+    for seed, table in enumerate(tables):
+        table.seed = seed
+    steps.configs[adapter_name], steps.tables[adapter_name] = config, tables
+    steps.routers[adapter_name] = [layer.meft_router for layer in layers]
+    for layer in layers:
+        layer.on_backward = ranks.note_backward
+    engine = Engine(config, [], choose)
+    engine.on_gradient = partial(steps.on_gradient, adapter_name)
+    engine.layers.extend(layer.join(adapter_name, number, engine) for number, layer in enumerate(layers))
+    if config.num_experts is None:
+        logger.info("MEFT: num_experts=%d for r=%d (4 sqrt(r), rounded to a divisor).", config.experts, config.r)
+    check_waiting()
+    return engine
+
+
+def profile_of(model: nn.Module, layers: Sequence[MEFTLayer]) -> ModelProfile:
+    """The base model's part in memory and time, which is not that of the adapted FFNs."""
+    own = {id(m) for layer in layers for part in (layer.meft_keys, layer.meft_values) for m in part.modules()}
+    own |= {id(layer) for layer in layers}
+    return model_profile(model, [layer.base_layer for layer in layers], lambda module: id(module) in own)
+
+
+def warn_of_others(paths: Sequence[str], most: int = 3) -> None:
+    """Say which modules `target_modules` matches that are no FFN."""
+    if paths:
+        rest = f" and {len(paths) - most} more" if len(paths) > most else ""
+        listed = f"{', '.join(paths[:most])}{rest}"
+        warnings.warn(f"target_modules also matches modules that are no FFN, which get no adapter: {listed}.")
+
+
+def check_gradients_last(arguments: object) -> None:
+    """Check a run for what uses gradients when the backward pass is over, where an adapter's are used up by then.
+
+    Args:
+        arguments: of a Trainer.
+
+    Raises:
+        ValueError: the run clips or scales gradients.
+    """
+    wrong = {name: getattr(arguments, name, None) for name in ("max_grad_norm", "fp16")}
+    found = [f"{name}={value}" for name, value in wrong.items() if value]
+    if found:
+        raise ValueError(
+            f"{' and '.join(found)} would change gradients when the backward pass is over, and row_optimizer has "
+            "in_backward=True: set max_grad_norm=0 and bf16 in place of fp16, or in_backward=False."
+        )

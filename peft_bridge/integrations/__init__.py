@@ -1,0 +1,1 @@
+"""Functions of PEFT and transformers that know only the methods inside PEFT."""
