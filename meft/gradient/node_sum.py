@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..transport.node_ranks import NodeRanks
 from ..transport.shared_memory import Layout, SharedMemory
-from .drain import squares
+from .host.drain import squares
 from .row_gradient import RowGradient, as_row_gradient
 
 BLOCK_BYTES = 2 << 20  # of a rank's values at a time; each rank has two blocks

@@ -121,7 +121,7 @@ class RowTable(SharedRows):
 
     def read_in_place(self) -> Tensor:
         """The rows as they are read, [r, d] in the compute dtype, for a host that also makes their updates."""
-        if self._pending is not None:
+        if self._pending is not None or self.node is not None:
             self.synchronize()
         with self.lock:
             return self._current()

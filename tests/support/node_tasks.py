@@ -68,7 +68,7 @@ def steps_of(tables, average, clip):
 def state_of(tables):
     state = {}
     for number, table in enumerate(tables):
-        with table.reading(in_place=True) as read:
+        with table.reading() as read:
             state |= {f"{number}.rows": table.masters.clone(), f"{number}.read": read.clone()}
         state |= {f"{number}.{name}": value.clone() for name, value in table.moments.tensors().items()}
     return state
@@ -325,7 +325,7 @@ def run_cast(rank):
     tables = Tiny.tables(model)
     reads = []
     for table in tables:
-        with table.reading(in_place=True) as read:
+        with table.reading() as read:
             reads.append(torch.equal(read, table.masters.to(torch.bfloat16)))
     return {"state": Tiny.whole_state(model), "shared": all(t.is_shared for t in tables), "reads": all(reads)}
 
