@@ -36,7 +36,7 @@ def page(rows: list[Row]) -> str:
         beside = f"`{row.targets}`".replace("|", "\\|") if row.found["MEFT, default"].startswith("yes") else ""
         lines.append(f"| {row.model_type} | {row.head} | {' | '.join(cells)} | {beside} |")
     counts = ", ".join(
-        f"{sum(row.found[method] == 'yes' for row in tried)} with {_SHORT[method]}" for method in METHODS
+        f"{sum(row.found[method].startswith('yes') for row in tried)} with {_SHORT[method]}" for method in METHODS
     )
     left = [f"- {row.model_type}: {next(iter(row.found.values()))}" for row in rows if row not in tried]
     listed = [f"{number}. {reason}" for reason, number in reasons.items()]
@@ -49,9 +49,14 @@ def page(rows: list[Row]) -> str:
             f"{len(tried)} architectures of transformers {transformers.__version__}, each as a tiny random model that "
             "is made from its configuration: the loss of one batch falls (within 20 steps of AdamW) and a gradient "
             "reaches the adapter, a saved adapter reloads to equal tensors and equal outputs (`to ...`: the largest "
+<<<<<<< HEAD:benchmarks/model_table/__main__.py
             "difference, where "
             "an architecture's own operations give other bits elsewhere in memory), and with ASLoRA the "
             f"merged model has the same outputs. Of these {counts}. A number is the reason below the table.",
+=======
+            "difference, where an architecture's own operations give other bits elsewhere in memory), and with "
+            f"ASLoRA the merged model has the same outputs. Of these {counts}. A number is the reason below the table.",
+>>>>>>> data:benchmarks/make_model_table.py
             "",
             "ASLoRA takes PEFT's LoRA defaults of an architecture, where PEFT has some. MEFT finds an architecture's "
             "FFNs by their form: a module, BERT's pair of modules, or two linear layers that the layer calls itself, "
