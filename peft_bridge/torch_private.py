@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from types import CodeType
 from typing import Any
 
@@ -104,6 +105,17 @@ def is_batched(tensor: Tensor) -> bool:
 def has_tangent(tensors: tuple[Tensor, ...]) -> bool:
     """Whether forward-mode differentiation goes through one of these."""
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+# ------------------------------------------------------------------ process groups
+
+
+def timeout_of(group: Any) -> float:
+    """Seconds after which the collectives of a process group fail; those of torch's default where it does not say."""
+    for device in ("cpu", "cuda"):
+        with suppress(AttributeError, RuntimeError):
+            return float(group._get_backend(torch.device(device)).options._timeout.total_seconds())
+    return 1800.0
 
 
 # ------------------------------------------------------------------ devices

@@ -92,6 +92,18 @@ class StoredRows(torch.Tensor):
         return self
 
     @classmethod
+    def shared(cls, rows: Tensor, row_values: Tensor, like: Tensor, sum_of_squares: float | None) -> Self:
+        """A gradient whose values other processes read too: it copies them before it writes into them.
+
+        Args:
+            sum_of_squares: of the values, of float32; None: it is not known.
+        """
+        self = cls._of((rows, row_values), like)
+        self._held.in_use, self._held.known, self._held.forks = True, KnownValues(), forks()
+        self._held.known.land(row_values, sum_of_squares)
+        return self
+
+    @classmethod
     def _of(cls, stored: Stored, like: Tensor, dtype: torch.dtype | None = None) -> Self:
         self = make_wrapper_subclass(
             cls, like.shape, dtype=dtype or like.dtype, device=like.device, requires_grad=False

@@ -109,6 +109,15 @@ class KeptRows(KeptParameters):
     def synchronize(self) -> None:
         """Wait for an update of the rows that is queued."""
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes have the rows too."""
+        return False
+
+    def leave_node(self) -> bool:
+        """Somebody will write into the rows, which other processes may read; whether any did."""
+        return False
+
     def check_not_sharded(self) -> None:
         """Raises: RuntimeError: an engine that shards parameters has put another one in the place of the rows."""
         rows = self._known_rows()

@@ -1,6 +1,7 @@
 """What `peft_bridge.torch_private` takes from torch without its documentation."""
 
 import copy
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from peft_bridge.torch_private import (
     other_users,
     saved_tensors_hooked,
     storage_address,
+    timeout_of,
     tree_leaves,
     tree_map,
     tree_map_only,
@@ -166,6 +168,16 @@ def test_a_plain_torch_function_gives_plain_results():
 
 def test_asking_for_a_context_makes_none():
     assert not has_cuda_context(0) or torch.cuda.is_available()
+
+
+def test_the_timeout_of_a_process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1,
+                                         timeout=timedelta(seconds=17))  # fmt: skip
+    try:
+        assert timeout_of(torch.distributed.group.WORLD) == 17.0
+    finally:
+        torch.distributed.destroy_process_group()
+    assert timeout_of(object()) == 1800.0
 
 
 def test_a_profile_shows():
