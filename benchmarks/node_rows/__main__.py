@@ -1,6 +1,6 @@
 """What four ranks of one machine take for MEFT's rows that they share, against one rank.
 
-    python benchmarks/bench_node_rows.py --out benchmarks/results/node_rows.json
+    python -m benchmarks.node_rows --out benchmarks/results/node_rows.json
 
 Processes on the CPU with gloo, each with one thread. Proportional memory (`Pss` of /proc/PID/smaps_rollup) is added up
 over the ranks after a step, before `zero_grad`, less what the same run takes with r 8. The union of the touched rows is
