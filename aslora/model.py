@@ -181,6 +181,15 @@ class ASLoRAModel(MethodTuner):
             if self.configs[adapter_name].total_steps is None:
                 self.run.total_steps[adapter_name] = total_steps
 
+    def log_scalars(self) -> dict[str, float]:
+        """For a Trainer's logs: the merges so far, and how many values the active adapter trains."""
+        if not self.active_adapters or self.active_adapters[0] not in self.run.units:
+            return {}
+        Bs = self.shared_b(self.active_adapters[0]).values()
+        values = sum(A.shared_A.numel() for A in self.shared_a(self.active_adapters[0]).values())
+        values += sum((len(B.stacked_B) - B.merges_taken) * B.stacked_B.shape[1:].numel() for B in Bs)
+        return {"aslora/merges": sum(B.merges_taken for B in Bs), "aslora/trainable_values": values}
+
     def on_run_end(self) -> None:
         """A Trainer's run has ended: merges that were not done are worth a warning."""
         for adapter_name in self.active_adapters:

@@ -9,7 +9,6 @@ from typing import Any
 from .layer_groups import module_path
 from .sharing.merge_math import groups_of, merged
 from .sharing.merge_unit import MergeUnit
-from .sharing.shared_tensors import SharedB
 
 EARLY_STEPS = 20  # after the warm-up: averages of fewer steps say little
 
@@ -86,7 +85,7 @@ def report(adapter: str, units: list[MergeUnit], warmup_steps: int = 0) -> Shari
                     "step": B.step,
                 }
             )
-            merges += _history(B, projection)
+            merges += replay(layers, B.merges(), projection)
             per_row = B.stacked_B.shape[1:].numel()  # indexing would gather what FSDP2 has sharded
             start += len(layers) * per_row
             now += len(groups) * per_row
@@ -128,10 +127,15 @@ def _warnings(merges: list[dict[str, Any]], warmup_steps: int) -> list[str]:
     return warnings
 
 
-def _history(B: SharedB, projection: str) -> list[dict[str, Any]]:
-    """The recorded merges, replayed, so that each names the layers that it joined."""
-    layers, rows, entries = B.layer_indices, list(range(len(B.layer_indices))), []
-    for step, lower, upper, distance in B.merges():
+def replay(layers: list[int], records: list[tuple[int, int, int, float]], projection: str) -> list[dict[str, Any]]:
+    """The recorded merges of a projection, such that each names the layers that it joined.
+
+    Args:
+        layers: the layer index of each row.
+        records: step, lower row, upper row and distance of each merge, in order.
+    """
+    rows, entries = list(range(len(layers))), []
+    for step, lower, upper, distance in records:
         entries.append(
             {
                 "step": step,

@@ -37,13 +37,14 @@ def _run(argv: list[str]) -> None:
     )
     parser.add_argument("--version", action="version", version=f"aslora-meft {__version__}")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{train,generate,evaluate,export,run,estimate,doctor}"
+        dest="command", required=True, metavar="{train,generate,evaluate,report,export,run,estimate,doctor}"
     )
-    # Most have many arguments, made from dataclasses: see arguments/, use/, planner/command.py, export/command.py.
+    # Most have many arguments, made from dataclasses: see arguments/, use/, */command.py.
     commands.add_parser("train", help="fine-tune an adapter and save it", add_help=False)
     commands.add_parser("estimate", help="predict memory, traffic and time without GPU or weights", add_help=False)
     commands.add_parser("generate", help="answer prompts with a saved adapter", add_help=False)
     commands.add_parser("evaluate", help="measure a saved adapter on data", add_help=False)
+    commands.add_parser("report", help="show what happened in a run, or in two, on one page", add_help=False)
     commands.add_parser("run", help="run another Python program with both methods known to PEFT", add_help=False)
     commands.add_parser("export", help="write saved adapters in another format", add_help=False)
     doctor = commands.add_parser(
@@ -78,6 +79,10 @@ def _run(argv: list[str]) -> None:
         from aslora_meft.use.evaluate import run as evaluate
 
         evaluate(rest)
+    elif options.command == "report":
+        from aslora_meft.report.command import run as run_report
+
+        run_report(rest)
     elif options.command == "export":
         from aslora_meft.export.command import run as run_export
 

@@ -26,6 +26,8 @@ from aslora_meft.training.failed_writes import nothing_half_written
 from aslora_meft.training.finish import next_commands, write_results
 from aslora_meft.training.hub import prepare_push, push
 from aslora_meft.training.interrupt import Interrupted, StopAtStep
+from aslora_meft.training.progress import show_progress
+from aslora_meft.training.run_record import RunRecord
 from aslora_meft.training.summary import merge_lines, merges, metrics_table, run_header, shares
 
 
@@ -82,6 +84,8 @@ def train(arguments: TrainArguments) -> TrainResult:
     with as_usage_error(OSError, prefix=f"output_dir={args.output_dir!r} cannot be made: "):
         trainer = task.make_trainer(base, arguments.adapter, data, [stop])
         with as_usage_error(ValueError, ImportError, TypeError):  # what TrainingArguments leaves to the Trainer
+            RunRecord().attach(trainer)
+            show_progress(trainer)
             trainer.get_train_dataloader()
     model: Any = trainer.model
     if shares(model):

@@ -106,7 +106,7 @@ class MEFTConfig(MethodConfig):
             "help": "How neurons are picked and their rows come to the device. 'host': the hidden states go to the "
             "host, ids and rows come back (the paper's); 'stream': the keys pass through the device ahead of their "
             "use, only values are gathered; 'device-keys', 'device-rows': keys, or keys and values, are on the device "
-            "too, in row_dtype, and the optimizer's changes are brought. 'auto': the one that fits into the device's "
+            "too, in row_dtype, and the optimizer's changes are copied. 'auto': the one that fits into the device's "
             "memory and moves least; a model on the CPU reads rows in place. Of no meaning with placement='device'."
         },
     )
@@ -114,8 +114,8 @@ class MEFTConfig(MethodConfig):
         default="auto",
         metadata={
             "help": "The rows that a backward pass needs: 'save' keeps those of the forward pass on the device, "
-            "'refetch' brings them again, 'auto' is 'save', and what fits where retrieval='auto' chooses for a GPU. Of "
-            "no effect where rows are read in place."
+            "'refetch' gathers them again, 'auto' is 'save', and what fits where retrieval='auto' chooses for a GPU. "
+            "Of no effect where rows are read in place."
         },
     )
     gradient_dtype: str = field(

@@ -92,7 +92,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         ]
         router = Router(config.experts, self.in_features, torch.promote_types(base_dtype, torch.float32), made_on)
         self.configs[adapter_name] = config
-        self.traffic[adapter_name] = Traffic()
+        self.traffic[adapter_name] = Traffic(experts=config.experts)
         self.meft_keys[adapter_name], self.meft_values[adapter_name] = tables
         self.meft_router[adapter_name] = router
         self.join(adapter_name, 0, None)
@@ -184,8 +184,8 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.configs]
         if not active:
             return None
-        begun = _untraced(self._begin)(x, active)
-        return partial(_untraced(self._finish), begun, x)
+        pending = _untraced(self._begin)(x, active)
+        return partial(_untraced(self._finish), pending, x)
 
     def _begin(self, x: Tensor, active: list[str]) -> list[Callable[[], Tensor]]:
         if x.shape[-1] != self.in_features:
@@ -198,9 +198,9 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         with _as_given(x):
             return [self._begin_one(x.reshape(-1, x.shape[-1]), x.shape, name) for name in active]
 
-    def _finish(self, begun: list[Callable[[], Tensor]], x: Tensor) -> Tensor:
+    def _finish(self, pending: list[Callable[[], Tensor]], x: Tensor) -> Tensor:
         with _as_given(x):
-            first, *others = [finish() for finish in begun]
+            first, *others = [finish() for finish in pending]
             return sum(others, first).view(x.shape)
 
     def _begin_one(self, x: Tensor, shape: torch.Size, adapter_name: str) -> Callable[[], Tensor]:
@@ -209,7 +209,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         key = (id(self), adapter_name)
         now, saved = context.current(), None
         if now is None and context.in_checkpoint_recompute():
-            found = context.find_stash(key, x)
+            found = context.find_saved(key, x)
             if found is not None:
                 now, saved = found
                 check_versions(saved.versions, layer.versions)
@@ -222,7 +222,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         inputs = wide.to(engine.compute_dtype(layer, kept))
         known = (saved.selection, saved.rows) if saved is not None else (None, None)
         pending = engine.select(layer, inputs.detach(), logits.detach(), *known)
-        stashed = [] if saved is None else [saved]
+        saved_selections = [] if saved is None else [saved]
         if saved is not None:
             saved.rows = None
             if saved.refetched and now is not None:
@@ -249,9 +249,9 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
                     layer.number, pending.selection, real, fingerprint, layer.versions, rows if keeps else None,
                     refetches,
                 )  # fmt: skip
-                now.stashes.setdefault(key, []).append(made)  # type: ignore[union-attr]
-                stashed.append(made)
-            y = engine.sparse_ffn(pending, inputs, logits, refetch, partial(self._done, now, stashed))
+                now.selections.setdefault(key, []).append(made)  # type: ignore[union-attr]
+                saved_selections.append(made)
+            y = engine.sparse_ffn(pending, inputs, logits, refetch, partial(self._done, now, saved_selections))
             if layer.config.router_aux_loss_coef and torch.is_grad_enabled():
                 y = attach_balance_loss(y, logits, layer.config, now)
             return y if real is None else x.new_zeros(x.shape, dtype=y.dtype).index_copy(0, real, y)
@@ -272,16 +272,16 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         """Queue the way of the rows that the recomputation of the layer below will read."""
         engine, layer = self.places[key[1]]
         wanted = (key[1], layer.number - 1)
-        below = [s for (_, name), stashes in now.stashes.items() for s in stashes if (name, s.number) == wanted]
+        below = [s for (_, name), made in now.selections.items() for s in made if (name, s.number) == wanted]
         if len(below) == 1 and below[0].refetched and below[0].selection is not None and below[0].rows is None:
             below[0].refetched = False  # once
             below[0].rows = engine.gather_below(layer, below[0].selection)
 
-    def _done(self, now: context.ForwardContext | None, stashed: list[context.SavedSelection]) -> None:
-        """Row gradients were made, by the backward pass that something was stashed for."""
+    def _done(self, now: context.ForwardContext | None, saved_selections: list[context.SavedSelection]) -> None:
+        """Row gradients were made, by the backward pass that a selection was saved for."""
         if now is not None:
-            for stash in stashed:
-                now.release(stash)
+            for one in saved_selections:
+                now.release(one)
         if self.on_backward is not None:
             self.on_backward()
 

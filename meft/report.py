@@ -49,7 +49,7 @@ class TransferReport:
         return {name: self._sum(name) for name in _SUMS}
 
     def scalars(self, before: dict[str, float]) -> dict[str, float]:
-        """What has come since earlier totals, for a log."""
+        """For a log: what has come since earlier totals, and how even the picks have been so far."""
         new = {name: value - before.get(name, 0) for name, value in self.totals().items()}
         return {
             "meft/union_share": new["union_rows"] / max(1, new["forwards"] * self.r),
@@ -57,6 +57,9 @@ class TransferReport:
             "meft/mib_to_host": new["bytes_to_host"] / 2**20,
             "meft/stall_ms": new["stall_ms"],
             "meft/host_ms": new["host_ms"],
+            "meft/busiest_expert_share": self.busiest_expert_share,
+            "meft/idle_expert_share": self.idle_expert_share,
+            "meft/top_rows_share": self.top_rows_share,
         }
 
     @property
@@ -80,9 +83,16 @@ class TransferReport:
         shares = [float((t.expert_load == 0).float().mean()) for t in self.layers.values() if len(t.expert_load)]
         return sum(shares) / len(shares) if shares else 0.0
 
+    @property
+    def top_rows_share(self) -> float:
+        """Mean over layers of the share of all picks that go to the tenth of the neurons that is picked most."""
+        loads = [load for t in self.layers.values() if len(load := t.row_load) and int(load.sum())]
+        shares = [float(load.topk(max(1, self.r // 10)).values.sum() / load.sum()) for load in loads]
+        return sum(shares) / len(shares) if shares else 0.0
+
     def to_dict(self) -> dict[str, Any]:
         """Sums over the layers, and the means above."""
-        shares = ("union_share", "busiest_expert_share", "idle_expert_share")
+        shares = ("union_share", "busiest_expert_share", "idle_expert_share", "top_rows_share")
         head = {"adapter_name": self.adapter_name, "r": self.r, "strategy": self.strategy}
         return {
             **head,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from types import CodeType
 from typing import Any
 
@@ -11,11 +12,17 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import _engine_run_backward
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
+from torch.utils._pytree import tree_map_only as tree_map_only
 
 without_torch_function = torch._C.DisableTorchFunctionSubclass
 PLAIN_TORCH_FUNCTION: Any = torch._C._disabled_torch_function_impl  # of a subclass whose results are none
 # The code of the function in which the autograd engine is at work.
 ENGINE_CODE: CodeType = _engine_run_backward.__code__
+foreach_norm = torch._foreach_norm
+make_wrapper_subclass = torch.Tensor._make_wrapper_subclass  # a tensor without memory of its own
 GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 GET_GRAD = torch.Tensor.grad.__get__  # type: ignore[union-attr]
@@ -98,6 +105,17 @@ def is_batched(tensor: Tensor) -> bool:
 def has_tangent(tensors: tuple[Tensor, ...]) -> bool:
     """Whether forward-mode differentiation goes through one of these."""
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+# ------------------------------------------------------------------ process groups
+
+
+def timeout_of(group: Any) -> float:
+    """Seconds after which the collectives of a process group fail; those of torch's default where it does not say."""
+    for device in ("cpu", "cuda"):
+        with suppress(AttributeError, RuntimeError):
+            return float(group._get_backend(torch.device(device)).options._timeout.total_seconds())
+    return 1800.0
 
 
 # ------------------------------------------------------------------ devices

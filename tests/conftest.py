@@ -1,5 +1,6 @@
-"""For all tests: nothing is downloaded, hypothesis is patient, the order in which they run, and what needs a GPU."""
+"""For all tests: nothing is downloaded, hypothesis is patient, what is garbage, the order, and what needs a GPU."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,6 +10,16 @@ from hypothesis import settings
 
 settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What modules have made is no garbage: else each of many collections looks through it, for half a second."""
+    gc.disable()
+    result = yield
+    gc.enable()
+    gc.freeze()
+    return result
 
 
 def pytest_collection_modifyitems(items):

@@ -10,7 +10,7 @@ import importlib, pkgutil
 ROOMS = ("adapter_kernels", "peft_bridge", "aslora", "meft", "aslora_meft")
 for room in ROOMS:
     for found in pkgutil.walk_packages(importlib.import_module(room).__path__, room + "."):
-        # Not what runs when it is imported, what other programs load, nor C++ libraries, which are no modules of Python.
+        # Not what runs when it is imported or what other programs load, nor C++ libraries, which are no modules.
         if not found.name.endswith("__main__") and "._" not in found.name and ".plugins." not in found.name:
             importlib.import_module(found.name)
 """
@@ -86,7 +86,7 @@ with tempfile.TemporaryDirectory() as folder:
 
 
 def output(program):
-    return run_code("import warnings; warnings.simplefilter('ignore')\n" + program, timeout=300)
+    return run_code("import warnings; warnings.simplefilter('ignore')\n" + program, timeout=300, fresh=True)
 
 
 def test_without_them_all_but_quantised_bases_works_and_those_name_bitsandbytes():

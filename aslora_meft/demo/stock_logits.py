@@ -1,7 +1,8 @@
-"""Logits of an export as stock PEFT or transformers computes them; a script, so that nothing of ours is imported.
+"""Logits and an answer of an export by stock PEFT or transformers; a script, so that nothing of ours is imported.
 
-``python -I stock_logits.py MODEL ADAPTER IDS OUT``: ADAPTER is a LoRA adapter, or ``-`` where MODEL is an export. IDS
-is a JSON list of token ids, OUT a safetensors file that gets ``logits`` [length, vocabulary] in float32.
+``python -I stock_logits.py MODEL ADAPTER IDS OUT PROMPT``: ADAPTER is a LoRA adapter, or ``-`` where MODEL is an
+export. IDS is a JSON list of token ids, OUT a safetensors file that gets ``logits`` [length, vocabulary] in float32.
+The answer to PROMPT is printed.
 """
 
 import json
@@ -11,15 +12,15 @@ import warnings
 from typing import Any
 
 
-def main(model: str, adapter: str, ids: str, out: str) -> None:
-    """Load, compute, save; fails if any of our packages came along."""
+def main(model: str, adapter: str, ids: str, out: str, prompt: str) -> None:
+    """Load, compute, save, answer; fails if any of our packages came along."""
     # No foreign warnings: bitsandbytes' is at import, of a kernel from the hub that nothing here needs.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)
     import torch
     from peft import PeftModel
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=adapter == "-")
     if adapter != "-":
@@ -27,6 +28,10 @@ def main(model: str, adapter: str, ids: str, out: str) -> None:
     with torch.no_grad():
         logits = loaded(input_ids=torch.tensor([json.loads(ids)])).logits[0]
     save_file({"logits": logits.contiguous()}, out)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    answer = loaded.generate(**inputs, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    print(" ".join(tokenizer.decode(answer[0], skip_special_tokens=True).split()))
     ours = {"aslora", "aslora_meft", "meft", "peft_bridge"} & set(sys.modules)
     assert not ours, ours
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
+
+from peft_bridge.torch_private import TorchDispatchMode, tree_map_only
 
 PARTS = (
     "base", "router", "adapter", "optimizer", "gradients", "saved rows", "key buffers", "buffers", "activations",

@@ -107,8 +107,8 @@ def base_of(folders: list[str], model: str | None, task_type: str = "CAUSAL_LM")
                 "load it from Python as its README.md shows"
             )
     first = folders[0]
-    base = bases[first] if model is None else model
-    if not base:
+    base = model if model is not None else bases[first] or ""
+    if not base and model is None:
         raise UsageError(f"ADAPTER_DIR='{first}' does not say which base model it was trained on; give it by --model")
     for folder, other in bases.items():
         if model is None and other != base:

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from peft_bridge.model_card import RESULTS
 from safetensors import SafetensorError, safe_open
 
 from aslora_meft.arguments.checks import check_expressions
 from aslora_meft.arguments.task_arguments import TASK_TYPES
 from aslora_meft.arguments.text import local_path, parse_json
 from aslora_meft.errors import UsageError, as_usage_error
+from peft_bridge.files.model_card import RESULTS
 
 # Field -> what its value can be, in files that PEFT or this package writes.
 _TYPES: dict[str, tuple[type, ...]] = {

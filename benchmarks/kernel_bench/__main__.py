@@ -82,8 +82,8 @@ def main(arguments: list[str] | None = None, shapes: Shapes | None = None) -> in
         print("No CUDA device: nothing is measured here (--rehearse --out DIR runs the script on toy shapes).")
         return 2
     bench = prepare(args.rehearse, shapes)
-    surroundings = machine(bench.device)
-    printed: list[str] = [REHEARSAL if bench.rehearsal else f"{surroundings['gpu']}, torch {surroundings['torch']}"]
+    environment = machine(bench.device)
+    printed: list[str] = [REHEARSAL if bench.rehearsal else f"{environment['gpu']}, torch {environment['torch']}"]
     print(printed[0])
     rows = measure_ceilings(bench)
     print("\n".join(line(row, bench.rehearsal) for row in rows), flush=True)
@@ -99,15 +99,15 @@ def main(arguments: list[str] | None = None, shapes: Shapes | None = None) -> in
         for row in found:
             print(line(row, bench.rehearsal), flush=True)
         rows += found
-    capability = surroundings["capability"]
+    capability = environment["capability"]
     if bench.rehearsal:
         printed.append("No target is judged in a rehearsal.")
     elif not args.only:
-        judged = targets(rows, str(surroundings["gpu"]), capability if isinstance(capability, int) else None)
+        judged = targets(rows, str(environment["gpu"]), capability if isinstance(capability, int) else None)
         printed += [target.line() for target in judged] + choices(rows)
     printed += [line(row, bench.rehearsal) for row in rows if row["status"] != OK]
     print("\n".join(printed[1:]))
-    write(args.out or RESULTS, rows, bench, surroundings, printed, partial=bool(args.only) and args.out is None)
+    write(args.out or RESULTS, rows, bench, environment, printed, partial=bool(args.only) and args.out is None)
     return 1 if any(str(row["status"]).startswith(("wrong", "error")) for row in rows) else 0
 
 
@@ -124,14 +124,14 @@ def prepare(rehearse: bool, shapes: Shapes | None) -> Bench:
     return Bench(device, shapes or TOY, "torch", torch.bfloat16, Clock(device))
 
 
-def write(folder: Path, rows: list[Row], bench: Bench, surroundings: Row, printed: list[str], partial: bool) -> None:
+def write(folder: Path, rows: list[Row], bench: Bench, environment: Row, printed: list[str], partial: bool) -> None:
     """The files; a partial run does not replace the results of a whole one."""
     if partial:
         print("Some ops only, and no --out: nothing is kept.")
         return
-    name = stem(surroundings)
-    replace(folder / f"{name}.csv", table(rows, surroundings))
-    image = roofline(rows, bench.ceilings, surroundings)
+    name = stem(environment)
+    replace(folder / f"{name}.csv", table(rows, environment))
+    image = roofline(rows, bench.ceilings, environment)
     if image is None:
         print("No plot: matplotlib is not installed.")
     else:

@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
     Attributes:
         model_type: its name in transformers. head: the class of model.
-        found: method -> "yes", or the reason why not.
+        found: method -> "yes"; "yes, to ..." where outputs differ so much after reloading; or the reason why not.
         targets: the modules that MEFT stands beside by default.
     """
 
@@ -109,8 +109,12 @@ def _check(model_type: str, head: str, config: PeftConfig) -> tuple[PeftModel, s
         same = get_peft_model_state_dict(loaded), get_peft_model_state_dict(model)
         if same[0].keys() != same[1].keys() or not all(torch.equal(v, same[1][k]) for k, v in same[0].items()):
             return model, "reloads with other tensors"
-        if not torch.equal(again := _output(loaded, head), want):
-            return model, f"reloads with a difference of {float((again - want).abs().max()):.1e}"
+        again, verdict = _output(loaded, head), "yes"
+        if not torch.equal(again, want):
+            # Equal tensors: the architecture's own operations give other bits elsewhere in memory.
+            verdict = f"yes, to {float((again - want).abs().max()):.0e}"
+            if not torch.allclose(again, want, rtol=1e-5, atol=1e-6):
+                return model, f"reloads with a difference of {float((again - want).abs().max()):.1e}"
         if isinstance(config, ASLoRAConfig):
             unused = _not_called(model, head)
             merged = _output(model.merge_and_unload(), head)
@@ -122,7 +126,7 @@ def _check(model_type: str, head: str, config: PeftConfig) -> tuple[PeftModel, s
                         "merging changes the output (with LoRA too): exclude_modules"
                     )
                 return model, what
-    return model, "yes"
+    return model, verdict
 
 
 def _not_called(model: PeftModel, head: str) -> list[str]:

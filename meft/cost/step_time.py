@@ -198,8 +198,8 @@ def step_time(
         else:
             picked = t = compute.run(seconds.scoring, t, copied, ready[layer])
         free.append(picked)
-        brought = up.run(rows, picked)
-        return compute.run(seconds.sparse, compute.run(seconds.ffn, t), brought)
+        arrived = up.run(rows, picked)
+        return compute.run(seconds.sparse, compute.run(seconds.ffn, t), arrived)
 
     for step in range(_STEPS):
         if step == 1:  # no update comes before the first step
@@ -212,10 +212,10 @@ def step_time(
                     t = compute.run(seconds.device_update, t)
                     ready[layer] = up.run(changed, host.run(seconds.update, due[layer]))
                 t = forward(layer, t)
-            begun, t = t, compute.run(seconds.head, t)
+            asked, t = t, compute.run(seconds.head, t)
             for layer in reversed(range(L)):
-                fetched = up.run(again, begun)
-                begun = t
+                fetched = up.run(again, asked)
+                asked = t
                 if checkpointing:
                     t = compute.run(seconds.attention + seconds.ffn, t)
                     t = compute.run(seconds.sparse, t, fetched)

@@ -29,7 +29,8 @@ from torch.optim import Optimizer
 from peft_bridge import process_runs, replace_file, sync
 
 from ..table.moments import KEY, Moments, RowMoments, moments_of_0_1, row_moments_of_file
-from ..table.row_table import RowTable, row_blocks
+from ..table.row_table import RowTable
+from ..transport.host_tensors import row_blocks
 
 INDEX = "meft_state.json"
 SHARD_BYTES = 5_000_000_000

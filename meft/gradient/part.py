@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
-from peft_bridge.torch_private import PLAIN_TORCH_FUNCTION
+from peft_bridge.torch_private import PLAIN_TORCH_FUNCTION, make_wrapper_subclass, tree_leaves, tree_map
 
 
 class PartOfGradient(torch.Tensor):
@@ -30,7 +29,7 @@ class PartOfGradient(torch.Tensor):
     @staticmethod
     def __new__(cls, part: Tensor, least: int, is_view: bool) -> PartOfGradient:
         """Args: part: the values."""
-        self = torch.Tensor._make_wrapper_subclass(cls, part.shape, dtype=part.dtype, device=part.device)
+        self = make_wrapper_subclass(cls, part.shape, dtype=part.dtype, device=part.device)
         self._part, self.least, self.is_view = part, least, is_view
         return self
 

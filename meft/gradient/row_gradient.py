@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+
+from peft_bridge.torch_private import tree_map
 
 from .operations import operate
 from .part import PartOfGradient, plain

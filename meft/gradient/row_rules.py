@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+
+from peft_bridge.torch_private import tree_leaves, tree_map
 
 aten = torch.ops.aten
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+
+from peft_bridge.torch_private import tree_leaves, tree_map
 
 from .part import as_part, plain, written
 from .row_rules import Touched, by_rows, is_pointwise, rows_of_whole

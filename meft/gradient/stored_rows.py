@@ -4,53 +4,20 @@ from __future__ import annotations
 
 import math
 import weakref
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from peft_bridge.torch_private import PLAIN_TORCH_FUNCTION
+from peft_bridge.torch_private import PLAIN_TORCH_FUNCTION, make_wrapper_subclass
 
 from ..table.row_step import multiplied
 from ..transport.host_tensors import check_process, forks
+from .held_values import HeldValues
 from .host.accumulator import Pending, Stored
 from .host.known_values import KnownValues
 from .host.pool import held_by_others
 from .row_rules import Touched
-
-
-@dataclass(eq=False)
-class _Held:
-    """What a gradient and its aliases (`.data`, `.detach()`) share.
-
-    Attributes:
-        in_use: whether a queued update reads it.
-        known: of values that were drained.
-        forks: the value of `host_tensors.forks` then.
-        factors: float32 numbers, at most two, that the values still have to be multiplied by, in their order: the
-            update multiplies as it reads them, and every other access multiplies them first.
-        sharers: of all gradients that have these values, taken over from one another.
-    """
-
-    stored: Stored
-    consumed: bool
-    in_use: bool = False
-    known: KnownValues | None = None
-    forks: int | None = None
-    factors: tuple[float, ...] = ()
-    sharers: weakref.WeakSet[_Held] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Of a copy or a pickle, which has memory of its own."""
-        stored = self.stored.result() if isinstance(self.stored, Pending) else self.stored
-        return {"stored": stored, "consumed": self.consumed, "factors": self.factors}
-
-    @property
-    def shared(self) -> bool:
-        """Whether an update or another gradient reads the values: they must not be written."""
-        return self.in_use or (self.sharers is not None and any(held is not self for held in self.sharers))
-
 
 CONSUMED = (
     "A gradient of MEFT rows that were updated within the backward pass (row_optimizer has in_backward=True) cannot be "
@@ -71,7 +38,7 @@ class StoredRows(torch.Tensor):
     """
 
     owner: int
-    _held: _Held
+    _held: HeldValues
 
     __torch_function__ = PLAIN_TORCH_FUNCTION
 
@@ -92,11 +59,23 @@ class StoredRows(torch.Tensor):
         return self
 
     @classmethod
+    def shared(cls, rows: Tensor, row_values: Tensor, like: Tensor, sum_of_squares: float | None) -> Self:
+        """A gradient whose values other processes read too: it copies them before it writes into them.
+
+        Args:
+            sum_of_squares: of the values, of float32; None: it is not known.
+        """
+        self = cls._of((rows, row_values), like)
+        self._held.in_use, self._held.known, self._held.forks = True, KnownValues(), forks()
+        self._held.known.land(row_values, sum_of_squares)
+        return self
+
+    @classmethod
     def _of(cls, stored: Stored, like: Tensor, dtype: torch.dtype | None = None) -> Self:
-        self = torch.Tensor._make_wrapper_subclass(
+        self = make_wrapper_subclass(
             cls, like.shape, dtype=dtype or like.dtype, device=like.device, requires_grad=False
         )
-        self._held = _Held(stored, isinstance(like, StoredRows) and like.consumed)
+        self._held = HeldValues(stored, isinstance(like, StoredRows) and like.consumed)
         self.owner = like.owner if isinstance(like, StoredRows) else id(like)
         return self
 

@@ -1,7 +1,8 @@
 """Rows under DistributedDataParallel: it leaves them alone, and their gradients are averaged here.
 
 At the end of each backward pass that DDP synchronises, the ranks agree on the union of their touched rows and average
-over it, so that clipping sees the same gradients on all ranks.
+over it, so that clipping sees the same gradients on all ranks. The ranks of one machine share one copy of the tables
+(`node`); where they cannot, and of rows on a device, each rank has a copy.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from peft_bridge.torch_private import at_end_of_backward, backward_number
 
 from ..gradient.row_gradient import RowGradient, as_row_gradient
-from ..table.row_table import RowTable, row_blocks
+from ..table.row_table import RowTable
+from ..transport.host_tensors import row_blocks
+from .node import Node, can_be_shared, group_device
 from .optimizer_hook import RowSteps
 
 
@@ -33,6 +36,7 @@ class RankAverage:
         self._ddp: DistributedDataParallel | None = None  # that of the last forward pass with a graph
         self._synchronises = False
         self._queued = -1
+        self.node: Node | None = None  # None: each rank has a copy of all tables
 
     def __getstate__(self) -> dict[str, Any]:
         return {"steps": self.steps}
@@ -58,18 +62,19 @@ class RankAverage:
                 "MEFT does not support DistributedDataParallel.join(): a rank without a batch would leave out the "
                 "averages of the rows' gradients; give all ranks the same number of batches (drop_last=True)."
             )
-        if ddp is not None and (self._shared is None or self._shared() is not ddp):
+        synchronises = ddp is not None and ddp.require_backward_grad_sync and torch.is_grad_enabled()
+        if ddp is not None and (self._shared is None or self._shared() is not ddp or (synchronises and self._parted())):
             check_left_alone(self._tables(), ddp)
-            for table in self._tables():
-                broadcast_rows(table, ddp.process_group)
+            self._share(ddp.process_group)
             self._shared = weakref.ref(ddp)
         if torch.is_grad_enabled():
-            self._ddp, self.steps.averaged = ddp, ddp is not None
-            self._synchronises = ddp is not None and ddp.require_backward_grad_sync
+            self._ddp, self.steps.averaged, self._synchronises = ddp, ddp is not None, synchronises
 
     def note_backward(self) -> None:
         """Row gradients were made: average them when this backward pass is through."""
         task = backward_number()
+        if self.node is not None:
+            self.node.ranks.summed = False
         if self._synchronises and self._queued != task:
             self._queued = task
             at_end_of_backward(self._average)
@@ -77,11 +82,30 @@ class RankAverage:
     def _tables(self) -> list[RowTable]:
         return [table for name in sorted(self.steps.tables) for table in self.steps.tables[name]]
 
+    def _share(self, group: dist.ProcessGroup) -> None:
+        """Give all ranks the first rank's rows."""
+        tables = self._tables()
+        self.node = Node.join([table for table in tables if can_be_shared(table)], group)
+        for table in tables:
+            if table.node is None:
+                broadcast_rows(table, group)
+
+    def _parted(self) -> bool:
+        """Whether tables of any rank are not shared, or not any more: of a new adapter, written, cast, or trained
+        outside of DDP. All ranks ask, as all make such a pass.
+        """
+        if self.node is None:
+            return False
+        return self.node.any(any(can_be_shared(table) and not table.is_shared for table in self._tables()))
+
     def _average(self) -> None:
         self._queued = -1
         assert self._ddp is not None
+        summed = self.node.tables if self.node is not None else []
+        if self.node is not None:
+            self.node.average_gradients()
         for table in self._tables():
-            if table.rows.requires_grad:
+            if table.rows.requires_grad and table not in summed:
                 average_gradient(table, self._ddp.process_group)
 
 
@@ -97,13 +121,6 @@ def check_left_alone(tables: list[RowTable], ddp: DistributedDataParallel) -> No
         )
 
 
-def _device(group: dist.ProcessGroup, tensor: Tensor) -> torch.device:
-    """Where a tensor has to be for the group's backend."""
-    if "gloo" in dist.get_backend(group):
-        return torch.device("cpu")
-    return tensor.device if tensor.device.type != "cpu" else torch.device("cuda", torch.cuda.current_device())
-
-
 def broadcast_rows(table: RowTable, group: dist.ProcessGroup) -> None:
     """Give all ranks the first rank's rows, as DDP does with the parameters that it knows."""
     source = dist.get_global_rank(group, 0)
@@ -111,7 +128,7 @@ def broadcast_rows(table: RowTable, group: dist.ProcessGroup) -> None:
     def write(compute_copy: Tensor | None) -> None:
         master = table.masters
         for block in row_blocks(master):
-            sent = master[block].to(_device(group, master), copy=True)
+            sent = master[block].to(group_device(group, master.device), copy=True)
             dist.broadcast(sent, source, group=group)
             master[block].copy_(sent)
             if compute_copy is not None:
@@ -123,7 +140,7 @@ def broadcast_rows(table: RowTable, group: dist.ProcessGroup) -> None:
 def average_gradient(table: RowTable, group: dist.ProcessGroup) -> None:
     """Replace a table's gradient by its mean over the ranks, on the union of their rows."""
     gradient = as_row_gradient(table.rows.grad) if table.rows.grad is not None else None
-    device = _device(group, table.rows)
+    device = group_device(group, table.rows.device)
     touched = torch.zeros(
         len(table.rows) + 1, dtype=torch.uint8, device=device
     )  # the last: whether a gradient is there

@@ -94,15 +94,23 @@ def update_table(
             return
         rows, values, factors = gradient.to_multiply()
         wide = values.to(torch.promote_types(table.rows.dtype, torch.float32)).contiguous()
-        master = table.masters
-        moments = entry.exclusive(master.device)
+        master, node = table.masters, table.node
 
         def step(compute_copy: Tensor | None) -> None:
-            table.step(moments.row_state(master, compute_copy), rows, wide, rule, seed=table.seed, factors=factors)
+            if node is None:
+                state = entry.exclusive(master.device).row_state(master, compute_copy)
+                table.step(state, rows, wide, rule, seed=table.seed, factors=factors)
+                return
+            part = node.ranks.part(len(rows))
+            with node.turn(entry) as moments:
+                state = moments.row_state(master, compute_copy)
+                table.step(state, rows[part], wide[part], rule, seed=table.seed, factors=factors)
 
         with record_function("meft: update rows"):
             table.update_masters(step, rows=rows)
 
+    if table.node is not None and not (table.is_shared and table.node.ranks.summed):
+        table.leave_node()  # by gradients of its own, or in memory of its own: as one copy a rank
     if table.updates is None:
         with torch.no_grad():
             update()

@@ -1,4 +1,4 @@
-"""Copies of tables on the device: keys that pass through it, and rows that stay and are brought up to date.
+"""Copies of tables on the device: keys that pass through it, and rows that stay and are updated.
 
 The order of the hand-overs is that of `gather`.
 """
@@ -108,18 +108,18 @@ class DeviceCopy:
                 return
             self._synchronize()
             everything = len(changed) == len(compute_copy)
-            near = self._rows
-            uses = [near]
-            work: Callable[[], object] = partial(near.copy_, compute_copy, non_blocking=True)
+            device_rows = self._rows
+            uses = [device_rows]
+            work: Callable[[], object] = partial(device_rows.copy_, compute_copy, non_blocking=True)
             if not everything:
                 with torch.inference_mode(False):  # as in `gather`
-                    near = torch.empty(
+                    device_rows = torch.empty(
                         len(changed), compute_copy.shape[1], dtype=compute_copy.dtype, device=self.streams.device
                     )
                     ids = torch.empty(changed.shape, dtype=torch.int32, device=self.streams.device)
-                (here,) = self._ids.take((changed.shape, ids.dtype))
-                here.copy_(changed)
-                uses, work = [near, ids], partial(bring_changed, here, ids, changed, compute_copy, near)
+                (staged,) = self._ids.take((changed.shape, ids.dtype))
+                staged.copy_(changed)
+                uses, work = [device_rows, ids], partial(bring_changed, staged, ids, changed, compute_copy, device_rows)
             self.streams.inbound.wait_event(self.streams.record_event())
             try:
                 with phase("bring changed rows"):
@@ -128,8 +128,8 @@ class DeviceCopy:
                 arrival = self.streams.inbound.record_event()
                 self._ids.busy = None if everything else arrival
             self.table.add_reader_event(self.streams.inbound, arrival)
-        self._coming = (None if everything else ids, near, arrival)
-        self.traffic.bytes_to_device += nbytes(near) + (0 if everything else nbytes(ids))
+        self._coming = (None if everything else ids, device_rows, arrival)
+        self.traffic.bytes_to_device += nbytes(device_rows) + (0 if everything else nbytes(ids))
 
     @contextmanager
     def _or_all_again(self) -> Iterator[None]:
@@ -151,7 +151,7 @@ class DeviceCopy:
     def _synchronize(self) -> None:
         if self._coming is None:
             return
-        (ids, near, arrival), self._coming = self._coming, None
+        (ids, device_rows, arrival), self._coming = self._coming, None
         self.streams.wait_event(arrival)
         if ids is not None:
-            scatter_rows(ids, [near], [self._rows])
+            scatter_rows(ids, [device_rows], [self._rows])

@@ -140,7 +140,7 @@ class Engine:
             if moved and layer.number and self.config.on_host:
                 assert self._for is not None
                 raise RuntimeError(
-                    f"MEFT's layers are on {self._for[0]} and {x.device}: rows in host memory are brought to one "
+                    f"MEFT's layers are on {self._for[0]} and {x.device}: rows in host memory are copied to one "
                     "device only; put the model on one GPU (device_map={'': 0}), or set placement='device'."
                 )
             self._forget()
@@ -264,7 +264,7 @@ class Engine:
 
         Args:
             x, logits: as in `select`, with their graphs.
-            refetch: rows are not kept for the backward pass, which brings them again.
+            refetch: rows are not kept for the backward pass, which gathers them again.
             done: called when the gradients of the rows have been made.
         """
         layer, rows, selection = pending.layer, self.gather(pending), pending.known

@@ -55,7 +55,7 @@ class ForwardContext:
         layers: number of adapted layers.
         number: later passes have higher ones.
         real: device -> places of the mask's tokens that are no padding, None where all are; found by the first layer.
-        stashes: (layer, adapter) -> its picks, in the order of the calls.
+        selections: (layer, adapter) -> its picks, in the order of the calls.
         loss_scale: dL/d(loss that the model returned), known in the backward pass; None where it returned none.
         graph_kept: whether the backward pass that has come to an output keeps the graph, so that there may be another.
     """
@@ -65,7 +65,7 @@ class ForwardContext:
     layers: int
     number: int
     real: dict[torch.device, Tensor | None] = field(default_factory=dict)
-    stashes: dict[tuple[int, str], list[SavedSelection]] = field(default_factory=dict)
+    selections: dict[tuple[int, str], list[SavedSelection]] = field(default_factory=dict)
     loss_scale: Tensor | None = None
     graph_kept: bool = False
     _running: Callable[[], object] = field(default=lambda: None, repr=False)
@@ -88,10 +88,10 @@ class ForwardContext:
         # The engine holds the callback, and with it the token, until the backward pass is over or has failed.
         at_end_of_backward(partial(_nothing, token))
 
-    def release(self, stash: SavedSelection) -> None:
-        """The backward pass of the layer that made the stash is over."""
+    def release(self, saved: SavedSelection) -> None:
+        """The backward pass of the layer that made the selection is over."""
         if self.in_backward and not self.graph_kept:
-            stash.selection = stash.rows = None
+            saved.selection = saved.rows = None
 
 
 class _Token:
@@ -241,7 +241,7 @@ def input_fingerprint(x: Tensor) -> Tensor:
     return x.detach()[:, :8].clone()
 
 
-def find_stash(key: tuple[int, str], x: Tensor) -> tuple[ForwardContext, SavedSelection] | None:
+def find_saved(key: tuple[int, str], x: Tensor) -> tuple[ForwardContext, SavedSelection] | None:
     """The picks that a layer made for the input x [T, d] in the pass that is being recomputed.
 
     Where one call alone can be meant, its picks are found without a look at the input. Of several it is the one whose
@@ -252,12 +252,12 @@ def find_stash(key: tuple[int, str], x: Tensor) -> tuple[ForwardContext, SavedSe
     with _alive_lock:
         contexts = sorted(_alive, key=lambda context: -context.number)
     probe = input_fingerprint(x).float()
-    fitting = [(c, s) for c in contexts for s in c.stashes.get(key, []) if s.probe.shape == probe.shape]
+    fitting = [(c, s) for c in contexts for s in c.selections.get(key, []) if s.probe.shape == probe.shape]
     candidates = [each for each in fitting if each[1].selection is not None] or fitting
     going_on = [each for each in candidates if each[0].in_backward]
     if not candidates or (len(candidates) == len(going_on) == 1):
         return candidates[0] if candidates else None
-    sums = [probe.abs().sum() * _CLOSE, *((stash.probe.float() - probe).abs().sum() for _, stash in candidates)]
+    sums = [probe.abs().sum() * _CLOSE, *((saved.probe.float() - probe).abs().sum() for _, saved in candidates)]
     limit, *distances = torch.stack(sums).tolist()  # the host waits for the device, once
     far = dict(zip(map(id, (s for _, s in candidates)), distances, strict=True))
     for some in (going_on, candidates):

@@ -75,7 +75,7 @@ def gather(
     return out, arrival
 
 
-def bring_changed(here: Tensor, ids: Tensor, changed: Tensor, compute_copy: Tensor, near: Tensor) -> None:
-    """Bring rows that have changed and, before them, their ids, which the host has staged in `here`."""
-    ids.copy_(here, non_blocking=True)
-    bring_rows(ids, changed, [compute_copy], [near])
+def bring_changed(staged: Tensor, ids: Tensor, changed: Tensor, compute_copy: Tensor, device_rows: Tensor) -> None:
+    """Bring rows that have changed and, before them, their ids, which the host has staged in `staged`."""
+    ids.copy_(staged, non_blocking=True)
+    bring_rows(ids, changed, [compute_copy], [device_rows])

@@ -1,4 +1,4 @@
-"""Rows that a graph does not keep: its backward pass brings them again, those of the layer below ahead of their use."""
+"""Re-gathers a layer's rows in its backward pass instead of saving them, the layer below's ahead of their use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .types import GatheredRows, PendingForward
 
 
 class Fetcher(Protocol):
-    """Who brings rows again.
+    """Who gathers rows again.
 
     Attributes:
         streams: in whose order they arrive.

@@ -121,7 +121,7 @@ def _with_graphs(ctx: Any, g: Tensor, x: Tensor, factors: Tensor | None, rows: A
     token, column = (selection.inverse >= 0).nonzero(as_tuple=True)
     place = selection.inverse[token, column].to(torch.int64)
     by_table = zip(ctx.tables, rows, strict=True)
-    near = [RowsOf.apply(table, read, selection.host_rows, ctx.dtype) for table, read in by_table]
+    row_tensors = [RowsOf.apply(table, read, selection.host_rows, ctx.dtype) for table, read in by_table]
 
     def function(x: Tensor, factors: Tensor | None, keys: Tensor, values: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -132,4 +132,4 @@ def _with_graphs(ctx: Any, g: Tensor, x: Tensor, factors: Tensor | None, rows: A
         return ffn_of_picks(wide, w, v, by_pick, token, place, scores > 0).to(x.dtype)
 
     needs = ctx.needs_input_grad
-    return gradients(function, [x, factors, *near], [needs[0], needs[1], needs[3], needs[4]], g)
+    return gradients(function, [x, factors, *row_tensors], [needs[0], needs[1], needs[3], needs[4]], g)

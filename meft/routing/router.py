@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..table.offload_hooks import KeptParameters
+from ..transport.offload_hooks import KeptParameters
 
 
 class Router(KeptParameters):

@@ -16,7 +16,7 @@ def select_neurons(
 
     Args:
         x: [T, d]. logits: W_g x, [T, E]. keys: [r, d], on x's device, of x's dtype or a narrower one.
-        load: int64 [E], to which the picks of each expert are added; None: not counted.
+        load: int64 [r], to which the picks of each neuron are added; None: not counted.
 
     Returns:
         ids, int32 [T, K], -1 where there are fewer, with their scores and x . w, [T, K], and the distinct rows; K is at

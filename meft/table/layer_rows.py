@@ -49,8 +49,8 @@ class LayerRows:
         return self.config.r // self.config.experts
 
     def load_on(self, device: torch.device) -> Tensor:
-        """The picks of each expert so far, int64 [E], for whoever picks on a device to add to."""
-        return self.traffic.load_on(device, self.config.experts)
+        """The picks of each neuron so far, int64 [r], for whoever picks on a device to add to."""
+        return self.traffic.load_on(device, self.config.r)
 
     def count(self, tokens: int, rows: int) -> None:
         """A forward pass of some tokens has used some rows."""

@@ -104,6 +104,21 @@ class RowMoments:
             self._synchronize()
         return self._moments
 
+    @property
+    def held(self) -> Moments:
+        """The moments, for an update, which waits for nothing."""
+        return self._moments
+
+    def holds(self, moments: Moments) -> bool:
+        """Whether the entry has these moments."""
+        return self._moments is moments
+
+    def hold(self, moments: Moments) -> None:
+        """Have these moments from now on."""
+        self._moments.holders.discard(self)
+        self._moments = moments
+        moments.holders.add(self)
+
     def exclusive(self, device: torch.device) -> Moments:
         """The moments for an update: on the device of the rows, in memory that no other entry shares."""
         shared = any(holder is not self for holder in self._moments.holders)
@@ -111,9 +126,7 @@ class RowMoments:
         if moved is self._moments and shared:
             moved = self._moments.clone()
         if moved is not self._moments:
-            self._moments.holders.discard(self)
-            self._moments = moved
-            moved.holders.add(self)
+            self.hold(moved)
         return moved
 
     def __copy__(self) -> RowMoments:
@@ -162,6 +175,7 @@ def moments_of(
     rows: Tensor | None = None,
     synchronize: Callable[[], None] | None = None,
     loaded: RowMoments | None = None,
+    fresh: Moments | None = None,
 ) -> RowMoments:
     """The entry of a parameter in an optimizer's state, for its step; made if there is none.
 
@@ -170,6 +184,7 @@ def moments_of(
         rows: the parameter as [r, d]; None: it is.
         synchronize: as in `RowMoments`.
         loaded: replaces the entry of the optimizer.
+        fresh: zeros to begin with where there is no entry; None: they are made.
 
     Raises:
         ValueError: what was loaded there does not fit.
@@ -181,7 +196,7 @@ def moments_of(
     if present is not None and owner is optimizer:
         return present
     if present is None:
-        moments = Moments.fresh(rows)
+        moments = fresh if fresh is not None else Moments.fresh(rows)
     else:  # loaded, or the entry of another optimizer: which stays as it is for others that hold it
         moments = present.moments
         moments.check(rows, f"The state of {type(optimizer).__name__}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peft_bridge.torch_private import without_torch_function
 
 from ..transport.host_tensors import keep_from_forks
-from .offload_hooks import KeptParameters
+from ..transport.offload_hooks import KeptParameters
 from .watched_rows import Watch, WatchedRows, put, unwatched, watch
 
 State = tuple[int, int, object]  # address and version of the rows, and what changes when they are handed out
@@ -108,6 +108,15 @@ class KeptRows(KeptParameters):
 
     def synchronize(self) -> None:
         """Wait for an update of the rows that is queued."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes have the rows too."""
+        return False
+
+    def leave_node(self) -> bool:
+        """Somebody will write into the rows, which other processes may read; whether any did."""
+        return False
 
     def check_not_sharded(self) -> None:
         """Raises: RuntimeError: an engine that shards parameters has put another one in the place of the rows."""

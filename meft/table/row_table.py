@@ -11,22 +11,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..transport.host_tensors import host_zeros, like_rows
+from ..transport.host_tensors import host_zeros, like_rows, row_blocks
 from ..transport.transfer import PageLock
 from .moments import KEY, Moments, RowMoments, moments_of
+from .node_rows import NodeRows
 from .row_parameter import State
 from .row_step import update_rows
 from .shared_rows import SharedRows
-
-# Rows handled at a time where a whole table is read or written, so that no second table comes into being.
-BLOCK_BYTES = 64 << 20
-
-
-def row_blocks(table: Tensor) -> Iterator[slice]:
-    """Slices of rows of about `BLOCK_BYTES` each."""
-    step = max(1, BLOCK_BYTES // max(1, table[:1].numel() * table.element_size()))
-    for start in range(0, len(table), step):
-        yield slice(start, min(start + step, len(table)))
 
 
 class RowTable(SharedRows):
@@ -111,7 +102,8 @@ class RowTable(SharedRows):
             ValueError: what was loaded there does not fit.
         """
         self.synchronize()
-        entry = moments_of(optimizer, self.rows, synchronize=self.synchronize, loaded=self.restored)
+        fresh = self.node.moments if self.node is not None and self.node.unused else None
+        entry = moments_of(optimizer, self.rows, synchronize=self.synchronize, loaded=self.restored, fresh=fresh)
         self.restored, self._stepped_with = None, entry
         return entry
 
@@ -119,7 +111,7 @@ class RowTable(SharedRows):
 
     def read_in_place(self) -> Tensor:
         """The rows as they are read, [r, d] in the compute dtype, for a host that also makes their updates."""
-        if self._pending is not None:
+        if self._pending is not None or self.node is not None:
             self.synchronize()
         with self.lock:
             return self._current()
@@ -201,6 +193,60 @@ class RowTable(SharedRows):
                 else:  # drawn in float32 whatever the dtype, so that equal seeds give equal rows
                     self.rows[block].copy_(torch.empty_like(self.rows[block], dtype=torch.float32).normal_(0, std))
 
+    # ------------------------------------------------------------------ ranks that share the table
+
+    def take_up(self, node: NodeRows) -> Tensor:
+        """Take the masters and the narrower copy that are in shared memory in place of those of this process.
+
+        Returns:
+            the masters of this process.
+        """
+        self.leave_node()
+        self.synchronize()
+        with self.lock, torch.no_grad():
+            self._wait_for_readers()
+            own = self.masters
+            masters, self._compute_copy = node.tensors()
+            self._change(masters)
+            self._compute_copy_state, self.node = None, node
+        return own
+
+    def shared_rows_written(self) -> None:
+        """One rank has written all masters in shared memory, and the narrower copy."""
+        with self.lock:
+            self.note_change()
+            self._compute_copy_state = self._state()
+
+    def write_shared(self, masters: Tensor) -> None:
+        """Write the masters, and the narrower copy of them, in shared memory."""
+        with self.lock, torch.no_grad():
+            for block in row_blocks(masters):
+                self.masters[block].copy_(masters[block])
+                if self._compute_copy is not None:
+                    self._compute_copy[block].copy_(self.masters[block])
+
+    def leave_node(self) -> bool:
+        """Go on with a copy of this process's own, as before anything but a step writes the rows; whether they were
+        shared.
+        """
+        node = self.node
+        if node is None:
+            return False
+        self.synchronize()
+        with self.lock, torch.no_grad():
+            self._wait_for_readers()
+            if self.masters.data_ptr() == node.masters:
+                self._change(like_rows(self.masters, self._dtype).copy_(self.masters))
+            self._compute_copy = self._compute_copy_state = None
+            node.release()
+            self.node, self._watch.left = None, True
+        return True
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the ranks of this node share the rows as they are now."""
+        return self.node is not None and self.node.holds(self.masters, self.compute_dtype)
+
     # ------------------------------------------------------------------ moving, loading, saving
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RowTable:
@@ -212,6 +258,8 @@ class RowTable(SharedRows):
         probes = [torch.empty(0, dtype=dtype, device=self.rows.device) for dtype in (torch.float32, torch.float64)]
         results = [fn(probe) for probe in probes]
         cast = next((new.dtype for probe, new in zip(probes, results, strict=True) if new.dtype != probe.dtype), None)
+        if cast is not None and (cast != self.compute_dtype or (cast.itemsize >= 4 and cast != self._dtype)):
+            self.leave_node()  # what follows is in memory of this process
         with self.lock, torch.no_grad():
             if cast is not None:
                 self._wait_for_readers()  # the memory that they read is freed
@@ -239,6 +287,7 @@ class RowTable(SharedRows):
         if loaded is None or loaded.shape != self.rows.shape:
             super()._load_from_state_dict(state_dict, prefix, *args)  # reports it
             return
+        self.leave_node()  # other ranks may still read the rows
         self.synchronize()  # not under the lock, which the update needs
         with self.lock, torch.no_grad():
             self._wait_for_readers()

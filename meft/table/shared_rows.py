@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..transport.streams import CopyStream, StreamEvent
 from .dirty_rows import DirtyRows
+from .node_rows import NodeRows
 from .row_parameter import KeptRows, State
 from .update_queue import PendingUpdate, UpdateQueue
 
@@ -25,11 +26,15 @@ class SharedRows(KeptRows):
         name: for messages.
         lock: held while rows are read or written.
         updates: the thread that updates them beside the computation; None: updates happen within the step.
+        node: what the ranks of this node share of the table; None: this process has a copy of its own.
     """
 
-    _of_this_process: ClassVar[frozenset[str]] = frozenset(("lock", "updates", "_pending", "_readers", "_dirty"))
+    _of_this_process: ClassVar[frozenset[str]] = frozenset(
+        ("lock", "updates", "node", "_pending", "_readers", "_dirty")
+    )
 
     _pending: PendingUpdate | None = None  # asked for before `_start`, by what adopts the rows
+    node: NodeRows | None = None
 
     def __init__(self, rows: Tensor, *, read_as: torch.dtype, on_host: bool) -> None:
         super().__init__(rows, read_as=read_as, on_host=on_host)
@@ -40,6 +45,7 @@ class SharedRows(KeptRows):
         """Set what a copy or a pickle does not take over."""
         self.lock = threading.RLock()
         self.updates: UpdateQueue | None = None
+        self.node = None
         self._pending = None
         self._readers: dict[CopyStream, StreamEvent] = {}
         self._dirty: DirtyRows | None = None
@@ -59,15 +65,18 @@ class SharedRows(KeptRows):
         self._pending = self.updates.add(update, self.name)
 
     def synchronize(self) -> None:
-        """Wait for the update that is queued, if there is one; raises its error, once."""
+        """Wait for the update that is queued, if there is one, and for the other ranks; raises its error, once."""
         pending = self._pending
-        if pending is None or pending.in_this_thread:
-            return
-        try:
-            pending.wait()
-        finally:
-            if self._pending is pending:
-                self._pending = None
+        if pending is not None:
+            if pending.in_this_thread:
+                return
+            try:
+                pending.wait()
+            finally:
+                if self._pending is pending:
+                    self._pending = None
+        if self.node is not None:
+            self.node.wait()
 
     @property
     def state(self) -> State:

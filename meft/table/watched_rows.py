@@ -53,10 +53,12 @@ class Watch:
             not count.
         read_as: the dtype in which rows are read, where it is narrower than the parameter's.
         on_host: whether the parameter stays where it is, whatever is assigned.
+        left: whether other processes have shared the memory, which views may still refer to.
         table: the table of the rows; a queued update is waited for before they are read.
     """
 
     table: weakref.ref[Any] | None = None
+    left = False
 
     def __init__(self, read_as: torch.dtype, on_host: bool) -> None:
         self.handed_out = object()
@@ -125,14 +127,16 @@ class WatchedRows(torch.Tensor):
             source.watch.check_process()
             if func in (GET_DATA, SET_DATA) or getattr(func, "__name__", "") not in _ASK_NO_VALUES:
                 source.watch.wait()
+        _leave_before_write(func, args, kwargs)
         if func == SET_DATA:
             return assign(args[0], args[1])
         with without_torch_function():
             result = func(*args, **(kwargs or {}))
             if isinstance(result, _HARMLESS) or func == GET_GRAD:
                 return result
-            for source in sources:
-                _hand_out(source, result, func)
+            unseen = [source for source in sources if _hand_out(source, result, func)]
+            if sum(_own(source) for source in unseen):
+                return func(*args, **(kwargs or {}))
         return result
 
     def as_subclass(self, cls: Any) -> Any:
@@ -177,6 +181,31 @@ def _watched(args: Any, kwargs: Any) -> list[WatchedRows]:
     return watched
 
 
+def _leave_before_write(func: Any, args: Any, kwargs: Any) -> None:
+    """Rows that other processes read too get memory of their own before anything is written into them."""
+    name, out = getattr(func, "__name__", ""), (kwargs or {}).get("out")
+    in_place = name.endswith("_") and not name.endswith("__")
+    if not (in_place or out is not None or name == "__setitem__" or name.startswith("__i")):
+        return
+    if name not in _ASK_NO_VALUES:
+        for target in _watched([args[0] if out is None and args else out], None):
+            _own(target)
+
+
+def _own(target: WatchedRows) -> bool:
+    """Let rows be in memory of this process alone, and a view refer to that; whether they were not."""
+    table = target.watch.table() if target.watch.table is not None else None
+    if table is None or not (table.leave_node() or target.watch.left):
+        return False
+    rows = table.masters
+    if is_parameter(target) or storage_address(target) == storage_address(rows):
+        return is_parameter(target)
+    with without_torch_function():  # a view from before
+        target.data = rows.as_strided(target.size(), target.stride(), target.storage_offset())
+    target.watch.note()
+    return True
+
+
 def _caller() -> str:
     """The module that has called a function of torch with watched rows."""
     frame = sys._getframe(1)
@@ -185,22 +214,29 @@ def _caller() -> str:
     return str(frame.f_globals["__name__"])
 
 
-def _hand_out(source: WatchedRows, result: Any, func: Any) -> None:
-    """Watch a result that is an alias of `source`, or note what cannot be watched."""
+def _hand_out(source: WatchedRows, result: Any, func: Any) -> bool:
+    """Watch a result that is an alias of `source`, or note what cannot be watched.
+
+    Returns:
+        whether it may be written without anybody knowing when.
+    """
     if isinstance(result, Tensor):
         if type(result) is not Tensor or storage_address(result) != storage_address(source):
-            return
-        if func == GET_DATA or result.is_inference():  # all other aliases share the version counter
+            return False
+        uncounted = func == GET_DATA or result.is_inference()  # all other aliases share the version counter
+        if uncounted:
             source.watch.note()
-        else:
+        table = source.watch.table() if source.watch.table is not None else None
+        if not uncounted or (table is not None and table.is_shared):
             become(result, WatchedRows, is_parameter=False)
             result.watch = source.watch  # type: ignore[attr-defined]
-    elif isinstance(result, list | tuple):
-        for element in result:
-            if isinstance(element, Tensor):
-                _hand_out(source, element, func)
-    elif _caller() not in _READERS:
+        return False
+    if isinstance(result, list | tuple):
+        return sum(_hand_out(source, element, func) for element in result if isinstance(element, Tensor)) > 0
+    if _caller() not in _READERS:
         source.watch.note()
+        return True
+    return False
 
 
 def watch(parameter: Tensor, by: Watch) -> None:

@@ -12,11 +12,14 @@ import functools
 import mmap
 import os
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# Rows handled at a time where a whole table is read or written, so that no second table comes into being.
+BLOCK_BYTES = 64 << 20
 _LEAST = 1 << 16  # bytes; of smaller tensors most are not whole pages
 
 _forks = 0  # forks between the process that was started first and this one
@@ -92,3 +95,10 @@ def like_rows(rows: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | torch.S
     """Zeros where some rows are, of their shape if none is given; in host memory as `host_zeros` makes them."""
     shape = rows.shape if shape is None else shape
     return host_zeros(shape, dtype) if rows.is_cpu else torch.zeros(shape, dtype=dtype, device=rows.device)
+
+
+def row_blocks(table: Tensor) -> Iterator[slice]:
+    """Slices of rows of about `BLOCK_BYTES` each."""
+    step = max(1, BLOCK_BYTES // max(1, table[:1].numel() * table.element_size()))
+    for start in range(0, len(table), step):
+        yield slice(start, min(start + step, len(table)))

@@ -31,15 +31,16 @@ class Traffic:
         forwards: forward passes that retrieved rows, recomputations included.
         tokens: tokens of these passes, without padding.
         union_rows: sum over the passes of |U|, the distinct neurons that were used.
-        bytes_to_device: rows, and the picks' ids and scores, brought to the device.
-        bytes_to_host: hidden states, router logits, ids and row gradients brought to the host. Ids that are picked on
+        bytes_to_device: rows, and the picks' ids and scores, copied to the device.
+        bytes_to_host: hidden states, router logits, ids and row gradients copied to the host. Ids that are picked on
             the device come with room for as many as there can be, before anybody knows how many there are.
         bytes_zero_copy: rows, moments and gradients that steps on the device moved, both ways (`zero_copy`).
         stall_ms: milliseconds for which the launching thread waited for copies, updates and free staging memory.
         host_ms: milliseconds of picking on the host.
         ring_stalls: how often a gradient found no free staging buffer.
-        loads: device -> int64 [E], picks of neurons of each expert that were made there: of each token of each forward
-            pass up to `top_k`, not of recomputations, nor of passes captured into a CUDA graph.
+        loads: device -> int64 [r], picks of each neuron that were made there: of each token of each forward pass up to
+            `top_k`, not of recomputations, nor of passes captured into a CUDA graph.
+        experts: E, among which the neurons are divided.
     """
 
     forwards: int = 0
@@ -52,6 +53,7 @@ class Traffic:
     host_ms: float = 0.0
     ring_stalls: int = 0
     loads: dict[torch.device, Tensor] = field(default_factory=dict)
+    experts: int = 1
 
     @contextmanager
     def stalled(self) -> Iterator[None]:
@@ -72,18 +74,24 @@ class Traffic:
         finally:
             self.host_ms += 1e3 * (time.perf_counter() - began)
 
-    def load_on(self, device: torch.device, experts: int) -> Tensor:
-        """The counts of a device, int64 [E], for whoever picks there to add to."""
+    def load_on(self, device: torch.device, r: int) -> Tensor:
+        """The counts of a device, int64 [r], for whoever picks there to add to."""
         if device not in self.loads:
             with torch.inference_mode(False):  # they outlive the mode
-                self.loads[device] = torch.zeros(experts, dtype=torch.int64, device=device)
+                self.loads[device] = torch.zeros(r, dtype=torch.int64, device=device)
         return self.loads[device]
+
+    @property
+    def row_load(self) -> Tensor:
+        """Picks of each neuron, int64 [r] in host memory; none before the first pass. Waits for devices."""
+        loads = [load.cpu() for load in self.loads.values()]
+        return torch.stack(loads).sum(0) if loads else torch.zeros(0, dtype=torch.int64, device="cpu")
 
     @property
     def expert_load(self) -> Tensor:
         """Picks of neurons of each expert, int64 [E] in host memory; none before the first pass. Waits for devices."""
-        loads = [load.cpu() for load in self.loads.values()]
-        return torch.stack(loads).sum(0) if loads else torch.zeros(0, dtype=torch.int64, device="cpu")
+        load = self.row_load
+        return load.view(self.experts, -1).sum(1) if len(load) else load
 
 
 def nbytes(tensor: Tensor) -> int:

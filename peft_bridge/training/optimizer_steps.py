@@ -23,6 +23,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from ..torch_private import foreach_norm
+
 
 class StepListener(Protocol):
     """An object, held by weak reference, that follows the steps on some parameters."""
@@ -175,7 +177,7 @@ def _all_finite(parameters: list[nn.Parameter]) -> bool:
     if local:
         # On a CPU the 2-norm takes a tenth of the inf-norm's time, and it knows empty shards. If it is finite, so is
         # every value; it may also overflow, then the values themselves are looked at.
-        norms = torch._foreach_norm(local)
+        norms = foreach_norm(local)
         finite = bool(torch.stack([n.isfinite().to(local[0].device) for n in norms]).all())
         finite = finite or all(bool(getattr(g, "row_values", g).isfinite().all()) for g in local)
     for mesh, dim in _sharded_over(parameters):

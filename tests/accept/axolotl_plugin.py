@@ -3,7 +3,8 @@
 Not a part of CI: axolotl pins other versions and asks for Python 3.12. No training run is started.
 
     pip install --no-deps --target AXOLOTL axolotl==0.21.0   # by Python 3.12; its source also runs on 3.11
-    pip install --no-deps --target AXOLOTL addict posthog backoff distro colorama art fire termcolor python-dotenv nvidia-ml-py
+    pip install --no-deps --target AXOLOTL addict posthog backoff distro colorama art fire termcolor \\
+        python-dotenv nvidia-ml-py
     PYTHONPATH=AXOLOTL python tests/accept/axolotl_plugin.py [--out FILE]
 """
 
@@ -102,8 +103,9 @@ def main() -> None:
     text = [
         "# The plug-in in axolotl",
         "",
-        f"`python tests/accept/axolotl_plugin.py`: {versions}, Python {platform.python_version()} (axolotl asks for 3.12);",
-        "a random Llama of 2 layers. axolotl was installed without its dependencies. A whole training run was not run.",
+        f"`python tests/accept/axolotl_plugin.py`: {versions}, Python {platform.python_version()}",
+        "(axolotl asks for 3.12); a random Llama of 2 layers. axolotl was installed without its dependencies. A whole",
+        "training run was not run.",
         "",
     ]
     for method in SMALL:

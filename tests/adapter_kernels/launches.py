@@ -75,12 +75,12 @@ def layer(T, d, r, E, P, K, U, dtype, row_gradients=None):
     ops.row_union_window(ids, r, min(r, T * K), load=torch.zeros(E, dtype=torch.int64))
     ops.row_union_window(ids, r, min(r, T * K))
     rows, position = torch.arange(U, dtype=torch.int32), torch.zeros(T, K, dtype=torch.int32)
-    near = ops.gather_rows(rows, [keys, keys])
+    gathered = ops.gather_rows(rows, [keys, keys])
     ops.gather_rows(rows, [keys])
-    ops.sparse_ffn(x, near[0], near[1], position, factors)
-    ops.sparse_ffn(x, near[0], near[1], position, factors, base=x)
-    ops.sparse_ffn_backward(x, x, near[0], near[1], position, factors, row_gradients=row_gradients)
-    ops.sparse_ffn_backward(x, x, near[0], near[1], position, None, needs=(True, True, True, False))
+    ops.sparse_ffn(x, gathered[0], gathered[1], position, factors)
+    ops.sparse_ffn(x, gathered[0], gathered[1], position, factors, base=x)
+    ops.sparse_ffn_backward(x, x, gathered[0], gathered[1], position, factors, row_gradients=row_gradients)
+    ops.sparse_ffn_backward(x, x, gathered[0], gathered[1], position, None, needs=(True, True, True, False))
 
 
 def step(r, d, n, master, compute_dtype, gradient):

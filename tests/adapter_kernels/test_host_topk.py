@@ -165,11 +165,12 @@ def test_the_three_ops_in_one_call_give_their_bits(T, E, each, data):
     case = Case(T, 5, E=E, each=each, P=P, K=K)
     keys = case.keys.to(torch.bfloat16) if narrow else case.keys
     logits = torch.randint(-2, 3, (T, E), generator=generator(T)).float()  # with ties
-    load = torch.arange(E) if counted else None
+    groups = data.draw(st.sampled_from([E, E * each]))
+    load = torch.arange(groups) if counted else None
     found = select_rows(case.x, logits, keys, P, K, factor=factor, load=load)
     experts, factors = router_topk(logits, P)
     ids, scores, dots = expert_topk(case.x, keys, experts, factors if factor else None, min(K, P * each), E=E)
-    expected_load = torch.arange(E)
+    expected_load = torch.arange(groups)
     rows, count, _, position = row_union_window(ids, E * each, max(1, min(E * each, ids.numel())), load=expected_load)
     assert torch.equal(found.rows[: int(count)], rows[: int(count)])
     pairs = zip(found._replace(rows=rows), (ids, scores, dots, rows, count, position), strict=True)

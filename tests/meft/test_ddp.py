@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.support import node_tasks
 from tests.support.processes import once, result_of, run_ranks, saved_by_ranks, work_as_rank
 from tests.support.thread_streams import ThreadStreams
 from tests.support.tiny_meft import Tiny
@@ -413,5 +414,6 @@ def test_deepspeed_is_refused_when_a_trainers_run_begins():
 
 
 if __name__ == "__main__":
-    number = int(sys.argv[1])
-    work_as_rank(number, Path(sys.argv[2]), {name: partial(task, number) for name, task in TASKS.items()})
+    number, place = int(sys.argv[1]), Path(sys.argv[2])
+    of_one_node = node_tasks.tasks(number, place)
+    work_as_rank(number, place, {name: partial(task, number) for name, task in TASKS.items()} | of_one_node)

@@ -15,7 +15,7 @@ from tests.support.thread_streams import ThreadStreams
 from tests.support.tiny_meft import STRATEGIES
 
 CPU = torch.device("cpu")
-LANES = {"in place": lambda: None, "host streams": lambda: HostStreams(CPU), "late streams": ThreadStreams}
+STREAMS = {"in place": lambda: None, "host streams": lambda: HostStreams(CPU), "late streams": ThreadStreams}
 
 
 def run(tiny, folder, default, streams, optimizer_of, **fields):
@@ -59,8 +59,8 @@ CASES = [(streams, strategy) for strategy in STRATEGIES for streams in ("host st
 @pytest.mark.parametrize(("streams", "strategy"), [("in place", "auto"), *CASES])
 def test_a_life_is_the_same_bit_for_bit(tiny, tmp_path, streams, strategy):
     fields = {"retrieval": strategy, "router_aux_loss_coef": 0.1}
-    losses, *states = run(tiny, tmp_path / "without", None, LANES[streams], row_adamw, **fields)
-    again, *others = run(tiny, tmp_path / "with", "meta", LANES[streams], row_adamw, **fields)
+    losses, *states = run(tiny, tmp_path / "without", None, STREAMS[streams], row_adamw, **fields)
+    again, *others = run(tiny, tmp_path / "with", "meta", STREAMS[streams], row_adamw, **fields)
     assert torch.equal(losses, again)
     for state, other in zip(states, others, strict=True):
         tiny.assert_equal(other, state)

@@ -246,7 +246,7 @@ print("end")
 
 @pytest.mark.slow
 def test_no_thread_holds_the_interpreter(tiny):
-    assert "end" in run_code(EXIT)
+    assert "end" in run_code(EXIT, fresh=True)
 
 
 def test_a_gradient_that_did_not_arrive_ends_the_backward_pass_at_the_next_layer():

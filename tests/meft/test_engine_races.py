@@ -90,7 +90,8 @@ def run(tiny, monkeypatch, dropped=(), checkpointing=None, clip=True, dtype=torc
 
     Where a hand-over is dropped, it ends with the first race.
     """
-    gc.freeze()  # what is there already is not looked through each time
+    gc.collect()
+    gc.freeze()  # nor is what was imported since the tests were collected looked through each time
     model = tiny.adapted(layers=3, dtype=dtype, master_dtype="float32", **fields)
     if checkpointing is not None:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": checkpointing})
@@ -104,7 +105,6 @@ def run(tiny, monkeypatch, dropped=(), checkpointing=None, clip=True, dtype=torc
                 for table in tiny.tables(model):
                     table.synchronize()
                 break
-    gc.unfreeze()
     return watch
 
 

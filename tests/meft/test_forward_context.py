@@ -131,7 +131,7 @@ def test_the_context_has_the_mask_and_the_number_of_layers(monkeypatch):
     with torch.no_grad():
         model(input_ids=ids())
     # Only what a recomputation will ask for is kept.
-    assert [[len(s) for s in each.stashes.values()] for each in seen] == [[], [], [1, 1], []]
+    assert [[len(s) for s in each.selections.values()] for each in seen] == [[], [], [1, 1], []]
 
 
 def test_a_pass_inside_another_shares_its_context():
@@ -234,7 +234,7 @@ def test_picks_are_let_go_when_the_layers_backward_pass_is_over(monkeypatch, ree
     model, opened, seen = checkpointed(adapted(), reentrant), recorded(monkeypatch), []
 
     def left():
-        return [stash.selection is not None for stashes in opened[0]().stashes.values() for stash in stashes]
+        return [stash.selection is not None for stashes in opened[0]().selections.values() for stash in stashes]
 
     layers = [m for m in model.modules() if isinstance(m, MEFTLayer)]
     for layer in layers:
@@ -322,26 +322,26 @@ def test_the_stash_with_the_closest_input_is_found():
     outputs, contexts = [], []
     for i, x in enumerate(inputs):
         opened = context.begin(None, 1)
-        opened.stashes[key] = [stash_of(x, i)]
+        opened.selections[key] = [stash_of(x, i)]
         outputs.append(torch.ones((), requires_grad=True) * 2)
         context.keep_with_graph(opened, [{"out": (outputs[-1],)}])
         context.end(opened)
         contexts.append(opened)
     for i, x in enumerate(inputs):
-        owner, stash = context.find_stash(key, x + 1e-6)
+        owner, stash = context.find_saved(key, x + 1e-6)
         assert owner is contexts[i]
         assert stash.selection.host_rows.item() == i
-    assert context.find_stash((2, "default"), inputs[0]) is None
-    assert context.find_stash(key, torch.ones(5, 16)) is None  # another number of tokens
-    assert context.find_stash(key, inputs[0] + 0.4) is None  # nothing near
+    assert context.find_saved((2, "default"), inputs[0]) is None
+    assert context.find_saved(key, torch.ones(5, 16)) is None  # another number of tokens
+    assert context.find_saved(key, inputs[0] + 0.4) is None  # nothing near
     del outputs[1], contexts[1], opened, owner, stash
-    assert context.find_stash(key, inputs[1]) is None
+    assert context.find_saved(key, inputs[1]) is None
 
 
 def recorded_pass(key, x, neuron, then=lambda _: None):
     """A forward pass that has stashed a pick for x, and calls `then` in its backward pass."""
     opened = context.begin(None, 1)
-    opened.stashes[key] = [stash_of(x, neuron)]
+    opened.selections[key] = [stash_of(x, neuron)]
     source = torch.ones((), requires_grad=True) * 3
     source.register_hook(then)
     output = source * 2
@@ -356,7 +356,7 @@ def test_which_of_several_passes_is_recomputed():
     inputs = [torch.full((4, 16), float(i)) for i in (1, 2, 3)]
 
     def recompute(x):
-        match = context.find_stash(key, x)
+        match = context.find_saved(key, x)
         found.append(match[1].selection.host_rows.item() if match is not None else None)
 
     recompute(inputs[0])

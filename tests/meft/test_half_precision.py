@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import meft.retrieval.sparse_ffn
-from adapter_kernels import expert_topk, sparse_ffn, sparse_ffn_backward
+from adapter_kernels import sparse_ffn, sparse_ffn_backward
 from meft.routing.reference import reference
+from meft.routing.topk import select_neurons
 from tests.support.thread_streams import on_streams
 from tests.support.tiny_meft import STRATEGIES
 
@@ -57,17 +58,16 @@ def test_picks_are_those_of_scores_in_float32(tiny, monkeypatch):
     picked = []
 
     def noted(*args, **kwargs):
-        picked.append((args, expert_topk(*args, **kwargs)))
+        picked.append((args, select_neurons(*args, **kwargs)))
         return picked[-1][1]
 
-    monkeypatch.setattr("meft.routing.topk.expert_topk", noted)
+    monkeypatch.setattr("meft.routing.topk.select_neurons", noted)
     layer(x)
-    ((arguments, (ids, scores, _)),) = picked
-    assert arguments[0].dtype == arguments[1].dtype == HALF
-    assert scores.dtype == torch.float32
-    assert 65504 < float(scores.max()) < float("inf")
-    wide, _, _ = expert_topk(arguments[0].double(), arguments[1].double(), *arguments[2:], E=8, by_neuron=False)
-    assert torch.equal(wide, ids)
+    (((x, logits, keys, config, _), found),) = picked
+    assert x.dtype == keys.dtype == HALF
+    assert found.scores.dtype == torch.float32
+    assert 65504 < float(found.scores.max()) < float("inf")
+    assert torch.equal(select_neurons(x.double(), logits.double(), keys.double(), config).ids, found.ids)
 
 
 def test_output_and_gradients_beside_the_oracle(tiny):

@@ -486,7 +486,7 @@ class Largest(TorchDispatchMode):
 @pytest.fixture
 def wide(tiny, monkeypatch):
     """A model whose tables are by far its largest tensors, and the bytes of one of them."""
-    monkeypatch.setattr(meft.table.row_table, "BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(meft.transport.host_tensors, "BLOCK_BYTES", 1 << 12)
     model = tiny.adapted(1, torch.float32, r=2048, num_experts=64)
     return model, 2048 * tiny.WIDTH * 4
 
@@ -522,7 +522,7 @@ def test_a_cast_makes_the_new_table_alone(tiny, wide, dtype):
 
 
 def test_initialising_makes_no_second_table(tiny, monkeypatch):
-    monkeypatch.setattr(meft.table.row_table, "BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(meft.transport.host_tensors, "BLOCK_BYTES", 1 << 12)
     table = 2048 * tiny.WIDTH * 4
     base = tiny.base(1, torch.float32)
     sizes = []

@@ -114,3 +114,24 @@ thread.join()
 def test_the_threads_of_an_update_use_all_cores_though_the_one_that_starts_them_may_not():
     call = [sys.executable, "-S", "-c", UPDATE, native_library()._name]
     assert subprocess.run(call, check=True, capture_output=True, text=True).stdout == "[True, True, True]\n"
+
+
+def test_pages_are_interleaved_only_where_there_are_several_nodes(monkeypatch, tmp_path):
+    monkeypatch.setattr(numa, "_NODES", tmp_path)
+    memory = torch.empty(4 << 12, dtype=torch.uint8)
+    assert not numa.interleave(memory)  # the system does not say
+    (tmp_path / "has_memory").write_text("0")
+    assert not numa.interleave(memory)
+    calls = []
+
+    class Library:
+        def __init__(self, name):
+            self.syscall = lambda *arguments: calls.append(arguments) or 0
+
+    monkeypatch.setattr(numa.ctypes, "CDLL", Library)
+    monkeypatch.setattr(numa.platform, "machine", lambda: "x86_64")
+    (tmp_path / "has_memory").write_text("0,2")
+    assert numa.interleave(memory)
+    number, start, size, mode, mask, _, _ = calls[0]
+    assert (number.value, start.value, size.value, mode.value) == (237, memory.data_ptr(), 4 << 12, 3)
+    assert mask._obj.value == 0b101

@@ -2,8 +2,6 @@
 
 import functools
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,6 +14,7 @@ from hypothesis import strategies as st
 from adapter_kernels.adamw import row_adamw_torch
 from meft.table import row_step as row_update
 from meft.table.row_step import RowState, StepRule, native_library, update_rows
+from tests.support.processes import run_code
 
 NEEDS_LIBRARY = pytest.mark.skipif(native_library() is None, reason="the C++ library was not built at installation")
 PATHS = [pytest.param(True, id="c++", marks=NEEDS_LIBRARY), pytest.param(False, id="torch")]
@@ -290,7 +289,7 @@ def test_calls_at_the_same_time_on_several_tables():
 
 # Neither tensors that torch fills with its threads nor torch.sqrt: in a fork of a process that used them, they hang.
 FORK = """
-import os, sys, torch
+import os, torch
 from meft.table.row_step import RowState, StepRule, _call, _scalars, native_library
 steps = _scalars(StepRule(1e-2, 0.9, 0.999, 1e-8, 0.01, True)).expand(300, -1).clone()
 steps[:, -2], steps[:, -1] = 1e-2 / (1 - 0.9), (1 - 0.999) ** 0.5
@@ -305,14 +304,14 @@ right = state[0][299, 0].item() < -0.0199
 if child == 0:
     os._exit(7 if right else 0)
 code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-sys.exit(f"child: {code}" if code != 7 or not right else 0)
+assert right and code == 7, code
 """
 
 
 @NEEDS_LIBRARY
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 def test_a_forked_process_has_its_own_helpers():
-    assert subprocess.run([sys.executable, "-c", FORK], timeout=180).returncode == 0  # most of it to import torch
+    run_code(FORK)
 
 
 def test_without_the_library_the_torch_path_is_taken(monkeypatch):

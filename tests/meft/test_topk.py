@@ -164,7 +164,7 @@ def picks_of_a_layer(layer, x, mask=None):
     try:
         with torch.no_grad():  # as reentrant checkpointing calls it: picks are kept for the recomputation
             y = layer(x)
-        stash = opened.stashes[id(layer), "default"][0]
+        stash = opened.selections[id(layer), "default"][0]
     finally:
         context.end(opened)
     picks = torch.zeros(x.shape[0] * x.shape[1], 32, dtype=torch.bool)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import meft.files.training_state
 from meft.files.training_state import INDEX
+from tests.support.adapter_files import refused
 from tests.support.models import llama_of_0_1
 
 FIELDS = {
@@ -168,11 +169,8 @@ def test_adapters_that_are_not_called_default(tiny, tmp_path):
 
 
 def refuses(tiny, model, folder, match, error=ValueError):
-    before = tiny.whole_state(model)
-    with pytest.raises(error, match=match) as raised:
+    with refused(tiny, model, match, error):
         model.base_model.load_training_state(folder)
-    assert "\n" not in str(raised.value)
-    tiny.assert_equal(tiny.whole_state(model), before)
 
 
 def test_no_state_is_an_error(tiny, good, tmp_path):

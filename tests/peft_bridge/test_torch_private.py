@@ -1,6 +1,7 @@
 """What `peft_bridge.torch_private` takes from torch without its documentation."""
 
 import copy
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from peft_bridge.torch_private import (
     GET_GRAD,
     PLAIN_TORCH_FUNCTION,
     SET_DATA,
+    TorchDispatchMode,
     at_end_of_backward,
     backward_number,
     become,
+    foreach_norm,
     graph_kept,
     has_cuda_context,
     has_tangent,
@@ -23,9 +26,14 @@ from peft_bridge.torch_private import (
     is_parameter,
     is_profiling,
     is_transformed,
+    make_wrapper_subclass,
     other_users,
     saved_tensors_hooked,
     storage_address,
+    timeout_of,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
 )
 
 SHARING = {
@@ -162,6 +170,16 @@ def test_asking_for_a_context_makes_none():
     assert not has_cuda_context(0) or torch.cuda.is_available()
 
 
+def test_the_timeout_of_a_process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1,
+                                         timeout=timedelta(seconds=17))  # fmt: skip
+    try:
+        assert timeout_of(torch.distributed.group.WORLD) == 17.0
+    finally:
+        torch.distributed.destroy_process_group()
+    assert timeout_of(object()) == 1800.0
+
+
 def test_a_profile_shows():
     assert not is_profiling()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
@@ -169,3 +187,39 @@ def test_a_profile_shows():
     with torch.autograd.profiler.profile():
         assert is_profiling()
     assert not is_profiling()
+
+
+def test_functions_over_nested_arguments():
+    given = {"a": [1, (2.5, None)], "b": 3}
+    assert tree_map(lambda leaf: [leaf], given) == {"a": [[1], ([2.5], [None])], "b": [3]}
+    assert tree_leaves(given) == [1, 2.5, None, 3]
+    assert tree_map_only(int, lambda leaf: -leaf, given) == {"a": [-1, (2.5, None)], "b": -3}
+
+
+def test_a_dispatch_mode_sees_each_operation():
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **kwargs or {})
+
+    seen = []
+    with Names():
+        torch.ones(2).add(1)
+    assert seen == ["ones", "add"]
+
+
+def test_norms_of_many_tensors_at_once():
+    norms = foreach_norm([torch.tensor([3.0, 4.0]), torch.tensor([[12.0]])])
+    assert [float(norm) for norm in norms] == [5.0, 12.0]
+
+
+def test_a_wrapper_has_no_memory():
+    class Wrapper(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise NotImplementedError
+
+    made = make_wrapper_subclass(Wrapper, (2, 3), dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert (type(made), made.shape, made.dtype, made.device.type) == (Wrapper, (2, 3), torch.bfloat16, "cpu")
+    with pytest.raises(RuntimeError, match="data pointer"):
+        made.untyped_storage().data_ptr()

@@ -1,8 +1,11 @@
 """Python processes that tests start: each imports what the test's own process can import."""
 
+import atexit
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -19,12 +22,51 @@ def environment(**variables):
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
 
 
-def run_code(code, *arguments, timeout=120):
+_server = None  # of `forking`
+
+
+def run_together(code, processes, seconds, file="<program>"):
+    """Run a program in forked processes at the same time, which have imported PEFT, transformers and our packages.
+
+    Args:
+        processes: of each its arguments, and the file that gets what it prints.
+        file: the program's name.
+
+    Raises:
+        AssertionError: one has failed, with what it said; the others were killed.
+    """
+    global _server
+    if _server is None:
+        command = [sys.executable, "-W", "ignore", "-m", "tests.support.forking"]
+        _server = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(), cwd=ROOT
+        )
+        atexit.register(_server.communicate)  # which closes its stdin, and so ends it
+    processes = [([str(argument) for argument in arguments], str(output)) for arguments, output in processes]
+    request = {"code": code, "file": str(file), "processes": processes, "seconds": seconds}
+    request |= {"environment": environment(), "folder": os.getcwd()}
+    _server.stdin.write(json.dumps(request) + "\n")
+    _server.stdin.flush()
+    codes = json.loads(_server.stdout.readline())
+    said = "\n".join(Path(output).read_text()[-8000:] for _, output in processes)
+    assert codes == [0] * len(processes), f"exit codes {codes}\n{said}"
+
+
+def run_code(code, *arguments, timeout=120, fresh=False):
     """Run a program that is given as text; what it has printed.
+
+    Args:
+        fresh: in a process that has imported nothing yet.
 
     Raises:
         AssertionError: it has failed, with what it said.
     """
+    if not fresh and hasattr(os, "fork"):
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "output"
+            run_together(code, [(arguments, output)], timeout)
+            return output.read_text()
+    code = "import gc; gc.disable()  # imports are faster\n" + code
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=timeout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
@@ -45,27 +87,9 @@ def once(request, name, make):
 
 
 def run_ranks(script, folder, world=2, seconds=240):
-    """Run `python SCRIPT RANK FOLDER` for each rank, which saves what `saved_by_ranks` reads."""
-    logs = [folder / f"rank{rank}.log" for rank in range(world)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", script, str(rank), str(folder)],
-            env=environment(),
-            stdout=logs[rank].open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(world)
-    ]
-    deadline = time.monotonic() + seconds
-    # One that fails leaves the other waiting: then neither is worth waiting for.
-    while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.1)
-    for process in processes:
-        process.kill()
-        process.wait()
-    assert [p.returncode for p in processes] == [0] * world, "\n".join(log.read_text() for log in logs)
+    """Run the script with arguments RANK FOLDER for each rank, which saves what `saved_by_ranks` reads."""
+    ranks = [((rank, folder), folder / f"rank{rank}.log") for rank in range(world)]
+    run_together(Path(script).read_text(encoding="utf-8"), ranks, seconds, file=script)
 
 
 def saved_by_ranks(folder, world=2):

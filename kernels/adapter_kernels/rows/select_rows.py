@@ -47,7 +47,7 @@ def select_rows(
         x: [T, d]. logits: W_g x, [T, E]. keys: [r, d]; as `router_topk` and `expert_topk` take them.
         P: experts of a token. K: picks of a token; at most those of P experts, P r / E, are used.
         factor: whether a score carries the logit of its expert.
-        load: int64 [E], to which the picks of each expert are added; None: not counted.
+        load: int64 [n], n a divisor of r, to which the picks of each group of r/n neurons are added; None: not counted.
 
     Raises:
         ValueError: as the three ops.

@@ -202,10 +202,11 @@ EXPORT int64_t host_row_union(const int32_t* ids, int64_t n, int64_t r, int64_t 
 }
 
 // The three in one call. `logits`: [T, E]; `factor`: whether scores carry them. `rows`: room for the smaller of E each
-// and T K; the part past the union is filled with -1. `load`: as above.
+// and T K; the part past the union is filled with -1. `load`, `load_each`: as `load`
+// and `each` above.
 EXPORT int64_t host_select_rows(const float* x, const float* logits, const void* keys, int key_type, int64_t T,
                                 int64_t d, int64_t E, int64_t each, int64_t P, int64_t K, int factor, int64_t* load,
-                                int32_t* ids, float* scores, float* dots, int32_t* rows, int32_t* position,
+                                int64_t load_each, int32_t* ids, float* scores, float* dots, int32_t* rows, int32_t* position,
                                 int threads) {
     const auto memory = [](auto one, int64_t n) { return std::unique_ptr<decltype(one)[]>(new decltype(one)[n]); };
     const auto probed = memory(int32_t{}, T * P), places = memory(int32_t{}, E * each);
@@ -214,5 +215,6 @@ EXPORT int64_t host_select_rows(const float* x, const float* logits, const void*
     for (int64_t i = 0; factor && i < T * P; ++i) factors[i] = logits[i / P * E + probed[i]];
     host_expert_topk(x, keys, key_type, probed.get(), factor ? factors.get() : nullptr, T, d, E, each, P, K, 0,
                      products.get(), ids, scores, dots, -1, threads);
-    return host_row_union(ids, T * K, E * each, each, 0, std::min(E * each, T * K), load, places.get(), rows, position);
+    return host_row_union(ids, T * K, E * each, load_each, 0, std::min(E * each, T * K), load, places.get(), rows,
+                          position);
 }

@@ -43,7 +43,7 @@ def native_library() -> ctypes.CDLL | None:
     library.host_router_topk.restype = None
     library.host_row_union.argtypes = [p, i, i, i, i, i, p, p, p, p]
     library.host_row_union.restype = i
-    library.host_select_rows.argtypes = [p, p, p, c, i, i, i, i, i, i, c, p, p, p, p, p, p, c]
+    library.host_select_rows.argtypes = [p, p, p, c, i, i, i, i, i, i, c, p, i, p, p, p, p, p, c]
     library.host_select_rows.restype = i
     return library
 
@@ -127,7 +127,12 @@ def select_rows(
     T, E = logits.shape
     if not (1 <= P <= E and K >= 1 and len(keys) and len(keys) % E == 0 and handles(x, keys, P, E)):
         return None
-    if load is not None and not (load.dtype == torch.int64 and load.shape == (E,) and load.is_contiguous()):
+    groups = 1 if load is None else load.numel()
+    if load is not None and (
+        load.dtype != torch.int64 or load.ndim != 1 or not load.is_contiguous() or not load.is_cpu
+    ):
+        return None
+    if not groups or len(keys) % groups:
         return None
     library = native_library()
     assert library is not None
@@ -136,7 +141,7 @@ def select_rows(
     position, scores, dots = torch.empty_like(ids), x.new_empty((T, K)), x.new_empty((T, K))
     count = library.host_select_rows(
         x.data_ptr(), logits.data_ptr(), keys.data_ptr(), _KEY_TYPES[keys.dtype], T, d, E, r // E, P, K, factor,
-        None if load is None else load.data_ptr(),
+        None if load is None else load.data_ptr(), r // groups,
         ids.data_ptr(), scores.data_ptr(), dots.data_ptr(), rows.data_ptr(), position.data_ptr(),
         _threads(T * P * (r // E) * d),
     )  # fmt: skip

@@ -25,7 +25,7 @@ class Strategy(ABC):
         name: as in `MEFTConfig.retrieval`, where it can be asked for.
         serves: the `MEFTConfig.placement` that it is for; None: rows in host memory and a model on the CPU.
         selects_on_host: whether the host picks, so that hidden states come to it.
-        rows_on_device: whether rows are read from tables on the device, so that none are kept or brought for backward.
+        rows_on_device: whether rows are read from tables on the device, so that none are kept or gathered for backward.
         updates_on_device: whether masters and moments are on the device, where nothing has to cross.
         in_place: whether the FFN reads the tables themselves, at once: nothing runs beside the base FFN.
 
@@ -57,11 +57,11 @@ class Strategy(ABC):
             return compute_copy
         return torch.promote_types(torch.promote_types(given, compute_copy), torch.float32)
 
-    def begin_pass(self) -> None:  # noqa: B027 - most have nothing to bring
-        """A pass of many tokens begins: what its first layer needs may be brought."""
+    def begin_pass(self) -> None:  # noqa: B027 - most have nothing to copy
+        """A pass of many tokens begins: what its first layer needs may be copied ahead."""
 
     def prefetch_next(self, layer: LayerRows, tokens: int) -> None:  # noqa: B027 - as above
-        """All that a layer needs is queued: what the next one needs may be brought."""
+        """All that a layer needs is queued: what the next one needs may be copied ahead."""
 
     @abstractmethod
     def select(self, layer: LayerRows, x: Tensor, logits: Tensor) -> PendingSelection:

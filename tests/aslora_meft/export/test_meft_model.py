@@ -36,7 +36,7 @@ def test_each_family_has_the_logits_of_its_adapter(tmp_path, family):
     # One file with the base model's names, no longer than one can read.
     (source,) = folder.glob("*.py")
     assert source.name == f"modeling_meft_{family}.py"
-    assert len(source.read_text().splitlines()) < 125
+    assert len(source.read_text().splitlines()) < 135
 
 
 @pytest.mark.parametrize(

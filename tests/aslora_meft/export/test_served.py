@@ -12,11 +12,13 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaMo
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.support.exported_models import IDS, logits, served
+from tests.support.processes import run_together
 
 SMOLLM2 = Path(__file__).resolve().parents[3] / ".cache" / "SmolLM2-135M-Instruct"
 
 ALONE = """
-import sys, warnings
+import gc, sys, warnings
+gc.disable()  # imports are faster
 warnings.simplefilter("ignore")
 for name in ("adapter_kernels", "aslora", "aslora_meft", "meft", "peft", "peft_bridge"):
     sys.modules[name] = None  # importing it is an error
@@ -167,13 +169,7 @@ def test_two_ranks_add_meft_once(exported):
     model, folder = exported
     torch.save(IDS, folder / "ids.pt")
     (folder / "store").unlink(missing_ok=True)
-    words = [sys.executable, "-W", "ignore", "-c", RANK, str(folder)]
-    ranks = [subprocess.Popen([*words, str(rank)], cwd=folder) for rank in range(2)]
-    try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    run_together(RANK, [((folder, rank), folder / f"said{rank}") for rank in range(2)], seconds=120)
     for rank in range(2):
         assert (torch.load(folder / f"logits{rank}.pt") - logits(model)).abs().max() < 1e-5
 

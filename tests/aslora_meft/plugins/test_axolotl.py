@@ -91,9 +91,8 @@ def test_only_the_configuration_is_made_for_trainers_that_add_adapters(plugin):
 
 def test_other_adapters_are_left_to_axolotl(plugin):
     assert plugin.AsloraMeftPlugin().load_adapter(nn.Linear(1, 1), Config(adapter="lora")) is None
-    names = {
-        capability.name: capability.lora_like for capability in plugin.AsloraMeftPlugin().get_adapter_capabilities()
-    }
+    found = plugin.AsloraMeftPlugin().get_adapter_capabilities()
+    names = {capability.name: capability.lora_like for capability in found}
     assert names == {"aslora": False, "meft": False}
 
 

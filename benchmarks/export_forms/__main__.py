@@ -1,6 +1,6 @@
 """How an exported MEFT model reads its keys on a CPU: the time of each form, and the one that the model takes.
 
-    python benchmarks/bench_export_forms.py --out benchmarks/results/export_forms.md
+    python -m benchmarks.export_forms --out benchmarks/results/export_forms.md
 
 Numbers of tokens by r and hidden size; all forms give equal picks (tests/aslora_meft/export/test_modeling_file.py).
 """
@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import torch
-from environment import environment
 
 from aslora_meft.export import modeling_meft_llama as modeling
+from benchmarks.common.environment import environment
 from meft.num_experts import default_num_experts
 
 SIZES = ((1024, 576), (4096, 576), (1024, 2048), (6400, 2048))  # r, d
@@ -85,10 +85,10 @@ def main(arguments: list[str] | None = None) -> int:
     text = [
         "# Forms of reading keys in an exported MEFT model, on a CPU",
         "",
-        f"`python benchmarks/bench_export_forms.py`: milliseconds, the fastest of {args.repeats}, {args.threads} thread(s),",
-        f"{PROBED} experts a token. Bold: the form that the model takes. Last column: its time over that of the fastest",
-        f"form; on average {mean:.2f}, at worst {worst:.2f}. Empty: the gathered keys would take more than 134 MB. Other",
-        "programs shared the cores.",
+        f"`python -m benchmarks.export_forms`: milliseconds, the fastest of {args.repeats}, threads:",
+        f"{args.threads}, {PROBED} experts a token. Bold: the form that the model takes. Last column: its time over",
+        f"that of the fastest form; on average {mean:.2f}, at worst {worst:.2f}. Empty: the gathered keys would take",
+        "more than 134 MB. Other programs shared the cores, so single rows are noisy.",
         "",
         f"`{environment()}`",
         "",

@@ -1,6 +1,6 @@
 """What `aslora_meft_autoload` costs at `import torch`: importing it and calling `install`, as torch does.
 
-    python benchmarks/bench_autoload.py
+    python -m benchmarks.autoload
 
 Warm: the file was read before. Cold: a fresh copy, whose pages the kernel was told to forget (posix_fadvise). With
 bytecode and, as where Python cannot keep it, without. Each number is a new process with nothing but Python in it.
@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).resolve().parent.parent / "aslora_meft_autoload.py"
+SOURCE = Path(__file__).resolve().parents[2] / "aslora_meft_autoload.py"
 CHILD = """
 import importlib, os, sys, time, typing  # torch has imported these
 sys.path.insert(0, sys.argv[1])

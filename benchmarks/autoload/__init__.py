@@ -1,0 +1,1 @@
+"""What the entry point of autoload costs at `import torch`."""

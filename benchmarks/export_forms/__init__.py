@@ -1,0 +1,1 @@
+"""Which form of reading keys is the fastest for an exported MEFT model on a CPU."""

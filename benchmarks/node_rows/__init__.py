@@ -1,0 +1,1 @@
+"""What ranks that share one copy of MEFT's rows take in memory, bytes between them and time."""

@@ -1,0 +1,169 @@
+"""The ranks of a node begin to share one copy of their tables."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from peft_bridge.torch_private import timeout_of
+
+from ..gradient.node_sum import NodeSum, SumPlaces
+from ..table.node_rows import NodePlaces, NodeRows
+from ..table.row_table import RowTable
+from ..transport import shared_memory
+from ..transport.host_tensors import row_blocks
+from ..transport.node_ranks import NodeRanks
+from ..transport.shared_memory import Layout, SharedMemory
+
+logger = logging.getLogger(__name__)
+
+
+def group_device(group: dist.ProcessGroup, device: torch.device | None = None) -> torch.device:
+    """Where a tensor has to be for the group's backend; it is on `device`, None: the CPU."""
+    if "gloo" in dist.get_backend(group):
+        return torch.device("cpu")
+    if device is not None and device.type != "cpu":
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def can_be_shared(table: RowTable) -> bool:
+    """Whether a table is one that ranks can share: its rows are in host memory and have values."""
+    return table.on_host and table.rows.is_cpu
+
+
+def _gathered(group: dist.ProcessGroup, given: Any) -> list[Any]:
+    everywhere: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everywhere, given, group=group)
+    return everywhere
+
+
+class Node:
+    """What the ranks of this node share: tables, and the sums of their gradients.
+
+    Attributes:
+        tables: in the same order on all ranks.
+        sum: makes means of their gradients.
+    """
+
+    def __init__(self, tables: Sequence[RowTable], ranks: NodeRanks, total: NodeSum) -> None:
+        self.tables, self.ranks, self.sum = list(tables), ranks, total
+
+    @classmethod
+    def join(cls, tables: Sequence[RowTable], group: dist.ProcessGroup) -> Node | None:
+        """Give the ranks of each node one copy of the tables, with the values of the group's first rank.
+
+        All ranks of the group call it.
+
+        Returns:
+            None, on all ranks, where each keeps a copy of its own: no two of them are on one machine, or the system has
+            no memory that they could share.
+
+        Raises:
+            RuntimeError: the ranks have other tables.
+        """
+        forms = [(len(t.rows), t.rows.shape[1], t.masters.dtype, t.compute_dtype) for t in tables]
+        machine = shared_memory.machine_of_process() if shared_memory.can_share() else None
+        everywhere = _gathered(group, (machine, os.getpid(), forms))
+        if any(other[2] != forms for other in everywhere):
+            raise RuntimeError(
+                "The ranks have MEFT adapters of other shapes or dtypes: give all ranks the same configuration, base "
+                "model and dtype before the first forward pass of DistributedDataParallel."
+            )
+        nodes: dict[str | None, list[int]] = {}
+        for rank, (name, _, _) in enumerate(everywhere):
+            nodes.setdefault(name, []).append(rank)
+        if not tables or None in nodes or max(map(len, nodes.values())) == 1:
+            return None
+        members, rank = nodes[machine], dist.get_rank(group)
+        layout = Layout()
+        numbers = layout.place(32 * len(members))
+        places = [NodePlaces.plan(layout, (r, d), own, read_as, len(members)) for r, d, own, read_as in forms]
+        wide = [(r, d, torch.promote_types(dtype, torch.float32)) for r, d, dtype, _ in forms]
+        sums = SumPlaces.plan(layout, wide, len(members))
+        memory = _memory(group, members[0], everywhere[members[0]][1], layout.size)
+        if memory is None:
+            return None
+        timeout = timeout_of(group)
+        ranks = NodeRanks(
+            members.index(rank), [everywhere[m][1] for m in members], memory.numbers(numbers, 4 * len(members)), timeout
+        )
+        leaders = None
+        if len(nodes) > 1 and ranks.leads:
+            leaders = dist.new_group(
+                [dist.get_global_rank(group, ranks_of_node[0]) for ranks_of_node in nodes.values()],
+                timeout=timedelta(seconds=timeout),
+                backend=dist.get_backend(group),
+                use_local_synchronization=True,
+            )
+        total = NodeSum(
+            ranks, memory, sums, world=len(everywhere), nodes=len(nodes), leaders=leaders, device=group_device(group)
+        )
+        self = cls(tables, ranks, total)
+        self._take_up([NodeRows(ranks, memory, place) for place in places], leaders)
+        return self
+
+    def _take_up(self, shared: list[NodeRows], leaders: dist.ProcessGroup | None) -> None:
+        """Only the first rank writes what all share; the others give the memory of their own back before it does."""
+        if self.ranks.leads:
+            self.ranks.barrier()
+        for table, node in zip(self.tables, shared, strict=True):
+            own = table.take_up(node)
+            if self.ranks.leads:
+                if leaders is not None:
+                    _receive(own, leaders)
+                table.write_shared(own)
+        if not self.ranks.leads:
+            self.ranks.barrier()
+        self.ranks.barrier()
+        for table in self.tables:
+            table.shared_rows_written()
+
+    def any(self, answer: bool) -> bool:
+        """Whether any rank of the group answers yes; all ranks ask."""
+        return self.sum.any_over_nodes(self.ranks.any(answer))
+
+    def average_gradients(self) -> None:
+        """Replace the gradients of the tables by their means over all ranks."""
+        trained = [(i, table.rows) for i, table in enumerate(self.tables) if table.rows.requires_grad]
+        self.sum.average(trained)
+        self.ranks.summed = True
+
+
+def _memory(group: dist.ProcessGroup, first: int, process: int, size: int) -> SharedMemory | None:
+    """Memory that a node's first rank makes and the others open; None on all ranks if one of them cannot."""
+    memory, reason = None, ""
+    leads = dist.get_rank(group) == first
+    try:
+        memory = SharedMemory.create(size) if leads else None
+    except OSError as error:
+        reason = str(error)
+    offers = _gathered(group, memory.descriptor if memory is not None else None)
+    try:
+        if not leads and offers[first] is not None:
+            memory = SharedMemory.open(process, offers[first], size)
+    except OSError as error:
+        reason = str(error)
+    reasons = _gathered(group, None if memory is not None else reason or "the first rank has made none")
+    if memory is not None:
+        memory.close()
+    failed = next((reason for reason in reasons if reason is not None), None)
+    if failed is None:
+        return memory
+    if dist.get_rank(group) == 0:
+        logger.warning("MEFT: each rank keeps a copy of the rows, since ranks cannot share memory (%s).", failed)
+    return None
+
+
+def _receive(rows: torch.Tensor, leaders: dist.ProcessGroup) -> None:
+    """The rows of the first node."""
+    for block in row_blocks(rows):
+        sent = rows[block].to(group_device(leaders), copy=True)
+        dist.broadcast(sent, dist.get_global_rank(leaders, 0), group=leaders)
+        rows[block].copy_(sent)

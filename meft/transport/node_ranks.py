@@ -1,0 +1,139 @@
+"""The ranks of one node: which of them waits for which, by counters in memory that they share."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+_RUNS, _FAILED, _LEFT = 0, 1, 2
+_EAGER = 200  # looks at a counter before a waiting rank sleeps between them
+_NAP, _LONGEST = 2e-5, 1e-3  # seconds
+
+
+class NodeRanks:
+    """The processes that share memory, in the order of their ranks.
+
+    Args:
+        rank: of this process among them.
+        processes: their ids.
+        numbers: int64 [4 n] in shared memory, zeros at first.
+        timeout: seconds after which a wait fails.
+
+    Attributes:
+        summed: whether the gradients of the last backward pass were summed over the ranks.
+    """
+
+    def __init__(self, rank: int, processes: Sequence[int], numbers: memoryview, timeout: float) -> None:
+        self.rank, self.processes, self.timeout = rank, list(processes), timeout
+        n = len(processes)
+        self._status, self._arrived, *self._answers = (numbers[i * n : (i + 1) * n] for i in range(4))
+        self._barriers = self._questions = 0
+        self._lock = threading.Lock()
+        self.summed = False
+        self._ends: dict[int, int] = {}  # rank -> a descriptor that can be read once its process has ended
+        for other, process in enumerate(processes):
+            if other != rank and hasattr(os, "pidfd_open"):
+                with suppress(OSError):  # then the timeout alone ends a wait for it
+                    self._ends[other] = os.pidfd_open(process)
+
+    def __len__(self) -> int:
+        return len(self.processes)
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_ends", {}).values():
+            os.close(descriptor)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the node's first rank."""
+        return self.rank == 0
+
+    def part(self, count: int) -> slice:
+        """This rank's share of `count` things: neighbours, as many as any other's or one more."""
+        return slice(count * self.rank // len(self), count * (self.rank + 1) // len(self))
+
+    def publish(self, numbers: memoryview, value: int) -> None:
+        """Set this rank's number, after all that this thread has written before."""
+        self._order()
+        numbers[self.rank] = value
+
+    def wait(self, numbers: memoryview, least: int, *, sharing: bool = False) -> None:
+        """Wait until the numbers of all ranks are at least `least`; then what they wrote before can be read.
+
+        Args:
+            sharing: only those that have not left will come.
+
+        Raises:
+            RuntimeError: a rank has ended, failed or left, or the timeout has passed.
+        """
+        looks, nap, began = 0, _NAP, time.monotonic()
+        while behind := [rank for rank, number in enumerate(numbers) if number < least]:
+            looks += 1
+            if looks < _EAGER:
+                time.sleep(0)
+                continue
+            self._check(behind, numbers, least, time.monotonic() - began, sharing)
+            time.sleep(nap)
+            nap = min(2 * nap, _LONGEST)
+        self._order()
+
+    def barrier(self) -> None:
+        """Wait until all ranks have come here as often as this one."""
+        self._barriers += 1
+        self.publish(self._arrived, self._barriers)
+        self.wait(self._arrived, self._barriers)
+
+    def any(self, answer: bool) -> bool:
+        """Whether any rank answers yes; all ranks ask."""
+        self._questions += 1
+        answers = self._answers[self._questions % 2]  # those of the last question may still be read
+        answers[self.rank] = int(answer)
+        self.barrier()
+        return sum(answers) > 0
+
+    def fail(self) -> None:
+        """Tell the others that they wait for nothing: this rank's update has failed."""
+        self._status[self.rank] = _FAILED
+
+    def leave(self) -> None:
+        """Tell the others that this rank goes on with rows of its own."""
+        if self._status[self.rank] == _RUNS:
+            self._status[self.rank] = _LEFT
+
+    def _order(self) -> None:
+        """Neither the processor nor the compiler moves a read or a write of shared memory across this.
+
+        Two rounds of a lock: each releases what came before, and the second acquires after the first has released.
+        """
+        for _ in range(2):
+            with self._lock:
+                pass
+
+    def _check(self, behind: list[int], numbers: memoryview, least: int, waited: float, sharing: bool) -> None:
+        for rank in behind:
+            reason = self._reason(rank, sharing)
+            if reason is None and waited > self.timeout:
+                reason = f"has not come for {waited:.0f} seconds, the timeout of the process group"
+            # It may have come and ended since.
+            if reason is not None and numbers[rank] < least:
+                raise RuntimeError(
+                    f"Rank {rank} of this node (process {self.processes[rank]}), which shares MEFT's rows with this "
+                    f"one, {reason}: see its own messages, and start all ranks again from the last checkpoint."
+                )
+
+    def _reason(self, rank: int, sharing: bool) -> str | None:
+        """Why a rank will not come; None: it may."""
+        if self._status[rank] == _FAILED:
+            return "has failed to update them"
+        if sharing and self._status[rank] == _LEFT:
+            return "has gone on with rows of its own since the forward pass (they were written, or its model was cast)"
+        if rank in self._ends:
+            poll = select.poll()
+            poll.register(self._ends[rank], select.POLLIN)
+            if poll.poll(0):
+                return "has ended"
+        return None
