@@ -94,7 +94,13 @@ def work(rank: int, world: int, r: int, folder: Path) -> None:
 
 def run(world: int, r: int) -> list[dict[str, float]]:
     """The results of the ranks."""
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(world), "OMP_WAIT_POLICY": "PASSIVE"}
+    variables = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "LOCAL_WORLD_SIZE": str(world),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "ASLORA_MEFT_SHARE_ROWS": "1",
+    }
     variables["MALLOC_MMAP_THRESHOLD_"] = "65536"
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-W", "ignore", __file__, "--world", str(world), "--r", str(r), "--folder", folder]

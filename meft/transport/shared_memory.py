@@ -21,9 +21,12 @@ from .numa import interleave
 _PROC = Path("/proc")
 
 
+VARIABLE = "ASLORA_MEFT_SHARE_ROWS"  # experimental: see "Several processes and threads" of docs/meft.md
+
+
 def can_share() -> bool:
-    """Whether this system has such memory."""
-    return hasattr(os, "memfd_create") and (_PROC / "self/fd").is_dir()
+    """Whether it is asked for, by `ASLORA_MEFT_SHARE_ROWS=1`, and this system has such memory."""
+    return os.environ.get(VARIABLE) == "1" and hasattr(os, "memfd_create") and (_PROC / "self/fd").is_dir()
 
 
 def machine_of_process() -> str:

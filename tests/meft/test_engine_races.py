@@ -90,7 +90,6 @@ def run(tiny, monkeypatch, dropped=(), checkpointing=None, clip=True, dtype=torc
 
     Where a hand-over is dropped, it ends with the first race.
     """
-    gc.collect()
     gc.freeze()  # nor is what was imported since the tests were collected looked through each time
     model = tiny.adapted(layers=3, dtype=dtype, master_dtype="float32", **fields)
     if checkpointing is not None:

@@ -58,7 +58,12 @@ def folder(request):
     def run(folder):
         command = [sys.executable, "-W", "ignore", __file__]
         processes = [
-            subprocess.Popen([*command, str(rank), str(folder)], env=environment(), stderr=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                [*command, str(rank), str(folder)],
+                env=environment(ASLORA_MEFT_SHARE_ROWS="1"),
+                stderr=subprocess.PIPE,
+                text=True,
+            )
             for rank in range(WORLD)
         ]
         try:

@@ -1,7 +1,9 @@
 """What the ranks of `tests/meft/test_ddp.py` do for `tests/meft/test_node.py`: one copy of the rows for both."""
 
 import copy
+import os
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from meft.gradient import node_sum
 from meft.gradient.row_gradient import RowGradient
 from meft.optim.node import Node
 from meft.table.row_table import RowTable
+from meft.transport.shared_memory import VARIABLE
 from tests.support.thread_streams import ThreadStreams
 from tests.support.tiny_meft import Tiny
 
@@ -365,7 +368,7 @@ def tasks(rank, folder):
             ("float32", True, 64),
         ]
     }
-    return found | {
+    found |= {
         "memory": lambda: run_memory(rank, folder),
         "written": lambda: run_written(rank),
         "delayed": lambda: run_delayed(rank),
@@ -381,3 +384,13 @@ def tasks(rank, folder):
         "overflow": lambda: run_scaled(rank, True, torch.float32),
         "unscaled": lambda: run_scaled(rank, None),
     }
+    return {name: partial(_shared, task) for name, task in found.items()}
+
+
+def _shared(task):
+    """A task's result with the rows shared."""
+    os.environ[VARIABLE] = "1"
+    try:
+        return task()
+    finally:
+        del os.environ[VARIABLE]
