@@ -92,20 +92,14 @@ class Classification(Task):
 
     def trainer_of(self, model: Any, data: TaskData, callbacks: list[TrainerCallback]) -> Trainer:
         """The Trainer of a model that has its adapter."""
-        train: Any = data.train
-        held_out: Any = data.held_out
-        with as_usage_error(ValueError, ImportError, TypeError):
-            return Trainer(
-                model=model,
-                args=self.args,
-                train_dataset=train,
-                eval_dataset=held_out,
-                data_collator=DataCollatorWithPadding(self.tokenizer),
-                processing_class=self.tokenizer,
-                compute_metrics=classification_metrics,
-                preprocess_logits_for_metrics=_logits_alone,
-                callbacks=callbacks,
-            )
+        return self.plain_trainer(
+            model,
+            data,
+            callbacks,
+            data_collator=DataCollatorWithPadding(self.tokenizer),
+            compute_metrics=classification_metrics,
+            preprocess_logits_for_metrics=_logits_alone,
+        )
 
     def details(self) -> dict[str, Any]:
         """The labels, in the order of the outputs."""

@@ -10,10 +10,17 @@ from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from aslora_meft.arguments.groups import TrainArguments
-from aslora_meft.errors import as_usage_error
+from aslora_meft.errors import UsageError, as_usage_error
 from aslora_meft.tasks.heads import load_with_head, save_config, with_head
 from aslora_meft.tasks.task import Task, TaskData
-from aslora_meft.tasks.trl_trainers import check_pairs, import_trl, load_pairs, train_in_float32, trl_config
+from aslora_meft.tasks.trl_trainers import (
+    check_pairs,
+    import_trl,
+    load_pairs,
+    measured_evenly,
+    train_in_float32,
+    trl_config,
+)
 
 
 class RewardModel(Task):
@@ -24,11 +31,18 @@ class RewardModel(Task):
     def __init__(self, arguments: TrainArguments, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(arguments, tokenizer)
         self.trl = import_trl("task='reward'")
+        if self.args.label_smoothing_factor:
+            given = self.args.label_smoothing_factor
+            raise UsageError(f"label_smoothing_factor={given} has no effect with task='reward'; drop it")
         self._new_modules: list[str] = []
 
     def load_data(self) -> TaskData:
         """Read, check and split the pairs."""
         return load_pairs(self.data, self.tokenizer, self.args.seed)
+
+    def measure(self, trainer: Trainer) -> dict[str, float]:
+        """Held-out metrics."""
+        return measured_evenly(trainer, super().measure)
 
     def load_model(self, device: torch.device) -> PreTrainedModel:
         """The base model with a head of one output."""

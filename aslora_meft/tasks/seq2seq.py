@@ -13,7 +13,6 @@ from aslora_meft.adapter import load_model
 from aslora_meft.data.files import Row
 from aslora_meft.data.formats import text_of
 from aslora_meft.data.samples import IGNORED
-from aslora_meft.errors import as_usage_error
 from aslora_meft.tasks.metrics import token_metrics, token_sums
 from aslora_meft.tasks.task import Task, TaskData, check_lengths, read_task_rows
 
@@ -60,17 +59,11 @@ class SequenceToSequence(Task):
 
     def trainer_of(self, model: Any, data: TaskData, callbacks: list[TrainerCallback]) -> Trainer:
         """The Trainer of a model that has its adapter."""
-        train: Any = data.train
-        held_out: Any = data.held_out
-        with as_usage_error(ValueError, ImportError, TypeError):
-            return Trainer(
-                model=model,
-                args=self.args,
-                train_dataset=train,
-                eval_dataset=held_out,
-                data_collator=DataCollatorForSeq2Seq(self.tokenizer, model=model, label_pad_token_id=IGNORED),
-                processing_class=self.tokenizer,
-                compute_metrics=token_metrics,
-                preprocess_logits_for_metrics=partial(token_sums, next_token=False),
-                callbacks=callbacks,
-            )
+        return self.plain_trainer(
+            model,
+            data,
+            callbacks,
+            data_collator=DataCollatorForSeq2Seq(self.tokenizer, model=model, label_pad_token_id=IGNORED),
+            compute_metrics=token_metrics,
+            preprocess_logits_for_metrics=partial(token_sums, next_token=False),
+        )

@@ -13,10 +13,14 @@ from aslora_meft.arguments.groups import parse_train
 from aslora_meft.cli import main
 from aslora_meft.tasks.table import TASKS
 from aslora_meft.train import train
+from aslora_meft.use import generate
 from tests.support import task_models
 from tests.support.task_models import CHATS, LABELLED, METHODS, PAIRS, SETTINGS, TRANSLATED, write_rows
 
 IDS = torch.arange(3, 15).view(2, 6)
+SAID = [{"prompt": f"say {i}", "completion": f"yes {i}"} for i in range(20)]
+LONG = " ".join("abcdefghijklmnop")
+ALIKE = [{"prompt": f"say {c}", "chosen": f" {LONG} yes", "rejected": f" {LONG} no"} for c in "abcdefghij"]
 
 
 @pytest.fixture(scope="session")
@@ -94,6 +98,53 @@ def test_the_reference_of_dpo_is_the_base_model_bit_by_bit(words, models, method
         assert not torch.equal(tuned, base.eval()(input_ids=batch["input_ids"]).logits)
 
 
+def test_margins_and_accuracies_of_pairs_do_not_depend_on_the_batch(run, tmp_path):
+    """trl takes the mean over batches, of which the last may be smaller."""
+    pytest.importorskip("trl")
+    more = [*PAIRS, *({**pair, "chosen": f"{pair['chosen']} {pair['chosen']}"} for pair in PAIRS[:4])]
+    found = [
+        run("reward", "llama", more, "--eval_size", 9, "--per_device_eval_batch_size", size, out=str(size)).after
+        for size in (1, 8)
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_dpo_smooths_labels_and_tells_of_cut_answers(run, capsys):
+    pytest.importorskip("trl")
+    long = [{**pair, "chosen": f"{pair['chosen']} {LONG}"} for pair in PAIRS]
+    sharp = run("dpo", "llama", long, "--max_length", 12, "--loss_type", "robust", out="sharp")
+    assert "rows have answers cut at max_length=12" in capsys.readouterr().out
+    smooth = ["--loss_type", "robust", "--label_smoothing_factor", 0.4]
+    assert run("dpo", "llama", long, "--max_length", 12, *smooth, out="smooth").after["loss"] != sharp.after["loss"]
+
+
+FORMS = [
+    ("sft", SAID, [], {"apply_chat_template": False, "separator": "\n"}),
+    ("sft", SAID, ["--apply_chat_template", "true"], {"apply_chat_template": True, "separator": ""}),
+    ("sft", [{"text": f"say {LONG}"}] * 9, [], {"apply_chat_template": False, "separator": ""}),
+    ("dpo", PAIRS, [], {"apply_chat_template": False, "separator": ""}),
+    ("dpo", CHATS, [], {"apply_chat_template": True, "separator": ""}),
+]
+
+
+@pytest.mark.parametrize(("task", "rows", "more", "form"), FORMS, ids=["answers", "template", "text", "dpo", "chats"])
+def test_generate_asks_as_the_task_has_trained(run, tmp_path, capsys, monkeypatch, task, rows, more, form):
+    if task == "dpo":
+        pytest.importorskip("trl")
+    run(task, "llama", rows, *more)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["prompt_form"] == form
+    asked = []
+    monkeypatch.setattr(generate, "_answer", lambda loaded, name, ids, options: asked.append(ids[0].tolist()) or "")
+    assert main(["generate", str(tmp_path / "out"), "--prompt", "say a"]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    turn = [{"role": "user", "content": "say a"}]
+    text = "say a" + form["separator"]
+    if form["apply_chat_template"]:
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert asked == [ids if form["apply_chat_template"] else [tokenizer.bos_token_id, *ids]]
+
+
 @pytest.mark.parametrize(("method", "model"), [("aslora", "llama"), ("meft", "bert")])
 def test_reward(run, tmp_path, method, model):
     pytest.importorskip("trl")
@@ -152,10 +203,9 @@ def test_seq2seq(run, tmp_path, method, model, capsys):
 def test_packed_samples_stay_apart(run, capsys):
     """Held-out loss of the untouched model is that of samples one by one, and fewer sequences hold all of them."""
     pytest.importorskip("trl")
-    rows = [{"prompt": f"say {i}", "completion": f"yes {i}"} for i in range(20)]
-    packed = run("sft", "llama", rows, "--packing", "true", out="packed")
+    packed = run("sft", "llama", SAID, "--packing", "true", out="packed")
     assert "20 samples" not in capsys.readouterr().out
-    alone = run("sft", "llama", rows, out="alone")
+    alone = run("sft", "llama", SAID, out="alone")
     assert packed.before == pytest.approx(alone.before, rel=1e-5)
 
 
@@ -186,6 +236,9 @@ def test_packed_samples_stay_apart(run, capsys):
         ("dpo", "llama", PAIRS, ["--beta", -1], "beta=-1.0 is out of range"),
         ("dpo", "llama", PAIRS, ["--loss_type", "nothing"], "loss_type='nothing'"),
         ("reward", "llama", PAIRS, ["--max_length", 4096], "max_length=4096 is more than the model's 64"),
+        ("dpo", "llama", ALIKE, ["--max_length", 10], "max_length=10 cuts the two answers of a training row to equal"),
+        ("sft", "llama", SAID, ["--packing", "true", "--use_cache", "true"], "packing=True needs use_cache=False"),
+        ("reward", "llama", PAIRS, ["--label_smoothing_factor", 0.1], "has no effect with task='reward'"),
     ],
 )
 def test_bad_input_ends_with_one_sentence(words, tmp_path, capsys, task, model, rows, more, sentence):
