@@ -123,7 +123,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         with torch.no_grad():
             for expert in range(config.experts):
                 mean = keys.rows[expert * each : (expert + 1) * each].mean(0)
-                router[expert].copy_(config.router_init_scale * mean)
+                router[expert].copy_(float(config.router_init_scale) * mean)
 
     def tables(self, adapter_name: str) -> tuple[RowTable, RowTable]:
         """Keys and values of an adapter."""
