@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from aslora_meft.adapter import ADAPTER_ERRORS, prepare_base
 from aslora_meft.arguments.groups import TrainArguments
-from aslora_meft.errors import as_usage_error
+from aslora_meft.errors import UsageError, as_usage_error
 from aslora_meft.tasks.task import Task, TaskData, prompt_form
 from aslora_meft.tasks.trl_trainers import (
     check_cuts,
@@ -19,6 +19,12 @@ from aslora_meft.tasks.trl_trainers import (
     measured_evenly,
     train_in_float32,
     trl_config,
+)
+
+# trl's: its config takes any name, and its loss function alone tells which there are.
+LOSSES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"),
+    *("aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
 
 
@@ -34,6 +40,11 @@ class DirectPreferenceOptimization(Task):
     def __init__(self, arguments: TrainArguments, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(arguments, tokenizer)
         self.trl = import_trl("task='dpo'")
+        loss = self.options.loss_type
+        if loss is not None and loss not in LOSSES:
+            raise UsageError(
+                f"loss_type={loss!r} is none of trl's losses; give {', '.join(LOSSES[:-1])} or {LOSSES[-1]}"
+            )
 
     def load_data(self) -> TaskData:
         """Read, check and split the pairs."""
@@ -46,9 +57,8 @@ class DirectPreferenceOptimization(Task):
         return {"prompt_form": prompt_form(self._conversational, "")}
 
     def measure(self, trainer: Trainer) -> dict[str, float]:
-        """Held-out metrics; a loss that trl does not have shows at the first of them."""
-        with as_usage_error(ValueError, prefix=f"loss_type={self.options.loss_type!r} is refused: "):
-            return measured_evenly(trainer, super().measure)
+        """Held-out metrics."""
+        return measured_evenly(trainer, super().measure)
 
     def make_trainer(
         self, base: PreTrainedModel, adapter: PeftConfig, data: TaskData, callbacks: list[TrainerCallback]

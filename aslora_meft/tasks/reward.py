@@ -53,13 +53,10 @@ class RewardModel(Task):
         self, base: PreTrainedModel, adapter: PeftConfig, data: TaskData, callbacks: list[TrainerCallback]
     ) -> Trainer:
         """trl's trainer."""
-        trainer = self.trainer_of(self.adapted(base, with_head(adapter, self._new_modules)), data, callbacks)
-        columns = ("chosen_ids", "rejected_ids")
-        check_pairs(base, self.tokenizer, self.data.max_length, trainer, data, columns)
-        return trainer
+        return self.trainer_of(self.adapted(base, with_head(adapter, self._new_modules)), data, callbacks)
 
     def trainer_of(self, model: Any, data: TaskData, callbacks: list[TrainerCallback]) -> Trainer:
-        """The trainer of a model that has its adapter."""
+        """The trainer of a model that has its adapter, for the pairs that are left of `max_length`."""
         import datasets
 
         with as_usage_error(ValueError, ImportError, TypeError):
@@ -72,6 +69,8 @@ class RewardModel(Task):
                 callbacks=callbacks,
             )
         train_in_float32(model)
+        columns = ("chosen_ids", "rejected_ids")
+        check_pairs(model.get_base_model(), self.tokenizer, self.data.max_length, trainer, data, columns)
         return trainer
 
     def save(self, folder: Path, model: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -51,14 +52,12 @@ class SequenceToSequence(Task):
         self, base: PreTrainedModel, adapter: PeftConfig, data: TaskData, callbacks: list[TrainerCallback]
     ) -> Trainer:
         """The Trainer of transformers."""
-        rows = [*data.train, *data.held_out]
-        highest = max(max(*row["input_ids"], *row["labels"]) for row in rows)
-        longest = max(max(len(row["input_ids"]), len(row["labels"])) for row in rows)
-        check_lengths(base, self.tokenizer, highest, longest)
         return self.trainer_of(self.adapted(base, adapter), data, callbacks)
 
     def trainer_of(self, model: Any, data: TaskData, callbacks: list[TrainerCallback]) -> Trainer:
-        """The Trainer of a model that has its adapter."""
+        """The Trainer of a model that has its adapter, for rows that fit the model."""
+        rows = [row[name] for row in (*data.train, *data.held_out) for name in ("input_ids", "labels")]
+        check_lengths(model.get_base_model(), self.tokenizer, max(chain.from_iterable(rows)), max(map(len, rows)))
         return self.plain_trainer(
             model,
             data,

@@ -105,14 +105,18 @@ def check_pairs(
     """Check what trl has made of the pairs against the model, and note how many it has left out.
 
     Args:
+        data: an evaluation's has its held-out rows in `train` too.
         columns: of token ids, as trl names them.
 
     Raises:
         UsageError: no rows are left, or the model lacks places or embeddings for them.
     """
     highest = 0
-    parts: list[Any] = [trainer.train_dataset, trainer.eval_dataset]
-    for name, part, rows in zip(("training", "held-out"), parts, (data.train, data.held_out), strict=True):
+    parts: list[Any] = [
+        ("training", trainer.train_dataset, data.train),
+        ("held-out", trainer.eval_dataset, data.held_out),
+    ]
+    for name, part, rows in parts[1:] if data.train is data.held_out else parts:
         if not len(part):
             raise UsageError(f"max_length={max_length} leaves none of the {len(rows)} {name} rows; give more")
         if len(part) < len(rows):

@@ -1,6 +1,7 @@
 """`train --task`: each task on tiny models with both methods, what it saves, and what it refuses."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -11,41 +12,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from aslora_meft.adapter import load_tokenizer
 from aslora_meft.arguments.groups import parse_train
 from aslora_meft.cli import main
+from aslora_meft.tasks.dpo import LOSSES
 from aslora_meft.tasks.table import TASKS
-from aslora_meft.train import train
 from aslora_meft.use import generate
-from tests.support import task_models
-from tests.support.task_models import CHATS, LABELLED, METHODS, PAIRS, SETTINGS, TRANSLATED, write_rows
+from tests.support.task_models import CHATS, LABELLED, METHODS, PAIRS, TRANSLATED, write_rows
 
 IDS = torch.arange(3, 15).view(2, 6)
 SAID = [{"prompt": f"say {i}", "completion": f"yes {i}"} for i in range(20)]
 LONG = " ".join("abcdefghijklmnop")
 ALIKE = [{"prompt": f"say {c}", "chosen": f" {LONG} yes", "rejected": f" {LONG} no"} for c in "abcdefghij"]
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory, tokenizer):
-    return task_models.save_models(tmp_path_factory.mktemp("models"), tokenizer)
-
-
-@pytest.fixture
-def words(models, tmp_path):
-    """Command line of a task: words(task, model, rows, *more)."""
-
-    def words(task, model, rows, *more, method="aslora", out="out"):
-        data = write_rows(tmp_path / "data.jsonl", rows)
-        fixed = ["--task", task, "--model", models / model, "--data", data, "--output_dir", tmp_path / out]
-        return [str(word) for word in (*fixed, *METHODS[method], *SETTINGS, *more)]
-
-    return words
-
-
-@pytest.fixture
-def run(words):
-    def run(*args, **kwargs):
-        return train(parse_train(words(*args, **kwargs)))
-
-    return run
 
 
 def check_learnt(result, folder, task):
@@ -234,7 +209,6 @@ def test_packed_samples_stay_apart(run, capsys):
         ("dpo", "llama", PAIRS, ["--packing", "true"], "packing=True has no meaning with task=dpo"),
         ("classification", "bert", LABELLED, ["--beta", 1], "beta=1.0 has no meaning with task=classification"),
         ("dpo", "llama", PAIRS, ["--beta", -1], "beta=-1.0 is out of range"),
-        ("dpo", "llama", PAIRS, ["--loss_type", "nothing"], "loss_type='nothing'"),
         ("reward", "llama", PAIRS, ["--max_length", 4096], "max_length=4096 is more than the model's 64"),
         ("dpo", "llama", ALIKE, ["--max_length", 10], "max_length=10 cuts the two answers of a training row to equal"),
         ("sft", "llama", SAID, ["--packing", "true", "--use_cache", "true"], "packing=True needs use_cache=False"),
@@ -249,6 +223,28 @@ def test_bad_input_ends_with_one_sentence(words, tmp_path, capsys, task, model, 
     assert sentence in error[-1]
     assert error[-1].startswith("aslora-meft: error: ")
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "more", "sentence"),
+    [
+        ("dpo", PAIRS, ["--loss_type", "nothing"], "loss_type='nothing' is none of trl's losses; give sigmoid, "),
+        ("dpo", PAIRS, ["--prediction_loss_only", "true"], "prediction_loss_only=True leaves out the held-out metrics"),
+        ("classification", LABELLED, ["--eval_do_concat_batches", "false"], "eval_do_concat_batches=False keeps the"),
+    ],
+)
+def test_refused_before_anything_is_made(words, tmp_path, capsys, task, rows, more, sentence):
+    if task == "dpo":
+        pytest.importorskip("trl")
+    assert main(["train", *words(task, "llama", rows, *more)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"aslora-meft: error: {sentence}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_losses_are_those_that_trl_names():
+    trl = pytest.importorskip("trl")
+    told = trl.DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
+    assert set(LOSSES) == set(re.findall(r"`'(\w+)'`", told))
 
 
 def test_an_unknown_label_in_the_held_out_file(words, tmp_path, capsys):
