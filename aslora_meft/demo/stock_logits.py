@@ -28,7 +28,7 @@ def main(model: str, adapter: str, ids: str, out: str, prompt: str) -> None:
     with torch.no_grad():
         logits = loaded(input_ids=torch.tensor([json.loads(ids)])).logits[0]
     save_file({"logits": logits.contiguous()}, out)
-    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=adapter == "-")
     inputs = tokenizer(prompt, return_tensors="pt")
     answer = loaded.generate(**inputs, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     print(" ".join(tokenizer.decode(answer[0], skip_special_tokens=True).split()))
