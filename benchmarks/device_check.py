@@ -41,7 +41,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.device import forked  # noqa: E402
+from benchmarks.common import forked  # noqa: E402
 from benchmarks.device.findings import heard, table  # noqa: E402
 
 LOG_BYTES = 8 << 20
