@@ -41,6 +41,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.common import forked  # noqa: E402
 from benchmarks.device.findings import heard, table  # noqa: E402
 
 LOG_BYTES = 8 << 20
@@ -151,7 +152,7 @@ def model_profile(rehearse: bool) -> dict[str, str]:
     return found
 
 
-def end(process: subprocess.Popen) -> None:
+def end(process: subprocess.Popen | forked.Forked) -> None:
     """End a part and what it has started."""
     for how in (signal.SIGTERM, signal.SIGKILL):
         try:
@@ -170,14 +171,19 @@ def run(part: Part, options: list[str], limit: float, results: Results, environm
         its row: the exit code, or that it was late, and its seconds.
     """
     began = time.perf_counter()
-    command = [sys.executable, "-W", "ignore", "-m", *part.command, *options, "--seconds", f"{limit - RESERVE_S:.0f}"]
+    words = [*part.command, *options, "--seconds", f"{limit - RESERVE_S:.0f}"]
     late = threading.Event()
     with tempfile.TemporaryDirectory() as folder, (results.out / "log.txt").open("a") as log:
+        command = [sys.executable, "-W", "ignore", "-m", *words, "--out", folder]
         log.write(f"\n##### {part.name}: {' '.join(command)}\n")
-        process = subprocess.Popen(
-            [*command, "--out", folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            cwd=ROOT, env=environment, start_new_session=True,
-        )  # fmt: skip
+        log.flush()
+        if results.rehearsal and part.name in forked.FORKED:
+            process: subprocess.Popen | forked.Forked = forked.Forked([*words, "--out", folder], str(ROOT), environment)
+        else:
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=ROOT,
+                env=environment, start_new_session=True,
+            )  # fmt: skip
         timer = threading.Timer(limit, lambda: (late.set(), end(process)))
         timer.start()
         assert process.stdout is not None

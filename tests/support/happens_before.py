@@ -190,6 +190,26 @@ class Watch:
                     self.touch(state, self.thread(), True, caller()[1])
 
 
+@functools.cache
+def schema_of(func):
+    """Whether it makes a view; of each argument its name, whether it has no place, and whether it is written; whether
+    it allocates."""
+    schema = func._schema
+    view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+    written = lambda argument: argument.alias_info is not None and argument.alias_info.is_write  # noqa: E731
+    arguments = [(argument.name, argument.kwarg_only, written(argument)) for argument in schema.arguments]
+    return view, arguments, schema.name.startswith(ALLOCATIONS)
+
+
+def tensors_of(value):
+    """Those in an argument or a result."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if value is None or isinstance(value, (bool, int, float, torch.dtype, torch.device)):
+        return []
+    return [t for t in tree_leaves(value) if isinstance(t, torch.Tensor)]
+
+
 class Operations(TorchDispatchMode):
     """Tells the watch what each operation of the thread touches."""
 
@@ -203,21 +223,19 @@ class Operations(TorchDispatchMode):
             with self:
                 return RowGradient.__torch_dispatch__(func, types, args, kwargs)
         result = func(*args, **kwargs)
-        schema = func._schema
-        view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+        view, arguments, allocates = schema_of(func)
         if view:
             return result
         reads, writes = [], []
-        for i, argument in enumerate(schema.arguments):
-            value = kwargs.get(argument.name) if i >= len(args) or argument.kwarg_only else args[i]
-            found = [t for t in tree_leaves(value) if isinstance(t, torch.Tensor)]
-            (writes if argument.alias_info is not None and argument.alias_info.is_write else reads).extend(found)
-        made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        for i, (name, by_name, written) in enumerate(arguments):
+            value = kwargs.get(name) if by_name or i >= len(args) else args[i]
+            (writes if written else reads).extend(tensors_of(value))
+        made = tensors_of(result)
         queued = bool(kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:] == (True,)))
         file, where = caller()
         if queued and func is aten._to_copy.default and torch.device(kwargs.get("device") or "meta").type == "cpu":
             host = True
-        elif func._schema.name.startswith(ALLOCATIONS):
+        elif allocates:
             reads, host = [], file in HOST_FILES
         else:
             host = bool(reads or writes) and all(map(self.watch.is_host, [*reads, *writes]))

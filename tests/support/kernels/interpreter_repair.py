@@ -11,6 +11,9 @@ by numpy's. tl.topk, a network of them, takes 0.1 s even so: a sort by numpy tak
 
 from __future__ import annotations
 
+import functools
+import inspect
+
 import numpy as np
 import triton
 import triton.language as tl
@@ -39,6 +42,24 @@ def repair_loops() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch
+
+
+def look_up_once() -> None:
+    """What is looked up anew in each call, of a kernel's own functions too: a sixth of the time."""
+    found, original = {}, interpreter._get_np_dtype
+    scalar_dtype = functools.cache(original)
+
+    def patch_builtin(package, builder, scope):
+        if package not in found:  # as imported: what is patched is no built-in
+            found[package] = [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+        for name in found[package]:
+            if tl.core.is_builtin(member := getattr(package, name)):
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    def np_dtype(dtype):
+        return original(dtype) if isinstance(dtype.scalar, tl.pointer_type) else scalar_dtype(dtype.scalar)
+
+    interpreter._patch_builtin, interpreter._get_np_dtype = patch_builtin, np_dtype
 
 
 def is_bf16(handle) -> bool:
@@ -96,6 +117,7 @@ def repair() -> None:
     interpreter.ReduceOps.apply_impl = apply_impl
     tl.topk = topk
     repair_loops()
+    look_up_once()
     builder.repaired = True
 
 
