@@ -135,7 +135,8 @@ class WatchedRows(torch.Tensor):
             source.watch.check_process()
             if func in (GET_DATA, SET_DATA) or getattr(func, "__name__", "") not in _ASK_NO_VALUES:
                 source.watch.wait()
-        _leave_before_write(func, args, kwargs)
+        for target in _watched(written_arguments(func, args, kwargs or {}), None):
+            _own(target)  # before anything is written that other processes read
         if func == SET_DATA:
             return assign(args[0], args[1])
         with without_torch_function():
@@ -189,12 +190,6 @@ def _watched(args: Any, kwargs: Any) -> list[WatchedRows]:
         elif isinstance(value, list | tuple):
             watched.extend(element for element in value if isinstance(element, WatchedRows))
     return watched
-
-
-def _leave_before_write(func: Any, args: Any, kwargs: Any) -> None:
-    """Rows that other processes read too get memory of their own before anything is written into them."""
-    for target in _watched(written_arguments(func, args, kwargs or {}), None):
-        _own(target)
 
 
 def _own(target: WatchedRows) -> bool:
