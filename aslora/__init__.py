@@ -19,12 +19,12 @@ from .files.card import CARD
 from .files.export import export_to_lora
 from .hotswap import hotswap
 from .model import ASLoRAModel
-from .native import take_back
+from .native import own_and_others, take_back
 
 METHOD = register_method(name="aslora", config_cls=ASLoRAConfig, model_cls=ASLoRAModel, prefix="aslora_")
 write_weights_at_once("aslora_")
 describe_in_cards("ASLORA", CARD)
-check_native_loads("aslora_", ASLoRAModel.own_and_others, take_back)
+check_native_loads("aslora_", own_and_others, take_back)
 refuse_lora_optimizer(
     "LoRA-FA",
     "aslora_",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .config import ASLoRAConfig
 from .layer import ASLoRALayer
-from .model import ASLoRAModel
+from .native import own_and_others
 
 
 def hotswap(model: nn.Module, config: ASLoRAConfig, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -31,7 +31,7 @@ def hotswap(model: nn.Module, config: ASLoRAConfig, adapter_name: str, tensors: 
         raise ValueError(f"adapter_name='{adapter_name}' is no ASLoRA adapter of this PeftModel: load it first.")
     if any(adapter_name in layer.merged_adapters for layer in layers):
         raise ValueError(f"adapter_name='{adapter_name}' is merged into the base: call unmerge_adapter() before.")
-    own, others = ASLoRAModel.own_and_others(model, config, adapter_name, tensors)
+    own, others = own_and_others(model, config, adapter_name, tensors)
     if others:
         raise ValueError(
             f"{min(others)} of the new adapter is no tensor of ASLoRA's (modules_to_save, bias): load it by "

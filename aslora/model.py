@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from peft_bridge.peft_private import lora_refuses, set_layer_requires_grad
 from . import native
 from .config import ASLoRAConfig
 from .files import keys
-from .files.adapter_file import from_file, to_file
+from .files.adapter_file import to_file
 from .injection import build, check_parameters, default_targets, merge_units, new_layer, resolve_targets
 from .layer import ASLoRALayer, Linear
 from .layer_groups import group_of_key
@@ -289,20 +289,5 @@ class ASLoRAModel(MethodTuner):
         cls, model: nn.Module, config: ASLoRAConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Check a file's tensors, expand them, and put the adapter's name into their keys."""
-        own, others = cls.own_and_others(model, config, adapter_name, state_dict)
+        own, others = native.own_and_others(model, config, adapter_name, state_dict)
         return {**super()._remap_adapter_state_dict_for_load(model, config, adapter_name, others), **own}
-
-    @staticmethod
-    def own_and_others(
-        model: nn.Module, config: ASLoRAConfig, adapter_name: str, tensors: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The tensors of a file: ASLoRA's own, checked and expanded, under the model's keys; and the others as given.
-
-        Raises:
-            ValueError: the file is damaged, or does not belong to this configuration or this model.
-        """
-        others = {key: value for key, value in tensors.items() if not keys.owns(keys.file_key(key))}
-        if native.shared_in(model) is None:
-            return from_file(tensors, model.state_dict(), adapter_name, config), others
-        own = from_file(tensors, native.as_wrapped(model.state_dict()), adapter_name, config)
-        return native.as_in_model(own), others

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from peft_bridge import RunListener
 
+from .config import ASLoRAConfig
+from .files import keys
+from .files.adapter_file import from_file
 from .sharing.merge_run import SharingRun
 from .sharing.shared_tensors import SharedB
 
@@ -103,3 +106,18 @@ def as_in_model(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _moved(key: str, old: str, new: str) -> str:
     return new + key.removeprefix(old) if key.startswith(old) else key
+
+
+def own_and_others(
+    model: nn.Module, config: ASLoRAConfig, adapter_name: str, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of a file: ASLoRA's own, checked and expanded, under the model's keys; and the others as given.
+
+    Raises:
+        ValueError: the file is damaged, or does not belong to this configuration or this model.
+    """
+    others = {key: value for key, value in tensors.items() if not keys.owns(keys.file_key(key))}
+    if shared_in(model) is None:
+        return from_file(tensors, model.state_dict(), adapter_name, config), others
+    own = from_file(tensors, as_wrapped(model.state_dict()), adapter_name, config)
+    return as_in_model(own), others

@@ -1,6 +1,8 @@
 """The command ``aslora-meft``."""
 
 import argparse
+import errno
+import os
 import sys
 import warnings
 
@@ -12,15 +14,26 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0; 2 after bad input, and 130 after Ctrl-C, each with one sentence on stderr.
+        The exit code: 0; 2 after bad input, and 130 after Ctrl-C, each with one sentence on stderr; 141 where nobody
+        reads the output any more (`| head`).
     """
     try:
         with warnings.catch_warnings():
             # Those of the libraries below are for whoever writes code, not for whoever runs a command.
             warnings.simplefilter("ignore", FutureWarning)
             _run(sys.argv[1:] if argv is None else argv)
+            sys.stdout.flush()
     except UsageError as error:
         print(f"aslora-meft: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        # Of the standard output. What is still to be written goes nowhere, or the interpreter would fail as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:
+            return 141
+        print("aslora-meft: error: the standard output cannot be written: its disk is full", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"aslora-meft: {str(interrupt) or 'interrupted; nothing was saved'}", file=sys.stderr)

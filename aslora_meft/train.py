@@ -17,18 +17,19 @@ from transformers import (
 
 from aslora_meft.adapter import check_targets, load_tokenizer
 from aslora_meft.arguments.checks import check_optimizer, check_output
-from aslora_meft.arguments.groups import TrainArguments, TrainerArguments
+from aslora_meft.arguments.groups import TrainArguments
 from aslora_meft.arguments.text import parse_json
 from aslora_meft.errors import UsageError, as_usage_error
 from aslora_meft.tasks.table import TASKS
 from aslora_meft.training.checkpoints import checkpoint_to_resume, set_aside
-from aslora_meft.training.failed_writes import nothing_half_written
+from aslora_meft.training.failed_writes import RunFolder
 from aslora_meft.training.finish import next_commands, write_results
 from aslora_meft.training.hub import prepare_push, push
 from aslora_meft.training.interrupt import Interrupted, StopAtStep
 from aslora_meft.training.progress import show_progress
 from aslora_meft.training.run_record import RunRecord
 from aslora_meft.training.summary import merge_lines, merges, metrics_table, run_header, shares
+from aslora_meft.training.task_state import TaskState, check_task
 
 
 class TrainResult(NamedTuple):
@@ -71,10 +72,13 @@ def train(arguments: TrainArguments) -> TrainResult:
     """
     args = arguments.trainer
     check_optimizer(args)
-    checkpoint, passed = _check_folders(args, arguments.adapter)
+    checkpoint, passed = _check_folders(arguments)
     tokenizer = load_tokenizer(arguments.model)
     task = TASKS[arguments.task.task](arguments, tokenizer)
     data = task.load_data()
+    labels = task.details().get("labels")
+    if checkpoint is not None:
+        check_task(checkpoint, arguments.task.task, labels)
     base = task.load_model(args.device)
 
     check_targets(base, arguments.adapter)
@@ -82,7 +86,7 @@ def train(arguments: TrainArguments) -> TrainResult:
     set_seed(args.seed)  # the adapter's first values
     stop = StopAtStep()
     with as_usage_error(OSError, prefix=f"output_dir={args.output_dir!r} cannot be made: "):
-        trainer = task.make_trainer(base, arguments.adapter, data, [stop])
+        trainer = task.make_trainer(base, arguments.adapter, data, [stop, TaskState(arguments.task.task, labels)])
         with as_usage_error(ValueError, ImportError, TypeError):  # what TrainingArguments leaves to the Trainer
             RunRecord().attach(trainer)
             show_progress(trainer)
@@ -97,8 +101,9 @@ def train(arguments: TrainArguments) -> TrainResult:
         for torn, why in passed.items():
             aside = set_aside(torn)
             warnings.warn(f"'{torn}' is not whole ({why}): it is now '{aside}', the run goes on from '{checkpoint}'.")
+    folder = RunFolder(args.output_dir)
     try:
-        with nothing_half_written(args.output_dir):
+        with folder.nothing_half_written():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     finally:
         stop.give_back()
@@ -111,11 +116,8 @@ def train(arguments: TrainArguments) -> TrainResult:
     tuner: Any = model.base_model
     if shares(model):
         tuner.finish_sharing()
-    with nothing_half_written(args.output_dir):
-        trainer.save_model()
+    results: dict[str, Any] = {"task": arguments.task.task, **task.details(), "before": before, "after": after}
     if trainer.is_world_process_zero():
-        task.save(Path(args.output_dir), model)
-        results: dict[str, Any] = {"task": arguments.task.task, **task.details(), "before": before, "after": after}
         print("\n" + metrics_table(before, after, task.titles))
         if shares(model):
             report = tuner.sharing_report()
@@ -125,8 +127,13 @@ def train(arguments: TrainArguments) -> TrainResult:
             transfers = tuner.transfer_report()
             results["transfers"] = transfers.to_dict()
             print(f"\n{transfers}")
-        with nothing_half_written(args.output_dir):
+    with folder.nothing_half_written():
+        trainer.save_model()
+        if trainer.is_world_process_zero():
+            task.save(Path(args.output_dir), model)
+            folder.adapter_saved = True
             write_results(arguments, results)
+    if trainer.is_world_process_zero():
         print(f"\nAdapter and tokenizer: {Path(args.output_dir).resolve()}")
         if repository is not None:
             print(f"Pushed to: {push(args.output_dir, repository, args.hub_token)}")
@@ -134,8 +141,10 @@ def train(arguments: TrainArguments) -> TrainResult:
     return TrainResult(model, tokenizer, before, after)
 
 
-def _check_folders(args: TrainerArguments, config: Any) -> tuple[Path | None, dict[Path, str]]:
+def _check_folders(arguments: TrainArguments) -> tuple[Path | None, dict[Path, str]]:
     """Returns the checkpoint to resume from, and newer ones that are not whole, with the reasons."""
+    args = arguments.trainer
+    config: Any = arguments.adapter
     output = check_output("output_dir", args.output_dir)
     if args.resume_from_checkpoint is None:
         if output.is_dir() and any(output.iterdir()):
@@ -145,6 +154,7 @@ def _check_folders(args: TrainerArguments, config: Any) -> tuple[Path | None, di
             )
         return None, {}
     checkpoint, passed = checkpoint_to_resume(args.resume_from_checkpoint, output)
+    check_task(checkpoint, arguments.task.task)
     saved = parse_json((checkpoint / "adapter_config.json").read_text(encoding="utf-8"), str(checkpoint))
     wanted: dict[str, Any] = {"method": config.peft_type.lower()}
     there: dict[str, Any] = {"method": str(saved.get("peft_type")).lower()}

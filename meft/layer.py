@@ -123,7 +123,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         with torch.no_grad():
             for expert in range(config.experts):
                 mean = keys.rows[expert * each : (expert + 1) * each].mean(0)
-                router[expert].copy_(config.router_init_scale * mean)
+                router[expert].copy_(float(config.router_init_scale) * mean)
 
     def tables(self, adapter_name: str) -> tuple[RowTable, RowTable]:
         """Keys and values of an adapter."""
@@ -215,7 +215,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
                 check_versions(saved.versions, layer.versions)
         if saved is None:
             self._look_at_rows(adapter_name, x.device)
-        real = saved.real if saved is not None else _real_tokens(now, shape, x.device, self.call.up is not None)
+        real = saved.real if saved is not None else context.real_tokens(now, shape, x.device, self.call.up is not None)
         kept = x if real is None else x.index_select(0, real)
         wide = kept.to(torch.promote_types(x.dtype, torch.float32))
         logits = F.linear(wide, self.router(adapter_name).to(wide))  # under offloading the router may be elsewhere
@@ -295,23 +295,3 @@ def _as_given(x: Tensor) -> AbstractContextManager[object]:
     """Without autocast: scores decide, and are computed in full precision."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
-def _real_tokens(
-    now: context.ForwardContext | None, shape: torch.Size, device: torch.device, flat: bool = False
-) -> Tensor | None:
-    """Places of the tokens that are no padding, int64, among the tokens of an input [batch, length, d]; None: all.
-
-    An input of another size than the mask is not of the model's tokens (a vision tower's patches).
-
-    Args:
-        flat: whether the input may be [batch * length, d], as a layer gives it that calls its linear layers itself.
-    """
-    if now is None or now.mask is None:
-        return None
-    if shape[:-1] != now.mask.shape and not (flat and shape[:-1] == (now.mask.numel(),)):
-        return None
-    if device not in now.real:  # the host waits for the device: once a pass, not once a layer
-        real = now.mask.reshape(-1)
-        now.real[device] = None if bool(real.all()) else real.nonzero().flatten().to(device)
-    return now.real[device]

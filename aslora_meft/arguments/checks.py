@@ -64,6 +64,18 @@ def check_numbers(args: TrainingArguments) -> None:
         raise UsageError("max_steps=0 trains nothing; give at least 1, or -1 for num_train_epochs")
 
 
+def check_evaluation(args: TrainingArguments) -> None:
+    """Check that the Trainer's evaluation gives the held-out metrics that a run is measured by.
+
+    Raises:
+        UsageError: a field that leaves them out, or takes their rows apart.
+    """
+    if args.prediction_loss_only:
+        raise UsageError("prediction_loss_only=True leaves out the held-out metrics, which train needs; drop it")
+    if not args.eval_do_concat_batches:
+        raise UsageError("eval_do_concat_batches=False keeps the held-out rows from one mean; drop it")
+
+
 def check_range(name: str, value: float, least: float, most: float) -> None:
     """Raises: UsageError: a number that is not from `least` to `most`."""
     if math.isnan(value):

@@ -11,7 +11,7 @@ import yaml
 from peft import PeftConfig
 from transformers import TrainingArguments
 
-from aslora_meft.arguments.checks import check_numbers
+from aslora_meft.arguments.checks import check_evaluation, check_numbers
 from aslora_meft.arguments.config_arguments import METHODS, add_config_arguments, make_config
 from aslora_meft.arguments.parser import CommandParser
 from aslora_meft.arguments.task_arguments import LEARNING_RATES, TASK_TYPES, TaskArguments, check_task
@@ -162,6 +162,7 @@ def parse_train(argv: list[str]) -> TrainArguments:
             for group in _GROUPS
         )
     check_numbers(trainer)
+    check_evaluation(trainer)
     check_task(task, data)
     if model.load_in_4bit and model.load_in_8bit:
         raise UsageError("load_in_8bit=True excludes load_in_4bit=True; give one of them")

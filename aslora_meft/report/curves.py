@@ -47,7 +47,8 @@ def _losses(runs: Sequence[Run]) -> Drawing | None:
             axes.plot(steps, values, label=f"held out{whose}", **line)
             told.append(f"held-out loss{whose} from {values[0]:.3g} to {values[-1]:.3g}")
     steps_axis(axes)
-    axes.set_ylabel("loss (nats per token)")
+    by_token = all(run.results.get("task", "sft") in ("sft", "seq2seq") for run in runs)
+    axes.set_ylabel("loss (nats per token)" if by_token else "loss")
     axes.legend()
     caption = "A training loss is the mean since the log before it; a held-out loss is of the step at which it stands."
     return Drawing("loss", "Loss", figure, f"Line chart: {'; '.join(told)}.", caption)

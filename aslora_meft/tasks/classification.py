@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -83,29 +84,21 @@ class Classification(Task):
         self, base: PreTrainedModel, adapter: PeftConfig, data: TaskData, callbacks: list[TrainerCallback]
     ) -> Trainer:
         """The Trainer of transformers."""
-        rows = [*data.train, *data.held_out]
-        check_lengths(
-            base, self.tokenizer, max(max(row["input_ids"]) for row in rows), max(len(row["input_ids"]) for row in rows)
-        )
         base.config.problem_type = "single_label_classification"
         return self.trainer_of(self.adapted(base, with_head(adapter, self._new_modules)), data, callbacks)
 
     def trainer_of(self, model: Any, data: TaskData, callbacks: list[TrainerCallback]) -> Trainer:
-        """The Trainer of a model that has its adapter."""
-        train: Any = data.train
-        held_out: Any = data.held_out
-        with as_usage_error(ValueError, ImportError, TypeError):
-            return Trainer(
-                model=model,
-                args=self.args,
-                train_dataset=train,
-                eval_dataset=held_out,
-                data_collator=DataCollatorWithPadding(self.tokenizer),
-                processing_class=self.tokenizer,
-                compute_metrics=classification_metrics,
-                preprocess_logits_for_metrics=_logits_alone,
-                callbacks=callbacks,
-            )
+        """The Trainer of a model that has its adapter, for rows that fit the model."""
+        rows = [row["input_ids"] for row in (*data.train, *data.held_out)]
+        check_lengths(model.get_base_model(), self.tokenizer, max(chain.from_iterable(rows)), max(map(len, rows)))
+        return self.plain_trainer(
+            model,
+            data,
+            callbacks,
+            data_collator=DataCollatorWithPadding(self.tokenizer),
+            compute_metrics=classification_metrics,
+            preprocess_logits_for_metrics=_logits_alone,
+        )
 
     def details(self) -> dict[str, Any]:
         """The labels, in the order of the outputs."""

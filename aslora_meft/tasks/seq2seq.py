@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,6 @@ from aslora_meft.adapter import load_model
 from aslora_meft.data.files import Row
 from aslora_meft.data.formats import text_of
 from aslora_meft.data.samples import IGNORED
-from aslora_meft.errors import as_usage_error
 from aslora_meft.tasks.metrics import token_metrics, token_sums
 from aslora_meft.tasks.task import Task, TaskData, check_lengths, read_task_rows
 
@@ -52,25 +52,17 @@ class SequenceToSequence(Task):
         self, base: PreTrainedModel, adapter: PeftConfig, data: TaskData, callbacks: list[TrainerCallback]
     ) -> Trainer:
         """The Trainer of transformers."""
-        rows = [*data.train, *data.held_out]
-        highest = max(max(*row["input_ids"], *row["labels"]) for row in rows)
-        longest = max(max(len(row["input_ids"]), len(row["labels"])) for row in rows)
-        check_lengths(base, self.tokenizer, highest, longest)
         return self.trainer_of(self.adapted(base, adapter), data, callbacks)
 
     def trainer_of(self, model: Any, data: TaskData, callbacks: list[TrainerCallback]) -> Trainer:
-        """The Trainer of a model that has its adapter."""
-        train: Any = data.train
-        held_out: Any = data.held_out
-        with as_usage_error(ValueError, ImportError, TypeError):
-            return Trainer(
-                model=model,
-                args=self.args,
-                train_dataset=train,
-                eval_dataset=held_out,
-                data_collator=DataCollatorForSeq2Seq(self.tokenizer, model=model, label_pad_token_id=IGNORED),
-                processing_class=self.tokenizer,
-                compute_metrics=token_metrics,
-                preprocess_logits_for_metrics=partial(token_sums, next_token=False),
-                callbacks=callbacks,
-            )
+        """The Trainer of a model that has its adapter, for rows that fit the model."""
+        rows = [row[name] for row in (*data.train, *data.held_out) for name in ("input_ids", "labels")]
+        check_lengths(model.get_base_model(), self.tokenizer, max(chain.from_iterable(rows)), max(map(len, rows)))
+        return self.plain_trainer(
+            model,
+            data,
+            callbacks,
+            data_collator=DataCollatorForSeq2Seq(self.tokenizer, model=model, label_pad_token_id=IGNORED),
+            compute_metrics=token_metrics,
+            preprocess_logits_for_metrics=partial(token_sums, next_token=False),
+        )

@@ -10,9 +10,9 @@ from peft import PeftConfig
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, Trainer, TrainerCallback
 
 from aslora_meft.data.samples import IGNORED, Sample, load_samples
-from aslora_meft.errors import UsageError, as_usage_error
+from aslora_meft.errors import UsageError
 from aslora_meft.tasks.metrics import token_metrics, token_sums
-from aslora_meft.tasks.task import Task, TaskData, check_lengths
+from aslora_meft.tasks.task import Task, TaskData, check_lengths, prompt_form
 from aslora_meft.tasks.trl_trainers import import_trl
 
 
@@ -25,8 +25,12 @@ class SupervisedFineTuning(Task):
         """Read, tokenise and split the data."""
         if self.options.packing:
             import_trl("packing=True")
+            if self.args.use_cache:
+                raise UsageError("packing=True needs use_cache=False, as a cache joins packed samples; drop one")
         samples = load_samples(self.data, self.tokenizer, self.args.seed)
         lines = [(name, _counted(part)) for name, part in (("train", samples.train), ("held out", samples.held_out))]
+        kind = samples.sources[0].format.kind
+        self._prompt_form = prompt_form(kind == "messages", self.data.separator if kind == "prompt" else "")
         for source in samples.sources:
             lines.append(("columns", f"{source.where}: {source.format}"))
             lines += [("note", note) for note in source.notes]
@@ -45,19 +49,19 @@ class SupervisedFineTuning(Task):
             train, collate = _packed(data.train, self.data.max_length, self.tokenizer.pad_token_id)
             data.lines.append(("packing", f"{len(data.train):,} samples in {len(train):,} sequences"))
             self.args.remove_unused_columns = False  # the lengths of what is packed
-        model = self.adapted(base, adapter)
-        with as_usage_error(ValueError, ImportError, TypeError):
-            return Trainer(
-                model=model,
-                args=self.args,
-                train_dataset=train,
-                eval_dataset=data.held_out,  # type: ignore[arg-type]  # a list will do
-                data_collator=collate,
-                processing_class=self.tokenizer,
-                compute_metrics=token_metrics,
-                preprocess_logits_for_metrics=token_sums,
-                callbacks=callbacks,
-            )
+        return self.plain_trainer(
+            self.adapted(base, adapter),
+            data,
+            callbacks,
+            train_dataset=train,
+            data_collator=collate,
+            compute_metrics=token_metrics,
+            preprocess_logits_for_metrics=token_sums,
+        )
+
+    def details(self) -> dict[str, Any]:
+        """The form that a prompt had in training: that of the first source."""
+        return {"prompt_form": self._prompt_form}
 
 
 def _counted(samples: Sequence[Sample]) -> str:

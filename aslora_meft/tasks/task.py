@@ -16,7 +16,7 @@ from aslora_meft.arguments.groups import DataArguments, TrainArguments
 from aslora_meft.data.files import Row, read_rows
 from aslora_meft.data.formats import listed
 from aslora_meft.data.samples import check_sizes, split
-from aslora_meft.errors import UsageError
+from aslora_meft.errors import UsageError, as_usage_error
 
 
 class TaskData(NamedTuple):
@@ -69,6 +69,21 @@ class Task(ABC):
         """The base model with a new adapter."""
         return add_adapter(base, adapter, gradient_checkpointing=bool(self.args.gradient_checkpointing))
 
+    def plain_trainer(self, model: Any, data: TaskData, callbacks: list[TrainerCallback], **own: Any) -> Trainer:
+        """The Trainer of transformers.
+
+        Args:
+            own: collator, metrics, and what stands in the place of other arguments.
+
+        Raises:
+            UsageError: settings that it refuses.
+        """
+        given: dict[str, Any] = {"train_dataset": data.train, "eval_dataset": data.held_out}
+        with as_usage_error(ValueError, ImportError, TypeError):
+            return Trainer(
+                model=model, args=self.args, processing_class=self.tokenizer, callbacks=callbacks, **(given | own)
+            )
+
     def measure(self, trainer: Trainer) -> dict[str, float]:
         """Held-out metrics."""
         metrics = trainer.evaluate()
@@ -81,6 +96,11 @@ class Task(ABC):
     def save(self, folder: Path, model: Any) -> None:
         """Write what a task keeps beside the adapter: nothing, where it has no head of its own."""
         return
+
+
+def prompt_form(apply_chat_template: bool, separator: str) -> dict[str, Any]:
+    """How a prompt was written in training, for who asks the model; the separator counts without a template."""
+    return {"apply_chat_template": apply_chat_template, "separator": separator}
 
 
 def read_task_rows(data: DataArguments, seed: int, columns: tuple[str, ...]) -> TaskData:

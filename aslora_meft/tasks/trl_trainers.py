@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -104,14 +105,18 @@ def check_pairs(
     """Check what trl has made of the pairs against the model, and note how many it has left out.
 
     Args:
+        data: an evaluation's has its held-out rows in `train` too.
         columns: of token ids, as trl names them.
 
     Raises:
         UsageError: no rows are left, or the model lacks places or embeddings for them.
     """
     highest = 0
-    parts: list[Any] = [trainer.train_dataset, trainer.eval_dataset]
-    for name, part, rows in zip(("training", "held-out"), parts, (data.train, data.held_out), strict=True):
+    parts: list[Any] = [
+        ("training", trainer.train_dataset, data.train),
+        ("held-out", trainer.eval_dataset, data.held_out),
+    ]
+    for name, part, rows in parts[1:] if data.train is data.held_out else parts:
         if not len(part):
             raise UsageError(f"max_length={max_length} leaves none of the {len(rows)} {name} rows; give more")
         if len(part) < len(rows):
@@ -119,3 +124,40 @@ def check_pairs(
             data.lines.append(("note", f"{note} and were left out"))
         highest = max(highest, *(max(row[column], default=0) for row in part for column in columns))
     check_lengths(model, tokenizer, highest, max_length)
+
+
+def check_cuts(trainer: Trainer, data: TaskData, max_length: int) -> None:
+    """Note how many pairs have answers that DPO's collator cuts.
+
+    Raises:
+        UsageError: what is left of two answers is equal, so that nothing is preferred.
+    """
+    parts: list[Any] = [trainer.train_dataset, trainer.eval_dataset]
+    for name, part in zip(("training", "held-out"), parts, strict=True):
+        cut = 0
+        for row in part:
+            room = max_length - len(row["prompt_ids"])
+            if max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= room:
+                continue
+            cut += 1
+            if row["chosen_ids"][:room] == row["rejected_ids"][:room]:
+                longest = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+                raise UsageError(
+                    f"max_length={max_length} cuts the two answers of a {name} row to equal ones; give {longest}, or "
+                    "delete the row"
+                )
+        if cut:
+            data.lines.append(("note", f"{cut} of {len(part)} {name} rows have answers cut at max_length={max_length}"))
+
+
+def measured_evenly(trainer: Trainer, measure: Callable[[Trainer], dict[str, float]]) -> dict[str, float]:
+    """Measure in batches of one size: trl's accuracies and margins are means over batches, whatever is in the last."""
+    args, asked = trainer.args, trainer.args.per_device_eval_batch_size
+    rows: Any = trainer.eval_dataset
+    at_once = max(1, args.n_gpu) * args.world_size
+    fitting = [size for size in range(1, asked + 1) if len(rows) % (size * at_once) == 0]
+    args.per_device_eval_batch_size = max(fitting, default=1)
+    try:
+        return measure(trainer)
+    finally:
+        args.per_device_eval_batch_size = asked

@@ -12,66 +12,101 @@ from pathlib import Path
 
 from aslora_meft.errors import UsageError
 from aslora_meft.training.checkpoints import last_whole
+from aslora_meft.training.run_record import RECORD
 
-_ERRNOS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM),
-    *(errno.ENOENT, errno.ENOTDIR, errno.ESTALE),
-}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FAILING = {errno.EROFS, errno.EIO, errno.ESTALE}
+# What any file can give that is absent or not allowed: only of a file in the run's folder it is a failed write.
+_OF_A_FILE = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR}
 # safetensors and tokenizers, written in Rust, raise an Exception with the number; torch's writer tells no reason.
 _NUMBER = re.compile(r"\(os error (\d+)\)")
+_RUST_WRITES = "Error while serializing"
 _TORCH = ("PytorchStreamWriter failed writing", "unexpected pos ", "iostream error")
+_TORCHS_REASON = "the disk is full, or fails"
 
 
-def write_failure(error: BaseException) -> str | None:
-    """Why a file could not be written, in the operating system's words; None if an error says something else."""
+def write_failure(error: BaseException, output: Path) -> str | None:
+    """Why a file in `output` could not be written, in the operating system's words; None if an error says otherwise."""
     seen: BaseException | None = error
     told = None
     while seen is not None:
-        number = _NUMBER.search(str(seen))
-        code = seen.errno if isinstance(seen, OSError) else int(number[1]) if number else None
-        if code in _ERRNOS:
+        code = _failed_code(seen, output)
+        if code is not None:
             return os.strerror(code)
         if any(words in str(seen) for words in _TORCH):
-            told = "the disk is full, or fails"
-        seen = seen.__cause__ or seen.__context__
+            told = _TORCHS_REASON
+        seen = seen.__cause__ if seen.__cause__ is not None or seen.__suppress_context__ else seen.__context__
     return told
 
 
-@contextmanager
-def nothing_half_written(output_dir: str) -> Iterator[None]:
-    """Of what the block writes into a run's folder, keep all; or, where a write fails, only whole checkpoints.
+def _failed_code(error: BaseException, output: Path) -> int | None:
+    if isinstance(error, OSError):
+        named = isinstance(error.filename, str | bytes | os.PathLike)
+        here = named and Path(os.fsdecode(error.filename)).resolve().is_relative_to(output.resolve())
+        counted = here or (not named and error.errno not in _OF_A_FILE)
+        code = error.errno
+    else:
+        number = _NUMBER.search(str(error))
+        code = int(number[1]) if number else None
+        counted = code not in _OF_A_FILE or _RUST_WRITES in str(error)
+    return code if counted and code in _FULL | _FAILING | _OF_A_FILE else None
 
-    Raises:
-        UsageError: a write failed: why, and how to go on.
+
+class RunFolder:
+    """The folder of a run, in which a failed write leaves only what is whole.
+
+    Attributes:
+        adapter_saved: whether the adapter is whole in it, with all that it needs.
     """
-    output = Path(output_dir)
-    before = set(output.iterdir()) if output.is_dir() else set()
-    try:
-        yield
-    except Exception as error:
-        why = write_failure(error)
-        if why is None or isinstance(error, UsageError):
-            raise
-        _remove_files(output, before)
-        whole = _remove_torn(output, before)
-        remedy = "nothing was saved, free the disk and run the same command again"
+
+    def __init__(self, output_dir: str) -> None:
+        """Note what is there before the run."""
+        self.adapter_saved = False
+        self._output = Path(output_dir)
+        self._before = self._entries()
+
+    def _entries(self) -> set[Path]:
+        return set(self._output.iterdir()) if self._output.is_dir() else set()
+
+    @contextmanager
+    def nothing_half_written(self) -> Iterator[None]:
+        """Of what the run has written, keep all; or, where a write fails, an adapter or checkpoints that are whole.
+
+        Raises:
+            UsageError: a write failed: why, what is saved, and how to go on.
+        """
+        try:
+            yield
+        except Exception as error:
+            why = write_failure(error, self._output)
+            if why is None or isinstance(error, UsageError):
+                raise
+            full = why == _TORCHS_REASON or why in map(os.strerror, _FULL)
+            mend = "free the disk" if full else "make it writable"
+            raise UsageError(f"output_dir='{self._output}' cannot be written: {why}; {self._clean(mend)}") from error
+
+    def _clean(self, mend: str) -> str:
+        """Remove what is not whole; returns what is saved, and the remedy."""
+        whole = None
+        with suppress(OSError):
+            whole, torn = last_whole(self._output)
+            if not self.adapter_saved:
+                self._remove(keep_run=whole is not None, torn=set(torn))
+        resume = f"{mend} and run the same command with --resume_from_checkpoint last"
+        if self.adapter_saved:
+            again = resume if whole is not None else f"{mend} and run the same command with another output_dir"
+            return f"the adapter is saved, and results.json or the model card is not: to have them, {again}"
         if whole is not None:
-            remedy = f"{whole} is whole, free the disk and run the same command with --resume_from_checkpoint last"
-        raise UsageError(f"output_dir={output_dir!r} cannot be written: {why}; {remedy}") from error
+            return f"{whole} is whole, {resume}"
+        if self._entries() - self._before:
+            return f"nothing was saved, {mend} and run the same command with another output_dir"
+        return f"nothing was saved, {mend} and run the same command again"
 
-
-def _remove_files(output: Path, before: set[Path]) -> None:
-    with suppress(OSError):
-        for path in set(output.iterdir()) - before:
-            if not path.is_dir():
+    def _remove(self, *, keep_run: bool, torn: set[Path]) -> None:
+        """Remove what is new: all, or only the files and checkpoints that are of no use to a run that resumes."""
+        for path in self._entries() - self._before:
+            if path.is_dir() and not path.is_symlink():
+                if not keep_run or path in torn:
+                    shutil.rmtree(path, ignore_errors=True)
+            elif not keep_run or path.name != RECORD:
                 path.unlink()
-
-
-def _remove_torn(output: Path, before: set[Path]) -> Path | None:
-    """Remove the checkpoints that are not whole and were not there; returns the newest whole one."""
-    with suppress(OSError):
-        whole, torn = last_whole(output)
-        for path in set(torn) - before:
-            shutil.rmtree(path, ignore_errors=True)
-        return whole
-    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import time
 from datetime import UTC, datetime
@@ -204,8 +205,14 @@ class RunRecord(TrainerCallback):
         lines, self._waiting = self._waiting, []
         text = "".join(json.dumps(line, default=_plain, separators=(",", ":")) + "\n" for line in lines)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        size = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError:
+            if self._path.exists():
+                os.truncate(self._path, size)  # what a resumed run appends begins on a line of its own
+            raise
 
 
 def _plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import PrinterCallback
 
 from aslora_meft.adapter import load_tokenizer
 from aslora_meft.arguments.groups import DataArguments, TrainArguments, TrainerArguments
@@ -65,9 +66,10 @@ def evaluate_task(folders: list[str], use: UseArguments, values: dict[str, Any],
         if "labels" in results:
             task.labels = results["labels"]
         rows = task.load_data()
+        rows = rows._replace(train=rows.held_out, lines=[])  # nothing else is measured, or checked
         model = task.load_model(args.device)
         columns = _measured(task, model, folders, rows, args.device, compare=use.compare)
-    return _table(columns, task.titles)
+    return "\n".join([_table(columns, task.titles), *(f"({note})" for _, note in rows.lines)])
 
 
 def _measured(
@@ -84,6 +86,7 @@ def _measured(
                 model.load_adapter(str(Path(folder).expanduser()), adapter_name=name)
         names.append(name)
     trainer = task.trainer_of(model, rows, [])
+    trainer.remove_callback(PrinterCallback)  # which takes the place of the progress bar
     columns = {}
     if compare:
         with model.disable_adapter():

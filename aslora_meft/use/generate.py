@@ -97,7 +97,7 @@ def _prompts(options: GenerateArguments) -> Iterator[str]:
 def _encoded(loaded: Loaded, asked: str | list[dict[str, str]]) -> torch.Tensor:
     """Token ids [1, length] of a prompt, or of a conversation that ends with one."""
     tokenizer: Any = loaded.tokenizer
-    form = loaded.results.get("data_form", {})
+    form = loaded.results.get("prompt_form") or loaded.results.get("data_form", {})  # 0.1 wrote the second alone
     if isinstance(asked, str) and form.get("apply_chat_template") and tokenizer.chat_template is not None:
         asked = [{"role": "user", "content": asked}]
     if isinstance(asked, str):

@@ -76,6 +76,7 @@ _FORM: dict[str, tuple[type, ...]] = {
     "text_pair_column": (str, type(None)),
     "max_length": (int,),
 }
+_PROMPT: dict[str, tuple[type, ...]] = {"apply_chat_template": (bool,), "separator": (str,)}
 _SPLIT: dict[str, tuple[type, ...]] = {"eval_size": (int, float), "seed": (int,)}
 
 
@@ -93,7 +94,7 @@ def saved_results(folder: Path) -> dict[str, Any]:
         results = parse_json(file.read_text(encoding="utf-8"), repr(str(file)))
     if not isinstance(results, dict):
         raise UsageError(f"{damaged}: it holds no JSON object")
-    for part, kinds in (("data_form", _FORM), ("split", _SPLIT)):
+    for part, kinds in (("data_form", _FORM), ("prompt_form", _PROMPT), ("split", _SPLIT)):
         found = results.get(part)
         if found is None:
             continue

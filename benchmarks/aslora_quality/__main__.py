@@ -9,7 +9,6 @@ optimizer. Each method's learning rate is chosen from three on a held-out part o
 no reported run uses; the variants of ASLoRA r 8 take the rate of ASLoRA r 8. Test examples choose nothing.
 """
 
-import argparse
 import datetime
 import itertools
 import os
@@ -41,6 +40,7 @@ from benchmarks.aslora_quality.tasks import (
     training_batches,
 )
 from benchmarks.common.environment import environment
+from benchmarks.common.quality_arguments import parsed, quality_parser
 from benchmarks.common.rows import Rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -246,17 +246,13 @@ def run_all(rows: Rows, listed: list[Method], tasks: list[Task], seeds: tuple[in
             once(task, method, best["learning_rate"], seed, "test")
 
 
+HOLDS = "banking77/ and gsm8k/"
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder that holds banking77/ and gsm8k/")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser = quality_parser(__doc__, HOLDS)
     parser.add_argument("--rows", default="", help='only rows whose "task: method" this pattern finds')
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads; two runs with 1 share the file well")
-    parser.add_argument("--quick", action="store_true", help="a few short rows, into a file of their own")
-    parser.add_argument("--report", action="store_true", help="only write the table from the rows that are there")
-    args = parser.parse_args()
-    if args.data is None and not args.report:
-        parser.error("--data is needed: the folder that holds banking77/ and gsm8k/")
+    args = parsed(parser, HOLDS)
     tasks, seeds = list(TASKS.values()), SEEDS
     if args.quick:
         tasks, seeds = [replace(TASKS["banking77"], steps=24, lr_steps=8, n_valid=40, n_test=80)], SEEDS[:1]

@@ -1,11 +1,10 @@
 """The table of `benchmarks.aslora_quality`, and sentences that say no more than its numbers do."""
 
-import math
 from pathlib import Path
 from statistics import mean, stdev
 
 from benchmarks.aslora_quality.tasks import Task
-from benchmarks.common.paired_test import LEVEL, Measured, corrected
+from benchmarks.common.paired_test import LEVEL, Measured, compare, corrected, scores, standard_error
 
 SEEDS_NEEDED = 3  # with fewer, the spread over seeds is too poorly known to call anything a difference
 Planned = list[tuple[Task, str, int]]  # task, method, seed
@@ -27,32 +26,6 @@ NOTES = (
     "first loss is the base model's on the first batch, as every adapter here starts by adding nothing, and the steps",
     "follow from the configuration alone.",
 )
-
-
-def scores(row: dict, metric: str) -> list[float]:
-    """The metric of each test example, in a fixed order: 0 or 1 for "exact match", else a loss."""
-    return [float(exact) for exact in row["exact"]] if metric == "exact match" else row["losses"]
-
-
-def standard_error(per_seed: list[list[float]]) -> float:
-    """Standard error of the mean of `per_seed` [seeds][test examples], from both samplings: examples and seeds.
-
-    With one seed nothing is known about the spread over seeds, and the answer is infinity.
-    """
-    if len(per_seed) < 2:
-        return math.inf
-    examples = [mean(of_seeds) for of_seeds in zip(*per_seed, strict=True)]
-    seeds = [mean(of_examples) for of_examples in per_seed]
-    return math.sqrt(stdev(examples) ** 2 / len(examples) + stdev(seeds) ** 2 / len(seeds))
-
-
-def compare(rows: dict[int, dict], others: dict[int, dict], metric: str) -> tuple[float, float]:
-    """Mean difference and its standard error, paired by seed and by test example (both read the same ones)."""
-    paired = [
-        [ours - theirs for ours, theirs in zip(scores(rows[seed], metric), scores(others[seed], metric), strict=True)]
-        for seed in sorted(rows.keys() & others.keys())
-    ]
-    return mean(mean(of_examples) for of_examples in paired), standard_error(paired)
 
 
 def diverged(row: dict) -> bool:

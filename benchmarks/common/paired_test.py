@@ -1,6 +1,9 @@
-"""Which differences a page may call by a name: Student's t over the seeds, and Holm's correction over a page."""
+"""Differences of paired rows, and which of them a page may call by a name: Student's t over the seeds, and Holm's
+correction over a page.
+"""
 
 import math
+from statistics import mean, stdev
 
 LEVEL = 0.05
 Measured = tuple[float, float, int]  # difference, its standard error, seeds
@@ -36,3 +39,29 @@ def corrected(measured: list[Measured | None]) -> list[float]:
         t = difference / error if error else math.inf * difference if difference else 0.0
         found.append(p_value(t, seeds - 1))
     return holm(found)
+
+
+def scores(row: dict, metric: str) -> list[float]:
+    """The metric of each test example, in a fixed order: 0 or 1 for "exact match", else a loss."""
+    return [float(exact) for exact in row["exact"]] if metric == "exact match" else row["losses"]
+
+
+def standard_error(per_seed: list[list[float]]) -> float:
+    """Standard error of the mean of `per_seed` [seeds][test examples], from both samplings: examples and seeds.
+
+    With one seed nothing is known about the spread over seeds, and the answer is infinity.
+    """
+    if len(per_seed) < 2:
+        return math.inf
+    examples = [mean(of_seeds) for of_seeds in zip(*per_seed, strict=True)]
+    seeds = [mean(of_examples) for of_examples in per_seed]
+    return math.sqrt(stdev(examples) ** 2 / len(examples) + stdev(seeds) ** 2 / len(seeds))
+
+
+def compare(rows: dict[int, dict], others: dict[int, dict], metric: str) -> tuple[float, float]:
+    """Mean difference and its standard error, paired by seed and by test example (both read the same ones)."""
+    paired = [
+        [ours - theirs for ours, theirs in zip(scores(rows[seed], metric), scores(others[seed], metric), strict=True)]
+        for seed in sorted(rows.keys() & others.keys())
+    ]
+    return mean(mean(of_examples) for of_examples in paired), standard_error(paired)

@@ -11,7 +11,6 @@ chosen from three, at the smaller N, with a seed that no reported run uses. Wher
 named as missing.
 """
 
-import argparse
 import datetime
 import re
 import sys
@@ -26,6 +25,7 @@ from transformers import get_linear_schedule_with_warmup
 from benchmarks.aslora_quality.__main__ import RESULTS, load_base
 from benchmarks.aslora_quality.tasks import DataError, Encoded, collate, completion_logits
 from benchmarks.common.environment import environment
+from benchmarks.common.quality_arguments import parsed, quality_parser
 from benchmarks.common.rows import Rows
 from benchmarks.meft_recall import report
 from benchmarks.meft_recall.methods import METHODS, UNTRAINED, Method, has_meft, trainable_values
@@ -139,19 +139,15 @@ def run_all(rows: Rows, runs: list[Run], choosing: Recall, pairs: dict[str, list
             once(run, next(iter(run.method.rates), 0.0))
 
 
+HOLDS = "nq_open/"
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder that holds nq_open/")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser = quality_parser(__doc__, HOLDS)
     parser.add_argument("--methods", default="", help='only methods whose name this pattern finds, as "LoRA|dense"')
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads; two runs with 1 share the file well")
-    parser.add_argument("--quick", action="store_true", help="a few short rows, into a file of their own")
-    parser.add_argument("--report", action="store_true", help="only write the table from the rows that are there")
     parser.add_argument("--larger", type=int, nargs="*", default=[], help="further N, one seed each; for a GPU")
     parser.add_argument("--out", type=Path, help="JSON file for the rows; the table is written beside it as .md")
-    args = parser.parse_args()
-    if args.data is None and not args.report:
-        parser.error("--data is needed: the folder that holds nq_open/")
+    args = parsed(parser, HOLDS)
     sizes, choosing, methods = [(SMALL, (0, 1, 2)), (LARGE, (0,))], SMALL, METHODS
     sizes += [(Recall(n, PASSES * n // 8), (0,)) for n in args.larger]
     if args.quick:

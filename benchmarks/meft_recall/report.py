@@ -5,8 +5,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from statistics import mean, stdev
 
-from benchmarks.aslora_quality.report import compare
-from benchmarks.common.paired_test import LEVEL, Measured, corrected
+from benchmarks.common.paired_test import LEVEL, Measured, compare, corrected
 from benchmarks.meft_recall.pairs import Recall
 
 SEEDS_NEEDED = 3  # with fewer, the spread over seeds is too poorly known to call anything a difference

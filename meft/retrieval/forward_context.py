@@ -119,6 +119,26 @@ def in_checkpoint_recompute() -> bool:
     return backward_number() != -1
 
 
+def real_tokens(
+    now: ForwardContext | None, shape: torch.Size, device: torch.device, flat: bool = False
+) -> Tensor | None:
+    """Places of the tokens that are no padding, int64, among the tokens of an input [batch, length, d]; None: all.
+
+    An input of another size than the mask is not of the model's tokens (a vision tower's patches).
+
+    Args:
+        flat: whether the input may be [batch * length, d], as a layer gives it that calls its linear layers itself.
+    """
+    if now is None or now.mask is None:
+        return None
+    if shape[:-1] != now.mask.shape and not (flat and shape[:-1] == (now.mask.numel(),)):
+        return None
+    if device not in now.real:  # the host waits for the device: once a pass, not once a layer
+        real = now.mask.reshape(-1)
+        now.real[device] = None if bool(real.all()) else real.nonzero().flatten().to(device)
+    return now.real[device]
+
+
 def checkpointed() -> bool:
     """Whether a running, recorded layer will be recomputed, or its saved tensors are somebody else's to keep.
 

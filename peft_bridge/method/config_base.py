@@ -86,6 +86,9 @@ class MethodConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+        for item in fields(self):  # a text such as "false" would count as True
+            if item.type in ("bool", bool) and not isinstance(getattr(self, item.name), bool):
+                raise ValueError(f"{item.name}={getattr(self, item.name)!r} must be True or False.")
         for name, choices in self.choices.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: use one of {', '.join(choices)}.")

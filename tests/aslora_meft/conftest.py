@@ -2,7 +2,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from aslora_meft.arguments.groups import parse_train
+from aslora_meft.train import train
+from tests.support import task_models
 from tests.support.models import llama
+from tests.support.task_models import METHODS, SETTINGS, write_rows
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eos>{% endfor %}"
@@ -52,3 +56,28 @@ def text_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "text.txt"
     path.write_text("".join(WORDS) * 20)
     return path
+
+
+@pytest.fixture(scope="session", name="models")
+def task_models_saved(tmp_path_factory, tokenizer):
+    return task_models.save_models(tmp_path_factory.mktemp("models"), tokenizer)
+
+
+@pytest.fixture
+def words(models, tmp_path):
+    """Command line of a task: words(task, model, rows, *more)."""
+
+    def words(task, model, rows, *more, method="aslora", out="out"):
+        data = write_rows(tmp_path / "data.jsonl", rows)
+        fixed = ["--task", task, "--model", models / model, "--data", data, "--output_dir", tmp_path / out]
+        return [str(word) for word in (*fixed, *METHODS[method], *SETTINGS, *more)]
+
+    return words
+
+
+@pytest.fixture
+def run(words):
+    def run(*args, **kwargs):
+        return train(parse_train(words(*args, **kwargs)))
+
+    return run

@@ -16,6 +16,7 @@ from aslora_meft.cli import main
 from aslora_meft.planner.command import parse
 from meft import MEFTConfig
 from meft.cost import calibration
+from tests.support.processes import run_code
 
 
 @pytest.fixture
@@ -206,3 +207,17 @@ def test_doctor_measures_once_and_prints(monkeypatch, tmp_path, capfd):
     assert main(["doctor", "--anew"]) == 0
     assert len(measured) == 2
     assert main(["doctor", "there"]) == 2
+
+
+def test_an_output_that_is_closed_or_full_is_no_traceback():
+    code = """
+import os, sys
+from aslora_meft.cli import main
+sys.stdout.flush()
+read, closed = os.pipe()
+os.close(read)
+for target, expected in ((closed, 141), (os.open("/dev/full", os.O_WRONLY), 2)):
+    os.dup2(target, 1)
+    assert main(["doctor"]) == expected
+"""
+    assert "Traceback" not in run_code(code)

@@ -1,6 +1,7 @@
 """`train --task`: each task on tiny models with both methods, what it saves, and what it refuses."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -11,37 +12,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from aslora_meft.adapter import load_tokenizer
 from aslora_meft.arguments.groups import parse_train
 from aslora_meft.cli import main
+from aslora_meft.tasks.dpo import LOSSES
 from aslora_meft.tasks.table import TASKS
-from aslora_meft.train import train
-from tests.support import task_models
-from tests.support.task_models import CHATS, LABELLED, METHODS, PAIRS, SETTINGS, TRANSLATED, write_rows
+from aslora_meft.use import generate
+from tests.support.task_models import CHATS, LABELLED, METHODS, PAIRS, TRANSLATED, write_rows
 
 IDS = torch.arange(3, 15).view(2, 6)
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory, tokenizer):
-    return task_models.save_models(tmp_path_factory.mktemp("models"), tokenizer)
-
-
-@pytest.fixture
-def words(models, tmp_path):
-    """Command line of a task: words(task, model, rows, *more)."""
-
-    def words(task, model, rows, *more, method="aslora", out="out"):
-        data = write_rows(tmp_path / "data.jsonl", rows)
-        fixed = ["--task", task, "--model", models / model, "--data", data, "--output_dir", tmp_path / out]
-        return [str(word) for word in (*fixed, *METHODS[method], *SETTINGS, *more)]
-
-    return words
-
-
-@pytest.fixture
-def run(words):
-    def run(*args, **kwargs):
-        return train(parse_train(words(*args, **kwargs)))
-
-    return run
+SAID = [{"prompt": f"say {i}", "completion": f"yes {i}"} for i in range(20)]
+LONG = " ".join("abcdefghijklmnop")
+ALIKE = [{"prompt": f"say {c}", "chosen": f" {LONG} yes", "rejected": f" {LONG} no"} for c in "abcdefghij"]
 
 
 def check_learnt(result, folder, task):
@@ -92,6 +71,53 @@ def test_the_reference_of_dpo_is_the_base_model_bit_by_bit(words, models, method
     with torch.no_grad():
         tuned = trainer.model.eval()(input_ids=batch["input_ids"]).logits
         assert not torch.equal(tuned, base.eval()(input_ids=batch["input_ids"]).logits)
+
+
+def test_margins_and_accuracies_of_pairs_do_not_depend_on_the_batch(run, tmp_path):
+    """trl takes the mean over batches, of which the last may be smaller."""
+    pytest.importorskip("trl")
+    more = [*PAIRS, *({**pair, "chosen": f"{pair['chosen']} {pair['chosen']}"} for pair in PAIRS[:4])]
+    found = [
+        run("reward", "llama", more, "--eval_size", 9, "--per_device_eval_batch_size", size, out=str(size)).after
+        for size in (1, 8)
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_dpo_smooths_labels_and_tells_of_cut_answers(run, capsys):
+    pytest.importorskip("trl")
+    long = [{**pair, "chosen": f"{pair['chosen']} {LONG}"} for pair in PAIRS]
+    sharp = run("dpo", "llama", long, "--max_length", 12, "--loss_type", "robust", out="sharp")
+    assert "rows have answers cut at max_length=12" in capsys.readouterr().out
+    smooth = ["--loss_type", "robust", "--label_smoothing_factor", 0.4]
+    assert run("dpo", "llama", long, "--max_length", 12, *smooth, out="smooth").after["loss"] != sharp.after["loss"]
+
+
+FORMS = [
+    ("sft", SAID, [], {"apply_chat_template": False, "separator": "\n"}),
+    ("sft", SAID, ["--apply_chat_template", "true"], {"apply_chat_template": True, "separator": ""}),
+    ("sft", [{"text": f"say {LONG}"}] * 9, [], {"apply_chat_template": False, "separator": ""}),
+    ("dpo", PAIRS, [], {"apply_chat_template": False, "separator": ""}),
+    ("dpo", CHATS, [], {"apply_chat_template": True, "separator": ""}),
+]
+
+
+@pytest.mark.parametrize(("task", "rows", "more", "form"), FORMS, ids=["answers", "template", "text", "dpo", "chats"])
+def test_generate_asks_as_the_task_has_trained(run, tmp_path, capsys, monkeypatch, task, rows, more, form):
+    if task == "dpo":
+        pytest.importorskip("trl")
+    run(task, "llama", rows, *more)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["prompt_form"] == form
+    asked = []
+    monkeypatch.setattr(generate, "_answer", lambda loaded, name, ids, options: asked.append(ids[0].tolist()) or "")
+    assert main(["generate", str(tmp_path / "out"), "--prompt", "say a"]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    turn = [{"role": "user", "content": "say a"}]
+    text = "say a" + form["separator"]
+    if form["apply_chat_template"]:
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert asked == [ids if form["apply_chat_template"] else [tokenizer.bos_token_id, *ids]]
 
 
 @pytest.mark.parametrize(("method", "model"), [("aslora", "llama"), ("meft", "bert")])
@@ -152,10 +178,9 @@ def test_seq2seq(run, tmp_path, method, model, capsys):
 def test_packed_samples_stay_apart(run, capsys):
     """Held-out loss of the untouched model is that of samples one by one, and fewer sequences hold all of them."""
     pytest.importorskip("trl")
-    rows = [{"prompt": f"say {i}", "completion": f"yes {i}"} for i in range(20)]
-    packed = run("sft", "llama", rows, "--packing", "true", out="packed")
+    packed = run("sft", "llama", SAID, "--packing", "true", out="packed")
     assert "20 samples" not in capsys.readouterr().out
-    alone = run("sft", "llama", rows, out="alone")
+    alone = run("sft", "llama", SAID, out="alone")
     assert packed.before == pytest.approx(alone.before, rel=1e-5)
 
 
@@ -184,8 +209,10 @@ def test_packed_samples_stay_apart(run, capsys):
         ("dpo", "llama", PAIRS, ["--packing", "true"], "packing=True has no meaning with task=dpo"),
         ("classification", "bert", LABELLED, ["--beta", 1], "beta=1.0 has no meaning with task=classification"),
         ("dpo", "llama", PAIRS, ["--beta", -1], "beta=-1.0 is out of range"),
-        ("dpo", "llama", PAIRS, ["--loss_type", "nothing"], "loss_type='nothing'"),
         ("reward", "llama", PAIRS, ["--max_length", 4096], "max_length=4096 is more than the model's 64"),
+        ("dpo", "llama", ALIKE, ["--max_length", 10], "max_length=10 cuts the two answers of a training row to equal"),
+        ("sft", "llama", SAID, ["--packing", "true", "--use_cache", "true"], "packing=True needs use_cache=False"),
+        ("reward", "llama", PAIRS, ["--label_smoothing_factor", 0.1], "has no effect with task='reward'"),
     ],
 )
 def test_bad_input_ends_with_one_sentence(words, tmp_path, capsys, task, model, rows, more, sentence):
@@ -196,6 +223,28 @@ def test_bad_input_ends_with_one_sentence(words, tmp_path, capsys, task, model, 
     assert sentence in error[-1]
     assert error[-1].startswith("aslora-meft: error: ")
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "more", "sentence"),
+    [
+        ("dpo", PAIRS, ["--loss_type", "nothing"], "loss_type='nothing' is none of trl's losses; give sigmoid, "),
+        ("dpo", PAIRS, ["--prediction_loss_only", "true"], "prediction_loss_only=True leaves out the held-out metrics"),
+        ("classification", LABELLED, ["--eval_do_concat_batches", "false"], "eval_do_concat_batches=False keeps the"),
+    ],
+)
+def test_refused_before_anything_is_made(words, tmp_path, capsys, task, rows, more, sentence):
+    if task == "dpo":
+        pytest.importorskip("trl")
+    assert main(["train", *words(task, "llama", rows, *more)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"aslora-meft: error: {sentence}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_losses_are_those_that_trl_names():
+    trl = pytest.importorskip("trl")
+    told = trl.DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
+    assert set(LOSSES) == set(re.findall(r"`'(\w+)'`", told))
 
 
 def test_an_unknown_label_in_the_held_out_file(words, tmp_path, capsys):

@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel
 
 import meft
-from meft.retrieval import engine as engines
+from meft.retrieval import engine_setup
 from meft.routing.reference import chosen_neurons
 from meft.transport.streams import HostStreams
 from tests.support.tiny_meft import STRATEGIES, Tiny
@@ -89,7 +89,7 @@ def test_what_is_recorded_is_what_the_oracle_picks():
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_each_strategy_records_and_sees_the_new_values(strategy, monkeypatch):
-    monkeypatch.setattr(engines, "streams_of", HostStreams)
+    monkeypatch.setattr(engine_setup, "streams_of", HostStreams)
     model = Tiny.adapted(retrieval=strategy)
     for engine in model.base_model.engines.values():
         engine.use(HostStreams(torch.device("cpu")))

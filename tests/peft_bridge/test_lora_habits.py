@@ -125,3 +125,14 @@ def test_tied_targets_are_refused(method):
     config.target_modules = {"embed_tokens", "mlp", "q_proj"}
     with pytest.raises(ValueError, match="take that out of target_modules"):
         get_peft_model(base(), config)
+
+
+@pytest.mark.parametrize("config", [ASLoRAConfig, MEFTConfig])
+@pytest.mark.parametrize("value", ["false", "gaussian", 1, None, []])
+def test_a_flag_is_true_or_false(config, value):
+    """A text such as "false", out of a YAML file in quotes, would count as True."""
+    flags = [item.name for item in dataclasses.fields(config) if item.type in ("bool", bool)]
+    assert "init_weights" in flags
+    for name in flags:
+        with pytest.raises(ValueError, match=rf"^{name}=.* must be True or False\.$"):
+            config(**{name: value})
