@@ -126,6 +126,10 @@ class NodeSum:
             self._readers[i] = weakref.ref(values.untyped_storage())
             parameter.grad = RowGradient.shared(rows, values, parameter, known)
 
+    def forget_means(self) -> None:
+        """Give the memory of the last means back, where no gradient has it; the next ones get other memory."""
+        self._means = [None] * len(self._means)
+
     def any_over_nodes(self, answer: bool) -> bool:
         """Whether any node answers yes; all ranks of a node give the same answer."""
         if self._nodes == 1:

@@ -63,12 +63,12 @@ class RankAverage:
                 "averages of the rows' gradients; give all ranks the same number of batches (drop_last=True)."
             )
         synchronises = ddp is not None and ddp.require_backward_grad_sync and torch.is_grad_enabled()
-        if ddp is not None and (self._shared is None or self._shared() is not ddp or (synchronises and self._parted())):
-            check_left_alone(self._tables(), ddp)
-            self._share(ddp.process_group)
-            self._shared = weakref.ref(ddp)
+        if ddp is not None and (self._shared is None or self._shared() is not ddp):
+            self._share(ddp)
         if torch.is_grad_enabled():
             self._ddp, self.steps.averaged, self._synchronises = ddp, ddp is not None, synchronises
+            if ddp is None and self.node is not None and not any(table.is_shared for table in self.node.tables):
+                self.node.sum.forget_means()
 
     def note_backward(self) -> None:
         """Row gradients were made: average them when this backward pass is through."""
@@ -82,17 +82,21 @@ class RankAverage:
     def _tables(self) -> list[RowTable]:
         return [table for name in sorted(self.steps.tables) for table in self.steps.tables[name]]
 
-    def _share(self, group: dist.ProcessGroup) -> None:
+    def _share(self, ddp: DistributedDataParallel) -> None:
         """Give all ranks the first rank's rows."""
-        tables = self._tables()
+        tables, group = self._tables(), ddp.process_group
+        check_left_alone(tables, ddp)
         self.node = Node.join([table for table in tables if can_be_shared(table)], group)
         for table in tables:
+            if self.node is None:
+                table.leave_node()
             if table.node is None:
                 broadcast_rows(table, group)
+        self._shared = weakref.ref(ddp)
 
     def _parted(self) -> bool:
         """Whether tables of any rank are not shared, or not any more: of a new adapter, written, cast, or trained
-        outside of DDP. All ranks ask, as all make such a pass.
+        outside of DDP. All ranks ask.
         """
         if self.node is None:
             return False
@@ -101,12 +105,17 @@ class RankAverage:
     def _average(self) -> None:
         self._queued = -1
         assert self._ddp is not None
+        parted = self._parted()
         summed = self.node.tables if self.node is not None else []
         if self.node is not None:
             self.node.average_gradients()
         for table in self._tables():
             if table.rows.requires_grad and table not in summed:
                 average_gradient(table, self._ddp.process_group)
+        if parted:  # here, where all ranks come: a forward pass may be one rank's alone
+            self._share(self._ddp)
+            if self.node is not None:
+                self.node.ranks.summed = True
 
 
 def check_left_alone(tables: list[RowTable], ddp: DistributedDataParallel) -> None:

@@ -82,13 +82,16 @@ class Node:
         if not tables or None in nodes or max(map(len, nodes.values())) == 1:
             return None
         members, rank = nodes[machine], dist.get_rank(group)
-        layout = Layout()
+        layout, layout_of_tables = Layout(), Layout()
         numbers = layout.place(32 * len(members))
-        places = [NodePlaces.plan(layout, (r, d), own, read_as, len(members)) for r, d, own, read_as in forms]
+        places = [NodePlaces.plan(layout_of_tables, (r, d), own, read_as, len(members)) for r, d, own, read_as in forms]
         wide = [(r, d, torch.promote_types(dtype, torch.float32)) for r, d, dtype, _ in forms]
         sums = SumPlaces.plan(layout, wide, len(members))
-        memory = _memory(group, members[0], everywhere[members[0]][1], layout.size)
-        if memory is None:
+        first = members[0], everywhere[members[0]][1]
+        memory = _memory(group, *first, layout.size)
+        # Memory of its own, which goes when all tables have left.
+        memory_of_tables = _memory(group, *first, layout_of_tables.size) if memory is not None else None
+        if memory is None or memory_of_tables is None:
             return None
         timeout = timeout_of(group)
         ranks = NodeRanks(
@@ -106,7 +109,7 @@ class Node:
             ranks, memory, sums, world=len(everywhere), nodes=len(nodes), leaders=leaders, device=group_device(group)
         )
         self = cls(tables, ranks, total)
-        self._take_up([NodeRows(ranks, memory, place) for place in places], leaders)
+        self._take_up([NodeRows(ranks, memory_of_tables, place) for place in places], leaders)
         return self
 
     def _take_up(self, shared: list[NodeRows], leaders: dist.ProcessGroup | None) -> None:

@@ -18,6 +18,7 @@ from ..config import MEFTConfig
 from ..gradient.row_gradient import RowGradient, as_row_gradient, overflow_watchers
 from ..row_optimizer import RowOptimizerConfig
 from ..table.moments import KEY, RowMoments, count_step
+from ..table.node_rows import RankLeftError
 from ..table.row_step import StepRule
 from ..table.row_table import RowTable
 
@@ -94,9 +95,9 @@ def update_table(
             return
         rows, values, factors = gradient.to_multiply()
         wide = values.to(torch.promote_types(table.rows.dtype, torch.float32)).contiguous()
-        master, node = table.masters, table.node
 
         def step(compute_copy: Tensor | None) -> None:
+            master, node = table.masters, table.node
             if node is None:
                 state = entry.exclusive(master.device).row_state(master, compute_copy)
                 table.step(state, rows, wide, rule, seed=table.seed, factors=factors)
@@ -107,7 +108,11 @@ def update_table(
                 table.step(state, rows[part], wide[part], rule, seed=table.seed, factors=factors)
 
         with record_function("meft: update rows"):
-            table.update_masters(step, rows=rows)
+            try:
+                table.update_masters(step, rows=rows)
+            except RankLeftError:
+                table.leave_node()
+                table.update_masters(step, rows=rows)
 
     if table.node is not None and not (table.is_shared and table.node.ranks.summed):
         table.leave_node()  # by gradients of its own, or in memory of its own: as one copy a rank

@@ -17,7 +17,11 @@ from ..transport.node_ranks import NodeRanks
 from ..transport.shared_memory import Layout, SharedMemory
 from .moments import Moments, RowMoments
 
-_COUNTERS = 4  # of each rank
+_COUNTERS = 5  # of each rank
+
+
+class RankLeftError(Exception):
+    """A rank of the node goes on with rows of its own: all have to."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class NodeRows:
         self.unused, self.steps = True, 0
         n, numbers = len(ranks), memory.numbers(places.counters, _COUNTERS * len(ranks))
         parts = [numbers[i * n : (i + 1) * n] for i in range(_COUNTERS)]
-        self._entered, self._done, self._brings, self._brought = parts
+        self._entered, self._done, self._brings, self._brought, self._left = parts
         self.masters = memory.tensor(places.masters, places.shape, places.dtype).data_ptr()
 
     def tensors(self) -> tuple[Tensor, Tensor | None]:
@@ -94,7 +98,7 @@ class NodeRows:
         Raises:
             RuntimeError: a rank has ended or failed, or has not come in time.
         """
-        self.ranks.wait(self._done, self.steps, sharing=True)
+        self.ranks.wait(self._done, self.steps)
 
     @contextmanager
     def turn(self, entry: RowMoments) -> Iterator[Moments]:
@@ -102,6 +106,9 @@ class NodeRows:
 
         Args:
             entry: of this rank's optimizer; it has the yielded moments from then on.
+
+        Raises:
+            RankLeftError: a rank has left before this step, of which no rank has written anything then.
         """
         try:
             self._release_to_others(entry)
@@ -109,12 +116,15 @@ class NodeRows:
             self.unused = False
             self.ranks.publish(self._brings, 0 if entry.holds(self.moments) else 1)
             self.ranks.publish(self._entered, number)
-            self.ranks.wait(self._entered, number, sharing=True)
+            if not self.ranks.wait(self._entered, number, left=self._left):
+                raise RankLeftError
             if any(self._brings):  # all ranks see the same
                 self._bring(entry, number)
             yield self.moments
             self.steps = number
             self.ranks.publish(self._done, number)
+        except RankLeftError:
+            raise
         except BaseException:
             self.ranks.fail()
             raise
@@ -133,7 +143,7 @@ class NodeRows:
             kept = self.moments.clone()
             for holder in list(self.moments.holders):
                 holder.hold(kept)
-        self.ranks.leave()
+        self.ranks.publish(self._left, 1)
 
     def _bring(self, entry: RowMoments, number: int) -> None:
         """Moments that were loaded, or are fresh, replace those in shared memory; each rank copies some rows."""
@@ -143,4 +153,4 @@ class NodeRows:
                 shared[rows].copy_(own[name][rows])
             entry.hold(self.moments)
         self.ranks.publish(self._brought, number)
-        self.ranks.wait(self._brought, number, sharing=True)
+        self.ranks.wait(self._brought, number)

@@ -14,8 +14,6 @@ from torch.optim import Optimizer
 from ..transport.host_tensors import host_zeros, like_rows, row_blocks
 from ..transport.transfer import PageLock
 from .moments import KEY, Moments, RowMoments, moments_of
-from .node_rows import NodeRows
-from .row_parameter import State
 from .row_step import update_rows
 from .shared_rows import SharedRows
 
@@ -37,7 +35,7 @@ class RowTable(SharedRows):
 
     _all: ClassVar[weakref.WeakSet[RowTable]] = weakref.WeakSet()
     _of_this_process = SharedRows._of_this_process | {
-        "_stepped_with", "claimed_by", "step", "_compute_copy", "_compute_copy_state", "_pages", "locked_for",
+        "_stepped_with", "claimed_by", "step", "_pages", "locked_for",
     }  # fmt: skip
 
     def __init__(
@@ -62,8 +60,6 @@ class RowTable(SharedRows):
         self._stepped_with: RowMoments | None = None
         self.claimed_by: weakref.ref[Optimizer] | None = None
         RowTable._all.add(self)
-        self._compute_copy: Tensor | None = None
-        self._compute_copy_state: State | None = None
         self._pages = PageLock()
         self.locked_for: torch.device | None = None
         self.step: Callable[..., None] = update_rows
@@ -130,6 +126,8 @@ class RowTable(SharedRows):
             yield current
 
     def _current(self) -> Tensor:
+        if self.node is not None and not self.is_shared:  # other memory was put in the place of the masters
+            self._go_on_alone()
         master, dtype = self.masters, self.compute_dtype
         if self._compute_copy is not None and (
             self._compute_copy.dtype != dtype or self._compute_copy.device != master.device
@@ -154,12 +152,6 @@ class RowTable(SharedRows):
     def _page_lock(self, tensor: Tensor) -> None:
         if self.pin and self.locked_for is not None and tensor.is_cpu:
             self.pin = self._pages.hold(tensor, self.locked_for)
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Dtype in which rows are read."""
-        read_as, own = self._watch.read_as, self._dtype
-        return read_as if read_as.itemsize < own.itemsize else own
 
     # ------------------------------------------------------------------ writing
 
@@ -192,60 +184,6 @@ class RowTable(SharedRows):
                     self.rows[block].zero_()
                 else:  # drawn in float32 whatever the dtype, so that equal seeds give equal rows
                     self.rows[block].copy_(torch.empty_like(self.rows[block], dtype=torch.float32).normal_(0, std))
-
-    # ------------------------------------------------------------------ ranks that share the table
-
-    def take_up(self, node: NodeRows) -> Tensor:
-        """Take the masters and the narrower copy that are in shared memory in place of those of this process.
-
-        Returns:
-            the masters of this process.
-        """
-        self.leave_node()
-        self.synchronize()
-        with self.lock, torch.no_grad():
-            self._wait_for_readers()
-            own = self.masters
-            masters, self._compute_copy = node.tensors()
-            self._change(masters)
-            self._compute_copy_state, self.node = None, node
-        return own
-
-    def shared_rows_written(self) -> None:
-        """One rank has written all masters in shared memory, and the narrower copy."""
-        with self.lock:
-            self.note_change()
-            self._compute_copy_state = self._state()
-
-    def write_shared(self, masters: Tensor) -> None:
-        """Write the masters, and the narrower copy of them, in shared memory."""
-        with self.lock, torch.no_grad():
-            for block in row_blocks(masters):
-                self.masters[block].copy_(masters[block])
-                if self._compute_copy is not None:
-                    self._compute_copy[block].copy_(self.masters[block])
-
-    def leave_node(self) -> bool:
-        """Go on with a copy of this process's own, as before anything but a step writes the rows; whether they were
-        shared.
-        """
-        node = self.node
-        if node is None:
-            return False
-        self.synchronize()
-        with self.lock, torch.no_grad():
-            self._wait_for_readers()
-            if self.masters.data_ptr() == node.masters:
-                self._change(like_rows(self.masters, self._dtype).copy_(self.masters))
-            self._compute_copy = self._compute_copy_state = None
-            node.release()
-            self.node, self._watch.left = None, True
-        return True
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether the ranks of this node share the rows as they are now."""
-        return self.node is not None and self.node.holds(self.masters, self.compute_dtype)
 
     # ------------------------------------------------------------------ moving, loading, saving
 

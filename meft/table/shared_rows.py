@@ -10,6 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from peft_bridge.torch_private import storage_address
+
+from ..transport.host_tensors import like_rows, row_blocks
 from ..transport.streams import CopyStream, StreamEvent
 from .dirty_rows import DirtyRows
 from .node_rows import NodeRows
@@ -30,7 +33,7 @@ class SharedRows(KeptRows):
     """
 
     _of_this_process: ClassVar[frozenset[str]] = frozenset(
-        ("lock", "updates", "node", "_pending", "_readers", "_dirty")
+        ("lock", "updates", "node", "_pending", "_readers", "_dirty", "_compute_copy", "_compute_copy_state")
     )
 
     _pending: PendingUpdate | None = None  # asked for before `_start`, by what adopts the rows
@@ -49,6 +52,8 @@ class SharedRows(KeptRows):
         self._pending = None
         self._readers: dict[CopyStream, StreamEvent] = {}
         self._dirty: DirtyRows | None = None
+        self._compute_copy: Tensor | None = None
+        self._compute_copy_state: State | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         self.synchronize()
@@ -66,6 +71,8 @@ class SharedRows(KeptRows):
 
     def synchronize(self) -> None:
         """Wait for the update that is queued, if there is one, and for the other ranks; raises its error, once."""
+        if self.node is not None:
+            self._watch.check_process()  # a forked process has not got what ranks wait by
         pending = self._pending
         if pending is not None:
             if pending.in_this_thread:
@@ -77,6 +84,12 @@ class SharedRows(KeptRows):
                     self._pending = None
         if self.node is not None:
             self.node.wait()
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype in which rows are read."""
+        read_as, own = self._watch.read_as, self._dtype
+        return read_as if read_as.itemsize < own.itemsize else own
 
     @property
     def state(self) -> State:
@@ -108,3 +121,71 @@ class SharedRows(KeptRows):
         """The rows that have changed since the last call, int64 ascending (None: no row); call it under `reading`."""
         assert self._dirty is not None
         return self._dirty.take(self.state)
+
+    # ------------------------------------------------------------------ ranks that share the table
+
+    def take_up(self, node: NodeRows) -> Tensor:
+        """Take the masters and the narrower copy that are in shared memory in place of those of this process.
+
+        Returns:
+            the masters of this process.
+        """
+        self.leave_node()
+        self.synchronize()
+        with self.lock, torch.no_grad():
+            self._wait_for_readers()
+            own = self.masters
+            masters, self._compute_copy = node.tensors()
+            self._change(masters)
+            self._compute_copy_state, self.node = None, node
+        return own
+
+    def shared_rows_written(self) -> None:
+        """One rank has written all masters in shared memory, and the narrower copy."""
+        with self.lock:
+            self.note_change()
+            self._compute_copy_state = self._state()
+
+    def write_shared(self, masters: Tensor) -> None:
+        """Write the masters, and the narrower copy of them, in shared memory."""
+        with self.lock, torch.no_grad():
+            for block in row_blocks(masters):
+                self.masters[block].copy_(masters[block])
+                if self._compute_copy is not None:
+                    self._compute_copy[block].copy_(self.masters[block])
+
+    def leave_node(self) -> bool:
+        """Go on with a copy of this process's own, as before anything but a step writes the rows; whether they were
+        shared.
+        """
+        if self.node is None:
+            return False
+        self.synchronize()
+        with self.lock:
+            self._go_on_alone()
+        return True
+
+    def _go_on_alone(self) -> None:
+        node = self.node
+        if node is None:
+            return
+        node.wait()
+        with torch.no_grad():
+            self._wait_for_readers()
+            self._watch.left = 0  # other memory was put in the place of what is shared
+            if self.masters.data_ptr() == node.masters:
+                self._change(like_rows(self.masters, self._dtype).copy_(self.masters))
+                self._watch.left = storage_address(self.masters)
+            self._compute_copy = self._compute_copy_state = None
+            self.node = None
+            node.release()
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the ranks of this node share the rows as they are now."""
+        return self.node is not None and self.node.holds(self.masters, self.compute_dtype)
+
+    def _adopt(self, parameter: Any, read_as: torch.dtype) -> None:
+        if self.node is not None:  # the one before may be somebody's still, and has the memory of all ranks
+            self._watch.left = 0
+        super()._adopt(parameter, read_as)

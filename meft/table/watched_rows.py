@@ -8,7 +8,7 @@ numpy array, dlpack or a storage. `WatchedRows` notes when one of these was hand
 from __future__ import annotations
 
 import sys
-import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from peft_bridge.torch_private import (
 )
 
 from ..transport.host_tensors import check_process, forks, like_rows
+from ..transport.torch_calls import written_arguments
 
 # Modules that use storages and arrays to identify and to save tensors, and write nothing.
 _READERS = {
@@ -53,16 +54,17 @@ class Watch:
             not count.
         read_as: the dtype in which rows are read, where it is narrower than the parameter's.
         on_host: whether the parameter stays where it is, whatever is assigned.
-        left: whether other processes have shared the memory, which views may still refer to.
-        table: the table of the rows; a queued update is waited for before they are read.
+        left: other processes have shared the memory, which views may still refer to: the storage that the rows went on
+            in with the same values, 0 where they got others; None: the memory was not shared.
+        table: returns the table of the rows, None if it is gone; a queued update is waited for before they are read.
     """
 
-    table: weakref.ref[Any] | None = None
-    left = False
+    left: int | None = None
 
     def __init__(self, read_as: torch.dtype, on_host: bool) -> None:
         self.handed_out = object()
         self.read_as, self.on_host = read_as, on_host
+        self.table: Callable[[], Any] = lambda: None
         self._forks = forks()
         self._plain: Tensor | None = None
         self._shared = False
@@ -73,9 +75,15 @@ class Watch:
 
     def wait(self) -> None:
         """Wait for an update that is queued, unless the calling thread makes it; raises what it raised."""
-        table = self.table() if self.table is not None else None
+        table = self.table()
         if table is not None:
             table.synchronize()
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes have the rows too."""
+        table = self.table()
+        return table is not None and table.is_shared
 
     def note(self) -> None:
         """The memory was handed out."""
@@ -127,7 +135,8 @@ class WatchedRows(torch.Tensor):
             source.watch.check_process()
             if func in (GET_DATA, SET_DATA) or getattr(func, "__name__", "") not in _ASK_NO_VALUES:
                 source.watch.wait()
-        _leave_before_write(func, args, kwargs)
+        for target in _watched(written_arguments(func, args, kwargs or {}), None):
+            _own(target)  # before anything is written that other processes read
         if func == SET_DATA:
             return assign(args[0], args[1])
         with without_torch_function():
@@ -142,11 +151,13 @@ class WatchedRows(torch.Tensor):
     def as_subclass(self, cls: Any) -> Any:
         """As torch's, which does not call `__torch_function__`."""
         self.watch.wait()
+        _own(self)
         self.watch.note()
         return super().as_subclass(cls)
 
     def __copy__(self) -> Tensor:
         self.watch.wait()
+        _own(self)
         self.watch.note()
         return self._like_plain(unwatched(self))
 
@@ -181,28 +192,21 @@ def _watched(args: Any, kwargs: Any) -> list[WatchedRows]:
     return watched
 
 
-def _leave_before_write(func: Any, args: Any, kwargs: Any) -> None:
-    """Rows that other processes read too get memory of their own before anything is written into them."""
-    name, out = getattr(func, "__name__", ""), (kwargs or {}).get("out")
-    in_place = name.endswith("_") and not name.endswith("__")
-    if not (in_place or out is not None or name == "__setitem__" or name.startswith("__i")):
-        return
-    if name not in _ASK_NO_VALUES:
-        for target in _watched([args[0] if out is None and args else out], None):
-            _own(target)
-
-
 def _own(target: WatchedRows) -> bool:
     """Let rows be in memory of this process alone, and a view refer to that; whether they were not."""
-    table = target.watch.table() if target.watch.table is not None else None
-    if table is None or not (table.leave_node() or target.watch.left):
+    table = target.watch.table()
+    if table is None or not (table.leave_node() or target.watch.left is not None):
         return False
     rows = table.masters
-    if is_parameter(target) or storage_address(target) == storage_address(rows):
+    if target is table.rows or storage_address(target) == storage_address(rows):
         return is_parameter(target)
-    with without_torch_function():  # a view from before
-        target.data = rows.as_strided(target.size(), target.stride(), target.storage_offset())
-    target.watch.note()
+    with without_torch_function():
+        if not is_parameter(target) and storage_address(rows) == target.watch.left:  # a view from before
+            target.data = rows.as_strided(target.size(), target.stride(), target.storage_offset())
+            target.watch.note()
+        else:  # of rows that were replaced since
+            target.data = unwatched(target).clone()
+            target.watch = Watch(target.watch.read_as, target.watch.on_host)
     return True
 
 
@@ -226,8 +230,7 @@ def _hand_out(source: WatchedRows, result: Any, func: Any) -> bool:
         uncounted = func == GET_DATA or result.is_inference()  # all other aliases share the version counter
         if uncounted:
             source.watch.note()
-        table = source.watch.table() if source.watch.table is not None else None
-        if not uncounted or (table is not None and table.is_shared):
+        if not uncounted or source.watch.is_shared:
             become(result, WatchedRows, is_parameter=False)
             result.watch = source.watch  # type: ignore[attr-defined]
         return False
@@ -259,6 +262,13 @@ def put(parameter: WatchedRows, values: Tensor) -> None:
         parameter.data = values
 
 
+def _not_shared(values: Tensor) -> Tensor:
+    """Values that are put into place: a copy where other processes may have the memory, which was kept from before."""
+    if isinstance(values, WatchedRows) and (values.watch.left is not None or values.watch.is_shared):
+        return like_rows(unwatched(values), values.dtype).copy_(unwatched(values))
+    return values
+
+
 def assign(target: WatchedRows, values: Tensor) -> None:
     """What `target.data = values` does.
 
@@ -279,7 +289,7 @@ def assign(target: WatchedRows, values: Tensor) -> None:
         raise ValueError("MEFT rows cannot be emptied by assigning a meta tensor to `.data`: delete the adapter.")
     moves = values.device != target.device
     if target.is_meta or (values.dtype == target.dtype and not (moves and target.watch.on_host)):
-        put(target, values)
+        put(target, _not_shared(values))
         return
     if values.dtype != target.dtype:
         target.watch.read_as = values.dtype

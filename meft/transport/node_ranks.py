@@ -6,10 +6,11 @@ import os
 import select
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 
-_RUNS, _FAILED, _LEFT = 0, 1, 2
+_FAILED = 1
 _EAGER = 200  # looks at a counter before a waiting rank sleeps between them
 _NAP, _LONGEST = 2e-5, 1e-3  # seconds
 
@@ -39,13 +40,10 @@ class NodeRanks:
             if other != rank and hasattr(os, "pidfd_open"):
                 with suppress(OSError):  # then the timeout alone ends a wait for it
                     self._ends[other] = os.pidfd_open(process)
+                    weakref.finalize(self, os.close, self._ends[other])
 
     def __len__(self) -> int:
         return len(self.processes)
-
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_ends", {}).values():
-            os.close(descriptor)
 
     @property
     def leads(self) -> bool:
@@ -61,14 +59,17 @@ class NodeRanks:
         self._order()
         numbers[self.rank] = value
 
-    def wait(self, numbers: memoryview, least: int, *, sharing: bool = False) -> None:
+    def wait(self, numbers: memoryview, least: int, *, left: memoryview | None = None) -> bool:
         """Wait until the numbers of all ranks are at least `least`; then what they wrote before can be read.
 
         Args:
-            sharing: only those that have not left will come.
+            left: not zero for ranks that will not come any more.
+
+        Returns:
+            whether all have come; False: the others have left.
 
         Raises:
-            RuntimeError: a rank has ended, failed or left, or the timeout has passed.
+            RuntimeError: a rank has ended or failed, or the timeout has passed.
         """
         looks, nap, began = 0, _NAP, time.monotonic()
         while behind := [rank for rank, number in enumerate(numbers) if number < least]:
@@ -76,10 +77,15 @@ class NodeRanks:
             if looks < _EAGER:
                 time.sleep(0)
                 continue
-            self._check(behind, numbers, least, time.monotonic() - began, sharing)
+            if left is not None and (gone := [rank for rank in behind if left[rank]]):
+                self._order()
+                if any(numbers[rank] < least for rank in gone):  # none has come before it left
+                    return False
+            self._check(behind, numbers, least, time.monotonic() - began)
             time.sleep(nap)
             nap = min(2 * nap, _LONGEST)
         self._order()
+        return True
 
     def barrier(self) -> None:
         """Wait until all ranks have come here as often as this one."""
@@ -99,11 +105,6 @@ class NodeRanks:
         """Tell the others that they wait for nothing: this rank's update has failed."""
         self._status[self.rank] = _FAILED
 
-    def leave(self) -> None:
-        """Tell the others that this rank goes on with rows of its own."""
-        if self._status[self.rank] == _RUNS:
-            self._status[self.rank] = _LEFT
-
     def _order(self) -> None:
         """Neither the processor nor the compiler moves a read or a write of shared memory across this.
 
@@ -113,9 +114,9 @@ class NodeRanks:
             with self._lock:
                 pass
 
-    def _check(self, behind: list[int], numbers: memoryview, least: int, waited: float, sharing: bool) -> None:
+    def _check(self, behind: list[int], numbers: memoryview, least: int, waited: float) -> None:
         for rank in behind:
-            reason = self._reason(rank, sharing)
+            reason = self._reason(rank)
             if reason is None and waited > self.timeout:
                 reason = f"has not come for {waited:.0f} seconds, the timeout of the process group"
             # It may have come and ended since.
@@ -125,12 +126,10 @@ class NodeRanks:
                     f"one, {reason}: see its own messages, and start all ranks again from the last checkpoint."
                 )
 
-    def _reason(self, rank: int, sharing: bool) -> str | None:
+    def _reason(self, rank: int) -> str | None:
         """Why a rank will not come; None: it may."""
         if self._status[rank] == _FAILED:
             return "has failed to update them"
-        if sharing and self._status[rank] == _LEFT:
-            return "has gone on with rows of its own since the forward pass (they were written, or its model was cast)"
         if rank in self._ends:
             poll = select.poll()
             poll.register(self._ends[rank], select.POLLIN)

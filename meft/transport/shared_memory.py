@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import weakref
 from contextlib import suppress
 from pathlib import Path
 
@@ -57,6 +58,7 @@ class SharedMemory:
         for name in ("MADV_DONTFORK", "MADV_HUGEPAGE"):  # the second where the system allows it for such memory
             with suppress(AttributeError, OSError):
                 self._map.madvise(getattr(mmap, name))
+        self._close = weakref.finalize(self, os.close, descriptor)
 
     @classmethod
     def create(cls, size: int) -> SharedMemory:
@@ -88,13 +90,8 @@ class SharedMemory:
 
     def close(self) -> None:
         """Close the descriptor: no other process can open the memory through it any more."""
-        descriptor, self.descriptor = self.descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
-
-    def __del__(self) -> None:
-        if getattr(self, "descriptor", None) is not None:
-            self.close()
+        self.descriptor = None
+        self._close()
 
     def tensor(self, offset: int, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
         """A tensor in the memory at `offset` bytes, with a storage of its own, so that its users can be counted."""

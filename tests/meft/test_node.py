@@ -153,8 +153,18 @@ def test_ranks_that_train_apart_after_ddp_get_rows_of_their_own(ranks):
     assert any(not torch.equal(first["alone"][name], second["alone"][name]) for name in first["alone"])
     assert first["again"]
     assert second["again"]
+    assert first["released"]
+    assert second["released"]
     rows = [name for name in first["rows"] if name.endswith(".rows")]
     Tiny.assert_equal({n: first["rows"][n] for n in rows}, {n: second["rows"][n] for n in rows})
+
+
+def test_a_rank_alone_may_make_a_pass_or_write_what_the_others_have(ranks):
+    entry = equal(ranks, "uneven")
+    assert entry["shared"] == [False, True, True, True]
+    assert_close(entry["state"], one_process(range(5)))
+    for first, second in zip(*(found["means"] for found in result_of(ranks, "uneven")), strict=True):
+        assert all(map(torch.equal, first, second))
 
 
 def test_a_cast_in_the_middle_of_a_run(ranks):

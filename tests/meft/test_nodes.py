@@ -16,6 +16,8 @@ import torch
 
 from meft.table.node_rows import NodeRows
 from meft.transport import shared_memory
+from meft.transport.node_ranks import NodeRanks
+from meft.transport.shared_memory import SharedMemory
 from tests.support import node_tasks
 from tests.support.processes import environment, once
 from tests.support.tiny_meft import Tiny
@@ -51,6 +53,9 @@ def work(rank, folder):
     results = {name: node_tasks.run_tables(rank, name, False) for name in node_tasks.DTYPES}
     torch.save(results, folder / f"rank{rank}.pt")
     torch.save(killed_in_a_step(rank), folder / f"killed{rank}.pt")
+    memory = SharedMemory.create(4096)
+    ranks = NodeRanks(0, [os.getpid(), os.getppid()], memory.numbers(0, 8), TIMEOUT)
+    os.kept = memory, ranks  # until the interpreter's end
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +77,7 @@ def folder(request):
             for process in processes:
                 process.kill()
         assert [p.returncode for p in processes] == [0, -signal.SIGKILL, 0], "\n".join(said)
+        assert not any("Exception ignored" in text for text in said)  # at the interpreter's end
 
     return once(request, "ranks_of_two_nodes", run)
 

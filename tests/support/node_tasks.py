@@ -1,8 +1,10 @@
 """What the ranks of `tests/meft/test_ddp.py` do for `tests/meft/test_node.py`: one copy of the rows for both."""
 
 import copy
+import gc
 import os
 import time
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -309,12 +311,45 @@ def run_left(rank):
     model = adapted()
     wrapped, optimizer = DistributedDataParallel(model), Tiny.adamw(model)
     train(wrapped, [mine(0, rank)], optimizer)
+    total = model.base_model.ranks.node.sum
+    shares = [weakref.ref(memory) for memory in (Tiny.tables(model)[0].node._memory, *total._means)]
+    held = all(memory() is not None for memory in shares)
     train(model, [mine(1, rank)], optimizer)
+    model(input_ids=mine(1, rank))  # outside of DDP, and no table is shared any more
+    gc.collect()
+    released = held and not any(memory() is not None for memory in shares)
     alone, shared = Tiny.whole_state(model), any(t.is_shared for t in Tiny.tables(model))
     torch.distributed.barrier()
     train(wrapped, [mine(2, rank)], optimizer)
     shared_again = all(t.is_shared for t in Tiny.tables(model))
-    return {"alone": alone, "shared": shared, "again": shared_again, "rows": Tiny.state(model)}
+    rows = Tiny.state(model)
+    return {"alone": alone, "shared": shared, "again": shared_again, "rows": rows, "released": released}
+
+
+def run_uneven(rank):
+    """The first rank makes forward passes with a graph that the other one does not make, and waits for nobody in them;
+    it also writes rows, first of all tables and then, between backward and step, of one.
+    """
+    model = adapted()
+    wrapped, optimizer = DistributedDataParallel(model, broadcast_buffers=False), Tiny.adamw(model)
+    train(wrapped, [mine(step, rank) for step in range(2)], optimizer)  # DDP itself makes its buckets in the second
+    means = []
+    for step in range(2, 5):
+        if rank == 0:
+            if step == 3:
+                for table in Tiny.tables(model):
+                    table.leave_node()
+            wrapped(input_ids=mine(9, rank))
+        torch.distributed.barrier()  # the other rank comes once the pass is through
+        wrapped(input_ids=mine(step, rank), labels=mine(step, rank)).loss.backward()
+        means.append([table.rows.grad.to_dense() for table in Tiny.tables(model)])
+        torch.nn.utils.clip_grad_norm_(Tiny.trainable(model), 0.05)
+        if step == 4 and rank == 0:
+            Tiny.tables(model)[0].rows.data.norm()
+        optimizer.step()
+        optimizer.zero_grad()
+        shared = [t.is_shared for t in Tiny.tables(model)]
+    return {"state": Tiny.whole_state(model), "shared": shared, "means": means}
 
 
 def run_cast(rank):
@@ -379,6 +414,7 @@ def tasks(rank, folder):
         "saved": lambda: run_saved(rank, folder),
         "stepped before": lambda: run_stepped_before(rank),
         "left": lambda: run_left(rank),
+        "uneven": lambda: run_uneven(rank),
         "cast": lambda: run_cast(rank),
         "scaled": lambda: run_scaled(rank, False),
         "overflow": lambda: run_scaled(rank, True, torch.float32),
