@@ -105,7 +105,9 @@ def _same_logits(model: str, tuned: Any, adapter: Path | None, ids: list[int]) -
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder, "logits.safetensors"))
         script = [sys.executable, "-I", stock_logits.__file__, model, str(adapter or "-"), json.dumps(ids), out, PROMPT]
-        said = subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+        said = subprocess.run(
+            script, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+        ).stdout.strip()
         stock = load_file(out)["logits"]
     what = "LoRA in stock PEFT" if adapter else "model in transformers"
     with torch.no_grad():

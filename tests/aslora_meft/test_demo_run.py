@@ -81,6 +81,7 @@ def test_the_demo_of_meft_on_a_tiny_model(model_dir, tmp_path, monkeypatch, capf
         "Report: ",
     ):
         assert part in told
+    assert "Do you wish" not in told  # nothing asks on stdin
 
     exported = tmp_path / "demo-output" / "model"
     adapter = tmp_path / "demo-output" / "adapter"
