@@ -1,6 +1,6 @@
 """Compile every variant of every op for each GPU, on a machine that has none, and look at what came out.
 
-    python -m adapter_kernels.aot [--required] [--only WORD] [--seconds S] [--jobs N]
+    python -m adapter_kernels.aot [--required] [--gpu N ...] [--only WORD] [--seconds S] [--jobs N]
 
 A variant is accepted if it compiles for sm_80, 86, 89 and 90 with nothing spilled, within the shared memory that a
 block of that GPU may have, and with 16-byte global loads where it promises them. sm_100, sm_120 and gfx942 are
@@ -138,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print a line a variant and GPU; 1 where a required one is not accepted."""
     parser = argparse.ArgumentParser(prog="python -m adapter_kernels.aot", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--required", action="store_true", help="only the GPUs that decide")
+    parser.add_argument("--gpu", type=int, nargs="+", metavar="N", help="only these compute capabilities, such as 86")
     parser.add_argument("--only", default="", metavar="WORD", help="variants whose line contains WORD")
     parser.add_argument("--seconds", type=float, help="fail when all of it takes longer")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
@@ -150,11 +151,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for op in OPS
         for target in TARGETS
         if target in REQUIRED or not options.required
+        if options.gpu is None or target in options.gpu
         for index, variant in enumerate(_variants(op, target if isinstance(target, int) else None))
         if options.only in variant.label
     ]
     if not tasks:
-        parser.error(f"no variant contains {options.only!r}")
+        parser.error(f"no variant for these GPUs contains {options.only!r}")
     breaches = 0
     with ProcessPoolExecutor(options.jobs) if options.jobs > 1 else contextlib.nullcontext() as pool:
         for row in (pool.map if pool else map)(_task, *zip(*tasks, strict=True)):

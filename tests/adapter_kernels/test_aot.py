@@ -115,3 +115,13 @@ def test_every_integer_argument_can_be_1():
             one = dataclasses.replace(v, types=types, constants={**v.constants, **ones}, wide=False)
             # That it compiles is what counts: no workload has rows of one value, for which triton 3.7.1 spills some.
             assert [p for p in aot.examine(one, 80).problems if not p.startswith("spills")] == [], v.label
+
+
+def test_some_gpus_alone(monkeypatch, capsys, router):
+    monkeypatch.setattr(aot, "OPS", {"mine": lambda capability: [router]})
+    aot._variants.cache_clear()
+    assert aot.main(["--jobs", "1", "--required", "--gpu", "86", "120"]) == 0
+    assert re.findall(r"^\w+", capsys.readouterr().out, re.MULTILINE) == ["sm_86", "triton"]  # sm_120 does not decide
+    with pytest.raises(SystemExit):
+        aot.main(["--gpu", "7"])
+    aot._variants.cache_clear()
