@@ -28,7 +28,7 @@ from benchmarks.common.environment import environment
 from meft import MEFTConfig
 from meft.layer import MEFTLayer
 from meft.num_experts import default_num_experts
-from meft.optim.optimizer_hook import update_table
+from meft.optim.table_steps import update_table
 from meft.routing.reference import reference
 from meft.table.row_step import StepRule
 from peft_bridge import replace_file

@@ -2,14 +2,15 @@
 of the ranks, so that the result does not depend on who comes first.
 
 Of each table the ranks agree on the union of their touched rows. Then, block by block, each rank copies its values
-into memory of its own that all can read, and sums its share of the block over the ranks. The mean exists once a node:
-the gradient of each rank reads it, and copies it only if somebody writes into it.
+into memory of its own that all can read, and sums its share of the block over the ranks; a block has rows of one table
+or of several. The mean exists once a node: the gradient of each rank reads it, and copies it only if somebody writes
+into it.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +20,10 @@ from torch import Tensor
 from ..transport.node_ranks import NodeRanks
 from ..transport.shared_memory import Layout, SharedMemory
 from .host.drain import squares
+from .host.mean import RowsOfRanks
 from .row_gradient import RowGradient, as_row_gradient
 
-BLOCK_BYTES = 2 << 20  # of a rank's values at a time; each rank has two blocks
+BLOCK_BYTES = 8 << 20  # of a rank's values at a time; each rank has two blocks
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class SumPlaces:
     Attributes:
         forms: of each table (r, d, dtype of the sums).
         masks: of each table uint8 [ranks, r + 1]: the rows that a rank has touched; last, whether it has a gradient.
-        union: uint8, the masks over all nodes, of all tables in turn.
+        union: uint8, the masks over all nodes, of all tables in turn, and an answer.
         numbers: int64 [tables, ranks + 1], then float64 [tables, ranks].
         blocks: [2, ranks] blocks of `block_bytes`.
     """
@@ -47,16 +49,39 @@ class SumPlaces:
     def plan(cls, layout: Layout, forms: Sequence[tuple[int, int, torch.dtype]], ranks: int) -> SumPlaces:
         """Take places for tables of these forms."""
         row = max(d * dtype.itemsize for _, d, dtype in forms)
-        largest = max(r * d * dtype.itemsize for r, d, dtype in forms)
-        block = max(row, min(BLOCK_BYTES // row * row, largest))
+        rows = sum(_aligned(r * d * dtype.itemsize) for r, d, dtype in forms)
+        block = _aligned(max(row, min(BLOCK_BYTES, rows)))
         return cls(
             tuple(forms),
             tuple(layout.place(ranks * (r + 1)) for r, _, _ in forms),
-            layout.place(sum(r + 1 for r, _, _ in forms)),
+            layout.place(sum(r + 1 for r, _, _ in forms) + 1),
             layout.place(8 * len(forms) * (2 * ranks + 1)),
             layout.place(2 * ranks * block),
             block,
         )
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // 64) * 64
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of a table that are summed in one block.
+
+    Attributes:
+        table: place among the forms.
+        rows: int64 [n], of the union, which begin with its row number `first`.
+        own: of this rank's values [m, d] those of `rows`; None: it has no gradient.
+        offset: bytes from the beginning of each rank's block.
+        mean: [n, d], the result.
+    """
+
+    table: int
+    rows: Tensor
+    own: Tensor | None
+    offset: int
+    mean: Tensor
 
 
 class NodeSum:
@@ -101,11 +126,15 @@ class NodeSum:
         self._readers: list[weakref.ref[object] | None] = [None] * tables
         self._blocks = 0  # summed so far
 
-    def average(self, tables: Sequence[tuple[int, Tensor]]) -> None:
+    def average(self, tables: Sequence[tuple[int, Tensor]], answer: bool = False) -> bool:
         """Replace the gradients of some tables by their means over all ranks; all ranks call it.
 
         Args:
             tables: place among the forms, and the parameter.
+            answer: of this rank, to a question of all.
+
+        Returns:
+            whether any rank of any node has answered yes.
         """
         me = self._ranks.rank
         own: dict[int, tuple[Tensor, Tensor] | None] = {}
@@ -114,29 +143,26 @@ class NodeSum:
             self._mark(i, own[i])
             reader = self._readers[i]
             self._held[i][me] = int(self._means[i] is None or (reader is not None and reader() is not None))
-        self._ranks.barrier()
-        unions = self._unions([i for i, _ in tables])
+        answer = self._ranks.any(answer)
+        unions, answer = self._unions([i for i, _ in tables], answer)
         touched = [(i, parameter) for i, parameter in tables if bool(unions[i][-1])]
         self._renew([i for i, _ in touched if any(self._held[i])])
-        sums = {i: self._sum(i, unions[i][:-1].nonzero().flatten(), own.pop(i)) for i, _ in touched}
+        rows = {i: unions[i][:-1].nonzero().flatten() for i, _ in touched}
+        for i in rows:
+            self._squares[i][me] = 0.0
+        for block in self._blocks_of(rows, own):
+            self._sum(block)
         self._ranks.barrier()
         for i, parameter in touched:
             known = sum(self._squares[i]) if self._places.forms[i][2] == torch.float32 else None
-            rows, values = sums.pop(i)
+            values = self._mean(i, len(rows[i]))
             self._readers[i] = weakref.ref(values.untyped_storage())
-            parameter.grad = RowGradient.shared(rows, values, parameter, known)
+            parameter.grad = RowGradient.shared(rows[i], values, parameter, known)
+        return answer
 
     def forget_means(self) -> None:
         """Give the memory of the last means back, where no gradient has it; the next ones get other memory."""
         self._means = [None] * len(self._means)
-
-    def any_over_nodes(self, answer: bool) -> bool:
-        """Whether any node answers yes; all ranks of a node give the same answer."""
-        if self._nodes == 1:
-            return answer
-        if self._leaders is not None:
-            answer = bool(self._over_nodes(torch.tensor([answer], dtype=torch.uint8), dist.ReduceOp.MAX))
-        return self._ranks.any(answer)
 
     def _mark(self, i: int, own: tuple[Tensor, Tensor] | None) -> None:
         mask = self._masks[i][self._ranks.rank]
@@ -146,17 +172,19 @@ class NodeSum:
             mask[own[0]] = 1
         self.bytes_between_ranks += len(mask)
 
-    def _unions(self, tables: list[int]) -> dict[int, Tensor]:
-        """Of each table the rows that any rank has touched, uint8 [r + 1]."""
+    def _unions(self, tables: list[int], answer: bool) -> tuple[dict[int, Tensor], bool]:
+        """Of each table the rows that any rank has touched, uint8 [r + 1], and whether any node answers yes."""
         unions = {i: self._masks[i].amax(0) for i in tables}
-        if self._nodes == 1 or not tables:
-            return unions
+        if self._nodes == 1:
+            return unions, answer
         sizes = [len(unions[i]) for i in tables]
-        shared = self._memory.tensor(self._places.union, (sum(sizes),), torch.uint8)
+        shared = self._memory.tensor(self._places.union, (sum(sizes) + 1,), torch.uint8)
         if self._leaders is not None:
-            shared.copy_(self._over_nodes(torch.cat(list(unions.values())), dist.ReduceOp.MAX))
+            all_of_node = torch.cat([*unions.values(), torch.tensor([answer], dtype=torch.uint8)])
+            shared.copy_(self._over_nodes(all_of_node, dist.ReduceOp.MAX))
         self._ranks.barrier()
-        return dict(zip(tables, shared.split(sizes), strict=True))
+        *parts, answered = shared.split([*sizes, 1])
+        return dict(zip(tables, parts, strict=True)), bool(answered)
 
     def _over_nodes(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
         there = tensor.to(self._device)
@@ -184,59 +212,63 @@ class NodeSum:
             memory.close()
             self._means[i] = memory
 
-    def _sum(self, i: int, rows: Tensor, own: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """The mean over all ranks of a table's gradients on `rows`, once the last barrier has been passed."""
+    def _mean(self, i: int, count: int) -> Tensor:
+        """The memory of a table's mean, [count, d]."""
         _, d, dtype = self._places.forms[i]
         memory = self._means[i]
         assert memory is not None
-        mean = memory.tensor(0, (len(rows), d), dtype)
-        at_once = self._places.block_bytes // (d * dtype.itemsize)
-        squared = 0.0
-        for first in range(0, len(rows), at_once):
-            block = slice(first, min(first + at_once, len(rows)))
-            squared += self._sum_block(i, rows[block], own, mean[block])
-        self._squares[i][self._ranks.rank] = squared
-        return rows, mean
+        return memory.tensor(0, (count, d), dtype)
 
-    def _sum_block(self, i: int, rows: Tensor, own: tuple[Tensor, Tensor] | None, mean: Tensor) -> float:
-        """The sum of the squares of this rank's share."""
+    def _blocks_of(
+        self, rows: dict[int, Tensor], own: dict[int, tuple[Tensor, Tensor] | None]
+    ) -> Iterator[list[_Piece]]:
+        """The unions' rows of some tables, divided into blocks."""
+        block: list[_Piece] = []
+        used, size = 0, self._places.block_bytes
+        for i, union in rows.items():
+            _, d, dtype = self._places.forms[i]
+            mean, width, first = self._mean(i, len(union)), d * dtype.itemsize, 0
+            given = own.pop(i)
+            while first < len(union):
+                if used + width > size:
+                    yield block
+                    block, used = [], 0
+                end = min(len(union), first + (size - used) // width)
+                piece, values = union[first:end], None
+                if given is not None:
+                    begin, last = torch.searchsorted(given[0], piece[[0, -1]] + torch.tensor([0, 1])).tolist()
+                    values = given[1][begin:last]
+                block.append(_Piece(i, piece, values, used, mean[first:end]))
+                used, first = _aligned(used + (end - first) * width), end
+        if block:
+            yield block
+
+    def _sum(self, block: list[_Piece]) -> None:
+        """This rank's share of a block's means, and of the sums of their squares."""
         self._blocks += 1
-        if own is not None:
-            begin, end = torch.searchsorted(own[0], rows[[0, -1]], right=False).tolist()
-            end += int(end < len(own[0]) and bool(own[0][end] == rows[-1]))
-            self._block(self._ranks.rank, end - begin, mean).copy_(own[1][begin:end])
-            self.bytes_between_ranks += (end - begin) * mean.shape[1] * mean.element_size()
+        me, several = self._ranks.rank, self._nodes > 1
+        for piece in block:
+            if piece.own is not None:
+                self._place(me, piece)[: len(piece.own)].copy_(piece.own)
+                self.bytes_between_ranks += piece.own.numel() * piece.mean.element_size()
         self._ranks.barrier()
-        share = self._ranks.part(len(rows))
-        part = mean[share]
-        masks = self._masks[i][:, rows].bool()
-        before = masks[:, : share.start].sum(1).tolist()
-        counts = masks[:, share].sum(1).tolist()
-        written = False
-        for rank, (offset, count) in enumerate(zip(before, counts, strict=True)):
-            if not count:
-                continue
-            values = self._block(rank, offset + count, mean)[offset:]
-            if count < len(part):
-                if not written:
-                    part.zero_()
-                part.index_add_(0, masks[rank, share].nonzero().flatten(), values)
-            elif written:
-                part.add_(values)
-            else:
-                part.copy_(values)
-            written = True
-        if not written:
-            part.zero_()  # another node's
-        if self._nodes > 1:
-            self._ranks.barrier()
-            if self._leaders is not None:
-                mean.copy_(self._over_nodes(mean, dist.ReduceOp.SUM))
-            self._ranks.barrier()
-        part.div_(self._world)
-        return squares(part) or 0.0
+        for piece in block:
+            share, places = self._ranks.part(len(piece.rows)), [self._place(k, piece) for k in range(len(self._ranks))]
+            ranks = RowsOfRanks(self._masks[piece.table], piece.rows, places)
+            squared = ranks.mean(share, 1 if several else self._world, piece.mean[share])
+            self._squares[piece.table][me] += 0.0 if several else squared or 0.0
+        if not several:
+            return
+        self._ranks.barrier()
+        if self._leaders is not None:
+            for piece in block:
+                piece.mean.copy_(self._over_nodes(piece.mean, dist.ReduceOp.SUM))
+        self._ranks.barrier()
+        for piece in block:
+            part = piece.mean[self._ranks.part(len(piece.rows))].div_(self._world)
+            self._squares[piece.table][me] += squares(part) or 0.0
 
-    def _block(self, rank: int, count: int, like: Tensor) -> Tensor:
-        """A rank's values, [count, d]: the one of its two blocks that nobody reads any more."""
+    def _place(self, rank: int, piece: _Piece) -> Tensor:
+        """Where a rank's values of a piece are, [n, d]: in the one of its two blocks that nobody reads any more."""
         at = (self._blocks % 2 * len(self._ranks) + rank) * self._places.block_bytes
-        return self._memory.tensor(self._places.blocks + at, (count, like.shape[1]), like.dtype)
+        return self._memory.tensor(self._places.blocks + at + piece.offset, piece.mean.shape, piece.mean.dtype)

@@ -95,20 +95,17 @@ class RankAverage:
         self._shared = weakref.ref(ddp)
 
     def _parted(self) -> bool:
-        """Whether tables of any rank are not shared, or not any more: of a new adapter, written, cast, or trained
-        outside of DDP. All ranks ask.
+        """Whether tables of this rank are not shared, or not any more: of a new adapter, written, cast, or trained
+        outside of DDP.
         """
-        if self.node is None:
-            return False
-        return self.node.any(any(can_be_shared(table) and not table.is_shared for table in self._tables()))
+        return any(can_be_shared(table) and not table.is_shared for table in self._tables())
 
     def _average(self) -> None:
         self._queued = -1
         assert self._ddp is not None
-        parted = self._parted()
-        summed = self.node.tables if self.node is not None else []
-        if self.node is not None:
-            self.node.average_gradients()
+        node = self.node
+        parted = node is not None and node.average_gradients(self._parted())
+        summed = node.tables if node is not None else []
         for table in self._tables():
             if table.rows.requires_grad and table not in summed:
                 average_gradient(table, self._ddp.process_group)

@@ -128,15 +128,19 @@ class Node:
         for table in self.tables:
             table.shared_rows_written()
 
-    def any(self, answer: bool) -> bool:
-        """Whether any rank of the group answers yes; all ranks ask."""
-        return self.sum.any_over_nodes(self.ranks.any(answer))
+    def average_gradients(self, answer: bool = False) -> bool:
+        """Replace the gradients of the tables by their means over all ranks.
 
-    def average_gradients(self) -> None:
-        """Replace the gradients of the tables by their means over all ranks."""
+        Args:
+            answer: of this rank, to a question of all ranks.
+
+        Returns:
+            whether any rank has answered yes.
+        """
         trained = [(i, table.rows) for i, table in enumerate(self.tables) if table.rows.requires_grad]
-        self.sum.average(trained)
+        answer = self.sum.average(trained, answer)
         self.ranks.summed = True
+        return answer
 
 
 def _memory(group: dist.ProcessGroup, first: int, process: int, size: int) -> SharedMemory | None:

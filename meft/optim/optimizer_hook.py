@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
-from torch.profiler import record_function
 
 from ..config import MEFTConfig
 from ..gradient.row_gradient import RowGradient, as_row_gradient, overflow_watchers
 from ..row_optimizer import RowOptimizerConfig
-from ..table.moments import KEY, RowMoments, count_step
-from ..table.node_rows import RankLeftError
+from ..table.moments import KEY, count_step
 from ..table.row_step import StepRule
 from ..table.row_table import RowTable
+from .table_steps import TableStep, update_table, update_tables
 
 _BNB_ADAM = {"Adam", "AdamW", "Adam8bit", "AdamW8bit", "Adam32bit", "AdamW32bit"}
 
@@ -76,58 +73,6 @@ def group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
     return next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
 
 
-def update_table(
-    table: RowTable, entry: RowMoments, gradient: RowGradient, rule: StepRule, *, finite_only: bool = False
-) -> None:
-    """One step of a table, at once or queued to the thread of `table.updates`.
-
-    Args:
-        entry: the optimizer's, from `RowTable.moments_in`.
-        finite_only: leave the rows alone if a value of the gradient, which may not have landed yet, is inf or nan.
-    """
-    if not finite_only:
-        gradient.to_multiply()  # raises here if the gradient did not arrive
-    if table.updates is not None:
-        gradient = gradient.for_update()
-
-    def update() -> None:
-        if finite_only and not _all_finite(gradient):
-            return
-        rows, values, factors = gradient.to_multiply()
-        wide = values.to(torch.promote_types(table.rows.dtype, torch.float32)).contiguous()
-
-        def step(compute_copy: Tensor | None) -> None:
-            master, node = table.masters, table.node
-            if node is None:
-                state = entry.exclusive(master.device).row_state(master, compute_copy)
-                table.step(state, rows, wide, rule, seed=table.seed, factors=factors)
-                return
-            part = node.ranks.part(len(rows))
-            with node.turn(entry) as moments:
-                state = moments.row_state(master, compute_copy)
-                table.step(state, rows[part], wide[part], rule, seed=table.seed, factors=factors)
-
-        with record_function("meft: update rows"):
-            try:
-                table.update_masters(step, rows=rows)
-            except RankLeftError:
-                table.leave_node()
-                table.update_masters(step, rows=rows)
-
-    if table.node is not None and not (table.is_shared and table.node.ranks.summed):
-        table.leave_node()  # by gradients of its own, or in memory of its own: as one copy a rank
-    if table.updates is None:
-        with torch.no_grad():
-            update()
-    else:
-        table.update_later(update)
-
-
-def _all_finite(gradient: RowGradient) -> bool:
-    squares = gradient.squares()
-    return bool(gradient.to_multiply()[1].isfinite().all()) if squares is None else math.isfinite(squares)
-
-
 def warn_of_lost_moments(optimizer: Optimizer, tables: list[RowTable]) -> None:
     """Warn where an optimizer that was restored has moments, but none of the rows."""
     rows = {table.rows for table in tables}
@@ -163,7 +108,7 @@ class RowSteps:
         self.routers: dict[str, list[nn.ModuleDict]] = {}
         self.nonfinite_steps = 0
         self.averaged = False
-        self._taken: list[tuple[RowTable, RowMoments, RowGradient, StepRule]] = []
+        self._taken: list[TableStep] = []
         self._overflow: weakref.ref[Tensor] | None = None
         self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimizers that have stepped
         overflow_watchers.add(self)
@@ -234,16 +179,16 @@ class RowSteps:
                 gradient.div_(divisor)
             # Of an optimizer that calls its closure several times in a step, the last gradient.
             self._taken = [taken for taken in self._taken if taken[0] is not table]
-            self._taken.append((table, entry, gradient, rule))
+            self._taken.append(TableStep(table, entry, gradient, rule))
 
     def after_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         """Update the rows, those of the first layer first: the next forward pass reads them first."""
         taken, self._taken = self._taken, []
         for table, _, gradient, _ in taken:
             table.rows.grad = gradient  # it can be read until zero_grad, as any other
-        for table, entry, gradient, rule in taken:
+        for table, *_ in taken:
             count_step(optimizer, table.rows)
-            update_table(table, entry, gradient, rule)
+        update_tables(taken)
 
     def on_gradient(self, adapter_name: str, table: RowTable, gradient: RowGradient) -> RowGradient:
         """The copy of a gradient to the host is queued: with `in_backward` its rows are updated when it lands.

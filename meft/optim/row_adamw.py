@@ -19,7 +19,8 @@ from ..gradient.row_gradient import as_row_gradient
 from ..table.moments import KEY, RowMoments, count_step, moments_of, moments_of_0_1
 from ..table.row_step import StepRule, update_rows
 from ..table.row_table import RowTable
-from .optimizer_hook import TWO_OPTIMIZERS, update_table
+from .optimizer_hook import TWO_OPTIMIZERS
+from .table_steps import TableStep, update_tables
 
 
 class RowAdamW(Optimizer):
@@ -74,7 +75,7 @@ class RowAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        tables = RowTable.by_parameter()
+        tables, steps = RowTable.by_parameter(), []
         for group in self.param_groups:
             beta1, beta2 = map(float, group["betas"])
             rule = StepRule(
@@ -88,9 +89,10 @@ class RowAdamW(Optimizer):
                     gradient = parameter.grad = as_row_gradient(parameter.grad, parameter)
                     entry = table.moments_in(self)
                     count_step(self, parameter)
-                    update_table(table, entry, gradient, rule)
+                    steps.append(TableStep(table, entry, gradient, rule))
                 else:
                     self._step_whole(parameter, rule)
+        update_tables(steps)
         return loss
 
     def _step_whole(self, parameter: nn.Parameter, rule: StepRule) -> None:

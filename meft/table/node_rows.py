@@ -65,6 +65,7 @@ class NodeRows:
         moments: those of the optimizer that steps the rows on all ranks.
         unused: whether they are zeros of which no optimizer has made use.
         steps: steps that this rank has done.
+        entered: whether it has entered the next one.
     """
 
     def __init__(self, ranks: NodeRanks, memory: SharedMemory, places: NodePlaces) -> None:
@@ -74,7 +75,7 @@ class NodeRows:
         shapes = ((places.shape, wide), (places.shape, wide), (places.shape[:1], torch.int32))
         tensors = (memory.tensor(at, shape, dtype) for at, (shape, dtype) in zip(places.moments, shapes, strict=True))
         self.moments = Moments(*tensors)
-        self.unused, self.steps = True, 0
+        self.unused, self.steps, self.entered = True, 0, False
         n, numbers = len(ranks), memory.numbers(places.counters, _COUNTERS * len(ranks))
         parts = [numbers[i * n : (i + 1) * n] for i in range(_COUNTERS)]
         self._entered, self._done, self._brings, self._brought, self._left = parts
@@ -100,29 +101,46 @@ class NodeRows:
         """
         self.ranks.wait(self._done, self.steps)
 
+    def enter(self, entry: RowMoments) -> None:
+        """Tell the others that this rank reads the rows no more until it has done its part of the next step: each may
+        write then. A step of several tables enters all of them before it waits for the first.
+
+        Args:
+            entry: of this rank's optimizer.
+        """
+        with self._failing():
+            self._release_to_others(entry)
+            self.unused, self.entered = False, True
+            self.ranks.publish(self._brings, 0 if entry.holds(self.moments) else 1)
+            self.ranks.publish(self._entered, self.steps + 1)
+
     @contextmanager
     def turn(self, entry: RowMoments) -> Iterator[Moments]:
         """This rank's part of a step: yields the moments once no rank reads rows any more.
 
         Args:
-            entry: of this rank's optimizer; it has the yielded moments from then on.
+            entry: as `enter` got it; it has the yielded moments from then on.
 
         Raises:
             RankLeftError: a rank has left before this step, of which no rank has written anything then.
         """
-        try:
-            self._release_to_others(entry)
+        if not self.entered:
+            self.enter(entry)
+        with self._failing():
             number = self.steps + 1
-            self.unused = False
-            self.ranks.publish(self._brings, 0 if entry.holds(self.moments) else 1)
-            self.ranks.publish(self._entered, number)
             if not self.ranks.wait(self._entered, number, left=self._left):
+                self.entered = False
                 raise RankLeftError
             if any(self._brings):  # all ranks see the same
                 self._bring(entry, number)
             yield self.moments
-            self.steps = number
+            self.steps, self.entered = number, False
             self.ranks.publish(self._done, number)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
         except RankLeftError:
             raise
         except BaseException:
@@ -138,7 +156,17 @@ class NodeRows:
                 holder.hold(kept)
 
     def release(self) -> None:
-        """This rank goes on with rows and moments of its own."""
+        """This rank goes on with rows and moments of its own.
+
+        Raises:
+            RuntimeError: it is in the middle of a step, of which others may have written their parts.
+        """
+        if self.entered:
+            self.ranks.fail()
+            raise RuntimeError(
+                "MEFT's rows were written in the middle of an optimizer step, in which other ranks update them: write "
+                "into them before or after the step."
+            )
         if self.moments.holders:
             kept = self.moments.clone()
             for holder in list(self.moments.holders):

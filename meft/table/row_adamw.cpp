@@ -224,10 +224,12 @@ double over_rows(double (*row)(const From*, float*, int64_t), const From* from, 
     return sum;
 }
 
+#include "row_mean.h"
+
 } // namespace
 
 // Changes with the arguments below or with Step, so that a stale build is not called.
-EXPORT int meft_row_adamw_version() { return 4; }
+EXPORT int meft_row_adamw_version() { return 5; }
 
 // Whether rows ascend, each once, from 0 to limit - 1.
 EXPORT int meft_rows_ascend(const int64_t* rows, int64_t count, int64_t limit) {
@@ -263,6 +265,15 @@ EXPORT double meft_drain_float(const float* from, float* to, int64_t count, int6
 // The sum of the squares of rows [count, width].
 EXPORT double meft_squares(const float* from, int64_t count, int64_t width, int threads) {
     return over_rows<float>(squares_float, from, nullptr, count, width, threads);
+}
+
+// Of rows [count] those from `from` to `to` - 1: the sum over ranks, in their order, over `divisor`, into out
+// [to - from, width]; returns the sum of the squares. masks: [ranks, limit], 1 where a rank has a row; values: of rank k
+// those of its rows of `rows`, from values + k stride on.
+EXPORT double meft_mean_rows(const uint8_t* masks, int64_t limit, const float* values, int64_t stride, int64_t ranks,
+                             const int64_t* rows, int64_t from, int64_t to, int64_t width, float divisor, float* out,
+                             int threads) {
+    return Mean{masks, values, rows, ranks, limit, stride, from, to, width, divisor}.write(out, threads);
 }
 
 #ifdef COUNT_BYTES

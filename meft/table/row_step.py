@@ -21,7 +21,7 @@ from adapter_kernels.runtime.host_threads import host_threads
 
 __all__ = ["RowState", "StepRule", "multiplied", "native_library", "update_rows"]
 
-_VERSION = 4  # of the library's arguments
+_VERSION = 5  # of the library's arguments
 _BLOCK = 1 << 20  # values that torch multiplies at a time
 
 
@@ -125,6 +125,10 @@ def declare(library: ctypes.CDLL) -> None:
     library.meft_rows_ascend.argtypes = [p, i, i]
     for drain in (library.meft_drain_bfloat16, library.meft_drain_float):
         drain.argtypes, drain.restype = [p, p, i, i, n], ctypes.c_double
+    library.meft_mean_rows.argtypes, library.meft_mean_rows.restype = (
+        [p, i, p, i, i, p, i, i, i, f, p, n],
+        ctypes.c_double,
+    )
     library.meft_squares.argtypes, library.meft_squares.restype = [p, i, i, n], ctypes.c_double
 
 

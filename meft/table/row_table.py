@@ -139,7 +139,7 @@ class RowTable(SharedRows):
         if self._compute_copy is None:
             with torch.inference_mode(False):  # it outlives the mode
                 self._compute_copy, self._compute_copy_state = like_rows(master, dtype), None
-        if self._compute_copy_state != self.state:  # the masters were written: loading, initialisation, the user
+        if self._compute_copy_state != self._state():  # the masters were written: loading, initialisation, the user
             self._refresh(self._compute_copy, master)
         return self._compute_copy
 
@@ -147,7 +147,7 @@ class RowTable(SharedRows):
         self._wait_for_readers()
         for block in row_blocks(master):
             compute_copy[block].copy_(master[block])
-        self._compute_copy_state = self.state
+        self._compute_copy_state = self._state()
 
     def _page_lock(self, tensor: Tensor) -> None:
         if self.pin and self.locked_for is not None and tensor.is_cpu:
@@ -167,14 +167,22 @@ class RowTable(SharedRows):
                 raise RuntimeError("MEFT rows have no values yet (meta device): load the adapter first.")
             self._wait_for_readers()
             self._current()
-            before = self.state
+            before = self._state()
             separate = self._compute_copy if self.compute_dtype != self._dtype else None
             write(separate)
             torch.autograd.graph.increment_version(self.rows)
             if separate is not None:
-                self._compute_copy_state = self.state
+                self._compute_copy_state = self._state()
             if self._dirty is not None:
-                self._dirty.note(rows, before, self.state)
+                self._dirty.note(rows, before, self._state())
+
+    def enter_step(self, entry: RowMoments) -> None:
+        """Let other ranks write the rows that they share with this one, until it has done its part of the step."""
+        with self.lock, torch.no_grad():
+            self._wait_for_readers()
+            self._current()
+            if self.node is not None:
+                self.node.enter(entry)
 
     def fill(self, std: float | None) -> None:
         """Fill with N(0, std^2) from torch's global generator, or with zeros (std None), in row blocks."""

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 _FAILED = 1
-_EAGER = 200  # looks at a counter before a waiting rank sleeps between them
-_NAP, _LONGEST = 2e-5, 1e-3  # seconds
+_EAGER = 20  # looks at a counter before a waiting rank sleeps between them: a rank may wait for this one's core
+_NAP, _LONGEST = 2e-5, 1e-3  # seconds, and at most a sixteenth of the time that it has waited
+_LIVE = 0.02  # seconds between looks whether the others live
 
 
 class NodeRanks:
@@ -26,13 +27,14 @@ class NodeRanks:
 
     Attributes:
         summed: whether the gradients of the last backward pass were summed over the ranks.
+        barriers: at which this rank has waited for all others.
     """
 
     def __init__(self, rank: int, processes: Sequence[int], numbers: memoryview, timeout: float) -> None:
         self.rank, self.processes, self.timeout = rank, list(processes), timeout
         n = len(processes)
         self._status, self._arrived, *self._answers = (numbers[i * n : (i + 1) * n] for i in range(4))
-        self._barriers = self._questions = 0
+        self.barriers = 0
         self._lock = threading.Lock()
         self.summed = False
         self._ends: dict[int, int] = {}  # rank -> a descriptor that can be read once its process has ended
@@ -71,32 +73,34 @@ class NodeRanks:
         Raises:
             RuntimeError: a rank has ended or failed, or the timeout has passed.
         """
-        looks, nap, began = 0, _NAP, time.monotonic()
+        looks, began = 0, time.monotonic()
+        checked = began
         while behind := [rank for rank, number in enumerate(numbers) if number < least]:
             looks += 1
             if looks < _EAGER:
-                time.sleep(0)
+                os.sched_yield()
                 continue
             if left is not None and (gone := [rank for rank in behind if left[rank]]):
                 self._order()
                 if any(numbers[rank] < least for rank in gone):  # none has come before it left
                     return False
-            self._check(behind, numbers, least, time.monotonic() - began)
-            time.sleep(nap)
-            nap = min(2 * nap, _LONGEST)
+            waited = (now := time.monotonic()) - began
+            if now - checked > _LIVE:
+                self._check(behind, numbers, least, waited)
+                checked = now
+            time.sleep(min(max(_NAP, waited / 16), _LONGEST))
         self._order()
         return True
 
     def barrier(self) -> None:
         """Wait until all ranks have come here as often as this one."""
-        self._barriers += 1
-        self.publish(self._arrived, self._barriers)
-        self.wait(self._arrived, self._barriers)
+        self.barriers += 1
+        self.publish(self._arrived, self.barriers)
+        self.wait(self._arrived, self.barriers)
 
     def any(self, answer: bool) -> bool:
         """Whether any rank answers yes; all ranks ask."""
-        self._questions += 1
-        answers = self._answers[self._questions % 2]  # those of the last question may still be read
+        answers = self._answers[self.barriers % 2]  # those of the last question may still be read
         answers[self.rank] = int(answer)
         self.barrier()
         return sum(answers) > 0

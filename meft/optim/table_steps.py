@@ -1,0 +1,116 @@
+"""Updates of tables: at once or queued, of one or of all that an optimizer steps, which ranks of a node may share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from ..gradient.row_gradient import RowGradient
+from ..table.moments import RowMoments
+from ..table.node_rows import RankLeftError
+from ..table.row_step import StepRule
+from ..table.row_table import RowTable
+
+
+class TableStep(NamedTuple):
+    """One step of a table.
+
+    Attributes:
+        entry: the optimizer's, from `RowTable.moments_in`.
+    """
+
+    table: RowTable
+    entry: RowMoments
+    gradient: RowGradient
+    rule: StepRule
+
+
+def update_tables(steps: Sequence[TableStep]) -> None:
+    """Step tables of one optimizer, in this order, at once or queued to the threads of their `updates`.
+
+    Ranks that share them enter the step of all before they wait for each other.
+    """
+    for table, *_ in steps:
+        table.synchronize()
+        if table.node is not None and not (table.is_shared and table.node.ranks.summed):
+            table.leave_node()  # by gradients of its own, or in memory of its own: as one copy a rank
+    for queue in dict.fromkeys(step.table.updates for step in steps):
+        of_queue = [step for step in steps if step.table.updates is queue]
+        enter = _entering([(table, entry) for table, entry, *_ in of_queue])
+        for step in of_queue:
+            update_table(*step, enter=enter)
+
+
+def _entering(tables: list[tuple[RowTable, RowMoments]]) -> Callable[[], None]:
+    """What the first update of several calls, in the thread that makes them all."""
+
+    def enter() -> None:
+        while tables:
+            table, entry = tables.pop(0)
+            if table.node is not None:
+                table.enter_step(entry)
+
+    return enter
+
+
+def update_table(
+    table: RowTable,
+    entry: RowMoments,
+    gradient: RowGradient,
+    rule: StepRule,
+    *,
+    finite_only: bool = False,
+    enter: Callable[[], None] = lambda: None,
+) -> None:
+    """One step of a table, which ranks that share it make by `update_tables`; at once or queued.
+
+    Args:
+        entry: the optimizer's, from `RowTable.moments_in`.
+        finite_only: leave the rows alone if a value of the gradient, which may not have landed yet, is inf or nan.
+        enter: called before the update.
+    """
+    if not finite_only:
+        gradient.to_multiply()  # raises here if the gradient did not arrive
+    if table.updates is not None:
+        gradient = gradient.for_update()
+
+    def update() -> None:
+        enter()
+        if finite_only and not _all_finite(gradient):
+            return
+        rows, values, factors = gradient.to_multiply()
+        wide = values.to(torch.promote_types(table.rows.dtype, torch.float32)).contiguous()
+
+        def step(compute_copy: Tensor | None) -> None:
+            master, node = table.masters, table.node
+            if node is None:
+                state = entry.exclusive(master.device).row_state(master, compute_copy)
+                table.step(state, rows, wide, rule, seed=table.seed, factors=factors)
+                return
+            part = node.ranks.part(len(rows))
+            with node.turn(entry) as moments:
+                state = moments.row_state(master, compute_copy)
+                table.step(state, rows[part], wide[part], rule, seed=table.seed, factors=factors)
+
+        with record_function("meft: update rows"):
+            try:
+                table.update_masters(step, rows=rows)
+            except RankLeftError:
+                table.leave_node()
+                table.update_masters(step, rows=rows)
+
+    if table.updates is None:
+        with torch.no_grad():
+            update()
+    else:
+        table.update_later(update)
+
+
+def _all_finite(gradient: RowGradient) -> bool:
+    squares = gradient.squares()
+    return bool(gradient.to_multiply()[1].isfinite().all()) if squares is None else math.isfinite(squares)
