@@ -12,8 +12,11 @@ from torch import distributed, nn
 from torch.nn import functional as F
 
 import meft
+from meft.gradient.host import drain, mean
+from meft.gradient.host.mean import RowsOfRanks
 from meft.gradient.row_gradient import RowGradient
 from meft.table.node_rows import NodePlaces, NodeRows
+from meft.table.row_step import native_library
 from meft.table.row_table import RowTable
 from meft.table.update_queue import UpdateQueue
 from meft.transport.node_ranks import NodeRanks
@@ -222,6 +225,69 @@ def test_a_table_that_is_written_before_the_step_is_left_alone_by_itself(writes,
         for number in range(3):
             assert all(map(torch.equal, result[number], expected[number])), (rank, number)
         assert [table.is_shared for table in tables[rank]] == [False, True, True]
+
+
+@pytest.mark.parametrize("queued", [False, True])
+def test_a_step_waits_for_the_other_ranks_once_for_all_tables(queued):
+    tables, others_through = joined(tables=3), threading.Event()
+    for table in (*tables[0], *tables[1]):
+        table.updates = UpdateQueue() if queued else None
+    late, last = tables[1][0].step, tables[0][2].step
+
+    def step_late(*args, **kwargs):
+        assert others_through.wait(10)  # the first rank is through with its parts of all tables
+        late(*args, **kwargs)
+
+    def step_last(*args, **kwargs):
+        last(*args, **kwargs)
+        others_through.set()
+
+    tables[1][0].step, tables[0][2].step = step_late, step_last
+    both(lambda: stepped(tables[0]), lambda: stepped(tables[1]))
+    for first, second in zip(*tables, strict=True):
+        assert first.is_shared
+        assert torch.equal(first.masters, second.masters)
+        assert first.node.steps == second.node.steps == 1
+
+
+def test_rows_that_are_written_in_the_middle_of_a_step_end_all_ranks():
+    (first,), (second,) = joined()
+
+    def written_in_step():
+        first.step = lambda *args, **kwargs: first.leave_node()
+        with pytest.raises(RuntimeError, match="in the middle of an optimizer step"):
+            stepped([first])
+        return True
+
+    def told():
+        with pytest.raises(RuntimeError, match="has failed to update them"):
+            stepped([second])
+        return True
+
+    assert both(written_in_step, told) == [True, True]
+
+
+@pytest.mark.parametrize("width", [5, 37])
+def test_the_mean_of_ranks_by_the_library_has_the_bits_of_torch(monkeypatch, width):
+    generator = torch.Generator().manual_seed(0)
+    masks = (torch.rand(3, 24, generator=generator) < 0.5).to(torch.uint8)
+    masks[:, 7] = 0  # a row of another node
+    rows = torch.cat([masks.any(0).nonzero().flatten(), torch.tensor([7])]).sort().values
+    values = torch.randn(3, len(rows), width, generator=generator)
+    ranks, found = RowsOfRanks(masks, rows, list(values)), []
+    for library in (native_library(), None):
+        monkeypatch.setattr(mean, "native_library", lambda library=library: library)
+        monkeypatch.setattr(drain, "native_library", lambda library=library: library)
+        out = torch.full((len(rows), width), float("nan"))
+        squared = [ranks.mean(part, 3, out[part]) for part in (slice(0, 9), slice(9, len(rows)))]
+        assert sum(squared) == pytest.approx(float(out.double().square().sum()), rel=1e-12)
+        found.append(out)
+    assert torch.equal(*found)
+    whole = torch.zeros(24, width)
+    for rank in range(3):
+        own = masks[rank].nonzero().flatten()
+        whole.index_add_(0, own, values[rank, : len(own)])
+    assert torch.equal(found[0], whole[rows] / 3)
 
 
 def test_loading_with_steps_queued_waits_for_these_and_nobody_else():
