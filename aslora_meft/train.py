@@ -27,6 +27,7 @@ from aslora_meft.training.finish import next_commands, write_results
 from aslora_meft.training.hub import prepare_push, push
 from aslora_meft.training.interrupt import Interrupted, StopAtStep
 from aslora_meft.training.progress import show_progress
+from aslora_meft.training.ranks import prepare_for_training_again
 from aslora_meft.training.run_record import RunRecord
 from aslora_meft.training.summary import merge_lines, merges, metrics_table, run_header, shares
 from aslora_meft.training.task_state import TaskState, check_task
@@ -97,6 +98,7 @@ def train(arguments: TrainArguments) -> TrainResult:
     if trainer.is_world_process_zero():
         print(run_header(model, trainer.args, data.lines), flush=True)
     before = task.measure(trainer)
+    prepare_for_training_again(trainer)
     if trainer.is_world_process_zero():
         for torn, why in passed.items():
             aside = set_aside(torn)

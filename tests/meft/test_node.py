@@ -66,6 +66,31 @@ def test_bytes_between_ranks_are_masks_and_own_rows(ranks, rank):
     assert entry["between nodes"] == 0
 
 
+def test_barriers_are_of_a_step_and_not_of_a_table(ranks):
+    """One after the masks, one a block, one at the end; two when sharing begins, two where means get other memory."""
+    for entry in result_of(ranks, "tables, float32"):
+        assert entry["barriers"] == 3 * node_tasks.STEPS + 2 + 2 * 2  # a mean is kept from one of the steps
+
+
+@pytest.mark.parametrize("name", [name for name in test_ddp.SHARED if name != "joined"])
+def test_one_copy_of_the_rows_or_one_a_rank_end_alike(ranks, name):
+    apart = result_of(ranks, name)
+    for number, together in enumerate(result_of(ranks, f"shared, {name}")):
+        assert set(together) == set(apart[number])
+        for key, value in together.items():
+            if isinstance(value, dict):
+                Tiny.assert_equal(value, apart[number][key])
+            elif isinstance(value, torch.Tensor):
+                assert torch.equal(value, apart[number][key])
+            else:
+                assert value == apart[number][key]
+
+
+def test_uneven_inputs_by_ddps_join_are_refused(ranks):
+    for entry in result_of(ranks, "shared, joined"):
+        assert "MEFT does not support DistributedDataParallel.join()" in entry["error"], entry["error"]
+
+
 def test_rows_moments_and_copies_are_in_memory_without_a_name_and_written_by_one_rank(ranks):
     first, second = result_of(ranks, "memory")
     assert (first["wrote"], second["wrote"]) == (4, 0)

@@ -130,6 +130,7 @@ def run_tables(rank, name, clip, block_bytes=None):
         "stepped": stepped,
         "bytes": node.sum.bytes_between_ranks,
         "between nodes": node.sum.bytes_between_nodes,
+        "barriers": node.ranks.barriers,
         "shared": [table.is_shared for table in tables],
     }
 
@@ -420,10 +421,10 @@ def tasks(rank, folder):
         "overflow": lambda: run_scaled(rank, True, torch.float32),
         "unscaled": lambda: run_scaled(rank, None),
     }
-    return {name: partial(_shared, task) for name, task in found.items()}
+    return {name: partial(shared, task) for name, task in found.items()}
 
 
-def _shared(task):
+def shared(task):
     """A task's result with the rows shared."""
     os.environ[VARIABLE] = "1"
     try:

@@ -1,0 +1,20 @@
+"""Training by several ranks after an evaluation."""
+
+from __future__ import annotations
+
+from transformers import Trainer
+
+
+def prepare_for_training_again(trainer: Trainer) -> None:
+    """Let a Trainer that has evaluated wrap its model in DDP when it trains.
+
+    An evaluation before `train` prepares the model without DDP, and accelerate does not prepare a model twice: each rank
+    would train by itself, without an error.
+    """
+    if trainer.args.world_size == 1 or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return
+    accelerator = trainer.accelerator
+    model = accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    vars(model).pop("_is_accelerate_prepared", None)
+    accelerator.free_memory()
+    trainer.model_wrapped = trainer.model

@@ -1,0 +1,56 @@
+"""`torchrun` and `accelerate launch` by their own code, with ranks that are forked instead of started."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+
+def launch(launcher, folder, *words):
+    """Run `aslora-meft WORDS` by two ranks on the CPU; each keeps what it has trained in `folder`.
+
+    Args:
+        launcher: "torchrun" or "accelerate".
+    """
+    from torch.distributed import run  # `--`: else its own parser takes `--r` for one of its options
+
+    config_from_args = run.config_from_args
+
+    def forked(args):
+        config, _, command = config_from_args(args)
+        config.start_method = "fork"
+        return config, work, [folder, *command[command.index("aslora_meft") + 1 :]]
+
+    run.config_from_args = forked
+    if launcher == "torchrun":
+        run.main(["--nproc_per_node=2", "-m", "--", "aslora_meft", *words])
+        return
+    from accelerate.commands import launch
+
+    machine = ["--multi_gpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    arguments = [*machine, "--num_processes=2", "--main_process_port=0", "-m", "--", "aslora_meft", *words]
+    launch.launch_command(launch.launch_command_parser().parse_args(arguments))
+
+
+def work(folder, *words):
+    """What a rank does."""
+    from aslora_meft import cli, train
+    from tests.support.tiny_meft import Tiny
+
+    torch.set_num_threads(1)
+    inner, kept = train.train, []
+    train.train = lambda options: kept.append(inner(options))
+    code = cli.main(list(words))
+    assert not code, code
+    model = kept[0].model
+    tables, node = Tiny.tables(model), model.base_model.ranks.node
+    state = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+    for number, table in enumerate(tables):
+        state |= {f"{number}.{name}": value.clone() for name, value in table.moments.tensors().items()}
+    result = {"state": state, "summed": node.sum.bytes_between_ranks if node is not None else 0}
+    torch.save(result, Path(folder) / f"rank{os.environ['RANK']}.pt")
+
+
+if __name__ == "__main__":
+    launch(*sys.argv[1:])
