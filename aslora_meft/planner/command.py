@@ -15,6 +15,7 @@ from aslora_meft.errors import RaisingParser, UsageError
 from aslora_meft.planner.estimate import estimate
 from aslora_meft.planner.methods import known_method
 from aslora_meft.planner.optimizer_state import OPTIMIZERS
+from aslora_meft.planner.ranks import PARALLEL, RanksEstimate
 from aslora_meft.planner.rates import GIB, card, device_bytes, rates
 from aslora_meft.planner.request import RESERVED, Estimate, Request
 
@@ -43,6 +44,10 @@ class PlanArguments:
     card: str | None = field(
         default=None, metadata=_doc(f"Predict seconds on this card: {', '.join(rates()['cards'])}.")
     )
+    gpus: int = field(default=1, metadata=_doc("GPUs of one machine; each takes micro-batches of its own."))
+    parallel: str = field(
+        default="ddp", metadata=_doc("With several GPUs: what each of them holds.") | {"choices": PARALLEL}
+    )
     union_share: float | None = field(
         default=None, metadata=_doc(f"MEFT: share of its neurons that a micro-batch uses, |U|/r. None: {UNION_SHARE}.")
     )
@@ -69,7 +74,7 @@ _GROUPS = (
 _COMMON = (
     *("method", "r", "target_modules", "retrieval", "dtype", "load_in_4bit", "max_length"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "optim"),
-    *("max_grad_norm", "gpu", "card", "union_share", "json"),
+    *("max_grad_norm", "gpu", "card", "gpus", "parallel", "union_share", "json"),
 )
 
 
@@ -101,6 +106,7 @@ def parse(argv: list[str]) -> tuple[Request, bool]:
     del values["method"]
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length"):
         check_range(name, run[name], 1, 2**31)
+    check_range("gpus", run["gpus"], 1, 1024)
     check_range("max_grad_norm", run["max_grad_norm"], 0, math.inf)
     share = run["union_share"]
     if share is not None and method != "meft":
@@ -185,6 +191,7 @@ def as_json(result: Estimate) -> dict[str, Any]:
         "fits_with": list(result.remedies),
         "seconds_per_step_at_least": result.seconds,
         "compute_seconds_per_step": result.compute_seconds,
+        "ranks": None if result.ranks is None else _ranks_as_json(result.ranks),
         "tokens_per_second_at_most": None if result.seconds is None else _tokens(result.request) / result.seconds,
     }
 
@@ -208,7 +215,8 @@ def as_text(result: Estimate) -> str:
         )
     lines += ["", "device memory at the peak, GiB"]
     lines += [f"  {part:<12}{size / GIB:>8.2f}" for part, size in result.memory.parts.items() if size]
-    lines.append(f"  {'peak':<12}{result.memory.peak / GIB:>8.2f}{_verdict(result)}")
+    verdict = _verdict(result) if result.ranks is None else ""
+    lines.append(f"  {'peak':<12}{result.memory.peak / GIB:>8.2f}{verdict}")
     if result.host:
         lines += ["", "host memory, GiB"]
         lines += [f"  {part:<28}{size / GIB:>8.2f}" for part, size in result.host.items() if size]
@@ -225,10 +233,46 @@ def as_text(result: Estimate) -> str:
             f"{_tokens(asked) / result.seconds:,.0f} tokens/s; {result.compute_seconds:.3f} s of it computing",
             "  (a bound from public specifications and an assumed host, see rates.json; not measured)",
         ]
+    if result.ranks is not None:
+        lines += ["", *_ranks_as_text(result, result.ranks)]
     if result.largest:
         told = ", ".join(f"{name} {size}" if size else f"no {name}" for name, size in result.largest.items())
         lines += ["", f"what would fit, each with all else as asked: {'; '.join([told, *result.remedies])}"]
     return "\n".join(lines)
+
+
+def _ranks_as_json(ranks: RanksEstimate) -> dict[str, Any]:
+    return {
+        "gpus": ranks.gpus,
+        "parallel": ranks.parallel,
+        "refused": ranks.refusal,
+        "device_bytes_per_rank": {**ranks.device, "peak": ranks.peak},
+        "host": {
+            name: {
+                "bytes_per_rank": host.each,
+                "bytes_once": host.once,
+                "bytes_of_node": host.node(ranks.gpus),
+                "tokens_per_second_at_most": host.tokens_per_second,
+            }
+            for name, host in ranks.hosts.items()
+        },
+    }
+
+
+def _ranks_as_text(result: Estimate, ranks: RanksEstimate) -> list[str]:
+    lines = [f"{ranks.gpus} GPUs by {ranks.parallel}, predicted: device memory of each at the peak, GiB"]
+    lines += [f"  {part:<12}{size / GIB:>8.2f}" for part, size in ranks.device.items() if size]
+    lines.append(f"  {'peak':<12}{ranks.peak / GIB:>8.2f}{_verdict(result)}")
+    for name, host in ranks.hosts.items():
+        title = name if len(ranks.hosts) == 1 or name != "shared" else "shared (ASLORA_MEFT_SHARE_ROWS=1, experimental)"
+        told = [f"host memory of all ranks {host.node(ranks.gpus) / GIB:,.2f} GiB"] if host.each else []
+        if host.once:
+            told.append(f"{sum(host.each.values()) / GIB:,.2f} of it each, {sum(host.once.values()) / GIB:,.2f} once")
+        if host.tokens_per_second is not None:
+            told.append(f"predicted at most {host.tokens_per_second:,.0f} tokens/s of all ranks")
+        if told:
+            lines.append(f"{title + ': ' if host.each else ''}{', '.join(told)}")
+    return lines + ([f"NOT POSSIBLE: {ranks.refusal}"] if ranks.refusal else [])
 
 
 def _trainable(result: Estimate) -> int:

@@ -19,6 +19,14 @@ from aslora_meft.planner.base import build_base, compute_dtype, config_dtype, lo
 from aslora_meft.planner.methods import adapt, method_config
 from aslora_meft.planner.neurons import PlannedFFN, lasting_bytes
 from aslora_meft.planner.quantised import QUANTISED, quantise
+from aslora_meft.planner.ranks import (
+    HostOfRanks,
+    RanksEstimate,
+    Units,
+    device_of_rank,
+    rows_of_ranks,
+    seconds_between_ranks,
+)
 from aslora_meft.planner.rates import GIB, ceilings
 from aslora_meft.planner.request import RESERVED, Estimate, Request
 from aslora_meft.planner.trace import Extra, Memory, Step, trace_step
@@ -134,6 +142,8 @@ def estimate(request: Request) -> Estimate:
         host = {**host, "paged optimizer states": memory.paged}
     seconds, computing = _seconds(model, request, plan, memory)
     found = Estimate(request, model.weights, memory, plan, host, seconds, computing, model.dtype)
+    if request.gpus > 1:
+        return replace(found, ranks=_ranks(model, found))
     if found.fits is not False:
         return found
     return replace(found, largest=_largest(model, config, request), remedies=_remedies(config, request))
@@ -172,6 +182,31 @@ def _seconds(
     each = max(memory.flops / at.flops, read / at.device_bytes)
     seconds = request.gradient_accumulation_steps * each + update
     return seconds, seconds
+
+
+def _ranks(model: _Model, one: Estimate) -> RanksEstimate:
+    """Several GPUs, of which each does what `one` says."""
+    request, plan = one.request, one.plan
+    units = Units.of(model.base, model.stored)
+    layout = request.gpus, request.parallel
+    device = device_of_rank(one.memory.parts, units, one.memory.trainable, *layout)
+    at = ceilings(request.card) if request.card is not None else None
+    least = 0.0
+    if at is not None:
+        least = seconds_between_ranks(units, one.memory.trainable, *layout, at, request.gradient_accumulation_steps)
+    if plan is not None and not plan.way.updates_on_device:
+        hosts = rows_of_ranks(
+            plan, model.speed(request), at, request.gpus, least,
+            clipping=request.max_grad_norm > 0, checkpointing=request.gradient_checkpointing,
+        )  # fmt: skip
+    else:
+        tokens = request.gpus * request.gradient_accumulation_steps * request.micro_batch
+        speed = None if one.seconds is None else tokens / max(one.seconds, least)
+        hosts = {"a copy each": HostOfRanks(one.host, {}, speed)}
+    refused = request.method == "meft" and request.parallel != "ddp"
+    return RanksEstimate(
+        *layout, device, hosts, f"MEFT does not train under {request.parallel} yet" if refused else None
+    )
 
 
 def _remedies(config: Any, request: Request) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from aslora_meft.planner.ranks import RanksEstimate
 from aslora_meft.planner.rates import GIB
 from aslora_meft.planner.trace import Memory
 from meft.cost.memory import Plan
@@ -21,6 +22,8 @@ class Request:
         weights: of the base model, one of `base.DTYPES`; None: the config's, bfloat16 where it names none.
         gpu: bytes of the device's memory, None: not said.
         card: the card whose seconds are predicted, None: none.
+        gpus: of one machine, of which each takes micro-batches of its own.
+        parallel: one of `ranks.PARALLEL`.
     """
 
     model: str
@@ -37,6 +40,8 @@ class Request:
     gpu: int | None = None
     card: str | None = None
     trust_remote_code: bool = False
+    gpus: int = 1
+    parallel: str = "ddp"
 
     @property
     def micro_batch(self) -> int:
@@ -59,6 +64,7 @@ class Estimate:
         remedies: options of the command line, each line of which makes it fit, all else equal.
         largest: 'r', 'per_device_train_batch_size' and 'max_length' -> the largest one that fits, all else equal; 0:
             none does.
+        ranks: of several GPUs; all else is of one process by itself.
     """
 
     request: Request
@@ -71,8 +77,14 @@ class Estimate:
     dtype: str
     largest: dict[str, int] = field(default_factory=dict)
     remedies: tuple[str, ...] = ()
+    ranks: RanksEstimate | None = None
 
     @property
     def fits(self) -> bool | None:
         """Whether the peak leaves `RESERVED` of the GPU; None where its size was not said."""
-        return None if self.request.gpu is None else self.memory.peak <= self.request.gpu - RESERVED
+        return None if self.request.gpu is None else self.peak <= self.request.gpu - RESERVED
+
+    @property
+    def peak(self) -> int:
+        """Bytes that a device holds at the peak."""
+        return self.memory.peak if self.ranks is None else self.ranks.peak

@@ -8,8 +8,8 @@ from transformers import Trainer
 def prepare_for_training_again(trainer: Trainer) -> None:
     """Let a Trainer that has evaluated wrap its model in DDP when it trains.
 
-    An evaluation before `train` prepares the model without DDP, and accelerate does not prepare a model twice: each rank
-    would train by itself, without an error.
+    An evaluation before `train` prepares the model without DDP, and accelerate does not prepare a model twice: ranks
+    would train apart, without an error.
     """
     if trainer.args.world_size == 1 or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return

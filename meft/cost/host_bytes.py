@@ -58,11 +58,16 @@ class HostBytes:
         sorted_ = 2 * FP32 if self.plan.step_union > self.plan.work.union else 0
         return 2 * self.plan.shape.d * self.plan.step_union * (FP32 + sorted_)
 
+    @property
+    def stepped(self) -> int:
+        """Rows of a layer that are updated in a step, of keys and as many of values."""
+        return self.plan.step_union
+
     def updated(self) -> int:
         """Of a step's update, wherever it is: gradient, master, both moments and the narrower copy."""
         s = self.plan.shape
         each = FP32 + 2 * s.master + 4 * s.moment + (s.compute if s.compute < s.master else 0)
-        return 2 * s.d * self.plan.step_union * each
+        return 2 * s.d * self.stepped * each
 
     def of_a_step(self) -> int:
         """All layers, on the host."""

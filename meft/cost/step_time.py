@@ -127,7 +127,7 @@ class _Resource:
 class _Seconds:
     """How long each part of a layer takes by itself."""
 
-    def __init__(self, plan: Plan, base: BaseModel, at: Ceilings) -> None:
+    def __init__(self, plan: Plan, base: BaseModel, at: Ceilings, host: HostBytes) -> None:
         s, w = plan.shape, plan.work
         self.plan, self.at = plan, at
         T, U, d, compute = w.tokens, w.union, s.d, s.compute
@@ -149,7 +149,7 @@ class _Seconds:
         self.router_update = s.layers * 7 * plan.router() / at.device_bytes
         host_scoring = max(2 * T * candidates * d / at.host_flops, key_rows / at.host_bytes)
         self.host_scoring = host_scoring if on_host else 0.0
-        self.host = HostBytes(plan)
+        self.host = host
         stay = plan.way.updates_on_device
         self.update = 0.0 if stay else self.host.updated() / at.host_bytes
         self.device_update = self.host.updated() / at.device_bytes if stay else 0.0
@@ -173,15 +173,22 @@ class _Seconds:
 
 
 def step_time(
-    plan: Plan, base: BaseModel, ceilings: Ceilings, *, clipping: bool = True, checkpointing: bool = True
+    plan: Plan,
+    base: BaseModel,
+    ceilings: Ceilings,
+    *,
+    clipping: bool = True,
+    checkpointing: bool = True,
+    host: HostBytes | None = None,
 ) -> StepTime:
     """The least seconds of an optimizer step among many alike.
 
     Args:
         clipping: whether gradients are clipped by their global norm, which no update can precede.
         checkpointing: whether each layer is computed again in the backward pass.
+        host: what the host moves; None: what it moves for one process.
     """
-    seconds, L = _Seconds(plan, base, ceilings), plan.shape.layers
+    seconds, L = _Seconds(plan, base, ceilings, host or HostBytes(plan)), plan.shape.layers
     compute, up, down, host = resources = [_Resource() for _ in range(4)]
     table, rows = seconds.flows("forward", True, True), seconds.flows("forward", True, False)
     hidden, again = seconds.flows("forward", False), seconds.flows("backward", True)

@@ -293,3 +293,25 @@ def test_largest_of_nothing_is_asked_once():
     asked = []
     assert largest_that_fits(lambda n: asked.append(n) or False, 1000) == 0
     assert asked == [1]
+
+
+def test_ranks_hold_shards_and_share_rows_once_a_node(told):
+    words = ("--r", 64, "--card", "3090", "--gpus", 4)
+    one = told(*words)
+    ddp = one["ranks"]
+    parts = one["device_bytes"]
+    assert ddp["device_bytes_per_rank"]["peak"] - parts["peak"] == ddp["device_bytes_per_rank"]["ddp buckets"] > 0
+    apart, shared = ddp["host"]["a copy each"], ddp["host"]["shared"]
+    tables = {part: size for part, size in one["host_bytes"].items() if part != "all" and "gradient" not in part}
+    assert tables.items() <= shared["bytes_once"].items()
+    assert not tables.keys() & shared["bytes_per_rank"].keys()
+    assert tables.items() <= apart["bytes_per_rank"].items()
+    assert apart["bytes_of_node"] == 4 * sum(apart["bytes_per_rank"].values())
+    assert shared["bytes_of_node"] == 4 * sum(shared["bytes_per_rank"].values()) + sum(shared["bytes_once"].values())
+    assert apart["tokens_per_second_at_most"] <= shared["tokens_per_second_at_most"]
+    assert told(*words, "--parallel", "zero3")["ranks"]["refused"] == "MEFT does not train under zero3 yet"
+    lora = told("--method", "lora", *words[2:], "--parallel", "fsdp2")["ranks"]
+    assert lora["refused"] is None
+    assert lora["host"]["a copy each"]["bytes_of_node"] == 0
+    assert lora["device_bytes_per_rank"]["gathered"] > 0
+    assert lora["device_bytes_per_rank"]["base"] == -(-parts["base"] // 4)
