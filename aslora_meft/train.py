@@ -31,6 +31,7 @@ from aslora_meft.training.ranks import prepare_for_training_again
 from aslora_meft.training.run_record import RunRecord
 from aslora_meft.training.summary import merge_lines, merges, metrics_table, run_header, shares
 from aslora_meft.training.task_state import TaskState, check_task
+from peft_bridge.training.trainer_runs import check_not_data_parallel
 
 
 class TrainResult(NamedTuple):
@@ -89,6 +90,7 @@ def train(arguments: TrainArguments) -> TrainResult:
     with as_usage_error(OSError, prefix=f"output_dir={args.output_dir!r} cannot be made: "):
         trainer = task.make_trainer(base, arguments.adapter, data, [stop, TaskState(arguments.task.task, labels)])
         with as_usage_error(ValueError, ImportError, TypeError):  # what TrainingArguments leaves to the Trainer
+            check_not_data_parallel(trainer.args)
             RunRecord().attach(trainer)
             show_progress(trainer)
             trainer.get_train_dataloader()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import Trainer
 
 
@@ -14,7 +16,7 @@ def prepare_for_training_again(trainer: Trainer) -> None:
     if trainer.args.world_size == 1 or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return
     accelerator = trainer.accelerator
-    model = accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    model: Any = accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     vars(model).pop("_is_accelerate_prepared", None)
     accelerator.free_memory()
-    trainer.model_wrapped = trainer.model
+    trainer.model_wrapped = model

@@ -82,5 +82,5 @@ def tokens_per_second(
     """At most so many tokens of all ranks, each of which has a GPU and a link of its own."""
     divided = replace(ceilings, host_bytes=ceilings.host_bytes / ranks, host_flops=ceilings.host_flops / ranks)
     host = RankBytes(plan, ranks, shared)
-    time = step_time(plan, base, divided, clipping=clipping, checkpointing=checkpointing, host=host)
+    time = step_time(plan, base, divided, clipping=clipping, checkpointing=checkpointing, moved=host)
     return ranks * time.tokens_per_second

@@ -179,16 +179,16 @@ def step_time(
     *,
     clipping: bool = True,
     checkpointing: bool = True,
-    host: HostBytes | None = None,
+    moved: HostBytes | None = None,
 ) -> StepTime:
     """The least seconds of an optimizer step among many alike.
 
     Args:
         clipping: whether gradients are clipped by their global norm, which no update can precede.
         checkpointing: whether each layer is computed again in the backward pass.
-        host: what the host moves; None: what it moves for one process.
+        moved: by the host; None: what it moves for one process.
     """
-    seconds, L = _Seconds(plan, base, ceilings, host or HostBytes(plan)), plan.shape.layers
+    seconds, L = _Seconds(plan, base, ceilings, moved or HostBytes(plan)), plan.shape.layers
     compute, up, down, host = resources = [_Resource() for _ in range(4)]
     table, rows = seconds.flows("forward", True, True), seconds.flows("forward", True, False)
     hidden, again = seconds.flows("forward", False), seconds.flows("backward", True)

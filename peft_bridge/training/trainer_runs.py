@@ -49,6 +49,16 @@ def _listeners(model: nn.Module | None) -> list[RunListener]:
     return [m for m in model.modules() if isinstance(m, RunListener)] if model is not None else []
 
 
+def check_not_data_parallel(arguments: Any) -> None:
+    """Raises: ValueError: a Trainer with these `transformers.TrainingArguments` would take `nn.DataParallel`."""
+    gpus = getattr(arguments, "n_gpu", 1)
+    if gpus > 1:
+        raise ValueError(
+            f"One process sees {gpus} GPUs, for which a Trainer takes nn.DataParallel, which ASLoRA and MEFT do not "
+            f"support: start it with torchrun --nproc_per_node={gpus}, or set CUDA_VISIBLE_DEVICES=0."
+        )
+
+
 def _hidden_from_hooks(optimizer: Any) -> bool:
     """DeepSpeed's optimizers hold flattened copies of the parameters, which the step hooks cannot recognise."""
     return "deepspeed" in f"{type(optimizer).__module__}.{type(optimizer).__name__}".lower()
@@ -61,6 +71,7 @@ class RunEvents(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         for listener in _listeners(model):
+            check_not_data_parallel(args)
             listener.check_run(args)
         for listener in _listeners(model):
             listener.on_run_begin(state.max_steps, state.global_step, not _hidden_from_hooks(optimizer))

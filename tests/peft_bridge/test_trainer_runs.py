@@ -96,6 +96,14 @@ def adapted(**fields):
     return get_peft_model(nn.ModuleDict({"layers": blocks}), ASLoRAConfig(r=2, target_modules=["q"], **fields))
 
 
+def test_data_parallel_is_refused_where_the_model_is_adapted():
+    state = SimpleNamespace(max_steps=3, global_step=0)
+    with pytest.raises(ValueError, match=r"sees 2 GPUs.*torchrun --nproc_per_node=2, or set CUDA_VISIBLE_DEVICES=0"):
+        RunEvents().on_train_begin(SimpleNamespace(n_gpu=2), state, None, model=adapted())
+    RunEvents().on_train_begin(SimpleNamespace(n_gpu=2), state, None, model=nn.Linear(2, 2))
+    RunEvents().on_train_begin(SimpleNamespace(n_gpu=0), state, None, model=adapted())
+
+
 def test_the_length_of_the_run_reaches_the_tuner_unless_the_config_says_otherwise():
     model = adapted()
     model.add_adapter("fixed", ASLoRAConfig(r=2, target_modules=["q"], total_steps=50))
