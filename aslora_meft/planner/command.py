@@ -14,10 +14,10 @@ from aslora_meft.arguments.parser import CommandParser
 from aslora_meft.errors import RaisingParser, UsageError
 from aslora_meft.planner.estimate import estimate
 from aslora_meft.planner.methods import known_method
-from aslora_meft.planner.optimizer_state import OPTIMIZERS
 from aslora_meft.planner.ranks import PARALLEL, RanksEstimate
 from aslora_meft.planner.rates import GIB, card, device_bytes, rates
 from aslora_meft.planner.request import RESERVED, Estimate, Request
+from aslora_meft.planner.trace import OPTIMIZERS
 
 UNION_SHARE = 0.26  # the paper's
 

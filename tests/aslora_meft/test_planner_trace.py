@@ -12,9 +12,8 @@ from aslora_meft.planner.base import build_base
 from aslora_meft.planner.live import MemoryTracker
 from aslora_meft.planner.methods import adapt, method_config, methods
 from aslora_meft.planner.neurons import PlannedFFN, lasting_bytes
-from aslora_meft.planner.optimizer_state import state_bytes
 from aslora_meft.planner.quantised import quantise, quantised_bytes
-from aslora_meft.planner.trace import Extra, Step, trace_step
+from aslora_meft.planner.trace import Extra, Step, state_bytes, trace_step
 from meft import MEFTConfig
 from meft.cost.memory import AdapterShape, Plan, Work
 from tests.support.models import config
