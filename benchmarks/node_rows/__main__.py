@@ -157,6 +157,7 @@ def main() -> None:
     alone = runs[1][given.r][0]
     result = {
         "cores": os.cpu_count(),
+        "load_average_at_the_end": os.getloadavg()[0],
         "torch": torch.__version__,
         "r": given.r,
         "d": D,

@@ -71,7 +71,7 @@ def host_bytes_of_ranks(plan: Plan, ranks: int, *, shared: bool) -> tuple[dict[s
     if not shared:
         return {**own, "mean of the gradients": mean}, {}
     together = {part: size for part, size in own.items() if not part.startswith("gradient")}
-    blocks = 2 * ranks * min(BLOCK_BYTES, shape.values * FP32)
+    blocks = min(2 * ranks * BLOCK_BYTES, shape.values * FP32 // 8)
     together |= {"mean of the gradients": mean, "blocks of gradients to sum": blocks}
     return {part: size for part, size in own.items() if part.startswith("gradient")}, together
 

@@ -23,7 +23,8 @@ from .host.drain import squares
 from .host.mean import RowsOfRanks
 from .row_gradient import RowGradient, as_row_gradient
 
-BLOCK_BYTES = 8 << 20  # of a rank's values at a time; each rank has two blocks
+BLOCK_BYTES = 8 << 20  # of a rank's values at a time, at most; each rank has two blocks
+_SMALL_BLOCK = 256 << 10
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class SumPlaces:
         """Take places for tables of these forms."""
         row = max(d * dtype.itemsize for _, d, dtype in forms)
         rows = sum(_aligned(r * d * dtype.itemsize) for r, d, dtype in forms)
-        block = _aligned(max(row, min(BLOCK_BYTES, rows)))
+        # Together an eighth of what the tables have, so that they take little beside these.
+        block = _aligned(max(row, min(BLOCK_BYTES, rows, max(_SMALL_BLOCK, rows // (16 * ranks)))))
         return cls(
             tuple(forms),
             tuple(layout.place(ranks * (r + 1)) for r, _, _ in forms),
