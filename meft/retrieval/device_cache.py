@@ -91,13 +91,9 @@ class DeviceCopy:
         # Some rows, or all (None), on their way: they join the others when these are read next.
         self._coming: tuple[Tensor | None, Tensor, StreamEvent] | None = None
 
-    def prefetch(self, rows: Tensor | None = None) -> None:
-        """Queue the copy of what has changed.
-
-        Args:
-            rows: the rows that will be read, None for all.
-        """
-        with self.table.reading(rows) as compute_copy, self._or_all_again():
+    def prefetch(self) -> None:
+        """Queue the copy of what has changed."""
+        with self.table.reading() as compute_copy, self._or_all_again():
             if self._rows.dtype != compute_copy.dtype:  # rows of another dtype were assigned
                 self._coming = None
                 self.table.track_dirty_rows()
@@ -141,9 +137,9 @@ class DeviceCopy:
             self.table.track_dirty_rows()
             raise
 
-    def current(self, rows: Tensor | None = None) -> Tensor:
-        """All rows, [r, d], in the order of the computation; of `rows` (None: all) those of now."""
-        self.prefetch(rows)
+    def current(self) -> Tensor:
+        """All rows, [r, d], in the order of the computation."""
+        self.prefetch()
         with self._or_all_again():
             self._synchronize()
         return self._rows

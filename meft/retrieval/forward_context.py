@@ -196,13 +196,14 @@ class _Hooks:
         if not hasattr(_here, "opened"):
             _here.opened = []
         call = sys._getframe(1)
-        running = set()
-        frame: FrameType | None = call
-        while frame is not None:
-            running.add(frame)
-            frame = frame.f_back
-        while _here.opened and _here.opened[-1][0] not in running:  # torch runs no hook after a KeyboardInterrupt
-            end(_here.opened.pop()[1])
+        if _here.opened:
+            running = set()
+            frame: FrameType | None = call
+            while frame is not None:
+                running.add(frame)
+                frame = frame.f_back
+            while _here.opened and _here.opened[-1][0] not in running:  # torch runs no hook after a KeyboardInterrupt
+                end(_here.opened.pop()[1])
         _here.opened.append((call, self.passes.begin_pass(named_arguments(module, args, kwargs))))
 
     def after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -216,6 +217,8 @@ class _Hooks:
 
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a module's forward by name, those given by position too."""
+    if not args:
+        return kwargs
     return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
 
 

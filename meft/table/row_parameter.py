@@ -118,12 +118,17 @@ class KeptRows(KeptParameters):
         """Somebody will write into the rows, which other processes may read; whether any did."""
         return False
 
-    def check_not_sharded(self) -> None:
-        """Raises: RuntimeError: an engine that shards parameters has put another one in the place of the rows."""
+    def check_not_sharded(self) -> Any:
+        """The rows.
+
+        Raises: RuntimeError: an engine that shards parameters has put another one in the place of the
+                rows.
+        """
         rows = self._known_rows()
         with without_torch_function():
             if not isinstance(rows, WatchedRows) or rows.watch is not self._watch or rows.shape != self._shape:
                 raise RuntimeError(SHARDED)
+        return rows
 
     # ------------------------------------------------------------------ writes
 
@@ -146,8 +151,7 @@ class KeptRows(KeptParameters):
 
     def look(self) -> None:
         """Called before a forward pass: while others share the rows' memory, all count as changed."""
-        self.check_not_sharded()
-        self._watch.look(self.rows)  # type: ignore[arg-type]
+        self._watch.look(self.check_not_sharded())
 
     def _writes(self) -> int:
         with without_torch_function():

@@ -91,7 +91,7 @@ class Watch:
 
     def plain(self, rows: Tensor) -> Tensor:
         """The parameter's values as one tensor without a watch, for our own reading and writing."""
-        self.check_process()
+        check_process(self._forks)
         with without_torch_function():
             if self._plain is None or self._plain.data_ptr() != rows.data_ptr():  # changed by `set_` or a swap
                 self._plain = unwatched(rows)
@@ -107,7 +107,7 @@ class Watch:
             if rows.is_meta:
                 return
             own = 0 if self._plain is None else 1
-            shared = other_users(rows) > own or (rows.is_cpu and rows.is_shared())
+            shared = other_users(rows) > own or (rows.is_cpu and rows.untyped_storage().is_shared())
         if shared or self._shared:
             self.note()
         self._shared = shared

@@ -39,7 +39,10 @@ class CopyStream(Protocol):
         """The point after all that is queued so far."""
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Memory into which the stream writes without a wait for the computation; see `DeviceStreams.use`."""
+        """Memory into which the stream writes without a wait for the computation; see `DeviceStreams.use`.
+
+        A stream that is another thread makes no inference tensors, which that could not write into.
+        """
 
 
 class DeviceStreams(Protocol):

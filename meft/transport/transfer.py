@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,6 @@ from adapter_kernels import gather_rows
 from peft_bridge.torch_private import has_cuda_context
 
 from .host_tensors import host_zeros
-from .profiling import phase
 
 logger = logging.getLogger(__name__)
 
@@ -55,24 +54,13 @@ class Traffic:
     loads: dict[torch.device, Tensor] = field(default_factory=dict)
     experts: int = 1
 
-    @contextmanager
-    def stalled(self) -> Iterator[None]:
+    def stalled(self) -> Timed:
         """The launching thread waits inside of the block."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.stall_ms += 1e3 * (time.perf_counter() - began)
+        return Timed(self, "stall_ms")
 
-    @contextmanager
-    def host_work(self) -> Iterator[None]:
+    def host_work(self) -> Timed:
         """The host picks inside of the block."""
-        began = time.perf_counter()
-        try:
-            with phase("pick on the host"):
-                yield
-        finally:
-            self.host_ms += 1e3 * (time.perf_counter() - began)
+        return Timed(self, "host_ms")
 
     def load_on(self, device: torch.device, r: int) -> Tensor:
         """The counts of a device, int64 [r], for whoever picks there to add to."""
@@ -92,6 +80,22 @@ class Traffic:
         """Picks of neurons of each expert, int64 [E] in host memory; none before the first pass. Waits for devices."""
         load = self.row_load
         return load.view(self.experts, -1).sum(1) if len(load) else load
+
+
+class Timed:
+    """Adds the milliseconds that a block takes to a counter."""
+
+    __slots__ = ("_began", "_counter", "_traffic")
+
+    def __init__(self, traffic: Traffic, counter: str) -> None:
+        self._traffic, self._counter = traffic, counter
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        spent = 1e3 * (time.perf_counter() - self._began)
+        setattr(self._traffic, self._counter, getattr(self._traffic, self._counter) + spent)
 
 
 def nbytes(tensor: Tensor) -> int:

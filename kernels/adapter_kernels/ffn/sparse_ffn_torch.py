@@ -48,7 +48,7 @@ def forward(
     x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None, base: Tensor | None
 ) -> Tensor:
     """y, [T, d] of x's dtype."""
-    if len(x) <= _FEW and len(keys) and position.shape[1]:
+    if x.shape[0] <= _FEW and keys.shape[0] and position.shape[1]:
         y = _of_few(x, keys, values, position, factors)
     else:
         picks = _Picks(position, len(keys))
@@ -61,19 +61,20 @@ def forward(
 
 def _of_few(x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None) -> Tensor:
     (T, K), D = position.shape, x.shape[1]
-    row = position.clamp(-1, len(keys)).flatten().to(torch.int64)
-    row = row.where(row < len(keys), -1)
-    read = row.clamp_min(0)
-    dots = torch.bmm(wide(keys.index_select(0, read)).view(T, K, D), wide(x).unsqueeze(2)).squeeze(2)
-    scores = dots * factors.to(dots.dtype) if factors is not None else dots
-    active = scores.where((scores > 0) & (row >= 0).view(T, K), 0)
+    position = position.contiguous()
+    row = position.clamp(0, keys.shape[0] - 1)  # another one than the position where there is no pick
+    read = row.view(-1)
+    scores = torch.bmm(wide(keys.index_select(0, read)).view(T, K, D), wide(x).unsqueeze(2)).squeeze(2)
+    if factors is not None:
+        scores = scores * factors.to(scores.dtype)
+    active = scores.where((scores > 0) & (row == position), 0)
     return torch.bmm(active.unsqueeze(1), wide(values.index_select(0, read)).view(T, K, D)).squeeze(1)
 
 
 def weighted_sums(values: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
     """The sum of score times value over each token's picks, [T, d]; the score of what is none (-1) is 0."""
     (T, K), D = ids.shape, values.shape[1]
-    if T <= _FEW and len(values) and K:
+    if T <= _FEW and values.shape[0] and K:
         read = values.index_select(0, ids.view(-1).clamp_min(0)).view(T, K, D)
         return torch.bmm(scores.unsqueeze(1), read).squeeze(1)
     picks = _Picks(ids, len(values))
