@@ -21,18 +21,21 @@ from adapter_kernels import gather_rows
 from ..table.layer_rows import LayerRows
 from ..table.row_table import RowTable
 from ..transport.streams import DeviceStreams, StreamEvent
-from ..transport.transfer import bring_rows, nbytes
+from ..transport.transfer import bring_rows
 from .types import Selection
 
 
-def experts_of(selection: Selection, neurons_per_expert: int) -> Tensor:
-    """The expert of each pick, int64 [T, K]; any where there is no pick."""
+def experts_of(selection: Selection, neurons_per_expert: Tensor) -> Tensor:
+    """The expert of each pick, int64 [T, K]; any where there is no pick.
+
+    Args:
+        neurons_per_expert: r / E, int32 without dimensions, in host memory: torch divides by it at once.
+    """
     rows = selection.rows
     if not rows.shape[0]:
         return selection.inverse.new_zeros(selection.inverse.shape, dtype=torch.int64)
-    experts = rows.new_empty(rows.shape, dtype=torch.int64)
-    torch.div(rows, neurons_per_expert, rounding_mode="floor", out=experts)
-    return experts[selection.inverse]  # -1 is the last one
+    experts = torch.div(rows, neurons_per_expert, rounding_mode="floor")
+    return experts[selection.inverse].to(torch.int64)  # -1 is the last one
 
 
 def rows_of(rows: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
@@ -63,7 +66,7 @@ def gather(
                 out, arrival = _queued(streams, [first, second], selection, made)
         for table in tables:
             table.add_reader_event(streams.inbound, arrival)
-    layer.traffic.bytes_to_device += sum(map(nbytes, out))
+    layer.traffic.bytes_to_device += sum(t.nbytes for t in out)
     return out, arrival
 
 

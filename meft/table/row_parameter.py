@@ -153,10 +153,6 @@ class KeptRows(KeptParameters):
         """Called before a forward pass: while others share the rows' memory, all count as changed."""
         self._watch.look(self.check_not_sharded())
 
-    def _writes(self) -> int:
-        with without_torch_function():
-            return int(self.rows._version)
-
     def _state(self) -> State:
         rows = self._known_rows()
         with without_torch_function():

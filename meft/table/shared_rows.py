@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from peft_bridge.torch_private import storage_address
+from peft_bridge.torch_private import storage_address, without_torch_function
 
 from ..transport.host_tensors import like_rows, row_blocks
 from ..transport.streams import CopyStream, StreamEvent
@@ -100,8 +100,10 @@ class SharedRows(KeptRows):
     @property
     def version(self) -> int:
         """Changes with every change of the masters that a backward pass must not meet."""
-        self.synchronize()
-        return self._writes()
+        if self._pending is not None or self.node is not None:
+            self.synchronize()
+        with without_torch_function():
+            return int(self.rows._version)
 
     def add_reader_event(self, stream: CopyStream, event: StreamEvent) -> None:
         """A stream may go on reading what `reading` yielded until the event; it replaces the stream's earlier event."""

@@ -77,6 +77,9 @@ class _Done:
     def wait(self) -> None: ...
 
 
+_DONE = _Done()
+
+
 class _AtOnce:
     """The stream of a CPU: work is done when it is queued."""
 
@@ -86,11 +89,10 @@ class _AtOnce:
     def run(self, work: Callable[[], object], uses: Sequence[Tensor] = ()) -> None:
         work()
 
-    def wait_event(self, event: StreamEvent) -> None:
-        event.wait()
+    def wait_event(self, event: StreamEvent) -> None: ...
 
     def record_event(self) -> StreamEvent:
-        return _Done()
+        return _DONE
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -106,10 +108,9 @@ class HostStreams:
         self.updating: CopyStream = _AtOnce(device)
 
     def record_event(self) -> StreamEvent:
-        return _Done()
+        return _DONE
 
-    def wait_event(self, event: StreamEvent) -> None:
-        event.wait()
+    def wait_event(self, event: StreamEvent) -> None: ...
 
     def use(self, tensors: Sequence[Tensor]) -> None: ...
 

@@ -98,11 +98,6 @@ class Timed:
         setattr(self._traffic, self._counter, getattr(self._traffic, self._counter) + spent)
 
 
-def nbytes(tensor: Tensor) -> int:
-    """Bytes of a tensor's elements."""
-    return tensor.numel() * tensor.element_size()
-
-
 def bring_rows(rows: Tensor, host_rows: Tensor, tables: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     """Copy rows of tables in host memory into buffers [u, d] on a device.
 
@@ -145,7 +140,7 @@ def page_lock(tensor: Tensor, device: torch.device) -> bool:
     if not tensor.numel():
         return False
     with torch.cuda.device(device):
-        if int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), nbytes(tensor), 0)) == 0:
+        if int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)) == 0:
             return True
         with suppress(RuntimeError):  # clears the driver's error, which the next launch would raise otherwise
             torch.empty(1, device=device).zero_()
@@ -205,7 +200,7 @@ class PageLock:
             self._held = None
             return True
         if not page_lock(tensor, device):
-            logger.warning("%d bytes of MEFT rows could not be page-locked: transfers are slower.", nbytes(tensor))
+            logger.warning("%d bytes of MEFT rows could not be page-locked: transfers are slower.", tensor.nbytes)
             return False
         self._held = weakref.finalize(tensor.untyped_storage(), page_unlock, *wanted)
         return True

@@ -14,7 +14,6 @@ from ...table.layer_rows import LayerRows
 from ...transport.profiling import phase
 from ...transport.staging import Coming, Slot
 from ...transport.streams import DeviceStreams, StreamEvent
-from ...transport.transfer import nbytes
 from ..costs import AdapterShape, Flow, Work
 from ..types import Gather, GatheredRows, Selection
 
@@ -94,7 +93,7 @@ class Strategy(ABC):
         copied = [count, rows] if layer.config.on_host else [count]
         coming = Coming(self.streams, copied, self._slots)
         if layer.config.on_host:
-            layer.traffic.bytes_to_host += sum(map(nbytes, copied))
+            layer.traffic.bytes_to_host += sum(t.nbytes for t in copied)
 
         def finish() -> tuple[Selection, GatheredRows]:
             with layer.traffic.stalled():

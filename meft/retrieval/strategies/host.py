@@ -16,7 +16,6 @@ from ...table.layer_rows import LayerRows
 from ...transport.profiling import phase
 from ...transport.staging import Coming, Slot
 from ...transport.streams import DeviceStreams, StreamEvent
-from ...transport.transfer import nbytes
 from ..costs import FP32, ID, AdapterShape, Flow, Work, gradients_to_host, to_device, to_host
 from ..gather import gather
 from ..types import Gather, GatheredRows, Selection
@@ -34,10 +33,11 @@ class Host(Strategy):
     def __init__(self, streams: DeviceStreams, layers: Sequence[LayerRows]) -> None:
         super().__init__(streams, layers)
         self._up = Slot(streams)
+        self._between = torch.zeros(_ALIGNED, dtype=torch.int32, device="cpu")
 
     def select(self, layer: LayerRows, x: Tensor, logits: Tensor) -> Gather:
         coming = Coming(self.streams, [x, logits], self._slots)
-        layer.traffic.bytes_to_host += nbytes(x) + nbytes(logits)
+        layer.traffic.bytes_to_host += x.nbytes + logits.nbytes
 
         def finish() -> tuple[Selection, GatheredRows]:
             with layer.traffic.stalled():
@@ -55,14 +55,13 @@ class Host(Strategy):
         size = inverse.numel()
         start = -(-size // _ALIGNED) * _ALIGNED
         (staged,) = self._up.take(((start + rows.shape[0],), torch.int32))
-        staged[:size].copy_(inverse.view(-1))
-        staged[start:].copy_(rows)
+        torch.cat((inverse.view(-1), self._between[: start - size], rows), out=staged)
         ids = self.streams.inbound.empty(tuple(staged.shape), staged.dtype)
         try:
             self.streams.inbound.run(partial(ids.copy_, staged, non_blocking=True), [ids])
         finally:  # also where it was queued
             arrival = self._up.busy = self.streams.inbound.record_event()
-        layer.traffic.bytes_to_device += nbytes(ids)
+        layer.traffic.bytes_to_device += ids.nbytes
         return Selection(ids[start:], ids[:size].view(inverse.shape), rows.to(torch.int64), arrival)
 
     def gather(self, layer: LayerRows, selection: Selection, made: StreamEvent | None = None) -> GatheredRows:
