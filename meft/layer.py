@@ -220,7 +220,9 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
                 check_versions(saved.versions, layer.versions)
         if saved is None:
             _look_at_rows(layer, x.device)
-        real = saved.real if saved is not None else context.real_tokens(now, shape, x.device, self.call.up is not None)
+        real = saved.real if saved is not None else None
+        if saved is None and now is not None and now.mask is not None:
+            real = context.real_tokens(now, shape, x.device, self.call.up is not None)
         kept = x if real is None else x.index_select(0, real)
         wide = kept.to(torch.promote_types(x.dtype, torch.float32))
         logits = F.linear(wide, self.router(adapter_name).to(wide))  # under offloading the router may be elsewhere

@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from adapter_kernels import table_ffn
+
 from ..gradient.offload_ring import GradientRing
 from ..gradient.row_gradient import RowGradient
 from ..table.layer_rows import LayerRows
@@ -118,7 +120,7 @@ class Engine(EngineSetup):
         if rows.scores is None:
             rows = self._arrived(pending, selection, rows, x)
         elif not torch.is_grad_enabled():
-            return output_of(x, None, rows)
+            return table_ffn(rows.values, rows.position, rows.scores)
         factors = idle = None
         if self.config.router_factor:
             factors = logits.gather(1, experts_of(selection, self._neurons_per_expert))

@@ -119,9 +119,7 @@ def in_checkpoint_recompute() -> bool:
     return backward_number() != -1
 
 
-def real_tokens(
-    now: ForwardContext | None, shape: torch.Size, device: torch.device, flat: bool = False
-) -> Tensor | None:
+def real_tokens(now: ForwardContext, shape: torch.Size, device: torch.device, flat: bool = False) -> Tensor | None:
     """Places of the tokens that are no padding, int64, among the tokens of an input [batch, length, d]; None: all.
 
     An input of another size than the mask is not of the model's tokens (a vision tower's patches).
@@ -129,7 +127,7 @@ def real_tokens(
     Args:
         flat: whether the input may be [batch * length, d], as a layer gives it that calls its linear layers itself.
     """
-    if now is None or now.mask is None:
+    if now.mask is None:
         return None
     if shape[:-1] != now.mask.shape and not (flat and shape[:-1] == (now.mask.numel(),)):
         return None

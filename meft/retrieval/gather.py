@@ -34,8 +34,9 @@ def experts_of(selection: Selection, neurons_per_expert: Tensor) -> Tensor:
     rows = selection.rows
     if not rows.shape[0]:
         return selection.inverse.new_zeros(selection.inverse.shape, dtype=torch.int64)
-    experts = torch.div(rows, neurons_per_expert, rounding_mode="floor")
-    return experts[selection.inverse].to(torch.int64)  # -1 is the last one
+    experts = rows.new_empty(rows.shape, dtype=torch.int64)
+    torch.div(rows, neurons_per_expert, rounding_mode="floor", out=experts)
+    return experts[selection.inverse]  # -1 is the last one
 
 
 def rows_of(rows: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
