@@ -38,7 +38,7 @@ class KeptRows(KeptParameters):
     def __init__(self, rows: Tensor, *, read_as: torch.dtype, on_host: bool) -> None:
         super().__init__()
         self.on_host, self._dtype, self._shape = on_host, rows.dtype, rows.shape
-        self._foreign = self._shared = False
+        self._foreign = False
         parameter = nn.Parameter(rows)
         self._adopt(parameter, read_as)
         self.rows = parameter
@@ -151,15 +151,15 @@ class KeptRows(KeptParameters):
 
     def look(self) -> None:
         """Called before a forward pass: while others share the rows' memory, all count as changed."""
-        rows = self.check_not_sharded()
+        rows, watch = self.check_not_sharded(), self._watch
         with without_torch_function():
             if rows.is_meta:
                 return
-            own = 0 if self._watch.alias is None else 1
+            own = 0 if watch.alias is None else 1
             shared = other_users(rows) > own or (rows.is_cpu and rows.untyped_storage().is_shared())
-        if shared or self._shared:  # memory that others share, or shared until now, may have been written
-            self._watch.note()
-        self._shared = shared
+        if shared or watch.shared:  # memory that others share, or shared until now, may have been written
+            watch.note()
+        watch.shared = shared
 
     def _state(self) -> State:
         rows = self._known_rows()

@@ -54,6 +54,7 @@ class Watch:
         read_as: the dtype in which rows are read, where it is narrower than the parameter's.
         on_host: whether the parameter stays where it is, whatever is assigned.
         alias: what `plain` gives.
+        shared: whether others shared the memory when a pass began.
         left: other processes have shared the memory, which views may still refer to: the storage that the rows went on
             in with the same values, 0 where they got others; None: the memory was not shared.
         table: returns the table of the rows, None if it is gone; a queued update is waited for before they are read.
@@ -67,6 +68,7 @@ class Watch:
         self.table: Callable[[], Any] = lambda: None
         self._forks = forks()
         self.alias: Tensor | None = None
+        self.shared = False
 
     def check_process(self) -> None:
         """Raises: RuntimeError: this is a forked process, which has not got the memory."""
