@@ -1,9 +1,9 @@
 """A process that has imported what most tests need, which takes seconds, and is forked for each program of a test.
 
 Run as a script. A line of stdin is a request as JSON: `code`, `file` (its name in tracebacks), `processes` (of each its
-arguments and the file for what it prints), `environment`, `folder` (where it runs), `seconds` and `alone`. The answer is
-a line with the exit codes. Where one process fails, the others are killed, as they may wait for it; not where each is
-`alone`.
+arguments and the file for what it prints), `environment`, `folder` (where it runs), `seconds` and `alone`. The answer
+is a line with the exit codes. Where one process fails, the others are killed, as they may wait for it; not where each
+is `alone`.
 """
 
 import gc
@@ -38,8 +38,8 @@ def serve(requests, answers):
 
 
 def become(request, number):
-    """Run the program as Python would run it as a script. Of the interpreter's own end nothing is run, which takes time,
-    but where it is `alone`.
+    """Run the program as Python would run it as a script. Of the interpreter's own end, which takes time, nothing is
+    run but where it is `alone`.
     """
     arguments, output = request["processes"][number]
     signal.alarm(request["seconds"])
