@@ -70,10 +70,10 @@ class Host(Strategy):
     @classmethod
     def flows(cls, shape: AdapterShape, work: Work) -> Iterator[Flow]:
         rows = 2 * shape.d * work.union
-        yield to_host("hidden states", "forward", work.tokens * shape.d, shape.base, rows=False)
-        yield to_host("router logits", "forward", work.tokens * shape.experts, FP32, rows=False)
-        yield to_device("picks", "forward", 2 * work.tokens * shape.top_k, ID, rows=False)
-        yield to_device("union ids", "forward", work.union, ID, rows=False)
+        yield to_host("hidden states", "forward", work.tokens * shape.d, shape.base)
+        yield to_host("router logits", "forward", work.tokens * shape.experts, FP32)
+        yield to_device("picks", "forward", 2 * work.tokens * shape.top_k, ID)
+        yield to_device("union ids", "forward", work.union, ID)
         yield to_device("key and value rows", "forward", rows, shape.compute)
         if work.rows == "refetch":
             yield to_device("key and value rows", "backward", rows, shape.compute)

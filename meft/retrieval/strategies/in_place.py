@@ -19,7 +19,7 @@ class InPlace(Strategy):
     """Rows are read where they are; only those of another dtype than the products' are copied."""
 
     name = "in-place"
-    serves = None
+    placement = None
     rows_on_device = in_place = True
 
     @staticmethod

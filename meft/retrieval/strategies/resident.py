@@ -25,7 +25,7 @@ class Resident(Strategy):
     """The tables themselves are on the device."""
 
     name = "resident"
-    serves = "device"
+    placement = "device"
     rows_on_device = updates_on_device = True
 
     def select(self, layer: LayerRows, x: Tensor, logits: Tensor) -> PendingSelection:
