@@ -45,10 +45,6 @@ def test_links_lead_somewhere(page):
             assert anchor in map(slug, headings), target
 
 
-def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
-
-
 def test_the_figure_is_what_the_results_give():
     pytest.importorskip("matplotlib")
     script = ROOT / "docs" / "figures" / "overview.py"
