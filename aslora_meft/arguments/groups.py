@@ -120,7 +120,7 @@ class TrainerArguments(TrainingArguments):
 
 
 class TrainArguments(NamedTuple):
-    """Everything one training run is told."""
+    """All arguments of a training run."""
 
     model: ModelArguments
     adapter: PeftConfig

@@ -36,7 +36,7 @@ def _doc(text: str) -> dict[str, str]:
 
 @dataclass
 class PlanArguments:
-    """What only a plan is told."""
+    """Arguments of `estimate` alone."""
 
     _argument_group_name = "plan"
     gpu: str | None = field(default=None, metadata=_doc("Memory, such as 24GiB, or a card: says whether it fits."))

@@ -93,7 +93,7 @@ class _Model:
         return trace_step(self.model, step, request.method, extra)
 
     def beside(self, request: Request) -> int:
-        """Bytes of base model and activations at the peak, without what MEFT adds: told by the smallest MEFT."""
+        """Bytes of base model and activations at the peak, without what MEFT adds, from a plan of the smallest MEFT."""
         tiny = replace(self.shape, r=1, experts=1, probed=1, top_k=1)
         least = by_size(tiny, replace(self.work(request), union=1))[-1]
         return self.trace(request, least).peak - sum(least.device_bytes().values())

@@ -24,7 +24,7 @@ class MemoryTracker(TorchDispatchMode):
         parts: part -> bytes that are live now; what nobody has named is 'activations'.
         peak: the most bytes that were live at once.
         at_peak: `parts` at that moment.
-        flops: of the matrix products (torch's own formulas), and what `note_flops` was told.
+        flops: of the matrix products (torch's own formulas), and those of `note_flops`.
     """
 
     current: ClassVar[MemoryTracker | None] = None

@@ -40,7 +40,7 @@ class InPlace(Strategy):
         if keys.dtype == values.dtype == scores.dtype:
             return GatheredRows(keys, values, selection.picks.ids, scores=scores)
         keys, values = (table.index_select(0, selection.host_rows).to(scores.dtype) for table in tables)
-        return GatheredRows(keys, values, selection.inverse)
+        return GatheredRows(keys, values, selection.position)
 
     @classmethod
     def flows(cls, shape: AdapterShape, work: Work) -> Iterator[Flow]:

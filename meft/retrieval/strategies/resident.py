@@ -40,7 +40,7 @@ class Resident(Strategy):
     def gather(self, layer: LayerRows, selection: Selection, made: StreamEvent | None = None) -> GatheredRows:
         with layer.keys.reading() as keys, layer.values.reading(selection.host_rows) as values:
             gathered = rows_of(selection.rows, [keys, values])
-        return GatheredRows(gathered[0], gathered[1], selection.inverse)
+        return GatheredRows(gathered[0], gathered[1], selection.position)
 
     @classmethod
     def tables(cls, shape: AdapterShape) -> int:
