@@ -73,6 +73,10 @@ def test_packages_import_only_those_below_them():
             assert other not in set(PACKAGES) - {package} - BELOW[package], f"{path}:{node.lineno} imports {imported}"
 
 
+def test_the_folder_of_kernels_hides_no_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()  # Hugging Face has a package of this name
+
+
 def test_no_imports_in_a_circle():
     arrows = {}
     for name, path in sources().items():
