@@ -40,7 +40,7 @@ HOST_FILES = {
 }  # fmt: skip
 HOST_FILES |= {"row_gradient.py", "accumulator.py", "offload_ring.py", "steps.py"}
 HOST_FILES |= {"host_tensors.py", "transfer.py", "pool.py", "drain.py"}
-LANES = ("inbound", "outbound", "updating")
+STREAMS = ("inbound", "outbound", "updating")
 ALLOCATIONS = ("aten::empty", "aten::zeros", "aten::ones", "aten::full", "aten::arange", "aten::new_", "aten::scalar")
 
 aten = torch.ops.aten
@@ -116,7 +116,7 @@ class Order:
             state.write, state.reads = mine, {}
         else:
             state.reads[actor] = mine
-        if actor != state.home and actor in (*LANES, "computation"):
+        if actor != state.home and actor in (*STREAMS, "computation"):
             state.by_others[actor] = (clock[actor], where)
 
     def give(self, key, actor, hand_over):
@@ -342,7 +342,7 @@ class CopyStream:
 class WatchedStreams:
     def __init__(self, watch):
         self.watch, self.device = watch, torch.device("cpu")
-        self.inbound, self.outbound, self.updating = (CopyStream(watch, name) for name in LANES)
+        self.inbound, self.outbound, self.updating = (CopyStream(watch, name) for name in STREAMS)
 
     def record_event(self):
         self.watch.order("computation", self.watch.stamp(self.watch.thread()))
