@@ -100,7 +100,7 @@ class Engine(EngineSetup):
         if pending.gather is not None:
             gather, pending.gather = pending.gather, None
             pending.selection, pending.rows = gather()
-            pending.layer.count(pending.selection.inverse.shape[0], pending.selection.rows.shape[0])
+            pending.layer.count(pending.selection.position.shape[0], pending.selection.rows.shape[0])
         assert pending.rows is not None
         return pending.rows
 

@@ -33,10 +33,10 @@ def experts_of(selection: Selection, neurons_per_expert: Tensor) -> Tensor:
     """
     rows = selection.rows
     if not rows.shape[0]:
-        return selection.inverse.new_zeros(selection.inverse.shape, dtype=torch.int64)
+        return selection.position.new_zeros(selection.position.shape, dtype=torch.int64)
     experts = rows.new_empty(rows.shape, dtype=torch.int64)
     torch.div(rows, neurons_per_expert, rounding_mode="floor", out=experts)
-    return experts[selection.inverse]  # -1 is the last one
+    return experts[selection.position]  # -1 is the last one
 
 
 def rows_of(rows: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:

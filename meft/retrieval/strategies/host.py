@@ -44,37 +44,37 @@ class Host(Strategy):
                 hidden = coming.wait()
             # This thread holds the lock of the keys.
             with layer.keys.reading() as keys, layer.traffic.host_work(), phase("pick on the host"):
-                rows, inverse = _selected(layer, keys, *hidden)
-            selection = self._sent(layer, rows, inverse)
+                rows, position = _selected(layer, keys, *hidden)
+            selection = self._sent(layer, rows, position)
             return selection, self._gather_now(layer, selection, coming.made)
 
         return finish
 
-    def _sent(self, layer: LayerRows, rows: Tensor, inverse: Tensor) -> Selection:
+    def _sent(self, layer: LayerRows, rows: Tensor, position: Tensor) -> Selection:
         """The same picks on the device, in the order of the inbound stream."""
-        size = inverse.numel()
+        size = position.numel()
         start = -(-size // _ALIGNED) * _ALIGNED
         (staged,) = self._up.take(((start + rows.shape[0],), torch.int32))
-        torch.cat((inverse.view(-1), self._between[: start - size], rows), out=staged)
+        torch.cat((position.view(-1), self._between[: start - size], rows), out=staged)
         ids = self.streams.inbound.empty(tuple(staged.shape), staged.dtype)
         try:
             self.streams.inbound.run(partial(ids.copy_, staged, non_blocking=True), [ids])
         finally:  # also where it was queued
             arrival = self._up.busy = self.streams.inbound.record_event()
         layer.traffic.bytes_to_device += ids.nbytes
-        return Selection(ids[start:], ids[:size].view(inverse.shape), rows.to(torch.int64), arrival)
+        return Selection(ids[start:], ids[:size].view(position.shape), rows.to(torch.int64), arrival)
 
     def gather(self, layer: LayerRows, selection: Selection, made: StreamEvent | None = None) -> GatheredRows:
         (keys, values), arrival = gather(self.streams, layer, [layer.keys, layer.values], selection, made)
-        return GatheredRows(keys, values, selection.inverse, arrival, () if made is None else (keys, values))
+        return GatheredRows(keys, values, selection.position, arrival, () if made is None else (keys, values))
 
     @classmethod
     def flows(cls, shape: AdapterShape, work: Work) -> Iterator[Flow]:
         rows = 2 * shape.d * work.union
-        yield to_host("hidden states", "forward", work.tokens * shape.d, shape.base, rows=False)
-        yield to_host("router logits", "forward", work.tokens * shape.experts, FP32, rows=False)
-        yield to_device("picks", "forward", 2 * work.tokens * shape.top_k, ID, rows=False)
-        yield to_device("union ids", "forward", work.union, ID, rows=False)
+        yield to_host("hidden states", "forward", work.tokens * shape.d, shape.base)
+        yield to_host("router logits", "forward", work.tokens * shape.experts, FP32)
+        yield to_device("picks", "forward", 2 * work.tokens * shape.top_k, ID)
+        yield to_device("union ids", "forward", work.union, ID)
         yield to_device("key and value rows", "forward", rows, shape.compute)
         if work.rows == "refetch":
             yield to_device("key and value rows", "backward", rows, shape.compute)

@@ -21,7 +21,7 @@ class InPlace(Strategy):
     """Rows are read where they are; only those of another dtype than the products' are copied."""
 
     name = "in-place"
-    serves = None
+    placement = None
     rows_on_device = in_place = True
 
     @staticmethod
@@ -52,4 +52,4 @@ def _rows_in(keys: Tensor, values: Tensor, selection: Selection, picks: Selected
     if keys.dtype == values.dtype == dtype:
         return GatheredRows(keys, values, picks.ids, scores=picks.scores)
     keys, values = (table.index_select(0, selection.host_rows).to(dtype) for table in (keys, values))
-    return GatheredRows(keys, values, selection.inverse)
+    return GatheredRows(keys, values, selection.position)

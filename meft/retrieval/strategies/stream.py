@@ -52,7 +52,7 @@ class Stream(Strategy):
         (values,), arrival = gather(self.streams, layer, [layer.values], selection, made)
         keys = self._keys.take(layer).index_select(0, selection.rows)
         self._keys.done(layer)
-        return GatheredRows(keys, values, selection.inverse, arrival, (values,))
+        return GatheredRows(keys, values, selection.position, arrival, (values,))
 
     @classmethod
     def buffers(cls, shape: AdapterShape) -> int:
