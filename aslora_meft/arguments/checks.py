@@ -78,7 +78,7 @@ def check_evaluation(args: TrainingArguments) -> None:
 
 def check_range(name: str, value: float, least: float, most: float) -> None:
     """Raises: UsageError: a number that is not from `least` to `most`."""
-    if math.isnan(value):
+    if value != value:  # of an integer of 400 digits math.isnan makes a float
         raise UsageError(f"{name}={value} is no number; give one")
     if least <= value <= most:
         return
@@ -210,6 +210,6 @@ def check_memory(config: Any, model: torch.nn.Module) -> None:
     least = 4 * r * min((min(p.shape) for p in model.parameters() if p.ndim > 1), default=1)
     if available is not None and least > available:
         raise UsageError(
-            f"r={_shown(r)} needs at least {least / 2**30:,.0f} GiB a layer and this machine has "
+            f"r={_shown(r)} needs at least {_shown(-(-least // 2**30))} GiB a layer and this machine has "
             f"{available / 2**30:,.0f}; give a smaller r (the widest layer has {width})"
         )

@@ -46,6 +46,8 @@ def local_path(field: str, value: str) -> Path:
     """
     if "\0" in value:
         raise UsageError(f"{field}={value!r} holds a NUL character; give the path without it")
+    if not is_encodable(value):  # a name in another encoding, which safetensors and JSON do not take
+        raise UsageError(f"{field}={value!r} is no name in UTF-8; rename it")
     if not value.strip():
         raise UsageError(f"{field}={value!r} is empty; give a path")
     try:
