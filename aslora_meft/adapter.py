@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from aslora_meft.arguments.checks import check_expressions, check_memory
+from aslora_meft.arguments.checks import check_expressions, check_indices, check_memory
 from aslora_meft.arguments.groups import ModelArguments
 from aslora_meft.arguments.text import is_path, local_path
 from aslora_meft.errors import UsageError, as_usage_error
@@ -206,6 +206,7 @@ def check_targets(model: PreTrainedModel, config: PeftConfig) -> None:
     """
     names = [name for name, _ in model.named_modules()]
     check_expressions(config, names)
+    check_indices(config, model)
     for field in ("target_modules", "exclude_modules"):
         wanted = getattr(config, field, None)
         for target in [] if wanted is None or isinstance(wanted, str) else sorted(wanted):
