@@ -161,6 +161,8 @@ def _read_scalar(field: dataclasses.Field[Any], word: str, kinds: Sequence[Any])
         return word.lower() in _TRUE
     if int in kinds or float in kinds:
         if re.fullmatch(r"[+-]?\d{1,999}", word):
+            if abs(int(word)) >= 2**63:
+                raise UsageError(f"{field.name}={word[:20]}... has {len(word)} digits; give a smaller number")
             return int(word)
         if float in kinds and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|nan|[+-]?inf", word):
             return float(word)

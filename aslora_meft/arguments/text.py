@@ -59,6 +59,18 @@ def local_path(field: str, value: str) -> Path:
     return path
 
 
+def check_ordinary(field: str, folder: Path) -> None:
+    """Check that a folder holds files and folders alone: reading a pipe or a device might never end.
+
+    Raises:
+        UsageError: it holds something else.
+        OSError: it cannot be read.
+    """
+    for path in folder.iterdir():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UsageError(f"{field}={str(folder)!r} holds {path.name!r}, which is no ordinary file; remove it")
+
+
 def is_path(value: str) -> bool:
     """Whether a value for "folder or hub id" can only be meant as a path."""
     return value.startswith((".", "/", "~")) or value.count("/") > 1
