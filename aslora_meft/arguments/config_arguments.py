@@ -75,7 +75,19 @@ def read_fields(
             remedy = getattr(config, "remedies", {}).get(name, f"drop it or use method={' or '.join(others)}")
             raise UsageError(f"{name}={' '.join(parts)} has no meaning with method={method}; {remedy}")
         fields[name] = _read(known[name], parts, hints[name])
+        if name in ("rank_pattern", "alpha_pattern"):
+            _check_pattern(name, fields[name])
     return fields
+
+
+def _check_pattern(name: str, pattern: Mapping[str, Any]) -> None:
+    """Raises: UsageError: PEFT takes any value here, and fails where a layer is made of it."""
+    for key, value in pattern.items():
+        rank = name == "rank_pattern"
+        right = type(value) is int and 1 <= value < 2**31 if rank else type(value) in (int, float) and abs(value) < 1e30
+        if not right:
+            what = "no rank; give an integer of at least 1" if rank else "no finite number; give one"
+            raise UsageError(f"{name}: {str(value)[:40]!r} of {key!r} is {what}")
 
 
 def make_config(method: str, words: Mapping[str, str | list[str]], task_type: str = "CAUSAL_LM") -> PeftConfig:
@@ -149,6 +161,8 @@ def _read_scalar(field: dataclasses.Field[Any], word: str, kinds: Sequence[Any])
         return word.lower() in _TRUE
     if int in kinds or float in kinds:
         if re.fullmatch(r"[+-]?\d{1,999}", word):
+            if abs(int(word)) >= 2**63:
+                raise UsageError(f"{field.name}={word[:20]}... has {len(word)} digits; give a smaller number")
             return int(word)
         if float in kinds and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|nan|[+-]?inf", word):
             return float(word)
