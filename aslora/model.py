@@ -24,8 +24,9 @@ from .layer_groups import group_of_key
 from .mixed_batch import adapters_per_sample, check_names_of_samples
 from .parameter_layer import ParamWrapper
 from .report import SharingReport, report
+from .shared_a import SharedA
 from .sharing.merge_run import SharingRun
-from .sharing.shared_tensors import SharedA, SharedB
+from .sharing.shared_tensors import SharedB
 from .weighted_adapter import combine
 
 
@@ -211,6 +212,8 @@ class ASLoRAModel(MethodTuner):
         for adapter_name in set(self.active_adapters) & set(self.aslora_B):
             for B in self.shared_b(adapter_name).values():
                 B.forget_views()
+            for A in self.shared_a(adapter_name).values():
+                A.products.forget()
         return super().forward(*args, **kwargs)
 
     @contextmanager
