@@ -46,6 +46,13 @@ class _Product(NamedTuple):
     readers: set[int]  # ids of the layers that have read it
 
 
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype in which autocast multiplies matrices; None where it does nothing."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 class InputProducts:
     """x A^T, made once where several layers read the same x and A (q, k and v, or gate and up, with one A for all).
 
@@ -77,9 +84,7 @@ class InputProducts:
         # An x without a graph of its own can be differentiated through one reader first and through another later.
         if x.grad_fn is None or not torch.is_grad_enabled() or saved_tensors_hooked() or is_transformed():
             return make()
-        device = x.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        state = (x._version, A._version, A.requires_grad, scaling, autocast)
+        state = (x._version, A._version, A.requires_grad, scaling, _autocast_dtype(x.device.type))
         last = self._last
         if last is not None and last.state == state and id(reader) not in last.readers:
             value = last.value()
