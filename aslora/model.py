@@ -212,8 +212,6 @@ class ASLoRAModel(MethodTuner):
         for adapter_name in set(self.active_adapters) & set(self.aslora_B):
             for B in self.shared_b(adapter_name).values():
                 B.forget_views()
-            for A in self.shared_a(adapter_name).values():
-                A.products.forget()
         return super().forward(*args, **kwargs)
 
     @contextmanager

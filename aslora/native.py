@@ -17,7 +17,6 @@ from peft_bridge import RunListener
 from .config import ASLoRAConfig
 from .files import keys
 from .files.adapter_file import from_file
-from .shared_a import SharedA
 from .sharing.merge_run import SharingRun
 from .sharing.shared_tensors import SharedB
 
@@ -47,9 +46,6 @@ class SharedInModel(nn.Module, RunListener):
         for module in self.aslora_B.modules():
             if isinstance(module, SharedB):
                 module.forget_views()
-        for module in self.aslora_A.modules():
-            if isinstance(module, SharedA):
-                module.products.forget()
 
     def check_run(self, arguments: Any) -> None:
         self.tuner.check_run(arguments)
