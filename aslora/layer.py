@@ -107,7 +107,7 @@ class ASLoRALayer(BaseTunerLayer):
         A: Tensor = self.aslora_A[adapter_name]()
         B: Tensor = self.aslora_B[adapter_name](self.position[adapter_name])
         device = device or A.device
-        return A.to(device), B.to(device)
+        return A if A.device == device else A.to(device), B if B.device == device else B.to(device)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """scaling * B A, in the layout of the base weight: [out_features, in_features], transposed for Conv1D."""
