@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
-from peft_bridge.torch_private import is_transformed, saved_tensors_hooked
+from peft_bridge.torch_private import saved_tensors_hooked
 
 
 class SharedA(nn.Module):
@@ -82,7 +82,7 @@ class InputProducts:
             make: computes it; called with the arguments that are given here, it depends on nothing else.
         """
         # An x without a graph of its own can be differentiated through one reader first and through another later.
-        if x.grad_fn is None or not torch.is_grad_enabled() or saved_tensors_hooked() or is_transformed():
+        if x.grad_fn is None or not torch.is_grad_enabled() or saved_tensors_hooked():
             return make()
         state = (x._version, A._version, A.requires_grad, scaling, _autocast_dtype(x.device.type))
         last = self._last

@@ -112,6 +112,8 @@ def test_one_product_and_one_gradient_of_it_a_layer(fields, evaluate, expected):
     outputs = []
     assert products(model, lambda: outputs.append(model(x))) == expected
     assert products(model, outputs[0].sum().backward) == expected
+    with apart():
+        assert products(model, lambda: model(x)) == len(model.targeted_module_names)
 
 
 @pytest.mark.parametrize("lora_alpha", [2, 4, 6], ids=lambda alpha: f"scaling {alpha / 2}")
@@ -191,6 +193,11 @@ def test_transforms_of_torch_func():
 
     expected = torch.stack([call(A) for A in stack])
     torch.testing.assert_close(torch.func.vmap(call)(stack), expected, rtol=1e-12, atol=1e-14)
+    bias = "base_model.model.layers.0.q.base_layer.bias"
+    stack_of_biases = torch.randn(3, WIDTH, dtype=torch.float64)
+    outputs = torch.func.vmap(lambda b: torch.func.functional_call(model, {bias: b}, (x,)))(stack_of_biases)
+    alone = torch.func.functional_call(model, {bias: stack_of_biases[2]}, (x,))
+    torch.testing.assert_close(outputs[2], alone, rtol=1e-12, atol=1e-14)
     _, tangent = torch.func.jvp(lambda t: call(stack[0] + t * stack[1]), (x.new_tensor(0.0),), (x.new_tensor(1.0),))
     step = 1e-6
     difference = (call(stack[0] + step * stack[1]) - call(stack[0] - step * stack[1])) / (2 * step)
@@ -209,6 +216,18 @@ def written_input(model, y):
 def written_a(model, y):
     with torch.no_grad():
         the_a(model).shared_A.mul_(2)
+    return y
+
+
+def replaced_a(model, y):
+    A = the_a(model).shared_A.detach().clone().mul_(2)
+    assert A._version == the_a(model).shared_A._version
+    the_a(model).shared_A = nn.Parameter(A)
+    return y
+
+
+def another_scaling(model, y):
+    block(model).k.scaling["default"] = 0.5
     return y
 
 
@@ -235,7 +254,7 @@ def a_view(model, y):
 
 @pytest.mark.parametrize(
     "change",
-    [written_input, written_a, moved_model, optimizer_step, another_tensor, a_view],
+    [written_input, written_a, replaced_a, another_scaling, moved_model, optimizer_step, another_tensor, a_view],
     ids=lambda change: change.__name__,
 )
 def test_a_product_is_not_read_after_a_change(change):
@@ -249,6 +268,17 @@ def test_a_product_is_not_read_after_a_change(change):
     found = layers.k(y)
     with torch.no_grad():
         assert torch.equal(found, layers.k(y))
+    assert kept.requires_grad
+
+
+def test_an_a_that_is_trained_from_the_second_layer_on():
+    model = adapted()
+    layers, y, A = block(model), inputs().tanh(), the_a(model).shared_A
+    A.requires_grad_(False)
+    kept = layers.q(y)
+    A.requires_grad_(True)
+    layers.k(y).sum().backward()
+    assert A.grad.abs().min() > 0
     assert kept.requires_grad
 
 
