@@ -21,7 +21,6 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -80,12 +79,13 @@ QUICK = MODELS[:2]
 TOY = Model("toy", layers=4, width=32, r=4, batch=(1, 8), intermediate=48)  # for the test of this file
 
 
-def interval(values: list[float], statistic: Callable = median, resamples: int = 2000) -> tuple[float, float]:
-    """The 95 % bootstrap interval of a statistic."""
+def interval(values: list[float]) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the median."""
+    resamples = 2000
     generator = torch.Generator().manual_seed(0)
     sample = torch.tensor(values)
     draws = sample[torch.randint(len(values), (resamples, len(values)), generator=generator)]
-    found = sorted(statistic(draw) for draw in draws.tolist())
+    found = sorted(median(draw) for draw in draws.tolist())
     return found[int(0.025 * resamples)], found[int(0.975 * resamples)]
 
 

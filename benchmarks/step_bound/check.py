@@ -34,7 +34,7 @@ from meft.transport.transfer import nbytes
 from peft_bridge import replace_file
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "model_24gb_check.json"
-STRATEGIES = ("device-rows", "device-keys", "stream", "host")
+STRATEGIES = MEFTConfig.choices["retrieval"][:0:-1]
 D, LAYERS, HEADS, FFN, VOCABULARY = 512, 6, 8, 512, 512
 R, BATCH, LENGTH = 2048, 1, 128
 RATE = 30e6  # bytes/s each way: slow beside the CPU, as PCIe is beside a card

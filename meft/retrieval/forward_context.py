@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from peft_bridge.torch_private import at_end_of_backward, backward_number, graph_kept, saved_tensors_hooked
+from peft_bridge.torch_private import (
+    at_end_of_backward,
+    backward_number,
+    graph_kept,
+    hooks_before,
+    saved_tensors_hooked,
+)
 
 from .types import GatheredRows, Selection
 
@@ -230,7 +236,7 @@ def watch_passes(model: nn.Module, passes: Passes) -> list[RemovableHandle]:
 
 def watching(model: nn.Module) -> list[Passes]:
     """Whoever watches the calls of a model."""
-    bound = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
+    bound = [getattr(hook, "__self__", None) for hook in hooks_before(model)]
     return [hooks.passes for hooks in bound if isinstance(hooks, _Hooks)]
 
 

@@ -30,10 +30,10 @@ def experts_of(selection: Selection, neurons_per_expert: int) -> Tensor:
     """The expert of each pick, int64 [T, K]; any where there is no pick."""
     rows = selection.rows
     if not len(rows):
-        return selection.inverse.new_zeros(selection.inverse.shape, dtype=torch.int64)
+        return selection.position.new_zeros(selection.position.shape, dtype=torch.int64)
     experts = torch.empty(rows.shape, dtype=torch.int64, device=rows.device)
     torch.div(rows, neurons_per_expert, rounding_mode="floor", out=experts)
-    return experts[selection.inverse]  # -1 is the last one
+    return experts[selection.position]  # -1 is the last one
 
 
 def rows_of(rows: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:

@@ -19,15 +19,15 @@ class Selection:
 
     Attributes:
         rows: int32 [u], the distinct neurons, ascending, on the device.
-        inverse: int32 [T, K], place of each pick in `rows`; -1 is none.
+        position: int32 [T, K], place of each pick in `rows`; -1 is none.
         host_rows: int64 [u], `rows` where the tables are.
-        arrival: the event after which `rows` and `inverse`, in one piece of a stream's memory, are there; None: they
+        arrival: the event after which `rows` and `position`, in one piece of a stream's memory, are there; None: they
             are.
         picks: as they were made, where rows may be read in place; None elsewhere.
     """
 
     rows: Tensor
-    inverse: Tensor
+    position: Tensor
     host_rows: Tensor
     arrival: StreamEvent | None = None
     picks: SelectedRows | None = None
@@ -36,7 +36,7 @@ class Selection:
         """What the computation queues from now on uses the selection."""
         if self.arrival is not None:
             streams.wait_event(self.arrival)
-            streams.use([self.inverse])
+            streams.use([self.position])
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,8 @@ def by_the_engine(model, batches, streams):
                 if selection.arrival is not None:
                     selection.arrival.wait()
                 mask = torch.zeros(len(x), layer.config.r + 1, dtype=torch.bool)
-                rows = selection.rows[selection.inverse.clamp(min=0)]
-                ids = torch.where(selection.inverse >= 0, rows, layer.config.r)
+                rows = selection.rows[selection.position.clamp(min=0)]
+                ids = torch.where(selection.position >= 0, rows, layer.config.r)
                 masks.append(mask.scatter_(1, ids.to(torch.int64), True)[:, :-1])
                 return selection
 

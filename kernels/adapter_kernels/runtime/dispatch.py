@@ -121,10 +121,10 @@ def debug() -> bool:
 
 
 @contextlib.contextmanager
-def debugging(enabled: bool = True) -> Iterator[None]:
+def debugging() -> Iterator[None]:
     """Debug mode for a while; ADAPTER_KERNELS_DEBUG=1 sets it for the process."""
     global _debug
-    before, _debug = _debug, enabled
+    before, _debug = _debug, True
     try:
         yield
     finally:

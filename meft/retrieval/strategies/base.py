@@ -23,7 +23,7 @@ class Strategy(ABC):
 
     Attributes:
         name: as in `MEFTConfig.retrieval`, where it can be asked for.
-        serves: the `MEFTConfig.placement` that it is for; None: rows in host memory and a model on the CPU.
+        placement: the `MEFTConfig.placement` that it is for; None: rows in host memory and a model on the CPU.
         selects_on_host: whether the host picks, so that hidden states come to it.
         rows_on_device: whether rows are read from tables on the device, so that none are kept or gathered for backward.
         updates_on_device: whether masters and moments are on the device, where nothing has to cross.
@@ -34,7 +34,7 @@ class Strategy(ABC):
     """
 
     name: ClassVar[str]
-    serves: ClassVar[str | None] = "host"
+    placement: ClassVar[str | None] = "host"
     selects_on_host: ClassVar[bool] = False
     rows_on_device: ClassVar[bool] = False
     updates_on_device: ClassVar[bool] = False

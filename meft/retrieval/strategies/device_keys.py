@@ -37,7 +37,7 @@ class DeviceKeys(Strategy):
     def gather(self, layer: LayerRows, selection: Selection, made: StreamEvent | None = None) -> GatheredRows:
         (values,), arrival = gather(self.streams, layer, [layer.values], selection, made)
         keys = self._keys[layer.number].current().index_select(0, selection.rows)
-        return GatheredRows(keys, values, selection.inverse, arrival, () if made is None else (values,))
+        return GatheredRows(keys, values, selection.position, arrival, () if made is None else (values,))
 
     @classmethod
     def tables(cls, shape: AdapterShape) -> int:

@@ -31,7 +31,7 @@ class DeviceRows(DeviceKeys):
     def gather(self, layer: LayerRows, selection: Selection, made: StreamEvent | None = None) -> GatheredRows:
         tables = self._keys[layer.number].current(), self._values[layer.number].current(selection.host_rows)
         keys, values = rows_of(selection.rows, tables)
-        return GatheredRows(keys, values, selection.inverse)
+        return GatheredRows(keys, values, selection.position)
 
     @classmethod
     def tables(cls, shape: AdapterShape) -> int:

@@ -42,16 +42,16 @@ class Host(Strategy):
             with layer.traffic.stalled():
                 hidden = coming.wait()
             with layer.keys.reading() as keys, layer.traffic.host_work():  # this thread holds the lock
-                rows, inverse = _selected(layer, keys, *hidden)
-            return self._sent(layer, rows, inverse)
+                rows, position = _selected(layer, keys, *hidden)
+            return self._sent(layer, rows, position)
 
         return PendingSelection(wait, coming.made)
 
-    def _sent(self, layer: LayerRows, rows: Tensor, inverse: Tensor) -> Selection:
+    def _sent(self, layer: LayerRows, rows: Tensor, position: Tensor) -> Selection:
         """The same picks on the device, in the order of the inbound stream."""
-        start = -(-inverse.numel() // _ALIGNED) * _ALIGNED
+        start = -(-position.numel() // _ALIGNED) * _ALIGNED
         (staged,) = self._up.take(((start + len(rows),), torch.int32))
-        staged[: inverse.numel()].view(inverse.shape).copy_(inverse)
+        staged[: position.numel()].view(position.shape).copy_(position)
         staged[start:].copy_(rows)
         with torch.inference_mode(False):  # as in `gather`
             ids = self.streams.inbound.empty(tuple(staged.shape), staged.dtype)
@@ -60,20 +60,20 @@ class Host(Strategy):
         finally:  # also where it was queued
             arrival = self._up.busy = self.streams.inbound.record_event()
         layer.traffic.bytes_to_device += nbytes(ids)
-        sent = ids[: inverse.numel()].view(inverse.shape)
+        sent = ids[: position.numel()].view(position.shape)
         return Selection(ids[start:], sent, rows.to(torch.int64), arrival)
 
     def gather(self, layer: LayerRows, selection: Selection, made: StreamEvent | None = None) -> GatheredRows:
         (keys, values), arrival = gather(self.streams, layer, [layer.keys, layer.values], selection, made)
-        return GatheredRows(keys, values, selection.inverse, arrival, () if made is None else (keys, values))
+        return GatheredRows(keys, values, selection.position, arrival, () if made is None else (keys, values))
 
     @classmethod
     def flows(cls, shape: AdapterShape, work: Work) -> Iterator[Flow]:
         rows = 2 * shape.d * work.union
-        yield to_host("hidden states", "forward", work.tokens * shape.d, shape.base, rows=False)
-        yield to_host("router logits", "forward", work.tokens * shape.experts, FP32, rows=False)
-        yield to_device("picks", "forward", 2 * work.tokens * shape.top_k, ID, rows=False)
-        yield to_device("union ids", "forward", work.union, ID, rows=False)
+        yield to_host("hidden states", "forward", work.tokens * shape.d, shape.base)
+        yield to_host("router logits", "forward", work.tokens * shape.experts, FP32)
+        yield to_device("picks", "forward", 2 * work.tokens * shape.top_k, ID)
+        yield to_device("union ids", "forward", work.union, ID)
         yield to_device("key and value rows", "forward", rows, shape.compute)
         if work.rows == "refetch":
             yield to_device("key and value rows", "backward", rows, shape.compute)

@@ -19,7 +19,7 @@ class InPlace(Strategy):
     """Rows are read where they are; only those of another dtype than the products' are copied."""
 
     name = "in-place"
-    serves = None
+    placement = None
     rows_on_device = in_place = True
 
     @staticmethod
@@ -40,7 +40,7 @@ class InPlace(Strategy):
         if keys.dtype == values.dtype == scores.dtype:
             return GatheredRows(keys, values, selection.picks.ids, scores=scores)
         keys, values = (table.index_select(0, selection.host_rows).to(scores.dtype) for table in tables)
-        return GatheredRows(keys, values, selection.inverse)
+        return GatheredRows(keys, values, selection.position)
 
     @classmethod
     def flows(cls, shape: AdapterShape, work: Work) -> Iterator[Flow]:

@@ -25,7 +25,7 @@ class Resident(Strategy):
     """The tables themselves are on the device."""
 
     name = "resident"
-    serves = "device"
+    placement = "device"
     rows_on_device = updates_on_device = True
 
     def select(self, layer: LayerRows, x: Tensor, logits: Tensor) -> PendingSelection:
@@ -40,7 +40,7 @@ class Resident(Strategy):
     def gather(self, layer: LayerRows, selection: Selection, made: StreamEvent | None = None) -> GatheredRows:
         with layer.keys.reading() as keys, layer.values.reading(selection.host_rows) as values:
             gathered = rows_of(selection.rows, [keys, values])
-        return GatheredRows(gathered[0], gathered[1], selection.inverse)
+        return GatheredRows(gathered[0], gathered[1], selection.position)
 
     @classmethod
     def tables(cls, shape: AdapterShape) -> int:

@@ -47,12 +47,12 @@ class Stream(Strategy):
         return pending
 
     def gather(self, layer: LayerRows, selection: Selection, made: StreamEvent | None = None) -> GatheredRows:
-        if made is None or len(selection.inverse) < self._least:
+        if made is None or len(selection.position) < self._least:
             return self._host.gather(layer, selection, made)
         (values,), arrival = gather(self.streams, layer, [layer.values], selection, made)
         keys = self._keys.take(layer).index_select(0, selection.rows)
         self._keys.done(layer)
-        return GatheredRows(keys, values, selection.inverse, arrival, (values,))
+        return GatheredRows(keys, values, selection.position, arrival, (values,))
 
     @classmethod
     def buffers(cls, shape: AdapterShape) -> int:
