@@ -24,8 +24,9 @@ from .layer_groups import group_of_key
 from .mixed_batch import adapters_per_sample, check_names_of_samples
 from .parameter_layer import ParamWrapper
 from .report import SharingReport, report
+from .shared_a import SharedA
 from .sharing.merge_run import SharingRun
-from .sharing.shared_tensors import SharedA, SharedB
+from .sharing.shared_tensors import SharedB
 from .weighted_adapter import combine
 
 

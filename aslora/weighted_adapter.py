@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from .config import ASLoRAConfig
 from .layer_groups import a_group_of, module_path
+from .shared_a import SharedA
 from .sharing.merge_math import common_refinement
-from .sharing.shared_tensors import SharedA, SharedB
+from .sharing.shared_tensors import SharedB
 
 
 class Tuner(Protocol):
