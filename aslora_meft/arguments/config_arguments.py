@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
@@ -42,7 +43,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, configs: Mapping[str, 
     titles = [shared, *(f"adapter, --method {method}" for method in configs)]
     groups = {title: parser.add_argument_group(title) for title in titles}
     for name, methods in owners.items():
-        kinds = [kind for method in methods for kind in _kinds(get_type_hints(configs[method])[name])]
+        kinds = [kind for method in methods for kind in _kinds(_hints(configs[method])[name])]
         options: dict[str, Any] = {"metavar": _metavar(name, [configs[method] for method in methods])}
         if any(get_origin(kind) is list for kind in kinds):
             options["nargs"] = "+"
@@ -66,7 +67,7 @@ def read_fields(
         UsageError: the method has no such field, or its words do not suit its annotation.
     """
     config = configs[method]
-    known, hints = config_fields(config), get_type_hints(config)
+    known, hints = config_fields(config), _hints(config)
     fields = {}
     for name, value in words.items():
         parts = [value] if isinstance(value, str) else value
@@ -109,6 +110,12 @@ def make_config(method: str, words: Mapping[str, str | list[str]], task_type: st
             raise UsageError(f"lora_dropout={config.lora_dropout} is out of range; give a number in [0, 1)")
     result: PeftConfig = config
     return result
+
+
+@functools.cache
+def _hints(config: type[PeftConfig]) -> dict[str, Any]:
+    """Name -> annotation: kept, for each look compiles the text of all of them."""
+    return get_type_hints(config)
 
 
 def _kinds(annotation: Any) -> list[Any]:
@@ -180,7 +187,7 @@ def _read_scalar(field: dataclasses.Field[Any], word: str, kinds: Sequence[Any])
 def _metavar(name: str, configs: Sequence[type[PeftConfig]]) -> str:
     names = []
     for config in configs:
-        kinds = _kinds(get_type_hints(config)[name])
+        kinds = _kinds(_hints(config)[name])
         choices = getattr(config, "choices", {}).get(name) or [c for k in kinds for c in get_args(k) if type(c) is str]
         if choices:
             names.append("{" + ",".join(choices) + "}")

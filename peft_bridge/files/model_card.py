@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -196,6 +197,7 @@ def _results(run: dict[str, Any]) -> list[str]:
     return sections
 
 
+@cache  # each look reads and parses the packages' metadata
 def _versions() -> list[tuple[str, str]]:
     found = []
     for title, name in (("PEFT", "peft"), ("aslora-meft", "aslora-meft"), ("Transformers", "transformers")):

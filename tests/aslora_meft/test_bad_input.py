@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from transformers import LlamaForCausalLM, T5Config
 from aslora import ASLoRAConfig
 from aslora_meft.cli import main
 from meft import MEFTConfig
+from tests.support.processes import run_code
 
 LIMIT = 20
 DEEP = "[" * 100_000
@@ -566,14 +565,10 @@ assert [main(words) for words in json.loads(sys.argv[1])] == [2, 2]
 """
 
 
-@pytest.mark.slow
 def test_in_a_process_without_stdin(model_dir, tmp_path):
     commands = [
         ["train", "--model", model_dir, "--data", "none.jsonl", "--output_dir", tmp_path / "out"],
         ["export", tmp_path, "--to", "lora", tmp_path / "out"],
     ]
-    run = [sys.executable, "-c", COMMANDS, json.dumps(commands, default=str)]
-    done = subprocess.run(run, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-    assert [line[:20] for line in done.stderr.splitlines()] == ["aslora-meft: error: "] * 2
+    said = run_code(COMMANDS, json.dumps(commands, default=str))  # whose stdin is empty
+    assert [line[:20] for line in said.splitlines()] == ["aslora-meft: error: "] * 2
