@@ -1,5 +1,6 @@
 """Saved adapters, loaded for use: what ``aslora-meft generate`` and ``evaluate`` have in common."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -73,7 +74,8 @@ def load_adapters(folders: list[str], args: UseArguments) -> Loaded:
     names: list[str] = []
     for folder in folders:
         name = name_of(folder, names)
-        with as_usage_error(Exception, prefix=f"ADAPTER_DIR='{folder}': "):
+        with as_usage_error(Exception, prefix=f"ADAPTER_DIR='{folder}': "), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are asked for
             model.load_adapter(str(Path(folder).expanduser()), name)
         names.append(name)
     return Loaded(model.eval(), tokenizer, names, results)

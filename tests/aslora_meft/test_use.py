@@ -99,15 +99,16 @@ def test_the_next_commands_can_be_typed(trained, capsys):
     assert (out.parent / "out-lora" / "adapter_model.safetensors").is_file()
 
 
-def test_generate_answers_by_each_adapter_as_it_comes(model_dir, tokenizer, adapters, capsys, monkeypatch):
+def test_generate_answers_by_each_adapter_as_it_comes(model_dir, tokenizer, adapters, capsys, monkeypatch, recwarn):
     """Adapters of both methods and the base model beside each other, in pieces."""
     pieces = []
     written = TextStreamer.on_finalized_text
     monkeypatch.setattr(
         TextStreamer, "on_finalized_text", lambda self, text, **k: (pieces.append(text), written(self, text, **k))
     )
-    words = ["generate", *map(str, adapters), "--prompt", "word1 word2", "--max_new_tokens", "6", "--compare"]
+    words = ["generate", *map(str, reversed(adapters)), "--prompt", "word1 word2", "--max_new_tokens", "6", "--compare"]
     assert main(words) == 0
+    assert not [w for w in recwarn if "peft_config" in str(w.message)]  # of several adapters, which are asked for
     parts = capsys.readouterr().out.split("--- ")[1:]
     found = {part.partition("\n")[0]: part.partition("\n")[2].rstrip("\n") for part in parts}
     ids = tokenizer("word1 word2")["input_ids"]
