@@ -55,8 +55,8 @@ class ASLoRAModel(MethodTuner):
 
     @property
     def configs(self) -> dict[str, ASLoRAConfig]:
-        """Adapter -> its configuration."""
-        return self.peft_config  # type: ignore[return-value]
+        """Adapter of this method -> its configuration; without a `PeftModel` a model may have others' as well."""
+        return {name: config for name, config in self.peft_config.items() if isinstance(config, ASLoRAConfig)}
 
     def shared_a(self, adapter_name: str) -> dict[str, SharedA]:
         """A-group -> its A."""

@@ -113,12 +113,12 @@ def _set_head(card: Any, config: dict[str, Any], package: str) -> None:
 
 
 def _is_folder(base: str) -> bool:
-    """Whether a base model's name can only be a folder's; `owner/name` is taken for a hub id."""
+    """Whether a base model's name is that of a folder: it cannot be a hub id, or such a folder is here."""
     try:
         validate_repo_id(base)
     except HFValidationError:
         return True
-    return base.startswith(".")
+    return base.startswith(".") or Path(base).is_dir()
 
 
 def _lines(folder: Path, config: dict[str, Any], method: MethodCard) -> list[str]:
