@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import functools
 import re
 from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
@@ -112,10 +111,14 @@ def make_config(method: str, words: Mapping[str, str | list[str]], task_type: st
     return result
 
 
-@functools.cache
+_annotations: dict[type[PeftConfig], dict[str, Any]] = {}
+
+
 def _hints(config: type[PeftConfig]) -> dict[str, Any]:
     """Name -> annotation: kept, for each look compiles the text of all of them."""
-    return get_type_hints(config)
+    if config not in _annotations:
+        _annotations[config] = get_type_hints(config)
+    return _annotations[config]
 
 
 def _kinds(annotation: Any) -> list[Any]:
