@@ -34,7 +34,8 @@ def test_the_union_grows_with_the_ranks_up_to_all_rows():
 def test_what_a_rank_moves(accumulation):
     plan = Plan(SHAPE, Work(512, 1664, accumulation), "stream")
     alone = HostBytes(plan)
-    assert RankBytes(plan, 1, True).of_a_step() == alone.of_a_step()
+    one = RankBytes(plan, 1, True)
+    assert (one.looked_at(), one.updated()) == (alone.looked_at(), alone.updated())
     apart, shared = (RankBytes(plan, 4, shared) for shared in (False, True))
     assert apart.updated() >= alone.updated()
     assert 0 <= 4 * shared.updated() - apart.updated() < 4 * alone.updated() / plan.step_union
