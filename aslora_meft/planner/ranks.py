@@ -41,8 +41,8 @@ class Units:
         def size(module: nn.Module) -> int:
             return sum(stored.get(id(p), p.numel() * p.element_size()) for p in module.parameters())
 
-        names = set(base._no_split_modules or ())
-        layers = [size(module) for module in base.modules() if type(module).__name__ in names]
+        lists = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
+        layers = [size(module) for module in max(lists, key=size, default=nn.ModuleList())]  # the decoder's
         total = size(base)
         return cls(max(layers, default=0), total - sum(layers), total)
 

@@ -229,7 +229,7 @@ double over_rows(double (*row)(const From*, float*, int64_t), const From* from, 
 } // namespace
 
 // Changes with the arguments below or with Step, so that a stale build is not called.
-EXPORT int meft_row_adamw_version() { return 5; }
+EXPORT int meft_row_adamw_version() { return 6; }
 
 // Whether rows ascend, each once, from 0 to limit - 1.
 EXPORT int meft_rows_ascend(const int64_t* rows, int64_t count, int64_t limit) {

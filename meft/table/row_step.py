@@ -21,7 +21,7 @@ from adapter_kernels.runtime.host_threads import host_threads
 
 __all__ = ["RowState", "StepRule", "multiplied", "native_library", "update_rows"]
 
-_VERSION = 5  # of the library's arguments
+_VERSION = 6  # of the library's arguments
 _BLOCK = 1 << 20  # values that torch multiplies at a time
 
 
