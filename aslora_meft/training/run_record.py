@@ -1,4 +1,4 @@
-"""What a run is told and what happens in it, written into its folder for `aslora-meft report`."""
+"""The arguments of a run and what happens in it, written into its folder for `aslora-meft report`."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class RunRecord(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note what the run is told; metrics from before it are those of its first step."""
+        """Note the arguments of the run; metrics from before it are those of its first step."""
         model, data = kwargs.get("model"), getattr(kwargs.get("train_dataloader"), "dataset", None)
         self._path = Path(args.output_dir or ".", RECORD)
         tuner = _tuner(model)

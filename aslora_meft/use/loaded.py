@@ -1,9 +1,9 @@
 """Saved adapters, loaded for use: what ``aslora-meft generate`` and ``evaluate`` have in common."""
 
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft.functional import set_adapter
@@ -14,15 +14,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import aslora  # noqa: F401  # both make PEFT know their method
 import meft  # noqa: F401
 from aslora_meft.adapter import load_model, load_tokenizer
-from aslora_meft.arguments.groups import ModelArguments
+from aslora_meft.arguments.groups import BaseWeights, ModelArguments
 from aslora_meft.errors import UsageError, as_usage_error
 from aslora_meft.use.saved import check_saved_adapter, saved_results
 
 BASE = "base model"
 
 
-@dataclass
-class UseArguments:
+@dataclass(kw_only=True)
+class UseArguments(BaseWeights):
     """Which model the adapters are loaded into."""
 
     _argument_group_name = "model"
@@ -31,14 +31,6 @@ class UseArguments:
         metadata={"help": "Folder or hub id of the base model. None: the one that adapter_config.json names."},
     )
     compare: bool = field(default=False, metadata={"help": "Show the base model without an adapter as well."})
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Type of the base weights; auto: as saved, on a CPU float32."}
-    )
-    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the base weights to NF4 with bitsandbytes."})
-    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the base weights to INT8 with bitsandbytes."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run Python code that the model's folder or repository brings along."}
-    )
 
 
 class Loaded(NamedTuple):
@@ -84,9 +76,8 @@ def load_adapters(folders: list[str], args: UseArguments) -> Loaded:
 
 def model_arguments(base: str, args: UseArguments) -> ModelArguments:
     """How the base model is loaded."""
-    names = ("dtype", "load_in_4bit", "load_in_8bit", "trust_remote_code")
-    how: dict[str, Any] = {name: getattr(args, name) for name in names}
-    return ModelArguments(base, **how)
+    how: dict[str, Any] = {item.name: getattr(args, item.name) for item in fields(BaseWeights)}
+    return ModelArguments(model=base, **how)
 
 
 def base_of(folders: list[str], model: str | None, task_type: str = "CAUSAL_LM") -> str:

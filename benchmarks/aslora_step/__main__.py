@@ -19,7 +19,6 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -139,12 +138,13 @@ def size_of(tensors: list[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def interval(values: list[float], statistic: Callable = median, resamples: int = 2000) -> tuple[float, float]:
-    """The 95 % bootstrap interval of a statistic."""
+def interval(values: list[float]) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the median."""
+    resamples = 2000
     generator = torch.Generator().manual_seed(0)
     sample = torch.tensor(values)
     draws = sample[torch.randint(len(values), (resamples, len(values)), generator=generator)]
-    found = sorted(statistic(draw) for draw in draws.tolist())
+    found = sorted(median(draw) for draw in draws.tolist())
     return found[int(0.025 * resamples)], found[int(0.975 * resamples)]
 
 

@@ -142,7 +142,7 @@ def help_of(capsys, *argv):
 
 def test_help(capsys):
     assert "train" in help_of(capsys, "--help")
-    for command in ("train", "estimate", "export", "doctor"):
+    for command in ("train", "estimate", "generate", "evaluate", "report", "export", "run", "doctor"):
         told = help_of(capsys, command, "--help")
         assert f"example:\n  aslora-meft {command} " in told
         assert told.index("\n\n") < told.index("\n\n", told.index("\n\n") + 2)  # a description after the usage

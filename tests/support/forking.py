@@ -1,8 +1,9 @@
 """A process that has imported what most tests need, which takes seconds, and is forked for each program of a test.
 
 Run as a script. A line of stdin is a request as JSON: `code`, `file` (its name in tracebacks), `processes` (of each its
-arguments and the file for what it prints), `environment`, `folder` (where it runs) and `seconds`. The answer is a line
-with the exit codes. Where one process fails, the others are killed: they may wait for it.
+arguments and the file for what it prints), `environment`, `folder` (where it runs), `seconds` and `alone`. The answer
+is a line with the exit codes. Where one process fails, the others are killed, as they may wait for it; not where each
+is `alone`.
 """
 
 import gc
@@ -28,7 +29,7 @@ def serve(requests, answers):
             child, status = os.wait()
             number = running.pop(child)
             codes[number] = os.waitstatus_to_exitcode(status)
-            if codes[number]:
+            if codes[number] and not request["alone"]:
                 for other in running:
                     os.kill(other, signal.SIGKILL)
         answers.write(json.dumps(codes) + "\n")
@@ -37,7 +38,9 @@ def serve(requests, answers):
 
 
 def become(request, number):
-    """Run the program as Python would run it as a script. Of the interpreter's own end nothing is run."""
+    """Run the program as Python would run it as a script. Of the interpreter's own end, which takes time, nothing is
+    run but where it is `alone`.
+    """
     arguments, output = request["processes"][number]
     signal.alarm(request["seconds"])
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -63,7 +66,9 @@ def become(request, number):
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        if not request["alone"]:
+            os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -25,12 +25,13 @@ def environment(**variables):
 _server = None  # of `forking`
 
 
-def run_together(code, processes, seconds, file="<program>"):
+def run_together(code, processes, seconds, file="<program>", ends=None):
     """Run a program in forked processes at the same time, which have imported PEFT, transformers and our packages.
 
     Args:
         processes: of each its arguments, and the file that gets what it prints.
         file: the program's name.
+        ends: exit codes that are not 0; then each process ends by itself, and as the interpreter ends.
 
     Raises:
         AssertionError: one has failed, with what it said; the others were killed.
@@ -44,12 +45,12 @@ def run_together(code, processes, seconds, file="<program>"):
         atexit.register(_server.communicate)  # which closes its stdin, and so ends it
     processes = [([str(argument) for argument in arguments], str(output)) for arguments, output in processes]
     request = {"code": code, "file": str(file), "processes": processes, "seconds": seconds}
-    request |= {"environment": environment(), "folder": os.getcwd()}
+    request |= {"environment": environment(), "folder": os.getcwd(), "alone": ends is not None}
     _server.stdin.write(json.dumps(request) + "\n")
     _server.stdin.flush()
     codes = json.loads(_server.stdout.readline())
     said = "\n".join(Path(output).read_text()[-8000:] for _, output in processes)
-    assert codes == [0] * len(processes), f"exit codes {codes}\n{said}"
+    assert codes == (ends or [0] * len(processes)), f"exit codes {codes}\n{said}"
 
 
 def run_code(code, *arguments, timeout=120, fresh=False):
