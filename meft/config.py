@@ -150,7 +150,7 @@ class MEFTConfig(MethodConfig):
         default=None,
         metadata={
             "help": "How rows are updated: a `meft.RowOptimizerConfig`, or a dict of its fields (in_backward, "
-            "zero_copy, lr, betas, eps, weight_decay). None: by the rule of the Adam or AdamW that holds them."
+            "zero_copy, moments, lr, betas, eps, weight_decay). None: by the rule of the Adam or AdamW that holds them."
         },
     )
     router_aux_loss_coef: float = field(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from adapter_kernels.adamw.moment_layout import moment_bytes
+
 from ..config import MEFTConfig
 from ..targets import FFN
 
@@ -79,8 +81,9 @@ def row_bytes(config: MEFTConfig, d: int, layers: int, compute: int) -> int:
         compute: bytes of a value as it is read.
     """
     master = {"float64": 8, "float32": 4, "bfloat16": 2}[config.master_dtype]
-    moments = 0 if config.inference_mode else 2 * max(4, master)
-    return 2 * layers * config.r * d * (master + (compute if compute < master else 0) + moments)
+    kept = getattr(torch, config.master_dtype)
+    moments = 0 if config.inference_mode else moment_bytes(config.row_rule.moments, d, kept)
+    return 2 * layers * config.r * (d * (master + (compute if compute < master else 0)) + moments)
 
 
 def require_memory(wanted: int, config: MEFTConfig, layers: int) -> None:
@@ -106,4 +109,4 @@ def require_memory_for(config: MEFTConfig, ffns: Sequence[FFN]) -> None:
     compute = min((p.element_size() for p in parameters if p.is_floating_point()), default=4)
     if config.row_dtype != "auto":
         compute = getattr(torch, config.row_dtype).itemsize
-    require_memory(row_bytes(config, sum(ffn.width for ffn in ffns), 1, compute), config, len(ffns))
+    require_memory(sum(row_bytes(config, ffn.width, 1, compute) for ffn in ffns), config, len(ffns))

@@ -175,9 +175,7 @@ def bytes_of_a_step(tiny, count, dtype, clip, micro_batches, **fields):
 def predicted(tiny, dtype, micro_batches):
     """The same by `step_time`: host bytes of a step over the values that it updates."""
     compute = 2 if dtype == torch.bfloat16 else 4
-    shape = AdapterShape(
-        tiny.WIDTH, 2, tiny.R, 8, 3, 5, compute=compute, master=4, moment=4, base=compute, gradient=compute
-    )
+    shape = AdapterShape(tiny.WIDTH, 2, tiny.R, 8, 3, 5, compute=compute, master=4, base=compute, gradient=compute)
     union, all_rows = len(micro_batches[0]), len(torch.cat(micro_batches).unique())
     work = Work(14, union, len(micro_batches), step_union=all_rows)
     plan = Plan(shape, work, "device-rows")

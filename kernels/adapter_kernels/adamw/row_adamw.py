@@ -65,6 +65,8 @@ def _op(
         dispatch.require(inside, "rows", f"rows outside of 0 to {len(table) - 1}")
         dispatch.require(len(rows.unique()) == len(rows), "rows", "a row is there twice")
     unsupported = [("table", f"the Triton kernel has no {table.dtype}")] if table.dtype == torch.float64 else []
+    if state.mode != "float32":
+        unsupported.append(("exp_avg_sq", f"the Triton kernel has no moments in mode {state.mode!r}"))
     by_kernel = dispatch.use_triton(impl, rows.device, unsupported) and reachable
     step = row_adamw_triton.step if by_kernel else row_adamw_torch.step
     step(state, rows, grads, StepRule(lr, beta1, beta2, eps, weight_decay, decoupled), seed)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..runtime import dispatch
+from .moment_layout import mode_of, moment_forms
 
 
 class RowState(NamedTuple):
@@ -18,7 +19,7 @@ class RowState(NamedTuple):
 
     Attributes:
         table: [r, d] float32, bfloat16 or float64, the rows that are trained.
-        exp_avg, exp_avg_sq: [r, d] float32, or float64 if the table is: the moments.
+        exp_avg, exp_avg_sq: the moments, in one of the modes of `moment_layout`.
         counts: int32 [r], how often each row was touched.
         compute_copy: [r, d] float16 or bfloat16 (also float32 of a float64 table): a copy of the table that the
             computation reads, rounded to the nearest; None: the computation reads the table.
@@ -34,32 +35,42 @@ class RowState(NamedTuple):
         """All tensors, without a compute copy that is None."""
         return [tensor for tensor in self if tensor is not None]
 
+    @property
+    def mode(self) -> str:
+        """How the moments are kept: one of `moment_layout.MODES`."""
+        return mode_of(self.exp_avg_sq)
+
     def row_bytes(self) -> int:
         """Bytes that a step of one row reads and writes, without its gradient; the compute copy is only written."""
         return sum(tensor[:1].nbytes * (1 if tensor is self.compute_copy else 2) for tensor in self.tensors())
 
     def check(self) -> None:
         """Raises: ValueError: dtypes, shapes or devices that do not fit together, or a tensor is not contiguous."""
-        table, exp_avg, exp_avg_sq, counts, copy = self
+        table, copy = self.table, self.compute_copy
         dispatch.require_matrix(table, "table", (torch.float32, torch.bfloat16))
-        shape, device, double = table.shape, table.device, table.dtype == torch.float64
-        wide = (torch.float64,) if double else (torch.float32,)
-        expected: list[tuple[str, Tensor, tuple[torch.dtype, ...], torch.Size]] = [
-            ("table", table, (table.dtype,), shape), ("exp_avg", exp_avg, wide, shape),
-            ("exp_avg_sq", exp_avg_sq, wide, shape), ("counts", counts, (torch.int32,), shape[:1]),
-        ]  # fmt: skip
+        double, mode = table.dtype == torch.float64, self.mode
+        if double and mode != "float32":
+            dispatch.require(False, "exp_avg_sq", f"a float64 table has no moments in mode {mode!r}")
+        expected: list[tuple[str, Tensor, tuple[torch.dtype, ...], tuple[int, ...]]]
+        expected = [("table", table, (table.dtype,), table.shape)]
+        forms = moment_forms(mode, table.shape, table.dtype)
+        for name, (shape, dtype) in forms.items():
+            tensor = getattr(self, name)
+            if tensor is None:
+                dispatch.require(False, name, f"moments in mode {mode!r} need it")
+            expected.append((name, tensor, (dtype,), shape))
         if copy is not None:
             dispatch.require(table.dtype != torch.bfloat16, "compute_copy", "a bfloat16 table has none; pass None")
             narrow = (torch.float16, torch.bfloat16, torch.float32) if double else (torch.float16, torch.bfloat16)
-            expected.append(("compute_copy", copy, narrow, shape))
+            expected.append(("compute_copy", copy, narrow, table.shape))
         # No message is made up before it is needed: steps can be small.
         for name, tensor, dtypes, size in expected:
             if tensor.dtype not in dtypes:
                 dispatch.require(False, name, f"one of {', '.join(map(str, dtypes))} is needed, not {tensor.dtype}")
             if tensor.shape != size:
                 dispatch.require(False, name, f"the shape {tuple(size)} is needed, not {tuple(tensor.shape)}")
-            if tensor.device != device:
-                dispatch.require(False, name, f"is on {tensor.device}, but table is on {device}")
+            if tensor.device != table.device:
+                dispatch.require(False, name, f"is on {tensor.device}, but table is on {table.device}")
             if not tensor.is_contiguous():
                 dispatch.require(False, name, "a contiguous tensor is needed")
 
