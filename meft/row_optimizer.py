@@ -38,7 +38,12 @@ class RowOptimizerConfig:
     )
     moments: str = field(
         default="float32",
-        metadata={"help": "How the moments of a row are kept: 'float32' (float64 for float64 masters)."},
+        metadata={
+            "help": "How the moments of a row are kept: 'float32' (float64 for float64 masters), 'bfloat16', or "
+            "'rowwise' (the first in bfloat16, and one second moment a row, of the mean square of its gradients). The "
+            "narrower ones take less memory and are rounded stochastically; masters are then float32 or bfloat16, and "
+            "zero_copy is not there."
+        },
     )
     lr: float | None = field(
         default=None,

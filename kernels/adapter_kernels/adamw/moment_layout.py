@@ -3,6 +3,10 @@
 Modes, for a table [r, d]:
 
     float32     both moments [r, d] in float32 (float64 for a float64 table)
+    bfloat16    both [r, d] in bfloat16
+    rowwise     the first [r, d] in bfloat16; one second moment a row, [r] in float32, the mean square of its gradients
+
+The narrower ones are of float32 and bfloat16 tables, and rounded stochastically.
 """
 
 from __future__ import annotations
@@ -12,12 +16,12 @@ import math
 import torch
 from torch import Tensor
 
-MODES = ("float32",)
+MODES = ("float32", "bfloat16", "rowwise")
 Form = tuple[tuple[int, ...], torch.dtype]
 
 
 def moment_forms(mode: str, shape: tuple[int, int] | torch.Size, table: torch.dtype) -> dict[str, Form]:
-    """Shape and dtype of each tensor that is kept beside a table, by its name in `RowState`; the counts are the last.
+    """Shape and dtype of each tensor that is kept beside a table, by its name in `RowState`.
 
     Args:
         mode: one of `MODES`; a float64 table has "float32" only.
@@ -26,8 +30,12 @@ def moment_forms(mode: str, shape: tuple[int, int] | torch.Size, table: torch.dt
     """
     r, d = shape
     wide = torch.float64 if table == torch.float64 else torch.float32
-    forms: dict[str, Form] = {"exp_avg": ((r, d), wide), "exp_avg_sq": ((r, d), wide)}
-    return {**forms, "counts": ((r,), torch.int32)}
+    first, second = {
+        "float32": (((r, d), wide), ((r, d), wide)),
+        "bfloat16": (((r, d), torch.bfloat16), ((r, d), torch.bfloat16)),
+        "rowwise": (((r, d), torch.bfloat16), ((r,), torch.float32)),
+    }[mode]
+    return {"exp_avg": first, "exp_avg_sq": second, "counts": ((r,), torch.int32)}
 
 
 def moment_bytes(mode: str, d: int, table: torch.dtype = torch.float32) -> int:
@@ -38,4 +46,6 @@ def moment_bytes(mode: str, d: int, table: torch.dtype = torch.float32) -> int:
 
 def mode_of(exp_avg_sq: Tensor) -> str:
     """The mode of a second moment."""
-    return "float32"
+    if exp_avg_sq.dim() == 1:
+        return "rowwise"
+    return "bfloat16" if exp_avg_sq.dtype == torch.bfloat16 else "float32"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -75,6 +76,25 @@ class RowState(NamedTuple):
                 dispatch.require(False, name, "a contiguous tensor is needed")
 
 
+class Corrections(NamedTuple):
+    """What a step takes of the count of touches n of each of its rows, float64 [k].
+
+    Attributes:
+        step_size: lr / (1 - beta1^n).
+        root2, inverse2: sqrt(1 - beta2^n), and one over it.
+        limit: the largest change of a value by moments that are exact, whatever its gradients (Cauchy-Schwarz).
+    """
+
+    step_size: Tensor
+    root2: Tensor
+    inverse2: Tensor
+    limit: Tensor
+
+    def part(self, rows: slice) -> Corrections:
+        """Of some of the rows."""
+        return Corrections(*(x[rows] for x in self))
+
+
 @dataclass(frozen=True)
 class StepRule:
     """The hyper-parameters of one optimizer step, as torch.optim.AdamW (`decoupled`) or Adam takes them."""
@@ -108,6 +128,16 @@ class StepRule:
     def from_grad(self) -> bool:
         """Whether the new first moment is computed from the gradient or from the old moment: torch.lerp's rule."""
         return 1 - self.beta1 >= 0.5
+
+    def corrections(self, touches: Tensor) -> Corrections:
+        """Of each row by its count of touches, integers [k] from 1."""
+        n = touches.to(torch.float64)
+        step_size, root2 = self.lr / (1 - self.beta1**n), (1 - self.beta2**n).sqrt()
+        # m_n^2 <= (1 - beta1)^2 / (1 - beta2) * sum_(i < n) (beta1^2 / beta2)^i * v_n.
+        ratio = self.beta1**2 / self.beta2 if self.beta2 else math.inf
+        terms = n if ratio == 1 else (1 - ratio**n) / (1 - ratio) if self.beta2 else torch.full_like(n, math.inf)
+        limit = step_size * root2 * ((1 - self.beta1) / (1 - self.beta2) ** 0.5) * terms.sqrt()
+        return Corrections(step_size, root2, 1 / root2, limit)
 
     @property
     def mix(self) -> float:
