@@ -39,10 +39,11 @@ class RowOptimizerConfig:
     moments: str = field(
         default="float32",
         metadata={
-            "help": "How the moments of a row are kept: 'float32' (float64 for float64 masters), 'bfloat16', or "
-            "'rowwise' (the first in bfloat16, and one second moment a row, of the mean square of its gradients). The "
-            "narrower ones take less memory and are rounded stochastically; masters are then float32 or bfloat16, and "
-            "zero_copy is not there."
+            "help": "How the moments of a row are kept: 'float32' (float64 for float64 masters), 'bfloat16', "
+            "'float8' (8 bits each, with a scale for every 256 values of a row; the second as its root) or 'rowwise' "
+            "(the first in bfloat16, and one second moment a row, of the mean square of its gradients). The narrower "
+            "ones take less memory, are rounded stochastically and take no step larger than exact moments can; masters "
+            "are then float32 or bfloat16, and zero_copy does not go with them."
         },
     )
     lr: float | None = field(

@@ -38,7 +38,7 @@ _VERSION = 2
 _SHARD = re.compile(r"meft_state-(?:(?P<process>\d+)-)?(?P<id>[0-9a-f]{8})-\d{5}-of-\d{5}\.safetensors")
 _running: set[str] = set()  # saves of this process
 _NEEDED = {"exp_avg", "exp_avg_sq", "counts"}
-_PARTS = _NEEDED
+_PARTS = _NEEDED | {"exp_avg_scale", "exp_avg_sq_scale"}
 _DAMAGED = "The training state in '{folder}' is damaged ({what}): restore it, or remove {index} to go on without it."
 
 

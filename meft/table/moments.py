@@ -30,11 +30,14 @@ class Moments:
     Attributes:
         exp_avg, exp_avg_sq: in a mode of `adapter_kernels.adamw.moment_layout`.
         counts: int32 [r], how often each row was touched.
+        exp_avg_scale, exp_avg_sq_scale: of codes, None without.
     """
 
     exp_avg: Tensor
     exp_avg_sq: Tensor
     counts: Tensor
+    exp_avg_scale: Tensor | None = None
+    exp_avg_sq_scale: Tensor | None = None
     holders: weakref.WeakSet[RowMoments] = field(default_factory=weakref.WeakSet, init=False, repr=False)
 
     @classmethod
@@ -64,7 +67,9 @@ class Moments:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, without a copy."""
-        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "counts": self.counts}
+        needed = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "counts": self.counts}
+        scales = {"exp_avg_scale": self.exp_avg_scale, "exp_avg_sq_scale": self.exp_avg_sq_scale}
+        return needed | {name: scale for name, scale in scales.items() if scale is not None}
 
     def check(self, rows: Tensor, mode: str, where: str) -> None:
         """Raises: ValueError: these are not the moments of such rows in this mode; `where` says whose they are."""
@@ -75,6 +80,8 @@ class Moments:
             )
         for name, (shape, dtype) in moment_forms(mode, rows.shape, rows.dtype).items():
             tensor = getattr(self, name)
+            if tensor is None:
+                raise ValueError(f"{where}: {name} of MEFT's rows is missing: load a state that was saved whole.")
             if tensor.shape != shape or tensor.dtype != dtype:
                 raise ValueError(
                     f"{where}: {name} of MEFT's rows is {tensor.dtype} {list(tensor.shape)} where {dtype} "

@@ -169,7 +169,8 @@ def _call(
     factors: tuple[float, ...] = (),
 ) -> None:
     rows, grads = rows.contiguous(), grads.to(torch.float32).contiguous()
-    written = state.table, state.exp_avg, state.exp_avg_sq, None, None, state.compute_copy
+    moments = state.exp_avg, state.exp_avg_sq, state.exp_avg_scale, state.exp_avg_sq_scale
+    written = state.table, *moments, state.compute_copy
     pointers = [None if x is None else x.data_ptr() for x in (*written, grads, rows, keys)]
     first, second = (*factors, 1.0, 1.0)[:2]
     width, half, mode = state.table.shape[1], state.table.dtype == torch.bfloat16, MODES.index(state.mode)

@@ -197,13 +197,15 @@ def test_one_micro_batch(tiny, count, dtype, clip):
 
 
 # Of the update alone, for each value: gradient, master read and written, moments read and written, narrower copy. One
-# second moment a row is 8 bytes of its 32 values.
+# second moment a row is 8 bytes of its 32 values, two scales are 16.
 MODES = {
     ("float32", "bfloat16"): 4 + 8 + 8 + 2,
     ("float32", "rowwise"): 4 + 8 + 4 + 8 / 32 + 2,
     ("bfloat16", "float32"): 4 + 4 + 16,
     ("bfloat16", "bfloat16"): 4 + 4 + 8,
     ("bfloat16", "rowwise"): 4 + 4 + 4 + 8 / 32,
+    ("float32", "float8"): 4 + 8 + 4 + 16 / 32 + 2,
+    ("bfloat16", "float8"): 4 + 4 + 4 + 16 / 32,
 }
 
 

@@ -13,7 +13,7 @@ from meft.table.moments import KEY
 
 NARROW = [mode for mode in MODES if mode != "float32"]
 MASTERS = ["float32", "bfloat16"]
-TENSORS = {"bfloat16": 3, "rowwise": 3}  # of a table's moments, with the counts
+TENSORS = {"bfloat16": 3, "rowwise": 3, "float8": 5}  # of a table's moments, with the counts
 
 
 def make(tiny, mode, master="float32", seed=0, **fields):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from adapter_kernels import row_adamw
+from adapter_kernels.adamw.moment_codes import decode_first, decode_root, encode_first, encode_root
 from adapter_kernels.adamw.moment_layout import MODES, moment_bytes, moment_forms
 from adapter_kernels.runtime import dispatch
 from meft.table.moments import Moments
@@ -148,10 +149,14 @@ def test_a_second_moment_of_a_long_memory_follows_its_gradients(mode):
 
 
 def second_moment(state):
+    if state.mode == "float8":
+        return decode_root(state.exp_avg_sq, state.exp_avg_sq_scale) ** 2
     return state.exp_avg_sq.float()
 
 
 def first_moment(state):
+    if state.mode == "float8":
+        return decode_first(state.exp_avg, state.exp_avg_scale)
     return state.exp_avg.float()
 
 
@@ -168,6 +173,35 @@ def test_gradients_of_equal_sizes_step_as_with_exact_moments(mode):
     moved, expected = state.table - start, wide.table - start
     assert (moved.mean() / expected.mean() - 1).abs() < 0.02
     assert ((moved - expected).norm() / expected.norm()) < 0.12
+
+
+def test_codes_of_the_first_moment_are_float8_e4m3fn():
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[(codes & 0x7F) != 0x7F]  # NaN there
+    values = codes.view(torch.float8_e4m3fn).float()
+    assert torch.equal(decode_first(codes[None], torch.ones(1, 1))[0].view(torch.int32), values.view(torch.int32))
+    again, scale = encode_first(values[None], torch.full((1, len(codes)), 0xFFFF))
+    assert torch.equal(again[0], codes)  # no noise moves what has a code
+    assert scale.item() == 1.0
+
+
+def test_codes_of_the_root_rise_and_keep_what_is_small():
+    codes = torch.arange(256, dtype=torch.uint8)[None]
+    values = decode_root(codes, torch.ones(1, 1))
+    assert (values.diff() > 0).all()
+    assert (values[0, 16:] / values[0, 15:-1]).max() <= 1 + 1 / 15
+    assert torch.equal(encode_root(values, torch.full((1, 256), 0xFFFF))[0], codes)
+    tiny = torch.tensor([[1.0, 1e-9, 0.0]])
+    assert encode_root(tiny, torch.zeros(1, 3, dtype=torch.int32))[0].tolist() == [[255, 1, 0]]
+
+
+@pytest.mark.parametrize(("encode", "decode"), [(encode_first, decode_first), (encode_root, decode_root)])
+def test_codes_keep_the_mean(encode, decode):
+    values = torch.cat([10.0 ** torch.linspace(-6, 0, 255), torch.ones(1)])[None]
+    noise = torch.arange(0, 1 << 16, 64, dtype=torch.int32)[:, None].expand(-1, 256)
+    mean = decode(*encode(values.expand(len(noise), -1), noise)).double().mean(0)
+    least = decode(torch.ones(1, 1, dtype=torch.uint8), encode(values, noise[:1])[1]).item()
+    assert ((mean - values[0]).abs() <= 2e-4 * values[0] + 2e-3 * least)[values[0] > least].all()
 
 
 @NEEDS_LIBRARY

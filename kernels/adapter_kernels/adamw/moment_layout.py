@@ -6,6 +6,9 @@ Modes, for a table [r, d]:
     bfloat16    both [r, d] in bfloat16
     rowwise     the first [r, d] in bfloat16; one second moment a row, [r] in float32, the mean square of its gradients
 
+    float8      both [r, d] in codes of 8 bits (`moment_codes`), the second by its root; for each, a float32 scale for every
+                256 values of a row, [r, ceil(d / 256)]
+
 The narrower ones are of float32 and bfloat16 tables, and rounded stochastically.
 """
 
@@ -16,7 +19,8 @@ import math
 import torch
 from torch import Tensor
 
-MODES = ("float32", "bfloat16", "rowwise")
+MODES = ("float32", "bfloat16", "rowwise", "float8")
+BLOCK = 256  # values of a row that share a scale
 Form = tuple[tuple[int, ...], torch.dtype]
 
 
@@ -34,8 +38,13 @@ def moment_forms(mode: str, shape: tuple[int, int] | torch.Size, table: torch.dt
         "float32": (((r, d), wide), ((r, d), wide)),
         "bfloat16": (((r, d), torch.bfloat16), ((r, d), torch.bfloat16)),
         "rowwise": (((r, d), torch.bfloat16), ((r,), torch.float32)),
+        "float8": (((r, d), torch.uint8), ((r, d), torch.uint8)),
     }[mode]
-    return {"exp_avg": first, "exp_avg_sq": second, "counts": ((r,), torch.int32)}
+    forms: dict[str, Form] = {"exp_avg": first, "exp_avg_sq": second, "counts": ((r,), torch.int32)}
+    if mode == "float8":
+        scales = (r, -(-d // BLOCK)), torch.float32
+        forms |= {"exp_avg_scale": scales, "exp_avg_sq_scale": scales}
+    return forms
 
 
 def moment_bytes(mode: str, d: int, table: torch.dtype = torch.float32) -> int:
@@ -48,4 +57,4 @@ def mode_of(exp_avg_sq: Tensor) -> str:
     """The mode of a second moment."""
     if exp_avg_sq.dim() == 1:
         return "rowwise"
-    return "bfloat16" if exp_avg_sq.dtype == torch.bfloat16 else "float32"
+    return {torch.bfloat16: "bfloat16", torch.uint8: "float8"}.get(exp_avg_sq.dtype, "float32")

@@ -7,9 +7,12 @@ second moment of a long memory would never move from one code to the next. No st
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from .moment_codes import decode_first, decode_root, encode_first, encode_root
 from .row_state import Corrections, RowState, StepRule
 from .square_root import square_root
 from .stochastic_rounding import BITS, noise_of, rounded, row_keys, second_noise, third_noise
@@ -29,24 +32,43 @@ def step(
     p, g = table.index_select(0, rows).to(torch.float32), grads.to(torch.float32)
     if rule.coupled:
         g = p * rule.coupled + g
-    m = state.exp_avg.index_select(0, rows).to(torch.float32)
+    m = _read(state, "exp_avg", rows, decode_first)
     m = (g if rule.from_grad else m) + (g - m) * rule.mix
-    v = state.exp_avg_sq.index_select(0, rows).to(torch.float32)
+    v = _read(state, "exp_avg_sq", rows, decode_root)
+    if state.mode == "float8":
+        v = v * v
+    fresh = _mean_square(g) * (1 - rule.beta2) if state.mode == "rowwise" else (g * (1 - rule.beta2)) * g
+    v = v * rule.beta2 + fresh
+    root = square_root(v)
     if state.mode == "rowwise":
-        v = v * rule.beta2 + _mean_square(g) * (1 - rule.beta2)
-        root = square_root(v).unsqueeze(1)
-        change = m * (step_size / (root * inverse2 + rule.eps))
-        new_v = v
+        change = m * (step_size / (root.unsqueeze(1) * inverse2 + rule.eps))
     else:
-        v = v * rule.beta2 + (g * (1 - rule.beta2)) * g
-        change = (m * step_size) / (square_root(v) * inverse2 + rule.eps)
-        new_v = rounded(v, third_noise(noise))
+        change = (m * step_size) / (root * inverse2 + rule.eps)
     p = p * rule.decay - torch.maximum(torch.minimum(change, limit), -limit)
-    state.exp_avg.index_copy_(0, rows, rounded(m, second_noise(noise)))
-    state.exp_avg_sq.index_copy_(0, rows, new_v)
+    for name, value in _kept(state.mode, m, v, root, noise).items():
+        getattr(state, name).index_copy_(0, rows, value)
     table.index_copy_(0, rows, p if table.dtype == torch.float32 else rounded(p, noise & BITS))
     if state.compute_copy is not None:
         state.compute_copy.index_copy_(0, rows, p.to(state.compute_copy.dtype))
+
+
+def _read(state: RowState, name: str, rows: Tensor, decode: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """A moment of some rows in float32; of codes what they stand for."""
+    kept = getattr(state, name).index_select(0, rows)
+    if state.mode != "float8":
+        return kept.to(torch.float32)
+    return decode(kept, getattr(state, f"{name}_scale").index_select(0, rows))
+
+
+def _kept(mode: str, m: Tensor, v: Tensor, root: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    """What is written of new moments, by its name in `RowState`."""
+    second, third = second_noise(noise), third_noise(noise)
+    if mode == "float8":
+        codes, scales = encode_first(m, second)
+        root_codes, root_scales = encode_root(root, third)
+        moments = {"exp_avg": codes, "exp_avg_sq": root_codes}
+        return {**moments, "exp_avg_scale": scales, "exp_avg_sq_scale": root_scales}
+    return {"exp_avg": rounded(m, second), "exp_avg_sq": v if mode == "rowwise" else rounded(v, third)}
 
 
 def _mean_square(g: Tensor) -> Tensor:

@@ -45,6 +45,8 @@ def _op(
     exp_avg_sq: Tensor,
     counts: Tensor,
     compute_copy: Tensor | None,
+    exp_avg_scale: Tensor | None,
+    exp_avg_sq_scale: Tensor | None,
     rows: Tensor,
     grads: Tensor,
     lr: float,
@@ -56,7 +58,7 @@ def _op(
     seed: int,
     impl: str | None,
 ) -> None:
-    state = RowState(table, exp_avg, exp_avg_sq, counts, compute_copy)
+    state = RowState(table, exp_avg, exp_avg_sq, counts, compute_copy, exp_avg_scale, exp_avg_sq_scale)
     reachable = zero_copy(rows.device, **state._asdict())
     if not (len(rows) and table.numel()):
         return

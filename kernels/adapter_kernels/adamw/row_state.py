@@ -24,6 +24,7 @@ class RowState(NamedTuple):
         counts: int32 [r], how often each row was touched.
         compute_copy: [r, d] float16 or bfloat16 (also float32 of a float64 table): a copy of the table that the
             computation reads, rounded to the nearest; None: the computation reads the table.
+        exp_avg_scale, exp_avg_sq_scale: of moments in mode "float8".
     """
 
     table: Tensor
@@ -31,9 +32,11 @@ class RowState(NamedTuple):
     exp_avg_sq: Tensor
     counts: Tensor
     compute_copy: Tensor | None = None
+    exp_avg_scale: Tensor | None = None
+    exp_avg_sq_scale: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
-        """All tensors, without a compute copy that is None."""
+        """All tensors, without those that are None."""
         return [tensor for tensor in self if tensor is not None]
 
     @property
