@@ -1,9 +1,9 @@
 """Moments in codes of 8 bits: floating-point numbers with subnormals, in blocks of a row with a scale each.
 
 The first moment has a sign, 4 bits of exponent and 3 of mantissa: codes as those of torch.float8_e4m3fn, up to 448. The
-second is kept as its root, which has no sign, and 4 bits each; in units of the smallest code it goes up to 31 * 2^14, so
-that a root of 2e-6 of its block's largest, a second moment of 4e-12 of it, is not zero. The operations are those of
-meft's narrow_moments.h, in their order.
+second is kept as its root, which has no sign, and 4 bits each; in units of the smallest code it goes up to 31 * 2^14.
+What is smaller than the smallest code has that one, and not zero. The operations are those of meft's narrow_moments.h,
+in their order.
 """
 
 from __future__ import annotations

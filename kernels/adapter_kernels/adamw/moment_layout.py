@@ -4,10 +4,9 @@ Modes, for a table [r, d]:
 
     float32     both moments [r, d] in float32 (float64 for a float64 table)
     bfloat16    both [r, d] in bfloat16
-    rowwise     the first [r, d] in bfloat16; one second moment a row, [r] in float32, the mean square of its gradients
-
-    float8      both [r, d] in codes of 8 bits (`moment_codes`), the second by its root; for each, a float32 scale for every
-                256 values of a row, [r, ceil(d / 256)]
+    rowwise     the first [r, d] in bfloat16; one second moment a row, [r] in float32, of the mean square of gradients
+    float8      both [r, d] in codes of 8 bits (`moment_codes`), the second by its root; of each a float32 scale for
+                every 256 values of a row, [r, ceil(d / 256)]
 
 The narrower ones are of float32 and bfloat16 tables, and rounded stochastically.
 """
