@@ -5,9 +5,9 @@
     python -m benchmarks.meft_recall.states --report              # only writes the table anew
 
 DIR holds `nq_open/`. Each way trains the same pairs in the same batches from the same start, with seeds that no other
-page uses. The learning rate is one for all, below the one that recalls most: at that one losses end near zero, and their
-ratios say nothing. A way is equal to float32 where the 95 % interval of the relative difference of the last pass's loss
-lies inside of 2 %, different where it does not hold zero, and else undecided.
+page uses. The learning rate is one for all, below the one that recalls most: at that one losses end near zero, and
+their ratios say nothing. A way is equal to float32 where the 95 % interval of the relative difference of the last
+pass's loss lies inside of 2 %, different where it does not hold zero, and else undecided.
 """
 
 import math
@@ -85,8 +85,8 @@ def text(rows: list[dict], task: Recall, quick: bool) -> str:
         "Written by `python -m benchmarks.meft_recall.states` from the JSON file of the same name.",
         "",
         f"N = {task.n_pairs}: {task.steps} steps of {task.batch_size} pairs, r 1024, learning rate {RATE:g}. The loss",
-        "is that of the last pass; the difference is relative to float32 masters and moments with the same seed, with its",
-        f"95 % interval. It is equal inside of {100 * EQUAL:g} %, different where the interval does not hold zero.",
+        "is that of the last pass; the difference is relative to float32 masters and moments with the same seed, with",
+        f"its 95 % interval. It is equal inside of {100 * EQUAL:g} %, different where the interval does not hold zero.",
         "",
         "| masters and moments | seeds | loss | recall, % | difference, % | |",
         "|---|---|---|---|---|---|",
