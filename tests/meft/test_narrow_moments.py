@@ -14,6 +14,7 @@ NEEDS_LIBRARY = pytest.mark.skipif(native_library() is None, reason="the C++ lib
 NARROW = [mode for mode in MODES if mode != "float32"]
 RULE = StepRule(lr=1e-2, weight_decay=0.01)
 COUPLED = StepRule(lr=1e-2, beta1=0.4, beta2=0.99, eps=1e-6, weight_decay=0.1, decoupled=False)
+WITHOUT = StepRule(lr=0.0, beta2=0.0)
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -49,7 +50,7 @@ def run(state, native, rule, *, steps=4, seed=7):
 
 @NEEDS_LIBRARY
 @pytest.mark.parametrize("width", [1, 63, 300, 1024])
-@pytest.mark.parametrize("rule", [RULE, COUPLED], ids=["AdamW", "Adam"])
+@pytest.mark.parametrize("rule", [RULE, COUPLED, WITHOUT], ids=["AdamW", "Adam", "no rate, no memory"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_both_paths_give_the_same_bits(mode, dtype, rule, width):

@@ -140,7 +140,7 @@ class StepRule:
         ratio = self.beta1**2 / self.beta2 if self.beta2 else math.inf
         terms = n if ratio == 1 else (1 - ratio**n) / (1 - ratio) if self.beta2 else torch.full_like(n, math.inf)
         limit = step_size * root2 * ((1 - self.beta1) / (1 - self.beta2) ** 0.5) * terms.sqrt()
-        return Corrections(step_size, root2, 1 / root2, limit)
+        return Corrections(step_size, root2, 1 / root2, limit.nan_to_num(math.inf, math.inf))  # 0 times infinity
 
     @property
     def mix(self) -> float:
