@@ -16,7 +16,7 @@ namespace {
 INLINE uint32_t second_noise(uint32_t noise) { return noise >> 16; }
 INLINE uint32_t third_noise(uint32_t noise) { return (noise * 0x2C1B3C6Du) >> 16; }
 
-// The step of a value: `moment` over the root of the second moment, no larger than the limit; NaN stays NaN.
+// A change of a master, no larger than the limit; NaN stays NaN.
 INLINE float limited(float step, float limit) {
     step = step > limit ? limit : step;
     return step < -limit ? -limit : step;
