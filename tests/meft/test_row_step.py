@@ -50,7 +50,7 @@ def oracle(p, m, v, g, n, rule):
 
 
 def oracle_update(state, rows, grads, rule):
-    p, m, v, count, _ = state
+    p, m, v, count = state[:4]
     for row, g in zip(rows.tolist(), grads, strict=True):
         count[row] += 1
         p[row], m[row], v[row] = oracle(p[row], m[row], v[row], g, count[row].item(), rule)
