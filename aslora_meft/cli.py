@@ -58,7 +58,16 @@ def _run(argv: list[str]) -> None:
     commands.add_parser("generate", help="answer prompts with a saved adapter", add_help=False)
     commands.add_parser("evaluate", help="measure a saved adapter on data", add_help=False)
     commands.add_parser("report", help="show what happened in a run, or in two, on one page", add_help=False)
-    commands.add_parser("run", help="run another Python program with both methods known to PEFT", add_help=False)
+    commands.add_parser(
+        "run",
+        help="run another Python program with both methods known to PEFT",
+        usage="aslora-meft run -- PROGRAM [ARGUMENTS]",
+        description="Import both methods, then run a Python file, a module (-m NAME) or the command of a package.",
+        epilog=_example(
+            "aslora-meft run -- lm_eval run --model hf --model_args pretrained=MODEL,peft=out --tasks TASK"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands.add_parser("export", help="write saved adapters in another format", add_help=False)
     doctor = commands.add_parser(
         "doctor",
@@ -68,7 +77,7 @@ def _run(argv: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     doctor.add_argument("--anew", action="store_true", help="measure again what was measured before")
-    if argv[:1] == ["run"]:
+    if argv[:1] == ["run"] and argv[1:2] not in (["-h"], ["--help"]):
         from aslora_meft.runner import run as run_program
 
         run_program(argv[1:])

@@ -63,7 +63,7 @@ class MergeEvents(TrainerCallback):
 
 
 def train(arguments: TrainArguments) -> TrainResult:
-    """Fine-tune an adapter as told and save it with its tokenizer in ``output_dir``.
+    """Fine-tune an adapter and save it with its tokenizer in ``output_dir``.
 
     Everything that the user gave is checked before ``output_dir`` is made.
 

@@ -32,7 +32,7 @@ class MEFTConfig(MethodConfig):
     method = "MEFT"
     choices: ClassVar = {
         "placement": ("host", "device"),
-        "retrieval": ("auto", "host", "stream", "device-keys", "device-rows"),
+        "retrieval": ("auto",),  # retrieval/strategies adds their names
         "backward_rows": ("auto", "save", "refetch"),
         "gradient_dtype": ("auto", "float32"),
         "row_dtype": ("auto", "float64", "float32", "bfloat16", "float16"),

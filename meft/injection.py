@@ -60,11 +60,10 @@ def profile_of(model: nn.Module, layers: Sequence[MEFTLayer]) -> ModelProfile:
     return model_profile(model, [layer.base_layer for layer in layers], lambda module: id(module) in own)
 
 
-def warn_of_others(paths: Sequence[str], most: int = 3) -> None:
+def warn_of_others(paths: Sequence[str]) -> None:
     """Say which modules `target_modules` matches that are no FFN."""
     if paths:
-        rest = f" and {len(paths) - most} more" if len(paths) > most else ""
-        listed = f"{', '.join(paths[:most])}{rest}"
+        listed = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
         warnings.warn(f"target_modules also matches modules that are no FFN, which get no adapter: {listed}.")
 
 

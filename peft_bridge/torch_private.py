@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import CodeType
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import _engine_run_backward
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
@@ -68,6 +69,34 @@ def storage_address(tensor: Tensor) -> int:
         return 0
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a DTensor; any other tensor as it is."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+# ------------------------------------------------------------------ operations and modules
+
+
+def schema_of(operation: Any) -> Any:
+    """The arguments of an operation that `__torch_dispatch__` gets, and which of them it writes into."""
+    return operation._schema
+
+
+def all_overloads(operation: Any) -> Any:
+    """The operation of which this is one overload."""
+    return operation._overloadpacket
+
+
+def uncompiled(module: Any) -> Any:
+    """The module that `torch.compile` has wrapped; any other one as it is."""
+    return getattr(module, "_orig_mod", module)
+
+
+def hooks_before(module: torch.nn.Module) -> list[Any]:
+    """Hooks that run before a module's forward pass."""
+    return list(module._forward_pre_hooks.values())
+
+
 # ------------------------------------------------------------------ the autograd engine
 
 
@@ -102,12 +131,23 @@ def is_batched(tensor: Tensor) -> bool:
     return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
-def has_tangent(tensors: tuple[Tensor, ...]) -> bool:
+def has_tangent(tensors: Iterable[Tensor]) -> bool:
     """Whether forward-mode differentiation goes through one of these."""
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 # ------------------------------------------------------------------ process groups
+
+
+def active_ddp() -> Any:
+    """The `DistributedDataParallel` in whose forward pass this thread is; None: in none."""
+    return DistributedDataParallel._get_active_ddp_module()
+
+
+def takes_uneven_inputs(ddp: Any) -> bool:
+    """Whether a `DistributedDataParallel` is inside of its `join()`."""
+    join = getattr(ddp, "_join_config", None)
+    return join is not None and bool(join.enable)
 
 
 def timeout_of(group: Any) -> float:

@@ -26,7 +26,7 @@ def load(monkeypatch):
     return importlib.import_module
 
 
-SAMPLE = "Llama"  # of ASLoRA's; `make accept` runs all, of MEFT's all are run here too
+SAMPLE = "Llama"  # the model of the rows that are run here, with those on MLPs for MEFT; `make accept` runs all
 
 
 @pytest.mark.slow
@@ -38,8 +38,8 @@ def test_peft_accepts_aslora_and_meft():
     assert int(closing[1]) >= 42  # a loss of coverage is a failure too
     closing = CLOSING_MEFT.search(run.stdout)
     assert closing
-    assert int(closing[1]) >= 401
-    assert int(closing[2]) == 187
+    assert int(closing[1]) >= 159
+    assert int(closing[2]) == 97
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,10 @@ def test_packages_import_only_those_below_them():
             assert other not in set(PACKAGES) - {package} - BELOW[package], f"{path}:{node.lineno} imports {imported}"
 
 
+def test_the_folder_of_kernels_hides_no_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()  # Hugging Face has a package of this name
+
+
 def test_no_imports_in_a_circle():
     arrows = {}
     for name, path in sources().items():
@@ -131,6 +135,34 @@ def test_private_names_of_torch_and_peft_stand_in_one_file_each():
                 continue
             private = [part for part in parts if part.startswith("_") and not part.startswith("__")]
             assert not private, f"{path}:{node.lineno}: {private}"
+
+
+# What other libraries than torch and PEFT name so, or is a place of theirs for subclasses and their users.
+NO_SECRETS = {
+    *("_fields", "_asdict", "_getframe", "_proto_member"),
+    *("_actions", "_add_action", "_format_args", "_get_default_metavar_for_optional"),
+    *("_tied_weights_keys", "_keys_to_ignore_on_load_unexpected", "_hf_hook"),
+}
+OF_A_SUBCLASS = {"self", "cls", "super()", "aten"}
+
+
+def test_private_names_of_torch_and_peft_are_not_read_from_their_objects_either():
+    """An attribute with an underscore is one that some module of the house defines, or it stands in the files above."""
+    ours, seen = set(NO_SECRETS), []
+    for name, path in sources().items():
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                ours.add(node.name)
+            elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+                ours.add(node.id if isinstance(node, ast.Name) else node.attr)
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) not in OF_A_SUBCLASS:
+                seen.append((name, path, node.lineno, node.attr))
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
+                attribute = node.args[1]
+                seen += [(name, path, node.lineno, attribute.value)] if isinstance(attribute, ast.Constant) else []
+    for name, path, line, attribute in seen:
+        if name not in PRIVATE and attribute.startswith("_") and not attribute.startswith("__"):
+            assert attribute in ours, f"{path}:{line}: {attribute}"
 
 
 def test_the_readme_is_short():

@@ -16,19 +16,13 @@ from aslora.files.export import factors, load_adapter
 from aslora_meft.export.base_model import BaseModel, base_model, copy_if_there, copy_tokenizer
 from aslora_meft.export.base_tensors import BaseTensors, base_tensors
 from aslora_meft.export.card import model_card
-from aslora_meft.export.shards import SHARD_BYTES, Entry, write_model
+from aslora_meft.export.shards import Entry, write_model
 from peft_bridge import folder_replaced_at_once
 
 _PREFIX = "base_model.model."
 
 
-def export_merged(
-    adapter_dirs: Sequence[str | Path],
-    out_dir: str | Path,
-    *,
-    dtype: str | None = None,
-    shard_bytes: int = SHARD_BYTES,
-) -> None:
+def export_merged(adapter_dirs: Sequence[str | Path], out_dir: str | Path, *, dtype: str | None = None) -> None:
     """Write the base model of saved ASLoRA adapters with the sum of their updates in its weights, to `out_dir`.
 
     W + sum of scaling * B A is computed in float32, or float64 for float64 adapters, and rounded once. What one adapter
@@ -36,7 +30,6 @@ def export_merged(
 
     Args:
         dtype: "float32", "bfloat16" or "float16"; None: as the base model's config.json says.
-        shard_bytes: the most bytes of one safetensors file.
 
     Raises:
         ValueError: one sentence: what is wrong with an adapter or the base model, or that they do not go together.
@@ -65,7 +58,7 @@ def export_merged(
         details = {"adapters": len(adapters), "r": config.r, "lora_alpha": config.lora_alpha}
         card = model_card(first, config, base, form="merged", details=details, tokenizer=has)
         (draft / "README.md").write_text(card, encoding="utf-8")
-        write_model(draft, entries, shard_bytes)
+        write_model(draft, entries)
 
 
 Adapters = Sequence[tuple[ASLoRAConfig, dict[str, Tensor]]]

@@ -12,15 +12,13 @@ from aslora_meft.export.base_model import base_model, copy_if_there, copy_tokeni
 from aslora_meft.export.base_tensors import base_tensors
 from aslora_meft.export.card import model_card
 from aslora_meft.export.modeling import Modelling, check_family, imported, modelling_of
-from aslora_meft.export.shards import SHARD_BYTES, Entry, write_model
+from aslora_meft.export.shards import Entry, write_model
 from meft import MEFTConfig
 from meft.files.export import load_adapter
 from peft_bridge import folder_replaced_at_once
 
 
-def export_model(
-    adapter_dir: str | Path, out_dir: str | Path, *, dtype: str | None = None, shard_bytes: int = SHARD_BYTES
-) -> None:
+def export_model(adapter_dir: str | Path, out_dir: str | Path, *, dtype: str | None = None) -> None:
     """Write a saved MEFT adapter and its base model as a model folder, to the new folder `out_dir`.
 
     transformers, and servers that load models by it, load the folder with `trust_remote_code=True`. It has config.json
@@ -30,7 +28,6 @@ def export_model(
 
     Args:
         dtype: "float32", "bfloat16" or "float16"; None: as the base model's config.json says.
-        shard_bytes: the most bytes of one safetensors file.
 
     Raises:
         ValueError: one sentence: what is wrong with the adapter or the base model, or that the export does not know it.
@@ -70,7 +67,7 @@ def export_model(
         has = copy_tokenizer(Path(adapter_dir), base, draft)
         card = model_card(Path(adapter_dir), config, base, form="model", details=routing, tokenizer=has)
         (draft / "README.md").write_text(card, encoding="utf-8")
-        write_model(draft, entries, shard_bytes)
+        write_model(draft, entries)
 
 
 def _rows(tensor: Tensor, shape: list[int], rounded: torch.dtype | None) -> Tensor:

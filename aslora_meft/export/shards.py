@@ -45,8 +45,8 @@ class Entry(NamedTuple):
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def write_model(folder: Path, entries: Iterable[Entry], shard_bytes: int = SHARD_BYTES) -> None:
-    """Write `model.safetensors`, or several files and their index where one would be larger than `shard_bytes`.
+def write_model(folder: Path, entries: Iterable[Entry]) -> None:
+    """Write `model.safetensors`, or several files and their index where one would be larger than `SHARD_BYTES`.
 
     Raises:
         ValueError: a tensor has another shape than its entry says.
@@ -54,7 +54,7 @@ def write_model(folder: Path, entries: Iterable[Entry], shard_bytes: int = SHARD
     """
     shards: list[list[Entry]] = [[]]
     for entry in entries:
-        if shards[-1] and sum(e.nbytes for e in shards[-1]) + entry.nbytes > shard_bytes:
+        if shards[-1] and sum(e.nbytes for e in shards[-1]) + entry.nbytes > SHARD_BYTES:
             shards.append([])
         shards[-1].append(entry)
     if len(shards) == 1:

@@ -1,1 +1,1 @@
-"""What a training step will need, told from a model's config alone: no weights, no GPU, nothing run."""
+"""What a training step will need, from a model's config alone: no weights, no GPU, nothing run."""

@@ -36,7 +36,7 @@ def _doc(text: str) -> dict[str, str]:
 
 @dataclass
 class PlanArguments:
-    """What only a plan is told."""
+    """Arguments of `estimate` alone."""
 
     _argument_group_name = "plan"
     gpu: str | None = field(default=None, metadata=_doc("Memory, such as 24GiB, or a card: says whether it fits."))
@@ -46,7 +46,6 @@ class PlanArguments:
     union_share: float | None = field(
         default=None, metadata=_doc(f"MEFT: share of its neurons that a micro-batch uses, |U|/r. None: {UNION_SHARE}.")
     )
-    load_in_8bit: bool = field(default=False, metadata=_doc("Base weights in bitsandbytes' int8."))
     json: bool = field(default=False, metadata=_doc("Print JSON."))
 
 
@@ -56,7 +55,7 @@ _GROUPS = (
     make_dataclass(
         "RunArguments",
         [
-            *_part(ModelArguments, "model", "dtype", "load_in_4bit", "trust_remote_code"),
+            *_part(ModelArguments, "model", "dtype", "load_in_4bit", "load_in_8bit", "trust_remote_code"),
             *_part(DataArguments, "max_length"),
             *_part(TrainerArguments, "per_device_train_batch_size", "gradient_accumulation_steps"),
             *_part(TrainerArguments, "gradient_checkpointing", "max_grad_norm"),

@@ -23,11 +23,11 @@ from aslora_meft.planner.rates import GIB, ceilings
 from aslora_meft.planner.request import RESERVED, Estimate, Request
 from aslora_meft.planner.trace import Extra, Memory, Step, trace_step
 from meft.cost.auto import decoder_shape
-from meft.cost.fit import largest_that_fits, strategies_that_fit
+from meft.cost.fit import by_size, largest_that_fits, strategies_that_fit
 from meft.cost.host_memory import narrower
 from meft.cost.memory import AdapterShape, Plan, Rows, Work
 from meft.cost.step_time import BaseModel, StepTime, step_time
-from meft.retrieval.strategies import strategy_name
+from meft.retrieval.strategies import UNKNOWN_DEVICE, strategy_name
 
 
 class _Model:
@@ -102,22 +102,22 @@ class _Model:
         return trace_step(self.model, step, request.method, extra)
 
     def beside(self, request: Request) -> int:
-        """Bytes of base model and activations at the peak, without what MEFT adds: told by the smallest MEFT."""
+        """Bytes of base model and activations at the peak, without what MEFT adds, from a plan of the smallest MEFT."""
         tiny = replace(self.shape, r=1, experts=1, probed=1, top_k=1)
-        least = Plan(tiny, replace(self.work(request), union=1), "host")
+        least = by_size(tiny, replace(self.work(request), union=1))[-1]
         return self.trace(request, least).peak - sum(least.device_bytes().values())
 
     def candidates(self, request: Request) -> list[Plan]:
         """Plans for MEFT, the preferred one first; at least one, the last ones with the least memory."""
         strategy, work = self.strategy, self.work(request)
         if request.gpu is None:
-            return [Plan(self.shape, work, "stream" if strategy == "auto" else strategy)]
+            return [Plan(self.shape, work, UNKNOWN_DEVICE if strategy == "auto" else strategy)]
         free = request.gpu - RESERVED - self.beside(request)
         found = strategies_that_fit(self.shape, work, free, placement=self.config.placement, rows=self.kept_rows)
         # The plan's arithmetic adds up what is not live at one time: what it finds too large may fit.
         least = replace(work, rows=self.kept_rows[-1])
-        last = ["stream", "host"] if strategy == "auto" else [strategy]
-        return [p for p in found if strategy in ("auto", p.strategy)] + [Plan(self.shape, least, s) for s in last]
+        last = by_size(self.shape, least)[-2:] if strategy == "auto" else [Plan(self.shape, least, strategy)]
+        return [p for p in found if strategy in ("auto", p.strategy)] + last
 
     @property
     def strategy(self) -> str:
@@ -193,8 +193,8 @@ def _remedies(config: Any, request: Request) -> tuple[str, ...]:
         changes["--gradient_checkpointing true"] = {"gradient_checkpointing": True}
     if (request.weights or config_dtype(config)) not in QUANTISED:
         changes["--load_in_4bit true"] = {"weights": "nf4"}
-    if request.method == "meft" and request.adapter.get("retrieval", "auto") not in ("auto", "host"):
-        changes["--retrieval host"] = {"adapter": {**request.adapter, "retrieval": "host"}}
+    if request.method == "meft" and request.adapter.get("retrieval", "auto") != "auto":
+        changes["--retrieval auto"] = {"adapter": {**request.adapter, "retrieval": "auto"}}
     if request.method == "meft" and request.adapter.get("placement") == "device":
         changes["--placement host"] = {"adapter": {**request.adapter, "placement": "host"}}
 
@@ -231,7 +231,7 @@ def _largest(model: _Model, config: Any, request: Request) -> dict[str, int]:
             return adapted.trace(changed, None).peak <= room
         shape = model.shape_of(changed)
         work = replace(model.work(changed, shape), rows=model.kept_rows[-1])
-        plan = Plan(shape, work, "host" if model.strategy == "auto" else model.strategy)
+        plan = by_size(shape, work)[-1] if model.strategy == "auto" else Plan(shape, work, model.strategy)
         return model.trace(changed, plan).peak <= room
 
     def largest(limit: int, step: int, changed: Callable[[int], Request]) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
-from peft_bridge.torch_private import TorchDispatchMode, tree_map_only
+from peft_bridge.torch_private import TorchDispatchMode, all_overloads, storage_address, tree_map_only
 
 PARTS = (
     "base", "router", "adapter", "optimizer", "gradients", "saved rows", "key buffers", "buffers", "activations",
@@ -24,7 +24,7 @@ class MemoryTracker(TorchDispatchMode):
         parts: part -> bytes that are live now; what nobody has named is 'activations'.
         peak: the most bytes that were live at once.
         at_peak: `parts` at that moment.
-        flops: of the matrix products (torch's own formulas), and what `note_flops` was told.
+        flops: of the matrix products (torch's own formulas), and those of `note_flops`.
     """
 
     current: ClassVar[MemoryTracker | None] = None
@@ -42,7 +42,7 @@ class MemoryTracker(TorchDispatchMode):
         if tensor.layout is not torch.strided:
             return  # made of tensors that were counted
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_address(tensor)
         if key in self._live:
             return
         size = storage.nbytes() if nbytes is None else nbytes
@@ -55,7 +55,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def label(self, tensor: Tensor, part: str) -> None:
         """Say which part a counted tensor belongs to."""
-        key = tensor.untyped_storage()._cdata
+        key = storage_address(tensor)
         former, size = self._live[key]
         self._live[key] = (part, size)
         self.parts[former] -= size
@@ -91,7 +91,7 @@ class MemoryTracker(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         tree_map_only(Tensor, self.see, out)
-        formula = flop_registry.get(func._overloadpacket)
+        formula = flop_registry.get(all_overloads(func))
         if formula is not None:
             self.flops += int(formula(*args, **kwargs, out_val=out))
         return out

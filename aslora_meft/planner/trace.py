@@ -110,7 +110,7 @@ def trace_step(model: nn.Module, step: Step, method: str, extra: Extra | None = 
 
 @contextmanager
 def _ready(model: Any, step: Step, trainable: list[nn.Parameter], live: MemoryTracker) -> Iterator[None]:
-    """In training mode; gradients are told apart from other tensors."""
+    """In training mode; gradients are labelled as such."""
 
     def note(parameter: Tensor) -> None:
         if parameter.grad is not None:

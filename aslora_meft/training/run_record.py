@@ -1,4 +1,4 @@
-"""What a run is told and what happens in it, written into its folder for `aslora-meft report`."""
+"""The arguments of a run and what happens in it, written into its folder for `aslora-meft report`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import platform
 import time
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ class RunRecord(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note what the run is told; metrics from before it are those of its first step."""
+        """Note the arguments of the run; metrics from before it are those of its first step."""
         model, data = kwargs.get("model"), getattr(kwargs.get("train_dataloader"), "dataset", None)
         self._path = Path(args.output_dir or ".", RECORD)
         tuner = _tuner(model)
@@ -260,6 +261,7 @@ def _about(args: TrainingArguments, state: TrainerState, model: Any) -> dict[str
     }
 
 
+@cache  # each look reads and parses the package's metadata
 def _version(package: str) -> str | None:
     try:
         return version(package)

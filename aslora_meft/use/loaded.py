@@ -1,26 +1,28 @@
 """Saved adapters, loaded for use: what ``aslora-meft generate`` and ``evaluate`` have in common."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+import warnings
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from peft.functional import set_adapter
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import aslora  # noqa: F401  # both make PEFT know their method
 import meft  # noqa: F401
 from aslora_meft.adapter import load_model, load_tokenizer
-from aslora_meft.arguments.groups import ModelArguments
+from aslora_meft.arguments.groups import BaseWeights, ModelArguments
 from aslora_meft.errors import UsageError, as_usage_error
 from aslora_meft.use.saved import check_saved_adapter, saved_results
 
 BASE = "base model"
 
 
-@dataclass
-class UseArguments:
+@dataclass(kw_only=True)
+class UseArguments(BaseWeights):
     """Which model the adapters are loaded into."""
 
     _argument_group_name = "model"
@@ -29,14 +31,6 @@ class UseArguments:
         metadata={"help": "Folder or hub id of the base model. None: the one that adapter_config.json names."},
     )
     compare: bool = field(default=False, metadata={"help": "Show the base model without an adapter as well."})
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Type of the base weights; auto: as saved, on a CPU float32."}
-    )
-    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the base weights to NF4 with bitsandbytes."})
-    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the base weights to INT8 with bitsandbytes."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run Python code that the model's folder or repository brings along."}
-    )
 
 
 class Loaded(NamedTuple):
@@ -73,7 +67,8 @@ def load_adapters(folders: list[str], args: UseArguments) -> Loaded:
     names: list[str] = []
     for folder in folders:
         name = name_of(folder, names)
-        with as_usage_error(Exception, prefix=f"ADAPTER_DIR='{folder}': "):
+        with as_usage_error(Exception, prefix=f"ADAPTER_DIR='{folder}': "), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are asked for
             model.load_adapter(str(Path(folder).expanduser()), name)
         names.append(name)
     return Loaded(model.eval(), tokenizer, names, results)
@@ -81,9 +76,8 @@ def load_adapters(folders: list[str], args: UseArguments) -> Loaded:
 
 def model_arguments(base: str, args: UseArguments) -> ModelArguments:
     """How the base model is loaded."""
-    names = ("dtype", "load_in_4bit", "load_in_8bit", "trust_remote_code")
-    how: dict[str, Any] = {name: getattr(args, name) for name in names}
-    return ModelArguments(base, **how)
+    how: dict[str, Any] = {item.name: getattr(args, item.name) for item in fields(BaseWeights)}
+    return ModelArguments(model=base, **how)
 
 
 def base_of(folders: list[str], model: str | None, task_type: str = "CAUSAL_LM") -> str:
@@ -129,15 +123,16 @@ def name_of(folder: str, names: list[str]) -> str:
     return unique
 
 
-@contextmanager
-def active(model: Any, name: str) -> Iterator[None]:
-    """One adapter in force, by its name; or `BASE` for none."""
+def activate(model: Any, name: str) -> None:
+    """Put one adapter in force, by its name; or `BASE` for none.
+
+    transformers' methods for this leave out modules that were trained whole, and ask for another PEFT from 5.24 on.
+    """
     if name != BASE:
-        model.set_adapter(name)
-        yield
-        return
-    model.disable_adapters()
-    try:
-        yield
-    finally:
-        model.enable_adapters()
+        set_adapter(model, name, inference_mode=True)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(name != BASE)
+    for module in model.modules():  # later: those for tokens hold a layer, for which the adapter may have none
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            module.enable_adapters(name != BASE and module.check_set_adapter([name]) is not None)

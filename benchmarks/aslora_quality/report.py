@@ -146,9 +146,9 @@ def findings(task: Task, names: list[str], found: Held, said: Verdicts) -> list[
 
 
 def conclusion(task: Task, ours: str, names: list[str], said: Verdicts) -> str:
-    """One plain sentence on one ASLoRA: whom it beats, from whom it cannot be told, to whom it loses."""
+    """One plain sentence on one ASLoRA: whom it beats, from whom it cannot be distinguished, to whom it loses."""
     words: dict[str, list[str]] = {}
-    phrases = {"not compared": "not compared with", "undecided": "not told apart from"}
+    phrases = {"not compared": "not compared with", "undecided": "not distinguishable from"}
     for rival in (name for name in names if not name.startswith("ASLoRA")):
         word = said[task.name, ours, rival][0]
         words.setdefault(phrases.get(word, f"{word} than"), []).append(rival)

@@ -20,7 +20,6 @@ from meft.transport.streams import streams_of
 from meft.transport.transfer import Traffic
 
 RATE = 1e-4
-LORA_RANK = 64
 NOTES = {
     "null": "rows are bf16 on the device, their gradients are made and dropped: rows are not stepped, routers are",
     "dense adamw": "fp32 values, gradients and moments, as MEFT's masters",

@@ -86,7 +86,7 @@ class Battery:
         for name, dtype in self.dtypes.items():
             whole = partial(Case, dtype=dtype, integers=True)
             yield "integers", name, partial(exactly, op, whole(37, 12, E=7, each=5, P=3, K=6))
-            yield "odd rows", name, partial(exactly, op, whole(20, 33, E=2, each=3, P=1, K=3))
+            yield "unaligned rows", name, partial(exactly, op, whole(20, 33, E=2, each=3, P=1, K=3))
             if self.tiny:
                 continue
             yield "many neurons an expert", name, partial(exactly, op, whole(40, 304, E=3, each=130, P=2, K=70))
@@ -120,7 +120,7 @@ class Battery:
         op = self.at(adapter_kernels.sparse_ffn)
         backward = on_device(adapter_kernels.sparse_ffn_backward, self.device)  # the check says which implementation
         for name, dtype in self.dtypes.items():
-            cases = {"masked form": (20, 40, 17, 5), "token form": (3, 40, 9, 5), "odd rows": (20, 33, 7, 12)}
+            cases = {"masked form": (20, 40, 17, 5), "token form": (3, 40, 9, 5), "unaligned rows": (20, 33, 7, 12)}
             if not self.tiny:
                 cases |= {
                     "d 4096": (64, 4096, 416, 64), "T 300": (300, 512, 640, 64), "d 576": (130, 576, 700, 64),

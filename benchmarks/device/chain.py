@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from meft import MEFTConfig
 from meft.transport.streams import DeviceStreams
 
-STRATEGIES = ("host", "stream", "device-keys", "device-rows")
+STRATEGIES = MEFTConfig.choices["retrieval"][1:]
 WIDTH, R, LAYERS, TOKENS, STEPS = 64, 128, 3, 32, 3
 EXACT = 2.0**24  # float32 has all integers up to it
 SIGN = {"lr": 1.0, "betas": (0.0, 0.0), "eps": 1e-30, "weight_decay": 0.0}

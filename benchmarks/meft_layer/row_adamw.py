@@ -114,8 +114,9 @@ def rounds_of(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
     return times
 
 
-def interval(values: list[float], resamples: int = 2000) -> tuple[float, float]:
+def interval(values: list[float]) -> tuple[float, float]:
     """The 95 % bootstrap interval of the median."""
+    resamples = 2000
     sample = torch.tensor(values, dtype=torch.float64)
     picks = torch.randint(len(values), (resamples, len(values)), generator=torch.Generator().manual_seed(0))
     found = sample[picks].quantile(0.5, dim=1).sort().values.tolist()

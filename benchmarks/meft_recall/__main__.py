@@ -1,4 +1,4 @@
-"""How much SmolLM2-135M learns by heart with MEFT, beside LoRA and a dense parallel adapter: NQ-open, closed book.
+"""How much SmolLM2-135M memorises with MEFT, beside LoRA and a dense parallel adapter: NQ-open, closed book.
 
     python -m benchmarks.meft_recall --data DIR            # all rows; a rerun goes on where it was stopped
     python -m benchmarks.meft_recall --data DIR --quick    # a few short rows, under 10 minutes on 2 cores

@@ -1,4 +1,4 @@
-"""The task of `benchmarks.meft_recall`: learn N question-answer pairs of NQ-open by heart and say the answers again.
+"""The task of `benchmarks.meft_recall`: memorise N question-answer pairs of NQ-open and give the answers back.
 
 The file is closed-book: a question has no text that holds its answer, so whatever is recalled sits in the weights.
 """

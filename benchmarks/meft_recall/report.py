@@ -32,8 +32,8 @@ NOTES = (
     "",
     "What the page cannot tell: nothing was clipped, learning rates come from one tuning seed, and those of N = 64",
     "are used for N = 256. MEFT's scores are several times as large as the dense adapter's activations, so routing",
-    "and scale are not told apart; rows of MEFT without its router's factor and of a dense adapter with its scale",
-    "tuned are missing. Runs are short: they show how fast a method learns by heart, not how much it could hold.",
+    "and scale are not separated; rows of MEFT without its router's factor and of a dense adapter with its scale",
+    "tuned are missing. Runs are short: they show how fast a method memorises, not how much it could hold.",
 )
 
 

@@ -50,7 +50,8 @@ def page(rows: list[Row]) -> str:
             "is made from its configuration: the loss of one batch falls (within 20 steps of AdamW) and a gradient "
             "reaches the adapter, a saved adapter reloads to equal tensors and equal outputs (`to ...`: the largest "
             "difference, where an architecture's own operations give other bits elsewhere in memory), and with "
-            f"ASLoRA the merged model has the same outputs. Of these {counts}. A number is the reason below the table.",
+            f"ASLoRA the merged model has the same outputs. So many of them work: {counts}. A number is the reason "
+            "below the table.",
             "",
             "ASLoRA takes PEFT's LoRA defaults of an architecture, where PEFT has some. MEFT finds an architecture's "
             "FFNs by their form: a module, BERT's pair of modules, or two linear layers that the layer calls itself, "

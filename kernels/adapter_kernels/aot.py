@@ -27,7 +27,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .adamw.row_adamw import variants as row_adamw
+from .adamw.row_adamw_triton import variants as row_adamw
 from .ffn.sparse_ffn_triton import variants as sparse_ffn
 from .rows.gather_rows_triton import variants as gather_rows
 from .rows.row_union_triton import variants as row_union

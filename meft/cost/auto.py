@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config import MEFTConfig
 from .calibration import Calibration, calibrated
-from .fit import strategies_that_fit
+from .fit import by_size, strategies_that_fit
 from .memory import AdapterShape, Plan, Rows, Work
 from .step_time import BaseModel, step_time
 
@@ -122,10 +122,11 @@ def choose(
     kept: tuple[Rows, ...] = ("save", "refetch") if config.backward_rows == "auto" else (config.backward_rows,)  # type: ignore[assignment]
     plans = strategies_that_fit(shape, work, free, rows=kept)
     if not plans:
-        least = Plan(shape, Work(T, work.union, rows=kept[-1]), "host")
+        least = by_size(shape, Work(T, work.union, rows=kept[-1]))[-1]
         logger.warning(
-            "MEFT: no retrieval strategy fits into the %.2f GiB that are left on the device; the smallest, 'host', "
-            "takes %.2f GiB: use a smaller batch or r.", free / 2**30, sum(least.device_bytes().values()) / 2**30,
+            "MEFT: no retrieval strategy fits into the %.2f GiB that are left on the device; the smallest, '%s', "
+            "takes %.2f GiB: use a smaller batch or r.",
+            free / 2**30, least.strategy, sum(least.device_bytes().values()) / 2**30,
         )  # fmt: skip
         return least
     if calibration is None or profile is None:

@@ -30,7 +30,7 @@ from ..table.gpu_step import ZeroCopySteps
 from ..table.moments import Moments
 from ..table.row_step import StepRule, update_rows
 from ..transport.streams import streams_of
-from ..transport.transfer import Traffic, nbytes
+from ..transport.transfer import Traffic
 from .step_time import Ceilings
 
 logger = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ class _Machine:
     @property
     def updated_bytes(self) -> int:
         """What a row update reads and writes."""
-        return nbytes(self.gradient) + self.sizes.updated * self.state.row_bytes()
+        return self.gradient.nbytes + self.sizes.updated * self.state.row_bytes()
 
     def host_rates(self) -> tuple[float, float]:
         """Bytes/s of a row update, flop/s of picking on the host."""

@@ -28,7 +28,7 @@ def strategies_that_fit(
     """
     found = []
     for strategy in STRATEGIES:
-        if STRATEGIES[strategy].serves != placement:
+        if STRATEGIES[strategy].placement != placement:
             continue
         for kept in rows:
             plan = Plan(shape, replace(work, rows=kept), strategy)
@@ -36,6 +36,12 @@ def strategies_that_fit(
                 found.append(plan)
                 break
     return found
+
+
+def by_size(shape: AdapterShape, work: Work, *, placement: str = "host") -> list[Plan]:
+    """A plan for each strategy, the one that takes least of the device last."""
+    plans = [Plan(shape, work, name) for name, strategy in STRATEGIES.items() if strategy.placement == placement]
+    return sorted(plans, key=lambda plan: sum(plan.device_bytes().values()), reverse=True)
 
 
 def largest_that_fits(fits: Callable[[int], bool], limit: int, step: int = 1) -> int:

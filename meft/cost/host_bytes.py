@@ -63,10 +63,3 @@ class HostBytes:
         s = self.plan.shape
         each = FP32 + 2 * s.master + (s.compute if s.compute < s.master else 0)
         return 2 * self.plan.step_union * (s.d * each + 2 * s.row_moments)
-
-    def of_a_step(self) -> int:
-        """All layers, on the host."""
-        if self._nothing:
-            return 0
-        stored = sum(self.drained(micro_batch) for micro_batch in range(self.plan.work.accumulation))
-        return self.plan.shape.layers * (stored + self.looked_at() + self.updated())

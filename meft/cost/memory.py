@@ -145,11 +145,3 @@ class Plan:
             for flow in self.flows()
             if to_device is None or flow.to_device == to_device
         )
-
-    def row_elements(self, *, step: bool = True) -> int:
-        """Values of rows and their gradients that cross for one layer and micro-batch, both ways.
-
-        Args:
-            step: whether what crosses once per optimizer step is counted in, as at accumulation 1.
-        """
-        return sum(flow.elements for flow in self.flows() if flow.rows and (step or flow.when != "step"))

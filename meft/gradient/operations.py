@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from peft_bridge.torch_private import schema_of
+
 from . import copies, scaling
 from .rules import by_rule
 from .scaling import PRODUCTS, SCALINGS, changes_nothing, to_scale_now
@@ -79,7 +81,7 @@ def operate(func: Any, args: Any, kwargs: Any) -> Any:
         if not left:
             return None if several else args[0]
         args = (left if several else args[0], *args[1:])
-    if func._schema.is_mutable and func not in _REPLACES:
+    if schema_of(func).is_mutable and func not in _REPLACES:
         for gradient in args[0] if several else args[:1]:
             if isinstance(gradient, StoredRows):
                 gradient.own_memory()

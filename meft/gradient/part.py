@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_bridge.torch_private import PLAIN_TORCH_FUNCTION, make_wrapper_subclass, tree_leaves, tree_map
+from peft_bridge.torch_private import PLAIN_TORCH_FUNCTION, make_wrapper_subclass, schema_of, tree_leaves, tree_map
 
 
 class PartOfGradient(torch.Tensor):
@@ -79,8 +79,9 @@ def plain(value: Any) -> Any:
 
 def written(func: Any, args: Any, kwargs: Any) -> list[Any]:
     """The arguments that an operation writes into."""
-    if not func._schema.is_mutable:
+    schema = schema_of(func)
+    if not schema.is_mutable:
         return []
-    named = dict(zip([a.name for a in func._schema.arguments], args, strict=False)) | kwargs
-    names = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    named = dict(zip([a.name for a in schema.arguments], args, strict=False)) | kwargs
+    names = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     return tree_leaves([named[name] for name in names if named.get(name) is not None])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_bridge.torch_private import tree_leaves, tree_map
+from peft_bridge.torch_private import schema_of, tree_leaves, tree_map
 
 from .part import as_part, plain, written
 from .row_rules import Touched, by_rows, is_pointwise, rows_of_whole
@@ -105,7 +105,7 @@ def _gradient(rows: Tensor, values: Tensor, *, like: StoredRows, changed: bool =
 
 def _each(func: Any, args: Any, kwargs: Any) -> list[Any] | None:
     """One of torch's `_foreach` operations, gradient by gradient."""
-    single = getattr(aten, func._schema.name.removeprefix("aten::_foreach_"))
+    single = getattr(aten, schema_of(func).name.removeprefix("aten::_foreach_"))
     lists = [value for value in (*args, *kwargs.values()) if isinstance(value, list | tuple)]
     results = []
     for i in range(len(lists[0])):
@@ -116,4 +116,4 @@ def _each(func: Any, args: Any, kwargs: Any) -> list[Any] | None:
         results.append(
             single(*single_args, **{k: v[i] if isinstance(v, list | tuple) else v for k, v in kwargs.items()})
         )
-    return None if func._schema.is_mutable else results
+    return None if schema_of(func).is_mutable else results

@@ -67,7 +67,7 @@ class OverflowWatcher(Protocol):
         """`found_inf` is set, and gradients of these tables were among the unscaled ones."""
 
 
-overflow_watchers: weakref.WeakSet[Any] = weakref.WeakSet()
+overflow_watchers: weakref.WeakSet[OverflowWatcher] = weakref.WeakSet()
 
 
 def unscale(func: Any, gradients: list[Tensor], found_inf: Tensor, inverse_scale: Tensor) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from peft_bridge.torch_private import at_end_of_backward, backward_number
+from peft_bridge.torch_private import active_ddp, at_end_of_backward, backward_number, takes_uneven_inputs
 
 from ..gradient.row_gradient import RowGradient, as_row_gradient
 from ..table.row_table import RowTable
@@ -55,9 +55,8 @@ class RankAverage:
         """
         if not dist.is_available() or not dist.is_initialized():
             return
-        ddp = DistributedDataParallel._get_active_ddp_module()
-        join = getattr(ddp, "_join_config", None)
-        if join is not None and join.enable:
+        ddp = active_ddp()
+        if takes_uneven_inputs(ddp):
             raise RuntimeError(
                 "MEFT does not support DistributedDataParallel.join(): a rank without a batch would leave out the "
                 "averages of the rows' gradients; give all ranks the same number of batches (drop_last=True)."

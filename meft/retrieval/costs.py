@@ -120,7 +120,6 @@ class Flow:
         to_device: its direction.
         when: 'forward' and 'backward' of each micro-batch, or 'step': once per optimizer step.
         elements, bytes: its size.
-        rows: whether it is made of rows or their gradients.
         ahead: whether it can cross before anybody knows the picks.
     """
 
@@ -129,18 +128,17 @@ class Flow:
     when: When
     elements: int
     bytes: int
-    rows: bool = True
     ahead: bool = False
 
 
-def to_device(what: str, when: When, elements: int, each: int, *, rows: bool = True, ahead: bool = False) -> Flow:
+def to_device(what: str, when: When, elements: int, each: int, *, ahead: bool = False) -> Flow:
     """A flow of elements of `each` bytes to the device."""
-    return Flow(what, True, when, elements, elements * each, rows, ahead)
+    return Flow(what, True, when, elements, elements * each, ahead)
 
 
-def to_host(what: str, when: When, elements: int, each: int, *, rows: bool = True) -> Flow:
+def to_host(what: str, when: When, elements: int, each: int) -> Flow:
     """A flow of elements of `each` bytes to the host."""
-    return Flow(what, False, when, elements, elements * each, rows)
+    return Flow(what, False, when, elements, elements * each)
 
 
 def gradients_to_host(shape: AdapterShape, work: Work, *, ids: bool) -> Iterator[Flow]:
@@ -151,4 +149,4 @@ def gradients_to_host(shape: AdapterShape, work: Work, *, ids: bool) -> Iterator
     """
     yield to_host("row gradients", "backward", 2 * shape.d * work.union, shape.gradient)
     if ids:
-        yield to_host("union ids", "backward", work.union, ID, rows=False)
+        yield to_host("union ids", "backward", work.union, ID)

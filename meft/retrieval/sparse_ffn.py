@@ -76,9 +76,11 @@ class SparseFFN(torch.autograd.Function):
         """
         ctx.pending, ctx.receiver, ctx.dtype, ctx.done = pending, receiver, dtype, done
         ctx.zeros = idle.new_zeros(()).expand_as(idle) if idle is not None else None
+        ctx.tables = keys, values
+        read = rows.keys, rows.values
         # Whole tables are nothing that a hook on saved tensors may copy.
-        ctx.tables, ctx.read = (keys, values), (rows.keys, rows.values) if rows.in_place else None
-        ctx.save_for_backward(x, factors, *(() if rows.in_place else (rows.keys, rows.values)))
+        ctx.read, saved = (read, ()) if rows.scores is not None else (None, read)
+        ctx.save_for_backward(x, factors, *saved)
         return output_of(x, factors, rows)
 
     @staticmethod
@@ -97,11 +99,11 @@ class SparseFFN(torch.autograd.Function):
             wanted = (needs[0], needs[3], needs[4], needs[1])
             if ctx.read is not None:
                 assert selection.picks is not None
-                picked = (selection.picks.ids, selection.picks.dots, factors, selection.inverse, len(selection.rows))
+                picked = (selection.picks.ids, selection.picks.dots, factors, selection.position, len(selection.rows))
                 found = table_ffn_backward(g, x, key_rows, value_rows, *picked, needs=wanted)
             else:
                 found = sparse_ffn_backward(
-                    g, x, key_rows, value_rows, selection.inverse, factors, needs=wanted, row_gradients=ctx.dtype
+                    g, x, key_rows, value_rows, selection.position, factors, needs=wanted, row_gradients=ctx.dtype
                 )
             dx, dkeys, dvalues, dfactors = found
             made, send = [dx, dfactors, dkeys, dvalues], ctx.receiver.send_back
@@ -118,8 +120,8 @@ def _with_graphs(ctx: Any, g: Tensor, x: Tensor, factors: Tensor | None, rows: A
     selection = ctx.pending.known
     if ctx.read is not None:
         rows = [table.detach().index_select(0, selection.host_rows) for table in rows]
-    token, column = (selection.inverse >= 0).nonzero(as_tuple=True)
-    place = selection.inverse[token, column].to(torch.int64)
+    token, column = (selection.position >= 0).nonzero(as_tuple=True)
+    place = selection.position[token, column].to(torch.int64)
     by_table = zip(ctx.tables, rows, strict=True)
     row_tensors = [RowsOf.apply(table, read, selection.host_rows, ctx.dtype) for table, read in by_table]
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import peft.peft_model
-from peft import PeftConfig
 from torch import Tensor
 
+from ..peft_private import saved_peft_type
 from .atomic_files import process_runs, sync
 
 _written_at_once: set[str] = set()
@@ -80,7 +80,7 @@ def _loading(load: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, 
         if _on_host:
             hub = {k: v for k, v in kwargs.items() if k in ("subfolder", "revision", "cache_dir", "token")}
             with suppress(ValueError):  # weights without a configuration, for an adapter that exists
-                if PeftConfig._get_peft_type(model_id, **hub) in _on_host:
+                if saved_peft_type(model_id, **hub) in _on_host:
                     device = "cpu"
         return load(model_id, device, *args, **kwargs)
 

@@ -14,6 +14,7 @@ import peft.utils.hotswap
 from torch import Tensor, nn
 
 from ..peft_private import HOTSWAP_CONFIG_KEYS, HOTSWAP_INSERT_NAME
+from ..torch_private import uncompiled
 
 Swap = Callable[[nn.Module, Any, str, Mapping[str, Tensor]], None]
 
@@ -51,8 +52,7 @@ def _swapping(swap_lora: Callable[..., Any]) -> Callable[..., Any]:
         model: Any, state_dict: Any, adapter_name: str, config: Any, parameter_prefix: str = "lora_"
     ) -> None:
         if parameter_prefix in _methods:
-            inner = getattr(model, "_orig_mod", model)  # of torch.compile
-            _methods[parameter_prefix](inner, config, adapter_name, state_dict)
+            _methods[parameter_prefix](uncompiled(model), config, adapter_name, state_dict)
         else:
             swap_lora(model, state_dict, adapter_name, config, parameter_prefix)
 

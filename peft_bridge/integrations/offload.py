@@ -20,6 +20,8 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..peft_private import UPDATE_OFFLOAD_NAME
+
 _Index = dict[str, dict[str, str]]
 _registered: set[str] = set()
 
@@ -31,14 +33,14 @@ def index_when_offloaded(prefix: str) -> None:
         prefix: of the method's tensors, e.g. "aslora_".
     """
     _registered.add(prefix)
-    module: Any = PeftModel
-    if not hasattr(module._update_offload, "_aslora_meft"):
-        module._update_offload = _updating(module._update_offload)
+    update = getattr(PeftModel, UPDATE_OFFLOAD_NAME)
+    if not hasattr(update, "_aslora_meft"):
+        setattr(PeftModel, UPDATE_OFFLOAD_NAME, _updating(update))
 
 
 def _updating(update: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(update)
-    def _update_offload(self: PeftModel, offload_index: _Index | None, *args: Any) -> Any:
+    def index(self: PeftModel, offload_index: _Index | None, *args: Any) -> Any:
         prefix = getattr(self.base_model, "prefix", None)
         if not offload_index or prefix not in _registered:
             return update(self, offload_index, *args)
@@ -46,8 +48,8 @@ def _updating(update: Callable[..., Any]) -> Callable[..., Any]:
         _add_owned(self, offload_index, f"base_model.{prefix}")
         return offload_index
 
-    _update_offload._aslora_meft = True  # type: ignore[attr-defined]
-    return _update_offload
+    index._aslora_meft = True  # type: ignore[attr-defined]
+    return index
 
 
 def _rename(model: PeftModel, index: _Index) -> None:

@@ -1,1 +1,1 @@
-"""Steps of optimizers and runs of trainers, and who is told of them."""
+"""Steps of optimizers and runs of trainers, and their listeners."""

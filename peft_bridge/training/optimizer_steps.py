@@ -23,7 +23,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from ..torch_private import foreach_norm
+from ..torch_private import foreach_norm, local_part
 
 
 class StepListener(Protocol):
@@ -172,7 +172,7 @@ def _all_finite(parameters: list[nn.Parameter]) -> bool:
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     # Of a DTensor, this rank's part. A gradient of touched rows may know its norm without a look at its values.
-    local = [getattr(g, "_local_tensor", g) for g in gradients]
+    local = [local_part(g) for g in gradients]
     finite = True
     if local:
         # On a CPU the 2-norm takes a tenth of the inf-norm's time, and it knows empty shards. If it is finite, so is

@@ -198,7 +198,7 @@ def test_the_page_names_missing_rows():
     [
         (("00000000", "00000001", "00000000"), "ASLoRA r 8 is worse than LoRA r 8"),
         (("11111111", "11111111", "11111111"), "ASLoRA r 8 is better than LoRA r 8"),
-        (("11100001", "01110001", "11110000"), "ASLoRA r 8 is not told apart from LoRA r 8"),
+        (("11100001", "01110001", "11110000"), "ASLoRA r 8 is not distinguishable from LoRA r 8"),
     ],
 )
 def test_the_sentence_follows_the_numbers(ours, said):

@@ -14,13 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from meft.transport.streams import HostStreams
 from tests.meft.test_waits import Base, activations, change
+from tests.support.tiny_meft import STRATEGIES
 
 # A look at a value, of which test_waits knows whether somebody waits for it, launches nothing either.
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "view", "_unsafe_view", "reshape", "_reshape_alias", "t"}
 FREE |= {"detach", "alias", "expand", "as_strided", "transpose", "permute", "slice", "select", "unsqueeze", "squeeze"}
 FREE |= {"split", "unbind", "lift_fresh", "is_pinned", "promote_types", "_local_scalar_dense"}
 MOST = 8
-WAYS = {name: {"retrieval": name} for name in ("host", "stream", "device-keys", "device-rows")}
+WAYS = {name: {"retrieval": name} for name in STRATEGIES}
 WAYS["resident"] = {"placement": "device"}
 
 

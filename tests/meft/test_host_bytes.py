@@ -181,7 +181,9 @@ def predicted(tiny, dtype, micro_batches, *, master=4, mode="float32"):
     union, all_rows = len(micro_batches[0]), len(torch.cat(micro_batches).unique())
     work = Work(14, union, len(micro_batches), step_union=all_rows)
     plan = Plan(shape, work, "device-rows")
-    return HostBytes(plan).of_a_step() / (2 * shape.layers * shape.d * all_rows)
+    counted = HostBytes(plan)
+    of_a_layer = sum(map(counted.drained, range(len(micro_batches)))) + counted.looked_at() + counted.updated()
+    return of_a_layer / (2 * shape.d * all_rows)
 
 
 HALF, OTHER, MIDDLE = torch.arange(24), torch.arange(24, 48), torch.arange(12, 36)

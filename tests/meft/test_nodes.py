@@ -1,11 +1,10 @@
 """Three processes on what they take for two machines; then one of them is killed in the middle of a step.
 
-They run this file as a script (`python test_nodes.py RANK FOLDER`).
+They run this file as a script.
 """
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -19,7 +18,7 @@ from meft.transport import shared_memory
 from meft.transport.node_ranks import NodeRanks
 from meft.transport.shared_memory import SharedMemory
 from tests.support import node_tasks
-from tests.support.processes import environment, once
+from tests.support.processes import once, run_together
 from tests.support.tiny_meft import Tiny
 
 pytestmark = pytest.mark.slow
@@ -46,6 +45,7 @@ def killed_in_a_step(rank):
 
 def work(rank, folder):
     torch.set_num_threads(1)
+    os.environ[shared_memory.VARIABLE] = "1"
     shared_memory.machine_of_process = lambda: "first machine" if rank < 2 else "second machine"
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD, timeout=timedelta(seconds=TIMEOUT)
@@ -61,22 +61,10 @@ def work(rank, folder):
 @pytest.fixture(scope="module")
 def folder(request):
     def run(folder):
-        command = [sys.executable, "-W", "ignore", __file__]
-        processes = [
-            subprocess.Popen(
-                [*command, str(rank), str(folder)],
-                env=environment(ASLORA_MEFT_SHARE_ROWS="1"),
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(WORLD)
-        ]
-        try:
-            said = [process.communicate(timeout=120)[1] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        assert [p.returncode for p in processes] == [0, -signal.SIGKILL, 0], "\n".join(said)
+        ranks = [((rank, folder), folder / f"rank{rank}.log") for rank in range(WORLD)]
+        ends = [0, -signal.SIGKILL, 0]
+        run_together(Path(__file__).read_text(encoding="utf-8"), ranks, 120, __file__, ends)
+        said = [output.read_text() for _, output in ranks]
         assert not any("Exception ignored" in text for text in said)  # at the interpreter's end
 
     return once(request, "ranks_of_two_nodes", run)

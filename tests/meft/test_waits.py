@@ -13,8 +13,9 @@ from meft.table.row_table import RowTable
 from meft.transport.streams import CudaStreams, HostStreams, _Stream
 from tests.support.fake_cuda import FakeCuda
 from tests.support.near_device import THERE, BlockingError, Near, NearDevice
+from tests.support.tiny_meft import STRATEGIES
 
-WAYS = {name: {"retrieval": name} for name in ("host", "stream", "device-keys", "device-rows")}
+WAYS = {name: {"retrieval": name} for name in STRATEGIES}
 WAYS["resident"] = {"placement": "device"}
 TOKENS = 24
 

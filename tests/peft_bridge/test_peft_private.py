@@ -1,7 +1,8 @@
 """What `peft_bridge.peft_private` takes from PEFT without its documentation."""
 
 import peft.utils.hotswap
-from peft import LoraConfig, get_peft_model
+import pytest
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PretrainedConfig
@@ -13,6 +14,7 @@ from peft_bridge.peft_private import (
     in_out_features,
     is_key_under_prefixes,
     lora_refuses,
+    saved_peft_type,
     set_layer_requires_grad,
     tuner_state_dict_key_prefixes,
 )
@@ -46,6 +48,18 @@ def test_adapters_of_a_layer():
     model.add_adapter("second", LoraConfig(r=2, target_modules=["up", "down"]))
     assert adapters_of(model.base_model.model.up) == {"default", "second"}
     assert adapters_of(model.base_model.model.down) == {"second"}
+
+
+def test_the_type_of_a_saved_adapter(tmp_path):
+    with pytest.raises(ValueError, match="config"):
+        saved_peft_type(tmp_path / "none")
+    LoraConfig().save_pretrained(tmp_path)
+    assert saved_peft_type(tmp_path) == "LORA"
+
+
+def test_loading_an_offloaded_model_looks_the_index_up_in_the_class():
+    assert callable(getattr(PeftModel, peft_private.UPDATE_OFFLOAD_NAME))
+    assert peft_private.UPDATE_OFFLOAD_NAME in PeftModel.load_adapter.__code__.co_names
 
 
 def test_keys_of_adapted_layers():

@@ -15,6 +15,8 @@ from peft_bridge.torch_private import (
     PLAIN_TORCH_FUNCTION,
     SET_DATA,
     TorchDispatchMode,
+    active_ddp,
+    all_overloads,
     at_end_of_backward,
     backward_number,
     become,
@@ -22,18 +24,23 @@ from peft_bridge.torch_private import (
     graph_kept,
     has_cuda_context,
     has_tangent,
+    hooks_before,
     is_batched,
     is_parameter,
     is_profiling,
     is_transformed,
+    local_part,
     make_wrapper_subclass,
     other_users,
     saved_tensors_hooked,
+    schema_of,
     storage_address,
+    takes_uneven_inputs,
     timeout_of,
     tree_leaves,
     tree_map,
     tree_map_only,
+    uncompiled,
 )
 
 SHARING = {
@@ -194,6 +201,47 @@ def test_functions_over_nested_arguments():
     assert tree_map(lambda leaf: [leaf], given) == {"a": [[1], ([2.5], [None])], "b": [3]}
     assert tree_leaves(given) == [1, 2.5, None, 3]
     assert tree_map_only(int, lambda leaf: -leaf, given) == {"a": [-1, (2.5, None)], "b": -3}
+
+
+def test_what_an_operation_writes_into_shows():
+    add, add_ = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
+    assert [schema_of(operation).is_mutable for operation in (add, add_)] == [False, True]
+    assert [argument.name for argument in schema_of(add_).arguments] == ["self", "other", "alpha"]
+    assert all_overloads(add) is torch.ops.aten.add
+
+
+def test_a_compiled_module_and_the_hooks_of_a_module():
+    module, hook = nn.Linear(2, 2), lambda *_: None
+    module.register_forward_pre_hook(hook)
+    assert uncompiled(torch.compile(module, backend="eager")) is module is uncompiled(module)
+    assert hooks_before(module) == [hook]
+
+
+def test_ddp_shows_while_it_runs():
+    class Net(nn.Linear):
+        def forward(self, x):
+            seen.append((active_ddp(), takes_uneven_inputs(active_ddp())))
+            return super().forward(x)
+
+    seen = []
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        ddp = nn.parallel.DistributedDataParallel(Net(2, 2))
+        ddp(torch.ones(2))
+        with ddp.join():
+            ddp(torch.ones(2))
+        part = torch.distributed.tensor.distribute_tensor(
+            torch.ones(2), torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        )
+        assert type(local_part(part)) is torch.Tensor
+    finally:
+        torch.distributed.destroy_process_group()
+    assert seen == [(ddp, False), (ddp, True)]
+    assert active_ddp() is None
+    assert not takes_uneven_inputs(None)
+    whole = torch.ones(2)
+    assert local_part(whole) is whole
 
 
 def test_a_dispatch_mode_sees_each_operation():

@@ -7,10 +7,12 @@ order nothing for certain, the second come by chance.
 What others queue without waiting (`non_blocking=True`: torch's GradScaler brings its scale and its flag to the host so)
 is done by the computation, whichever memory it is in. All else that they do with gradients and rows in host memory
 (autograd that adds them up, clipping, unscaling, an optimizer, an average of the parameters) the calling thread does.
-A hand-over can be dropped: it is made but not counted, so that a race is found if nothing else gives its order.
+A hand-over can be dropped from what was noted: it does not count, so that a race is found if nothing else gives its
+order.
 """
 
 import functools
+import itertools
 import queue
 import sys
 import threading
@@ -39,7 +41,7 @@ HOST_FILES = {
 }  # fmt: skip
 HOST_FILES |= {"row_gradient.py", "accumulator.py", "offload_ring.py", "steps.py"}
 HOST_FILES |= {"host_tensors.py", "transfer.py", "pool.py", "drain.py"}
-LANES = ("inbound", "outbound", "updating")
+STREAMS = ("inbound", "outbound", "updating")
 ALLOCATIONS = ("aten::empty", "aten::zeros", "aten::ones", "aten::full", "aten::arange", "aten::new_", "aten::scalar")
 
 aten = torch.ops.aten
@@ -66,7 +68,7 @@ def engine_file(path):
 class State:
     """Who has touched a storage: its last write, and the last read of each actor since."""
 
-    def __init__(self, host, home="computation"):
+    def __init__(self, host, home):
         self.host, self.home = host, home  # whose memory it is, of the device's
         self.write = None
         self.reads = {}
@@ -74,60 +76,37 @@ class State:
         self.given = set()  # actors that the allocator was told of
 
 
-class Watch:
-    """Clocks, storages and what was found.
+class Order:
+    """Vector clocks, storages and the races that they show.
 
     Args:
         dropped: (kind, function of the engine) of hand-overs that do not count.
     """
 
     def __init__(self, dropped=()):
-        self.dropped, self.seen, self.races = set(dropped), set(), {}
+        self.dropped, self.races = set(dropped), {}
         self.clocks = defaultdict(lambda: defaultdict(int))
-        self.states = {}
-        self.lock = threading.RLock()
-        self.main = threading.get_ident()
-        self.doing = threading.local()  # the stream whose work a thread is doing
-
-    # ---------------------------------------------------------------- order
-
-    def thread(self):
-        return f"thread {threading.get_ident()}" if threading.get_ident() != self.main else "launching thread"
+        self.stamps, self.states = [], {}
 
     def stamp(self, actor):
-        with self.lock:
-            self.clocks[actor][actor] += 1
-            return dict(self.clocks[actor])
-
-    def order(self, actor, stamp, kind=None, where=None):
-        """What `actor` does from now on comes after the stamp."""
-        with self.lock:
-            if kind is not None:
-                self.seen.add((kind, where))
-                if (kind, where) in self.dropped:
-                    return
-            for other, time in stamp.items():
-                self.clocks[actor][other] = max(self.clocks[actor][other], time)
-
-    # ---------------------------------------------------------------- accesses
-
-    def state(self, storage, host):
-        key = storage._cdata
-        if key not in self.states:
-            self.states[key] = State(host)
-            weakref.finalize(storage, self.freed, key).atexit = False
-        return self.states[key]
-
-    def freed(self, key):
-        """Its memory goes to whatever its home, the computation or a stream, allocates next."""
-        with self.lock:
-            state = self.states.pop(key)
-            for actor, (time, where) in state.by_others.items():
-                if actor not in state.given and not state.host and self.clocks[state.home][actor] < time:
-                    self.races[("freed", where)] = f"memory is freed while {actor} may use it ({where})"
-
-    def touch(self, state, actor, writes, where):
+        """A point in the actor's time; its number."""
         clock = self.clocks[actor]
+        clock[actor] += 1
+        self.stamps.append(dict(clock))
+        return len(self.stamps) - 1
+
+    def order(self, actor, stamp, hand_over=None):
+        """What `actor` does from now on comes after the stamp."""
+        if hand_over not in self.dropped:
+            clock = self.clocks[actor]
+            for other, time in self.stamps[stamp].items():
+                clock[other] = max(clock[other], time)
+
+    def made(self, key, host, home="computation"):
+        self.states[key] = State(host, home)
+
+    def touch(self, key, actor, writes, where):
+        clock, state = self.clocks[actor], self.states[key]
         others = [state.write, *(state.reads.values() if writes else ())]
         for other in others:
             if other is not None and other[0] != actor and clock[other[0]] < other[1]:
@@ -138,8 +117,85 @@ class Watch:
             state.write, state.reads = mine, {}
         else:
             state.reads[actor] = mine
-        if actor != state.home and actor in (*LANES, "computation"):
+        if actor != state.home and actor in (*STREAMS, "computation"):
             state.by_others[actor] = (clock[actor], where)
+
+    def give(self, key, actor, hand_over):
+        """The allocator is told that an actor uses it."""
+        if hand_over not in self.dropped:
+            self.states[key].given.add(actor)
+
+    def at_home(self, key, actor, where):
+        """It is in host memory, and nobody else has it."""
+        state = self.states[key]
+        state.host, state.write, state.reads = True, None, {}
+        self.touch(key, actor, True, where)
+
+    def free(self, key):
+        """Its memory goes to whatever its home, the computation or a stream, allocates next."""
+        state = self.states.pop(key)
+        for actor, (time, where) in state.by_others.items():
+            if actor not in state.given and not state.host and self.clocks[state.home][actor] < time:
+                self.races[("freed", where)] = f"memory is freed while {actor} may use it ({where})"
+
+
+class Watch:
+    """What has happened, in an order in which it did, and whether it was ordered."""
+
+    def __init__(self):
+        self.seen, self.events, self.now = set(), [], Order()
+        self.numbers, self.made = {}, itertools.count()  # storage -> its number of all that there were
+        self.lock = threading.RLock()
+        self.main = threading.get_ident()
+        self.doing = threading.local()  # the stream whose work a thread is doing
+
+    @property
+    def races(self):
+        return self.now.races
+
+    def races_without(self, *dropped):
+        """Those of the same events where hand-overs do not count, up to the first."""
+        order = Order(dropped)
+        for name, arguments in self.events:
+            getattr(order, name)(*arguments)
+            if order.races:
+                break
+        return order.races
+
+    def note(self, name, *arguments):
+        with self.lock:
+            self.events.append((name, arguments))
+            return getattr(self.now, name)(*arguments)
+
+    # ---------------------------------------------------------------- order
+
+    def thread(self):
+        return f"thread {threading.get_ident()}" if threading.get_ident() != self.main else "launching thread"
+
+    def stamp(self, actor):
+        return self.note("stamp", actor)
+
+    def order(self, actor, stamp, kind=None, where=None):
+        if kind is None:
+            self.note("order", actor, stamp)
+        else:
+            self.seen.add((kind, where))
+            self.note("order", actor, stamp, (kind, where))
+
+    # ---------------------------------------------------------------- accesses
+
+    def key(self, storage, *host_and_home):
+        """The number of a storage; of a new one, whose memory it is."""
+        with self.lock:
+            if (key := self.numbers.get(storage._cdata)) is None:
+                key = self.numbers[storage._cdata] = next(self.made)
+                self.note("made", key, *host_and_home)
+                weakref.finalize(storage, self.freed, storage._cdata).atexit = False
+        return key
+
+    def freed(self, address):
+        with self.lock:
+            self.note("free", self.numbers.pop(address))
 
     def accesses(self, reads, writes, made, where, host_made, queued=False):
         """An operation of the calling thread.
@@ -165,20 +221,22 @@ class Watch:
                 for tensor in tensors:
                     storage = tensor.untyped_storage()
                     if storage.nbytes() and (tensors is not made or storage._cdata not in old):
-                        state = self.state(storage, host_made or actors[0] == actors[1])
-                        self.touch(state, host_actor if state.host else actors[1], kind, where)
+                        key = self.key(storage, host_made or actors[0] == actors[1])
+                        host = self.now.states[key].host
+                        self.note("touch", key, host_actor if host else actors[1], kind, where)
 
     def uses(self, actor, tensors, where):
         """The allocator is told that an actor uses these."""
         with self.lock:
             for i, tensor in enumerate(tensors):
-                self.seen.add(("uses", f"{where} {i}"))
-                if tensor.untyped_storage().nbytes() and ("uses", f"{where} {i}") not in self.dropped:
-                    self.state(tensor.untyped_storage(), False).given.add(actor)
+                hand_over = ("uses", f"{where} {i}")
+                self.seen.add(hand_over)
+                if tensor.untyped_storage().nbytes():
+                    self.note("give", self.key(tensor.untyped_storage(), False), actor, hand_over)
 
     def is_host(self, tensor):
-        state = self.states.get(tensor.untyped_storage()._cdata)
-        return state is not None and state.host
+        key = self.numbers.get(tensor.untyped_storage()._cdata)
+        return key is not None and self.now.states[key].host
 
     def at_home(self, *tensors):
         """These are in host memory, brought there by the calling thread, which waited."""
@@ -186,9 +244,7 @@ class Watch:
             self.stamp(self.thread())
             for tensor in tensors:
                 if tensor is not None and tensor.untyped_storage().nbytes():
-                    state = self.state(tensor.untyped_storage(), True)
-                    state.host, state.write, state.reads = True, None, {}
-                    self.touch(state, self.thread(), True, caller()[1])
+                    self.note("at_home", self.key(tensor.untyped_storage(), True), self.thread(), caller()[1])
 
 
 @functools.cache
@@ -278,17 +334,16 @@ class CopyStream:
             watch.order(self.name, watch.stamp(watch.thread()))
             made = torch.empty(shape, dtype=dtype)
             if made.untyped_storage().nbytes():
-                state = watch.state(made.untyped_storage(), False)
-                state.home = self.name
+                key = watch.key(made.untyped_storage(), False, self.name)
                 watch.stamp(self.name)
-                watch.touch(state, self.name, True, caller()[1])
+                watch.note("touch", key, self.name, True, caller()[1])
         return made
 
 
 class WatchedStreams:
     def __init__(self, watch):
         self.watch, self.device = watch, torch.device("cpu")
-        self.inbound, self.outbound, self.updating = (CopyStream(watch, name) for name in LANES)
+        self.inbound, self.outbound, self.updating = (CopyStream(watch, name) for name in STREAMS)
 
     def record_event(self):
         self.watch.order("computation", self.watch.stamp(self.watch.thread()))
@@ -337,9 +392,9 @@ class Slots(queue.Queue):
 
 
 @contextmanager
-def watched(monkeypatch, dropped=()):
+def watched(monkeypatch):
     """Note what happens inside of the block; what runs before it must be over."""
-    watch = Watch(dropped)
+    watch = Watch()
     submit, result, update = ThreadPoolExecutor.submit, Future.result, meft.table.row_step._call
     drain = meft.gradient.offload_ring.drain
 

@@ -11,7 +11,7 @@ from meft.routing.reference import reference
 from tests.support.models import llama
 from tests.support.training import adamw, assert_equal, tokens, trainable
 
-STRATEGIES = ["host", "stream", "device-keys", "device-rows"]
+STRATEGIES = list(MEFTConfig.choices["retrieval"][1:])
 ROWS = ["save", "refetch"]  # for the backward pass
 
 

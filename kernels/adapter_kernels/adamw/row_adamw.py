@@ -32,10 +32,7 @@ from torch import Tensor
 from ..rows.gather_rows import require_reachable, zero_copy
 from ..runtime import dispatch
 from . import row_adamw_torch, row_adamw_triton
-from .row_adamw_triton import variants
 from .row_state import RowState, StepRule
-
-__all__ = ["row_adamw", "variants"]
 
 
 @torch.library.custom_op("adapter_kernels::row_adamw", mutates_args=RowState._fields)

@@ -11,9 +11,6 @@ import torch
 # What a kernel takes by keyword: its block sizes, num_warps, num_stages.
 Config = dict[str, int]
 
-# Compute capabilities with entries of their own in some table; anything else runs the default.
-CAPABILITIES = (80, 86, 89, 90)
-
 _tables: dict[str, Table] = {}
 _overrides: dict[str, Config] = {}
 

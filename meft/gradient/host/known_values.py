@@ -18,8 +18,8 @@ _LEAST, _MOST = 2.0**-80, float(torch.finfo(torch.float32).max)
 class KnownValues:
     """The sum of the squares of values [n, d], float32; that it is finite says that all of them are.
 
-    Who writes into the values or a view of them is told by torch's version counter, who gets hold of the memory in a
-    way that it does not count (`.data`, an array) by `watched_rows`; operations on the gradient itself call `forget`.
+    torch's version counter notices who writes into the values or a view of them, `watched_rows` who gets hold of the
+    memory in a way that it does not count (`.data`, an array). Operations on the gradient itself call `forget`.
 
     Args:
         earlier: what was known of other values in the same memory.

@@ -13,14 +13,19 @@ from .in_place import InPlace
 from .resident import Resident, capturing
 from .stream import Stream
 
-__all__ = ["DEVICE_STRATEGIES", "STRATEGIES", "Strategy", "capturing", "strategy_name"]
+__all__ = ["DEVICE_STRATEGIES", "STRATEGIES", "UNKNOWN_DEVICE", "Strategy", "capturing", "strategy_name"]
 
-# In order of preference, as far as their parts on the device fit.
+# In order of preference, as far as their parts on the device fit. This is the only list of them.
 STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy for strategy in (Resident, DeviceRows, DeviceKeys, Stream, Host, InPlace)
 }
 # Those for a model on a device.
-DEVICE_STRATEGIES = tuple(name for name, strategy in STRATEGIES.items() if strategy.serves is not None)
+DEVICE_STRATEGIES = tuple(name for name, strategy in STRATEGIES.items() if strategy.placement is not None)
+UNKNOWN_DEVICE = Stream.name  # what is planned where nobody has said how much memory the device has
+# Those that can be asked for, the one with the least on the device first.
+MEFTConfig.choices["retrieval"] += tuple(
+    strategy.name for strategy in reversed(STRATEGIES.values()) if strategy.placement == "host"
+)
 
 
 def strategy_name(config: MEFTConfig, device: torch.device, *, apart: bool = False) -> str | None:

@@ -39,7 +39,9 @@ def test_forward_and_backward(fenced, dtype, T, d, U, K, layout):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("d", "layout", "factor"), [(32, "contiguous", True), (24, "strided", False)], ids=["factor", "odd rows, no factor"]
+    ("d", "layout", "factor"),
+    [(32, "contiguous", True), (24, "strided", False)],
+    ids=["factor", "unaligned, no factor"],
 )
 def test_row_gradients_in_float32(fenced, dtype, d, layout, factor):
     check_wide_row_gradients("triton", Case(256, d, 9, 9, dtype, layout=layout, factor=factor))

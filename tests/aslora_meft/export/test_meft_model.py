@@ -129,9 +129,10 @@ def test_new_tokens_go_along(tmp_path):
     assert (logits(served(tmp_path / "model"), ids) - logits(model, ids)).abs().max() < 1e-5
 
 
-def test_large_models_lie_in_several_files(tmp_path):
+def test_large_models_lie_in_several_files(tmp_path, monkeypatch):
     _, whole = exported(tmp_path)
-    export_model(tmp_path / "adapter", tmp_path / "shards", shard_bytes=20_000)
+    monkeypatch.setattr("aslora_meft.export.shards.SHARD_BYTES", 20_000)
+    export_model(tmp_path / "adapter", tmp_path / "shards")
     files = sorted((tmp_path / "shards").glob("*.safetensors"))
     assert len(files) > 2
     assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
