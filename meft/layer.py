@@ -89,6 +89,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
                 compute_dtype=compute_dtype,
                 on_host=config.on_host,
                 pin=config.pin_memory,
+                mode=config.row_rule.moments,
                 device=made_on,
             )
             for _ in range(2)
