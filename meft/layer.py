@@ -78,10 +78,9 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         empty = base_device.type == "meta" and torch.get_default_device().type == "meta"
         made_on = "meta" if empty else "cpu"
         master = getattr(torch, config.master_dtype)
+        compute_dtype = base_dtype if base_dtype.itemsize < master.itemsize else master
         if config.row_dtype != "auto":
             compute_dtype = getattr(torch, config.row_dtype)
-        else:
-            compute_dtype = base_dtype if base_dtype.itemsize < master.itemsize else master
         tables = [
             RowTable(
                 (config.r, self.in_features),
