@@ -78,19 +78,13 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         empty = base_device.type == "meta" and torch.get_default_device().type == "meta"
         made_on = "meta" if empty else "cpu"
         master = getattr(torch, config.master_dtype)
-        compute_dtype = base_dtype if base_dtype.itemsize < master.itemsize else master
         if config.row_dtype != "auto":
             compute_dtype = getattr(torch, config.row_dtype)
+        else:
+            compute_dtype = base_dtype if base_dtype.itemsize < master.itemsize else master
+        kept: dict[str, Any] = {"on_host": config.on_host, "pin": config.pin_memory, "mode": config.row_rule.moments}
         tables = [
-            RowTable(
-                (config.r, self.in_features),
-                master=master,
-                compute_dtype=compute_dtype,
-                on_host=config.on_host,
-                pin=config.pin_memory,
-                mode=config.row_rule.moments,
-                device=made_on,
-            )
+            RowTable((config.r, self.in_features), master=master, compute_dtype=compute_dtype, device=made_on, **kept)
             for _ in range(2)
         ]
         router = Router(config.experts, self.in_features, torch.promote_types(base_dtype, torch.float32), made_on)
