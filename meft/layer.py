@@ -82,15 +82,9 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             compute_dtype = getattr(torch, config.row_dtype)
         else:
             compute_dtype = base_dtype if base_dtype.itemsize < master.itemsize else master
+        kept: dict[str, Any] = {"on_host": config.on_host, "pin": config.pin_memory, "mode": config.row_rule.moments}
         tables = [
-            RowTable(
-                (config.r, self.in_features),
-                master=master,
-                compute_dtype=compute_dtype,
-                on_host=config.on_host,
-                pin=config.pin_memory,
-                device=made_on,
-            )
+            RowTable((config.r, self.in_features), master=master, compute_dtype=compute_dtype, device=made_on, **kept)
             for _ in range(2)
         ]
         router = Router(config.experts, self.in_features, torch.promote_types(base_dtype, torch.float32), made_on)

@@ -66,5 +66,5 @@ class HostBytes:
     def updated(self) -> int:
         """Of a step's update, wherever it is: gradient, master, both moments and the narrower copy."""
         s = self.plan.shape
-        each = FP32 + 2 * s.master + 4 * s.moment + (s.compute if s.compute < s.master else 0)
-        return 2 * s.d * self.stepped * each
+        each = FP32 + 2 * s.master + (s.compute if s.compute < s.master else 0)
+        return 2 * self.stepped * (s.d * each + 2 * s.row_moments)

@@ -92,7 +92,8 @@ class ZeroCopySteps:
         """
         # The thread that updates has a current device of its own.
         with dispatch.device_guard(self._device):
-            if state.table.dtype == torch.float64 or not self._reaches(state):  # the kernel has no float64
+            unsupported = state.table.dtype == torch.float64 or state.mode != "float32"  # of the kernel
+            if unsupported or not self._reaches(state):
                 update_rows(state, rows, grads, rule, seed=seed, factors=factors)
                 return
 

@@ -50,7 +50,8 @@ class RowTable(SharedRows):
 
     Attributes:
         rows: the masters, a parameter [r, d]: what an optimizer holds and what is saved.
-        seed: of the stochastic rounding of bfloat16 masters.
+        seed: of the stochastic rounding.
+        mode: how the optimizer's moments are kept, see `adapter_kernels.adamw.moment_layout`.
         restored: moments that were loaded without their optimizer; the next one that steps the table takes them.
         claimed_by: the `RowAdamW` that holds the table.
         step: steps its touched rows, as `update_rows`.
@@ -70,12 +71,13 @@ class RowTable(SharedRows):
         compute_dtype: torch.dtype,
         on_host: bool,
         pin: bool,
+        mode: str = "float32",
         device: str = "cpu",
     ):
         in_host_memory = on_host and device == "cpu"
         values = host_zeros(shape, master) if in_host_memory else torch.empty(shape, dtype=master, device=device)
         super().__init__(values, read_as=compute_dtype, on_host=on_host)
-        self.pin = pin
+        self.pin, self.mode = pin, mode
         self.seed = 0
         self.restored: RowMoments | None = None
 
@@ -123,7 +125,9 @@ class RowTable(SharedRows):
         """
         self.synchronize()
         fresh = self.node.moments if self.node is not None and self.node.unused else None
-        entry = moments_of(optimizer, self.rows, synchronize=self.synchronize, loaded=self.restored, fresh=fresh)
+        entry = moments_of(
+            optimizer, self.rows, mode=self.mode, synchronize=self.synchronize, loaded=self.restored, fresh=fresh
+        )
         self.restored, self._stepped_with = None, entry
         return entry
 
