@@ -27,6 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+import transformers
 
 from benchmarks.aslora_classify import report
 from benchmarks.aslora_classify.data import DataError, Splits, load_splits
@@ -131,6 +132,8 @@ _runs: Runs  # of a worker process
 def _begin(settings: Path, out: Path, data: Path, device: str, threads: int) -> None:
     global _runs
     torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()  # it says of each run that the classifier is new
+    transformers.logging.disable_progress_bar()
     _runs = Runs(read_settings(settings), Rows(out), data, device)
 
 

@@ -69,7 +69,7 @@ class Page:
             f"are a factor of 2 apart, and a lower and a higher one were tried. The {n} reported seeds are others.",
             "",
             "The gain is by how much the first method is better than the second, paired by seed, with its 95 %",
-            f"interval, which is not corrected. Better and worse: p < {LEVEL}, by a two-sided t test with one degree of",
+            f"interval, which is not corrected. Better and worse: p < {LEVEL} in a two-sided t test with one degree of",
             f"freedom less than seeds, after Holm's correction for all {count} comparisons of the list, which was",
             f"committed before the runs. Equivalent: the interval lies within the margin ({self._margins()}).",
             "Contradicted: it excludes a gain as large as the margin.",

@@ -60,9 +60,6 @@ def test_rates_are_tried_until_the_best_lies_inside(best, asked):
 
 
 def test_rates_that_must_not_be_taken_only_bound_the_others():
-    assert (
-        protocol.choose_rate(lambda rate: math.inf if rate > 0.001 else rate, RATES) < 0.001 / 2**11
-    )  # falls for ever
     assert protocol.choose_rate(lambda rate: math.inf if rate > 0.0005 else -rate, RATES) == 0.0005
     with pytest.raises(RuntimeError, match="No learning rate"):
         protocol.choose_rate(lambda rate: math.inf, RATES)
@@ -150,7 +147,7 @@ AB = Comparison("t", "loss", "A", "B")
         ((0.10, 0.11, 0.09, 0.10), "better"),
         ((-0.10, -0.11, -0.09, -0.10), "worse"),
         ((0.006, 0.007, 0.004, -0.001), "equivalent"),
-        ((0.01, -0.03, 0.005, -0.02), "contradicted"),
+        ((0.006, -0.03, 0.001, -0.03), "contradicted"),
         ((0.08, -0.03, 0.04, -0.02), "undecided"),
         ((0.10, 0.11, 0.09), "not measured"),
     ],
@@ -193,7 +190,7 @@ BETTER, AS_GOOD = Claim("c", "better", (("A", "B"),)), Claim("c", "not worse", (
         ((-0.10, -0.11, -0.09, -0.10), "contradicted", "contradicted"),
         ((0.006, 0.007, 0.004, -0.001), "contradicted", "supported"),
         ((-0.006, -0.007, -0.006, -0.007), "contradicted", "supported"),  # worse, but by less than the margin
-        ((0.01, -0.03, 0.005, -0.02), "contradicted", "undecided"),
+        ((0.006, -0.03, 0.001, -0.03), "contradicted", "undecided"),
         ((0.08, -0.03, 0.04, -0.02), "undecided", "undecided"),
         ((), "not measured", "not measured"),
     ],
