@@ -11,7 +11,7 @@ import pytest
 import transformers as tr
 
 from benchmarks.aslora_classify import __main__ as bench
-from benchmarks.aslora_classify import data, methods, reviews, training
+from benchmarks.aslora_classify import data, methods, reviews, runs, training
 from benchmarks.aslora_classify.methods import Method
 from benchmarks.aslora_classify.report import Page
 from benchmarks.common.comparisons import read_list
@@ -52,10 +52,12 @@ def place(tmp_path_factory):
 
 
 def row_of(place, sharing, seed=5, rate=0.05, **config):
-    settings = bench.read_settings(place / "tiny.json")
-    runs = bench.Runs(settings, Rows(place / "unused.json"), place, "cpu")
+    settings = runs.read_settings(place / "tiny.json")
+    made_runs = runs.Runs(settings, Rows(place / "unused.json"), place, "cpu")
     method = Method("m", 1, "ASLORA", ASLORA["config"] | config, sharing)
-    return training.run_row(settings.setup, TASK, method, rate, seed, runs.splits["films"], "test", runs.pad, "cpu")
+    return training.run_row(
+        settings.setup, TASK, method, rate, seed, made_runs.splits["films"], "test", made_runs.pad, "cpu"
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,8 +97,8 @@ def test_the_program_makes_its_rows_once_and_a_page(place, tmp_path, monkeypatch
     out = tmp_path / "rows.json"
     monkeypatch.setattr(bench, "run_all", inline)
     # Eight steps of a tiny random model say nothing of rates, nor of divergence.
-    monkeypatch.setattr(bench, "run_method", without_search)
-    monkeypatch.setattr(bench, "diverged", lambda row: False)
+    monkeypatch.setattr(runs, "run_method", without_search)
+    monkeypatch.setattr(runs, "diverged", lambda row: False)
     arguments = ["x", "--data", str(place), "--settings", str(place / "tiny.json"), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", [*arguments, "--rows", "ASLoRA"])
     assert bench.main() == 0
@@ -118,8 +120,8 @@ def test_the_program_makes_its_rows_once_and_a_page(place, tmp_path, monkeypatch
 
 
 def inline(jobs, processes, arguments):
-    bench._begin(*arguments)
-    return [said for job in jobs if (said := bench._run(*job)) is not None]
+    runs.begin(*arguments)
+    return [said for job in jobs if (said := runs.run_job(*job)) is not None]
 
 
 def without_search(once, protocol):
@@ -135,14 +137,14 @@ def test_a_run_that_diverged_is_kept_as_such_and_not_made_again(place, tmp_path,
         numbers = dict.fromkeys(("accuracy", "loss", "values_start", "values_end", "seconds", "cpu_seconds"), 1)
         return numbers | {"first_train_loss": 1.0, "last_train_loss": None}
 
-    monkeypatch.setattr(bench, "run_row", run_row)
-    settings = bench.read_settings(place / "tiny.json")
-    runs = bench.Runs(settings, Rows(tmp_path / "rows.json"), place, "cpu")
+    monkeypatch.setattr(runs, "run_row", run_row)
+    settings = runs.read_settings(place / "tiny.json")
+    made_runs = runs.Runs(settings, Rows(tmp_path / "rows.json"), place, "cpu")
     for _ in range(2):
-        assert runs.once(TASK, settings.methods[0], 0.05, 5, "test")["split"] == "diverged"
+        assert made_runs.once(TASK, settings.methods[0], 0.05, 5, "test")["split"] == "diverged"
     assert len(made) == 1
     page = Page(read_list(settings.comparisons), [TASK.name], ["LoRA", "ASLoRA"], settings.protocol, "tiny")
-    text = page.text(runs.rows.read())
+    text = page.text(made_runs.rows.read())
     assert "| LoRA | not measured | | | | | | 1 | |" in text
     assert "| ASLoRA against LoRA | loss | | | | | diverged |" in text
 
@@ -215,7 +217,7 @@ def test_reviews_come_out_of_the_source_distribution(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["settings", "quick"])
 def test_the_committed_list_names_what_the_settings_run(name):
-    settings = bench.read_settings(bench.HERE / f"{name}.json")
+    settings = runs.read_settings(bench.HERE / f"{name}.json")
     listed = read_list(settings.comparisons)
     names = {method.name for method in settings.methods}
     assert {name for pair in listed.pairs for name in pair} <= names
@@ -234,7 +236,7 @@ def test_blocks_are_of_nearly_equal_sizes():
 
 def test_a_page_of_complete_rows():
     """The sentence of each comparison, with its interval and degrees of freedom, and a rate that was chosen."""
-    settings = bench.read_settings(bench.HERE / "quick.json")
+    settings = runs.read_settings(bench.HERE / "quick.json")
     task, seeds = settings.tasks[0].name, (1, 2, 3, 4)
     protocol = replace(settings.protocol, seeds=seeds)
     listed = replace(read_list(settings.comparisons), pairs=(("ASLoRA r 8", "LoRA r 8"),), claims=())
