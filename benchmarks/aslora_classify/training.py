@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from benchmarks.aslora_classify.data import Example, Splits, batches, collate
 from benchmarks.aslora_classify.methods import Method, described
-from benchmarks.common.protocol import train, warmup_steps
+from benchmarks.common.protocol import ends, train, warmup_steps
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,10 @@ def run_row(
     with method.distances(seed):
         trained = train([one for one in model.parameters() if one.requires_grad], losses(), rate, steps)
     accuracy, loss = score(model, splits.valid if on == "valid" else splits.test, pad, device)
-    numbers = {"loss": loss, "first_train_loss": trained[0], "last_train_loss": trained[-1]}
     return {
         "accuracy": accuracy,
-        **{name: value if math.isfinite(value) else None for name, value in numbers.items()},  # as JSON has no nan
+        "loss": loss if math.isfinite(loss) else None,
+        **ends(trained),
         **described(model),
         "seconds": round(time.perf_counter() - began, 1),
         "cpu_seconds": round(time.process_time() - began_cpu, 1),

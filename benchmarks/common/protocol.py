@@ -3,8 +3,8 @@
 A method's learning rate is the one with the smallest mean loss on validation data over the tuning seeds. The rates
 tried are a factor of 2 apart, and more are tried until the best lies inside. With this rate the method is then trained
 once for each reported seed, none of which is a tuning seed. Gradients are clipped; the rate rises, then falls linearly.
-A run whose last training loss exceeds its first has diverged: its rate is given up, the run stays in the file and is
-counted, and the method gets the best of the other rates.
+A run whose last training loss, the mean over a tenth of its steps, exceeds its first has diverged: its rate is given
+up, the run stays in the file and is counted, and the method gets the best of the other rates.
 """
 
 import math
@@ -63,10 +63,20 @@ def train(parameters: Sequence[torch.nn.Parameter], losses: Iterable[torch.Tenso
     return values
 
 
+def ends(losses: Sequence[float]) -> dict[str, float | None]:
+    """What a row keeps of the training losses: the first, and the mean over the last tenth, as one batch says little.
+
+    None stands for inf and nan, which JSON does not have.
+    """
+    last = losses[-math.ceil(len(losses) / 10) :]
+    numbers = {"first_train_loss": losses[0], "last_train_loss": mean(last)}
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+
+
 def diverged(row: dict) -> bool:
-    """Whether a run ended with a higher training loss than it began with, or with none (inf and nan are None)."""
+    """Whether a run ended with a higher training loss than it began with, or with none."""
     first, last = row["first_train_loss"], row["last_train_loss"]
-    return first is None or last is None or not last <= first
+    return first is None or last is None or row["loss"] is None or last > first
 
 
 def choose_rate(loss: Callable[[float], float], rates: Sequence[float]) -> float:

@@ -71,6 +71,13 @@ def made(loss, last=0.5):
     return {"loss": loss, "first_train_loss": 1.0, "last_train_loss": last}
 
 
+def test_a_row_keeps_the_first_loss_and_the_mean_of_the_last_tenth():
+    losses = [2.0, *[9.0] * 17, 1.0, 0.5]
+    assert protocol.ends(losses) == {"first_train_loss": 2.0, "last_train_loss": 0.75}
+    assert protocol.ends([*losses, math.nan]) == {"first_train_loss": 2.0, "last_train_loss": None}
+    assert protocol.ends([2.0]) == {"first_train_loss": 2.0, "last_train_loss": 2.0}
+
+
 @pytest.mark.parametrize(("last", "ended"), [(0.5, False), (1.0, False), (1.1, True), (None, True)])
 def test_a_run_that_ends_above_its_beginning_has_diverged(last, ended):
     assert protocol.diverged(made(0.1, last)) is ended
