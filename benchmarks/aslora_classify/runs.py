@@ -57,19 +57,26 @@ class Runs:
     """Makes the runs that a rows file lacks."""
 
     def __init__(self, settings: Settings, rows: Rows, data: Path, device: str) -> None:
-        self.settings, self.rows, self.device = settings, rows, device
-        setup = settings.setup
-        tokenizer = setup.tokenizer()
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        self.pad = tokenizer.pad_token_id
-        most = {task.folder: 0 for task in settings.tasks}
-        for task in settings.tasks:
-            most[task.folder] = max(most[task.folder], task.examples)
-        self.splits: dict[str, Splits] = {
-            folder: load_splits(data / folder, tokenizer, examples, setup.n_valid, setup.n_test, setup.max_tokens)
-            for folder, examples in most.items()
-        }
+        self.settings, self.rows, self.data, self.device = settings, rows, data, device
+        self.tokenizer = settings.setup.tokenizer()
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.pad = self.tokenizer.pad_token_id
+        self._splits: dict[str, Splits] = {}
+
+    def splits(self, folder: str) -> Splits:
+        """A data set, read when it is first needed; enough for each task that uses it.
+
+        Raises:
+            DataError: it is not there, or not as it must be.
+        """
+        if folder not in self._splits:
+            examples = max(task.examples for task in self.settings.tasks if task.folder == folder)
+            setup = self.settings.setup
+            self._splits[folder] = load_splits(
+                self.data / folder, self.tokenizer, examples, setup.n_valid, setup.n_test, setup.max_tokens
+            )
+        return self._splits[folder]
 
     def once(self, task: Task, method: Method, rate: float, seed: int, split: str) -> dict:
         """The row of one run, found or new; one that diverged and was to be reported is kept as such."""
@@ -82,7 +89,7 @@ class Runs:
         if found is not None:
             return found
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        splits = self.splits[task.folder]
+        splits = self.splits(task.folder)
         result = run_row(self.settings.setup, task, method, rate, seed, splits, split, self.pad, self.device)
         if split == REPORTED and diverged(result):
             key["split"] = DIVERGED
