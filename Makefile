@@ -63,7 +63,7 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 # torch goes first: alone, its pin picks the build; the packages without dependencies only carry data.
-$(DEMO_INSTALLED): pyproject.toml setup.cfg constraints.txt | $(PY)
+$(DEMO_INSTALLED): pyproject.toml setup.py setup.cfg aslora_meft_autoload.py constraints.txt | $(PY)
 	@echo 'Setting up $(VENV), once: 0.6 GB to download and 2.2 GB on disk; several GB more where pip takes torch for CUDA.'
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[demo]'

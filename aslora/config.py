@@ -182,8 +182,8 @@ class ASLoRAConfig(MethodConfig):
                 )
         if self.num_merges is not None and (not is_int(self.num_merges) or self.num_merges < 0):
             raise ValueError(f"num_merges={self.num_merges!r} must be None or an integer of at least 0.")
-        if self.total_steps is not None and (not is_int(self.total_steps) or self.total_steps < 1):
-            raise ValueError(f"total_steps={self.total_steps!r} must be None or an integer of at least 1.")
+        if self.total_steps is not None and (not is_int(self.total_steps) or not 1 <= self.total_steps <= 2**53):
+            raise ValueError(f"total_steps={self.total_steps!r} must be None or an integer from 1 to 2**53.")
 
     def output_fields(self) -> list[Any]:
         """What decides on the output besides A and B."""

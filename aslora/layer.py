@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +15,11 @@ from peft.utils.other import transpose
 from torch import Tensor, nn
 
 from peft_bridge.peft_private import in_out_features
+from peft_bridge.torch_private import is_transformed
 
 from .config import ASLoRAConfig
-from .sharing.shared_tensors import SharedA, SharedB
+from .shared_a import InputProducts, SharedA
+from .sharing.shared_tensors import SharedB
 
 
 class ASLoRALayer(BaseTunerLayer):
@@ -104,7 +107,7 @@ class ASLoRALayer(BaseTunerLayer):
         A: Tensor = self.aslora_A[adapter_name]()
         B: Tensor = self.aslora_B[adapter_name](self.position[adapter_name])
         device = device or A.device
-        return A.to(device), B.to(device)
+        return A if A.device == device else A.to(device), B if B.device == device else B.to(device)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """scaling * B A, in the layout of the base weight: [out_features, in_features], transposed for Conv1D."""
@@ -117,6 +120,14 @@ class ASLoRALayer(BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
+
+
+def _sum(update: Tensor, result: Tensor) -> Tensor:
+    """result + update, in the memory of `update` where that can be: that of `result` may be somebody else's."""
+    plain = type(update) is Tensor and type(result) is Tensor and not torch.compiler.is_compiling()
+    if plain and update.dtype == torch.promote_types(update.dtype, result.dtype) and not is_transformed():
+        return update.add_(result)
+    return result + update
 
 
 class Linear(nn.Module, ASLoRALayer):
@@ -191,13 +202,34 @@ class Linear(nn.Module, ASLoRALayer):
             result = self.quantization_backend.maybe_clone_base_result(result)
         for adapter in self.active_adapters:
             if adapter in self.aslora_B:
-                result = result + self._update(adapter, x)
+                result = _sum(self._update(adapter, x), result)
         return result.to(dtype)
 
     def _update(self, adapter: str, x: Tensor) -> Tensor:
+        """scaling * B_group(l) A dropout(x), in memory of its own."""
         A, B = self.factors(adapter, x.device)
-        x = self.aslora_dropout[adapter](self._cast_input_dtype(x, A.dtype))
-        return F.linear(F.linear(x, A), B) * self.scaling[adapter]
+        scaling = self.scaling[adapter]
+        if torch.compiler.is_compiling():  # which finds by itself what layers have in common
+            x = self.aslora_dropout[adapter](self._cast_input_dtype(x, A.dtype))
+            return F.linear(F.linear(x, A), B) * scaling
+        # A power of two rounds nothing, wherever it is applied; the product with A is the smallest place.
+        early = scaling if abs(math.frexp(scaling)[0]) == 0.5 else 1.0
+        update = F.linear(self._product(adapter, x, A, early), B)
+        return update if early == scaling else update * scaling
+
+    def _product(self, adapter: str, x: Tensor, A: Tensor, factor: float) -> Tensor:
+        """factor * dropout(x) A^T, which layers without dropout share where they read the same x and A."""
+
+        def product(x: Tensor) -> Tensor:
+            xA = F.linear(x, A)
+            return xA if factor == 1 else xA * factor
+
+        dropout = self.aslora_dropout[adapter]
+        if dropout.training and not isinstance(dropout, nn.Identity):  # each layer has a mask of its own
+            return product(dropout(self._cast_input_dtype(x, A.dtype)))
+        x = dropout(x)
+        products: InputProducts = self.aslora_A[adapter].products  # type: ignore[assignment]
+        return products.get(self, x, A, factor, lambda: product(self._cast_input_dtype(x, A.dtype)))
 
     def _check_forward_args(self, x: Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):

@@ -24,8 +24,9 @@ from .layer_groups import group_of_key
 from .mixed_batch import adapters_per_sample, check_names_of_samples
 from .parameter_layer import ParamWrapper
 from .report import SharingReport, report
+from .shared_a import SharedA
 from .sharing.merge_run import SharingRun
-from .sharing.shared_tensors import SharedA, SharedB
+from .sharing.shared_tensors import SharedB
 from .weighted_adapter import combine
 
 
@@ -54,8 +55,8 @@ class ASLoRAModel(MethodTuner):
 
     @property
     def configs(self) -> dict[str, ASLoRAConfig]:
-        """Adapter -> its configuration."""
-        return self.peft_config  # type: ignore[return-value]
+        """Adapter of this method -> its configuration; without a `PeftModel` a model may have others' as well."""
+        return {name: config for name, config in self.peft_config.items() if isinstance(config, ASLoRAConfig)}
 
     def shared_a(self, adapter_name: str) -> dict[str, SharedA]:
         """A-group -> its A."""

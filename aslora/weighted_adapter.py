@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from .config import ASLoRAConfig
 from .layer_groups import a_group_of, module_path
+from .shared_a import SharedA
 from .sharing.merge_math import common_refinement
-from .sharing.shared_tensors import SharedA, SharedB
+from .sharing.shared_tensors import SharedB
 
 
 class Tuner(Protocol):
@@ -73,8 +74,8 @@ def combine(
     if adapter_name in tuner.peft_config:
         return
     for name in adapters:
-        if name not in tuner.peft_config:
-            raise ValueError(f"adapters: '{name}' does not exist; use names of {sorted(tuner.peft_config)}.")
+        if name not in tuner.configs:
+            raise ValueError(f"adapters: '{name}' does not exist; use names of {sorted(tuner.configs)}.")
     if len(adapters) != len(weights) or not adapters:
         raise ValueError(f"weights has {len(weights)} values for {len(adapters)} adapters: give one for each.")
     configs = [tuner.configs[name] for name in adapters]

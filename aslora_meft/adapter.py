@@ -20,9 +20,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from aslora_meft.arguments.checks import check_expressions, check_memory
+from aslora_meft.arguments.checks import check_expressions, check_indices, check_memory
 from aslora_meft.arguments.groups import ModelArguments
-from aslora_meft.arguments.text import is_path, local_path
+from aslora_meft.arguments.text import check_ordinary, is_path, local_path
 from aslora_meft.errors import UsageError, as_usage_error
 from peft_bridge import keep_trainable_on_cpu
 
@@ -36,6 +36,7 @@ def check_model(field: str, value: str) -> str:
     path = local_path(field, value)
     with as_usage_error(OSError, prefix=f"{field}={value!r} cannot be read: "):
         if path.is_dir():
+            check_ordinary(field, path)
             return str(path)
         # Else it would be asked of the hub.
         if path.exists():
@@ -169,7 +170,10 @@ def check_causal(config: Any, model: str) -> None:
 
 
 # What building an adapter raises; what torch raises where memory or integers do not suffice is a RuntimeError.
-ADAPTER_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError, MemoryError)
+ADAPTER_ERRORS = (
+    *(ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, MemoryError),
+    ImportError,  # of what a field of LoRA needs, such as Megatron
+)
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig, *, gradient_checkpointing: bool) -> PeftModel:
@@ -206,6 +210,7 @@ def check_targets(model: PreTrainedModel, config: PeftConfig) -> None:
     """
     names = [name for name, _ in model.named_modules()]
     check_expressions(config, names)
+    check_indices(config, model)
     for field in ("target_modules", "exclude_modules"):
         wanted = getattr(config, field, None)
         for target in [] if wanted is None or isinstance(wanted, str) else sorted(wanted):

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _LONGEST = 300  # characters of a library's message
 
@@ -38,6 +38,13 @@ def _sentence(error: Exception) -> str:
 
 class RaisingParser(argparse.ArgumentParser):
     """An ArgumentParser that raises :class:`UsageError` instead of printing its usage and ending the process."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse words; `--name=--`, of which argparse makes an empty list without looking at its type, is refused."""
+        for word in args or []:
+            if word.startswith("--") and word.endswith("=--"):
+                self.error(f"argument {word[:-3]}: '--' is no value; give one")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse found wrong."""

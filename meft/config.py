@@ -139,7 +139,7 @@ class MEFTConfig(MethodConfig):
         default="float32",
         metadata={
             "help": "Dtype of the rows that the optimizer updates and that are saved: 'float32' (paper), 'bfloat16' "
-            "(written with stochastic rounding) or 'float64'. Moments are float32, or float64 for float64."
+            "(written with stochastic rounding) or 'float64'. The optimizer's moments: row_optimizer.moments."
         },
     )
     pin_memory: bool = field(
@@ -150,7 +150,7 @@ class MEFTConfig(MethodConfig):
         default=None,
         metadata={
             "help": "How rows are updated: a `meft.RowOptimizerConfig`, or a dict of its fields (in_backward, "
-            "zero_copy, lr, betas, eps, weight_decay). None: by the rule of the Adam or AdamW that holds them."
+            "zero_copy, moments, lr, betas, eps, weight_decay). None: by the rule of the Adam or AdamW that holds them."
         },
     )
     router_aux_loss_coef: float = field(
@@ -223,11 +223,20 @@ class MEFTConfig(MethodConfig):
                 )
             given = RowOptimizerConfig(**given)
         given = self.row_optimizer = replace(given)  # one of its own: `replace` of this configuration shares nothing
+        if given.moments != "float32" and self.master_dtype == "float64":
+            raise ValueError(
+                f"row_optimizer: moments={given.moments!r} needs master_dtype='float32' or 'bfloat16': leave moments "
+                "out for float64."
+            )
         if not given.zero_copy:
             return
         needs = "row_optimizer: zero_copy=True needs"
         if self.master_dtype == "float64":
             raise ValueError(f"{needs} master_dtype='float32' or 'bfloat16': the GPU's kernel has no float64.")
+        if given.moments != "float32":
+            raise ValueError(
+                f"{needs} moments='float32', not {given.moments!r}: the GPU's kernel has no other moments."
+            )
         if not (self.on_host and self.pin_memory):
             raise ValueError(
                 f"{needs} rows in page-locked host memory: leave placement='host' and pin_memory=True, or leave it out."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -28,6 +29,8 @@ NOT_MERGEABLE = (
     "MEFT cannot be merged: its routed ReLU neurons are no linear map of the weights. Keep the adapter beside the "
     "model, or write both as one model folder with `aslora-meft export DIR --to model OUT`."
 )
+
+_AS_IT_IS: AbstractContextManager[object] = nullcontext()
 
 
 class LayerSlot(NamedTuple):
@@ -79,15 +82,9 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             compute_dtype = getattr(torch, config.row_dtype)
         else:
             compute_dtype = base_dtype if base_dtype.itemsize < master.itemsize else master
+        kept: dict[str, Any] = {"on_host": config.on_host, "pin": config.pin_memory, "mode": config.row_rule.moments}
         tables = [
-            RowTable(
-                (config.r, self.in_features),
-                master=master,
-                compute_dtype=compute_dtype,
-                on_host=config.on_host,
-                pin=config.pin_memory,
-                device=made_on,
-            )
+            RowTable((config.r, self.in_features), master=master, compute_dtype=compute_dtype, device=made_on, **kept)
             for _ in range(2)
         ]
         router = Router(config.experts, self.in_features, torch.promote_types(base_dtype, torch.float32), made_on)
@@ -184,8 +181,10 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.configs]
         if not active:
             return None
-        pending = _untraced(self._begin)(x, active)
-        return partial(_untraced(self._finish), pending, x)
+        begin, finish = self._begin, self._finish
+        if torch.compiler.is_compiling():  # torch.compile leaves both alone: its graph breaks there
+            begin, finish = torch.compiler.disable(begin), torch.compiler.disable(finish)
+        return partial(finish, begin(x, active), x)
 
     def _begin(self, x: Tensor, active: list[str]) -> list[Callable[[], Tensor]]:
         if x.shape[-1] != self.in_features:
@@ -193,8 +192,8 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
                 f"The FFN's input has {x.shape[-1]} features, MEFT was made for {self.in_features}: target_modules "
                 "must name modules that map hidden states to hidden states."
             )
-        for name in active:
-            check_not_transformed(x, self.router(name), *(table.rows for table in self.tables(name)))
+        read = (t for name in active for t in (self.router(name), *(table.rows for table in self.tables(name))))
+        check_not_transformed(itertools.chain([x], read))
         with _as_given(x):
             return [self._begin_one(x.reshape(-1, x.shape[-1]), x.shape, name) for name in active]
 
@@ -214,8 +213,10 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
                 now, saved = found
                 check_versions(saved.versions, layer.versions)
         if saved is None:
-            self._look_at_rows(adapter_name, x.device)
-        real = saved.real if saved is not None else context.real_tokens(now, shape, x.device, self.call.up is not None)
+            _look_at_rows(layer, x.device)
+        real = saved.real if saved is not None else None
+        if saved is None and now is not None and now.mask is not None:
+            real = context.real_tokens(now, shape, x.device, self.call.up is not None)
         kept = x if real is None else x.index_select(0, real)
         wide = kept.to(torch.promote_types(x.dtype, torch.float32))
         logits = F.linear(wide, self.router(adapter_name).to(wide))  # under offloading the router may be elsewhere
@@ -242,9 +243,9 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
                     "The FFN writes into its own input, which the adapter beside it still reads: let the FFN write "
                     "into a copy."
                 )
-            rows = engine.gather(pending)
             if fingerprint is not None:
-                keeps = not (refetches or engine.reads_in_place(x.device))
+                rows = engine.gather(pending)
+                keeps = not (refetches or pending.on_host)
                 made = context.SavedSelection(
                     layer.number, pending.selection, real, fingerprint, layer.versions, rows if keeps else None,
                     refetches,
@@ -256,17 +257,10 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
                 y = attach_balance_loss(y, logits, layer.config, now)
             return y if real is None else x.new_zeros(x.shape, dtype=y.dtype).index_copy(0, real, y)
 
-        if not engine.reads_in_place(x.device):
+        if not pending.on_host:
             return finish
         y = finish()  # nothing would run beside the base FFN, which may write into its input
         return lambda: y
-
-    def _look_at_rows(self, adapter_name: str, device: torch.device) -> None:
-        """A pass comes, for which the tables have to be as their owners left them, and where the model is."""
-        for table in self.tables(adapter_name):
-            table.look()
-            if not table.on_host and table.masters.device != device:  # as the router
-                table.to(device)
 
     def _gather_below(self, now: context.ForwardContext, key: tuple[int, str]) -> None:
         """Queue the way of the rows that the recomputation of the layer below will read."""
@@ -286,12 +280,15 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             self.on_backward()
 
 
-def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that torch.compile leaves alone: its graph breaks there."""
-    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
+def _look_at_rows(layer: LayerRows, device: torch.device) -> None:
+    """A pass comes, for which the tables have to be as their owners left them, and where the model is."""
+    for table in (layer.keys, layer.values):
+        table.look()
+        if not table.on_host and table.masters.device != device:  # as the router
+            table.to(device)
 
 
 def _as_given(x: Tensor) -> AbstractContextManager[object]:
     """Without autocast: scores decide, and are computed in full precision."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _AS_IT_IS

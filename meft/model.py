@@ -51,8 +51,8 @@ class MEFTModel(MethodTuner):
 
     @property
     def configs(self) -> dict[str, MEFTConfig]:
-        """Adapter -> its configuration."""
-        return self.peft_config  # type: ignore[return-value]
+        """Adapter of this method -> its configuration; without a `PeftModel` a model may have others' as well."""
+        return {name: config for name, config in self.peft_config.items() if isinstance(config, MEFTConfig)}
 
     def adapted_ffns(self) -> dict[str, MEFTLayer]:
         """Path in the base model -> adapted FFN; not called `layers`, which would hide the base model's."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from adapter_kernels.adamw.moment_layout import MODES
 from peft_bridge import is_number
 
 
@@ -12,7 +13,7 @@ class RowOptimizerConfig:
     """How MEFT's rows are updated. What is None is that of the Adam or AdamW that holds them.
 
     A row's moments and bias correction advance only when it is touched. `meft.RowAdamW` has `lr`, `betas`, `eps` and
-    `weight_decay` itself and reads `zero_copy` alone.
+    `weight_decay` itself and reads `moments` and `zero_copy` alone.
 
     Raises:
         ValueError: a field has an impossible value; the message names the field, the value and the remedy.
@@ -35,6 +36,16 @@ class RowOptimizerConfig:
             "retrieval='auto' nor `aslora-meft estimate` reckons with it."
         },
     )
+    moments: str = field(
+        default="float32",
+        metadata={
+            "help": "How the moments of a row are kept: 'float32' (float64 for float64 masters), 'bfloat16', "
+            "'float8' (8 bits each, with a scale for every 256 values of a row; the second as its root) or 'rowwise' "
+            "(the first in bfloat16, and one second moment a row, of the mean square of its gradients). The narrower "
+            "ones take less memory, are rounded stochastically and take no step larger than exact moments can; masters "
+            "are then float32 or bfloat16, and zero_copy does not go with them."
+        },
+    )
     lr: float | None = field(
         default=None,
         metadata={"help": "Learning rate, which no schedule changes; with it, any optimizer may hold the rows."},
@@ -47,6 +58,8 @@ class RowOptimizerConfig:
         for name in ("in_backward", "zero_copy"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"row_optimizer: {name}={getattr(self, name)!r} must be True or False.")
+        if self.moments not in MODES:
+            raise ValueError(f"row_optimizer: moments={self.moments!r} is unknown: use one of {', '.join(MODES)}.")
         for name in ("lr", "eps", "weight_decay"):
             value = getattr(self, name)
             if value is not None and (not is_number(value) or value < 0):

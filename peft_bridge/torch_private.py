@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import CodeType
 from typing import Any
@@ -131,7 +131,7 @@ def is_batched(tensor: Tensor) -> bool:
     return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
-def has_tangent(tensors: tuple[Tensor, ...]) -> bool:
+def has_tangent(tensors: Iterable[Tensor]) -> bool:
     """Whether forward-mode differentiation goes through one of these."""
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 

@@ -22,6 +22,16 @@ def pytest_collection():
     return result
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(nextitem, item):
+    """Nor is what a file's tests have imported: trainers collect garbage several times each, of all that is there."""
+    result = yield
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+    return result
+
+
 def pytest_collection_modifyitems(items):
     """The slow ones first, so that no process is left alone with one at the end; `gpu` only where there is one."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -85,12 +85,12 @@ with tempfile.TemporaryDirectory() as folder:
 """
 
 
-def output(program):
-    return run_code("import warnings; warnings.simplefilter('ignore')\n" + program, timeout=300, fresh=True)
+def output(program, **process):
+    return run_code("import warnings; warnings.simplefilter('ignore')\n" + program, timeout=300, **process)
 
 
 def test_without_them_all_but_quantised_bases_works_and_those_name_bitsandbytes():
-    lines = output(HIDDEN + EVERY_MODULE + USE).splitlines()
+    lines = output(HIDDEN + EVERY_MODULE + USE, fresh=True).splitlines()
     said = {line.split()[0]: line for line in lines if line.strip()}
     assert "not installed: needed by 4-bit and 8-bit bases" in said["bitsandbytes"]
     assert "load_in_4bit" not in said["4-bit:"]  # a sentence, no repr of what was given
@@ -99,7 +99,7 @@ def test_without_them_all_but_quantised_bases_works_and_those_name_bitsandbytes(
 
 
 def test_nothing_of_ours_imports_them_even_where_they_are_installed():
-    importers = set(output(IMPORTERS + EVERY_MODULE + "print(*importers)").split())
+    importers = set(output(IMPORTERS + EVERY_MODULE + "print(*importers)", bare=True).split())
     if find_spec("bitsandbytes") is not None:
         assert "peft" in importers  # so that this would see it
     assert importers.isdisjoint({"adapter_kernels", "peft_bridge", "aslora", "meft", "aslora_meft"})

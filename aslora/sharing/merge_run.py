@@ -145,6 +145,8 @@ class SharingRun:
             self._seen.add(adapter_name)
             for member in members:
                 member.after_step(member.step + 1)
+            for _, A in unit.members.values():
+                A.products.forget()  # FSDP2 writes parameters without a new version
             self._merge_due(adapter_name, unit, partial(_learning_rate_is_zero, optimizer, members))
             if moves_between_steps(optimizer):
                 for member in members:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..config import ASLoRAConfig
+from ..shared_a import SharedA
 from .merge import Merge
 from .merge_math import change_of_bases, closest_pair, common_refinement, planned_merges, records_fit, squared_distances
 from .schedule import due, merge_steps
 from .sharded import full_tensor
-from .shared_tensors import SharedA, SharedB
+from .shared_tensors import SharedB
 from .ties import Ties, map_by_value, matches_values
 from .unseen_steps import UNSEEN_STEP
 

@@ -1,4 +1,4 @@
-"""The tensors of one adapter: shared A, stacked B, sharing maps, running averages. No decisions.
+"""The tensors of a B-group: stacked B, sharing map, running averages. No decisions.
 
 The tuner owns these modules once; layers hold references that are not registered, and call them for their tensors:
 hooks on called modules (accelerate's offloading) then work. Because shared *modules* and not shared parameters are
@@ -7,7 +7,6 @@ referred to, dtype casts, moves and loading cannot tear the sharing apart.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,22 +20,6 @@ from .sharded import full_tensor, overwrite
 from .shared_rows import OneRow, TakenRows
 from .ties import Ties, confirmed_map, fill
 from .unseen_steps import CompiledBackwardPasses
-
-
-class SharedA(nn.Module):
-    """The one A of an A-group.
-
-    Parameter `shared_A`: [r, in_features].
-    """
-
-    def __init__(self, r: int, in_features: int, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        self.shared_A = nn.Parameter(torch.empty(r, in_features, dtype=dtype, device=device))
-        nn.init.kaiming_uniform_(self.shared_A, a=math.sqrt(5))  # as LoRA does
-
-    def forward(self) -> Tensor:
-        """A [r, in_features]."""
-        return self.shared_A
 
 
 class SharedB(nn.Module):

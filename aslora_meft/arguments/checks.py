@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 
 from aslora_meft.arguments.text import local_path
 from aslora_meft.errors import UsageError, as_usage_error
@@ -78,7 +78,7 @@ def check_evaluation(args: TrainingArguments) -> None:
 
 def check_range(name: str, value: float, least: float, most: float) -> None:
     """Raises: UsageError: a number that is not from `least` to `most`."""
-    if math.isnan(value):
+    if value != value:  # of an integer of 400 digits math.isnan makes a float
         raise UsageError(f"{name}={value} is no number; give one")
     if least <= value <= most:
         return
@@ -210,6 +210,35 @@ def check_memory(config: Any, model: torch.nn.Module) -> None:
     least = 4 * r * min((min(p.shape) for p in model.parameters() if p.ndim > 1), default=1)
     if available is not None and least > available:
         raise UsageError(
-            f"r={_shown(r)} needs at least {least / 2**30:,.0f} GiB a layer and this machine has "
+            f"r={_shown(r)} needs at least {_shown(-(-least // 2**30))} GiB a layer and this machine has "
             f"{available / 2**30:,.0f}; give a smaller r (the widest layer has {width})"
         )
+
+
+def check_indices(config: Any, model: PreTrainedModel) -> None:
+    """Check what an adapter's config says beside its targets, of which PEFT ignores a part and trips over another.
+
+    Raises:
+        UsageError: a layer, token or module that the model does not have.
+    """
+    modules = dict(model.named_modules())
+    numbered = [int(part) for path in modules for part in path.split(".") if part.isdecimal()]
+    layers = getattr(config, "layers_to_transform", None)
+    for layer in layers if isinstance(layers, list) else [] if layers is None else [layers]:
+        if not 0 <= layer <= max(numbered, default=0):
+            raise UsageError(f"layers_to_transform={_shown(layer)} is no layer; give 0 to {max(numbered, default=0)}")
+    for name in getattr(config, "modules_to_save", None) or []:
+        if not any(path.endswith(name) for path in modules):
+            raise UsageError(f"modules_to_save={name!r} names no module of the model; correct it or drop it")
+    tokens = getattr(config, "trainable_token_indices", None)
+    tables = {path: module for path, module in modules.items() if isinstance(module, torch.nn.Embedding)}
+    for name, indices in tokens.items() if isinstance(tokens, dict) else [(None, tokens)] if tokens is not None else []:
+        of = [module for path, module in tables.items() if name is None or path == name or path.endswith(f".{name}")]
+        if not of:
+            choice = ", ".join(sorted({path.rpartition(".")[2] for path in tables}))
+            raise UsageError(f"trainable_token_indices names {name!r}, which is no embedding; choose from {choice}")
+        most = min(module.num_embeddings for module in of if name is not None or module is model.get_input_embeddings())
+        if not (isinstance(indices, list) and all(type(index) is int and 0 <= index < most for index in indices)):
+            raise UsageError(
+                f"trainable_token_indices={str(indices)[:60]} has what is no token; give integers from 0 to {most - 1}"
+            )

@@ -42,7 +42,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, configs: Mapping[str, 
     titles = [shared, *(f"adapter, --method {method}" for method in configs)]
     groups = {title: parser.add_argument_group(title) for title in titles}
     for name, methods in owners.items():
-        kinds = [kind for method in methods for kind in _kinds(get_type_hints(configs[method])[name])]
+        kinds = [kind for method in methods for kind in _kinds(_hints(configs[method])[name])]
         options: dict[str, Any] = {"metavar": _metavar(name, [configs[method] for method in methods])}
         if any(get_origin(kind) is list for kind in kinds):
             options["nargs"] = "+"
@@ -66,7 +66,7 @@ def read_fields(
         UsageError: the method has no such field, or its words do not suit its annotation.
     """
     config = configs[method]
-    known, hints = config_fields(config), get_type_hints(config)
+    known, hints = config_fields(config), _hints(config)
     fields = {}
     for name, value in words.items():
         parts = [value] if isinstance(value, str) else value
@@ -75,7 +75,19 @@ def read_fields(
             remedy = getattr(config, "remedies", {}).get(name, f"drop it or use method={' or '.join(others)}")
             raise UsageError(f"{name}={' '.join(parts)} has no meaning with method={method}; {remedy}")
         fields[name] = _read(known[name], parts, hints[name])
+        if name in ("rank_pattern", "alpha_pattern"):
+            _check_pattern(name, fields[name])
     return fields
+
+
+def _check_pattern(name: str, pattern: Mapping[str, Any]) -> None:
+    """Raises: UsageError: PEFT takes any value here, and fails where a layer is made of it."""
+    for key, value in pattern.items():
+        rank = name == "rank_pattern"
+        right = type(value) is int and 1 <= value < 2**31 if rank else type(value) in (int, float) and abs(value) < 1e30
+        if not right:
+            what = "no rank; give an integer of at least 1" if rank else "no finite number; give one"
+            raise UsageError(f"{name}: {str(value)[:40]!r} of {key!r} is {what}")
 
 
 def make_config(method: str, words: Mapping[str, str | list[str]], task_type: str = "CAUSAL_LM") -> PeftConfig:
@@ -97,6 +109,16 @@ def make_config(method: str, words: Mapping[str, str | list[str]], task_type: st
             raise UsageError(f"lora_dropout={config.lora_dropout} is out of range; give a number in [0, 1)")
     result: PeftConfig = config
     return result
+
+
+_annotations: dict[type[PeftConfig], dict[str, Any]] = {}
+
+
+def _hints(config: type[PeftConfig]) -> dict[str, Any]:
+    """Name -> annotation: kept, for each look compiles the text of all of them."""
+    if config not in _annotations:
+        _annotations[config] = get_type_hints(config)
+    return _annotations[config]
 
 
 def _kinds(annotation: Any) -> list[Any]:
@@ -149,6 +171,8 @@ def _read_scalar(field: dataclasses.Field[Any], word: str, kinds: Sequence[Any])
         return word.lower() in _TRUE
     if int in kinds or float in kinds:
         if re.fullmatch(r"[+-]?\d{1,999}", word):
+            if abs(int(word)) >= 2**63:
+                raise UsageError(f"{field.name}={word[:20]}... has {len(word)} digits; give a smaller number")
             return int(word)
         if float in kinds and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|nan|[+-]?inf", word):
             return float(word)
@@ -166,7 +190,7 @@ def _read_scalar(field: dataclasses.Field[Any], word: str, kinds: Sequence[Any])
 def _metavar(name: str, configs: Sequence[type[PeftConfig]]) -> str:
     names = []
     for config in configs:
-        kinds = _kinds(get_type_hints(config)[name])
+        kinds = _kinds(_hints(config)[name])
         choices = getattr(config, "choices", {}).get(name) or [c for k in kinds for c in get_args(k) if type(c) is str]
         if choices:
             names.append("{" + ",".join(choices) + "}")

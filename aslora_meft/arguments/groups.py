@@ -130,6 +130,7 @@ class TrainArguments(NamedTuple):
 
 
 _DEEPEST = 50  # levels of a YAML file
+_LARGEST = 2**17  # bytes of it: yaml reads some ten thousand words a second
 _GROUPS: tuple[Any, ...] = (ModelArguments, TaskArguments, DataArguments, TrainerArguments)
 _COMMON = (
     *("method", "task", "r", "lora_alpha", "aslora_dropout", "lora_dropout", "top_k", "target_modules", "dtype"),
@@ -176,6 +177,22 @@ def parse_train(argv: list[str]) -> TrainArguments:
     return TrainArguments(model, adapter, data, trainer, task)
 
 
+class _FieldsLoader(yaml.BaseLoader):
+    """Leaves every scalar as written: "no" and "1e-3" mean what they mean on the command line; each key stands once."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Make a mapping.
+
+        Raises:
+            yaml.YAMLError: a key stands twice, of which yaml would take the last.
+        """
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in found if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"the field {twice[0]!r} stands twice; keep one")
+        return found
+
+
 def _yaml_arguments(path: Path, parser: CommandParser) -> list[str]:
     """The file's fields as command-line words, so that both are checked by one parser."""
     with as_usage_error(OSError, prefix=f"the configuration file {str(path)!r} cannot be read: "):
@@ -183,12 +200,13 @@ def _yaml_arguments(path: Path, parser: CommandParser) -> list[str]:
             raise UsageError(
                 f"the configuration file {str(path)!r} does not exist; give a YAML file or only --name value"
             )
+        if path.stat().st_size > _LARGEST:
+            raise UsageError(f"{path} has more than {_LARGEST // 1024} KiB; write only fields of this command into it")
         with as_usage_error(UnicodeDecodeError, prefix=f"{path} is not UTF-8, save it as such: "):
             text = path.read_text(encoding="utf-8-sig")
     with as_usage_error(yaml.YAMLError, prefix=f"{path} is not valid YAML: "):
         _check_events(text, path)
-        # BaseLoader leaves every scalar as written: "no" and "1e-3" mean what they mean on the command line.
-        fields = yaml.load(text, Loader=yaml.BaseLoader)
+        fields = yaml.load(text, Loader=_FieldsLoader)
         if not isinstance(fields, dict):
             raise UsageError(f"{path} holds no fields; write one 'field: value' a line")
         return _words(fields, path, parser)

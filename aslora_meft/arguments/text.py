@@ -46,6 +46,8 @@ def local_path(field: str, value: str) -> Path:
     """
     if "\0" in value:
         raise UsageError(f"{field}={value!r} holds a NUL character; give the path without it")
+    if not is_encodable(value):  # a name in another encoding, which safetensors and JSON do not take
+        raise UsageError(f"{field}={value!r} is no name in UTF-8; rename it")
     if not value.strip():
         raise UsageError(f"{field}={value!r} is empty; give a path")
     try:
@@ -55,6 +57,18 @@ def local_path(field: str, value: str) -> Path:
     if any(len(os.fsencode(part)) > 255 for part in path.parts) or len(os.fsencode(path)) > 4000:
         raise UsageError(f"{field}={value[:60]!r}... is too long for a path; give a shorter one")
     return path
+
+
+def check_ordinary(field: str, folder: Path) -> None:
+    """Check that a folder holds files and folders alone: reading a pipe or a device might never end.
+
+    Raises:
+        UsageError: it holds something else.
+        OSError: it cannot be read.
+    """
+    for path in folder.iterdir():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UsageError(f"{field}={str(folder)!r} holds {path.name!r}, which is no ordinary file; remove it")
 
 
 def is_path(value: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from aslora_meft.arguments.text import is_encodable
 from aslora_meft.errors import UsageError
 
 # A row is first a chain of texts, each with the mark whether it is learnt.
@@ -38,6 +39,8 @@ def chat_segments(
     for index, turn in enumerate(turns):
         if turn["role"] != "assistant" or index < context:
             continue
+        if index == 0:
+            raise UsageError(f"{where}: the conversation begins with an answer; put the user's turn before it")
         prompt, answered = _asked_and_answered(turns, index, tokenizer, where)
         parts.append([(prompt, False), (answered[len(prompt) :], True)])
         preserved = preserved and prompt.startswith(done)
@@ -77,4 +80,6 @@ def _rendered(turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, w
             f"{where}: the model's chat template refuses the turns: {' '.join(str(error).split())}; correct them"
         ) from error
     assert isinstance(text, str)
+    if not is_encodable(text):  # such as the name of a role, or the words of a call
+        raise UsageError(f"{where}: the turns hold half of a surrogate pair, which is no text; correct them")
     return text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import zlib
 from pathlib import Path
 from typing import Any, TextIO
@@ -70,27 +71,40 @@ def _read_file(path: Path, field: str) -> list[Row]:
         if suffix in (".csv", ".tsv"):
             return _read_csv(file, suffix, where)
         if suffix == ".jsonl":
-            return [parse_json(line, f"{where} row {number}") for number, line in enumerate(file, 1) if line.strip()]
+            return _read_json_lines(file, where)
         text = file.read()
     if suffix == ".txt":
         return [{"text": text}] if text.strip() else []
     if not text.strip():
         raise UsageError(f"{where} is empty; fill it or delete it")
+    first = io.StringIO(text.lstrip(), newline="").readline().rstrip()
+    if first[0] == "{" and first[-1] == "}" and len(first) < len(text.strip()):
+        return _read_json_lines(io.StringIO(text, newline=""), where)  # so pandas and datasets name them
     rows = parse_json(text, where)
     if not isinstance(rows, list):
         raise UsageError(f"{where} is not a JSON list of rows; save it as one, or as .jsonl")
     return rows
 
 
+def _read_json_lines(file: TextIO, where: str) -> list[Row]:
+    return [parse_json(line, f"{where} row {number}") for number, line in enumerate(file, 1) if line.strip()]
+
+
 def _read_csv(file: TextIO, suffix: str, where: str) -> list[Row]:
-    """Rows of a csv or tsv file; a column without a name, such as the index that pandas writes, is left out."""
+    """Rows of a csv or tsv file.
+
+    A column without a name, such as the index that pandas writes, is left out, and so are rows without any value, which
+    are the blank lines of a spreadsheet.
+    """
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a long document
-    head = file.readline()
-    file.seek(0)
+    start, head = 0, file.readline()
+    while head and not head.strip():  # else a blank line would be the header
+        start, head = file.tell(), file.readline()
+    file.seek(start)
     if "\0" in head:
         raise UsageError(f"{where} holds NUL characters; save it as UTF-8 text")
-    # Spreadsheets write semicolons where the comma is the decimal sign.
-    delimiter = "\t" if suffix == ".tsv" else ";" if ";" in head and "," not in head else ","
+    # Spreadsheets write semicolons where the comma is the decimal sign; other tools write tabs or bars.
+    delimiter = "\t" if suffix == ".tsv" else next((mark for mark in ";\t|" if mark in head and "," not in head), ",")
     reader = csv.DictReader(file, delimiter=delimiter, strict=True)
     rows: list[Row] = []
     try:
@@ -101,7 +115,8 @@ def _read_csv(file: TextIO, suffix: str, where: str) -> list[Row]:
         for row in reader:
             if None in row:  # where DictReader puts what has no column
                 raise UsageError(f"{where} row {len(rows) + 1} has more fields than the header; quote its commas")
-            rows.append({name: value for name, value in row.items() if name})
+            if any(row.values()):
+                rows.append({name: value for name, value in row.items() if name})
     except csv.Error as error:
         raise UsageError(f"{where} row {len(rows) + 1} is not valid csv: {error}; correct it") from error
     return rows
@@ -109,10 +124,11 @@ def _read_csv(file: TextIO, suffix: str, where: str) -> list[Row]:
 
 def _read_parquet(path: Path, where: str) -> list[Row]:
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import parquet
     except ImportError as error:
         raise UsageError(f"{where} needs the package pyarrow; pip install 'aslora-meft[train]'") from error
-    with as_usage_error(ArrowException, OSError, prefix=f"{where} is no parquet file that can be read: "):
+    # Beside pyarrow's own errors, those of Python for dates and spans that it does not know.
+    with as_usage_error(Exception, prefix=f"{where} is no parquet file that can be read: "):
         rows: list[Row] = parquet.read_table(path).to_pylist()
     for row in rows:
         row.pop("__index_level_0__", None)  # the index that pandas writes

@@ -177,6 +177,7 @@ def as_json(result: Estimate) -> dict[str, Any]:
         "rows": None if plan is None else plan.work.rows,
         "device_bytes": {**result.memory.parts, "peak": result.memory.peak},
         "host_bytes": {**result.host, "all": sum(result.host.values())},
+        "host_bytes_with": result.narrower,
         "crossing": crossing,
         "fits": result.fits,
         "reserved_bytes": RESERVED,
@@ -212,6 +213,9 @@ def as_text(result: Estimate) -> str:
         lines += ["", "host memory, GiB"]
         lines += [f"  {part:<28}{size / GIB:>8.2f}" for part, size in result.host.items() if size]
         lines.append(f"  {'all':<28}{sum(result.host.values()) / GIB:>8.2f}")
+        if result.narrower:
+            sizes = sorted(result.narrower.items(), key=lambda one: -one[1])
+            lines += [f"  {size / GIB:.2f} with {text}" for text, size in sizes]
     if plan is not None:
         to_device, to_host = (plan.crossing(to_device=way) / GIB for way in (True, False))
         lines += ["", f"over PCIe per step, GiB: {to_device:.2f} to the device, {to_host:.2f} to the host"]

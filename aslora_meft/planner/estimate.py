@@ -24,6 +24,7 @@ from aslora_meft.planner.request import RESERVED, Estimate, Request
 from aslora_meft.planner.trace import Extra, Memory, Step, trace_step
 from meft.cost.auto import decoder_shape
 from meft.cost.fit import by_size, largest_that_fits, strategies_that_fit
+from meft.cost.host_memory import narrower
 from meft.cost.memory import AdapterShape, Plan, Rows, Work
 from meft.cost.step_time import BaseModel, StepTime, step_time
 from meft.retrieval.strategies import UNKNOWN_DEVICE, strategy_name
@@ -57,9 +58,17 @@ class _Model:
         """Of the adapter as asked."""
         return self.shape_of(self.request)
 
+    def narrower(self, plan: Plan) -> dict[str, int]:
+        """Bytes of host memory with narrower masters and moments."""
+        kept = {text: replace(plan, shape=self._shape_of(config)) for text, config in narrower(self.config).items()}
+        return {text: sum(other.host_bytes().values()) for text, other in kept.items()}
+
     def shape_of(self, request: Request) -> AdapterShape:
         """Of the adapter of another request, on the same FFNs."""
-        config: Any = self.config if request.adapter == self.request.adapter else method_config("meft", request.adapter)
+        same = request.adapter == self.request.adapter
+        return self._shape_of(self.config if same else method_config("meft", request.adapter))
+
+    def _shape_of(self, config: Any) -> AdapterShape:
         widths = [layer.in_features for layer in self.neurons.values()]
         return AdapterShape.of_layers(config, widths, base_dtype=compute_dtype(self.dtype))
 
@@ -133,7 +142,8 @@ def estimate(request: Request) -> Estimate:
     if memory.paged:
         host = {**host, "paged optimizer states": memory.paged}
     seconds, computing = _seconds(model, request, plan, memory)
-    found = Estimate(request, model.weights, memory, plan, host, seconds, computing, model.dtype)
+    narrow = model.narrower(plan) if plan is not None and host else {}
+    found = Estimate(request, model.weights, memory, plan, host, seconds, computing, model.dtype, narrower=narrow)
     if found.fits is not False:
         return found
     return replace(found, largest=_largest(model, config, request), remedies=_remedies(config, request))

@@ -83,5 +83,5 @@ def lasting_bytes(plan: Plan) -> dict[str, int]:
         "adapter": plan.way.tables(plan.shape),
         "key buffers": plan.way.buffers(plan.shape),
         "buffers": plan.row_buffers() + (0 if stay else plan.row_gradients()),
-        "optimizer": 2 * plan.shape.values * plan.shape.moment if stay else 0,
+        "optimizer": plan.shape.moments if stay else 0,
     }

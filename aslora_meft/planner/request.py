@@ -53,6 +53,7 @@ class Estimate:
         memory: what the device holds at the peak.
         plan: of MEFT.
         host: part -> bytes in host memory.
+        narrower: what can be set for less host memory -> all bytes of it then.
         seconds: at least so many per optimizer step on the card.
         compute_seconds: the same without anything moving.
         dtype: of the base weights, one of `base.DTYPES`.
@@ -71,6 +72,7 @@ class Estimate:
     dtype: str
     largest: dict[str, int] = field(default_factory=dict)
     remedies: tuple[str, ...] = ()
+    narrower: dict[str, int] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool | None:

@@ -68,7 +68,7 @@ def write_report(runs: Sequence[str], output: str | None = None) -> tuple[Path, 
         figures.mkdir(parents=True, exist_ok=True)
         for name, content in pictures.items():
             replace_file(figures / name, content)
-        replace_file(path, text.encode())
+        replace_file(path, text.encode(errors="replace"))  # names in JSON can hold half of a surrogate pair
     return path, figures
 
 

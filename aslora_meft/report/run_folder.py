@@ -12,7 +12,7 @@ from typing import Any
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers.trainer import TRAINER_STATE_NAME
 
-from aslora_meft.arguments.text import local_path
+from aslora_meft.arguments.text import check_ordinary, local_path
 from aslora_meft.errors import UsageError, as_usage_error
 from aslora_meft.report.merge_map import Projection, projections_of
 from aslora_meft.report.routing import LayerUse, layer_use_of
@@ -76,6 +76,8 @@ def read_run(field_name: str, value: str) -> Run:
             raise UsageError(f"{field_name}={value!r} {what}; give the output_dir of a training run")
         checkpoints = _checkpoints(folder)
         places = [folder, *checkpoints]
+        for place in places:
+            check_ordinary(field_name, place)
         known = [RECORD, RESULTS, TRAINER_STATE_NAME, CONFIG_NAME]
         if not any((place / name).is_file() for place in places for name in known):
             raise UsageError(

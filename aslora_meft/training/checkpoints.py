@@ -12,8 +12,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from aslora_meft.arguments.text import local_path
-from aslora_meft.errors import UsageError
+from aslora_meft.arguments.text import check_ordinary, local_path
+from aslora_meft.errors import UsageError, as_usage_error
 
 _NUMBERED = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
@@ -127,6 +127,9 @@ def checkpoint_to_resume(wanted: str, output: Path) -> tuple[Path, dict[Path, st
     """
     passed: dict[Path, str] = {}
     checkpoint: Path | None = local_path("resume_from_checkpoint", wanted)
+    with as_usage_error(OSError, prefix=f"resume_from_checkpoint={wanted!r} cannot be read: "):
+        if checkpoint is not None and checkpoint.is_dir():
+            check_ordinary("resume_from_checkpoint", checkpoint)
     if wanted == "last":
         checkpoint, passed = last_whole(output) if output.is_dir() else (None, {})
     if checkpoint is None or not checkpoint.is_dir():

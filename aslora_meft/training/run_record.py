@@ -8,6 +8,7 @@ import os
 import platform
 import time
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,7 @@ def _about(args: TrainingArguments, state: TrainerState, model: Any) -> dict[str
     }
 
 
+@cache  # each look reads and parses the package's metadata
 def _version(package: str) -> str | None:
     try:
         return version(package)

@@ -19,7 +19,7 @@ from aslora_meft.errors import UsageError
 from aslora_meft.tasks.metrics import token_metrics, token_sums
 from aslora_meft.training.finish import DATA_FORM
 from aslora_meft.use.evaluate_task import EVALUATED, evaluate_task
-from aslora_meft.use.loaded import BASE, UseArguments, active, load_adapters
+from aslora_meft.use.loaded import BASE, UseArguments, activate, load_adapters
 from aslora_meft.use.saved import saved_results
 
 _NOT_HERE = {"eval_data", "eval_size", "eval_split"}
@@ -73,8 +73,8 @@ def run(argv: list[str]) -> None:
     samples = _samples(DataArguments(**values), loaded.tokenizer, loaded.results if options.held_out else None)
     columns = {}
     for name in [BASE] * use.compare + loaded.names:
-        with active(loaded.model, name):
-            columns[name] = measure(loaded.model, loaded.tokenizer, samples, options.batch_size)
+        activate(loaded.model, name)
+        columns[name] = measure(loaded.model, loaded.tokenizer, samples, options.batch_size)
     print(table(columns))
 
 

@@ -13,7 +13,7 @@ from aslora_meft.arguments.checks import check_range
 from aslora_meft.arguments.parser import CommandParser
 from aslora_meft.arguments.text import is_encodable
 from aslora_meft.errors import UsageError, as_usage_error
-from aslora_meft.use.loaded import BASE, Loaded, UseArguments, active, load_adapters
+from aslora_meft.use.loaded import BASE, Loaded, UseArguments, activate, load_adapters
 
 
 @dataclass
@@ -125,13 +125,13 @@ def _answer(loaded: Loaded, name: str, ids: torch.Tensor, options: GenerateArgum
         raise UsageError(f"the prompt has {ids.shape[1]} tokens, and the model takes {longest}; shorten it")
     room = options.max_new_tokens if longest is None else min(options.max_new_tokens, longest - ids.shape[1])
     set_seed(options.seed)  # each adapter draws by the same numbers
-    with active(model, name):
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=room,
-            pad_token_id=tokenizer.pad_token_id,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-            **sampled,
-        )
+    activate(model, name)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=room,
+        pad_token_id=tokenizer.pad_token_id,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        **sampled,
+    )
     return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))

@@ -1,12 +1,14 @@
 """Saved adapters, loaded for use: what ``aslora-meft generate`` and ``evaluate`` have in common."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peft.functional import set_adapter
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import aslora  # noqa: F401  # both make PEFT know their method
@@ -65,7 +67,8 @@ def load_adapters(folders: list[str], args: UseArguments) -> Loaded:
     names: list[str] = []
     for folder in folders:
         name = name_of(folder, names)
-        with as_usage_error(Exception, prefix=f"ADAPTER_DIR='{folder}': "):
+        with as_usage_error(Exception, prefix=f"ADAPTER_DIR='{folder}': "), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are asked for
             model.load_adapter(str(Path(folder).expanduser()), name)
         names.append(name)
     return Loaded(model.eval(), tokenizer, names, results)
@@ -120,15 +123,16 @@ def name_of(folder: str, names: list[str]) -> str:
     return unique
 
 
-@contextmanager
-def active(model: Any, name: str) -> Iterator[None]:
-    """One adapter in force, by its name; or `BASE` for none."""
+def activate(model: Any, name: str) -> None:
+    """Put one adapter in force, by its name; or `BASE` for none.
+
+    transformers' methods for this leave out modules that were trained whole, and ask for another PEFT from 5.24 on.
+    """
     if name != BASE:
-        model.set_adapter(name)
-        yield
-        return
-    model.disable_adapters()
-    try:
-        yield
-    finally:
-        model.enable_adapters()
+        set_adapter(model, name, inference_mode=True)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(name != BASE)
+    for module in model.modules():  # later: those for tokens hold a layer, for which the adapter may have none
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            module.enable_adapters(name != BASE and module.check_set_adapter([name]) is not None)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from aslora_meft.arguments.checks import check_expressions
 from aslora_meft.arguments.task_arguments import TASK_TYPES
-from aslora_meft.arguments.text import local_path, parse_json
+from aslora_meft.arguments.text import check_ordinary, local_path, parse_json
 from aslora_meft.errors import UsageError, as_usage_error
 from peft_bridge.files.model_card import RESULTS
 
@@ -43,6 +43,7 @@ def check_saved_adapter(field: str, value: str) -> dict[str, Any]:
         if not folder.is_dir():
             what = "is no folder" if folder.exists() else "does not exist"
             raise UsageError(f"{field}={value!r} {what}; give the folder of a saved adapter")
+        check_ordinary(field, folder)
         file = folder / CONFIG_NAME
         if not file.is_file():
             raise UsageError(f"{field}={value!r} holds no {CONFIG_NAME}; give the folder that save_pretrained wrote")

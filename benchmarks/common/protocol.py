@@ -18,7 +18,7 @@ from transformers import get_linear_schedule_with_warmup
 CLIP = 1.0  # norm of the gradient
 WARMUP = 0.1  # of the steps
 FACTOR = 2.0  # from one rate to the next
-MOST_RATES = 16
+MOST_RATES = 12
 TUNING, REPORTED, DIVERGED = "valid", "test", "diverged"  # "split" of a row; only the second is compared
 
 

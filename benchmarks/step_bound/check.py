@@ -30,7 +30,6 @@ from meft import MEFTConfig
 from meft.cost import calibration
 from meft.cost.memory import AdapterShape, Plan, Work
 from meft.cost.step_time import BaseModel, Ceilings, step_time
-from meft.transport.transfer import nbytes
 from peft_bridge import replace_file
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "model_24gb_check.json"
@@ -58,7 +57,7 @@ class SlowStream:
 
     def run(self, work: Callable[[], object], uses: Sequence[Tensor] = ()) -> None:
         """A copy: ids take no time."""
-        seconds = sum(nbytes(t) for t in uses if t.is_floating_point()) / self.rate
+        seconds = sum(t.nbytes for t in uses if t.is_floating_point()) / self.rate
 
         def copy(begin: float) -> float:
             with torch.no_grad():

@@ -13,13 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 
+from adapter_kernels.adamw.moment_layout import MODES
 from adapter_kernels.runtime.host_threads import host_threads
 from peft_bridge import replace_file
 
@@ -29,12 +30,12 @@ from ..table.gpu_step import ZeroCopySteps
 from ..table.moments import Moments
 from ..table.row_step import StepRule, update_rows
 from ..transport.streams import streams_of
-from ..transport.transfer import Traffic, nbytes
+from ..transport.transfer import Traffic
 from .step_time import Ceilings
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 3  # of the file
+_VERSION = 4  # of the file
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,14 @@ class Calibration:
         alone: with nothing beside. contended: with the row optimizer's threads at work.
         zero_copy: bytes/s of the row optimizer by a kernel of the device, of the same bytes as `host_bytes`; None where
             there is no such device, or it cannot reach the host's memory.
+        modes: how moments are kept -> values/s of the row optimizer with bfloat16 masters.
     """
 
     machine: str
     alone: Ceilings
     contended: Ceilings
     zero_copy: float | None = None
+    modes: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.machine}", f"{'':<34}{'alone':>12}{'beside updates':>18}"]
@@ -89,6 +92,9 @@ class Calibration:
             lines.append(f"{label:<34}{pair[0]:>12.1f}{pair[1]:>18.1f}")
         if self.zero_copy is not None:
             lines.append(f"{'row optimizer, zero_copy, GB/s':<34}{self.zero_copy / 1e9:>12.1f}")
+        lines += [
+            f"{f'row updates, moments={mode}, Gvalues/s':<46}{rate / 1e9:.2f}" for mode, rate in self.modes.items()
+        ]
         return "\n".join(lines)
 
 
@@ -168,7 +174,7 @@ class _Machine:
     @property
     def updated_bytes(self) -> int:
         """What a row update reads and writes."""
-        return nbytes(self.gradient) + self.sizes.updated * self.state.row_bytes()
+        return self.gradient.nbytes + self.sizes.updated * self.state.row_bytes()
 
     def host_rates(self) -> tuple[float, float]:
         """Bytes/s of a row update, flop/s of picking on the host."""
@@ -181,6 +187,15 @@ class _Machine:
         steps = ZeroCopySteps(streams_of(self.device), self.sizes.d)
         seconds = self.seconds(partial(self.update, partial(steps, Traffic())))
         return None if steps.refused else self.updated_bytes / seconds
+
+    def modes(self) -> dict[str, float]:
+        """Values/s of a row update for each way to keep moments, with bfloat16 masters."""
+        own, values, rates = self.state, self.sizes.updated * self.sizes.d, {}
+        for mode in MODES:
+            self.state = Moments.fresh(self.compute_copy, mode).row_state(self.compute_copy)
+            rates[mode] = values / self.seconds(self.update)
+        self.state = own
+        return rates
 
     def picking(self) -> float:
         """Flop/s of picking on the host, of what `host` does: routing and scoring, by keys in bf16."""
@@ -214,7 +229,7 @@ def _measured(device: torch.device, sizes: Sizes | None) -> Calibration:
     with machine.updates_beside():
         link, beside = machine.link(), machine.picking()
     contended = Ceilings(flops, device_bytes, *link, host_bytes, beside)
-    return Calibration(name_of(device), alone, contended, machine.zero_copy())
+    return Calibration(name_of(device), alone, contended, machine.zero_copy(), machine.modes())
 
 
 def name_of(device: torch.device) -> str:
@@ -254,6 +269,7 @@ def _read(path: Path) -> Calibration | None:
         data = json.loads(path.read_text())
         if data["version"] != _VERSION:
             return None
-        return Calibration(data["machine"], Ceilings(**data["alone"]), Ceilings(**data["contended"]), data["zero_copy"])
+        alone, contended = Ceilings(**data["alone"]), Ceilings(**data["contended"])
+        return Calibration(data["machine"], alone, contended, data["zero_copy"], data["modes"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -61,5 +61,5 @@ class HostBytes:
     def updated(self) -> int:
         """Of a step's update, wherever it is: gradient, master, both moments and the narrower copy."""
         s = self.plan.shape
-        each = FP32 + 2 * s.master + 4 * s.moment + (s.compute if s.compute < s.master else 0)
-        return 2 * s.d * self.plan.step_union * each
+        each = FP32 + 2 * s.master + (s.compute if s.compute < s.master else 0)
+        return 2 * self.plan.step_union * (s.d * each + 2 * s.row_moments)

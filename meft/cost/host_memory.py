@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+
+from adapter_kernels.adamw.moment_layout import MODES, moment_bytes
 
 from ..config import MEFTConfig
 from ..targets import FFN
@@ -79,22 +82,50 @@ def row_bytes(config: MEFTConfig, d: int, layers: int, compute: int) -> int:
         compute: bytes of a value as it is read.
     """
     master = {"float64": 8, "float32": 4, "bfloat16": 2}[config.master_dtype]
-    moments = 0 if config.inference_mode else 2 * max(4, master)
-    return 2 * layers * config.r * d * (master + (compute if compute < master else 0) + moments)
+    kept = getattr(torch, config.master_dtype)
+    moments = 0 if config.inference_mode else moment_bytes(config.row_rule.moments, d, kept)
+    return 2 * layers * config.r * (d * (master + (compute if compute < master else 0)) + moments)
 
 
-def require_memory(wanted: int, config: MEFTConfig, layers: int) -> None:
-    """Raises: MemoryError: more is wanted than there is."""
+def narrower(config: MEFTConfig) -> dict[str, MEFTConfig]:
+    """Ways to keep an adapter's rows in less memory: what is to be set -> the configuration with it."""
+    found = {}
+    masters = ("float64", "float32", "bfloat16")
+    for master in masters[masters.index(config.master_dtype) :]:
+        for mode in MODES[MODES.index(config.row_rule.moments) :]:
+            changes = [f"master_dtype='{master}'"] if master != config.master_dtype else []
+            changes += [f"moments='{mode}' of row_optimizer"] if mode != config.row_rule.moments else []
+            with suppress(ValueError):  # such as zero_copy, which has float32 moments only
+                rule = replace(config.row_rule, moments=mode)
+                if changes:
+                    found[" and ".join(changes)] = replace(config, master_dtype=master, row_optimizer=rule)
+    return found
+
+
+def require_memory(wanted: int, config: MEFTConfig, layers: int, others: Mapping[str, int] | None = None) -> None:
+    """Check that the host has memory for an adapter's rows.
+
+    Args:
+        wanted: bytes.
+        layers: adapted FFNs.
+        others: what can be set -> bytes that are wanted then.
+
+    Raises:
+        MemoryError: more is wanted than there is.
+    """
     available = available_bytes()
     if available is None or wanted <= available:
         return
     fits = int(config.r * available / wanted) // config.experts * config.experts
     remedy = f"use r={fits} or less" if fits else "use a machine with more memory"
+    enough = {text: size for text, size in (others or {}).items() if size <= available}
+    if enough:  # the least change
+        text = max(enough, key=lambda text: enough[text])
+        remedy = f"set {text} ({enough[text] / 2**30:.1f} GiB), {remedy}"
     raise MemoryError(
         f"r={config.r} in {layers} layers takes {wanted:,} bytes of host memory ({wanted / 2**30:.1f} GiB), and "
-        f"{available:,} ({available / 2**30:.1f} GiB) are available: {remedy}, adapt fewer layers "
-        "(layers_to_transform), or set master_dtype='bfloat16'; where memory grows as it is used, set "
-        f"{OVERRIDE} to the GiB that may be taken."
+        f"{available:,} ({available / 2**30:.1f} GiB) are available: {remedy}, or adapt fewer layers "
+        f"(layers_to_transform); where memory grows as it is used, set {OVERRIDE} to the GiB that may be taken."
     )
 
 
@@ -106,4 +137,8 @@ def require_memory_for(config: MEFTConfig, ffns: Sequence[FFN]) -> None:
     compute = min((p.element_size() for p in parameters if p.is_floating_point()), default=4)
     if config.row_dtype != "auto":
         compute = getattr(torch, config.row_dtype).itemsize
-    require_memory(row_bytes(config, sum(ffn.width for ffn in ffns), 1, compute), config, len(ffns))
+
+    def wanted(config: MEFTConfig) -> int:
+        return sum(row_bytes(config, ffn.width, 1, compute) for ffn in ffns)
+
+    require_memory(wanted(config), config, len(ffns), {text: wanted(c) for text, c in narrower(config).items()})

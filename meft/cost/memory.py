@@ -105,7 +105,7 @@ class Plan:
         return {
             "router": L * self.router(),
             "adapter": self.way.tables(s),
-            "optimizer": 2 * L * self.router() + (2 * s.values * s.moment if stay else 0),
+            "optimizer": 2 * L * self.router() + (s.moments if stay else 0),
             "gradients": L * self.router() + (self.row_gradients() if stay else 0),
             "saved rows": L * self.saved_rows(),
             "key buffers": self.way.buffers(s),
@@ -126,7 +126,7 @@ class Plan:
         return {
             "compute copy, page-locked": compute if separate else 0,
             "masters" if separate else "masters, page-locked": master,
-            "moments": 2 * s.values * s.moment,
+            "moments": s.moments,
             "gradient store": store,
             "gradient store, kept for larger ones": store // 8,
             "gradient ring, page-locked": SLOTS * self.largest_union * s.gradient,

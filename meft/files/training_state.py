@@ -37,7 +37,8 @@ SHARD_BYTES = 5_000_000_000
 _VERSION = 2
 _SHARD = re.compile(r"meft_state-(?:(?P<process>\d+)-)?(?P<id>[0-9a-f]{8})-\d{5}-of-\d{5}\.safetensors")
 _running: set[str] = set()  # saves of this process
-_PARTS = {"exp_avg", "exp_avg_sq", "counts"}
+_NEEDED = {"exp_avg", "exp_avg_sq", "counts"}
+_PARTS = _NEEDED | {"exp_avg_scale", "exp_avg_sq_scale"}
 _DAMAGED = "The training state in '{folder}' is damaged ({what}): restore it, or remove {index} to go on without it."
 
 
@@ -177,11 +178,11 @@ def load(tables: Mapping[str, RowTable], folder: str | os.PathLike, optimizer: O
     for name, tensors in _read_tensors(folder, index).items():
         if name not in tables:
             raise ValueError(_DAMAGED.format(folder=folder, what=f"it has moments of {name}", index=INDEX))
-        restored[name] = _moments(folder, name, tensors, tables[name].rows)
+        restored[name] = _moments(folder, name, tensors, tables[name])
     steps = unwrapped(optimizer)
     for name, table in tables.items():
         table.synchronize()
-        moments = restored[name] if name in restored else Moments.fresh(table.masters)
+        moments = restored[name] if name in restored else Moments.fresh(table.masters, table.mode)
         table.restored = RowMoments(moments, table.synchronize)
         if steps is not None and any(p is table.rows for g in steps.param_groups for p in g["params"]):
             table.moments_in(steps)
@@ -200,18 +201,18 @@ def resume_of_0_1(tables: Mapping[str, RowTable], folders: Iterable[str]) -> Non
                 return
 
 
-def _moments(folder: Path, name: str, tensors: dict[str, Tensor], rows: Tensor) -> Moments:
+def _moments(folder: Path, name: str, tensors: dict[str, Tensor], table: RowTable) -> Moments:
     if "clock" in tensors:
         tensors = {part: tensors[part] for part in tensors if part != "history"}
         moments = moments_of_0_1(tensors)
-    elif tensors.keys() == _PARTS:
+    elif tensors.keys() >= _NEEDED and tensors.keys() <= _PARTS:
         moments = Moments(**tensors)
     else:
         raise ValueError(_DAMAGED.format(folder=folder, what=f"of {name} it has {sorted(tensors)}", index=INDEX))
-    moments.check(rows, f"The training state in '{folder}', {name}")
+    moments.check(table.rows, table.mode, f"The training state in '{folder}', {name}")
     if bool((moments.counts < 0).any()):
         raise ValueError(_DAMAGED.format(folder=folder, what=f"counts of {name} are below 0", index=INDEX))
-    return moments.to(rows.device)
+    return moments.to(table.rows.device)
 
 
 def read_index(folder: Path) -> dict[str, Any]:

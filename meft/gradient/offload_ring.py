@@ -16,7 +16,7 @@ from peft_bridge.torch_private import backward_number
 
 from ..transport.numa import bind_to_numa_node
 from ..transport.streams import DeviceStreams, StreamEvent
-from ..transport.transfer import Traffic, nbytes
+from ..transport.transfer import Traffic
 from .host.accumulator import Pending
 from .host.drain import drain
 from .host.known_values import KnownValues
@@ -60,7 +60,7 @@ class GradientRing:
         """
         self._check_earlier()
         gradient = gradient.detach().to(self.dtype)
-        traffic.bytes_to_host += nbytes(gradient)
+        traffic.bytes_to_host += gradient.nbytes
         values = self._pool.take(len(gradient), torch.promote_types(table.dtype, torch.float32))
         drained, known = [], KnownValues()
         self.streams.outbound.wait_event(self.streams.record_event())

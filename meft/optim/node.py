@@ -68,7 +68,7 @@ class Node:
         Raises:
             RuntimeError: the ranks have other tables.
         """
-        forms = [(len(t.rows), t.rows.shape[1], t.masters.dtype, t.compute_dtype) for t in tables]
+        forms = [(len(t.rows), t.rows.shape[1], t.masters.dtype, t.compute_dtype, t.mode) for t in tables]
         machine = shared_memory.machine_of_process() if shared_memory.can_share() else None
         everywhere = _gathered(group, (machine, os.getpid(), forms))
         if any(other[2] != forms for other in everywhere):
@@ -84,8 +84,11 @@ class Node:
         members, rank = nodes[machine], dist.get_rank(group)
         layout, layout_of_tables = Layout(), Layout()
         numbers = layout.place(32 * len(members))
-        places = [NodePlaces.plan(layout_of_tables, (r, d), own, read_as, len(members)) for r, d, own, read_as in forms]
-        wide = [(r, d, torch.promote_types(dtype, torch.float32)) for r, d, dtype, _ in forms]
+        places = [
+            NodePlaces.plan(layout_of_tables, (r, d), own, read_as, len(members), mode)
+            for r, d, own, read_as, mode in forms
+        ]
+        wide = [(r, d, torch.promote_types(dtype, torch.float32)) for r, d, dtype, *_ in forms]
         sums = SumPlaces.plan(layout, wide, len(members))
         first = members[0], everywhere[members[0]][1]
         memory = _memory(group, *first, layout.size)

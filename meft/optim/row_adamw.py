@@ -28,7 +28,7 @@ class RowAdamW(Optimizer):
     For those who build their own optimizer; with torch's or bitsandbytes' Adam and AdamW nothing has to be done. Other
     parameters may be in it too and get AdamW, bfloat16 ones with stochastic rounding.
 
-    What `MEFTConfig.row_optimizer` says is for the automatic way and not read here.
+    What `MEFTConfig.row_optimizer` says is for the automatic way and not read here, but for `moments` and `zero_copy`.
 
     Args:
         params: parameters or groups; a table may be in one optimizer only.

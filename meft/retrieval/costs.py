@@ -12,6 +12,8 @@ from typing import Literal
 
 import torch
 
+from adapter_kernels.adamw.moment_layout import moment_bytes
+
 from ..config import MEFTConfig
 
 ID = 4  # bytes of the int32 of a neuron or a place
@@ -28,8 +30,9 @@ class AdapterShape:
         d: hidden size; where layers have several, their mean, rounded up.
         layers: adapted FFNs.
         r, experts, probed, top_k: of `MEFTConfig`, per layer; probed and top_k per token.
-        compute, master, moment, base, gradient: bytes of a value of the rows as they are read, of the masters, of each
-            of the two moments, of the hidden states, and of row gradients on their way to the host.
+        compute, master, base, gradient: bytes of a value of the rows as they are read, of the masters, of the hidden
+            states, and of row gradients on their way to the host.
+        mode: how moments are kept, see `adapter_kernels.adamw.moment_layout`.
         widest: the largest hidden size of a layer, which buffers are for; 0: d.
     """
 
@@ -41,9 +44,9 @@ class AdapterShape:
     top_k: int
     compute: int = 2
     master: int = 4
-    moment: int = 4
     base: int = 2
     gradient: int = 2
+    mode: str = "float32"
     widest: int = 0
 
     @classmethod
@@ -52,11 +55,10 @@ class AdapterShape:
         master = getattr(torch, config.master_dtype).itemsize
         own = base_dtype if config.row_dtype == "auto" else getattr(torch, config.row_dtype)
         compute = min(own.itemsize, master)
-        moment = 8 if config.master_dtype == "float64" else FP32
         narrow = own == base_dtype == torch.bfloat16 and config.gradient_dtype == "auto"
         return cls(
-            d, layers, config.r, config.experts, config.probed, config.top_k, compute, master, moment,
-            base_dtype.itemsize, compute if narrow else max(FP32, compute),
+            d, layers, config.r, config.experts, config.probed, config.top_k, compute, master,
+            base_dtype.itemsize, compute if narrow else max(FP32, compute), config.row_rule.moments,
         )  # fmt: skip
 
     @classmethod
@@ -69,6 +71,16 @@ class AdapterShape:
     def buffered(self) -> int:
         """Hidden size of what passes through buffers."""
         return max(self.d, self.widest)
+
+    @property
+    def row_moments(self) -> int:
+        """Bytes of the moments of one row."""
+        return moment_bytes(self.mode, self.d, torch.float64 if self.master == 8 else torch.float32)
+
+    @property
+    def moments(self) -> int:
+        """Bytes of the moments of all keys and values."""
+        return 2 * self.layers * self.r * self.row_moments
 
     @property
     def values(self) -> int:

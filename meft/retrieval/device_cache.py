@@ -20,7 +20,7 @@ from ..table.row_table import RowTable
 from ..transport.profiling import phase
 from ..transport.staging import Slot
 from ..transport.streams import DeviceStreams, StreamEvent
-from ..transport.transfer import Traffic, nbytes
+from ..transport.transfer import Traffic
 from .gather import bring_changed
 
 
@@ -53,7 +53,7 @@ class KeyBuffers:
             self._arrival[place] = self.streams.inbound.record_event()
             layer.keys.add_reader_event(self.streams.inbound, self._arrival[place])
             self._holds[place] = held
-        layer.traffic.bytes_to_device += nbytes(buffer)
+        layer.traffic.bytes_to_device += buffer.nbytes
 
     def take(self, layer: LayerRows) -> Tensor:
         """The keys of a layer, [r, d], in the order of the computation."""
@@ -91,13 +91,9 @@ class DeviceCopy:
         # Some rows, or all (None), on their way: they join the others when these are read next.
         self._coming: tuple[Tensor | None, Tensor, StreamEvent] | None = None
 
-    def prefetch(self, rows: Tensor | None = None) -> None:
-        """Queue the copy of what has changed.
-
-        Args:
-            rows: the rows that will be read, None for all.
-        """
-        with self.table.reading(rows) as compute_copy, self._or_all_again():
+    def prefetch(self) -> None:
+        """Queue the copy of what has changed."""
+        with self.table.reading() as compute_copy, self._or_all_again():
             if self._rows.dtype != compute_copy.dtype:  # rows of another dtype were assigned
                 self._coming = None
                 self.table.track_dirty_rows()
@@ -129,7 +125,7 @@ class DeviceCopy:
                 self._ids.busy = None if everything else arrival
             self.table.add_reader_event(self.streams.inbound, arrival)
         self._coming = (None if everything else ids, device_rows, arrival)
-        self.traffic.bytes_to_device += nbytes(device_rows) + (0 if everything else nbytes(ids))
+        self.traffic.bytes_to_device += device_rows.nbytes + (0 if everything else ids.nbytes)
 
     @contextmanager
     def _or_all_again(self) -> Iterator[None]:
@@ -141,9 +137,9 @@ class DeviceCopy:
             self.table.track_dirty_rows()
             raise
 
-    def current(self, rows: Tensor | None = None) -> Tensor:
-        """All rows, [r, d], in the order of the computation; of `rows` (None: all) those of now."""
-        self.prefetch(rows)
+    def current(self) -> Tensor:
+        """All rows, [r, d], in the order of the computation."""
+        self.prefetch()
         with self._or_all_again():
             self._synchronize()
         return self._rows

@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from adapter_kernels import table_ffn
+
 from ..gradient.offload_ring import GradientRing
 from ..gradient.row_gradient import RowGradient
 from ..table.layer_rows import LayerRows
@@ -24,6 +26,8 @@ from .strategies import Strategy, capturing
 from .types import GatheredRows, PendingForward, Selection, check_versions
 
 _LEAST_SLOT = 256  # rows of a staging buffer, however few the first gradient has: a batch of padding has none
+
+_KEPT: AbstractContextManager[None] = nullcontext()
 
 
 class Engine(EngineSetup):
@@ -64,29 +68,22 @@ class Engine(EngineSetup):
                 if len(x) > tokens or out_of_memory_errors(x.device) > errors:
                     self._forget()
             strategy = self._prepare(layer, x)
-        # Without a graph nobody asks later whether rows are still those; a wait for queued updates is counted here.
-        asked = torch.is_grad_enabled() or not strategy.in_place
-        versions = layer.versions_after_updates() if asked else None
+        if layer.keys.updates is not None:
+            layer.synchronize()
+        # Without a graph nobody asks later whether rows are still those.
+        versions = layer.versions if torch.is_grad_enabled() else None
         if selection is not None:
             if rows is None:
                 with phase("gather rows"):
                     rows = strategy.gather(layer, selection)
-            layer.count(len(x), len(selection.rows))
+            layer.count(x.shape[0], selection.rows.shape[0])
             return PendingForward(layer, selection, rows, versions, True, strategy.in_place)
         if strategy.in_place:  # nothing runs beside the base FFN
-            found = strategy.select(layer, x, logits).wait()
-            layer.count(len(x), len(found.rows))
-            return PendingForward(layer, found, strategy.gather(layer, found), versions, False, True)
+            selection, rows = strategy.select(layer, x, logits)()
+            layer.count(x.shape[0], selection.rows.shape[0])
+            return PendingForward(layer, selection, rows, versions, False, True)
         with phase("select"):
-            selecting = strategy.select(layer, x, logits)
-
-        def gather() -> tuple[Selection, GatheredRows]:
-            selection = selecting.wait()
-            with phase("gather rows"):
-                rows = strategy.gather(layer, selection, selecting.made)
-            layer.count(len(x), len(selection.rows))
-            return selection, rows
-
+            gather = strategy.select(layer, x, logits)
         return PendingForward(layer, None, None, versions, False, False, gather)
 
     def _check_graphs(self, x: Tensor) -> None:
@@ -103,6 +100,7 @@ class Engine(EngineSetup):
         if pending.gather is not None:
             gather, pending.gather = pending.gather, None
             pending.selection, pending.rows = gather()
+            pending.layer.count(pending.selection.position.shape[0], pending.selection.rows.shape[0])
         assert pending.rows is not None
         return pending.rows
 
@@ -116,21 +114,22 @@ class Engine(EngineSetup):
             refetch: rows are not kept for the backward pass, which gathers them again.
             done: called when the gradients of the rows have been made.
         """
-        layer, rows, selection = pending.layer, self.gather(pending), pending.known
+        layer, rows, selection = pending.layer, self.gather(pending), pending.selection
+        assert selection is not None
         pending.rows = None  # the graph holds `pending`
-        if not rows.in_place:
-            rows = self._arrived(pending, rows, x)
-        if pending.on_host and not torch.is_grad_enabled() and rows.in_place:
-            return output_of(x, None, rows)
+        if rows.scores is None:
+            rows = self._arrived(pending, selection, rows, x)
+        elif not torch.is_grad_enabled():
+            return table_ffn(rows.values, rows.position, rows.scores)
         factors = idle = None
         if self.config.router_factor:
-            factors = logits.gather(1, experts_of(selection, layer.neurons_per_expert))
+            factors = logits.gather(1, experts_of(selection, self._neurons_per_expert))
         else:
             idle = logits  # its router gets a gradient of zero
         # Sums over tokens pass the range of float16 where their terms do not.
         wide = self.config.gradient_dtype == "float32" or x.dtype == torch.float16
         dtype = torch.promote_types(x.dtype, torch.float32) if wide else x.dtype
-        absent: AbstractContextManager[RefetchedRows | None] = nullcontext()
+        absent: AbstractContextManager[RefetchedRows | None] = _KEPT
         if refetch:
             absent = refetched_in_backward(self, pending, (rows.keys, rows.values), self._below)
         with absent as self._below, phase("sparse FFN"):
@@ -140,15 +139,15 @@ class Engine(EngineSetup):
                 x, factors, idle, layer.keys.rows, layer.values.rows, rows, pending, self, dtype, done
             )
 
-    def _arrived(self, pending: PendingForward, rows: GatheredRows, x: Tensor) -> GatheredRows:
+    def _arrived(self, pending: PendingForward, selection: Selection, rows: GatheredRows, x: Tensor) -> GatheredRows:
         """Rows as the computation reads them from now on, in x's dtype."""
         if self.streams is not None and not pending.on_host:  # other layers may be on a device
             if not pending.recomputed and self._strategy is not None:
                 # Now that the base FFN is queued: the next layer's rows may have to wait for their update.
-                self._strategy.prefetch_next(pending.layer, len(x))
-            pending.known.wait_in(self.streams)
+                self._strategy.prefetch_next(pending.layer, x.shape[0])
+            selection.wait_in(self.streams)
             rows.wait_in(self.streams)
-        return GatheredRows(rows.keys.detach().to(x.dtype), rows.values.detach().to(x.dtype), rows.position)
+        return GatheredRows(rows.keys.to(x.dtype), rows.values.to(x.dtype), rows.position)
 
     def gather_again(self, pending: PendingForward) -> GatheredRows:
         """Queue the way of a layer's rows for its backward pass.

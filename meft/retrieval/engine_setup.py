@@ -46,6 +46,7 @@ class EngineSetup:
         self.on_gradient: Callable[[RowTable, RowGradient], RowGradient] | None = None
         self._given: DeviceStreams | None = None
         self._updates: UpdateQueue | None = None
+        self._neurons_per_expert = torch.tensor(config.r // config.experts, dtype=torch.int32, device="cpu")
         self._in_place = InPlace(HostStreams(torch.device("cpu")), layers)
         self._forget()
 

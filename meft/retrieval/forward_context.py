@@ -125,9 +125,7 @@ def in_checkpoint_recompute() -> bool:
     return backward_number() != -1
 
 
-def real_tokens(
-    now: ForwardContext | None, shape: torch.Size, device: torch.device, flat: bool = False
-) -> Tensor | None:
+def real_tokens(now: ForwardContext, shape: torch.Size, device: torch.device, flat: bool = False) -> Tensor | None:
     """Places of the tokens that are no padding, int64, among the tokens of an input [batch, length, d]; None: all.
 
     An input of another size than the mask is not of the model's tokens (a vision tower's patches).
@@ -135,7 +133,7 @@ def real_tokens(
     Args:
         flat: whether the input may be [batch * length, d], as a layer gives it that calls its linear layers itself.
     """
-    if now is None or now.mask is None:
+    if now.mask is None:
         return None
     if shape[:-1] != now.mask.shape and not (flat and shape[:-1] == (now.mask.numel(),)):
         return None
@@ -202,13 +200,14 @@ class _Hooks:
         if not hasattr(_here, "opened"):
             _here.opened = []
         call = sys._getframe(1)
-        running = set()
-        frame: FrameType | None = call
-        while frame is not None:
-            running.add(frame)
-            frame = frame.f_back
-        while _here.opened and _here.opened[-1][0] not in running:  # torch runs no hook after a KeyboardInterrupt
-            end(_here.opened.pop()[1])
+        if _here.opened:
+            running = set()
+            frame: FrameType | None = call
+            while frame is not None:
+                running.add(frame)
+                frame = frame.f_back
+            while _here.opened and _here.opened[-1][0] not in running:  # torch runs no hook after a KeyboardInterrupt
+                end(_here.opened.pop()[1])
         _here.opened.append((call, self.passes.begin_pass(named_arguments(module, args, kwargs))))
 
     def after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -222,6 +221,8 @@ class _Hooks:
 
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a module's forward by name, those given by position too."""
+    if not args:
+        return kwargs
     return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
 
 

@@ -11,7 +11,6 @@ has given back may be in use until it is through, so they go into memory of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -22,16 +21,20 @@ from adapter_kernels import gather_rows
 from ..table.layer_rows import LayerRows
 from ..table.row_table import RowTable
 from ..transport.streams import DeviceStreams, StreamEvent
-from ..transport.transfer import bring_rows, nbytes
+from ..transport.transfer import bring_rows
 from .types import Selection
 
 
-def experts_of(selection: Selection, neurons_per_expert: int) -> Tensor:
-    """The expert of each pick, int64 [T, K]; any where there is no pick."""
+def experts_of(selection: Selection, neurons_per_expert: Tensor) -> Tensor:
+    """The expert of each pick, int64 [T, K]; any where there is no pick.
+
+    Args:
+        neurons_per_expert: r / E, int32 without dimensions, in host memory: torch divides by it at once.
+    """
     rows = selection.rows
-    if not len(rows):
+    if not rows.shape[0]:
         return selection.position.new_zeros(selection.position.shape, dtype=torch.int64)
-    experts = torch.empty(rows.shape, dtype=torch.int64, device=rows.device)
+    experts = rows.new_empty(rows.shape, dtype=torch.int64)
     torch.div(rows, neurons_per_expert, rounding_mode="floor", out=experts)
     return experts[selection.position]  # -1 is the last one
 
@@ -56,23 +59,32 @@ def gather(
     Returns:
         of each table [u, d] in the dtype in which it is read, and the event after which they are there.
     """
-    with ExitStack() as held:
-        compute_copies = [held.enter_context(table.reading(selection.host_rows)) for table in tables]
-        forms = [((len(selection.rows), compute_copy.shape[1]), compute_copy.dtype) for compute_copy in compute_copies]
-        with torch.inference_mode(False):  # a stream, which may be a thread, writes into them
-            if made is None:
-                out = [torch.empty(shape, dtype=dtype, device=streams.device) for shape, dtype in forms]
-            else:
-                out = [streams.inbound.empty(*form) for form in forms]
-        streams.inbound.wait_event(streams.record_event() if made is None else made)
-        streams.inbound.run(
-            partial(bring_rows, selection.rows, selection.host_rows, compute_copies, out), [selection.rows, *out]
-        )
-        arrival = streams.inbound.record_event()
+    with tables[0].reading() as first:
+        if len(tables) == 1:
+            out, arrival = _queued(streams, [first], selection, made)
+        else:
+            with tables[1].reading() as second:
+                out, arrival = _queued(streams, [first, second], selection, made)
         for table in tables:
             table.add_reader_event(streams.inbound, arrival)
-    layer.traffic.bytes_to_device += sum(map(nbytes, out))
+    layer.traffic.bytes_to_device += sum(t.nbytes for t in out)
     return out, arrival
+
+
+def _queued(
+    streams: DeviceStreams, compute_copies: list[Tensor], selection: Selection, made: StreamEvent | None
+) -> tuple[list[Tensor], StreamEvent]:
+    size = selection.rows.shape[0]
+    if made is None:
+        with torch.inference_mode(False):  # a stream, which may be a thread, writes into them
+            out = [torch.empty(size, t.shape[1], dtype=t.dtype, device=streams.device) for t in compute_copies]
+        made = streams.record_event()
+    else:
+        out = [streams.inbound.empty((size, t.shape[1]), t.dtype) for t in compute_copies]
+    streams.inbound.wait_event(made)
+    work = partial(bring_rows, selection.rows, selection.host_rows, compute_copies, out)
+    streams.inbound.run(work, [selection.rows, *out])
+    return out, streams.inbound.record_event()
 
 
 def bring_changed(staged: Tensor, ids: Tensor, changed: Tensor, compute_copy: Tensor, device_rows: Tensor) -> None:

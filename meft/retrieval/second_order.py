@@ -6,7 +6,7 @@ take more memory than the fast ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from peft_bridge.torch_private import has_tangent, is_batched, is_transformed
 from ..gradient.row_gradient import RowGradient
 
 
-def check_not_transformed(*tensors: Tensor) -> None:
+def check_not_transformed(tensors: Iterable[Tensor]) -> None:
     """Raises: NotImplementedError: a transform of torch.func, or forward-mode differentiation, goes through a layer."""
     if is_transformed():
         raise NotImplementedError(

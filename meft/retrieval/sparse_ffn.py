@@ -76,9 +76,11 @@ class SparseFFN(torch.autograd.Function):
         """
         ctx.pending, ctx.receiver, ctx.dtype, ctx.done = pending, receiver, dtype, done
         ctx.zeros = idle.new_zeros(()).expand_as(idle) if idle is not None else None
+        ctx.tables = keys, values
+        read = rows.keys, rows.values
         # Whole tables are nothing that a hook on saved tensors may copy.
-        ctx.tables, ctx.read = (keys, values), (rows.keys, rows.values) if rows.in_place else None
-        ctx.save_for_backward(x, factors, *(() if rows.in_place else (rows.keys, rows.values)))
+        ctx.read, saved = (read, ()) if rows.scores is not None else (None, read)
+        ctx.save_for_backward(x, factors, *saved)
         return output_of(x, factors, rows)
 
     @staticmethod

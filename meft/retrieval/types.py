@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -13,8 +14,7 @@ from ..table.layer_rows import LayerRows
 from ..transport.streams import DeviceStreams, StreamEvent
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(NamedTuple):
     """The neurons that T tokens use.
 
     Attributes:
@@ -39,28 +39,14 @@ class Selection:
             streams.use([self.position])
 
 
-@dataclass(frozen=True)
-class PendingSelection:
-    """A selection that is being made, for which nobody has waited yet.
-
-    Attributes:
-        wait: waits until the host knows it.
-        made: the point of the computation from which on a stream finds on the device what the selection is made of;
-            None: no stream will ask.
-    """
-
-    wait: Callable[[], Selection]
-    made: StreamEvent | None
-
-
-@dataclass(frozen=True)
-class GatheredRows:
+class GatheredRows(NamedTuple):
     """Rows on their way to where the FFN is computed.
 
     Attributes:
         keys, values: [u, d], the rows of a selection; or whole tables, [r, d], that are read in place.
         position: int32 [T, K], each pick's place in `keys` and `values`; -1 is none.
-        scores: [T, K], the score of each pick, if the tables are read in place: it is not computed again.
+        scores: [T, K], the score of each pick, if these are the tables themselves, read in place, which a graph must
+            not save: it is not computed again. None: they are gathered rows.
         arrival: the event after which they are there; None: they are, in the order of the computation.
         of_stream: what of them is in a stream's memory.
     """
@@ -72,16 +58,15 @@ class GatheredRows:
     of_stream: tuple[Tensor, ...] = ()
     scores: Tensor | None = None
 
-    @property
-    def in_place(self) -> bool:
-        """Whether they are the tables themselves, which a graph must not save."""
-        return self.scores is not None
-
     def wait_in(self, streams: DeviceStreams) -> None:
         """What the computation queues from now on uses the rows."""
         if self.arrival is not None:
             streams.wait_event(self.arrival)
             streams.use(self.of_stream)
+
+
+# Waits until the host knows a selection, and queues the way of its rows.
+Gather = Callable[[], tuple[Selection, GatheredRows]]
 
 
 @dataclass(eq=False)
@@ -94,7 +79,7 @@ class PendingForward:
         versions: of keys and values as they are read; None without a graph.
         recomputed: whether this is a recomputation of gradient checkpointing.
         on_host: whether a model on the CPU reads the rows where they are; no stream takes part.
-        gather: waits for the picks and queues their rows, if that was not done yet.
+        gather: what makes selection and rows, if that was not done yet.
     """
 
     layer: LayerRows
@@ -103,7 +88,7 @@ class PendingForward:
     versions: tuple[int, int] | None
     recomputed: bool
     on_host: bool = False
-    gather: Callable[[], tuple[Selection, GatheredRows]] | None = None
+    gather: Gather | None = None
 
     @property
     def known(self) -> Selection:

@@ -13,7 +13,7 @@ from adapter_kernels.rows.gather_rows import zero_copy
 from adapter_kernels.runtime import dispatch
 
 from ..transport.streams import DeviceStreams, StreamEvent
-from ..transport.transfer import PageLock, Traffic, nbytes
+from ..transport.transfer import PageLock, Traffic
 from .row_step import RowState, StepRule, multiplied, update_rows
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,8 @@ class ZeroCopySteps:
         """
         # The thread that updates has a current device of its own.
         with dispatch.device_guard(self._device):
-            if state.table.dtype == torch.float64 or not self._reaches(state):  # the kernel has no float64
+            unsupported = state.table.dtype == torch.float64 or state.mode != "float32"  # of the kernel
+            if unsupported or not self._reaches(state):
                 update_rows(state, rows, grads, rule, seed=seed, factors=factors)
                 return
 
@@ -105,7 +106,7 @@ class ZeroCopySteps:
                     self._buffers[i % 2].step(kernel, rows[part], grads[part], factors)
             finally:
                 self._finish()
-        traffic.bytes_zero_copy += len(rows) * (state.row_bytes() + nbytes(grads[:1]) + torch.int32.itemsize)
+        traffic.bytes_zero_copy += len(rows) * (state.row_bytes() + grads[:1].nbytes + torch.int32.itemsize)
 
     def _finish(self) -> None:
         """Wait for all that is queued, also where some of it has failed."""

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from ..config import MEFTConfig
 from ..transport.transfer import Traffic
 from .row_table import RowTable
@@ -36,21 +33,11 @@ class LayerRows:
         """Of keys and values; they change with every update."""
         return self.keys.version, self.values.version
 
-    def versions_after_updates(self) -> tuple[int, int]:
-        """`versions`; the wait for updates that are queued counts as the launching thread's."""
-        if self.keys.updates is None:
-            return self.versions
+    def synchronize(self) -> None:
+        """Wait for updates that are queued, which counts as a wait of the launching thread."""
         with self.traffic.stalled():
-            return self.versions
-
-    @property
-    def neurons_per_expert(self) -> int:
-        """r / E."""
-        return self.config.r // self.config.experts
-
-    def load_on(self, device: torch.device) -> Tensor:
-        """The picks of each neuron so far, int64 [r], for whoever picks on a device to add to."""
-        return self.traffic.load_on(device, self.config.r)
+            self.keys.synchronize()
+            self.values.synchronize()
 
     def count(self, tokens: int, rows: int) -> None:
         """A forward pass of some tokens has used some rows."""

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.serialization import add_safe_globals
 
+from adapter_kernels.adamw.moment_layout import mode_of, moment_forms
+
 from ..transport.host_tensors import check_process, forks, keep_from_forks, like_rows
 from .host_loading import HostBegin, HostEnd
 from .row_step import RowState
@@ -23,24 +25,31 @@ KEY = "row_moments"  # of the entry in `optimizer.state[rows]`
 
 @dataclass(eq=False)
 class Moments:
-    """AdamW's state of a table [r, d] (see `meft.optim.row_adamw`).
+    """AdamW's state of a table [r, d] (see `meft.optim.row_adamw`), where the masters are.
 
     Attributes:
-        exp_avg, exp_avg_sq: [r, d], float32 (float64 for float64 masters), where the masters are.
+        exp_avg, exp_avg_sq: in a mode of `adapter_kernels.adamw.moment_layout`.
         counts: int32 [r], how often each row was touched.
+        exp_avg_scale, exp_avg_sq_scale: of codes, None without.
     """
 
     exp_avg: Tensor
     exp_avg_sq: Tensor
     counts: Tensor
+    exp_avg_scale: Tensor | None = None
+    exp_avg_sq_scale: Tensor | None = None
     holders: weakref.WeakSet[RowMoments] = field(default_factory=weakref.WeakSet, init=False, repr=False)
 
     @classmethod
-    def fresh(cls, table: Tensor) -> Moments:
+    def fresh(cls, table: Tensor, mode: str = "float32") -> Moments:
         """Moments before the first step."""
-        dtype = torch.float64 if table.dtype == torch.float64 else torch.float32
-        m, v = (like_rows(table, dtype) for _ in range(2))
-        return cls(m, v, like_rows(table, torch.int32, table.shape[:1]))
+        forms = moment_forms(mode, table.shape, table.dtype)
+        return cls(**{name: like_rows(table, dtype, shape) for name, (shape, dtype) in forms.items()})
+
+    @property
+    def mode(self) -> str:
+        """How they are kept."""
+        return mode_of(self.exp_avg_sq)
 
     def row_state(self, table: Tensor, compute_copy: Tensor | None = None) -> RowState:
         """What a step of the table's rows reads and writes."""
@@ -50,26 +59,33 @@ class Moments:
         """On a device; itself if it is there."""
         if self.exp_avg.device == device:
             return self
-        return Moments(*(tensor.to(device) for tensor in self.tensors().values()))
+        return Moments(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     def clone(self) -> Moments:
         """A copy in memory of its own."""
-        return Moments(*(like_rows(t, t.dtype).copy_(t) for t in self.tensors().values()))
+        return Moments(**{name: like_rows(t, t.dtype).copy_(t) for name, t in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, without a copy."""
-        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "counts": self.counts}
+        needed = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "counts": self.counts}
+        scales = {"exp_avg_scale": self.exp_avg_scale, "exp_avg_sq_scale": self.exp_avg_sq_scale}
+        return needed | {name: scale for name, scale in scales.items() if scale is not None}
 
-    def check(self, rows: Tensor, where: str) -> None:
-        """Raises: ValueError: these are not the moments of such rows; `where` says whose they are."""
-        needed = Moments.fresh(torch.empty(rows.shape, dtype=rows.dtype, device="meta"))
-        for name, like in needed.tensors().items():
+    def check(self, rows: Tensor, mode: str, where: str) -> None:
+        """Raises: ValueError: these are not the moments of such rows in this mode; `where` says whose they are."""
+        if self.mode != mode:
+            raise ValueError(
+                f"{where}: the moments of MEFT's rows were saved with row_optimizer.moments='{self.mode}' and are not "
+                f"converted to '{mode}': set moments='{self.mode}', or train on with fresh moments."
+            )
+        for name, (shape, dtype) in moment_forms(mode, rows.shape, rows.dtype).items():
             tensor = getattr(self, name)
-            if tensor.shape != like.shape or tensor.dtype != like.dtype:
+            if tensor is None:
+                raise ValueError(f"{where}: {name} of MEFT's rows is missing: load a state that was saved whole.")
+            if tensor.shape != shape or tensor.dtype != dtype:
                 raise ValueError(
-                    f"{where}: {name} of MEFT's rows is {tensor.dtype} {list(tensor.shape)} where {like.dtype} "
-                    f"{list(like.shape)} is needed: load the state that was saved with this adapter's r and "
-                    "master_dtype."
+                    f"{where}: {name} of MEFT's rows is {tensor.dtype} {list(tensor.shape)} where {dtype} "
+                    f"{list(shape)} is needed: load the state that was saved with this adapter's r and master_dtype."
                 )
 
 
@@ -142,11 +158,9 @@ class RowMoments:
         return f"RowMoments({list(self._moments.exp_avg.shape)}, {self._moments.exp_avg.dtype})"
 
 
-def row_moments_of_file(
-    begin: HostBegin, exp_avg: Tensor, exp_avg_sq: Tensor, counts: Tensor, end: HostEnd
-) -> RowMoments:
-    """What a pickle calls."""
-    return RowMoments(Moments(exp_avg, exp_avg_sq, counts))
+def row_moments_of_file(begin: HostBegin, *tensors_and_end: Any) -> RowMoments:
+    """What a pickle calls: with the tensors of `Moments` in their order between two marks."""
+    return RowMoments(Moments(*tensors_and_end[:-1]))
 
 
 # The name in saved files, which does not change when this module moves.
@@ -173,6 +187,7 @@ def moments_of(
     parameter: Tensor,
     *,
     rows: Tensor | None = None,
+    mode: str = "float32",
     synchronize: Callable[[], None] | None = None,
     loaded: RowMoments | None = None,
     fresh: Moments | None = None,
@@ -182,6 +197,7 @@ def moments_of(
     Args:
         parameter: the key in the state.
         rows: the parameter as [r, d]; None: it is.
+        mode: how moments are kept.
         synchronize: as in `RowMoments`.
         loaded: replaces the entry of the optimizer.
         fresh: zeros to begin with where there is no entry; None: they are made.
@@ -196,10 +212,10 @@ def moments_of(
     if present is not None and owner is optimizer:
         return present
     if present is None:
-        moments = fresh if fresh is not None else Moments.fresh(rows)
+        moments = fresh if fresh is not None else Moments.fresh(rows, mode)
     else:  # loaded, or the entry of another optimizer: which stays as it is for others that hold it
         moments = present.moments
-        moments.check(rows, f"The state of {type(optimizer).__name__}")
+        moments.check(rows, mode, f"The state of {type(optimizer).__name__}")
         for tensor in moments.tensors().values():
             keep_from_forks(tensor)
     entry = RowMoments(moments, synchronize)

@@ -6,12 +6,15 @@ through with it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from adapter_kernels.adamw.moment_layout import moment_forms
 
 from ..transport.node_ranks import NodeRanks
 from ..transport.shared_memory import Layout, SharedMemory
@@ -30,6 +33,7 @@ class NodePlaces:
 
     Attributes:
         compute_dtype: in which rows are read.
+        mode: how moments are kept.
     """
 
     shape: tuple[int, int]
@@ -37,23 +41,31 @@ class NodePlaces:
     compute_dtype: torch.dtype
     masters: int
     compute_copy: int | None
-    moments: tuple[int, int, int]
+    moments: tuple[int, ...]
     counters: int
+    mode: str = "float32"
 
     @classmethod
     def plan(
-        cls, layout: Layout, shape: tuple[int, int], dtype: torch.dtype, compute_dtype: torch.dtype, ranks: int
+        cls,
+        layout: Layout,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        compute_dtype: torch.dtype,
+        ranks: int,
+        mode: str = "float32",
     ) -> NodePlaces:
         """Take places for a table with these dtypes."""
         values = shape[0] * shape[1]
-        wide = torch.promote_types(dtype, torch.float32).itemsize
+        forms = moment_forms(mode, shape, dtype).values()
         narrower = compute_dtype != dtype
         return cls(
             shape, dtype, compute_dtype,
             masters=layout.place(values * dtype.itemsize),
             compute_copy=layout.place(values * compute_dtype.itemsize) if narrower else None,
-            moments=(layout.place(values * wide), layout.place(values * wide), layout.place(4 * shape[0])),
+            moments=tuple(layout.place(math.prod(size) * kept.itemsize) for size, kept in forms),
             counters=layout.place(8 * _COUNTERS * ranks),
+            mode=mode,
         )  # fmt: skip
 
 
@@ -70,10 +82,9 @@ class NodeRows:
     def __init__(self, ranks: NodeRanks, memory: SharedMemory, places: NodePlaces) -> None:
         self.ranks, self.places = ranks, places
         self._memory = memory
-        wide = torch.promote_types(places.dtype, torch.float32)
-        shapes = ((places.shape, wide), (places.shape, wide), (places.shape[:1], torch.int32))
-        tensors = (memory.tensor(at, shape, dtype) for at, (shape, dtype) in zip(places.moments, shapes, strict=True))
-        self.moments = Moments(*tensors)
+        forms = moment_forms(places.mode, places.shape, places.dtype).items()
+        found = zip(places.moments, forms, strict=True)
+        self.moments = Moments(**{name: memory.tensor(at, shape, dtype) for at, (name, (shape, dtype)) in found})
         self.unused, self.steps = True, 0
         n, numbers = len(ranks), memory.numbers(places.counters, _COUNTERS * len(ranks))
         parts = [numbers[i * n : (i + 1) * n] for i in range(_COUNTERS)]

@@ -5,15 +5,12 @@
 // both give the same bits, whatever instructions the machine has.
 
 #include <algorithm>
-#include <atomic>
-#include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <initializer_list>
-#include <type_traits>
 #include <vector>
 
 #include "../../kernels/adapter_kernels/runtime/helper_threads.h"
+#include "narrow_moments.h"
+#include "step_values.h"
 
 // One build for every x86-64: the loader picks the widest clone that the processor has.
 #if defined(COUNT_BYTES)
@@ -26,151 +23,109 @@
 #define FOR_EACH_VECTOR_WIDTH
 #endif
 
-#if defined(__GNUC__)
-#define INLINE inline __attribute__((always_inline))
-#define RESTRICT __restrict__
-#elif defined(_MSC_VER)
-#define INLINE __forceinline
-#define RESTRICT __restrict
-#else
-#define INLINE inline
-#define RESTRICT
-#endif
-
 namespace {
 
-// Values in memory as the loops see them. A build with -DCOUNT_BYTES adds up what each load and store moves, which
-// tests/meft/test_host_bytes.py compares with step_time.py.
-#ifdef COUNT_BYTES
-std::atomic<int64_t> counted{0};
+// How moments are kept, numbered as in row_step.py.
+enum Mode { FLOAT32, BFLOAT16, ROWWISE, FLOAT8 };
 
-template <class T>
-struct Counted {
-    struct Element {
-        T* address;
-        operator std::remove_const_t<T>() const { counted += sizeof(T); return *address; }
-        void operator=(T value) const { counted += sizeof(T); *address = value; }
-    };
-    T* first;
-    Counted(T* pointer) : first(pointer) {}
-    Element operator[](int64_t i) const { return {first + i}; }
+// A table and what is kept beside it, from its first row on: null what there is not. P is float or uint16_t (bfloat16).
+struct Tensors {
+    void *p, *m, *v;
+    float *m_scale, *v_scale;
+    uint16_t* copy;
 };
-#define MEMORY(T) Counted<T>
-#else
-#define MEMORY(T) T* RESTRICT
-#endif
 
-// The scalars of one step, in the order of `_scalars` in row_step.py.
-struct Step {
-    float mix;       // of (g - m): 1 - beta1 added to m, or -beta1 added to g
-    float from_grad; // which of the two; the first while 1 - beta1 < 0.5, as torch.lerp
-    float beta2;
-    float fresh2;    // 1 - beta2
-    float eps;
-    float decay;     // decoupled: 1 - lr * weight_decay, else 1
-    float coupled;   // coupled: weight_decay, else 0
-    float step_size; // lr / (1 - beta1^n)
-    float root2;     // sqrt(1 - beta2^n)
-};
-static_assert(sizeof(Step) == 9 * sizeof(float), "Step is passed as nine floats");
-
-// float32 to bfloat16, to the nearest, ties to even; NaN stays NaN.
-INLINE uint16_t narrow(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const uint32_t nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : nearest);
+// Compilers take the pointers to be distinct as parameters, not as fields of a struct.
+template <class P, bool COPY>
+INLINE void step_float32(P* p, const Tensors& t, int64_t at, uint16_t* copy, const float* grad, int64_t width,
+                         const Step& s, const Factors& f, const Key& key) {
+    float *m = static_cast<float*>(t.m) + at, *v = static_cast<float*>(t.v) + at;
+    const bool coupled = s.coupled != 0.0f, from_grad = s.from_grad != 0.0f;
+    if (coupled && from_grad) return step_values<P, COPY, true, true>(p, m, v, copy, grad, width, s, f, key);
+    if (coupled) return step_values<P, COPY, true, false>(p, m, v, copy, grad, width, s, f, key);
+    if (from_grad) return step_values<P, COPY, false, true>(p, m, v, copy, grad, width, s, f, key);
+    step_values<P, COPY, false, false>(p, m, v, copy, grad, width, s, f, key);
 }
 
-// What gradients are multiplied by as they are read, one after the other; 1 changes no bit.
-struct Factors {
-    float first, second;
-};
-
-// A row of the table, of both moments and of the compute copy (null: there is none), and its gradient.
-struct Row {
-    float *p, *m, *v;
-    uint16_t* copy;
-    const float* grad;
-};
-
-template <bool COPY, bool COUPLED, bool FROM_GRAD>
-INLINE void step_values(MEMORY(float) p, MEMORY(float) m, MEMORY(float) v, MEMORY(uint16_t) copy,
-                        MEMORY(const float) grad, int64_t width, const Step& s, const Factors& f) {
-    const float mix = s.mix, beta2 = s.beta2, fresh2 = s.fresh2, eps = s.eps, decay = s.decay;
-    const float coupled = s.coupled, step_size = s.step_size, root2 = s.root2;
-    const float first = f.first, second = f.second;
-    for (int64_t i = 0; i < width; ++i) {
-        const float p_old = p[i], m_old = m[i];
-        float g = (grad[i] * first) * second;
-        if (COUPLED) g = g + coupled * p_old;
-        const float moved = mix * (g - m_old);
-        const float m_new = (FROM_GRAD ? g : m_old) + moved;
-        const float v_new = v[i] * beta2 + (fresh2 * g) * g;
-        const float p_new = p_old * decay - (m_new * step_size) / (std::sqrt(v_new) / root2 + eps);
-        m[i] = m_new;
-        v[i] = v_new;
-        p[i] = p_new;
-        if (COPY) copy[i] = narrow(p_new);
+template <class P, bool COPY>
+INLINE void step_as(Mode mode, const Tensors& t, int64_t row, const float* grad, int64_t width, const Step& s,
+                    const Factors& f, const Key& key) {
+    const int64_t at = row * width, block = row * ((width + BLOCK - 1) / BLOCK);
+    P* p = static_cast<P*>(t.p) + at;
+    uint16_t *m = static_cast<uint16_t*>(t.m) + at, *copy = COPY ? t.copy + at : nullptr;
+    switch (mode) {
+    case FLOAT32:
+        return step_float32<P, COPY>(p, t, at, copy, grad, width, s, f, key);
+    case BFLOAT16:
+        return step_bfloat16<P, COPY>(p, m, static_cast<uint16_t*>(t.v) + at, copy, grad, width, s, f, key);
+    case ROWWISE:
+        return step_rowwise<P, COPY>(p, m, static_cast<float*>(t.v) + row, copy, grad,
+                                     mean_square<P>(p, grad, width, s, f), width, s, f, key);
+    case FLOAT8:
+        return step_float8<P, COPY>(p, static_cast<uint8_t*>(t.m) + at, static_cast<uint8_t*>(t.v) + at,
+                                    t.m_scale + block, t.v_scale + block, copy, grad, width, s, f, key);
     }
 }
 
-// Compilers take the pointers to be distinct as parameters, not as fields of a struct.
-template <bool COPY, bool COUPLED, bool FROM_GRAD>
-INLINE void step_as(const Row& row, int64_t width, const Step& s, const Factors& f) {
-    step_values<COPY, COUPLED, FROM_GRAD>(row.p, row.m, row.v, row.copy, row.grad, width, s, f);
+INLINE void step_any(bool half, Mode mode, const Tensors& t, int64_t row, const float* grad, int64_t width,
+                     const Step& s, const Factors& f, const Key& key) {
+    if (half) return step_as<uint16_t, false>(mode, t, row, grad, width, s, f, key);
+    if (t.copy) return step_as<float, true>(mode, t, row, grad, width, s, f, key);
+    step_as<float, false>(mode, t, row, grad, width, s, f, key);
 }
 
-template <bool COPY>
-INLINE void step_from(const Row& row, int64_t width, const Step& s, const Factors& f) {
-    const bool coupled = s.coupled != 0.0f, from_grad = s.from_grad != 0.0f;
-    if (coupled && from_grad) return step_as<COPY, true, true>(row, width, s, f);
-    if (coupled) return step_as<COPY, true, false>(row, width, s, f);
-    if (from_grad) return step_as<COPY, false, true>(row, width, s, f);
-    step_as<COPY, false, false>(row, width, s, f);
-}
+#define STEP_ROW(name)                                                                                              \
+    void name(bool half, Mode mode, const Tensors& t, int64_t row, const float* grad, int64_t width, const Step& s, \
+              const Factors& f, const Key& key) {                                                                   \
+        step_any(half, mode, t, row, grad, width, s, f, key);                                                       \
+    }
 
-FOR_EACH_VECTOR_WIDTH
-void step_row(const Row& row, int64_t width, const Step& s, const Factors& f) {
-    if (row.copy)
-        step_from<true>(row, width, s, f);
-    else
-        step_from<false>(row, width, s, f);
-}
+STEP_ROW(step_row)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(COUNT_BYTES)
+// By hand: a clone has one extension, and loops over values of 16 bits need several.
+__attribute__((target("avx2"))) STEP_ROW(step_row_avx2)
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) STEP_ROW(step_row_avx512)
+const auto widest_step = [] {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return step_row_avx512;
+    return __builtin_cpu_supports("avx2") ? step_row_avx2 : step_row;
+}();
+#else
+const auto widest_step = step_row;
+#endif
+#undef STEP_ROW
 
 struct Job {
-    Row first; // row 0 of the table, and the gradient of the first touched row
+    bool half; // whether the table is bfloat16
+    Mode mode;
+    Tensors tensors;
+    const float* grads;
     const int64_t* rows;
+    const Key* keys; // null where nothing is rounded stochastically
     const Step* steps;
     Factors factors;
     int64_t count, width;
 
     // The processor's own prefetch ends with the row and with each page: touch those of the next row. More costs time.
-    void look_ahead(int64_t next) const {
+    void look_ahead(int64_t row) const {
 #if defined(__GNUC__)
-        constexpr int64_t PAGE = 4096 / sizeof(float);
-        for (int64_t i = 0; i < width; i += PAGE)
-            for (const float* values : {first.p, first.m, first.v}) __builtin_prefetch(values + next + i);
+        constexpr int64_t PAGE = 4096;
+        const int64_t own = half ? 2 : 4, first = mode == FLOAT32 ? 4 : mode == FLOAT8 ? 1 : 2;
+        const int64_t second = mode == ROWWISE ? 0 : first;
+        const struct { const void* start; int64_t size; } all[] = {
+            {tensors.p, own * width}, {tensors.m, first * width}, {tensors.v, second * width}};
+        for (const auto& one : all)
+            for (int64_t i = 0; i < one.size; i += PAGE)
+                __builtin_prefetch(static_cast<const char*>(one.start) + row * one.size + i);
 #endif
     }
 
     void row(int64_t i) const {
-        const int64_t offset = rows[i] * width;
-        if (i + 1 < count) look_ahead(rows[i + 1] * width);
-        const Row row{first.p + offset, first.m + offset, first.v + offset, first.copy ? first.copy + offset : nullptr,
-                      first.grad + i * width};
-        step_row(row, width, steps[i], factors);
+        if (i + 1 < count) look_ahead(rows[i + 1]);
+        widest_step(half, mode, tensors, rows[i], grads + i * width, width, steps[i], factors, keys ? keys[i] : Key{});
     }
 };
-
-INLINE float widen(float value) { return value; }
-
-INLINE float widen(uint16_t bfloat16) {
-    const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
 
 // The sum of the squares of a row, by LANES sums whatever the vector width, so that all machines give the same bits. A
 // square of float32 is exact in double and no sum of them overflows: it is finite if and only if all values are.
@@ -227,7 +182,7 @@ double over_rows(double (*row)(const From*, float*, int64_t), const From* from, 
 } // namespace
 
 // Changes with the arguments below or with Step, so that a stale build is not called.
-EXPORT int meft_row_adamw_version() { return 4; }
+EXPORT int meft_row_adamw_version() { return 5; }
 
 // Whether rows ascend, each once, from 0 to limit - 1.
 EXPORT int meft_rows_ascend(const int64_t* rows, int64_t count, int64_t limit) {
@@ -238,13 +193,17 @@ EXPORT int meft_rows_ascend(const int64_t* rows, int64_t count, int64_t limit) {
 }
 
 // Row rows[i] takes steps[i] with grads[i] times both factors. Rows must be distinct and in range.
-// `compute_copy` (bfloat16) may be null.
-EXPORT void meft_row_adamw(float* table, float* exp_avg, float* exp_avg_sq, uint16_t* compute_copy, const float* grads,
-                           const int64_t* rows, int64_t count, int64_t width, const float* steps, float first,
+// `half`: whether the table is bfloat16. `keys` may be null with float32 moments of a float32 table, `scales` where the
+// mode has none, `compute_copy` (bfloat16) always.
+EXPORT void meft_row_adamw(int half, int mode, void* table, void* exp_avg, void* exp_avg_sq, float* exp_avg_scale,
+                           float* exp_avg_sq_scale, uint16_t* compute_copy, const float* grads, const int64_t* rows,
+                           const void* keys, int64_t count, int64_t width, const float* steps, float first,
                            float second, int threads) {
     static_assert(alignof(Step) == alignof(float), "steps are read in place");
-    const Job job{{table, exp_avg, exp_avg_sq, compute_copy, grads}, rows, reinterpret_cast<const Step*>(steps),
-                  {first, second}, count, width};
+    static_assert(sizeof(Key) == sizeof(int64_t), "keys are read in place");
+    const Tensors tensors{table, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, compute_copy};
+    const Job job{half != 0, static_cast<Mode>(mode), tensors, grads, rows, static_cast<const Key*>(keys),
+                  reinterpret_cast<const Step*>(steps), {first, second}, count, width};
     in_pieces(count, piece(width), threads, [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) job.row(i);
     });

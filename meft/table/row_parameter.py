@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from peft_bridge.torch_private import without_torch_function
+from peft_bridge.torch_private import other_users, without_torch_function
 
 from ..transport.host_tensors import keep_from_forks
 from ..transport.offload_hooks import KeptParameters
@@ -118,12 +118,17 @@ class KeptRows(KeptParameters):
         """Somebody will write into the rows, which other processes may read; whether any did."""
         return False
 
-    def check_not_sharded(self) -> None:
-        """Raises: RuntimeError: an engine that shards parameters has put another one in the place of the rows."""
+    def check_not_sharded(self) -> Any:
+        """The rows.
+
+        Raises: RuntimeError: an engine that shards parameters has put another one in the place of the
+                rows.
+        """
         rows = self._known_rows()
         with without_torch_function():
             if not isinstance(rows, WatchedRows) or rows.watch is not self._watch or rows.shape != self._shape:
                 raise RuntimeError(SHARDED)
+        return rows
 
     # ------------------------------------------------------------------ writes
 
@@ -146,12 +151,15 @@ class KeptRows(KeptParameters):
 
     def look(self) -> None:
         """Called before a forward pass: while others share the rows' memory, all count as changed."""
-        self.check_not_sharded()
-        self._watch.look(self.rows)  # type: ignore[arg-type]
-
-    def _writes(self) -> int:
+        rows, watch = self.check_not_sharded(), self._watch
         with without_torch_function():
-            return int(self.rows._version)
+            if rows.is_meta:
+                return
+            own = 0 if watch.alias is None else 1
+            shared = other_users(rows) > own or (rows.is_cpu and rows.untyped_storage().is_shared())
+        if shared or watch.shared:  # memory that others share, or shared until now, may have been written
+            watch.note()
+        watch.shared = shared
 
     def _state(self) -> State:
         rows = self._known_rows()

@@ -1,9 +1,9 @@
 """AdamW and Adam on the touched rows of tables.
 
-float32 tables on the CPU are stepped by a small C++ library, if there was a compiler at installation. All others, and
-machines without it, use `adapter_kernels.row_adamw`: its kernel for a table on a GPU, torch operations otherwise. All
-give the same bits: the same operations in the same order, each rounded. The library has threads of its own, as many as
-`adapter_kernels.runtime.host_threads` returns.
+float32 and bfloat16 tables on the CPU are stepped by a small C++ library, if there was a compiler at installation. All
+others, and machines without it, use `adapter_kernels.row_adamw`: its kernel for a table on a GPU, torch operations
+otherwise. All give the same bits: the same operations in the same order, each rounded. The library has threads of its
+own, as many as `adapter_kernels.runtime.host_threads` returns.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 
 from adapter_kernels import RowState, StepRule, row_adamw
+from adapter_kernels.adamw.moment_layout import MODES
+from adapter_kernels.adamw.stochastic_rounding import row_keys
 from adapter_kernels.runtime.host_threads import host_threads
 
 __all__ = ["RowState", "StepRule", "multiplied", "native_library", "update_rows"]
 
-_VERSION = 4  # of the library's arguments
+_VERSION = 5  # of the library's arguments
+_OF_THE_RULE = 7  # scalars of `Step` that all rows have in common
 _BLOCK = 1 << 20  # values that torch multiplies at a time
 
 
@@ -40,8 +43,8 @@ def update_rows(
     On a row's n-th touch its moments decay once and the bias correction uses that row's own n.
 
     Args:
-        state: on any device. bfloat16 tables are computed in float32 and rounded stochastically by a generator of
-            (seed, row, count, column): the same in any grouping of the rows.
+        state: on any device. bfloat16 tables and narrow moments are computed in float32 and rounded stochastically
+            by a generator of (seed, row, count, column): the same in any grouping of the rows.
         rows: [n] int64, ascending, each once, on the device of the state.
         grads: [n, d] in the table's dtype or float32, on the device of the state.
         factors: at most two float32 numbers by which `grads`, float32 then, are multiplied as they are read, in this
@@ -62,10 +65,11 @@ def update_rows(
                 row_adamw(state, rows[block].contiguous(), multiplied_grads.contiguous(), rule, seed=seed)
             return
         touches = state.counts.index_select(0, rows) + 1
-        n = touches.to(torch.float64)
         steps = _scalars(rule).expand(len(rows), -1).clone()
-        steps[:, -2], steps[:, -1] = rule.lr / (1 - rule.beta1**n), (1 - rule.beta2**n).sqrt()
-        _call(library, state, rows, grads, steps, factors)
+        for column, correction in enumerate(rule.corrections(touches), _OF_THE_RULE):
+            steps[:, column] = correction
+        rounds = state.mode != "float32" or state.table.dtype == torch.bfloat16
+        _call(library, state, rows, grads, steps, row_keys(rows, touches, seed) if rounds else None, factors)
         state.counts.index_copy_(0, rows, touches)
 
 
@@ -120,7 +124,7 @@ def native_library() -> ctypes.CDLL | None:
 def declare(library: ctypes.CDLL) -> None:
     """Tell ctypes the arguments of the library's functions."""
     p, i, f, n = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-    library.meft_row_adamw.argtypes = [p, p, p, p, p, p, i, i, p, f, f, n]
+    library.meft_row_adamw.argtypes = [n, n, p, p, p, p, p, p, p, p, p, i, i, p, f, f, n]
     library.meft_row_adamw.restype = None
     library.meft_rows_ascend.argtypes = [p, i, i]
     for drain in (library.meft_drain_bfloat16, library.meft_drain_float):
@@ -130,19 +134,20 @@ def declare(library: ctypes.CDLL) -> None:
 
 def _choose(native: bool | None, state: RowState) -> ctypes.CDLL | None:
     copy = state.compute_copy
-    fits = state.table.is_cpu and state.table.dtype == torch.float32 and (copy is None or copy.dtype == torch.bfloat16)
+    own = state.table.dtype in (torch.float32, torch.bfloat16)
+    fits = state.table.is_cpu and own and (copy is None or copy.dtype == torch.bfloat16)
     library = native_library() if fits and native is not False else None
     if native and library is None:
-        limits = "it takes float32 tables on the CPU with a bfloat16 compute copy or none"
+        limits = "it takes float32 and bfloat16 tables on the CPU with a bfloat16 compute copy or none"
         reason = "it was not built" if fits else limits
         raise ValueError(f"the C++ library cannot be used: {reason}.")
     return library
 
 
 def _scalars(rule: StepRule) -> Tensor:
-    """[9] float32: `Step` of row_adamw.cpp, computed in double as torch does; the last two are the row's own."""
+    """[11] float32: `Step` of step_values.h, computed in double as torch does; the last four are the row's own."""
     fresh = 1 - rule.beta2
-    scalars = (rule.mix, float(rule.from_grad), rule.beta2, fresh, rule.eps, rule.decay, rule.coupled, 0.0, 0.0)
+    scalars = (rule.mix, float(rule.from_grad), rule.beta2, fresh, rule.eps, rule.decay, rule.coupled, *[0.0] * 4)
     return torch.tensor(scalars, dtype=torch.float64, device="cpu").to(torch.float32)
 
 
@@ -155,14 +160,21 @@ def _ascend(rows: Tensor, limit: int) -> bool:
 
 
 def _call(
-    library: ctypes.CDLL, state: RowState, rows: Tensor, grads: Tensor, steps: Tensor, factors: tuple[float, ...] = ()
+    library: ctypes.CDLL,
+    state: RowState,
+    rows: Tensor,
+    grads: Tensor,
+    steps: Tensor,
+    keys: Tensor | None = None,
+    factors: tuple[float, ...] = (),
 ) -> None:
-    rows, grads = rows.contiguous(), grads.contiguous()
-    written = state.table, state.exp_avg, state.exp_avg_sq, state.compute_copy
-    pointers = [None if x is None else x.data_ptr() for x in (*written, grads, rows)]
+    rows, grads = rows.contiguous(), grads.to(torch.float32).contiguous()
+    moments = state.exp_avg, state.exp_avg_sq, state.exp_avg_scale, state.exp_avg_sq_scale
+    written = state.table, *moments, state.compute_copy
+    pointers = [None if x is None else x.data_ptr() for x in (*written, grads, rows, keys)]
     first, second = (*factors, 1.0, 1.0)[:2]
-    width = state.table.shape[1]
-    library.meft_row_adamw(*pointers, len(rows), width, steps.data_ptr(), first, second, host_threads())
+    width, half, mode = state.table.shape[1], state.table.dtype == torch.bfloat16, MODES.index(state.mode)
+    library.meft_row_adamw(half, mode, *pointers, len(rows), width, steps.data_ptr(), first, second, host_threads())
     for tensor in written:
         if tensor is not None and not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)

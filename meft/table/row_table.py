@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +17,31 @@ from .row_step import update_rows
 from .shared_rows import SharedRows
 
 
+class Reading:
+    """See `RowTable.reading`."""
+
+    __slots__ = ("_table",)
+
+    def __init__(self, table: RowTable) -> None:
+        self._table = table
+
+    def __enter__(self) -> Tensor:
+        table = self._table
+        table.synchronize()  # not under the lock, which the update needs
+        table.lock.acquire()
+        try:
+            current = table.current()
+            if table.locked_for is not None:
+                table.lock_pages(current)
+            return current
+        except BaseException:
+            table.lock.release()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._table.lock.release()
+
+
 class RowTable(SharedRows):
     """One row a neuron: the keys, or the values, of one layer.
 
@@ -26,7 +50,8 @@ class RowTable(SharedRows):
 
     Attributes:
         rows: the masters, a parameter [r, d]: what an optimizer holds and what is saved.
-        seed: of the stochastic rounding of bfloat16 masters.
+        seed: of the stochastic rounding.
+        mode: how the optimizer's moments are kept, see `adapter_kernels.adamw.moment_layout`.
         restored: moments that were loaded without their optimizer; the next one that steps the table takes them.
         claimed_by: the `RowAdamW` that holds the table.
         step: steps its touched rows, as `update_rows`.
@@ -46,12 +71,13 @@ class RowTable(SharedRows):
         compute_dtype: torch.dtype,
         on_host: bool,
         pin: bool,
+        mode: str = "float32",
         device: str = "cpu",
     ):
         in_host_memory = on_host and device == "cpu"
         values = host_zeros(shape, master) if in_host_memory else torch.empty(shape, dtype=master, device=device)
         super().__init__(values, read_as=compute_dtype, on_host=on_host)
-        self.pin = pin
+        self.pin, self.mode = pin, mode
         self.seed = 0
         self.restored: RowMoments | None = None
 
@@ -99,57 +125,20 @@ class RowTable(SharedRows):
         """
         self.synchronize()
         fresh = self.node.moments if self.node is not None and self.node.unused else None
-        entry = moments_of(optimizer, self.rows, synchronize=self.synchronize, loaded=self.restored, fresh=fresh)
+        entry = moments_of(
+            optimizer, self.rows, mode=self.mode, synchronize=self.synchronize, loaded=self.restored, fresh=fresh
+        )
         self.restored, self._stepped_with = None, entry
         return entry
 
     # ------------------------------------------------------------------ reading
 
-    def read_in_place(self) -> Tensor:
-        """The rows as they are read, [r, d] in the compute dtype, for a host that also makes their updates."""
-        if self._pending is not None or self.node is not None:
-            self.synchronize()
-        with self.lock:
-            return self._current()
+    def reading(self) -> Reading:
+        """A block that gets the rows as they are read, [r, d] in the compute dtype, held still until it ends."""
+        return Reading(self)
 
-    @contextmanager
-    def reading(self, rows: Tensor | None = None) -> Iterator[Tensor]:
-        """Yield the rows as they are read, [r, d] in the compute dtype, held still until the block ends.
-
-        Args:
-            rows: the rows that will be read, None for all.
-        """
-        self.synchronize()
-        with self.lock:
-            current = self._current()
-            self._page_lock(current)
-            yield current
-
-    def _current(self) -> Tensor:
-        if self.node is not None and not self.is_shared:  # other memory was put in the place of the masters
-            self._go_on_alone()
-        master, dtype = self.masters, self.compute_dtype
-        if self._compute_copy is not None and (
-            self._compute_copy.dtype != dtype or self._compute_copy.device != master.device
-        ):
-            self._wait_for_readers()
-            self._compute_copy = None
-        if dtype == master.dtype:
-            return master
-        if self._compute_copy is None:
-            with torch.inference_mode(False):  # it outlives the mode
-                self._compute_copy, self._compute_copy_state = like_rows(master, dtype), None
-        if self._compute_copy_state != self.state:  # the masters were written: loading, initialisation, the user
-            self._refresh(self._compute_copy, master)
-        return self._compute_copy
-
-    def _refresh(self, compute_copy: Tensor, master: Tensor) -> None:
-        self._wait_for_readers()
-        for block in row_blocks(master):
-            compute_copy[block].copy_(master[block])
-        self._compute_copy_state = self.state
-
-    def _page_lock(self, tensor: Tensor) -> None:
+    def lock_pages(self, tensor: Tensor) -> None:
+        """Page-lock what an engine reads."""
         if self.pin and self.locked_for is not None and tensor.is_cpu:
             self.pin = self._pages.hold(tensor, self.locked_for)
 
@@ -166,7 +155,7 @@ class RowTable(SharedRows):
             if self.masters.is_meta:
                 raise RuntimeError("MEFT rows have no values yet (meta device): load the adapter first.")
             self._wait_for_readers()
-            self._current()
+            self.current()
             before = self.state
             separate = self._compute_copy if self.compute_dtype != self._dtype else None
             write(separate)

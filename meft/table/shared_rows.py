@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from peft_bridge.torch_private import storage_address
+from peft_bridge.torch_private import storage_address, without_torch_function
 
 from ..transport.host_tensors import like_rows, row_blocks
 from ..transport.streams import CopyStream, StreamEvent
@@ -100,8 +100,10 @@ class SharedRows(KeptRows):
     @property
     def version(self) -> int:
         """Changes with every change of the masters that a backward pass must not meet."""
-        self.synchronize()
-        return self._writes()
+        if self._pending is not None or self.node is not None:
+            self.synchronize()
+        with without_torch_function():
+            return int(self.rows._version)
 
     def add_reader_event(self, stream: CopyStream, event: StreamEvent) -> None:
         """A stream may go on reading what `reading` yielded until the event; it replaces the stream's earlier event."""
@@ -112,6 +114,42 @@ class SharedRows(KeptRows):
         for event in readers.values():
             with suppress(Exception):  # raised where the copies are used; the rows are free either way
                 event.wait()
+
+    # ------------------------------------------------------------------ reading
+
+    def read_in_place(self) -> Tensor:
+        """The rows as they are read, [r, d] in the compute dtype, for a host that also makes their updates."""
+        if self._pending is not None or self.node is not None:
+            self.synchronize()
+        with self.lock:
+            return self.current()
+
+    def current(self) -> Tensor:
+        """The rows as they are read, [r, d] in the compute dtype; call it under the lock, after `synchronize`."""
+        if self.node is not None and not self.is_shared:  # other memory was put in the place of the masters
+            self._go_on_alone()
+        master, dtype = self.masters, self.compute_dtype
+        if self._compute_copy is not None and (
+            self._compute_copy.dtype != dtype or self._compute_copy.device != master.device
+        ):
+            self._wait_for_readers()
+            self._compute_copy = None
+        if dtype == master.dtype:
+            return master
+        if self._compute_copy is None:
+            with torch.inference_mode(False):  # it outlives the mode
+                self._compute_copy, self._compute_copy_state = like_rows(master, dtype), None
+        if self._compute_copy_state != self.state:  # the masters were written: loading, initialisation, the user
+            self._refresh(self._compute_copy, master)
+        return self._compute_copy
+
+    def _refresh(self, compute_copy: Tensor, master: Tensor) -> None:
+        self._wait_for_readers()
+        for block in row_blocks(master):
+            compute_copy[block].copy_(master[block])
+        self._compute_copy_state = self.state
+
+    # ------------------------------------------------------------------ dirty rows
 
     def track_dirty_rows(self) -> None:
         """Begin to track which rows change; at first all are dirty."""

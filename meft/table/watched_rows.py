@@ -20,7 +20,6 @@ from peft_bridge.torch_private import (
     SET_DATA,
     become,
     is_parameter,
-    other_users,
     storage_address,
     without_torch_function,
 )
@@ -54,6 +53,8 @@ class Watch:
             not count.
         read_as: the dtype in which rows are read, where it is narrower than the parameter's.
         on_host: whether the parameter stays where it is, whatever is assigned.
+        alias: what `plain` gives.
+        shared: whether others shared the memory when a pass began.
         left: other processes have shared the memory, which views may still refer to: the storage that the rows went on
             in with the same values, 0 where they got others; None: the memory was not shared.
         table: returns the table of the rows, None if it is gone; a queued update is waited for before they are read.
@@ -66,8 +67,8 @@ class Watch:
         self.read_as, self.on_host = read_as, on_host
         self.table: Callable[[], Any] = lambda: None
         self._forks = forks()
-        self._plain: Tensor | None = None
-        self._shared = False
+        self.alias: Tensor | None = None
+        self.shared = False
 
     def check_process(self) -> None:
         """Raises: RuntimeError: this is a forked process, which has not got the memory."""
@@ -91,26 +92,15 @@ class Watch:
 
     def plain(self, rows: Tensor) -> Tensor:
         """The parameter's values as one tensor without a watch, for our own reading and writing."""
-        self.check_process()
+        check_process(self._forks)
         with without_torch_function():
-            if self._plain is None or self._plain.data_ptr() != rows.data_ptr():  # changed by `set_` or a swap
-                self._plain = unwatched(rows)
-            return self._plain
+            if self.alias is None or self.alias.data_ptr() != rows.data_ptr():  # changed by `set_` or a swap
+                self.alias = unwatched(rows)
+            return self.alias
 
     def forget_plain(self) -> None:
         """The parameter gets other memory: drop the alias of this one."""
-        self._plain = None
-
-    def look(self, rows: Tensor) -> None:
-        """Called before a pass: memory that others share, or shared until now, may have been written."""
-        with without_torch_function():
-            if rows.is_meta:
-                return
-            own = 0 if self._plain is None else 1
-            shared = other_users(rows) > own or (rows.is_cpu and rows.is_shared())
-        if shared or self._shared:
-            self.note()
-        self._shared = shared
+        self.alias = None
 
 
 class WatchedRows(torch.Tensor):

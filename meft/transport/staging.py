@@ -25,6 +25,7 @@ class Slot:
     def __init__(self, streams: DeviceStreams) -> None:
         self._streams = streams
         self._memory: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._last: dict[int, Tensor] = {}  # of each place, what was taken: in decoding it is asked for again
         self.busy: StreamEvent | None = None
 
     def take(self, *forms: tuple[Sequence[int], torch.dtype]) -> list[Tensor]:
@@ -33,14 +34,18 @@ class Slot:
         if busy is not None:
             with suppress(Exception):  # raised where the copy is used
                 busy.wait()
-        return [self._part(i, torch.Size(shape), dtype) for i, (shape, dtype) in enumerate(forms)]
+        return [self._part(i, shape, dtype) for i, (shape, dtype) in enumerate(forms)]
 
-    def _part(self, index: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def _part(self, index: int, form: Sequence[int], dtype: torch.dtype) -> Tensor:
+        last, shape = self._last.get(index), torch.Size(form)
+        if last is not None and last.shape == shape and last.dtype == dtype:
+            return last
         buffer = self._memory.get((index, dtype))
         if buffer is None or buffer.numel() < shape.numel():
             with torch.inference_mode(False):  # it outlives the mode
                 buffer = self._memory[index, dtype] = self._streams.staging((shape.numel(),), dtype)
-        return buffer[: shape.numel()].view(shape)
+        part = self._last[index] = buffer[: shape.numel()].view(shape)
+        return part
 
 
 class Coming:

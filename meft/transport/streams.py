@@ -39,7 +39,10 @@ class CopyStream(Protocol):
         """The point after all that is queued so far."""
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Memory into which the stream writes without a wait for the computation; see `DeviceStreams.use`."""
+        """Memory into which the stream writes without a wait for the computation; see `DeviceStreams.use`.
+
+        A stream that is another thread makes no inference tensors, which that could not write into.
+        """
 
 
 class DeviceStreams(Protocol):
@@ -74,6 +77,9 @@ class _Done:
     def wait(self) -> None: ...
 
 
+_DONE = _Done()
+
+
 class _AtOnce:
     """The stream of a CPU: work is done when it is queued."""
 
@@ -83,11 +89,10 @@ class _AtOnce:
     def run(self, work: Callable[[], object], uses: Sequence[Tensor] = ()) -> None:
         work()
 
-    def wait_event(self, event: StreamEvent) -> None:
-        event.wait()
+    def wait_event(self, event: StreamEvent) -> None: ...
 
     def record_event(self) -> StreamEvent:
-        return _Done()
+        return _DONE
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -103,10 +108,9 @@ class HostStreams:
         self.updating: CopyStream = _AtOnce(device)
 
     def record_event(self) -> StreamEvent:
-        return _Done()
+        return _DONE
 
-    def wait_event(self, event: StreamEvent) -> None:
-        event.wait()
+    def wait_event(self, event: StreamEvent) -> None: ...
 
     def use(self, tensors: Sequence[Tensor]) -> None: ...
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,6 @@ from adapter_kernels import gather_rows
 from peft_bridge.torch_private import has_cuda_context
 
 from .host_tensors import host_zeros
-from .profiling import phase
 
 logger = logging.getLogger(__name__)
 
@@ -55,24 +54,13 @@ class Traffic:
     loads: dict[torch.device, Tensor] = field(default_factory=dict)
     experts: int = 1
 
-    @contextmanager
-    def stalled(self) -> Iterator[None]:
+    def stalled(self) -> Timed:
         """The launching thread waits inside of the block."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.stall_ms += 1e3 * (time.perf_counter() - began)
+        return Timed(self, "stall_ms")
 
-    @contextmanager
-    def host_work(self) -> Iterator[None]:
+    def host_work(self) -> Timed:
         """The host picks inside of the block."""
-        began = time.perf_counter()
-        try:
-            with phase("pick on the host"):
-                yield
-        finally:
-            self.host_ms += 1e3 * (time.perf_counter() - began)
+        return Timed(self, "host_ms")
 
     def load_on(self, device: torch.device, r: int) -> Tensor:
         """The counts of a device, int64 [r], for whoever picks there to add to."""
@@ -94,9 +82,20 @@ class Traffic:
         return load.view(self.experts, -1).sum(1) if len(load) else load
 
 
-def nbytes(tensor: Tensor) -> int:
-    """Bytes of a tensor's elements."""
-    return tensor.numel() * tensor.element_size()
+class Timed:
+    """Adds the milliseconds that a block takes to a counter."""
+
+    __slots__ = ("_began", "_counter", "_traffic")
+
+    def __init__(self, traffic: Traffic, counter: str) -> None:
+        self._traffic, self._counter = traffic, counter
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        spent = 1e3 * (time.perf_counter() - self._began)
+        setattr(self._traffic, self._counter, getattr(self._traffic, self._counter) + spent)
 
 
 def bring_rows(rows: Tensor, host_rows: Tensor, tables: Sequence[Tensor], out: Sequence[Tensor]) -> None:
@@ -141,7 +140,7 @@ def page_lock(tensor: Tensor, device: torch.device) -> bool:
     if not tensor.numel():
         return False
     with torch.cuda.device(device):
-        if int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), nbytes(tensor), 0)) == 0:
+        if int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)) == 0:
             return True
         with suppress(RuntimeError):  # clears the driver's error, which the next launch would raise otherwise
             torch.empty(1, device=device).zero_()
@@ -201,7 +200,7 @@ class PageLock:
             self._held = None
             return True
         if not page_lock(tensor, device):
-            logger.warning("%d bytes of MEFT rows could not be page-locked: transfers are slower.", nbytes(tensor))
+            logger.warning("%d bytes of MEFT rows could not be page-locked: transfers are slower.", tensor.nbytes)
             return False
         self._held = weakref.finalize(tensor.untyped_storage(), page_unlock, *wanted)
         return True

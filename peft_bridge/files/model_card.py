@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,12 +113,12 @@ def _set_head(card: Any, config: dict[str, Any], package: str) -> None:
 
 
 def _is_folder(base: str) -> bool:
-    """Whether a base model's name can only be a folder's; `owner/name` is taken for a hub id."""
+    """Whether a base model's name is that of a folder: it cannot be a hub id, or such a folder is here."""
     try:
         validate_repo_id(base)
     except HFValidationError:
         return True
-    return base.startswith(".")
+    return base.startswith(".") or Path(base).is_dir()
 
 
 def _lines(folder: Path, config: dict[str, Any], method: MethodCard) -> list[str]:
@@ -196,6 +197,7 @@ def _results(run: dict[str, Any]) -> list[str]:
     return sections
 
 
+@cache  # each look reads and parses the packages' metadata
 def _versions() -> list[tuple[str, str]]:
     found = []
     for title, name in (("PEFT", "peft"), ("aslora-meft", "aslora-meft"), ("Transformers", "transformers")):

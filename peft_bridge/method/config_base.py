@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-import math
+import sys
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ def is_int(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite int or float, and no bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 @dataclass

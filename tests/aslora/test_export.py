@@ -123,7 +123,7 @@ def test_a_process_with_stock_peft_gives_the_same_logits(tmp_path):
     fields = {"target_modules": ["q_proj", "v_proj"]}
     model = train_and_save(lambda: LlamaForCausalLM.from_pretrained(tmp_path / "base"), fields, tmp_path / "aslora")
     export_to_lora(tmp_path / "aslora", tmp_path / "lora")
-    run_code(STOCK, tmp_path, fresh=True)
+    run_code(STOCK, tmp_path, bare=True)
     with torch.no_grad():
         expected = model(BATCH).logits
     # The other process may have another number of threads, and so another order of sums; no more than that.

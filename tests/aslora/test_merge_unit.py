@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from aslora import ASLoRAConfig
+from aslora.shared_a import SharedA
 from aslora.sharing.merge_math import is_sharing_map, planned_merges
 from aslora.sharing.merge_run import SharingRun
 from aslora.sharing.merge_unit import MergeUnit
 from aslora.sharing.schedule import due, merge_steps
-from aslora.sharing.shared_tensors import SharedA, SharedB
+from aslora.sharing.shared_tensors import SharedB
 
 CPU = torch.device("cpu")
 

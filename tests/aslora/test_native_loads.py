@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import transformers as tr
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from peft import LoHaConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 
@@ -101,6 +101,15 @@ def test_several_adapters_are_switched_deleted_and_added_again(folders):
     assert not any("aslora_" in name for name, _ in model.named_parameters())
     assert torch.equal(logits(model), logits(base(folders)))
     model.load_adapter(str(folders / "adapter0"), "third")
+    assert torch.equal(logits(model), wrapped(folders))
+
+
+def test_an_adapter_of_another_method_may_be_there(folders):
+    """Its configuration has none of ASLoRA's fields."""
+    model = base(folders)
+    model.add_adapter(LoHaConfig(r=2, target_modules=["o_proj"], init_weights=False), "others")
+    model.load_adapter(str(folders / "adapter0"))
+    model.set_adapter("default")
     assert torch.equal(logits(model), wrapped(folders))
 
 

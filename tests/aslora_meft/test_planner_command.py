@@ -115,6 +115,9 @@ def test_traffic_is_the_plans(told):
     assert found["crossing"]["bytes_to_device_per_step"] == plan.crossing(to_device=True) == 2 * 2 * (256 + 128) * 64
     assert found["crossing"]["bytes_to_host_per_step"] == plan.crossing(to_device=False)
     assert {k: v for k, v in found["host_bytes"].items() if k != "all"} == plan.host_bytes()
+    narrow = found["host_bytes_with"]["master_dtype='bfloat16' and moments='rowwise' of row_optimizer"]
+    shape = AdapterShape(d=64, layers=2, r=256, experts=64, probed=8, top_k=64, master=2, mode="rowwise")
+    assert narrow == sum(Plan(shape, Work(32, 128), "stream").host_bytes().values())
 
 
 def gpu_of(nbytes):

@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM, TextStreamer
 from aslora import ASLoRAConfig
 from aslora_meft.cli import main
 from aslora_meft.use.evaluate import measure
+from aslora_meft.use.loaded import BASE, UseArguments, activate, load_adapters
 from meft import MEFTConfig
 
 
@@ -99,15 +100,16 @@ def test_the_next_commands_can_be_typed(trained, capsys):
     assert (out.parent / "out-lora" / "adapter_model.safetensors").is_file()
 
 
-def test_generate_answers_by_each_adapter_as_it_comes(model_dir, tokenizer, adapters, capsys, monkeypatch):
+def test_generate_answers_by_each_adapter_as_it_comes(model_dir, tokenizer, adapters, capsys, monkeypatch, recwarn):
     """Adapters of both methods and the base model beside each other, in pieces."""
     pieces = []
     written = TextStreamer.on_finalized_text
     monkeypatch.setattr(
         TextStreamer, "on_finalized_text", lambda self, text, **k: (pieces.append(text), written(self, text, **k))
     )
-    words = ["generate", *map(str, adapters), "--prompt", "word1 word2", "--max_new_tokens", "6", "--compare"]
+    words = ["generate", *map(str, reversed(adapters)), "--prompt", "word1 word2", "--max_new_tokens", "6", "--compare"]
     assert main(words) == 0
+    assert not [w for w in recwarn if "peft_config" in str(w.message)]  # of several adapters, which are asked for
     parts = capsys.readouterr().out.split("--- ")[1:]
     found = {part.partition("\n")[0]: part.partition("\n")[2].rstrip("\n") for part in parts}
     ids = tokenizer("word1 word2")["input_ids"]
@@ -119,6 +121,33 @@ def test_generate_answers_by_each_adapter_as_it_comes(model_dir, tokenizer, adap
     assert {name: text.strip() for name, text in found.items()} == {k: v.strip() for k, v in expected.items()}
     assert len(set(expected.values())) == 3
     assert len(pieces) > len(expected)
+
+
+@pytest.mark.parametrize("fields", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5, 6]}], ids=str)
+def test_what_was_trained_beside_the_layers_is_in_force_with_its_adapter_alone(model_dir, adapters, tmp_path, fields):
+    """After the base model, and beside an adapter that has nothing of the kind."""
+    config = ASLoRAConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **fields)
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(model_dir), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    model.save_pretrained(tmp_path / "more")
+    folders = [tmp_path / "more", *adapters]
+    ids = torch.tensor([[0, 5, 6, 7]])
+
+    @torch.no_grad()
+    def logits(model):
+        return model.eval()(ids).logits
+
+    expected = {BASE: logits(LlamaForCausalLM.from_pretrained(model_dir))}
+    for folder in folders:
+        model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(model_dir), folder)
+        expected[folder.name] = logits(model)
+    loaded = load_adapters([str(folder) for folder in folders], UseArguments())
+    for name in (BASE, "more", "shared", BASE, "routed", "more"):
+        activate(loaded.model, name)
+        assert torch.equal(logits(loaded.model), expected[name]), name
 
 
 def test_prompts_have_the_form_of_training(trained, tokenizer, model_dir, capsys):

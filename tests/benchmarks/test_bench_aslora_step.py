@@ -28,7 +28,11 @@ def result(tmp_path, capsys):
 def test_a_row_says_all_that_is_asked(result):
     out, printed = result
     content = json.loads(out.read_text())
-    assert [(row["model"], row["targets"]) for row in content["rows"]] == [("toy", "q,v"), ("toy", "all-linear")]
+    assert [(row["model"], row["targets"]) for row in content["rows"]] == [
+        ("toy", "q,v"),
+        ("toy", "all-linear"),
+        ("toy", bench.JOINT),
+    ]
     assert set(content["environments"][0]) >= {"processor", "threads", "torch", "peft", "transformers", "aslora-meft"}
     for row in content["rows"]:
         low, high = row["step ratio interval"]
@@ -44,7 +48,14 @@ def test_a_row_says_all_that_is_asked(result):
         "now": 2 * (4 * 32 + 1 * 32 * 4),
         "end": 2 * (4 * 32 + 1 * 32 * 4),
     }
-    assert printed.count("x LoRA [") == 2
+    joint = content["rows"][2]
+    # One A for the five projections: 4 x 32 values, and a B each for 4 layers.
+    assert joint["aslora live values"]["start"] == 4 * 32 + 4 * 4 * (3 * 32 + 2 * 48)
+    assert 0 < joint["base ratio interval"][0] <= joint["base ratio"]
+    # Of q, k, v, gate and up LoRA keeps a product of 8 tokens with A each, ASLoRA one for three and one for two.
+    assert 0 < joint["aslora peak activations"] < joint["lora peak activations"]
+    assert printed.count("x LoRA [") == 3
+    assert printed.count("base alone") == printed.count("peak activations") == 1
 
 
 def test_a_second_run_measures_nothing_anew(result, monkeypatch):

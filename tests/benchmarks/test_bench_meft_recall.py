@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.common.rows import Rows
 from benchmarks.meft_recall import __main__ as bench
-from benchmarks.meft_recall import methods, pairs, report
+from benchmarks.meft_recall import methods, pairs, report, states
 from benchmarks.meft_recall.methods import METHODS, UNTRAINED, Method
 from benchmarks.meft_recall.pairs import Pair, Recall
 from tests.support.models import llama
@@ -295,3 +295,32 @@ def test_without_meft_the_other_rows_run(monkeypatch):
     monkeypatch.setitem(sys.modules, "meft", None)
     assert not methods.has_meft()
     assert UNTRAINED.attach("the model") == "the model"
+
+
+def test_ways_to_keep_states_are_compared_with_float32_seed_by_seed():
+    exact, other = states.WAYS[0].name, states.WAYS[1].name
+    keys = {"task": bench.SMALL.name, "split": "test", "exact_match": 0.5}
+    chance = torch.randn(8, generator=torch.Generator().manual_seed(0)).tolist()
+
+    def page(ratio, spread):
+        rows = [keys | {"method": exact, "seed": seed, "train_loss": float(seed)} for seed in states.SEEDS]
+        rows += [
+            keys | {"method": other, "seed": seed, "train_loss": seed * (ratio + spread * noise)}
+            for seed, noise in zip(states.SEEDS, chance, strict=True)
+        ]
+        line = next(
+            line for line in states.text(rows, bench.SMALL, False).splitlines() if line.startswith(f"| {other}")
+        )
+        return line.split(" | ")[-1].removesuffix(" |")
+
+    assert page(1.001, 0.001) == "equal"
+    assert page(1.05, 0.01) == "different"
+    assert page(1.0, 0.1) == "undecided"
+    assert states.quantile(7) == pytest.approx(2.3646, abs=1e-4)
+    assert f"| {states.WAYS[2].name} | missing | | | | |" in states.text([], bench.SMALL, True)
+
+
+def test_each_way_makes_a_model():
+    for way in states.WAYS:
+        model = way.attach(tiny())
+        assert {table.mode for table in model.base_model.steps.tables["default"]} == {way.name.split()[-1]}

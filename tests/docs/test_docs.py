@@ -86,6 +86,10 @@ def test_the_table_of_steps_and_the_readme_s_ratios():
             f"[{low:.3f}, {high:.3f}] | {row['extra steps of a merge']:+.2f} | {ratios[-1]:.2f} | {file:.2f} |"
         )
         assert line in BENCHMARKS
+        if "base ratio" in row:
+            peak = row["aslora peak activations"] / row["lora peak activations"]
+            low, high = row["base ratio interval"]
+            assert f"| {row['model']} | {row['base ratio']:.3f} [{low:.3f}, {high:.3f}] | {peak:.3f} |" in BENCHMARKS
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"{min(ratios):.2f} to {max(ratios):.2f} of LoRA's" in readme
     files = {row["method"]: row["file_bytes"] for row in rows_of("aslora_quality.json")}

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from adapter_kernels.adamw.moment_layout import MODES
 from meft.cost import calibration
 from meft.cost.calibration import Calibration, Sizes, cache_file, calibrated, measure, name_of
 
@@ -31,6 +32,8 @@ def test_every_ceiling_is_measured():
     assert "row optimizer, GB/s" in str(found)
     assert found.zero_copy is None  # a CPU is no device that would do it
     assert "zero_copy" not in str(found)
+    assert list(found.modes) == list(MODES)
+    assert "row updates, moments=rowwise, Gvalues/s" in str(found)
     assert "row optimizer, zero_copy, GB/s            12.5" in str(replace(found, zero_copy=12.5e9))
 
 
@@ -44,7 +47,7 @@ def test_it_is_measured_once_and_kept(quick):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", '{"version": 0}', '{"version": 2}', '{"version": 3, "machine": "x", "alone": {}}', "[1]"]
+    "text", ["", "{}", '{"version": 0}', '{"version": 3}', '{"version": 4, "machine": "x", "alone": {}}', "[1]"]
 )
 def test_a_file_that_does_not_fit_is_measured_anew(quick, text):
     cache_file(CPU).parent.mkdir(parents=True)

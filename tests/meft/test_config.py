@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftType
 
 from meft import MEFTConfig, RowOptimizerConfig
 
-KEYS = "in_backward, zero_copy, lr, betas, eps, weight_decay"
+KEYS = "in_backward, zero_copy, moments, lr, betas, eps, weight_decay"
 # What is given -> the parts that the sentence must have: the field, the value, and the remedy.
 REFUSED = [
     *(

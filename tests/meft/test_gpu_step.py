@@ -93,7 +93,7 @@ def step_of(streams, traffic=None, seed=0, n=13, r=20, d=6):
         step = partial(steps, traffic or Traffic()) if by_device else update_rows
         step(state, rows, gradient, RULE, seed=0)
         found.append(state)
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*(state.tensors() for state in found), strict=True))
     return steps
 
 

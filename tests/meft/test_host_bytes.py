@@ -172,11 +172,11 @@ def bytes_of_a_step(tiny, count, dtype, clip, micro_batches, **fields):
     return counted.total / stepped, counted.by_name
 
 
-def predicted(tiny, dtype, micro_batches):
+def predicted(tiny, dtype, micro_batches, *, master=4, mode="float32"):
     """The same by `step_time`: host bytes of a step over the values that it updates."""
     compute = 2 if dtype == torch.bfloat16 else 4
     shape = AdapterShape(
-        tiny.WIDTH, 2, tiny.R, 8, 3, 5, compute=compute, master=4, moment=4, base=compute, gradient=compute
+        tiny.WIDTH, 2, tiny.R, 8, 3, 5, compute=compute, master=master, base=compute, gradient=compute, mode=mode
     )
     union, all_rows = len(micro_batches[0]), len(torch.cat(micro_batches).unique())
     work = Work(14, union, len(micro_batches), step_union=all_rows)
@@ -196,6 +196,28 @@ def test_one_micro_batch(tiny, count, dtype, clip):
     found, by_name = bytes_of_a_step(tiny, count, dtype, clip, [HALF])
     assert found == 36, by_name
     assert found == predicted(tiny, dtype, [HALF]), by_name
+
+
+# Of the update alone, for each value: gradient, master read and written, moments read and written, narrower copy. One
+# second moment a row is 8 bytes of its 32 values, two scales are 16.
+MODES = {
+    ("float32", "bfloat16"): 4 + 8 + 8 + 2,
+    ("float32", "rowwise"): 4 + 8 + 4 + 8 / 32 + 2,
+    ("bfloat16", "float32"): 4 + 4 + 16,
+    ("bfloat16", "bfloat16"): 4 + 4 + 8,
+    ("bfloat16", "rowwise"): 4 + 4 + 4 + 8 / 32,
+    ("float32", "float8"): 4 + 8 + 4 + 16 / 32 + 2,
+    ("bfloat16", "float8"): 4 + 4 + 4 + 16 / 32,
+}
+
+
+@pytest.mark.parametrize(("master", "mode"), MODES)
+def test_narrower_moments_and_masters(tiny, count, master, mode):
+    fields = {"master_dtype": master, "row_optimizer": {"moments": mode}}
+    found, by_name = bytes_of_a_step(tiny, count, torch.bfloat16, 1e-3, [HALF], **fields)
+    assert found == MODES[master, mode] + 6, by_name  # and the drain
+    size = 4 if master == "float32" else 2
+    assert found == predicted(tiny, torch.bfloat16, [HALF], master=size, mode=mode), by_name
 
 
 ACCUMULATED = {

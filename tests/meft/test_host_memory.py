@@ -6,7 +6,8 @@ from peft import get_peft_model
 
 from meft import MEFTConfig
 from meft.cost import host_memory
-from meft.cost.host_memory import available_bytes, require_memory, row_bytes
+from meft.cost.host_memory import available_bytes, require_memory, require_memory_for, row_bytes
+from meft.targets import FFN
 
 
 def test_bytes_of_the_published_size():
@@ -36,6 +37,36 @@ def test_too_little_memory_names_both_numbers_and_an_r_that_fits(monkeypatch):
     assert smaller % config.experts == 0
     assert row_bytes(config, 4096, 32, 2) * smaller / 6400 <= 10**10
     require_memory(10**10, config, 32)
+
+
+def test_bytes_of_narrower_moments():
+    for master, mode, each in (("float32", "bfloat16", 10), ("float32", "rowwise", 8), ("bfloat16", "rowwise", 4)):
+        config = MEFTConfig(r=6400, master_dtype=master, row_optimizer={"moments": mode})
+        rows = 2 * 32 * 6400
+        assert row_bytes(config, 4096, 32, 2) == rows * (each * 4096 + (4 if mode == "rowwise" else 0))
+    config = MEFTConfig(r=6400, master_dtype="bfloat16", row_optimizer={"moments": "float8"})
+    assert row_bytes(config, 4096, 32, 2) == 2 * 32 * 6400 * (4 * 4096 + 2 * 16 * 4)
+    assert row_bytes(config, 300, 1, 2) == 2 * 6400 * (4 * 300 + 2 * 2 * 4)  # two blocks a row
+
+
+@pytest.mark.parametrize(
+    ("gib", "fields", "text"),
+    [
+        (20, {}, "set moments='bfloat16' of row_optimizer (15.6 GiB)"),
+        (13, {}, "set moments='float8' of row_optimizer (12.5 GiB)"),
+        (7, {}, "set master_dtype='bfloat16' and moments='float8' of row_optimizer (6.3 GiB)"),
+        (6.26, {}, "set master_dtype='bfloat16' and moments='rowwise' of row_optimizer (6.3 GiB)"),
+        (15.7, {"row_optimizer": {"zero_copy": True}}, "set master_dtype='bfloat16' (15.6 GiB)"),
+        (6, {}, ": use r="),
+    ],
+)
+def test_the_mode_that_fits_is_named(monkeypatch, gib, fields, text):
+    """Of a 7B model: 21.9 GiB as the defaults are."""
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: int(gib * 2**30))
+    ffns = [FFN(torch.nn.Linear(4096, 1, dtype=torch.bfloat16), 4096)] * 32
+    with pytest.raises(MemoryError) as caught:
+        require_memory_for(MEFTConfig(r=6400, **fields), ffns)
+    assert text in str(caught.value)
 
 
 def test_where_the_system_does_not_say_nothing_is_refused(monkeypatch):

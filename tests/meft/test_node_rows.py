@@ -5,6 +5,7 @@ import gc
 import os
 import threading
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import distributed, nn
 from torch.nn import functional as F
 
 import meft
+from adapter_kernels.adamw.moment_layout import MODES
 from meft.gradient.row_gradient import RowGradient
 from meft.table.node_rows import NodePlaces, NodeRows
 from meft.table.row_table import RowTable
@@ -24,11 +26,19 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Li
 SHAPE = (8, 4)
 
 
-def joined(tables=1, compute_dtype=torch.bfloat16, timeout=20.0):
+def ones(compute_dtype=torch.bfloat16, mode="float32"):
+    """A table of ones."""
+    table = RowTable(SHAPE, master=torch.float32, compute_dtype=compute_dtype, on_host=True, pin=False, mode=mode)
+    with torch.no_grad():
+        table.rows.fill_(1.0)
+    return table
+
+
+def joined(tables=1, compute_dtype=torch.bfloat16, timeout=20.0, mode="float32"):
     """Of each of two ranks its tables: rows of ones, of which both have one copy."""
     layout = Layout()
     numbers = layout.place(32 * 2)
-    places = [NodePlaces.plan(layout, SHAPE, torch.float32, compute_dtype, 2) for _ in range(tables)]
+    places = [NodePlaces.plan(layout, SHAPE, torch.float32, compute_dtype, 2, mode) for _ in range(tables)]
     memory = SharedMemory.create(layout.size)
     ranks = [NodeRanks(rank, [os.getpid()] * 2, memory.numbers(numbers, 8), timeout) for rank in range(2)]
     found = []
@@ -36,9 +46,7 @@ def joined(tables=1, compute_dtype=torch.bfloat16, timeout=20.0):
         rank.summed = True
         found.append([])
         for place in places:
-            table = RowTable(SHAPE, master=torch.float32, compute_dtype=compute_dtype, on_host=True, pin=False)
-            with torch.no_grad():
-                table.rows.fill_(1.0)
+            table = ones(compute_dtype, mode)
             own = table.take_up(NodeRows(rank, memory, place))
             if rank.leads:
                 table.write_shared(own)
@@ -196,6 +204,16 @@ def both(*calls):
         if isinstance(result, Exception):
             raise result
     return results
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_moments_of_each_mode_are_in_the_shared_memory(mode):
+    """Each rank steps half of the rows; both then have what one process has."""
+    ranks = joined(mode=mode)
+    _, (expected,) = stepped([ones(mode=mode)])
+    for _, (found,) in both(*(partial(stepped, tables) for tables in ranks)):
+        assert [t.dtype for t in found] == [t.dtype for t in expected]
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def written(tables):

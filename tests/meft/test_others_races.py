@@ -1,6 +1,5 @@
 """Nor is what others do beside the engine left to chance: autograd, GradScaler, clipping, optimizers, averages."""
 
-import gc
 import time
 
 import pytest
@@ -36,14 +35,12 @@ def train(tiny, model, fused, unscale, settles):
 
 
 def run(tiny, monkeypatch, plant=lambda patch: None, fused=False, unscale=True, settles=True, **fields):
-    gc.freeze()  # what is there already is not looked through each time
     model = tiny.adapted(layers=2, dtype=torch.bfloat16, master_dtype="float32", **fields)
     with watched(monkeypatch) as watch, monkeypatch.context() as patch:
         plant(patch)
         for engine in model.base_model.engines.values():
             engine.use(WatchedStreams(watch))
         train(tiny, model, fused, unscale, settles)
-    gc.unfreeze()
     return watch
 
 

@@ -89,6 +89,7 @@ def steps_of(tiny, trainer):
 KINDS = {
     "float32": {},
     "bfloat16": {"master_dtype": "bfloat16"},
+    "float8": {"master_dtype": "bfloat16", "row_optimizer": {"moments": "float8"}},
     "french": {"adapter_name": "french"},
 }
 
@@ -111,7 +112,7 @@ def runs(tiny, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("kind", "step"),
-    [("float32", 1), ("float32", 3), ("float32", 5), ("bfloat16", 3), ("french", 3)],
+    [("float32", 1), ("float32", 3), ("float32", 5), ("bfloat16", 3), ("float8", 3), ("french", 3)],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(tiny, runs, tmp_path, kind, step):
     expected, folder = runs(kind)

@@ -50,7 +50,7 @@ def oracle(p, m, v, g, n, rule):
 
 
 def oracle_update(state, rows, grads, rule):
-    p, m, v, count, _ = state
+    p, m, v, count = state[:4]
     for row, g in zip(rows.tolist(), grads, strict=True):
         count[row] += 1
         p[row], m[row], v[row] = oracle(p[row], m[row], v[row], g, count[row].item(), rule)
@@ -292,7 +292,7 @@ FORK = """
 import os, torch
 from meft.table.row_step import RowState, StepRule, _call, _scalars, native_library
 steps = _scalars(StepRule(1e-2, 0.9, 0.999, 1e-8, 0.01, True)).expand(300, -1).clone()
-steps[:, -2], steps[:, -1] = 1e-2 / (1 - 0.9), (1 - 0.999) ** 0.5
+steps[:, 7], steps[:, 8] = 1e-2 / (1 - 0.9), (1 - 0.999) ** 0.5
 state = RowState(*(torch.zeros(300, 1100) for _ in range(3)), torch.zeros(300, dtype=torch.int32))
 rows, grads = torch.arange(300), torch.zeros(300, 1100)
 grads[:, 0] = 1

@@ -67,6 +67,14 @@ def test_a_base_model_of_the_hub_is_named_in_head_and_text(saved):
     assert "adapter for someone/model" in text
 
 
+def test_a_folder_that_is_here_is_no_hub_id(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(base.parent)
+    get_peft_model(LlamaForCausalLM.from_pretrained("base"), CONFIGS["aslora"]).save_pretrained(tmp_path / "adapter")
+    head = ModelCard.load(tmp_path / "adapter" / "README.md").data
+    assert head.base_model is None
+    assert not any("base_model" in tag for tag in head.tags)
+
+
 def test_the_snippet_loads_the_adapter(saved):
     _, model, folder = saved
     (snippet,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)

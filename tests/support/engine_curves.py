@@ -5,7 +5,6 @@ The long run, SmolLM2-135M with all of its layers, is benchmarks/engine_curves.
 
 import logging
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -53,19 +52,19 @@ def by_the_engine(model, batches, streams):
 
     def recorded(select):
         def record(self, layer, x, logits):
-            pending = select(self, layer, x, logits)
+            gather = select(self, layer, x, logits)
 
-            def wait():
-                selection = pending.wait()
+            def noted():
+                selection, gathered = gather()
                 if selection.arrival is not None:
                     selection.arrival.wait()
                 mask = torch.zeros(len(x), layer.config.r + 1, dtype=torch.bool)
                 rows = selection.rows[selection.position.clamp(min=0)]
                 ids = torch.where(selection.position >= 0, rows, layer.config.r)
                 masks.append(mask.scatter_(1, ids.to(torch.int64), True)[:, :-1])
-                return selection
+                return selection, gathered
 
-            return replace(pending, wait=wait)
+            return noted
 
         return record
 

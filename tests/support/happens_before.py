@@ -36,7 +36,8 @@ from meft.table.row_table import RowTable
 # What these files allocate is host memory; what the others allocate is of the device.
 HOST_FILES = {
     "row_table.py", "shared_rows.py", "dirty_rows.py", "moments.py", "optimizer_hook.py", "row_step.py",
-    "row_adamw_torch.py",
+    "row_adamw_torch.py", "row_state.py", "narrow_step.py", "moment_codes.py", "stochastic_rounding.py",
+    "square_root.py",
 }  # fmt: skip
 HOST_FILES |= {"row_gradient.py", "accumulator.py", "offload_ring.py", "steps.py"}
 HOST_FILES |= {"host_tensors.py", "transfer.py", "pool.py", "drain.py"}

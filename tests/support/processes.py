@@ -25,13 +25,14 @@ def environment(**variables):
 _server = None  # of `forking`
 
 
-def run_together(code, processes, seconds, file="<program>", ends=None):
+def run_together(code, processes, seconds, file="<program>", ends=None, bare=False):
     """Run a program in forked processes at the same time, which have imported PEFT, transformers and our packages.
 
     Args:
         processes: of each its arguments, and the file that gets what it prints.
         file: the program's name.
         ends: exit codes that are not 0; then each process ends by itself, and as the interpreter ends.
+        bare: they have imported torch and transformers alone, with neither PEFT nor anything of ours.
 
     Raises:
         AssertionError: one has failed, with what it said; the others were killed.
@@ -44,7 +45,7 @@ def run_together(code, processes, seconds, file="<program>", ends=None):
         )
         atexit.register(_server.communicate)  # which closes its stdin, and so ends it
     processes = [([str(argument) for argument in arguments], str(output)) for arguments, output in processes]
-    request = {"code": code, "file": str(file), "processes": processes, "seconds": seconds}
+    request = {"code": code, "file": str(file), "processes": processes, "seconds": seconds, "bare": bare}
     request |= {"environment": environment(), "folder": os.getcwd(), "alone": ends is not None}
     _server.stdin.write(json.dumps(request) + "\n")
     _server.stdin.flush()
@@ -53,11 +54,12 @@ def run_together(code, processes, seconds, file="<program>", ends=None):
     assert codes == (ends or [0] * len(processes)), f"exit codes {codes}\n{said}"
 
 
-def run_code(code, *arguments, timeout=120, fresh=False):
+def run_code(code, *arguments, timeout=120, fresh=False, bare=False):
     """Run a program that is given as text; what it has printed.
 
     Args:
         fresh: in a process that has imported nothing yet.
+        bare: in one that has imported torch and transformers alone, with neither PEFT nor anything of ours.
 
     Raises:
         AssertionError: it has failed, with what it said.
@@ -65,7 +67,7 @@ def run_code(code, *arguments, timeout=120, fresh=False):
     if not fresh and hasattr(os, "fork"):
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "output"
-            run_together(code, [(arguments, output)], timeout)
+            run_together(code, [(arguments, output)], timeout, bare=bare)
             return output.read_text()
     code = "import gc; gc.disable()  # imports are faster\n" + code
     command = [sys.executable, "-c", code, *map(str, arguments)]

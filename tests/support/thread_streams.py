@@ -81,7 +81,8 @@ class ThreadStream:
         return event
 
     def empty(self, shape, dtype):
-        return poisoned(shape, dtype)
+        with torch.inference_mode(False):  # a thread writes into it
+            return poisoned(shape, dtype)
 
 
 class ThreadStreams:

@@ -42,6 +42,8 @@ def _op(
     exp_avg_sq: Tensor,
     counts: Tensor,
     compute_copy: Tensor | None,
+    exp_avg_scale: Tensor | None,
+    exp_avg_sq_scale: Tensor | None,
     rows: Tensor,
     grads: Tensor,
     lr: float,
@@ -53,7 +55,7 @@ def _op(
     seed: int,
     impl: str | None,
 ) -> None:
-    state = RowState(table, exp_avg, exp_avg_sq, counts, compute_copy)
+    state = RowState(table, exp_avg, exp_avg_sq, counts, compute_copy, exp_avg_scale, exp_avg_sq_scale)
     reachable = zero_copy(rows.device, **state._asdict())
     if not (len(rows) and table.numel()):
         return
@@ -62,6 +64,8 @@ def _op(
         dispatch.require(inside, "rows", f"rows outside of 0 to {len(table) - 1}")
         dispatch.require(len(rows.unique()) == len(rows), "rows", "a row is there twice")
     unsupported = [("table", f"the Triton kernel has no {table.dtype}")] if table.dtype == torch.float64 else []
+    if state.mode != "float32":
+        unsupported.append(("exp_avg_sq", f"the Triton kernel has no moments in mode {state.mode!r}"))
     by_kernel = dispatch.use_triton(impl, rows.device, unsupported) and reachable
     step = row_adamw_triton.step if by_kernel else row_adamw_torch.step
     step(state, rows, grads, StepRule(lr, beta1, beta2, eps, weight_decay, decoupled), seed)

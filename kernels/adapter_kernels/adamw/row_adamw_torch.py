@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ..runtime import dispatch
+from . import narrow_step
 from .row_state import RowState, StepRule
+from .square_root import square_root
 from .stochastic_rounding import round_stochastically
 
 _BLOCK = 1 << 17  # values of a table at a time: they stay in the cache
@@ -54,7 +56,7 @@ class Block:
         else:
             m.add_(a)
         v.mul_(rule.beta2).add_(torch.mul(grad, 1 - rule.beta2, out=a).mul_(grad))
-        _square_root(v, a).div_(root2).add_(rule.eps)
+        square_root(v, a).div_(root2).add_(rule.eps)
         p.sub_(torch.mul(m, step_size, out=b).div_(a))
         if self.state.table.dtype == torch.bfloat16:
             round_stochastically(p, self.rows, touches, self.seed)
@@ -68,11 +70,6 @@ class Block:
             copy.index_copy_(0, self.rows, self.buffers[0, : len(self.rows)].to(copy.dtype))
 
 
-def _square_root(x: Tensor, out: Tensor) -> Tensor:
-    """The correctly rounded square root; torch.sqrt of float32 on the CPU can be off by one ulp."""
-    return out.copy_(x.double().sqrt_()) if x.is_cpu and x.dtype == torch.float32 else torch.sqrt(x, out=out)
-
-
 def step(state: RowState, rows: Tensor, grads: Tensor, rule: StepRule, seed: int) -> None:
     """One step of distinct rows, at least one, each with the bias correction of its own count of touches.
 
@@ -84,10 +81,16 @@ def step(state: RowState, rows: Tensor, grads: Tensor, rule: StepRule, seed: int
     low, high = (int(x) for x in rows.aminmax()) if rows.is_cpu else (0, 0)
     dispatch.require(low >= 0 and high < len(table), "rows", f"0 to {len(table) - 1} are possible, not {low} to {high}")
     touches = counts.index_select(0, rows) + 1
-    n = touches.to(torch.float64)
+    corrections = rule.corrections(touches)
+    if state.mode != "float32":
+        size = max(1, _BLOCK // max(1, table.shape[1]))
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
+            narrow_step.step(state, rows[part], grads[part], rule, corrections.part(part), touches[part], seed)
+        counts.index_copy_(0, rows, touches)
+        return
     block = Block(state, seed, len(rows))
-    bias = (rule.lr / (1 - rule.beta1**n), (1 - rule.beta2**n).sqrt())
-    step_size, root2 = (x.to(block.dtype).unsqueeze(1) for x in bias)
+    step_size, root2 = (x.to(block.dtype).unsqueeze(1) for x in (corrections.step_size, corrections.root2))
     for part in block.parts(len(rows)):
         block.load(rows[part], grads[part])
         block.step(rule, step_size[part], root2[part], touches[part])

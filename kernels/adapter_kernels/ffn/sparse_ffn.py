@@ -224,26 +224,26 @@ def sparse_ffn_backward(
 
 def _check(x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None) -> None:
     dispatch.require_matrix(x, "x", dispatch.FLOATS)
-    T, D = x.shape
+    (T, D), U = x.shape, keys.shape[0]
     for rows, name in ((keys, "keys"), (values, "values")):
         dispatch.require_matrix(rows, name, (x.dtype,), columns=D)
         if not rows.is_contiguous():
             dispatch.refuse(name, "contiguous rows are needed, as gather_rows makes them")
-    if len(values) != len(keys):
-        dispatch.refuse("values", f"{len(values)} rows, but {len(keys)} keys")
-    if max(D, len(keys)) >= _MAX_SIZE:
+    if values.shape[0] != U:
+        dispatch.refuse("values", f"{len(values)} rows, but {U} keys")
+    if max(D, U) >= _MAX_SIZE:
         dispatch.refuse("keys", f"rows and columns must be less than {_MAX_SIZE}")
     dispatch.require_matrix(position, "position", dispatch.INTS)
-    if len(position) != T:
+    if position.shape[0] != T:
         dispatch.refuse("position", f"{len(position)} rows for {T} tokens")
     K = position.shape[1]
     if K > MAX_PICKS:
         dispatch.refuse("position", f"at most {MAX_PICKS} picks a token are possible, not {K}")
-    if not (T * max(K, len(keys)) < _MAX_PAIRS):
+    if not (T * max(K, U) < _MAX_PAIRS):
         dispatch.refuse("x", f"{T} tokens are too many for 32-bit places; split them")
     if factors is not None:
         dispatch.require_matrix(factors, "factors", dispatch.FLOATS, columns=K)
-        if len(factors) != T:
+        if factors.shape[0] != T:
             dispatch.refuse("factors", f"{len(factors)} rows for {T} tokens")
     dispatch.require_same_device(position=position, x=x, keys=keys, values=values, factors=factors)
 

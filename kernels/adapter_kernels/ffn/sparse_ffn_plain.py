@@ -23,7 +23,7 @@ def chosen(x: Tensor) -> bool:
 
 def _columns(position: Tensor, U: int) -> Tensor:
     """Where each pick is in the matrix of factors; what is none is in a column more, past the last."""
-    return position.to(torch.int64).where((position >= 0) & (position < U), U)
+    return position.clamp(-1, U).to(torch.int64).remainder_(U + 1)
 
 
 def _factor_matrix(x: Tensor, columns: Tensor, factors: Tensor | None, U: int) -> Tensor:
@@ -44,7 +44,7 @@ def forward(
 ) -> Tensor:
     """y: two GEMMs."""
     factor = _factor_matrix(x, _columns(position, len(keys)), factors, len(keys))
-    active = ((x @ keys.T) * factor).relu()
+    active = (x @ keys.T).mul_(factor).relu_()
     return torch.addmm(base, active, values) if base is not None else active @ values
 
 

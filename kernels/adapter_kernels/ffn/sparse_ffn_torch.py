@@ -1,7 +1,7 @@
 """The torch paths of `sparse_ffn` and `table_ffn`: sums are in float32 (float64 of float64).
 
 Products with a sparse [T, U] matrix; nothing of T U elements is made where torch has sparse products, elsewhere
-`sparse_products` uses dense ones. In a forward pass of few tokens the picked rows are copied and multiplied instead.
+`sparse_products` uses dense ones. In a forward pass of few tokens, plain products of all gathered rows are faster.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import sparse_ffn_plain
 from .sparse_products import ByColumn, entry_dots, line_sums
 
-_FEW = 8  # tokens of which the picked rows are copied: making a sparse matrix would take longer than the products
+_FEW = 8  # tokens for which a sparse matrix is not made: that would take longer than the products
 
 
 class _Picks:
@@ -41,15 +42,17 @@ class _Picks:
 
 def wide(tensor: Tensor) -> Tensor:
     """In the dtype of sums; in one piece, as the sparse products take it."""
-    return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32).contiguous()
+    if tensor.dtype not in (torch.float32, torch.float64):
+        tensor = tensor.to(torch.float32)
+    return tensor.contiguous()
 
 
 def forward(
     x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None, base: Tensor | None
 ) -> Tensor:
     """y, [T, d] of x's dtype."""
-    if len(x) <= _FEW and len(keys) and position.shape[1]:
-        y = _of_few(x, keys, values, position, factors)
+    if x.shape[0] <= _FEW and keys.shape[0] and position.shape[1]:
+        y = sparse_ffn_plain.forward(wide(x), wide(keys), wide(values), position, factors, None)
     else:
         picks = _Picks(position, len(keys))
         scores = picks.dots(wide(x), wide(keys))
@@ -59,23 +62,10 @@ def forward(
     return (y.add_(base) if base is not None else y).to(x.dtype)
 
 
-def _of_few(x: Tensor, keys: Tensor, values: Tensor, position: Tensor, factors: Tensor | None) -> Tensor:
-    (T, K), D = position.shape, x.shape[1]
-    row = position.clamp(-1, len(keys)).flatten().to(torch.int64)
-    row = row.where(row < len(keys), -1)
-    read = row.clamp_min(0)
-    dots = torch.bmm(wide(keys.index_select(0, read)).view(T, K, D), wide(x).unsqueeze(2)).squeeze(2)
-    scores = dots * factors.to(dots.dtype) if factors is not None else dots
-    active = scores.where((scores > 0) & (row >= 0).view(T, K), 0)
-    return torch.bmm(active.unsqueeze(1), wide(values.index_select(0, read)).view(T, K, D)).squeeze(1)
-
-
 def weighted_sums(values: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
     """The sum of score times value over each token's picks, [T, d]; the score of what is none (-1) is 0."""
-    (T, K), D = ids.shape, values.shape[1]
-    if T <= _FEW and len(values) and K:
-        read = values.index_select(0, ids.view(-1).clamp_min(0)).view(T, K, D)
-        return torch.bmm(scores.unsqueeze(1), read).squeeze(1)
+    if ids.shape[0] <= _FEW and values.shape[0] and ids.shape[1]:
+        return torch.bmm(scores.unsqueeze(1), torch.embedding(values, ids.clamp_min(0))).squeeze(1)
     picks = _Picks(ids, len(values))
     return picks.by_token(picks.column(scores, scores.dtype), values.contiguous())
 

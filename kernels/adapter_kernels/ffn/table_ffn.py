@@ -17,6 +17,8 @@ from . import sparse_ffn_torch
 
 __all__ = ["table_ffn", "table_ffn_backward"]
 
+_DTYPES = (torch.float32, torch.float64)
+
 
 def table_ffn(values: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
     """The sum of score * value over each token's picks; without a graph.
@@ -32,8 +34,9 @@ def table_ffn(values: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
     Raises:
         ValueError: wrong dtype or shape.
     """
-    dispatch.require_matrix(values, "values", (torch.float32, torch.float64))
-    dispatch.require_matrix(scores, "scores", (values.dtype,))
+    if values.dim() != 2 or values.dtype not in _DTYPES or scores.dim() != 2 or scores.dtype != values.dtype:
+        dispatch.require_matrix(values, "values", _DTYPES)
+        dispatch.require_matrix(scores, "scores", (values.dtype,))
     _check_picks(ids, scores, "scores")
     return sparse_ffn_torch.weighted_sums(values, ids, scores)
 
@@ -61,7 +64,7 @@ def table_ffn_backward(
     Raises:
         ValueError: wrong dtype or shape.
     """
-    dispatch.require_matrix(x, "x", (torch.float32, torch.float64))
+    dispatch.require_matrix(x, "x", _DTYPES)
     for table, name in ((keys, "keys"), (values, "values")):
         dispatch.require_matrix(table, name, (x.dtype,), columns=x.shape[1])
     _check_picks(ids, dots, "dots")

@@ -52,10 +52,9 @@ def select_rows(
     Raises:
         ValueError: as the three ops.
     """
-    E, r = logits.shape[-1], len(keys)
+    E, r = logits.shape[-1], keys.shape[0]
     K = min(K, P * (r // max(1, E)))
-    apart = dispatch.debug() or dispatch.use_triton(None, x.device)
-    if not apart and dispatch.at_once(x, logits):
+    if not dispatch.use_triton(None, x.device) and dispatch.at_once(x, logits):
         made = host_topk.select_rows(x, logits, keys, P, K, factor, load)
         if made is not None:
             return SelectedRows(*made)

@@ -51,9 +51,9 @@ def use_triton(impl: str | None, device: torch.device, unsupported: Iterable[tup
 def at_once(tensor: Tensor, *others: Tensor | None) -> bool:
     """Whether an op on tensors in host memory may run without torch's dispatcher, which takes longer than few tokens.
 
-    Nothing of it would be recorded, traced, or seen by a mode.
+    Nothing of it would be recorded, traced, or seen by a mode, nor by debug mode.
     """
-    if not tensor.is_cpu or not nobody_between(tensor):
+    if not tensor.is_cpu or _debug or not nobody_between(tensor):
         return False
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (tensor, *others)))
 
@@ -83,16 +83,21 @@ def require_matrix(tensor: Tensor, argument: str, dtypes: Sequence[torch.dtype],
 
 def require_same_device(**tensors: Tensor | None) -> None:
     """All on the device of the first."""
-    (first, head), *rest = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
-    for name, tensor in rest:
-        if tensor.device != head.device:
-            refuse(name, f"is on {tensor.device}, but {first} is on {head.device}")
+    device = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if device is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
+            refuse(name, f"is on {tensor.device}, but {first} is on {device}")
 
 
-def half_or_single(**tensors: Tensor | None) -> list[tuple[str, str]]:
+def half_or_single(**tensors: Tensor | None) -> Iterator[tuple[str, str]]:
     """What the kernels refuse: unlike the torch paths they have no float64."""
-    return [(f"{name}", f"the Triton kernel has no {t.dtype}") for name, t in tensors.items()
-            if t is not None and t.dtype not in FLOATS]  # fmt: skip
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in FLOATS:
+            yield name, f"the Triton kernel has no {tensor.dtype}"
 
 
 def int32(ids: Tensor) -> Tensor:

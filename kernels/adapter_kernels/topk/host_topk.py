@@ -61,7 +61,7 @@ def handles(x: Tensor, keys: Tensor, P: int, E: int) -> bool:
     """
     if not x.is_cpu or x.dtype == torch.float64 or keys.dtype not in _KEY_TYPES:
         return False
-    return (P < E or len(x) <= _FEW) and native_library() is not None
+    return (P < E or x.shape[0] <= _FEW) and native_library() is not None
 
 
 def router_topk(logits: Tensor, P: int) -> Tensor | None:
@@ -125,18 +125,19 @@ def select_rows(
     if not shapes or logits.dtype != torch.float32 or not logits.is_cpu or not keys.is_cpu or not keys.is_contiguous():
         return None
     T, E = logits.shape
-    if not (1 <= P <= E and K >= 1 and len(keys) and len(keys) % E == 0 and handles(x, keys, P, E)):
+    r, d = keys.shape
+    if not (1 <= P <= E and K >= 1 and r and r % E == 0 and handles(x, keys, P, E)):
         return None
     groups = 1 if load is None else load.numel()
     if load is not None and (
         load.dtype != torch.int64 or load.ndim != 1 or not load.is_contiguous() or not load.is_cpu
     ):
         return None
-    if not groups or len(keys) % groups:
+    if not groups or r % groups:
         return None
     library = native_library()
     assert library is not None
-    x, logits, r, d = x.to(torch.float32).contiguous(), logits.contiguous(), keys.shape[0], keys.shape[1]
+    x, logits = x.to(torch.float32).contiguous(), logits.contiguous()
     ids, rows = x.new_empty((T, K), dtype=torch.int32), x.new_empty(min(r, T * K), dtype=torch.int32)
     position, scores, dots = torch.empty_like(ids), x.new_empty((T, K)), x.new_empty((T, K))
     count = library.host_select_rows(
@@ -145,4 +146,4 @@ def select_rows(
         ids.data_ptr(), scores.data_ptr(), dots.data_ptr(), rows.data_ptr(), position.data_ptr(),
         _threads(T * P * (r // E) * d),
     )  # fmt: skip
-    return ids, scores, dots, rows, ids.new_tensor([count]), position
+    return ids, scores, dots, rows, ids.new_full((1,), count), position

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ...routing import topk
 from ...table.layer_rows import LayerRows
+from ...transport.profiling import phase
 from ...transport.staging import Coming, Slot
 from ...transport.streams import DeviceStreams, StreamEvent
-from ...transport.transfer import nbytes
 from ..costs import AdapterShape, Flow, Work
-from ..types import GatheredRows, PendingSelection, Selection
+from ..types import Gather, GatheredRows, Selection
 
 
 class Strategy(ABC):
@@ -64,11 +64,14 @@ class Strategy(ABC):
         """All that a layer needs is queued: what the next one needs may be copied ahead."""
 
     @abstractmethod
-    def select(self, layer: LayerRows, x: Tensor, logits: Tensor) -> PendingSelection:
+    def select(self, layer: LayerRows, x: Tensor, logits: Tensor) -> Gather:
         """Begin with the picks of a layer: queue all that comes before a wait.
 
         Args:
             x: [T, d]. logits: W_g x, [T, E], float32 or float64; both on the device.
+
+        Returns:
+            what waits for the picks and queues the way of their rows.
         """
 
     @abstractmethod
@@ -76,29 +79,35 @@ class Strategy(ABC):
         """Queue the way of a selection's rows.
 
         Args:
-            made: of the pending selection; None: for a backward pass, `select` was not called before.
+            made: the point of the computation from which on a stream finds on the device what the selection is made
+                of; None: for a backward pass, `select` was not called before.
         """
 
-    def _select_on_device(self, layer: LayerRows, x: Tensor, logits: Tensor, keys: Tensor) -> PendingSelection:
+    def _select_on_device(self, layer: LayerRows, x: Tensor, logits: Tensor, keys: Tensor) -> Gather:
         """Picks that are made on the device; the host learns the size of the union, and its rows, by a copy."""
         if keys.is_cuda and keys.dtype != x.dtype:
             # The kernel multiplies one dtype; the torch path would launch some products an expert and wait for counts.
             keys = keys.to(x.dtype)
-        picks = topk.select_neurons(x, logits, keys, layer.config, layer.load_on(x.device))
+        picks = topk.select_neurons(x, logits, keys, layer.config, layer.traffic.load_on(x.device, layer.config.r))
         rows, count = picks.rows, picks.size
         copied = [count, rows] if layer.config.on_host else [count]
         coming = Coming(self.streams, copied, self._slots)
         if layer.config.on_host:
-            layer.traffic.bytes_to_host += sum(map(nbytes, copied))
+            layer.traffic.bytes_to_host += sum(t.nbytes for t in copied)
 
-        def wait() -> Selection:
+        def finish() -> tuple[Selection, GatheredRows]:
             with layer.traffic.stalled():
                 size, *host = coming.wait()
             union = rows[: int(size)]
             host_rows = host[0][: len(union)] if host else union
-            return Selection(union, picks.position, host_rows.to(torch.int64))
+            selection = Selection(union, picks.position, host_rows.to(torch.int64))
+            return selection, self._gather_now(layer, selection, coming.made)
 
-        return PendingSelection(wait, coming.made)
+        return finish
+
+    def _gather_now(self, layer: LayerRows, selection: Selection, made: StreamEvent | None) -> GatheredRows:
+        with phase("gather rows"):
+            return self.gather(layer, selection, made)
 
     # ------------------------------------------------------------------ costs
 

@@ -14,7 +14,7 @@ from ...transport.streams import DeviceStreams, StreamEvent
 from ..costs import AdapterShape, Flow, Work, gradients_to_host, to_device
 from ..device_cache import DeviceCopy
 from ..gather import gather
-from ..types import GatheredRows, PendingSelection, Selection
+from ..types import Gather, GatheredRows, Selection
 from .base import Strategy
 
 
@@ -31,7 +31,7 @@ class DeviceKeys(Strategy):
         if layer.number + 1 < len(self.layers):
             self._keys[layer.number + 1].prefetch()
 
-    def select(self, layer: LayerRows, x: Tensor, logits: Tensor) -> PendingSelection:
+    def select(self, layer: LayerRows, x: Tensor, logits: Tensor) -> Gather:
         return self._select_on_device(layer, x, logits, self._keys[layer.number].current())
 
     def gather(self, layer: LayerRows, selection: Selection, made: StreamEvent | None = None) -> GatheredRows:

@@ -29,7 +29,7 @@ class DeviceRows(DeviceKeys):
             self._values[layer.number + 1].prefetch()
 
     def gather(self, layer: LayerRows, selection: Selection, made: StreamEvent | None = None) -> GatheredRows:
-        tables = self._keys[layer.number].current(), self._values[layer.number].current(selection.host_rows)
+        tables = self._keys[layer.number].current(), self._values[layer.number].current()
         keys, values = rows_of(selection.rows, tables)
         return GatheredRows(keys, values, selection.position)
 

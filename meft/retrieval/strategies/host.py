@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ...routing import topk
 from ...table.layer_rows import LayerRows
+from ...transport.profiling import phase
 from ...transport.staging import Coming, Slot
 from ...transport.streams import DeviceStreams, StreamEvent
-from ...transport.transfer import nbytes
 from ..costs import FP32, ID, AdapterShape, Flow, Work, gradients_to_host, to_device, to_host
 from ..gather import gather
-from ..types import GatheredRows, PendingSelection, Selection
+from ..types import Gather, GatheredRows, Selection
 from .base import Strategy
 
 _ALIGNED = 4  # ids of 4 bytes that end where another tensor may begin: kernels read 16 bytes at a time
@@ -33,35 +33,36 @@ class Host(Strategy):
     def __init__(self, streams: DeviceStreams, layers: Sequence[LayerRows]) -> None:
         super().__init__(streams, layers)
         self._up = Slot(streams)
+        self._between = torch.zeros(_ALIGNED, dtype=torch.int32, device="cpu")
 
-    def select(self, layer: LayerRows, x: Tensor, logits: Tensor) -> PendingSelection:
+    def select(self, layer: LayerRows, x: Tensor, logits: Tensor) -> Gather:
         coming = Coming(self.streams, [x, logits], self._slots)
-        layer.traffic.bytes_to_host += nbytes(x) + nbytes(logits)
+        layer.traffic.bytes_to_host += x.nbytes + logits.nbytes
 
-        def wait() -> Selection:
+        def finish() -> tuple[Selection, GatheredRows]:
             with layer.traffic.stalled():
                 hidden = coming.wait()
-            with layer.keys.reading() as keys, layer.traffic.host_work():  # this thread holds the lock
+            # This thread holds the lock of the keys.
+            with layer.keys.reading() as keys, layer.traffic.host_work(), phase("pick on the host"):
                 rows, position = _selected(layer, keys, *hidden)
-            return self._sent(layer, rows, position)
+            selection = self._sent(layer, rows, position)
+            return selection, self._gather_now(layer, selection, coming.made)
 
-        return PendingSelection(wait, coming.made)
+        return finish
 
     def _sent(self, layer: LayerRows, rows: Tensor, position: Tensor) -> Selection:
         """The same picks on the device, in the order of the inbound stream."""
-        start = -(-position.numel() // _ALIGNED) * _ALIGNED
-        (staged,) = self._up.take(((start + len(rows),), torch.int32))
-        staged[: position.numel()].view(position.shape).copy_(position)
-        staged[start:].copy_(rows)
-        with torch.inference_mode(False):  # as in `gather`
-            ids = self.streams.inbound.empty(tuple(staged.shape), staged.dtype)
+        size = position.numel()
+        start = -(-size // _ALIGNED) * _ALIGNED
+        (staged,) = self._up.take(((start + rows.shape[0],), torch.int32))
+        torch.cat((position.view(-1), self._between[: start - size], rows), out=staged)
+        ids = self.streams.inbound.empty(tuple(staged.shape), staged.dtype)
         try:
             self.streams.inbound.run(partial(ids.copy_, staged, non_blocking=True), [ids])
         finally:  # also where it was queued
             arrival = self._up.busy = self.streams.inbound.record_event()
-        layer.traffic.bytes_to_device += nbytes(ids)
-        sent = ids[: position.numel()].view(position.shape)
-        return Selection(ids[start:], sent, rows.to(torch.int64), arrival)
+        layer.traffic.bytes_to_device += ids.nbytes
+        return Selection(ids[start:], ids[:size].view(position.shape), rows.to(torch.int64), arrival)
 
     def gather(self, layer: LayerRows, selection: Selection, made: StreamEvent | None = None) -> GatheredRows:
         (keys, values), arrival = gather(self.streams, layer, [layer.keys, layer.values], selection, made)
@@ -80,7 +81,6 @@ class Host(Strategy):
         yield from gradients_to_host(shape, work, ids=False)
 
 
-@torch.no_grad()
 def _selected(layer: LayerRows, keys: Tensor, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    picks = topk.select_neurons(x, logits, keys, layer.config, layer.load_on(x.device))
+    picks = topk.select_neurons(x, logits, keys, layer.config, layer.traffic.load_on(x.device, layer.config.r))
     return picks.rows[: int(picks.size)], picks.position

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from adapter_kernels import SelectedRows
+
 from ...routing import topk
 from ...table.layer_rows import LayerRows
 from ...transport.streams import StreamEvent
 from ..costs import AdapterShape, Flow, Work
-from ..types import GatheredRows, PendingSelection, Selection
+from ..types import Gather, GatheredRows, Selection
 from .base import Strategy
 
 
@@ -27,21 +29,27 @@ class InPlace(Strategy):
         """Float32 or more: a CPU gains nothing by 16-bit products."""
         return torch.promote_types(given, torch.float32)
 
-    def select(self, layer: LayerRows, x: Tensor, logits: Tensor) -> PendingSelection:
-        picks = topk.select_neurons(x, logits, layer.keys.read_in_place(), layer.config, layer.load_on(x.device))
+    def select(self, layer: LayerRows, x: Tensor, logits: Tensor) -> Gather:
+        keys, values = layer.keys.read_in_place(), layer.values.read_in_place()
+        load = layer.traffic.load_on(x.device, layer.config.r)
+        picks = topk.select_neurons(x, logits, keys, layer.config, load)
         rows = picks.rows[: int(picks.size)]
         selection = Selection(rows, picks.position, rows.to(torch.int64), picks=picks)
-        return PendingSelection(lambda: selection, None)
+        found = selection, _rows_in(keys, values, selection, picks)
+        return lambda: found
 
     def gather(self, layer: LayerRows, selection: Selection, made: StreamEvent | None = None) -> GatheredRows:
         assert selection.picks is not None
-        scores = selection.picks.scores
-        tables = keys, values = layer.keys.read_in_place(), layer.values.read_in_place()
-        if keys.dtype == values.dtype == scores.dtype:
-            return GatheredRows(keys, values, selection.picks.ids, scores=scores)
-        keys, values = (table.index_select(0, selection.host_rows).to(scores.dtype) for table in tables)
-        return GatheredRows(keys, values, selection.position)
+        return _rows_in(layer.keys.read_in_place(), layer.values.read_in_place(), selection, selection.picks)
 
     @classmethod
     def flows(cls, shape: AdapterShape, work: Work) -> Iterator[Flow]:
         return iter(())
+
+
+def _rows_in(keys: Tensor, values: Tensor, selection: Selection, picks: SelectedRows) -> GatheredRows:
+    dtype = picks.scores.dtype
+    if keys.dtype == values.dtype == dtype:
+        return GatheredRows(keys, values, picks.ids, scores=picks.scores)
+    keys, values = (table.index_select(0, selection.host_rows).to(dtype) for table in (keys, values))
+    return GatheredRows(keys, values, selection.position)

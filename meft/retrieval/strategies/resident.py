@@ -12,7 +12,7 @@ from ...table.layer_rows import LayerRows
 from ...transport.streams import StreamEvent
 from ..costs import AdapterShape, Flow, Work
 from ..gather import rows_of
-from ..types import GatheredRows, PendingSelection, Selection
+from ..types import Gather, GatheredRows, Selection
 from .base import Strategy
 
 
@@ -28,17 +28,17 @@ class Resident(Strategy):
     placement = "device"
     rows_on_device = updates_on_device = True
 
-    def select(self, layer: LayerRows, x: Tensor, logits: Tensor) -> PendingSelection:
+    def select(self, layer: LayerRows, x: Tensor, logits: Tensor) -> Gather:
         with layer.keys.reading() as keys:
             if not capturing(x):
                 return self._select_on_device(layer, x, logits, keys)
             # A graph has fixed sizes and does not wait: all rows stand for the union.
             rows = torch.arange(layer.config.r, device=x.device)
             selection = Selection(rows.to(torch.int32), topk.select_neurons(x, logits, keys, layer.config).ids, rows)
-            return PendingSelection(lambda: selection, None)
+            return lambda: (selection, self._gather_now(layer, selection, None))
 
     def gather(self, layer: LayerRows, selection: Selection, made: StreamEvent | None = None) -> GatheredRows:
-        with layer.keys.reading() as keys, layer.values.reading(selection.host_rows) as values:
+        with layer.keys.reading() as keys, layer.values.reading() as values:
             gathered = rows_of(selection.rows, [keys, values])
         return GatheredRows(gathered[0], gathered[1], selection.position)
 

@@ -14,7 +14,7 @@ from ...transport.streams import DeviceStreams, StreamEvent
 from ..costs import AdapterShape, Flow, Work, gradients_to_host, to_device
 from ..device_cache import KeyBuffers
 from ..gather import gather
-from ..types import GatheredRows, PendingSelection, Selection
+from ..types import Gather, GatheredRows, Selection
 from .base import Strategy
 from .host import Host
 
@@ -39,16 +39,16 @@ class Stream(Strategy):
         if tokens >= self._least and layer.number + 1 < len(self.layers):
             self._keys.prefetch(self.layers[layer.number + 1])
 
-    def select(self, layer: LayerRows, x: Tensor, logits: Tensor) -> PendingSelection:
-        if len(x) < self._least:
+    def select(self, layer: LayerRows, x: Tensor, logits: Tensor) -> Gather:
+        if x.shape[0] < self._least:  # and it gathers their rows
             return self._host.select(layer, x, logits)
-        pending = self._select_on_device(layer, x, logits, self._keys.take(layer))
+        finish = self._select_on_device(layer, x, logits, self._keys.take(layer))
         self._keys.done(layer)  # if the pass goes no further
-        return pending
+        return finish
 
     def gather(self, layer: LayerRows, selection: Selection, made: StreamEvent | None = None) -> GatheredRows:
-        if made is None or len(selection.position) < self._least:
-            return self._host.gather(layer, selection, made)
+        if made is None:
+            return self._host.gather(layer, selection)
         (values,), arrival = gather(self.streams, layer, [layer.values], selection, made)
         keys = self._keys.take(layer).index_select(0, selection.rows)
         self._keys.done(layer)

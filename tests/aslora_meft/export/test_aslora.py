@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from aslora import ASLoRAConfig
 from aslora_meft.export.aslora_lora import export_lora
 from aslora_meft.export.aslora_merged import export_merged
 from tests.support.exported_models import IDS, logits, save_base
+from tests.support.processes import run_code
 
 
 def save_adapter(base, folder, seed=0, change=None, **fields):
@@ -39,8 +38,7 @@ def save_adapter(base, folder, seed=0, change=None, **fields):
 
 
 PLAIN = """
-import gc, sys
-gc.disable()  # imports are faster
+import sys
 for name in ("adapter_kernels", "aslora", "aslora_meft", "meft", "peft", "peft_bridge"):
     sys.modules[name] = None
 import torch
@@ -55,7 +53,7 @@ def test_a_merged_model_is_a_plain_one(tmp_path):
     model = save_adapter(save_base(tmp_path / "base"), tmp_path / "adapter", target_modules="all-linear")
     export_merged([tmp_path / "adapter"], tmp_path / "merged")
     torch.save(IDS, tmp_path / "ids.pt")
-    subprocess.run([sys.executable, "-W", "ignore", "-c", PLAIN, tmp_path], check=True, cwd=tmp_path)
+    run_code(PLAIN, tmp_path, bare=True)
     expected = logits(model)
     assert (torch.load(tmp_path / "logits.pt") - expected).abs().max() < 1e-5
     with model.disable_adapter():

@@ -1,9 +1,6 @@
 """The exported folder in a process that has nothing of this package, and what servers require of it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,13 +9,12 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaMo
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.support.exported_models import IDS, logits, served
-from tests.support.processes import run_together
+from tests.support.processes import run_code, run_together
 
 SMOLLM2 = Path(__file__).resolve().parents[3] / ".cache" / "SmolLM2-135M-Instruct"
 
 ALONE = """
-import gc, sys, warnings
-gc.disable()  # imports are faster
+import sys, warnings
 warnings.simplefilter("ignore")
 for name in ("adapter_kernels", "aslora", "aslora_meft", "meft", "peft", "peft_bridge"):
     sys.modules[name] = None  # importing it is an error
@@ -46,8 +42,7 @@ torch.save(found, f"{root}/found.pt")
 def in_a_process_alone(folder, model, texts, **asked):
     """Assert that what a process without this package finds is what the PEFT model gives."""
     torch.save({"logits": asked, "text": texts}, folder / "asked.pt")
-    places = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-W", "ignore", "-c", ALONE, folder], check=True, env=places, cwd=folder)
+    run_code(ALONE, folder, bare=True)
     found = torch.load(folder / "found.pt")
     with torch.no_grad():
         for name, inputs in asked.items():
