@@ -3,6 +3,7 @@ correction over a page.
 """
 
 import math
+from dataclasses import dataclass
 from statistics import mean, stdev
 
 LEVEL = 0.05
@@ -20,6 +21,38 @@ def p_value(t: float, degrees: int) -> float:
         term *= math.cos(angle) ** 2 * (i - 1) / i
     inside = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
     return max(0.0, 1.0 - inside)
+
+
+def t_quantile(level: float, degrees: int) -> float:
+    """The t >= 0 whose two-sided p is `level`, in (0, 1)."""
+    low, high = 0.0, 1.0
+    while p_value(high, degrees) > level:
+        low, high = high, 2 * high
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if p_value(middle, degrees) > level else (low, middle)
+    return high
+
+
+@dataclass(frozen=True)
+class PairedT:
+    """Student's t test of n paired differences: their mean, its 1 - LEVEL interval, and the uncorrected p."""
+
+    mean: float
+    low: float
+    high: float
+    t: float
+    degrees: int
+    p: float
+
+
+def paired_t(differences: list[float]) -> PairedT:
+    """Test whether the mean of at least two differences, one a seed, is 0. Equal ones have no spread: t is infinite."""
+    n = len(differences)
+    centre, error = mean(differences), stdev(differences) / math.sqrt(n)
+    t = centre / error if error else math.copysign(math.inf, centre) if centre else 0.0
+    margin = t_quantile(LEVEL, n - 1) * error
+    return PairedT(centre, centre - margin, centre + margin, t, n - 1, p_value(t, n - 1))
 
 
 def holm(p_values: list[float]) -> list[float]:

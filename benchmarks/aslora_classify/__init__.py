@@ -1,0 +1,1 @@
+"""Is ASLoRA better than LoRA on classification, and does its choice of layers help? `benchmarks.aslora_classify`."""
