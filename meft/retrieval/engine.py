@@ -117,10 +117,14 @@ class Engine(EngineSetup):
         layer, rows, selection = pending.layer, self.gather(pending), pending.selection
         assert selection is not None
         pending.rows = None  # the graph holds `pending`
+        held: AbstractContextManager[object] = _KEPT
         if rows.scores is None:
             rows = self._arrived(pending, selection, rows, x)
-        elif not torch.is_grad_enabled():
-            return table_ffn(rows.values, rows.position, rows.scores)
+        else:  # read where they are, where another thread may step them
+            held = layer.values.lock
+            if not torch.is_grad_enabled():
+                with held:
+                    return table_ffn(rows.values, rows.position, rows.scores)
         factors = idle = None
         if self.config.router_factor:
             factors = logits.gather(1, experts_of(selection, self._neurons_per_expert))
@@ -132,7 +136,7 @@ class Engine(EngineSetup):
         absent: AbstractContextManager[RefetchedRows | None] = _KEPT
         if refetch:
             absent = refetched_in_backward(self, pending, (rows.keys, rows.values), self._below)
-        with absent as self._below, phase("sparse FFN"):
+        with absent as self._below, held, phase("sparse FFN"):
             if not torch.is_grad_enabled():
                 return output_of(x, factors, rows)
             return SparseFFN.apply(

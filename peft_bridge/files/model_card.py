@@ -113,12 +113,15 @@ def _set_head(card: Any, config: dict[str, Any], package: str) -> None:
 
 
 def _is_folder(base: str) -> bool:
-    """Whether a base model's name is that of a folder: it cannot be a hub id, or such a folder is here."""
+    """Whether a base model's name is that of a folder: it cannot be a hub id, or is one word and such a folder is here.
+
+    What may be `owner/name` stays: PEFT takes it for a hub id.
+    """
     try:
         validate_repo_id(base)
     except HFValidationError:
         return True
-    return base.startswith(".") or Path(base).is_dir()
+    return base.startswith(".") or ("/" not in base and Path(base).is_dir())
 
 
 def _lines(folder: Path, config: dict[str, Any], method: MethodCard) -> list[str]:

@@ -90,12 +90,10 @@ UPDATE = """
 import ctypes, os, sys, threading, time
 library = ctypes.CDLL(sys.argv[1])
 rows, width = 64, 1 << 14
-table, exp_avg, exp_avg_sq, grads = ((ctypes.c_float * (rows * width))() for _ in range(4))
-ids, steps = (ctypes.c_int64 * rows)(*range(rows)), (ctypes.c_float * (9 * rows))()
+grads = (ctypes.c_float * (rows * width))()
 def update():
     os.sched_setaffinity(0, {max(cores)})
-    library.meft_row_adamw(table, exp_avg, exp_avg_sq, None, grads, ids, ctypes.c_int64(rows), ctypes.c_int64(width),
-                           steps, 4)
+    library.meft_squares(grads, ctypes.c_int64(rows), ctypes.c_int64(width), 4)
     known = {os.getpid(), threading.get_native_id()}
     helpers = [int(t) for t in os.listdir("/proc/self/task") if int(t) not in known]
     last = time.monotonic() + 20  # one may not have begun: nobody waits for it

@@ -32,15 +32,18 @@ class InPlace(Strategy):
     def select(self, layer: LayerRows, x: Tensor, logits: Tensor) -> Gather:
         keys, values = layer.keys.read_in_place(), layer.values.read_in_place()
         load = layer.traffic.load_on(x.device, layer.config.r)
-        picks = topk.select_neurons(x, logits, keys, layer.config, load)
-        rows = picks.rows[: int(picks.size)]
-        selection = Selection(rows, picks.position, rows.to(torch.int64), picks=picks)
-        found = selection, _rows_in(keys, values, selection, picks)
+        with layer.keys.lock, layer.values.lock:  # another thread may step them
+            picks = topk.select_neurons(x, logits, keys, layer.config, load)
+            rows = picks.rows[: int(picks.size)]
+            selection = Selection(rows, picks.position, rows.to(torch.int64), picks=picks)
+            found = selection, _rows_in(keys, values, selection, picks)
         return lambda: found
 
     def gather(self, layer: LayerRows, selection: Selection, made: StreamEvent | None = None) -> GatheredRows:
         assert selection.picks is not None
-        return _rows_in(layer.keys.read_in_place(), layer.values.read_in_place(), selection, selection.picks)
+        keys, values = layer.keys.read_in_place(), layer.values.read_in_place()
+        with layer.keys.lock, layer.values.lock:
+            return _rows_in(keys, values, selection, selection.picks)
 
     @classmethod
     def flows(cls, shape: AdapterShape, work: Work) -> Iterator[Flow]:
