@@ -27,7 +27,7 @@ demo: $(DEMO_INSTALLED) $(MODEL) ## fine-tune SmolLM2-135M with ASLoRA (or METHO
 	$(PY) -m aslora_meft.demo $(MODEL) $(METHOD)
 
 test: setup ## the whole test suite
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n 2 --dist worksteal --durations 20
 
 test-gpu: $(INSTALLED) ## the tests that need a CUDA GPU
 	$(PY) -m pytest -m gpu -n 4 --dist worksteal

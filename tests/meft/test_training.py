@@ -2,6 +2,7 @@
 
 import gc
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from meft import RowAdamW
+from meft.retrieval import engine, sparse_ffn
 from meft.retrieval import forward_context as context
+from meft.retrieval.strategies import in_place
+from meft.routing import topk
 
 
 def dataset(tiny, rows=16):
@@ -210,6 +214,41 @@ def test_threads_that_call_the_model_give_a_version_of_it_and_not_a_mixture(tiny
     assert (known[1:] - known[:-1]).abs().amax((1, 2, 3)).min() > 1e-6
     for logits in seen:
         assert (known - logits).abs().amax((1, 2, 3)).min() < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grad", [False, True])
+def test_rows_are_held_still_while_they_are_read_in_place(tiny, monkeypatch, grad, dtype):
+    """Another thread cannot step them then."""
+    model = tiny.adapted(1, torch.float32, row_dtype=str(dtype).removeprefix("torch."))
+    held = []
+
+    def is_free(lock):
+        if taken := lock.acquire(blocking=False):
+            lock.release()
+        return taken
+
+    def watched(module, name, *tables):
+        inner = getattr(module, name)
+
+        def read(*args, **kwargs):
+            with ThreadPoolExecutor(1) as other:
+                free = [other.submit(is_free, table.lock).result() for table in tables]
+            held.append((name, free))
+            return inner(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, read)
+
+    keys, values = tiny.tables(model)
+    watched(topk, "select_neurons", keys)
+    watched(in_place, "_rows_in", keys, values)
+    if dtype == torch.float32:
+        watched(sparse_ffn if grad else engine, "table_ffn", values)
+    with torch.set_grad_enabled(grad):
+        tiny.loss(model)
+    assert {name for name, _ in held} >= {"select_neurons", "_rows_in"}
+    assert len(held) == 2 + (dtype == torch.float32)
+    assert not any(free for _, tables in held for free in tables)
 
 
 def test_padding_of_one_thread_is_not_that_of_another(tiny):
