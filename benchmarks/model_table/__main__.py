@@ -8,6 +8,7 @@ Tiny random models are made from configurations alone; nothing is downloaded. A 
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
@@ -82,8 +83,15 @@ def _cell(found: str, model_type: str, reasons: dict[str, int]) -> str:
     return f"no ({reasons.setdefault(kind, len(reasons) + 1)})"
 
 
-def main(names: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Make the table of these architectures, or of all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "names", nargs="*", help="model types of transformers, whose table is printed; all, into docs/models.md"
+    )
+    names = parser.parse_args(arguments).names
+    if unknown := set(names) - set(model_types()):
+        parser.error(f"{', '.join(sorted(unknown))}: no model type of this table")
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
@@ -101,4 +109,4 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(main())
