@@ -22,19 +22,33 @@ INLINE float limited(float step, float limit) {
     return step < -limit ? -limit : step;
 }
 
+// The gradient of a value and its first moment, as all narrow modes make them; the scalars stay in registers.
+struct Rule {
+    float mix, coupled, first, second;
+    bool couples, from_grad;
+
+    INLINE Rule(const Step& s, const Factors& f)
+        : mix(s.mix), coupled(s.coupled), first(f.first), second(f.second), couples(s.coupled != 0.0f),
+          from_grad(s.from_grad != 0.0f) {}
+
+    INLINE float gradient(float grad, float p_old) const {
+        const float own = (grad * first) * second, both = own + coupled * p_old;
+        return couples ? both : own;
+    }
+
+    INLINE float first_moment(float m_old, float g) const { return (from_grad ? g : m_old) + mix * (g - m_old); }
+};
+
 template <class P, bool COPY>
 INLINE void step_bfloat16(MEMORY(P) p, MEMORY(uint16_t) m, MEMORY(uint16_t) v, MEMORY(uint16_t) copy,
                           MEMORY(const float) grad, int64_t width, const Step& s, const Factors& f, const Key& k) {
-    const float mix = s.mix, beta2 = s.beta2, fresh2 = s.fresh2, eps = s.eps, decay = s.decay, limit = s.limit;
-    const float coupled = s.coupled, step_size = s.step_size, inverse2 = s.inverse2;
-    const float first = f.first, second = f.second;
-    const bool couples = coupled != 0.0f, from_grad = s.from_grad != 0.0f;
+    const float beta2 = s.beta2, fresh2 = s.fresh2, eps = s.eps, decay = s.decay, limit = s.limit;
+    const float step_size = s.step_size, inverse2 = s.inverse2;
+    const Rule rule(s, f);
     const Key key = k;
     for (int64_t i = 0; i < width; ++i) {
         const float p_old = widen(static_cast<P>(p[i])), m_old = widen(static_cast<uint16_t>(m[i]));
-        const float g_own = (grad[i] * first) * second, g_both = g_own + coupled * p_old;
-        const float g = couples ? g_both : g_own;
-        const float m_new = (from_grad ? g : m_old) + mix * (g - m_old);
+        const float g = rule.gradient(grad[i], p_old), m_new = rule.first_moment(m_old, g);
         const float v_new = widen(static_cast<uint16_t>(v[i])) * beta2 + (fresh2 * g) * g;
         const float step = limited((m_new * step_size) / (std::sqrt(v_new) * inverse2 + eps), limit);
         const float p_new = p_old * decay - step;
@@ -79,15 +93,12 @@ INLINE void step_rowwise(MEMORY(P) p, MEMORY(uint16_t) m, MEMORY(float) v, MEMOR
     const float v_new = v[0] * s.beta2 + s.fresh2 * squares;
     v[0] = v_new;
     const float rate = s.step_size / (std::sqrt(v_new) * s.inverse2 + s.eps);
-    const float mix = s.mix, decay = s.decay, limit = s.limit, coupled = s.coupled;
-    const float first = f.first, second = f.second;
-    const bool couples = coupled != 0.0f, from_grad = s.from_grad != 0.0f;
+    const float decay = s.decay, limit = s.limit;
+    const Rule rule(s, f);
     const Key key = k;
     for (int64_t i = 0; i < width; ++i) {
         const float p_old = widen(static_cast<P>(p[i])), m_old = widen(static_cast<uint16_t>(m[i]));
-        const float g_own = (grad[i] * first) * second, g_both = g_own + coupled * p_old;
-        const float g = couples ? g_both : g_own;
-        const float m_new = (from_grad ? g : m_old) + mix * (g - m_old);
+        const float g = rule.gradient(grad[i], p_old), m_new = rule.first_moment(m_old, g);
         const float p_new = p_old * decay - limited(m_new * rate, limit);
         const uint32_t noise = noise_of(key, static_cast<uint32_t>(i));
         m[i] = narrow_stochastically(m_new, second_noise(noise));
@@ -147,10 +158,9 @@ template <class P, bool COPY>
 INLINE void step_float8(MEMORY(P) p, MEMORY(uint8_t) m, MEMORY(uint8_t) v, MEMORY(float) m_scale, MEMORY(float) v_scale,
                         MEMORY(uint16_t) copy, MEMORY(const float) grad, int64_t width, const Step& s, const Factors& f,
                         const Key& k) {
-    const float mix = s.mix, beta2 = s.beta2, fresh2 = s.fresh2, eps = s.eps, decay = s.decay, limit = s.limit;
-    const float coupled = s.coupled, step_size = s.step_size, inverse2 = s.inverse2;
-    const float first = f.first, second = f.second;
-    const bool couples = coupled != 0.0f, from_grad = s.from_grad != 0.0f;
+    const float beta2 = s.beta2, fresh2 = s.fresh2, eps = s.eps, decay = s.decay, limit = s.limit;
+    const float step_size = s.step_size, inverse2 = s.inverse2;
+    const Rule rule(s, f);
     const Key key = k;
     // Loops over values of 32 bits alone, between those that widen and narrow them, keep a vector of each in a register.
     float masters[BLOCK], moments[BLOCK], roots[BLOCK];
@@ -165,9 +175,7 @@ INLINE void step_float8(MEMORY(P) p, MEMORY(uint8_t) m, MEMORY(uint8_t) v, MEMOR
         for (int64_t j = 0; j < count; ++j) {
             const float size = First::decode(m_codes[j] & 0x7fu), root_old = Root::decode(v_codes[j]) * v_unit;
             const float m_old = float_of(bits_of(size) | (m_codes[j] & 0x80u) << 24) * m_unit;
-            const float g_own = (grad[begin + j] * first) * second, g_both = g_own + coupled * masters[j];
-            const float g = couples ? g_both : g_own;
-            const float m_new = (from_grad ? g : m_old) + mix * (g - m_old);
+            const float g = rule.gradient(grad[begin + j], masters[j]), m_new = rule.first_moment(m_old, g);
             const float root = std::sqrt((root_old * root_old) * beta2 + (fresh2 * g) * g);
             masters[j] = masters[j] * decay - limited((m_new * step_size) / (root * inverse2 + eps), limit);
             moments[j] = m_new;

@@ -171,7 +171,7 @@ def handled(error, suppress):
         (of_file(errno.EACCES, "out/checkpoint-1"), os.strerror(errno.EACCES)),
         (of_file(errno.ENOENT, b"out/file"), os.strerror(errno.ENOENT)),
         (of_file(errno.ENOENT, "/usr/bin/cc"), None),
-        (of_file(errno.ENOSPC, "/tmp/cache"), None),
+        (of_file(errno.ENOSPC, "/elsewhere/cache"), None),
         (OSError(errno.EPERM, "Operation not permitted"), None),
         (SafetensorError("Error while serializing: I/O error: x (os error 13)"), os.strerror(errno.EACCES)),
         (RuntimeError("No such file or directory (os error 2)"), None),
