@@ -71,6 +71,7 @@ CHILD = """
 import copy, os, torch
 from peft import get_peft_model
 from tests.support.models import llama
+from tests.support.processes import print_ends_of_children
 from meft import MEFTConfig
 
 torch.set_num_threads(1)
@@ -81,17 +82,10 @@ ids = torch.ones(1, 4, dtype=torch.long)
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 model(input_ids=ids, labels=ids).loss.backward()
 optimizer.step()
-for touch in (lambda: model(input_ids=ids), lambda: rows[0, 0].item(), lambda: rows.sum(), lambda: model.state_dict(),
-              lambda: torch.save(optimizer.state_dict(), os.devnull), lambda: copy.deepcopy(optimizer.state_dict())):
-    child = os.fork()
-    if child == 0:
-        try:
-            touch()
-        except RuntimeError as error:
-            os._exit(7 if "not in the memory of a forked process" in str(error) else 8)
-        os._exit(9)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(code)
+print_ends_of_children((
+    lambda: model(input_ids=ids), lambda: rows[0, 0].item(), lambda: rows.sum(), lambda: model.state_dict(),
+    lambda: torch.save(optimizer.state_dict(), os.devnull), lambda: copy.deepcopy(optimizer.state_dict()),
+))
 model(input_ids=ids)
 """
 

@@ -344,19 +344,14 @@ def test_the_memory_goes_when_all_ranks_have_left():
 
 
 CHILD = """
-import copy, os
+import copy
 from tests.meft.test_node_rows import joined
+from tests.support.processes import print_ends_of_children
 (table,), _ = joined()
-for touch in (table.synchronize, lambda: table.version, lambda: table.rows.sum(), table.state_dict,
-              lambda: copy.deepcopy(table), table.leave_node):
-    child = os.fork()
-    if child == 0:
-        try:
-            touch()
-        except RuntimeError as error:
-            os._exit(7 if "not in the memory of a forked process" in str(error) else 8)
-        os._exit(9)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print_ends_of_children((
+    table.synchronize, lambda: table.version, lambda: table.rows.sum(), table.state_dict, lambda: copy.deepcopy(table),
+    table.leave_node,
+))
 """
 
 
