@@ -238,7 +238,12 @@ def check_indices(config: Any, model: PreTrainedModel) -> None:
             choice = ", ".join(sorted({path.rpartition(".")[2] for path in tables}))
             raise UsageError(f"trainable_token_indices names {name!r}, which is no embedding; choose from {choice}")
         most = min(module.num_embeddings for module in of if name is not None or module is model.get_input_embeddings())
-        if not (isinstance(indices, list) and all(type(index) is int and 0 <= index < most for index in indices)):
-            raise UsageError(
-                f"trainable_token_indices={str(indices)[:60]} has what is no token; give integers from 0 to {most - 1}"
-            )
+        _check_tokens("trainable_token_indices", indices, most)
+    invocation = getattr(config, "alora_invocation_tokens", None)
+    if invocation is not None:  # a token that there is not would switch the adapter off for good
+        _check_tokens("alora_invocation_tokens", invocation, model.config.get_text_config().vocab_size)
+
+
+def _check_tokens(field: str, indices: Any, most: int) -> None:
+    if not (isinstance(indices, list) and all(type(index) is int and 0 <= index < most for index in indices)):
+        raise UsageError(f"{field}={str(indices)[:60]} has what is no token; give integers from 0 to {most - 1}")

@@ -139,6 +139,10 @@ def test_a_huge_r_of_meft(train, r):
         *((["--trainable_token_indices", value], "trainable_token_indices") for value in (-1, 10**18, '{"mlp": [1]}')),
         (["--trainable_token_indices", '{"embed_tokens": 1e999}'], "trainable_token_indices"),
         (["--method", "lora", "--megatron_config", '{"a": 1}'], "megatron"),
+        *(
+            (["--method", "lora", "--alora_invocation_tokens", value], "alora_invocation_tokens")
+            for value in (-1, 10**18)
+        ),
         *((["--method", "lora", "--rank_pattern", f'{{"q_proj": {v}}}'], "rank_pattern") for v in ("NaN", -1, '"x"')),
         (["--method", "lora", "--alpha_pattern", '{"q_proj": "x"}'], "alpha_pattern"),
         (["--method", "lora", "--rank_pattern", '{"(": 4}'], "rank_pattern"),
