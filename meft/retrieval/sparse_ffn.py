@@ -100,7 +100,10 @@ class SparseFFN(torch.autograd.Function):
             if ctx.read is not None:
                 assert selection.picks is not None
                 picked = (selection.picks.ids, selection.picks.dots, factors, selection.position, len(selection.rows))
-                found = table_ffn_backward(g, x, key_rows, value_rows, *picked, needs=wanted)
+                layer = pending.layer
+                with layer.keys.lock, layer.values.lock:  # another thread may step them
+                    found = table_ffn_backward(g, x, key_rows, value_rows, *picked, needs=wanted)
+                check_versions(pending.versions, layer.versions)  # or may have just done so
             else:
                 found = sparse_ffn_backward(
                     g, x, key_rows, value_rows, selection.position, factors, needs=wanted, row_gradients=ctx.dtype

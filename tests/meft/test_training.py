@@ -216,6 +216,23 @@ def test_threads_that_call_the_model_give_a_version_of_it_and_not_a_mixture(tiny
         assert (known - logits).abs().amax((1, 2, 3)).min() < 1e-12
 
 
+def test_a_step_of_another_thread_while_gradients_are_made_is_noticed(tiny, monkeypatch):
+    """Between the look at the versions and the lock."""
+    model = tiny.adapted(1)
+    _, values = tiny.tables(model)
+    inner = sparse_ffn.table_ffn_backward
+
+    def stepped(*args, **kwargs):
+        with torch.no_grad():
+            values.rows.mul_(1.5)
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(sparse_ffn, "table_ffn_backward", stepped)
+    loss = tiny.loss(model)
+    with pytest.raises(RuntimeError, match="updated"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("grad", [False, True])
 def test_rows_are_held_still_while_they_are_read_in_place(tiny, monkeypatch, grad, dtype):
@@ -242,12 +259,18 @@ def test_rows_are_held_still_while_they_are_read_in_place(tiny, monkeypatch, gra
     keys, values = tiny.tables(model)
     watched(topk, "select_neurons", keys)
     watched(in_place, "_rows_in", keys, values)
+    expected = {"select_neurons", "_rows_in"}
     if dtype == torch.float32:
         watched(sparse_ffn if grad else engine, "table_ffn", values)
+        expected.add("table_ffn")
+        if grad:
+            watched(sparse_ffn, "table_ffn_backward", keys, values)
+            expected.add("table_ffn_backward")
     with torch.set_grad_enabled(grad):
-        tiny.loss(model)
-    assert {name for name, _ in held} >= {"select_neurons", "_rows_in"}
-    assert len(held) == 2 + (dtype == torch.float32)
+        loss = tiny.loss(model)
+    if grad:
+        loss.backward()
+    assert {name for name, _ in held} == expected
     assert not any(free for _, tables in held for free in tables)
 
 
