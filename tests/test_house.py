@@ -138,7 +138,7 @@ def test_private_names_of_torch_and_peft_stand_in_one_file_each():
 
 
 # What other libraries than torch and PEFT name so, or is a place of theirs for subclasses and their users.
-NO_SECRETS = {
+FROM_OTHER_LIBRARIES = {
     *("_fields", "_asdict", "_getframe", "_proto_member"),
     *("_actions", "_add_action", "_format_args", "_get_default_metavar_for_optional"),
     *("_tied_weights_keys", "_keys_to_ignore_on_load_unexpected", "_hf_hook"),
@@ -148,7 +148,7 @@ OF_A_SUBCLASS = {"self", "cls", "super()", "aten"}
 
 def test_private_names_of_torch_and_peft_are_not_read_from_their_objects_either():
     """An attribute with an underscore is one that some module of the house defines, or it stands in the files above."""
-    ours, seen = set(NO_SECRETS), []
+    ours, seen = set(FROM_OTHER_LIBRARIES), []
     for name, path in sources().items():
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
