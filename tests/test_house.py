@@ -142,7 +142,7 @@ def test_private_names_of_torch_and_peft_stand_in_one_file_each():
 
 # What other libraries than torch and PEFT name so, or is a place of theirs for subclasses and their users.
 FROM_OTHER_LIBRARIES = {
-    *("_fields", "_asdict", "_getframe", "_proto_member"),
+    *("_fields", "_asdict", "_getframe", "_proto_member", "_is_owned"),
     *("_actions", "_add_action", "_format_args", "_get_default_metavar_for_optional"),
     *("_tied_weights_keys", "_keys_to_ignore_on_load_unexpected", "_hf_hook"),
 }

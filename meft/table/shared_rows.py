@@ -113,12 +113,16 @@ class SharedRows(KeptRows):
         self._pending = self.updates.add(update, self.name)
 
     def synchronize(self) -> None:
-        """Wait for the update that is queued, if there is one, and for the other ranks; raises its error, once."""
+        """Wait for the update that is queued, if there is one, and for the other ranks; raises its error, once.
+
+        A thread that holds the lock waits for no update: rows are as they are until it is free.
+        """
         if self.node is not None:
             self._watch.check_process()  # a forked process has not got what ranks wait by
         pending = self._pending
         if pending is not None:
-            if pending.in_this_thread:
+            # As `threading.Condition` asks it: an update cannot begin before a lock that this thread holds is free.
+            if pending.in_this_thread or self.lock._is_owned():  # type: ignore[attr-defined]
                 return
             try:
                 pending.wait()
@@ -198,7 +202,7 @@ class SharedRows(KeptRows):
     def take_dirty_rows(self) -> Tensor | None:
         """The rows that have changed since the last call, int64 ascending (None: no row); call it under `reading`."""
         assert self._dirty is not None
-        return self._dirty.take(self._state())  # `state` would wait, for what needs the lock
+        return self._dirty.take(self.state)
 
     # ------------------------------------------------------------------ ranks that share the table
 

@@ -27,6 +27,9 @@ class Lock:
     def release(self):
         self.inner.release()
 
+    def _is_owned(self):
+        return self.inner._is_owned()
+
     def __enter__(self):
         return self.acquire()
 
@@ -63,7 +66,18 @@ def dirty(keys, values):
         return [read.clone()]
 
 
-@pytest.mark.parametrize("read", [both, dirty])
+def state(keys, values):
+    with keys.reading() as read:
+        assert keys.state == keys.state
+        return [read.clone()]
+
+
+def by_the_parameter(keys, values):
+    with keys.reading():
+        return [keys.rows.detach().clone()]
+
+
+@pytest.mark.parametrize("read", [both, dirty, state, by_the_parameter])
 def test_a_reader_does_not_wait_for_an_update_that_needs_what_it_holds(tables, read):
     before, found = [table.masters.clone() for table in tables], []
     reader = threading.Thread(target=lambda: found.extend(read(*tables)), daemon=True)
