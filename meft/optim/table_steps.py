@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -39,11 +40,28 @@ def update_tables(steps: Sequence[TableStep]) -> None:
         table.synchronize()
         if table.node is not None and not (table.is_shared and table.node.ranks.summed):
             table.leave_node()  # by gradients of its own, or in memory of its own: as one copy a rank
-    for queue in dict.fromkeys(step.table.updates for step in steps):
-        of_queue = [step for step in steps if step.table.updates is queue]
-        enter = _entering([(table, entry) for table, entry, *_ in of_queue])
-        for step in of_queue:
-            update_table(*step, enter=enter)
+    tables = [step.table for step in steps]
+    if any(table.node is not None for table in tables):
+        for step in steps:  # raises before any rank may write if a gradient did not arrive
+            step.gradient.to_multiply()
+    with _failing_others(tables):
+        for queue in dict.fromkeys(step.table.updates for step in steps):
+            of_queue = [step for step in steps if step.table.updates is queue]
+            enter = _entering([(table, entry) for table, entry, *_ in of_queue])
+            for step in of_queue:
+                update_table(*step, enter=enter)
+
+
+@contextmanager
+def _failing_others(tables: Sequence[RowTable]) -> Iterator[None]:
+    """Tell other ranks of an error that keeps this one from its part of a step that it has entered."""
+    try:
+        yield
+    except BaseException:
+        for table in tables:
+            if table.node is not None and table.node.entered:
+                table.node.ranks.fail()
+        raise
 
 
 def _entering(tables: list[tuple[RowTable, RowMoments]]) -> Callable[[], None]:
@@ -108,7 +126,12 @@ def update_table(
         with torch.no_grad():
             update()
     else:
-        table.update_later(update)
+
+        def later() -> None:
+            with _failing_others([table]):
+                update()
+
+        table.update_later(later)
 
 
 def _all_finite(gradient: RowGradient) -> bool:

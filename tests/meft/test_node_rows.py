@@ -4,6 +4,7 @@ import copy
 import gc
 import os
 import threading
+import time
 import weakref
 from functools import partial
 
@@ -283,6 +284,44 @@ def test_rows_that_are_written_in_the_middle_of_a_step_end_all_ranks():
         return True
 
     assert both(written_in_step, told) == [True, True]
+
+
+@pytest.mark.parametrize("queued", [False, True])
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_a_rank_whose_gradient_is_missing_ends_the_others_at_once(monkeypatch, queued, when):
+    """It is missing before the step, or between its beginning and the update of its table."""
+    tables = joined(tables=2, timeout=20)
+    for table in (*tables[0], *tables[1]):
+        table.updates = UpdateQueue() if queued else None
+    missing_at = {"before": 1, "between": 3}[when]
+    asked, inner, the_gradient = [], RowGradient.to_multiply, []
+
+    def to_multiply(gradient):
+        if the_gradient and gradient is the_gradient[0]:
+            asked.append(gradient)
+            if len(asked) == missing_at:
+                raise RuntimeError("it did not arrive")
+        return inner(gradient)
+
+    monkeypatch.setattr(RowGradient, "to_multiply", to_multiply)
+    monkeypatch.setattr(RowGradient, "for_update", lambda gradient: gradient)
+
+    def failing():
+        with pytest.raises(RuntimeError, match="did not arrive"):
+            stepped(tables[0], lambda of_rank: the_gradient.append(of_rank[1].rows.grad))
+        return time.monotonic()
+
+    def told():
+        with pytest.raises(RuntimeError, match="has failed to update them"):
+            stepped(tables[1])
+        return time.monotonic()
+
+    if when == "before":  # nobody has entered anything: this rank may go on, or end
+        failing()
+        assert not any(table.node.entered for table in tables[0])
+        return
+    began = time.monotonic()
+    assert max(both(failing, told)) - began < 10
 
 
 @pytest.mark.parametrize("width", [5, 37])
