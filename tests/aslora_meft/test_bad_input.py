@@ -563,9 +563,11 @@ def test_folders_of_used_adapters(refused, tmp_path, monkeypatch, value):
 
 
 COMMANDS = """
-import json, sys
+import contextlib, io, json, sys
 from aslora_meft.cli import main
-assert [main(words) for words in json.loads(sys.argv[1])] == [2, 2]
+with contextlib.redirect_stdout(io.StringIO()) as out:
+    assert [main(words) for words in json.loads(sys.argv[1])] == [2, 2]
+assert out.getvalue() == ""
 """
 
 
