@@ -12,8 +12,8 @@ from aslora_meft.arguments.checks import shown
 from aslora_meft.errors import UsageError
 from meft.cost.host_memory import available_bytes
 
-# Those that PEFT adds by itself, of which a model has one.
-_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+# To modules_to_save PEFT adds those of a task by itself, of which a model has one.
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 def check_memory(config: Any, model: torch.nn.Module) -> None:
@@ -43,7 +43,7 @@ def check_indices(config: Any, model: PreTrainedModel) -> None:
     """
     modules = dict(model.named_modules())
     _check_layers(config, model, list(modules))
-    heads = _HEADS.get(getattr(config, "task_type", None) or "", ())
+    heads = HEADS.get(getattr(config, "task_type", None) or "", ())
     for name in getattr(config, "modules_to_save", None) or []:
         if name not in heads and not (name and any(path.endswith(name) for path in modules)):
             raise UsageError(f"modules_to_save={name!r} names no module of the model; correct it or drop it")
