@@ -33,6 +33,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "trainable_token_indices": (list, dict, type(None)),
     "base_model_name_or_path": (str, type(None)),
 }
+_TOKENS = ".trainable_tokens_delta"  # PEFT's name of a tensor with a row a token
 # Lists of these hold what is checked elsewhere.
 _NOT_NAMES = ("layers_to_transform", "trainable_token_indices")
 
@@ -74,17 +75,20 @@ def check_saved_adapter(field: str, value: str) -> dict[str, Any]:
         check_field(name, config.get(name))
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     names: list[str] = []
+    trained: set[int] = set()  # how many tokens beside the layers
     if weights.is_file():
         damaged = as_usage_error(SafetensorError, OSError, prefix=f"{str(weights)!r} is damaged and cannot be read: ")
         with damaged, safe_open(weights, framework="pt") as tensors:
-            names = [key.removeprefix("base_model.model.") for key in tensors.keys()]  # noqa: SIM118
+            keys = list(tensors.keys())
+            trained = {tensors.get_slice(key).get_shape()[0] for key in keys if key.endswith(_TOKENS)}
+        names = [key.removeprefix("base_model.model.") for key in keys]
     check_expressions(SimpleNamespace(**config), {part for name in names for part in (name, name.rpartition(".")[0])})
     if names:
-        _check_trained_beside(str(file), config, names)
+        _check_trained_beside(str(file), config, names, trained)
     return config
 
 
-def _check_trained_beside(file: str, config: dict[str, Any], names: list[str]) -> None:
+def _check_trained_beside(file: str, config: dict[str, Any], names: list[str], trained: set[int]) -> None:
     """Raises: UsageError: a module or tokens that the file of tensors does not have."""
     heads = HEADS.get(str(config.get("task_type")), ())
     for module in config.get("modules_to_save") or []:
@@ -99,6 +103,11 @@ def _check_trained_beside(file: str, config: dict[str, Any], names: list[str]) -
             raise UsageError(
                 f"{file!r} has trainable_token_indices={str(indices)[:60]}, which are no tokens; restore it from a "
                 "good save"
+            )
+        if indices and len(indices) not in trained:
+            raise UsageError(
+                f"{file!r} has {len(indices)} trainable_token_indices, and {SAFETENSORS_WEIGHTS_NAME} has not as many; "
+                "restore both files from one save"
             )
 
 
