@@ -40,7 +40,7 @@ lint: $(INSTALLED) ## ruff, ruff format, mypy
 accept: $(INSTALLED) ## PEFT's own tests over our methods
 	$(PY) tests/accept/run.py
 
-model-table: $(INSTALLED) ## docs/models.md: tiny models of all architectures; before a release (some 10 minutes)
+model-table: $(INSTALLED) ## docs/models.md: tiny models of all architectures; before a release (5 minutes)
 	$(PY) -m benchmarks.model_table
 
 aot: $(INSTALLED) ## compile the Triton kernels for each GPU (needs none), with a table of what came out

@@ -18,7 +18,7 @@ from peft_bridge.peft_private import in_out_features
 from peft_bridge.torch_private import is_transformed
 
 from .config import ASLoRAConfig
-from .shared_a import InputProducts, SharedA
+from .shared_a import InputProducts, SharedA, autocast_dtype
 from .sharing.shared_tensors import SharedB
 
 
@@ -212,8 +212,10 @@ class Linear(nn.Module, ASLoRALayer):
         if torch.compiler.is_compiling():  # which finds by itself what layers have in common
             x = self.aslora_dropout[adapter](self._cast_input_dtype(x, A.dtype))
             return F.linear(F.linear(x, A), B) * scaling
-        # A power of two rounds nothing, wherever it is applied; the product with A is the smallest place.
-        early = scaling if abs(math.frexp(scaling)[0]) == 0.5 else 1.0
+        # A power of two rounds nothing, wherever it is applied, and the product with A is the smallest place. float16
+        # soon has no room for it there.
+        wide = (autocast_dtype(x.device.type) or A.dtype) != torch.float16
+        early = scaling if wide and abs(math.frexp(scaling)[0]) == 0.5 else 1.0
         update = F.linear(self._product(adapter, x, A, early), B)
         return update if early == scaling else update * scaling
 

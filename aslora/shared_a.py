@@ -46,7 +46,7 @@ class _Product(NamedTuple):
     readers: set[int]  # ids of the layers that have read it
 
 
-def _autocast_dtype(device: str) -> torch.dtype | None:
+def autocast_dtype(device: str) -> torch.dtype | None:
     """The dtype in which autocast multiplies matrices; None where it does nothing."""
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
@@ -58,7 +58,8 @@ class InputProducts:
 
     Nothing is kept alive here. The autograd graph holds the product, for the gradient of B, and no longer than that
     graph may another layer read it. So it is made anew without gradients, and where hooks take what the graph saves
-    (checkpointing without reentry, offloading).
+    (checkpointing without reentry, offloading). Layers that share it have one graph: a backward pass through one of
+    them alone, and a later one through another, need `retain_graph=True` in the first.
     """
 
     def __init__(self) -> None:
@@ -84,7 +85,7 @@ class InputProducts:
         # An x without a graph of its own can be differentiated through one reader first and through another later.
         if x.grad_fn is None or not torch.is_grad_enabled() or saved_tensors_hooked():
             return make()
-        state = (x._version, A._version, A.requires_grad, scaling, _autocast_dtype(x.device.type))
+        state = (x._version, A._version, A.requires_grad, scaling, autocast_dtype(x.device.type))
         last = self._last
         if last is not None and last.state == state and id(reader) not in last.readers:
             value = last.value()

@@ -41,8 +41,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import forked  # noqa: E402
 from benchmarks.device.findings import heard, table  # noqa: E402
+from benchmarks.device_rehearsal import FORKED, Forked  # noqa: E402
 
 LOG_BYTES = 8 << 20
 TEXT_BYTES = 2 << 20  # of a result file that is kept in results.json
@@ -152,7 +152,7 @@ def model_profile(rehearse: bool) -> dict[str, str]:
     return found
 
 
-def end(process: subprocess.Popen | forked.Forked) -> None:
+def end(process: subprocess.Popen | Forked) -> None:
     """End a part and what it has started."""
     for how in (signal.SIGTERM, signal.SIGKILL):
         try:
@@ -177,8 +177,8 @@ def run(part: Part, options: list[str], limit: float, results: Results, environm
         command = [sys.executable, "-W", "ignore", "-m", *words, "--out", folder]
         log.write(f"\n##### {part.name}: {' '.join(command)}\n")
         log.flush()
-        if results.rehearsal and part.name in forked.FORKED:
-            process: subprocess.Popen | forked.Forked = forked.Forked([*words, "--out", folder], str(ROOT), environment)
+        if results.rehearsal and part.name in FORKED:
+            process: subprocess.Popen | Forked = Forked([*words, "--out", folder], str(ROOT), environment)
         else:
             process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=ROOT,

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import Trainer
 
+from peft_bridge.accelerate_private import forget_prepared
+
 
 def prepare_for_training_again(trainer: Trainer) -> None:
     """Let a Trainer that has evaluated wrap its model in DDP when it trains.
@@ -17,6 +19,6 @@ def prepare_for_training_again(trainer: Trainer) -> None:
         return
     accelerator = trainer.accelerator
     model: Any = accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
-    vars(model).pop("_is_accelerate_prepared", None)
+    forget_prepared(model)
     accelerator.free_memory()
     trainer.model_wrapped = model

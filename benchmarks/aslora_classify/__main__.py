@@ -30,6 +30,7 @@ from benchmarks.common.rows import Rows
 
 HERE = Path(__file__).resolve().parent
 SETTINGS, QUICK = HERE / "settings.json", HERE / "quick.json"
+LISTS = HERE / "comparisons.json", HERE / "quick_comparisons.json"
 RESULTS = HERE.parent / "results"
 
 
@@ -37,7 +38,8 @@ def page(settings: Settings, path: Path) -> Page:
     """The page of a settings file."""
     flags = {SETTINGS: "", QUICK: " --quick"}.get(path, f" --settings {path.name}")
     tasks, names = [task.name for task in settings.tasks], [method.name for method in settings.methods]
-    return Page(read_list(settings.comparisons), tasks, names, settings.protocol, flags)
+    fixed = settings.comparisons.resolve() in LISTS
+    return Page(read_list(settings.comparisons), tasks, names, settings.protocol, flags, fixed)
 
 
 HOLDS = "reviews/ and banking77/"

@@ -27,6 +27,7 @@ class Page:
     methods: list[str]
     protocol: Protocol
     flags: str  # of the command that makes the rows
+    fixed: bool  # whether the list is one of this repository's, which was committed before the runs
 
     @property
     def command(self) -> str:
@@ -63,14 +64,19 @@ class Page:
     def notes(self) -> list[str]:
         """How the page decides."""
         n, count = len(self.protocol.seeds), len(self.listed.comparisons)
+        of_list = f"freedom less than seeds, after Holm's correction for all {count} comparisons of the list"
+        margin = f"Equivalent: the interval lies within the margin ({self._margins()})."
         return [
             f"Each method's learning rate has the smallest mean loss on validation data over {self._tuning()}; rates",
             f"are a factor of 2 apart, and a lower and a higher one were tried. The {n} reported seeds are others.",
             "",
             "The gain is by how much the first method is better than the second, paired by seed, with its 95 %",
             f"interval, which is not corrected. Better and worse: p < {LEVEL} in a two-sided t test with one degree of",
-            f"freedom less than seeds, after Holm's correction for all {count} comparisons of the list, which was",
-            f"committed before the runs. Equivalent: the interval lies within the margin ({self._margins()}).",
+            *(
+                [f"{of_list}, which was", f"committed before the runs. {margin}"]
+                if self.fixed
+                else [f"{of_list}.", margin]
+            ),
             "Contradicted: it excludes a gain as large as the margin.",
             "",
             "Values are those of the adapter; every method trains a classifier of equal size beside it. A run is",

@@ -163,7 +163,8 @@ def judge(claim: Claim, task: str, metric: str, said: dict[Comparison, Verdict])
     """Whether a claim is "supported", "contradicted", "undecided" or "not measured" on a task.
 
     It is supported if each of its comparisons is, and contradicted if one is: of "better", by the words worse,
-    equivalent and contradicted; of "not worse", by a loss that is significant or at least the margin.
+    equivalent and contradicted; of "not worse", by a loss that is significant or at least the margin. A comparison
+    that has the word diverged was not made either: a claim with one is "not measured", if nothing contradicts it.
     """
     verdicts = [said[Comparison(task, metric, ours, rival)] for ours, rival in claim.pairs]
     each = [_judge_one(claim.expects, verdict) for verdict in verdicts]

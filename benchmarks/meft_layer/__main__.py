@@ -1,6 +1,6 @@
 """Time of one MEFT layer on the CPU beside a dense ReLU parallel adapter of the same r.
 
-    python -m benchmarks.meft_layer            # d 4096, r 6400, and curves over T and r: some 10 minutes
+    python -m benchmarks.meft_layer            # d 4096, r 6400, and curves over T and r: 5 minutes
     python -m benchmarks.meft_layer --quick    # the two main rows alone, few rounds; keeps no result
 
 Both adapters compute what they add to the FFN's output, its gradients, and one AdamW step: MEFT with its row-wise one,

@@ -1,6 +1,6 @@
 """Write `docs/models.md`: which architectures of transformers work with ASLoRA and MEFT.
 
-Tiny random models are made from configurations alone; nothing is downloaded. A few minutes on two cores:
+Tiny random models are made from configurations alone; nothing is downloaded. 5 minutes on two cores:
 
     python -m benchmarks.model_table                 # all, writes docs/models.md
     python -m benchmarks.model_table llama gpt2      # some, prints the table
@@ -37,7 +37,7 @@ def page(rows: list[Row]) -> str:
         beside = f"`{row.targets}`".replace("|", "\\|") if row.found["MEFT, default"].startswith("yes") else ""
         lines.append(f"| {row.model_type} | {row.head} | {' | '.join(cells)} | {beside} |")
     counts = ", ".join(
-        f"{sum(row.found[method].startswith('yes') for row in tried)} with {_SHORT[method]}" for method in METHODS
+        f"{sum(row.found[method].startswith('yes') for row in tried)} work with {_SHORT[method]}" for method in METHODS
     )
     left = [f"- {row.model_type}: {next(iter(row.found.values()))}" for row in rows if row not in tried]
     listed = [f"{number}. {reason}" for reason, number in reasons.items()]
@@ -51,7 +51,7 @@ def page(rows: list[Row]) -> str:
             "is made from its configuration: the loss of one batch falls (within 20 steps of AdamW) and a gradient "
             "reaches the adapter, a saved adapter reloads to equal tensors and equal outputs (`to ...`: the largest "
             "difference, where an architecture's own operations give other bits elsewhere in memory), and with "
-            f"ASLoRA the merged model has the same outputs. So many of them work: {counts}. A number is the reason "
+            f"ASLoRA the merged model has the same outputs. Of these, {counts}. A number is the reason "
             "below the table.",
             "",
             "ASLoRA takes PEFT's LoRA defaults of an architecture, where PEFT has some. MEFT finds an architecture's "

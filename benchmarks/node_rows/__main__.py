@@ -56,8 +56,9 @@ def work(rank: int, world: int, r: int, folder: Path) -> None:
     share = slice(r * rank // world, r * (rank + 1) // world)
     for table in tables:  # a rank's first look at a page of shared memory takes longer than those that follow
         entry = table.moments_in(optimizer).moments
-        for values in (table.masters, table.read_in_place(), *entry.tensors().values()):
-            values[share].max()
+        with table.reading() as rows:
+            for values in (table.masters, rows, *entry.tensors().values()):
+                values[share].max()
 
     def spent() -> tuple[float, float]:
         """Wall time, and CPU time of all threads of this process."""

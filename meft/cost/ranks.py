@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from ..gradient.node_sum import BLOCK_BYTES
+from ..gradient.node_sum import block_bytes
 from .host_bytes import HostBytes
 from .memory import FP32, Plan
 from .step_time import BaseModel, Ceilings, step_time
@@ -71,7 +71,7 @@ def host_bytes_of_ranks(plan: Plan, ranks: int, *, shared: bool) -> tuple[dict[s
     if not shared:
         return {**own, "mean of the gradients": mean}, {}
     together = {part: size for part, size in own.items() if not part.startswith("gradient")}
-    blocks = min(2 * ranks * BLOCK_BYTES, shape.values * FP32 // 8)
+    blocks = 2 * ranks * block_bytes(shape.values * FP32, shape.d * FP32, ranks)
     together |= {"mean of the gradients": mean, "blocks of gradients to sum": blocks}
     return {part: size for part, size in own.items() if part.startswith("gradient")}, together
 

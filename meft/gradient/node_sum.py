@@ -27,6 +27,13 @@ BLOCK_BYTES = 8 << 20  # of a rank's values at a time, at most; each rank has tw
 _SMALL_BLOCK = 256 << 10
 
 
+def block_bytes(rows: int, row: int, ranks: int) -> int:
+    """Bytes of one of a rank's two blocks: all of them together have an eighth of the rows' bytes at most, so that they
+    take little beside these, and each a row at least.
+    """
+    return _aligned(max(row, min(BLOCK_BYTES, rows, max(_SMALL_BLOCK, rows // (16 * ranks)))))
+
+
 @dataclass(frozen=True)
 class SumPlaces:
     """Where in shared memory the ranks' parts are.
@@ -50,9 +57,7 @@ class SumPlaces:
     def plan(cls, layout: Layout, forms: Sequence[tuple[int, int, torch.dtype]], ranks: int) -> SumPlaces:
         """Take places for tables of these forms."""
         row = max(d * dtype.itemsize for _, d, dtype in forms)
-        rows = sum(_aligned(r * d * dtype.itemsize) for r, d, dtype in forms)
-        # Together an eighth of what the tables have, so that they take little beside these.
-        block = _aligned(max(row, min(BLOCK_BYTES, rows, max(_SMALL_BLOCK, rows // (16 * ranks)))))
+        block = block_bytes(sum(_aligned(r * d * dtype.itemsize) for r, d, dtype in forms), row, ranks)
         return cls(
             tuple(forms),
             tuple(layout.place(ranks * (r + 1)) for r, _, _ in forms),

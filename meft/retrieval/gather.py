@@ -1,6 +1,6 @@
 """The way of a selection's rows to the device.
 
-The order of a hand-over. Host to device: the launching thread takes a table's lock, which waits for its update, queues
+The order of a hand-over. Host to device: the launching thread waits for the tables' updates, takes their locks, queues
 the copy and leaves its event with the table (`RowTable.add_reader_event`); an update waits for these events before it
 writes. A copy into memory that was computed with waits for the event of that computation; the computation waits for the
 event of the copy.
@@ -20,6 +20,7 @@ from adapter_kernels import gather_rows
 
 from ..table.layer_rows import LayerRows
 from ..table.row_table import RowTable
+from ..table.shared_rows import Reading
 from ..transport.streams import DeviceStreams, StreamEvent
 from ..transport.transfer import bring_rows
 from .types import Selection
@@ -59,12 +60,8 @@ def gather(
     Returns:
         of each table [u, d] in the dtype in which it is read, and the event after which they are there.
     """
-    with tables[0].reading() as first:
-        if len(tables) == 1:
-            out, arrival = _queued(streams, [first], selection, made)
-        else:
-            with tables[1].reading() as second:
-                out, arrival = _queued(streams, [first, second], selection, made)
+    with Reading(tables) as compute_copies:
+        out, arrival = _queued(streams, compute_copies, selection, made)
         for table in tables:
             table.add_reader_event(streams.inbound, arrival)
     layer.traffic.bytes_to_device += sum(t.nbytes for t in out)

@@ -11,35 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..transport.host_tensors import host_zeros, like_rows, row_blocks
-from ..transport.transfer import PageLock
 from .moments import KEY, Moments, RowMoments, moments_of
 from .row_step import update_rows
 from .shared_rows import SharedRows
-
-
-class Reading:
-    """See `RowTable.reading`."""
-
-    __slots__ = ("_table",)
-
-    def __init__(self, table: RowTable) -> None:
-        self._table = table
-
-    def __enter__(self) -> Tensor:
-        table = self._table
-        table.synchronize()  # not under the lock, which the update needs
-        table.lock.acquire()
-        try:
-            current = table.current()
-            if table.locked_for is not None:
-                table.lock_pages(current)
-            return current
-        except BaseException:
-            table.lock.release()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        self._table.lock.release()
 
 
 class RowTable(SharedRows):
@@ -55,13 +29,10 @@ class RowTable(SharedRows):
         restored: moments that were loaded without their optimizer; the next one that steps the table takes them.
         claimed_by: the `RowAdamW` that holds the table.
         step: steps its touched rows, as `update_rows`.
-        locked_for: the CUDA device whose engine reads the rows, for which they are page-locked; None: no engine does.
     """
 
     _all: ClassVar[weakref.WeakSet[RowTable]] = weakref.WeakSet()
-    _of_this_process = SharedRows._of_this_process | {
-        "_stepped_with", "claimed_by", "step", "_pages", "locked_for",
-    }  # fmt: skip
+    _of_this_process = SharedRows._of_this_process | {"_stepped_with", "claimed_by", "step"}
 
     def __init__(
         self,
@@ -86,8 +57,6 @@ class RowTable(SharedRows):
         self._stepped_with: RowMoments | None = None
         self.claimed_by: weakref.ref[Optimizer] | None = None
         RowTable._all.add(self)
-        self._pages = PageLock()
-        self.locked_for: torch.device | None = None
         self.step: Callable[..., None] = update_rows
 
     @classmethod
@@ -130,17 +99,6 @@ class RowTable(SharedRows):
         )
         self.restored, self._stepped_with = None, entry
         return entry
-
-    # ------------------------------------------------------------------ reading
-
-    def reading(self) -> Reading:
-        """A block that gets the rows as they are read, [r, d] in the compute dtype, held still until it ends."""
-        return Reading(self)
-
-    def lock_pages(self, tensor: Tensor) -> None:
-        """Page-lock what an engine reads."""
-        if self.pin and self.locked_for is not None and tensor.is_cpu:
-            self.pin = self._pages.hold(tensor, self.locked_for)
 
     # ------------------------------------------------------------------ writing
 

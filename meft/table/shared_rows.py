@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any, ClassVar
 
 import torch
@@ -14,10 +14,47 @@ from peft_bridge.torch_private import storage_address, without_torch_function
 
 from ..transport.host_tensors import like_rows, row_blocks
 from ..transport.streams import CopyStream, StreamEvent
+from ..transport.transfer import PageLock
 from .dirty_rows import DirtyRows
 from .node_rows import NodeRows
 from .row_parameter import KeptRows, State
 from .update_queue import PendingUpdate, UpdateQueue
+
+
+class Reading(tuple["SharedRows", ...]):
+    """A block that gets the rows of each of these as they are read, [r, d] in the compute dtype, held still until then.
+
+    It waits for the updates of all before it holds one: an update may be queued behind another that needs what is held.
+    """
+
+    __slots__ = ()
+
+    def __enter__(self) -> list[Tensor]:
+        for rows in self:
+            if rows._pending is not None or rows.node is not None:
+                rows.synchronize()
+        for rows in self:
+            rows.lock.acquire()
+        try:
+            found = [rows.current() for rows in self]
+            for rows, current in zip(self, found, strict=True):
+                if rows.locked_for is not None and rows.pin and current.is_cpu:
+                    rows.pin = rows._pages.hold(current, rows.locked_for)
+            return found
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        for rows in self:
+            rows.lock.release()
+
+
+class _ReadingOne(Reading):
+    __slots__ = ()
+
+    def __enter__(self) -> Tensor:  # type: ignore[override]
+        return super().__enter__()[0]
 
 
 class SharedRows(KeptRows):
@@ -30,14 +67,18 @@ class SharedRows(KeptRows):
         lock: held while rows are read or written.
         updates: the thread that updates them beside the computation; None: updates happen within the step.
         node: what the ranks of this node share of the table; None: this process has a copy of its own.
+        pin: whether what an engine reads is page-locked; False once that was refused.
+        locked_for: the CUDA device of that engine; None: no engine reads the rows.
     """
 
     _of_this_process: ClassVar[frozenset[str]] = frozenset(
         ("lock", "updates", "node", "_pending", "_readers", "_dirty", "_compute_copy", "_compute_copy_state")
+        + ("_pages", "locked_for")
     )
 
     _pending: PendingUpdate | None = None  # asked for before `_start`, by what adopts the rows
     node: NodeRows | None = None
+    pin = False
 
     def __init__(self, rows: Tensor, *, read_as: torch.dtype, on_host: bool) -> None:
         super().__init__(rows, read_as=read_as, on_host=on_host)
@@ -52,6 +93,8 @@ class SharedRows(KeptRows):
         self._pending = None
         self._readers: dict[CopyStream, StreamEvent] = {}
         self._dirty: DirtyRows | None = None
+        self._pages = PageLock()
+        self.locked_for: torch.device | None = None
         self._compute_copy: Tensor | None = None
         self._compute_copy_state: State | None = None
 
@@ -70,12 +113,16 @@ class SharedRows(KeptRows):
         self._pending = self.updates.add(update, self.name)
 
     def synchronize(self) -> None:
-        """Wait for the update that is queued, if there is one, and for the other ranks; raises its error, once."""
+        """Wait for the update that is queued, if there is one, and for the other ranks; raises its error, once.
+
+        A thread that holds the lock waits for no update: rows are as they are until it is free.
+        """
         if self.node is not None:
             self._watch.check_process()  # a forked process has not got what ranks wait by
         pending = self._pending
         if pending is not None:
-            if pending.in_this_thread:
+            # As `threading.Condition` asks it: an update cannot begin before a lock that this thread holds is free.
+            if pending.in_this_thread or self.lock._is_owned():  # type: ignore[attr-defined]
                 return
             try:
                 pending.wait()
@@ -117,12 +164,9 @@ class SharedRows(KeptRows):
 
     # ------------------------------------------------------------------ reading
 
-    def read_in_place(self) -> Tensor:
-        """The rows as they are read, [r, d] in the compute dtype, for a host that also makes their updates."""
-        if self._pending is not None or self.node is not None:
-            self.synchronize()
-        with self.lock:
-            return self.current()
+    def reading(self) -> AbstractContextManager[Tensor]:
+        """`Reading` of these alone: a block that gets the rows."""
+        return _ReadingOne((self,))
 
     def current(self) -> Tensor:
         """The rows as they are read, [r, d] in the compute dtype; call it under the lock, after `synchronize`."""

@@ -145,6 +145,25 @@ def test_equal_to_lora_with_tied_a_and_to_products_of_their_own(lora_alpha, dtyp
     torch.testing.assert_close(the_a(model).shared_A.grad, summed, **tolerances)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_large_scaling_in_float16_is_applied_where_lora_applies_it(autocast):
+    """The product with A times 16 would be inf."""
+    dtype = torch.float32 if autocast else torch.float16
+    config = ASLoRAConfig(r=2, lora_alpha=32, target_modules=["q", "k"], share_a="joint")
+    layer = block(get_peft_model(net(dtype), config, autocast_adapter_dtype=False)).q
+    x = 60 * inputs(dtype)
+    with torch.no_grad():
+        A, B = layer.factors("default")
+        A.fill_(60.0)
+        B.copy_(1e-3 * torch.randn(B.shape, generator=torch.Generator().manual_seed(0)))
+        with torch.autocast("cpu", torch.float16, enabled=autocast):
+            xA = nn.functional.linear(x, A)
+            expected = layer.base_layer(x) + nn.functional.linear(xA, B) * 16
+            assert not (xA * 16).isfinite().all()
+            assert expected.isfinite().all()
+            assert torch.equal(layer(x), expected)
+
+
 def test_derivatives_by_finite_differences():
     """First and second, with respect to A and the input of layers that share their product."""
     model = adapted(lora_alpha=6)
@@ -307,6 +326,14 @@ def test_losses_that_are_differentiated_one_after_the_other():
     y = x + 1  # whose graph keeps nothing and can be gone through again
     for loss in [layers.q(y).sum(), layers.q(y).sum()]:
         loss.backward()
+    # Unlike with LoRA: layers that share the product have one graph.
+    losses = [layers.q(y).sum(), layers.k(y).sum()]
+    losses[0].backward(retain_graph=True)
+    losses[1].backward()
+    losses = [layers.q(y).sum(), layers.k(y).sum()]
+    losses[0].backward()
+    with pytest.raises(RuntimeError, match="a second time"):
+        losses[1].backward()
 
 
 def test_a_base_layer_s_output_is_not_written():

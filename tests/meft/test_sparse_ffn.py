@@ -1,5 +1,6 @@
 """Outputs and all gradients of the sparse path against autograd through the oracle."""
 
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -54,6 +55,7 @@ class Tables:
 
     def __init__(self, keys, values):
         self.rows = keys, values
+        self.keys = self.values = SimpleNamespace(lock=threading.RLock())
 
     @property
     def versions(self):

@@ -87,14 +87,8 @@ def on_the_device(tiny, monkeypatch, layers):
             with table.reading() as compute_copy:
                 device.tables.add(compute_copy.untyped_storage().data_ptr())
     if not layers[0].configs["default"].on_host:
-        reading = RowTable.reading
-
-        @contextmanager
-        def there(table, rows=None):
-            with reading(table) as masters:
-                yield Near(masters)
-
-        monkeypatch.setattr(RowTable, "reading", there)
+        current = RowTable.current
+        monkeypatch.setattr(RowTable, "current", lambda table: Near(current(table)))
         monkeypatch.setattr(RowTable, "to", lambda table, device: table)
     layers[0].places["default"].engine.use(CudaStreams(THERE))
     with device.mode():

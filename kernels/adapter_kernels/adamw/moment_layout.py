@@ -9,6 +9,9 @@ Modes, for a table [r, d]:
                 every 256 values of a row, [r, ceil(d / 256)]
 
 The narrower ones are of float32 and bfloat16 tables, and rounded stochastically.
+
+A NaN in a gradient makes those values NaN that share a moment or scale with it: one value with float32 and bfloat16,
+the row with rowwise, and with float8 a block (from the next touch of the row on; at first the value alone).
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from adapter_kernels import SelectedRows
 
 from ...routing import topk
 from ...table.layer_rows import LayerRows
+from ...table.shared_rows import Reading
 from ...transport.streams import StreamEvent
 from ..costs import AdapterShape, Flow, Work
 from ..types import Gather, GatheredRows, Selection
@@ -30,9 +31,8 @@ class InPlace(Strategy):
         return torch.promote_types(given, torch.float32)
 
     def select(self, layer: LayerRows, x: Tensor, logits: Tensor) -> Gather:
-        keys, values = layer.keys.read_in_place(), layer.values.read_in_place()
         load = layer.traffic.load_on(x.device, layer.config.r)
-        with layer.keys.lock, layer.values.lock:  # another thread may step them
+        with Reading((layer.keys, layer.values)) as (keys, values):  # another thread may step them
             picks = topk.select_neurons(x, logits, keys, layer.config, load)
             rows = picks.rows[: int(picks.size)]
             selection = Selection(rows, picks.position, rows.to(torch.int64), picks=picks)
@@ -41,8 +41,7 @@ class InPlace(Strategy):
 
     def gather(self, layer: LayerRows, selection: Selection, made: StreamEvent | None = None) -> GatheredRows:
         assert selection.picks is not None
-        keys, values = layer.keys.read_in_place(), layer.values.read_in_place()
-        with layer.keys.lock, layer.values.lock:
+        with Reading((layer.keys, layer.values)) as (keys, values):
             return _rows_in(keys, values, selection, selection.picks)
 
     @classmethod

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...routing import topk
 from ...table.layer_rows import LayerRows
+from ...table.shared_rows import Reading
 from ...transport.streams import StreamEvent
 from ..costs import AdapterShape, Flow, Work
 from ..gather import rows_of
@@ -38,8 +39,8 @@ class Resident(Strategy):
             return lambda: (selection, self._gather_now(layer, selection, None))
 
     def gather(self, layer: LayerRows, selection: Selection, made: StreamEvent | None = None) -> GatheredRows:
-        with layer.keys.reading() as keys, layer.values.reading() as values:
-            gathered = rows_of(selection.rows, [keys, values])
+        with Reading((layer.keys, layer.values)) as tables:
+            gathered = rows_of(selection.rows, tables)
         return GatheredRows(gathered[0], gathered[1], selection.position)
 
     @classmethod

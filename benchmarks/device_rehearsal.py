@@ -1,6 +1,8 @@
-"""A rehearsal's parts: forked from one process that has imported what most of them need, which takes seconds each.
+"""Parts of `device_check.py --rehearse`: forked from one process that has imported what most of them need.
 
-On a device each part is a process of its own: CUDA does not outlive a fork.
+These imports take seconds in a new interpreter. On a device each part has its own one: CUDA does not outlive a fork. So
+the rehearsal does not show, for a part that is forked, whether it imports all that it uses, whether variables of its
+environment work that are read when Python or a library starts, nor how its interpreter ends.
 """
 
 import functools
