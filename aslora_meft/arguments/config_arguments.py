@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 from aslora import ASLoRAConfig
-from aslora_meft.arguments.field_checks import check_field, check_loftq
+from aslora_meft.arguments.field_checks import check_field, check_initialisation
 from aslora_meft.arguments.text import parse_json
 from aslora_meft.errors import UsageError, as_usage_error
 from meft import MEFTConfig
@@ -90,7 +90,7 @@ def make_config(method: str, words: Mapping[str, str | list[str]], task_type: st
         UsageError: a field that the method does not have, or a value that it does not allow.
     """
     fields = read_fields(method, words, METHODS)
-    check_loftq(fields.get("init_lora_weights"))
+    check_initialisation(fields.get("init_lora_weights"))
     with as_usage_error(ValueError, TypeError, ImportError, OverflowError, RecursionError):
         config: Any = METHODS[method](task_type=task_type, **fields)
     if method == "lora":  # its config checks nothing

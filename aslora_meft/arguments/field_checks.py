@@ -22,12 +22,17 @@ def check_field(name: str, value: Any) -> None:
         _CHECKS[name](name, value)
 
 
-def check_loftq(init: Any) -> None:
-    """Raises: UsageError: PEFT computes LoftQ on a GPU alone."""
+def check_initialisation(init: Any) -> None:
+    """Raises: UsageError: an `init_lora_weights` that PEFT cannot compute in a run here."""
     if init == "loftq" and not (torch.cuda.is_available() or torch.xpu.is_available()):
         raise UsageError(
             "init_lora_weights='loftq' needs a CUDA device and this machine has none; give another initialisation, "
             "such as pissa"
+        )
+    if init == "corda":
+        raise UsageError(
+            "init_lora_weights='corda' needs what peft's preprocess_corda computes, from Python; give another "
+            "initialisation, such as pissa"
         )
 
 

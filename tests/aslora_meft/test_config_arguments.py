@@ -115,6 +115,7 @@ LOFTQ = {"init_lora_weights": "loftq", "loftq_config": '{"loftq_bits": 4, "loftq
             ("lora", {"init_lora_weights": f"pissa_niter_{n}"}, "init_lora_weights='pissa_niter_.*; give pissa_niter_")
             for n in ("999999999", "-1", "x", "", "1_0", "9" * 5000)
         ),
+        ("lora", {"init_lora_weights": "corda"}, "init_lora_weights='corda' needs what"),
         ("lora", LOFTQ, "init_lora_weights='loftq' needs a CUDA device"),
         *(
             ("lora", LOFTQ | {"loftq_config": config}, "loftq_config=.* give loftq_bits 4 or 8 and loftq_iter from 1")
