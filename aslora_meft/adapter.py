@@ -20,8 +20,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from aslora_meft.arguments.checks import check_expressions, check_indices, check_memory
+from aslora_meft.arguments.checks import check_expressions
 from aslora_meft.arguments.groups import ModelArguments
+from aslora_meft.arguments.model_checks import check_indices, check_memory
 from aslora_meft.arguments.text import check_ordinary, is_path, local_path
 from aslora_meft.errors import UsageError, as_usage_error
 from peft_bridge import keep_trainable_on_cpu

@@ -1,6 +1,7 @@
 """What the command line says when its input is wrong."""
 
 import argparse
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -42,8 +43,12 @@ class RaisingParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse words; `--name=--`, of which argparse makes an empty list without looking at its type, is refused."""
         for word in args or []:
-            if word.startswith("--") and word.endswith("=--"):
-                self.error(f"argument {word[:-3]}: '--' is no value; give one")
+            name = word[:-3]
+            if word.endswith("=--") and any(
+                option == name or (self.allow_abbrev and re.match(r"--\w", name) and option.startswith(name))
+                for option in self._option_string_actions
+            ):
+                self.error(f"argument {name}: '--' is no value; give one")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:

@@ -100,6 +100,8 @@ def lora_config(config: ASLoRAConfig) -> LoraConfig:
         "use_rslora",
         "fan_in_fan_out",
         "modules_to_save",
+        "trainable_token_indices",
+        "ensure_weight_tying",
         "exclude_modules",
         "layers_to_transform",
         "layers_pattern",

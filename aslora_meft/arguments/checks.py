@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from aslora_meft.arguments.text import local_path
 from aslora_meft.errors import UsageError, as_usage_error
-from meft.cost.host_memory import available_bytes
 
 # Name -> the least and the most that it may be, as the Trainer uses it.
 _RANGES: dict[str, tuple[float, float]] = {
@@ -83,7 +82,7 @@ def check_range(name: str, value: float, least: float, most: float) -> None:
     if least <= value <= most:
         return
     bounds = f"at least {_plain(least)}" if value < least else f"at most {_plain(most)}"
-    raise UsageError(f"{name}={_shown(value)} is out of range; give {bounds}")
+    raise UsageError(f"{name}={shown(value)} is out of range; give {bounds}")
 
 
 def _plain(bound: float) -> str:
@@ -97,7 +96,8 @@ def _plain(bound: float) -> str:
     return f"{bound:g}" if abs(bound) < 2**31 else f"{int(bound)}"
 
 
-def _shown(value: float) -> str:
+def shown(value: float) -> str:
+    """A number, of which long ones are cut."""
     return str(value) if isinstance(value, float) or abs(value) < 10**20 else f"{str(value)[:20]}..."
 
 
@@ -171,6 +171,8 @@ def check_expressions(config: Any, names: Iterable[str]) -> None:
         for field in ("target_modules", "exclude_modules", "layers_pattern")
         if isinstance(value := getattr(config, field, None), str) and value != "all-linear"
     }
+    if isinstance(value := getattr(config, "layers_pattern", None), list):
+        patterns["layers_pattern"] = value
     for field in ("rank_pattern", "alpha_pattern"):
         if isinstance(value := getattr(config, field, None), dict) and value:
             patterns[field] = [rf"(.*\.)?({key})$" for key in value]
@@ -194,56 +196,3 @@ def check_expressions(config: Any, names: Iterable[str]) -> None:
             raise UsageError(
                 f"{shown} takes more than {_LONGEST_MATCH:g} s to match the model's modules; give a simpler expression"
             ) from None
-
-
-def check_memory(config: Any, model: torch.nn.Module) -> None:
-    """Check that the adapter's values, at four bytes each, fit into this machine's memory.
-
-    Raises:
-        UsageError: they do not even if a single layer is adapted.
-    """
-    r = getattr(config, "r", None)
-    if not isinstance(r, int):
-        return
-    width = max((max(p.shape) for p in model.parameters() if p.ndim > 1), default=1)
-    available = available_bytes()
-    least = 4 * r * min((min(p.shape) for p in model.parameters() if p.ndim > 1), default=1)
-    if available is not None and least > available:
-        raise UsageError(
-            f"r={_shown(r)} needs at least {_shown(-(-least // 2**30))} GiB a layer and this machine has "
-            f"{available / 2**30:,.0f}; give a smaller r (the widest layer has {width})"
-        )
-
-
-def check_indices(config: Any, model: PreTrainedModel) -> None:
-    """Check what an adapter's config says beside its targets, of which PEFT ignores a part and trips over another.
-
-    Raises:
-        UsageError: a layer, token or module that the model does not have.
-    """
-    modules = dict(model.named_modules())
-    numbered = [int(part) for path in modules for part in path.split(".") if part.isdecimal()]
-    layers = getattr(config, "layers_to_transform", None)
-    for layer in layers if isinstance(layers, list) else [] if layers is None else [layers]:
-        if not 0 <= layer <= max(numbered, default=0):
-            raise UsageError(f"layers_to_transform={_shown(layer)} is no layer; give 0 to {max(numbered, default=0)}")
-    for name in getattr(config, "modules_to_save", None) or []:
-        if not any(path.endswith(name) for path in modules):
-            raise UsageError(f"modules_to_save={name!r} names no module of the model; correct it or drop it")
-    tokens = getattr(config, "trainable_token_indices", None)
-    tables = {path: module for path, module in modules.items() if isinstance(module, torch.nn.Embedding)}
-    for name, indices in tokens.items() if isinstance(tokens, dict) else [(None, tokens)] if tokens is not None else []:
-        of = [module for path, module in tables.items() if name is None or path == name or path.endswith(f".{name}")]
-        if not of:
-            choice = ", ".join(sorted({path.rpartition(".")[2] for path in tables}))
-            raise UsageError(f"trainable_token_indices names {name!r}, which is no embedding; choose from {choice}")
-        most = min(module.num_embeddings for module in of if name is not None or module is model.get_input_embeddings())
-        _check_tokens("trainable_token_indices", indices, most)
-    invocation = getattr(config, "alora_invocation_tokens", None)
-    if invocation is not None:  # a token that there is not would switch the adapter off for good
-        _check_tokens("alora_invocation_tokens", invocation, model.config.get_text_config().vocab_size)
-
-
-def _check_tokens(field: str, indices: Any, most: int) -> None:
-    if not (isinstance(indices, list) and all(type(index) is int and 0 <= index < most for index in indices)):
-        raise UsageError(f"{field}={str(indices)[:60]} has what is no token; give integers from 0 to {most - 1}")

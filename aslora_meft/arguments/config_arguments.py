@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 from aslora import ASLoRAConfig
+from aslora_meft.arguments.field_checks import check_field, check_initialisation
 from aslora_meft.arguments.text import parse_json
 from aslora_meft.errors import UsageError, as_usage_error
 from meft import MEFTConfig
@@ -75,19 +76,8 @@ def read_fields(
             remedy = getattr(config, "remedies", {}).get(name, f"drop it or use method={' or '.join(others)}")
             raise UsageError(f"{name}={' '.join(parts)} has no meaning with method={method}; {remedy}")
         fields[name] = _read(known[name], parts, hints[name])
-        if name in ("rank_pattern", "alpha_pattern"):
-            _check_pattern(name, fields[name])
+        check_field(name, fields[name])
     return fields
-
-
-def _check_pattern(name: str, pattern: Mapping[str, Any]) -> None:
-    """Raises: UsageError: PEFT takes any value here, and fails where a layer is made of it."""
-    for key, value in pattern.items():
-        rank = name == "rank_pattern"
-        right = type(value) is int and 1 <= value < 2**31 if rank else type(value) in (int, float) and abs(value) < 1e30
-        if not right:
-            what = "no rank; give an integer of at least 1" if rank else "no finite number; give one"
-            raise UsageError(f"{name}: {str(value)[:40]!r} of {key!r} is {what}")
 
 
 def make_config(method: str, words: Mapping[str, str | list[str]], task_type: str = "CAUSAL_LM") -> PeftConfig:
@@ -100,6 +90,7 @@ def make_config(method: str, words: Mapping[str, str | list[str]], task_type: st
         UsageError: a field that the method does not have, or a value that it does not allow.
     """
     fields = read_fields(method, words, METHODS)
+    check_initialisation(fields.get("init_lora_weights"))
     with as_usage_error(ValueError, TypeError, ImportError, OverflowError, RecursionError):
         config: Any = METHODS[method](task_type=task_type, **fields)
     if method == "lora":  # its config checks nothing

@@ -106,6 +106,8 @@ def parse(argv: list[str]) -> tuple[Request, bool]:
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length"):
         check_range(name, run[name], 1, 2**31)
     check_range("gpus", run["gpus"], 1, 1024)
+    if run["parallel"] != "ddp" and run["gpus"] == 1:
+        raise UsageError(f"parallel={run['parallel']} has no meaning with gpus=1; drop it or give --gpus, at least 2")
     check_range("max_grad_norm", run["max_grad_norm"], 0, math.inf)
     share = run["union_share"]
     if share is not None and method != "meft":

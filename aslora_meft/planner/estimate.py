@@ -153,7 +153,7 @@ def estimate(request: Request) -> Estimate:
     narrow = model.narrower(plan) if plan is not None and host else {}
     found = Estimate(request, model.weights, memory, plan, host, seconds, computing, model.dtype, narrower=narrow)
     if request.gpus > 1:
-        return replace(found, ranks=_ranks(model, found))
+        found = replace(found, ranks=_ranks(model, found))
     if found.fits is not False:
         return found
     return replace(found, largest=_largest(model, config, request), remedies=_remedies(config, request))
@@ -165,16 +165,32 @@ def _best(model: _Model, request: Request) -> tuple[Plan | None, Memory]:
         return None, model.trace(request, None)
     for plan in model.candidates(request):
         memory = model.trace(request, plan)
-        if request.gpu is None or memory.peak <= request.gpu - RESERVED:
+        if request.gpu is None or _peak(model, request, memory) <= request.gpu - RESERVED:
             break
     return plan, memory
+
+
+def _refusal(request: Request) -> str | None:
+    """Why there can be no such run yet."""
+    refused = request.method == "meft" and request.gpus > 1 and request.parallel != "ddp"
+    return f"MEFT does not train under {request.parallel} yet" if refused else None
+
+
+def _device_of_rank(model: _Model, request: Request, memory: Memory) -> dict[str, int]:
+    units = Units.of(model.base, model.stored)
+    return device_of_rank(memory.parts, units, memory.trainable, request.gpus, request.parallel)
+
+
+def _peak(model: _Model, request: Request, memory: Memory) -> int:
+    """Bytes that each device holds."""
+    return memory.peak if request.gpus == 1 else sum(_device_of_rank(model, request, memory).values())
 
 
 def _seconds(
     model: _Model, request: Request, plan: Plan | None, memory: Memory
 ) -> tuple[float, float] | tuple[None, None]:
     """At least so many seconds per optimizer step, and so many of computing."""
-    if request.card is None:
+    if request.card is None or _refusal(request):
         return None, None
     at = ceilings(request.card)
     if plan is not None:
@@ -199,8 +215,7 @@ def _ranks(model: _Model, one: Estimate) -> RanksEstimate:
     request, plan = one.request, one.plan
     units = Units.of(model.base, model.stored)
     layout = request.gpus, request.parallel
-    device = device_of_rank(one.memory.parts, units, one.memory.trainable, *layout)
-    at = ceilings(request.card) if request.card is not None else None
+    at = ceilings(request.card) if one.seconds is not None and request.card is not None else None
     least = 0.0
     if at is not None:
         least = seconds_between_ranks(units, one.memory.trainable, *layout, at, request.gradient_accumulation_steps)
@@ -213,10 +228,7 @@ def _ranks(model: _Model, one: Estimate) -> RanksEstimate:
         tokens = request.gpus * request.gradient_accumulation_steps * request.micro_batch
         speed = None if one.seconds is None else tokens / max(one.seconds, least)
         hosts = {"a copy each": HostOfRanks(one.host, {}, speed)}
-    refused = request.method == "meft" and request.parallel != "ddp"
-    return RanksEstimate(
-        *layout, device, hosts, f"MEFT does not train under {request.parallel} yet" if refused else None
-    )
+    return RanksEstimate(*layout, _device_of_rank(model, request, one.memory), hosts, _refusal(request))
 
 
 def _remedies(config: Any, request: Request) -> tuple[str, ...]:
@@ -236,7 +248,8 @@ def _remedies(config: Any, request: Request) -> tuple[str, ...]:
     def peak(change: dict[str, Any]) -> float:
         changed = replace(request, **change)
         try:
-            return _best(_Model(changed, config), changed)[1].peak
+            other = _Model(changed, config)
+            return _peak(other, changed, _best(other, changed)[1])
         except UsageError:  # such as a model without linear layers to quantise
             return math.inf
 
@@ -263,11 +276,11 @@ def _largest(model: _Model, config: Any, request: Request) -> dict[str, int]:
     def small_enough(changed: Request) -> bool:
         if request.method != "meft":
             adapted = model if changed.adapter == request.adapter else _Model(changed, config)
-            return adapted.trace(changed, None).peak <= room
+            return _peak(adapted, changed, adapted.trace(changed, None)) <= room
         shape = model.shape_of(changed)
         work = replace(model.work(changed, shape), rows=model.kept_rows[-1])
         plan = by_size(shape, work)[-1] if model.strategy == "auto" else Plan(shape, work, model.strategy)
-        return model.trace(changed, plan).peak <= room
+        return _peak(model, changed, model.trace(changed, plan)) <= room
 
     def largest(limit: int, step: int, changed: Callable[[int], Request]) -> int:
         return largest_that_fits(lambda n: small_enough(changed(n)), limit, step)

@@ -15,7 +15,7 @@ from aslora_meft.errors import UsageError, as_usage_error
 from aslora_meft.tasks.table import TASKS
 from aslora_meft.training.finish import DATA_FORM
 from aslora_meft.training.summary import shown
-from aslora_meft.use.loaded import UseArguments, base_of, model_arguments, name_of
+from aslora_meft.use.loaded import UseArguments, base_of, check_fit, model_arguments, name_of
 from aslora_meft.use.saved import saved_results
 
 EVALUATED = ("reward", "classification", "seq2seq")
@@ -77,6 +77,7 @@ def _measured(
 ) -> dict[str, dict[str, float]]:
     names: list[str] = []
     model: Any = None
+    check_fit(folders, base)
     for folder in folders:
         name = name_of(folder, names)
         with as_usage_error(Exception, prefix=f"ADAPTER_DIR='{folder}': "):

@@ -3,6 +3,7 @@
 import warnings
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ import aslora  # noqa: F401  # both make PEFT know their method
 import meft  # noqa: F401
 from aslora_meft.adapter import load_model, load_tokenizer
 from aslora_meft.arguments.groups import BaseWeights, ModelArguments
+from aslora_meft.arguments.model_checks import check_indices, check_memory
 from aslora_meft.errors import UsageError, as_usage_error
 from aslora_meft.use.saved import check_saved_adapter, saved_results
 
@@ -64,6 +66,7 @@ def load_adapters(folders: list[str], args: UseArguments) -> Loaded:
     model = load_model(wanted, device)
     if not getattr(model, "is_quantized", False):
         model.to(device)  # type: ignore[arg-type]  # of a decorated method
+    check_fit(folders, model)
     names: list[str] = []
     for folder in folders:
         name = name_of(folder, names)
@@ -72,6 +75,21 @@ def load_adapters(folders: list[str], args: UseArguments) -> Loaded:
             model.load_adapter(str(Path(folder).expanduser()), name)
         names.append(name)
     return Loaded(model.eval(), tokenizer, names, results)
+
+
+def check_fit(folders: list[str], model: PreTrainedModel) -> None:
+    """Check saved adapters against their base model, before any of them is in it.
+
+    Raises:
+        UsageError: one says something that does not fit the model.
+    """
+    for folder in folders:
+        config = SimpleNamespace(**check_saved_adapter("ADAPTER_DIR", folder))
+        try:
+            check_memory(config, model)
+            check_indices(config, model)
+        except UsageError as error:
+            raise UsageError(f"ADAPTER_DIR='{folder}': {error}") from error
 
 
 def model_arguments(base: str, args: UseArguments) -> ModelArguments:

@@ -39,6 +39,11 @@ CASES = {
     "some layers": (biased, {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0, 2, 3]}),
     "excluded": (biased, {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.1\..*"}),
     "modules_to_save": (biased, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}),
+    "trained tokens": (biased, {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1, 5]}}),
+    "tied tokens": (
+        lambda: llama(4, tie_word_embeddings=True),
+        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5], "ensure_weight_tying": True},
+    ),
     "bias": (biased, {"target_modules": ["q_proj", "v_proj"], "bias": "aslora_only"}),
     "all biases": (gpt2, {"target_modules": ["c_attn"], "bias": "all", "fan_in_fan_out": True}),
     "dropout": (biased, {"target_modules": ["q_proj"], "aslora_dropout": 0.1}),

@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from transformers import LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 from aslora_meft.adapter import add_adapter, load_model, load_tokenizer
 from aslora_meft.arguments.config_arguments import make_config
 from aslora_meft.arguments.groups import ModelArguments
+from aslora_meft.arguments.model_checks import _layer_numbers, check_indices
 from aslora_meft.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -26,7 +28,15 @@ CPU = torch.device("cpu")
         ("aslora", {"target_modules": ["mlp"]}, "LlamaMLP"),
         ("lora", {"layers_to_transform": ["9"]}, "layers_to_transform.*9"),
         ("aslora", {"layers_to_transform": ["9"]}, "layers_to_transform.*9"),
+        ("lora", {"layers_to_transform": ["1"], "layers_pattern": ["blocks"]}, "layers_pattern names none"),
         ("aslora", {"num_merges": "4"}, "num_merges=4"),
+        ("lora", {"rank_pattern": '{"q_proj": 1000000000}'}, "rank_pattern of 'q_proj'=1000000000 needs at least"),
+        *(
+            ("lora", {"layer_replication": pairs}, r"layer_replication has .*; give pairs such as \[0, 4\]")
+            for pairs in ("[[0, 99]]", "[[2, 2]]", "[5]", '[["a", 1]]')
+        ),
+        ("lora", {"target_parameters": ["nope"]}, "target_parameters='nope' names no parameter"),
+        ("lora", {"modules_to_save": [""]}, "modules_to_save='' names no module"),
     ],
 )
 def test_what_the_model_does_not_have_is_named(model_dir, method, given, message):
@@ -34,6 +44,20 @@ def test_what_the_model_does_not_have_is_named(model_dir, method, given, message
     with pytest.raises(UsageError, match=message) as error:
         add_adapter(LlamaForCausalLM.from_pretrained(model_dir), config, gradient_checkpointing=False)
     assert "\n" not in str(error.value)
+
+
+def test_layers_are_numbered_as_peft_does():
+    """Neither experts nor the blocks behind them count, and with a pattern only what stands behind it."""
+    paths = [f"model.layers.{layer}.mlp.experts.{expert}.up" for layer in range(2) for expert in range(8)]
+    assert _layer_numbers(SimpleNamespace(layers_pattern=None), paths) == [0, 1]
+    assert _layer_numbers(SimpleNamespace(layers_pattern=["layers"]), [*paths, "vision.blocks.5.up"]) == [0, 1]
+
+
+def test_tokens_without_an_embedding_are_one_sentence(model_dir):
+    model = LlamaForCausalLM.from_pretrained(model_dir)
+    model.set_input_embeddings(torch.nn.Linear(4, 4))
+    with pytest.raises(UsageError, match="trainable_token_indices needs a name for this model; choose from no module"):
+        check_indices(make_config("lora", {"trainable_token_indices": ["1"]}), model)
 
 
 @pytest.mark.parametrize("method", ["lora", "aslora"])

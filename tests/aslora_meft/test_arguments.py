@@ -49,6 +49,12 @@ def test_bad_words_are_named(words, named):
     assert "\n" not in str(error.value)
 
 
+def test_values_may_end_in_dashes(tmp_path):
+    words = [write(tmp_path, 'hub_model_id: "=--"\n'), *NEEDED]
+    assert parse_train(words).trainer.hub_model_id == "=--"
+    assert parse_train([*words, "--hub_model_id=a=--"]).trainer.hub_model_id == "a=--"
+
+
 def test_missing_fields_are_named():
     with pytest.raises(UsageError, match=r"--model, --data, --output_dir"):
         parse_train([])

@@ -398,6 +398,14 @@ def test_doctor_in_a_wrong_environment(refused, monkeypatch):
 
 # ---------------------------------------------------------------------- export
 
+BESIDE = [
+    ("base_model_name_or_path", "a\udcff"),
+    ("modules_to_save", ["lm_haed"]),
+    ("modules_to_save", [""]),
+    *(("trainable_token_indices", value) for value in ([10**18], [-1], ["a"], {"embed_tokens": 5}, 7, [3])),
+    ("rank_pattern", {"q_proj": "x"}),
+    ("init_lora_weights", "pissa_niter_999999999"),
+]
 FIELDS = [
     *(("target_modules", value) for value in (5, {"a": 1}, "(", RUNAWAY, [5])),
     *(("r", value) for value in ("many", -1, None, 10**12, [2])),
@@ -407,6 +415,7 @@ FIELDS = [
     ("modules_to_save", 3),
     ("num_merges", "x"),
     ("from_the_future", 1),
+    *BESIDE,
 ]
 
 
@@ -416,7 +425,7 @@ def test_fields_of_saved_adapters(refused, saved, tmp_path, name, value):
     shutil.copytree(saved["aslora"], folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {name: value}))
-    refused("export", folder, "--to", "lora", tmp_path / "out")
+    refused("export", folder, "--to", "lora", tmp_path / "out", named=name if (name, value) in BESIDE else "")
 
 
 def test_files_of_saved_adapters(refused, saved, tmp_path):
@@ -498,6 +507,7 @@ USED_FIELDS = [
     *(("base_model_name_or_path", value) for value in ("/nope", "", 5, None)),
     ("lora_alpha", "big"),
     ("layers_to_transform", [99]),
+    *BESIDE,
 ]
 
 
@@ -508,7 +518,8 @@ def test_fields_of_used_adapters(use, saved, tmp_path, command, name, value):
     shutil.copytree(saved["aslora"], folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {name: value}))
-    use(command, folder=folder)
+    named = (name, value) in BESIDE or name == "layers_to_transform"
+    use(command, folder=folder, named=name if named else "")
 
 
 def test_files_of_used_adapters(use, saved, tmp_path):
@@ -563,9 +574,11 @@ def test_folders_of_used_adapters(refused, tmp_path, monkeypatch, value):
 
 
 COMMANDS = """
-import json, sys
+import contextlib, io, json, sys
 from aslora_meft.cli import main
-assert [main(words) for words in json.loads(sys.argv[1])] == [2, 2]
+with contextlib.redirect_stdout(io.StringIO()) as out:
+    assert [main(words) for words in json.loads(sys.argv[1])] == [2, 2]
+assert out.getvalue() == ""
 """
 
 

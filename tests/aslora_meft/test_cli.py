@@ -64,14 +64,16 @@ def test_train_meft_then_export(words, tmp_path, model_dir, capfd):
 
 
 AS_A_MODULE = """
-import runpy, sys, warnings
+import contextlib, io, runpy, sys, warnings
 warnings.resetwarnings()
 assert "bitsandbytes" not in sys.modules
-try:
-    runpy.run_module("aslora_meft.cli", run_name="__main__")
-except SystemExit as end:
-    assert end.code == 2
+with contextlib.redirect_stdout(io.StringIO()) as out:
+    try:
+        runpy.run_module("aslora_meft.cli", run_name="__main__")
+    except SystemExit as end:
+        assert end.code == 2
 assert "bitsandbytes" in sys.modules
+assert out.getvalue() == ""
 """
 
 
@@ -92,6 +94,11 @@ def test_bad_input_in_a_process_of_its_own(words, tmp_path):
         ([], "train"),
         (["tarin"], "tarin"),
         (["train"], "--model"),
+        (["train", "--model=--"], "argument --model: '--' is no value; give one (see aslora-meft train --help)"),
+        (["doctor", "--anew=--"], "(see aslora-meft doctor --help)"),
+        (["export", "none", "--dtyp=--"], "(see aslora-meft export --help)"),
+        (["generate", "none", "--prompt=a=--"], "ADAPTER_DIR='none'"),
+        (["estimate", "--model", "none", "--dtype==--"], "--dtype: invalid choice: '=--'"),
         (["train", "--method", "dora", "--model", "m", "--data", "d", "--output_dir", "o"], "dora"),
         (["export", "none", "--to", "lora", "out"], "none"),
         (["export", "none", "--to", "gguf", "out"], "gguf"),

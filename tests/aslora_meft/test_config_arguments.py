@@ -95,6 +95,9 @@ def test_nested_mappings_of_a_file(tmp_path):
     assert config.target_modules == ".*mlp"
 
 
+LOFTQ = {"init_lora_weights": "loftq", "loftq_config": '{"loftq_bits": 4, "loftq_iter": 1}'}
+
+
 @pytest.mark.parametrize(
     ("method", "given", "message"),
     [
@@ -108,6 +111,18 @@ def test_nested_mappings_of_a_file(tmp_path):
         ("lora", {"bias": "aslora_only"}, "bias='aslora_only' is unknown; choose from none, all, lora_only"),
         ("aslora", {"bias": "lora_only"}, "bias='lora_only' is unknown: use one of none, all, aslora_only"),
         ("lora", {"init_lora_weights": "good"}, "init_lora_weights='good' is unknown; choose from gaussian"),
+        *(
+            ("lora", {"init_lora_weights": f"pissa_niter_{n}"}, "init_lora_weights='pissa_niter_.*; give pissa_niter_")
+            for n in ("999999999", "-1", "x", "", "1_0", "9" * 5000)
+        ),
+        ("lora", {"init_lora_weights": "corda"}, "init_lora_weights='corda' needs what"),
+        ("lora", LOFTQ, "init_lora_weights='loftq' needs a CUDA device"),
+        *(
+            ("lora", LOFTQ | {"loftq_config": config}, "loftq_config=.* give loftq_bits 4 or 8 and loftq_iter from 1")
+            for config in ('{"loftq_bits": 4, "loftq_iter": 1000000}', '{"loftq_bits": 3, "loftq_iter": 1}', '{"a": 1}')
+        ),
+        ("lora", {"qalora_group_size": "0"}, "qalora_group_size=0 is no size"),
+        ("lora", {"arrow_config": "{}"}, "arrow_config combines adapters"),
         ("lora", {"rank_pattern": "[4]"}, r"rank_pattern='\[4\]' is no JSON object"),
         ("lora", {"rank_pattern": "{4"}, "is not valid JSON"),
         ("lora", {"runtime_config": '{"fast": true}'}, "runtime_config=.* is refused: .*fast"),
@@ -121,10 +136,15 @@ def test_nested_mappings_of_a_file(tmp_path):
         ("aslora", {"num_merges": "-1"}, "num_merges=-1 must be"),
     ],
 )
-def test_bad_fields_are_named(method, given, message):
+def test_bad_fields_are_named(method, given, message, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UsageError, match=message) as error:
         make_config(method, given)
     assert "\n" not in str(error.value)
+
+
+def test_pissa_in_few_steps_is_taken():
+    assert make_config("lora", {"init_lora_weights": "pissa_niter_16"}).init_lora_weights == "pissa_niter_16"
 
 
 def test_what_peft_keeps_for_itself_is_no_argument():

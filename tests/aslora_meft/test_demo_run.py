@@ -1,3 +1,4 @@
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +34,7 @@ def in_this_process(monkeypatch):
     """What the demo has run in a process of its own is now run in this one, which has imported all that it imports."""
 
     def run(command, **options):
+        assert options["stdin"] == subprocess.DEVNULL  # so that nothing can be asked
         with monkeypatch.context() as patch:
             for name in [name for name in sys.modules if name.split(".")[0] in OURS]:
                 patch.delitem(sys.modules, name)

@@ -236,6 +236,7 @@ def test_longer_steps_take_longer(told):
         (["--method", "lora", "--target-modules", "c_attn"], "c_attn"),
         (["--dtype", "fp4"], "fp4"),
         (["--fast"], "--fast"),
+        (["--parallel", "zero3"], "parallel=zero3 has no meaning with gpus=1"),
         (["--optim", "lion_8bit"], "adamw_8bit"),
         (["--batch", "2"], "did you mean 'per_device_train_batch_size'"),
         (["--optimizer", "adamw_8bit"], "or 'optim'?"),
@@ -312,9 +313,37 @@ def test_ranks_hold_shards_and_share_rows_once_a_node(told):
     assert apart["bytes_of_node"] == 4 * sum(apart["bytes_per_rank"].values())
     assert shared["bytes_of_node"] == 4 * sum(shared["bytes_per_rank"].values()) + sum(shared["bytes_once"].values())
     assert apart["tokens_per_second_at_most"] <= shared["tokens_per_second_at_most"]
-    assert told(*words, "--parallel", "zero3")["ranks"]["refused"] == "MEFT does not train under zero3 yet"
     lora = told("--method", "lora", *words[2:], "--parallel", "fsdp2")["ranks"]
     assert lora["refused"] is None
     assert lora["host"]["a copy each"]["bytes_of_node"] == 0
     assert lora["device_bytes_per_rank"]["gathered"] > 0
     assert lora["device_bytes_per_rank"]["base"] == -(-parts["base"] // 4)
+
+
+def test_what_would_fit_on_each_of_several_gpus(told):
+    """By DDP each has its buckets beside what one process has, so less fits."""
+
+    def ask(batch, gpus=2):
+        words = ("--method", "lora", "--r", 16, "--target_modules", "all-linear", "--gpu", gpu_of(700_000))
+        words += ("--max_length", 8, "--gpus", gpus, "--per_device_train_batch_size", batch)
+        return told(*words, config=TINY | {"num_hidden_layers": 1})
+
+    found = ask(16)
+    assert found["fits"] is False
+    assert found["fits_with"]
+    batch = found["largest_that_fits"]["per_device_train_batch_size"]
+    assert [ask(size)["fits"] for size in (batch, batch + 1)] == [True, False]
+    assert ask(batch + 1, gpus=1)["fits"] is True
+
+
+def test_a_run_that_there_cannot_be_has_neither_verdict_nor_speed(told, folder, capsys):
+    words = ["--r", "64", "--gpu", "3090", "--gpus", "2", "--parallel", "fsdp2"]
+    found = told(*words)
+    assert found["ranks"]["refused"] == "MEFT does not train under fsdp2 yet"
+    assert found["fits"] is found["seconds_per_step_at_least"] is found["tokens_per_second_at_most"] is None
+    assert {host["tokens_per_second_at_most"] for host in found["ranks"]["host"].values()} == {None}
+    assert main(["estimate", *folder(), *words]) == 0
+    said = capsys.readouterr().out
+    assert said.endswith("NOT POSSIBLE: MEFT does not train under fsdp2 yet\n")
+    assert "fits" not in said.lower()
+    assert "tokens/s" not in said

@@ -165,6 +165,12 @@ def test_two_runs_side_by_side_on_a_page_that_loads_nothing(runs, report, tmp_pa
     } <= pictures
 
 
+def test_a_base_model_that_is_no_text_is_shown_with_a_mark(tmp_path, report):
+    run = record(tmp_path / "run", log(1, loss=1.0))
+    (run / "adapter_config.json").write_text(json.dumps({"peft_type": "ASLORA", "base_model_name_or_path": "a\udcff"}))
+    assert "a?" in report(run).text
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path, report):
     runs = [
         record(tmp_path / part / "run", log(1, loss=1.0), log(2, loss=value))

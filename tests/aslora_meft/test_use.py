@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM, TextStreamer
 
 from aslora import ASLoRAConfig
 from aslora_meft.cli import main
+from aslora_meft.errors import UsageError
 from aslora_meft.use.evaluate import measure
 from aslora_meft.use.loaded import BASE, UseArguments, activate, load_adapters
 from meft import MEFTConfig
@@ -203,6 +204,15 @@ def test_bad_input_is_one_sentence(case, trained, rows, adapters, tmp_path, caps
     assert main([word.format(**names) for word in words]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("aslora-meft: error")]
     assert match in line
+
+
+def test_tokens_that_the_model_does_not_have_are_named(model_dir, adapters, tmp_path):
+    config = ASLoRAConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[5, 6], task_type="CAUSAL_LM")
+    get_peft_model(LlamaForCausalLM.from_pretrained(model_dir), config).save_pretrained(tmp_path)
+    saved = tmp_path / "adapter_config.json"
+    saved.write_text(json.dumps(json.loads(saved.read_text()) | {"trainable_token_indices": [5, 10**6]}))
+    with pytest.raises(UsageError, match=rf"ADAPTER_DIR='{tmp_path}': trainable_token_indices=\[5, 1000000\]"):
+        load_adapters([str(adapters[0]), str(tmp_path)], UseArguments())
 
 
 def test_adapters_of_different_bases_are_refused(adapters, trained, tmp_path, capsys):
