@@ -30,7 +30,7 @@ NOT_MERGEABLE = (
     "model, or write both as one model folder with `aslora-meft export DIR --to model OUT`."
 )
 
-_AS_IT_IS: AbstractContextManager[object] = nullcontext()
+_NOTHING: AbstractContextManager[object] = nullcontext()
 
 
 class LayerSlot(NamedTuple):
@@ -291,4 +291,4 @@ def _look_at_rows(layer: LayerRows, device: torch.device) -> None:
 def _as_given(x: Tensor) -> AbstractContextManager[object]:
     """Without autocast: scores decide, and are computed in full precision."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _AS_IT_IS
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING

@@ -27,7 +27,7 @@ from .types import GatheredRows, PendingForward, Selection, check_versions
 
 _LEAST_SLOT = 256  # rows of a staging buffer, however few the first gradient has: a batch of padding has none
 
-_KEPT: AbstractContextManager[None] = nullcontext()
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 class Engine(EngineSetup):
@@ -117,7 +117,7 @@ class Engine(EngineSetup):
         layer, rows, selection = pending.layer, self.gather(pending), pending.selection
         assert selection is not None
         pending.rows = None  # the graph holds `pending`
-        held: AbstractContextManager[object] = _KEPT
+        held: AbstractContextManager[object] = _NOTHING
         if rows.scores is None:
             rows = self._arrived(pending, selection, rows, x)
         else:  # read where they are, where another thread may step them
@@ -133,7 +133,7 @@ class Engine(EngineSetup):
         # Sums over tokens pass the range of float16 where their terms do not.
         wide = self.config.gradient_dtype == "float32" or x.dtype == torch.float16
         dtype = torch.promote_types(x.dtype, torch.float32) if wide else x.dtype
-        absent: AbstractContextManager[RefetchedRows | None] = _KEPT
+        absent: AbstractContextManager[RefetchedRows | None] = _NOTHING
         if refetch:
             absent = refetched_in_backward(self, pending, (rows.keys, rows.values), self._below)
         with absent as self._below, held, phase("sparse FFN"):

@@ -183,7 +183,11 @@ def _watched(args: Any, kwargs: Any) -> list[WatchedRows]:
 
 
 def _own(target: WatchedRows) -> bool:
-    """Let rows be in memory of this process alone, and a view refer to that; whether they were not."""
+    """Take rows that processes share into memory of this process alone, to which a view then refers.
+
+    Returns:
+        whether the target has other memory now; False where its rows were not shared.
+    """
     table = target.watch.table()
     if table is None or not (table.leave_node() or target.watch.left is not None):
         return False
