@@ -193,6 +193,7 @@ class MergeUnit:
             if self.config.similarity == "product":
                 r = self.config.r
                 basis = change_of_bases(full_tensor(shared_a.shared_A), r, member.stacked_B.shape[-1] // r)
+                basis = basis.to(member.average.device)  # a device map may put A elsewhere
             averages = member.average[live]
             total = total + squared_distances(averages, basis)
             zero &= (averages == 0).flatten(1).all(1).cpu()
