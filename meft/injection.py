@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from .config import MEFTConfig
@@ -14,8 +15,9 @@ from .cost.auto import ModelProfile, model_profile
 from .layer import MEFTLayer
 from .optim.ddp import RankAverage
 from .optim.optimizer_hook import RowSteps
+from .retrieval.adapter_engine import AdapterEngine
 from .retrieval.costs import Rows
-from .retrieval.engine import Engine
+from .transport.offload_hooks import HOOK
 from .transport.openmp_waiting import check_waiting
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ def connect(
     steps: RowSteps,
     ranks: RankAverage,
     choose: Choice,
-) -> Engine:
+) -> AdapterEngine:
     """Let the rows of an adapter's layers be updated, and retrieved by one engine.
 
     Args:
@@ -44,13 +46,24 @@ def connect(
     steps.routers[adapter_name] = [layer.meft_router for layer in layers]
     for layer in layers:
         layer.on_backward = ranks.note_backward
-    engine = Engine(config, [], choose)
+    engine = AdapterEngine(config, [], choose, partial(devices_of, layers))
     engine.on_gradient = partial(steps.on_gradient, adapter_name)
     engine.layers.extend(layer.join(adapter_name, number, engine) for number, layer in enumerate(layers))
     if config.num_experts is None:
         logger.info("MEFT: num_experts=%d for r=%d (4 sqrt(r), rounded to a divisor).", config.experts, config.r)
     check_waiting()
     return engine
+
+
+def devices_of(layers: Sequence[MEFTLayer]) -> list[torch.device]:
+    """Where each FFN computes, as far as its modules tell: accelerate's hooks say it of offloaded ones."""
+    return [_executed_on(layer.base_layer) or layer.device for layer in layers]
+
+
+def _executed_on(module: nn.Module) -> torch.device | None:
+    hooks = (getattr(part, HOOK, None) for part in module.modules())
+    device = next((d for hook in hooks if (d := getattr(hook, "execution_device", None)) is not None), None)
+    return torch.device(device) if device is not None else None
 
 
 def profile_of(model: nn.Module, layers: Sequence[MEFTLayer]) -> ModelProfile:

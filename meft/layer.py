@@ -105,7 +105,9 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
             engine: None: one for this layer alone.
         """
         config = self.configs[adapter_name]
-        rows = LayerRows(number, *self.tables(adapter_name), config, self.traffic[adapter_name])
+        keys, values = self.tables(adapter_name)
+        keys.name, values.name = f"keys of layer {number}", f"values of layer {number}"
+        rows = LayerRows(number, keys, values, config, self.traffic[adapter_name])
         self.places[adapter_name] = LayerSlot(engine if engine is not None else Engine(config, [rows]), rows)
         return rows
 
@@ -204,7 +206,8 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
 
     def _begin_one(self, x: Tensor, shape: torch.Size, adapter_name: str) -> Callable[[], Tensor]:
         """Begin with an adapter's output; what is returned ends it: [T, d]."""
-        engine, layer = self.places[adapter_name]
+        slot = self.places[adapter_name]
+        engine, layer = slot.engine.at(slot.rows, x.device)
         key = (id(self), adapter_name)
         now, saved = context.current(), None
         if now is None and context.in_checkpoint_recompute():
@@ -227,7 +230,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         if saved is not None:
             saved.rows = None
             if saved.refetched and now is not None:
-                self._gather_below(now, key)
+                _gather_below(now, engine, layer)
         fingerprint, refetches, refetch = None, False, False
         if torch.is_grad_enabled() or (now is not None and now.recorded):
             checkpointed, refetches = context.checkpointed(), engine.refetches(x.device)
@@ -247,7 +250,7 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
                 rows = engine.gather(pending)
                 keeps = not (refetches or pending.on_host)
                 made = context.SavedSelection(
-                    layer.number, pending.selection, real, fingerprint, layer.versions, rows if keeps else None,
+                    layer, pending.selection, real, fingerprint, layer.versions, rows if keeps else None,
                     refetches,
                 )  # fmt: skip
                 now.selections.setdefault(key, []).append(made)  # type: ignore[union-attr]
@@ -262,15 +265,6 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
         y = finish()  # nothing would run beside the base FFN, which may write into its input
         return lambda: y
 
-    def _gather_below(self, now: context.ForwardContext, key: tuple[int, str]) -> None:
-        """Queue the way of the rows that the recomputation of the layer below will read."""
-        engine, layer = self.places[key[1]]
-        wanted = (key[1], layer.number - 1)
-        below = [s for (_, name), made in now.selections.items() for s in made if (name, s.number) == wanted]
-        if len(below) == 1 and below[0].refetched and below[0].selection is not None and below[0].rows is None:
-            below[0].refetched = False  # once
-            below[0].rows = engine.gather_below(layer, below[0].selection)
-
     def _done(self, now: context.ForwardContext | None, saved_selections: list[context.SavedSelection]) -> None:
         """Row gradients were made, by the backward pass that a selection was saved for."""
         if now is not None:
@@ -278,6 +272,15 @@ class MEFTLayer(nn.Module, BaseTunerLayer):
                 now.release(one)
         if self.on_backward is not None:
             self.on_backward()
+
+
+def _gather_below(now: context.ForwardContext, engine: Engine, layer: LayerRows) -> None:
+    """Queue the way of the rows that the recomputation of the layer below will read, if it is on this device too."""
+    wanted = engine.layers[layer.number - 1] if layer.number else None
+    below = [saved for made in now.selections.values() for saved in made if saved.layer is wanted]
+    if len(below) == 1 and below[0].refetched and below[0].selection is not None and below[0].rows is None:
+        below[0].refetched = False  # once
+        below[0].rows = engine.gather_below(layer, below[0].selection)
 
 
 def _look_at_rows(layer: LayerRows, device: torch.device) -> None:

@@ -35,6 +35,10 @@ class Engine(EngineSetup):
 
     # ------------------------------------------------------------------ forward
 
+    def at(self, layer: LayerRows, device: torch.device) -> tuple[Engine, LayerRows]:
+        """The engine for a layer whose input is on a device, and the layer's place in it: see `AdapterEngine`."""
+        return self, layer
+
     def begin_pass(self) -> None:
         """A pass with a gradient begins."""
         self._below = None

@@ -33,6 +33,7 @@ class EngineSetup:
     """The part of an `Engine` that does not look at tokens.
 
     Attributes:
+        update_queue: gives the thread that updates rows beside the computation; one for all devices of an adapter.
         on_gradient: called with a table and its gradient that has left for the host; returns what its table gets.
         streams: of the device in use; None before the first pass that needed some.
 
@@ -46,6 +47,7 @@ class EngineSetup:
         self.on_gradient: Callable[[RowTable, RowGradient], RowGradient] | None = None
         self._given: DeviceStreams | None = None
         self._updates: UpdateQueue | None = None
+        self.update_queue = self._own_queue
         self._neurons_per_expert = torch.tensor(config.r // config.experts, dtype=torch.int32, device="cpu")
         self._in_place = InPlace(HostStreams(torch.device("cpu")), layers)
         self._forget()
@@ -126,13 +128,6 @@ class EngineSetup:
         # Of one layer, so that layers of several dtypes do not make it anew in turn.
         inputs = (x.device, self.layers[0].keys.compute_dtype)
         if self._strategy is None or self._for != inputs:
-            moved = self._for is not None and self._for[0] != x.device
-            if moved and layer.number and self.config.on_host:
-                assert self._for is not None
-                raise RuntimeError(
-                    f"MEFT's layers are on {self._for[0]} and {x.device}: rows in host memory are copied to one "
-                    "device only; put the model on one GPU (device_map={'': 0}), or set placement='device'."
-                )
             self._forget()
             self._for, self.streams = inputs, self._given or streams_of(x.device)
             self._lock_pages(self.streams)
@@ -144,13 +139,16 @@ class EngineSetup:
             self._strategy = strategy  # last: what fails for want of memory is made anew with a smaller batch
         return self._strategy
 
-    def _update_beside(self, streams: DeviceStreams) -> None:
+    def _own_queue(self) -> UpdateQueue:
         if self._updates is None:
             self._updates = UpdateQueue()
             check_waiting(updates_beside=True)
+        return self._updates
+
+    def _update_beside(self, streams: DeviceStreams) -> None:
+        updates = self.update_queue()
         for layer in self.layers:
-            layer.keys.updates = layer.values.updates = self._updates
-            layer.keys.name, layer.values.name = (f"{part} of layer {layer.number}" for part in ("keys", "values"))
+            layer.keys.updates = layer.values.updates = updates
         if self.config.zero_copy:
             with torch.inference_mode(False):  # as above
                 steps = {width: ZeroCopySteps(streams, width) for width in {layer.width for layer in self.layers}}

@@ -25,6 +25,7 @@ from peft_bridge.torch_private import (
     saved_tensors_hooked,
 )
 
+from ..table.layer_rows import LayerRows
 from .types import GatheredRows, Selection
 
 
@@ -33,7 +34,7 @@ class SavedSelection:
     """The picks of one layer in one forward pass.
 
     Attributes:
-        number: of the layer, among those of its adapter.
+        layer: whose they are.
         selection: the picks; None once the layer's backward pass is over.
         real: int64 [T], places of the tokens that are no padding; None where all are real.
         probe: [tokens, <= 8], some columns of the layer's input, to tell forward passes apart.
@@ -42,7 +43,7 @@ class SavedSelection:
         refetched: whether they are to be gathered again for it.
     """
 
-    number: int
+    layer: LayerRows
     selection: Selection | None
     real: Tensor | None
     probe: Tensor

@@ -17,6 +17,7 @@ FIRST, SECOND = "cuda:0", "cuda:1"
 MAP = {"layers.0": FIRST, "layers.1": FIRST, "layers.2": SECOND, "layers.3": SECOND, "head": SECOND}
 OF_PEFT = {f"base_model.model.{name}": place for name, place in MAP.items()}
 
+
 @pytest.fixture(autouse=True)
 def gpus(monkeypatch):
     with two_gpus(monkeypatch):

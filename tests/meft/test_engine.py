@@ -132,16 +132,6 @@ def test_row_gradients_in_float32_are_those_of_a_checkpointed_layer(tiny, rows, 
         assert "router" in name or not torch.equal(gradient, gradient.bfloat16().float())
 
 
-def test_a_model_on_several_devices_is_refused(tiny):
-    _, ours = pair(tiny, retrieval="stream")
-    on_streams(ours)
-    tiny.loss(ours)
-    engine = ours.base_model.engines["default"]
-    layer, x = engine.layers[1], torch.zeros(1, tiny.WIDTH, device="meta")
-    with pytest.raises(RuntimeError, match=r"layers are on cpu and meta.*placement='device'"):
-        engine._prepare(layer, x)
-
-
 @pytest.mark.parametrize("reason", ["more tokens", "no memory"])
 def test_auto_plans_again_when_more_tokens_come_and_when_memory_ran_out(tiny, monkeypatch, reason):
     _, ours = pair(tiny, retrieval="auto")

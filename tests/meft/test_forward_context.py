@@ -313,7 +313,7 @@ def test_a_layer_that_is_used_twice_in_a_pass_gets_the_picks_of_each_use():
 def stash_of(x, neuron):
     one = torch.tensor([neuron])
     selection = Selection(one.int(), torch.zeros(1, 1, dtype=torch.int32), one)
-    return context.SavedSelection(0, selection, None, context.input_fingerprint(x), (0, 0))
+    return context.SavedSelection(None, selection, None, context.input_fingerprint(x), (0, 0))
 
 
 def test_the_stash_with_the_closest_input_is_found():

@@ -29,15 +29,20 @@ class OnGpu(torch.Tensor):
     device = property(lambda self: self.place)
 
     @staticmethod
-    def __new__(cls, here, place):
+    def __new__(cls, here, place=None, requires_grad=False):
+        if place is None:  # accelerate makes a parameter by the class of the one before
+            return torch.nn.Parameter(here, requires_grad)
         layout = here.shape, here.stride(), here.storage_offset()
         itself = torch.device("meta", place.index)
         self = torch.Tensor._make_wrapper_subclass(cls, *layout, dtype=here.dtype, device=itself)
         self.here, self.place = here, place
         return self
 
-    def __init__(self, here, place):
+    def __init__(self, *args, **kwargs):
         pass
+
+    def __repr__(self):
+        return f"OnGpu({self.here!r}, {self.place})"
 
     def data_ptr(self):
         return self.here.data_ptr()
@@ -153,12 +158,24 @@ def two_gpus(monkeypatch):
     def placed(*args, device=None, **kwargs):  # torch makes it where no mode looks
         return tensor(*args, device="cpu", **kwargs).to(device if device is not None else "cpu")
 
+    get, write = torch.Tensor.data.__get__, torch.Tensor.data.__set__
+
+    def set_data(self, value):  # torch takes a tensor of the same class alone
+        if isinstance(self, OnGpu) == isinstance(value, OnGpu):
+            write(self, value)
+            if isinstance(self, OnGpu):
+                self.here, self.place = value.here, value.place
+        else:
+            torch.utils.swap_tensors(self, torch.nn.Parameter(value.detach(), self.requires_grad))
+
     with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "data", property(get, set_data))
         patch.setattr(torch, "tensor", placed)
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "is_initialized", lambda: False)
         patch.setattr(dispatch.jit, "AVAILABLE", False)
         patch.setattr(dispatch, "device_guard", lambda device: nullcontext())
         patch.setattr("meft.retrieval.engine_setup.streams_of", streams_of)
+        patch.setattr("meft.gradient.offload_ring.bind_to_numa_node", lambda device: None)
         with Gpus():
             yield made
