@@ -39,7 +39,9 @@ class AdapterEngine(Engine):
 
     def _ask_again(self) -> None:
         self._known: list[torch.device] = []  # of each layer
-        self._seen: dict[int, tuple[torch.device, torch.device]] = {}  # its modules told something else than its input
+        self._seen: dict[
+            int, tuple[torch.device, torch.device]
+        ] = {}  # layer -> what its modules told, and where its input was
         self._engines: dict[torch.device, Engine] = {}  # none where there is one device
         self._places: list[tuple[Engine, LayerRows]] = []
 
@@ -57,10 +59,15 @@ class AdapterEngine(Engine):
             return self, layer
         number = layer.number
         if number >= len(self._known) or self._known[number] != device:
-            told = self.devices()
-            self._seen[number] = (told[number], device)
-            self._divide([self._seen[i][1] if self._seen.get(i, ("",))[0] == d else d for i, d in enumerate(told)])
+            self._divide(self._expected(number, device))
         return self._places[number]
+
+    def _expected(self, number: int, device: torch.device) -> list[torch.device]:
+        """Of each layer, now that the input of one is on a device: where modules tell the same, it is taken to be so."""
+        told = self.devices()
+        self._seen[number] = (told[number], device)
+        alike = dict(self._seen.values())
+        return [self._seen[i][1] if self._seen.get(i, ("",))[0] == d else alike.get(d, d) for i, d in enumerate(told)]
 
     def _divide(self, devices: list[torch.device]) -> None:
         """Give each device an engine for its layers; one whose layers are the same stays."""

@@ -17,6 +17,7 @@ from ..training.trainer_runs import RunListener, watch_runs
 from .adapter_file import AdapterFile
 from .config_base import MethodConfig
 from .quantised import keep_trainable_on_cpu
+from .sharded_bases import refuse_sharded
 
 
 @dataclass
@@ -116,6 +117,7 @@ class MethodTuner(BaseTuner, RunListener):
             raise ValueError(
                 f"adapter_name='{adapter_name}' is the name of a tensor of {config.method}: choose another name."
             )
+        refuse_sharded(model, config.method)
         names = set(config.target_modules) if isinstance(config.target_modules, set | list) else set()
         flags = [(p, p.requires_grad) for p in model.parameters()]
         shared_flags = [(p, p.requires_grad) for p in self.shared_parameters()]

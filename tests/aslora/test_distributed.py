@@ -3,6 +3,8 @@
 The processes run this file as a script, once for all tests (`python test_distributed.py RANK FOLDER`).
 """
 
+import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -13,6 +15,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from aslora import ASLoRAConfig
+from meft import MEFTConfig
 from tests.support import training
 from tests.support.models import llama
 from tests.support.processes import once, result_of, run_ranks, saved_by_ranks, work_as_rank
@@ -190,6 +193,32 @@ def run_fsdp_nonfinite(rank):
     }
 
 
+def run_tensor_parallel(rank, folder):
+    """What injection into a model of two parts says, of a model that transformers has parted, and by hand."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from transformers import LlamaForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    heads = {"num_key_value_heads": 2, "use_cache": False}
+    if rank == 0:
+        llama(1, **heads).save_pretrained(folder / "whole")
+    torch.distributed.barrier()
+    found = {}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    parted = LlamaForCausalLM.from_pretrained(folder / "whole", distributed_config=DistributedConfig(tp_plan="auto"))
+    sharded = fully_shard(llama(1, **heads), mesh=init_device_mesh("cpu", (WORLD,)))
+    for name, model in (("tp", parted), ("fsdp", sharded)):
+        for config in (ASLoRAConfig(target_modules=["q_proj"]), MEFTConfig(r=64)):
+            before = [name for name, _ in model.named_parameters()]
+            try:
+                get_peft_model(model, config)
+            except ValueError as error:
+                same = before == [name for name, _ in model.named_parameters()]
+                found[name, config.method] = f"{error} {'as it was' if same else 'changed'}"
+    return found
+
+
 def tasks(rank, folder):
     return {
         "apart": lambda: run_apart(rank),
@@ -199,6 +228,7 @@ def tasks(rank, folder):
         "nonfinite": lambda: run_nonfinite(rank),
         "fsdp": lambda: run_fsdp(rank, folder),
         "fsdp_nonfinite": lambda: run_fsdp_nonfinite(rank),
+        "tensor parallel": lambda: run_tensor_parallel(rank, folder),
     }
 
 
@@ -317,6 +347,14 @@ def test_fsdp2_skips_a_nonfinite_step_on_all_ranks(ranks):
     for entry in result(ranks, "fsdp_nonfinite"):
         assert entry["same"]
         assert entry["skipped"] == 1
+
+
+def test_models_that_are_sharded_before_the_adapter_comes_are_refused_by_both_methods(ranks):
+    for entry in result(ranks, "tensor parallel"):
+        assert len(entry) == 4
+        for (way, _), error in entry.items():
+            expected = "tp_size=2: load it without tp_plan" if way == "tp" else "sharded already.*fully_shard then"
+            assert re.search(f"{expected}.*as it was", error), error
 
 
 if __name__ == "__main__":
