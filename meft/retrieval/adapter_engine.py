@@ -63,7 +63,7 @@ class AdapterEngine(Engine):
         return self._places[number]
 
     def _expected(self, number: int, device: torch.device) -> list[torch.device]:
-        """Of each layer, now that the input of one is on a device: where modules tell the same, it is taken to be so."""
+        """Of each layer, now that the input of one is on a device; others whose modules tell the same will be too."""
         told = self.devices()
         self._seen[number] = (told[number], device)
         alike = dict(self._seen.values())

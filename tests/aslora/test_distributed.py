@@ -202,11 +202,11 @@ def run_tensor_parallel(rank, folder):
 
     heads = {"num_key_value_heads": 2, "use_cache": False}
     if rank == 0:
-        llama(1, **heads).save_pretrained(folder / "whole")
+        llama(1, **heads).save_pretrained(folder / "to part")
     torch.distributed.barrier()
     found = {}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    parted = LlamaForCausalLM.from_pretrained(folder / "whole", distributed_config=DistributedConfig(tp_plan="auto"))
+    parted = LlamaForCausalLM.from_pretrained(folder / "to part", distributed_config=DistributedConfig(tp_plan="auto"))
     sharded = fully_shard(llama(1, **heads), mesh=init_device_mesh("cpu", (WORLD,)))
     for name, model in (("tp", parted), ("fsdp", sharded)):
         for config in (ASLoRAConfig(target_modules=["q_proj"]), MEFTConfig(r=64)):
