@@ -15,7 +15,7 @@ from peft.utils.other import transpose
 from torch import Tensor, nn
 
 from peft_bridge.peft_private import in_out_features
-from peft_bridge.torch_private import is_transformed
+from peft_bridge.torch_private import NotReplicated, is_transformed
 
 from .config import ASLoRAConfig
 from .shared_a import InputProducts, SharedA, autocast_dtype
@@ -130,7 +130,7 @@ def _sum(update: Tensor, result: Tensor) -> Tensor:
     return result + update
 
 
-class Linear(nn.Module, ASLoRALayer):
+class Linear(NotReplicated, ASLoRALayer):
     """An adapted `nn.Linear`, transformers `Conv1D`, or quantised linear layer."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: ASLoRAConfig, **kwargs: Any) -> None:

@@ -9,12 +9,14 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from peft_bridge.torch_private import NotReplicated
+
 from .config import ASLoRAConfig
 from .layer import ASLoRALayer
 
 
 # PEFT finds the layer of a parameter that is adapted already by this name.
-class ParamWrapper(nn.Module, ASLoRALayer):
+class ParamWrapper(NotReplicated, ASLoRALayer):
     """A module of which one parameter is adapted: W_e + scaling * B_e A_e for each expert e.
 
     The parameter is [experts, out_features, in_features], or [experts, in_features, out_features] where the module says

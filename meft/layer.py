@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from peft_bridge.torch_private import NotReplicated
+
 from .config import MEFTConfig
 from .ffn_call import FFNCall
 from .load_balancing import attach_balance_loss
@@ -40,7 +42,7 @@ class LayerSlot(NamedTuple):
     rows: LayerRows
 
 
-class MEFTLayer(nn.Module, BaseTunerLayer):
+class MEFTLayer(NotReplicated, BaseTunerLayer):
     """y = FFN(x) + sum over the active adapters of sum_{j in J} ReLU(s_j) v_j.
 
     Attributes:

@@ -92,6 +92,17 @@ def uncompiled(module: Any) -> Any:
     return getattr(module, "_orig_mod", module)
 
 
+class NotReplicated(torch.nn.Module):
+    """A module that `nn.DataParallel` does not copy to other devices."""
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """Raises: RuntimeError: always."""
+        raise RuntimeError(
+            f"{type(self).__name__} of {type(self).__module__.split('.')[0]} does not support nn.DataParallel: start "
+            "one process a GPU (torchrun --nproc_per_node=...) and use DistributedDataParallel."
+        )
+
+
 def hooks_before(module: torch.nn.Module) -> list[Any]:
     """Hooks that run before a module's forward pass."""
     return list(module._forward_pre_hooks.values())

@@ -8,12 +8,16 @@ import pytest
 import torch
 from torch import nn
 
+from aslora.layer import Linear
+from aslora.parameter_layer import ParamWrapper
+from meft.layer import MEFTLayer
 from peft_bridge.torch_private import (
     ENGINE_CODE,
     GET_DATA,
     GET_GRAD,
     PLAIN_TORCH_FUNCTION,
     SET_DATA,
+    NotReplicated,
     TorchDispatchMode,
     active_ddp,
     all_overloads,
@@ -271,3 +275,13 @@ def test_a_wrapper_has_no_memory():
     assert (type(made), made.shape, made.dtype, made.device.type) == (Wrapper, (2, 3), torch.bfloat16, "cpu")
     with pytest.raises(RuntimeError, match="data pointer"):
         made.untyped_storage().data_ptr()
+
+
+def test_data_parallel_does_not_copy_adapted_layers():
+    def copied(module):
+        return nn.parallel.replicate(nn.Sequential(module), [0, 1])  # without values: no device is asked
+
+    assert len(copied(nn.Identity())) == 2
+    with pytest.raises(RuntimeError, match=r"NotReplicated of peft_bridge does not support nn\.DataParallel: start"):
+        copied(NotReplicated())
+    assert all(issubclass(layer, NotReplicated) for layer in (Linear, ParamWrapper, MEFTLayer))
