@@ -9,6 +9,8 @@ from functools import partial
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
+from peft_bridge.torch_private import active_ddp, takes_uneven_inputs
+
 from .merge_unit import MergeUnit
 from .optimizers import learning_rate, moves_between_steps, refuse_norms
 from .schedule import PUBLISHED_INTERVAL, PUBLISHED_START, uses_published_steps
@@ -84,9 +86,16 @@ class SharingRun:
         """Compare ties with values and buffers before a training forward pass takes the rows.
 
         Raises:
-            RuntimeError: an engine has stepped that torch's optimizer hooks do not see.
+            RuntimeError: an engine has stepped that torch's optimizer hooks do not see, or ranks have other numbers of
+                batches.
         """
         units = self._unchecked(adapter_name)
+        if any(unit.pending for unit in units) and takes_uneven_inputs(active_ddp()):
+            raise RuntimeError(
+                "ASLoRA does not support DistributedDataParallel.join() while merges are to come: a rank that has no "
+                "batch left would not take the averages and merges of these steps; give all ranks the same number of "
+                "batches (drop_last=True)."
+            )
         if any_of(flag for unit in units for flag in unit.change_flags()):
             for unit in units:
                 unit.refuse_unseen_step()

@@ -3,10 +3,12 @@
 The processes run this file as a script, once for all tests (`python test_distributed.py RANK FOLDER`).
 """
 
+import copy
 import os
 import re
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from meft import MEFTConfig
 from tests.support import training
 from tests.support.models import llama
 from tests.support.processes import once, result_of, run_ranks, saved_by_ranks, work_as_rank
-from tests.support.training import adamw, assert_close, trainable
+from tests.support.training import adamw, assert_close, assert_equal, trainable
 
 pytestmark = pytest.mark.slow  # two processes, for all of them
 WORLD, STEPS, LAYERS = 2, 8, 5
@@ -156,6 +158,93 @@ def run_nonfinite(rank):
     return {"same": same, "same_moments": same_moments, "skipped": skipped, "begun": begun, "state": state_of(model)}
 
 
+def accumulated(model, micro_batches):
+    """Train; of each step the micro-batches, each with its context. Returns the norms."""
+    optimizer, norms = adamw(model), []
+    for step in micro_batches:
+        for context, batch in step:
+            with context:
+                (model(input_ids=batch, labels=batch).loss / len(step)).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trainable(model), 0.01)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms
+
+
+def run_accumulation(rank):
+    """Two micro-batches a step, the first without synchronising, with clipping."""
+    model = adapted()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    mine = batches()[:, 2 * rank : 2 * rank + 2]
+    pairs = zip(mine[::2], mine[1::2], strict=True)
+    norms = accumulated(wrapped, [[(wrapped.no_sync(), one), (nullcontext(), other)] for one, other in pairs])
+    return {"state": state_of(model), "norms": norms}
+
+
+def of_other_sizes(step, rank):
+    """Ids and mask; the second rank's batch is padding alone in one step."""
+    ids = batches()[step, : 1 + rank, : 5 + 3 * rank]
+    return ids, torch.ones_like(ids) if step != 1 or rank == 0 else torch.zeros_like(ids)
+
+
+def train_on_other_sizes(model, ranks):
+    optimizer = adamw(model)
+    for step in range(4):
+        for rank in ranks:
+            ids, mask = of_other_sizes(step, rank)
+            loss = model(input_ids=ids, attention_mask=mask).logits.nan_to_num().square().mean()
+            (loss / len(ranks)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return state_of(model)
+
+
+def run_other_sizes(rank):
+    model = adapted()
+    train_on_other_sizes(torch.nn.parallel.DistributedDataParallel(model), [rank])
+    return {"state": state_of(model)}
+
+
+def saved(model, optimizer):
+    return copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+
+
+def resumed(state, rank=None):
+    """Train to the end from a state; rank None is one process alone."""
+    model = adapted()
+    model.load_state_dict(state[0])
+    optimizer = adamw(model)
+    optimizer.load_state_dict(state[1])
+    wrapped = model if rank is None else torch.nn.parallel.DistributedDataParallel(model)
+    train(wrapped, rank, optimizer, steps=range(3, STEPS))
+    return {"state": state_of(model), "merges": merges_of(model)}
+
+
+def run_resumed(rank):
+    """What both ranks have in the middle of a run, and how they go on from one process's state."""
+    model = adapted()
+    optimizer = train(torch.nn.parallel.DistributedDataParallel(model), rank, steps=range(3))
+    middle = saved(model, optimizer)
+    model = adapted()
+    return {"middle": middle, **resumed(saved(model, train(model, steps=range(3))), rank)}
+
+
+def run_joined(rank):
+    """Epochs of one batch and of two, before the last merge and after it."""
+    found = []
+    for model in (adapted(), adapted()):
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        if found:
+            train(model)
+        try:
+            with wrapped.join():
+                train(wrapped, 0, torch.optim.SGD(trainable(model), lr=0.1), steps=range(1 + rank if found else 1))
+            found.append(state_of(model))
+        except RuntimeError as error:
+            found.append(str(error))
+    return found
+
+
 def run_fsdp(rank, folder):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import fully_shard
@@ -225,6 +314,10 @@ def tasks(rank, folder):
         "sharded apart": lambda: run_sharded_apart(rank),
         "ddp": lambda: run_ddp(rank),
         "broadcast": lambda: run_broadcast(rank),
+        "accumulation": lambda: run_accumulation(rank),
+        "other sizes": lambda: run_other_sizes(rank),
+        "resumed": lambda: run_resumed(rank),
+        "joined": lambda: run_joined(rank),
         "nonfinite": lambda: run_nonfinite(rank),
         "fsdp": lambda: run_fsdp(rank, folder),
         "fsdp_nonfinite": lambda: run_fsdp_nonfinite(rank),
@@ -316,6 +409,36 @@ def test_a_nonfinite_loss_on_one_rank_skips_the_step_on_all(ranks, alone):
         assert entry["skipped"] == 1
         # The run then goes on as if that step had never been: with all its real steps it ends where the others end.
         assert_close(entry["state"], state_of(alone))
+
+
+def test_accumulation_with_no_sync_and_clipping(ranks):
+    model = adapted()
+    pairs = zip(batches()[::2], batches()[1::2], strict=True)
+    norms = accumulated(model, [[(nullcontext(), one), (nullcontext(), other)] for one, other in pairs])
+    assert min(norms) > 0.01  # so that all are clipped
+    for entry in result(ranks, "accumulation"):
+        assert entry["norms"] == pytest.approx(norms, rel=1e-9)
+        assert_close(entry["state"], state_of(model))
+
+
+def test_ranks_with_batches_of_other_sizes_and_padding_alone(ranks):
+    expected = train_on_other_sizes(adapted(), range(WORLD))
+    for entry in result(ranks, "other sizes"):
+        assert_close(entry["state"], expected)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(ranks, alone):
+    first, second = result(ranks, "resumed")
+    for entry in (first, second, resumed(first["middle"]), resumed(second["middle"])):
+        assert entry["merges"] == merges_of(alone)
+        assert_close(entry["state"], state_of(alone))
+
+
+def test_uneven_inputs_by_ddps_join_are_refused_until_the_last_merge(ranks):
+    (error, state), (other_error, other_state) = result(ranks, "joined")
+    assert error == other_error
+    assert re.search(r"ASLoRA does not support DistributedDataParallel\.join\(\) while merges are to come", error)
+    assert_equal(state, other_state)
 
 
 def test_fsdp2_equals_the_unsharded_run(ranks, alone):
