@@ -87,8 +87,10 @@ def _run(argv: list[str]) -> None:
         # Only here: transformers takes seconds to import.
         from aslora_meft.arguments.groups import parse_train
         from aslora_meft.train import train
+        from aslora_meft.training.ranks import lost_ranks_in_one_sentence
 
-        train(parse_train(rest))
+        with lost_ranks_in_one_sentence():
+            train(parse_train(rest))
     elif options.command == "estimate":
         from aslora_meft.planner.command import run
 

@@ -1,11 +1,16 @@
-"""Training by several ranks after an evaluation."""
+"""Training by several ranks: after an evaluation, and when one of them ends."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch.distributed as dist
 from transformers import Trainer
 
+from aslora_meft.errors import UsageError
 from peft_bridge.accelerate_private import forget_prepared
 
 
@@ -22,3 +27,23 @@ def prepare_for_training_again(trainer: Trainer) -> None:
     forget_prepared(model)
     accelerator.free_memory()
     trainer.model_wrapped = model
+
+
+@contextmanager
+def lost_ranks_in_one_sentence() -> Iterator[None]:
+    """Say in one sentence that another rank has ended, which torch's collectives tell by a page of calls.
+
+    Raises:
+        UsageError: instead of the error of a collective, or of MEFT's own waits for other ranks.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        words = " ".join(str(error).split())
+        if not isinstance(error, dist.DistError) and "gloo/" not in words and "shares MEFT's rows" not in words:
+            raise
+        raise UsageError(
+            f"rank {os.environ.get('RANK', 0)} has lost another rank of the run: the messages of the one that ended "
+            "first say why; start all ranks again, with --resume_from_checkpoint last to go on from the last "
+            f"checkpoint ({words[:160]})"
+        ) from error

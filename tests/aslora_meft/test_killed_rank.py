@@ -1,0 +1,60 @@
+"""A rank of `torchrun` that is killed in a step: the others end with one sentence, and the last checkpoint is whole."""
+
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from aslora_meft.arguments.groups import parse_train
+from aslora_meft.errors import UsageError
+from aslora_meft.train import train
+from aslora_meft.training.ranks import lost_ranks_in_one_sentence
+from meft.transport.shared_memory import VARIABLE
+from tests.support import launched
+from tests.support.processes import run_together
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:17843."),
+        dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:3356, remote process exited or network error"),
+        RuntimeError("Rank 1 of this node (process 7), which shares MEFT's rows with this one, has ended: see"),
+    ],
+    ids=["gloo", "nccl", "shared rows"],
+)
+def test_lost_ranks_are_one_sentence(error):
+    with pytest.raises(UsageError, match="lost another rank of the run.*--resume_from_checkpoint last"):
+        with lost_ranks_in_one_sentence():
+            raise error
+
+
+def test_other_errors_stay_as_they_are():
+    with pytest.raises(RuntimeError, match="^CUDA error$"), lost_ranks_in_one_sentence():
+        raise RuntimeError("CUDA error")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["aslora", "meft"])
+def test_the_others_end_at_once_and_the_run_goes_on(method, model_dir, text_file, tmp_path, monkeypatch):
+    words = ["--model", model_dir, "--data", text_file, "--output_dir", tmp_path / "out", "--method", method]
+    words += ["--r", 64 if method == "meft" else 4, "--max_length", 16, "--max_steps", 4, "--save_strategy", "steps"]
+    words += ["--save_steps", 2, "--per_device_train_batch_size", 2, "--disable_tqdm", "true", "--use_cpu", "true"]
+    words = [str(word) for word in words]
+    log = tmp_path / "log"
+    monkeypatch.setenv("KILLED_AT", "4")
+    monkeypatch.setenv(VARIABLE, "1")  # MEFT's ranks wait for each other in shared memory
+    code = Path(launched.__file__).read_text()
+    run_together(code, [(["torchrun", tmp_path, "train", *words], log)], 60, file=launched.__file__, ends=[1])
+    said = log.read_text()
+    assert "(local_rank: 1)\n  exitcode  : -9" in said  # torchrun names the one that ended first
+    # It ends the other one, unless that has found out by itself.
+    errors = [line for line in said.splitlines() if line.startswith("aslora-meft: error: ")]
+    assert all("rank 0 has lost another rank of the run" in error for error in errors)
+    assert len(errors) == said.count("aslora-meft: error") <= 1
+    assert said.count("Traceback") == 1  # torchrun's own
+    assert not (tmp_path / "out" / "checkpoint-4").exists()
+    monkeypatch.delenv(VARIABLE)
+    train(parse_train([*words, "--resume_from_checkpoint", "last"]))
+    assert (tmp_path / "out" / "checkpoint-4").exists()
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
