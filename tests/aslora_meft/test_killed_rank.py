@@ -24,13 +24,13 @@ from tests.support.processes import run_together
     ids=["gloo", "nccl", "shared rows"],
 )
 def test_lost_ranks_are_one_sentence(error):
-    with pytest.raises(UsageError, match="lost another rank of the run.*--resume_from_checkpoint last"):
-        with lost_ranks_in_one_sentence():
-            raise error
+    expected = r"lost another rank of the run.*--resume_from_checkpoint last"
+    with pytest.raises(UsageError, match=expected), lost_ranks_in_one_sentence():
+        raise error
 
 
 def test_other_errors_stay_as_they_are():
-    with pytest.raises(RuntimeError, match="^CUDA error$"), lost_ranks_in_one_sentence():
+    with pytest.raises(RuntimeError, match=r"^CUDA error$"), lost_ranks_in_one_sentence():
         raise RuntimeError("CUDA error")
 
 
@@ -52,7 +52,7 @@ def test_the_others_end_at_once_and_the_run_goes_on(method, model_dir, text_file
     errors = [line for line in said.splitlines() if line.startswith("aslora-meft: error: ")]
     assert all("rank 0 has lost another rank of the run" in error for error in errors)
     assert len(errors) == said.count("aslora-meft: error") <= 1
-    assert said.count("Traceback") == 1  # torchrun's own
+    assert "aslora_meft/train.py" not in said  # no page of calls, but for torchrun's own
     assert not (tmp_path / "out" / "checkpoint-4").exists()
     monkeypatch.delenv(VARIABLE)
     train(parse_train([*words, "--resume_from_checkpoint", "last"]))
