@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +12,10 @@ from typing import Any
 import torch.distributed as dist
 from transformers import Trainer
 
-from aslora_meft.errors import UsageError
 from peft_bridge.accelerate_private import forget_prepared
+
+# Seconds in which a launcher finds the rank that ended first, and not another one that has ended since.
+_LAUNCHER_LOOKS = 1.0
 
 
 def prepare_for_training_again(trainer: Trainer) -> None:
@@ -34,7 +38,7 @@ def lost_ranks_in_one_sentence() -> Iterator[None]:
     """Say in one sentence that another rank has ended, which torch's collectives tell by a page of calls.
 
     Raises:
-        UsageError: instead of the error of a collective, or of MEFT's own waits for other ranks.
+        SystemExit: with code 2, instead of the error of a collective, or of MEFT's own waits for other ranks.
     """
     try:
         yield
@@ -42,8 +46,13 @@ def lost_ranks_in_one_sentence() -> Iterator[None]:
         words = " ".join(str(error).split())
         if not isinstance(error, dist.DistError) and "gloo/" not in words and "shares MEFT's rows" not in words:
             raise
-        raise UsageError(
-            f"rank {os.environ.get('RANK', 0)} has lost another rank of the run: the messages of the one that ended "
+        rank = os.environ.get("RANK", "0")
+        print(
+            f"aslora-meft: error: rank {rank} has lost another rank of the run: the messages of the one that ended "
             "first say why; start all ranks again, with --resume_from_checkpoint last to go on from the last "
-            f"checkpoint ({words[:160]})"
-        ) from error
+            f"checkpoint ({words[:160]})",
+            file=sys.stderr,
+            flush=True,
+        )
+        time.sleep(_LAUNCHER_LOOKS)
+        raise SystemExit(2) from error
