@@ -25,7 +25,7 @@ from tests.support.processes import run_together
 )
 def test_lost_ranks_are_one_sentence(error, monkeypatch, capsys):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    with pytest.raises(SystemExit, match="^2$"), lost_ranks_in_one_sentence():
+    with pytest.raises(SystemExit, match=r"^2$"), lost_ranks_in_one_sentence():
         raise error
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(r"error: rank 0 has lost another rank of the run: .*--resume_from_checkpoint last", line)
