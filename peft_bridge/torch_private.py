@@ -189,6 +189,11 @@ def left_alone_by_fsdp2(kind: Kind) -> Kind:
     return kind
 
 
+def is_left_alone_by_fsdp2(module: nn.Module) -> bool:
+    """Whether the module is of a class that is `left_alone_by_fsdp2`."""
+    return isinstance(getattr(type(module), REGISTRY_KEY, None), property)
+
+
 def fsdp2_unit_around(module: nn.Module) -> Any:
     """The innermost `FSDPModule` around a module of a class that is `left_alone_by_fsdp2`; None: there is none."""
     unit = _sharded_around.get(module)
