@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-
 from torch.distributed.tensor import DTensor
 
 from peft_bridge.torch_private import schema_of

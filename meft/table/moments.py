@@ -95,9 +95,10 @@ class RowMoments(float):
 
     It is no tensor, so that `load_state_dict` does not cast it to the dtype of the parameter and nobody moves it to a
     device. It is a number (of no meaning), so that torch's functions for distributed state dicts pass it on as it is:
-    they raise an error for objects that are neither tensors nor numbers. Copies (`copy`, `deepcopy`) share the memory. An update copies the memory first if others hold it too, so
-    that a state dict that was kept does not change. `torch.save` writes the tensors from where they are, and
-    `torch.load` reads them into host memory, whatever device its `map_location` names.
+    they raise an error for objects that are neither tensors nor numbers. Copies (`copy`, `deepcopy`) share the memory.
+    An update copies the memory first if others hold it too, so that a state dict that was kept does not change.
+    `torch.save` writes the tensors from where they are, and `torch.load` reads them into host memory, whatever device
+    its `map_location` names.
 
     Args:
         moments: may be shared with other entries.

@@ -188,7 +188,7 @@ class MethodTuner(BaseTuner, RunListener):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """Select an adapter's tensors, whole ones where ranks have shards of them (all ranks come), and add their digest."""
+        """Select an adapter's tensors, gathered where the ranks have shards of them, and add their digest."""
         own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         own = {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in own.items()}
         if own and cls.file is not None:
