@@ -27,7 +27,7 @@ from aslora_meft.training.finish import next_commands, write_results
 from aslora_meft.training.hub import prepare_push, push
 from aslora_meft.training.interrupt import Interrupted, StopAtStep
 from aslora_meft.training.progress import show_progress
-from aslora_meft.training.ranks import prepare_for_training_again
+from aslora_meft.training.ranks import FirstEvaluation, evaluates_when_it_trains, prepare_for_training_again
 from aslora_meft.training.run_record import RunRecord
 from aslora_meft.training.summary import merge_lines, merges, metrics_table, run_header, shares
 from aslora_meft.training.task_state import TaskState, check_task
@@ -99,8 +99,10 @@ def train(arguments: TrainArguments) -> TrainResult:
         trainer.add_callback(MergeEvents())
     if trainer.is_world_process_zero():
         print(run_header(model, trainer.args, data.lines), flush=True)
-    before = task.measure(trainer)
-    prepare_for_training_again(trainer)
+    first = FirstEvaluation(trainer) if evaluates_when_it_trains(trainer) else None
+    if first is None:
+        before = task.measure(trainer)
+        prepare_for_training_again(trainer)
     if trainer.is_world_process_zero():
         for torn, why in passed.items():
             aside = set_aside(torn)
@@ -116,6 +118,8 @@ def train(arguments: TrainArguments) -> TrainResult:
             f"stopped after step {stop.step}, which {args.output_dir}/checkpoint-{stop.step} holds; to go on, run the "
             "same command with --resume_from_checkpoint last"
         )
+    if first is not None:
+        before = task.measured(first.metrics)
     after = task.measure(trainer)
     tuner: Any = model.base_model
     if shares(model):

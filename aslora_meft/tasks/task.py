@@ -86,7 +86,10 @@ class Task(ABC):
 
     def measure(self, trainer: Trainer) -> dict[str, float]:
         """Held-out metrics."""
-        metrics = trainer.evaluate()
+        return self.measured(trainer.evaluate())
+
+    def measured(self, metrics: dict[str, float]) -> dict[str, float]:
+        """What an evaluation of the Trainer has found."""
         return {name: metrics[f"eval_{name}"] for name in (*self.titles, "tokens", "rows") if f"eval_{name}" in metrics}
 
     def details(self) -> dict[str, Any]:

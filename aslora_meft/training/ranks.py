@@ -10,12 +10,36 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_bridge.accelerate_private import forget_prepared
 
 # Seconds in which a launcher finds the rank that ended first, and not another one that has ended since.
 _LAUNCHER_LOOKS = 1.0
+
+
+class FirstEvaluation(TrainerCallback):
+    """Keeps what an evaluation has found before the first step, for engines that prepare the model with its optimizer.
+
+    FSDP2 and DeepSpeed cannot evaluate before they train, so the Trainer does it as it begins.
+
+    Attributes:
+        metrics: of the Trainer; empty before the evaluation.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.metrics: dict[str, float] = {}
+        trainer.args.eval_on_start = True
+        trainer.add_callback(self)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep the first."""
+        self.metrics = self.metrics or dict(kwargs["metrics"])
+
+
+def evaluates_when_it_trains(trainer: Trainer) -> bool:
+    """Whether the Trainer's engine prepares the model together with its optimizer alone."""
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
 
 
 def prepare_for_training_again(trainer: Trainer) -> None:
@@ -24,7 +48,7 @@ def prepare_for_training_again(trainer: Trainer) -> None:
     An evaluation before `train` prepares the model without DDP, and accelerate does not prepare a model twice: ranks
     would train apart, without an error.
     """
-    if trainer.args.world_size == 1 or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    if trainer.args.world_size == 1:
         return
     accelerator = trainer.accelerator
     model: Any = accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)

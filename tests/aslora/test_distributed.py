@@ -353,6 +353,8 @@ def run_fsdp_accelerate(rank, folder):
 
 
 def run_fsdp_trainer(rank, folder):
+    data = [{"input_ids": row, "labels": row} for row in batches().flatten(0, 1)]
+
     def trained(**resume):
         forget()
         arguments = TrainingArguments(
@@ -360,9 +362,7 @@ def run_fsdp_trainer(rank, folder):
             **{"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "steps", "save_steps": 3},
             fsdp=True, fsdp_config={"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": True},
         )  # fmt: skip
-        trainer = Trainer(
-            adapted(), arguments, train_dataset=[{"input_ids": r, "labels": r} for b in batches() for r in b]
-        )
+        trainer = Trainer(adapted(), arguments, train_dataset=data)
         trainer.train(**resume)
         return {"state": state_of(trainer.model), "merges": merges_of(trainer.model)}
 

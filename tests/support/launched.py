@@ -14,7 +14,7 @@ def launch(launcher, folder, *words):
     """Run `aslora-meft WORDS` by two ranks on the CPU; each keeps what it has trained in `folder`.
 
     Args:
-        launcher: "torchrun" or "accelerate".
+        launcher: "torchrun", "accelerate", or a file with accelerate's configuration.
     """
     from torch.distributed import run  # `--`: else its own parser takes `--r` for one of its options
 
@@ -31,14 +31,16 @@ def launch(launcher, folder, *words):
         return
     from accelerate.commands import launch
 
-    machine = ["--multi_gpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    arguments = [*machine, "--num_processes=2", "--main_process_port=0", "-m", "--", "aslora_meft", *words]
+    machine = ["--multi_gpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--num_processes=2"]
+    machine = machine if launcher == "accelerate" else [f"--config_file={launcher}"]
+    arguments = [*machine, "--main_process_port=0", "-m", "--", "aslora_meft", *words]
     launch.launch_command(launch.launch_command_parser().parse_args(arguments))
 
 
 def work(folder, *words):
     """What a rank does; the second one is killed in its optimizer step KILLED_AT, where the environment has that."""
     from aslora_meft import cli, train
+    from tests.support.fsdp2 import fsdp2_on_cpu, whole
     from tests.support.tiny_meft import Tiny
 
     torch.set_num_threads(1)
@@ -46,16 +48,26 @@ def work(folder, *words):
     train.train = lambda options: kept.append(inner(options))
     if os.environ["RANK"] == "1" and "KILLED_AT" in os.environ:
         kill_in_step(int(os.environ["KILLED_AT"]))
-    code = cli.main(list(words))
+    rank = int(os.environ["RANK"])
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        torch.distributed.init_process_group("gloo")
+        with fsdp2_on_cpu(rank):
+            code = cli.main(list(words))
+    else:
+        code = cli.main(list(words))
     if code:
         sys.exit(code)
     model = kept[0].model
-    tables, node = Tiny.tables(model), model.base_model.ranks.node
-    state = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
-    for number, table in enumerate(tables):
+    node = getattr(getattr(model.base_model, "ranks", None), "node", None)
+    state = {name: value.detach().clone() for name, value in whole(trained(model)).items()}
+    for number, table in enumerate(Tiny.tables(model)):
         state |= {f"{number}.{name}": value.clone() for name, value in table.moments.tensors().items()}
     result = {"state": state, "summed": node.sum.bytes_between_ranks if node is not None else 0}
-    torch.save(result, Path(folder) / f"rank{os.environ['RANK']}.pt")
+    torch.save(result, Path(folder) / f"rank{rank}.pt")
+
+
+def trained(model):
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 
 def kill_in_step(number):
