@@ -270,13 +270,13 @@ def _ranks_as_text(result: Estimate, ranks: RanksEstimate) -> list[str]:
     lines.append(f"  {'peak':<12}{ranks.peak / GIB:>8.2f}{_verdict(result)}")
     for name, host in ranks.hosts.items():
         title = name if len(ranks.hosts) == 1 or name != "shared" else "shared (ASLORA_MEFT_SHARE_ROWS=1, experimental)"
-        told = [f"host memory of all ranks {host.node(ranks.gpus) / GIB:,.2f} GiB"] if host.each else []
+        each, once = (sum(parts.values()) / GIB for parts in (host.each, host.once))
+        told = [f"host memory of all ranks {host.node(ranks.gpus) / GIB:,.2f} GiB, {each:,.2f} of it each"]
         if host.once:
-            told.append(f"{sum(host.each.values()) / GIB:,.2f} of it each, {sum(host.once.values()) / GIB:,.2f} once")
+            told.append(f"{once:,.2f} once")
         if host.tokens_per_second is not None:
             told.append(f"predicted at most {host.tokens_per_second:,.0f} tokens/s of all ranks")
-        if told:
-            lines.append(f"{title + ': ' if host.each else ''}{', '.join(told)}")
+        lines.append(f"{title + ': ' if host.each else ''}{', '.join(told)}")
     return lines + ([f"NOT POSSIBLE: {ranks.refusal}"] if ranks.refusal else [])
 
 

@@ -172,7 +172,7 @@ def _best(model: _Model, request: Request) -> tuple[Plan | None, Memory]:
 
 def _refusal(request: Request) -> str | None:
     """Why there can be no such run yet."""
-    refused = request.method == "meft" and request.gpus > 1 and request.parallel != "ddp"
+    refused = request.method == "meft" and request.gpus > 1 and request.parallel == "zero3"
     return f"MEFT does not train under {request.parallel} yet" if refused else None
 
 

@@ -313,6 +313,7 @@ def test_ranks_hold_shards_and_share_rows_once_a_node(told):
     assert apart["bytes_of_node"] == 4 * sum(apart["bytes_per_rank"].values())
     assert shared["bytes_of_node"] == 4 * sum(shared["bytes_per_rank"].values()) + sum(shared["bytes_once"].values())
     assert apart["tokens_per_second_at_most"] <= shared["tokens_per_second_at_most"]
+    assert told(*words, "--parallel", "fsdp2")["ranks"]["refused"] is None
     lora = told("--method", "lora", *words[2:], "--parallel", "fsdp2")["ranks"]
     assert lora["refused"] is None
     assert lora["host"]["a copy each"]["bytes_of_node"] == 0
@@ -337,13 +338,13 @@ def test_what_would_fit_on_each_of_several_gpus(told):
 
 
 def test_a_run_that_there_cannot_be_has_neither_verdict_nor_speed(told, folder, capsys):
-    words = ["--r", "64", "--gpu", "3090", "--gpus", "2", "--parallel", "fsdp2"]
+    words = ["--r", "64", "--gpu", "3090", "--gpus", "2", "--parallel", "zero3"]
     found = told(*words)
-    assert found["ranks"]["refused"] == "MEFT does not train under fsdp2 yet"
+    assert found["ranks"]["refused"] == "MEFT does not train under zero3 yet"
     assert found["fits"] is found["seconds_per_step_at_least"] is found["tokens_per_second_at_most"] is None
     assert {host["tokens_per_second_at_most"] for host in found["ranks"]["host"].values()} == {None}
     assert main(["estimate", *folder(), *words]) == 0
     said = capsys.readouterr().out
-    assert said.endswith("NOT POSSIBLE: MEFT does not train under fsdp2 yet\n")
+    assert said.endswith("NOT POSSIBLE: MEFT does not train under zero3 yet\n")
     assert "fits" not in said.lower()
     assert "tokens/s" not in said
