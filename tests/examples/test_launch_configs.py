@@ -14,7 +14,8 @@ from tests.support.processes import run_together
 
 CONFIGS = Path(__file__).resolve().parents[2] / "examples" / "distributed"
 METHODS = {"aslora": {"r": 8, "merge_start": 0, "merge_interval": 2}, "meft": {"r": 64}}
-RUNS = {"ddp": ["aslora"], "fsdp2": ["aslora", "meft"]}  # MEFT under DDP: tests/aslora_meft/test_ranks.py
+BOTH = ["aslora", "meft"]
+RUNS = {"ddp": ["aslora"], "fsdp2": BOTH, "deepspeed_zero2": BOTH}  # MEFT under DDP: tests/aslora_meft/test_ranks.py
 
 
 def words(method, model_dir, data, output, **fields):
@@ -27,6 +28,8 @@ def words(method, model_dir, data, output, **fields):
 @pytest.mark.slow
 @pytest.mark.parametrize(("config", "method"), [(name, method) for name in RUNS for method in RUNS[name]])
 def test_ranks_of_a_configuration_train_as_one_process(config, method, model_dir, tmp_path):
+    if config.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
     data = tmp_path / "train.jsonl"
     data.write_text("\n".join(json.dumps({"prompt": f"{i} plus 1", "completion": f" {i + 1}"}) for i in range(40)))
     code, log = Path(launched.__file__).read_text(), tmp_path / "log"
@@ -47,9 +50,8 @@ def test_ranks_of_a_configuration_train_as_one_process(config, method, model_dir
 def test_configurations_differ_in_what_they_name_alone():
     found = {path.stem: yaml.safe_load(path.read_text()) for path in CONFIGS.glob("*.yaml")}
     assert found.keys() == RUNS.keys()
-    assert {name: config.pop("distributed_type") for name, config in found.items()} == {
-        "ddp": "MULTI_GPU",
-        "fsdp2": "FSDP",
-    }
+    kinds = {name: config.pop("distributed_type") for name, config in found.items()}
+    assert kinds == {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed_zero2": "DEEPSPEED"}
     assert found["fsdp2"].pop("fsdp_config")["fsdp_version"] == 2
-    assert found["ddp"] == found["fsdp2"]
+    assert found["deepspeed_zero2"].pop("deepspeed_config")["zero_stage"] == 2
+    assert found["ddp"] == found["fsdp2"] == found["deepspeed_zero2"]

@@ -53,6 +53,15 @@ def work(folder, *words):
         torch.distributed.init_process_group("gloo")
         with fsdp2_on_cpu(rank):
             code = cli.main(list(words))
+    elif os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        from tests.support import zero
+
+        torch.distributed.init_process_group("gloo")
+        zero.start(rank)
+        zero.let_accelerate_take_gloo()
+        words = list(words)
+        at = words.index("--use_cpu")  # with it accelerate does not look for DeepSpeed
+        code = cli.main(words[:at] + words[at + 2 :])
     else:
         code = cli.main(list(words))
     if code:
