@@ -250,7 +250,6 @@ def _ranks_as_json(ranks: RanksEstimate) -> dict[str, Any]:
     return {
         "gpus": ranks.gpus,
         "parallel": ranks.parallel,
-        "refused": ranks.refusal,
         "device_bytes_per_rank": {**ranks.device, "peak": ranks.peak},
         "host": {
             name: {
@@ -277,7 +276,7 @@ def _ranks_as_text(result: Estimate, ranks: RanksEstimate) -> list[str]:
         if host.tokens_per_second is not None:
             told.append(f"predicted at most {host.tokens_per_second:,.0f} tokens/s of all ranks")
         lines.append(f"{title + ': ' if host.each else ''}{', '.join(told)}")
-    return lines + ([f"NOT POSSIBLE: {ranks.refusal}"] if ranks.refusal else [])
+    return lines
 
 
 def _trainable(result: Estimate) -> int:

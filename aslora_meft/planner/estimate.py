@@ -170,12 +170,6 @@ def _best(model: _Model, request: Request) -> tuple[Plan | None, Memory]:
     return plan, memory
 
 
-def _refusal(request: Request) -> str | None:
-    """Why there can be no such run yet."""
-    refused = request.method == "meft" and request.gpus > 1 and request.parallel == "zero3"
-    return f"MEFT does not train under {request.parallel} yet" if refused else None
-
-
 def _device_of_rank(model: _Model, request: Request, memory: Memory) -> dict[str, int]:
     units = Units.of(model.base, model.stored)
     return device_of_rank(memory.parts, units, memory.trainable, request.gpus, request.parallel)
@@ -190,7 +184,7 @@ def _seconds(
     model: _Model, request: Request, plan: Plan | None, memory: Memory
 ) -> tuple[float, float] | tuple[None, None]:
     """At least so many seconds per optimizer step, and so many of computing."""
-    if request.card is None or _refusal(request):
+    if request.card is None:
         return None, None
     at = ceilings(request.card)
     if plan is not None:
@@ -228,7 +222,7 @@ def _ranks(model: _Model, one: Estimate) -> RanksEstimate:
         tokens = request.gpus * request.gradient_accumulation_steps * request.micro_batch
         speed = None if one.seconds is None else tokens / max(one.seconds, least)
         hosts = {"a copy each": HostOfRanks(one.host, {}, speed)}
-    return RanksEstimate(*layout, _device_of_rank(model, request, one.memory), hosts, _refusal(request))
+    return RanksEstimate(*layout, _device_of_rank(model, request, one.memory), hosts)
 
 
 def _remedies(config: Any, request: Request) -> tuple[str, ...]:

@@ -72,14 +72,12 @@ class RanksEstimate:
     Attributes:
         device: part -> bytes of each rank at the peak.
         hosts: "a copy each", and for MEFT's rows in host memory "shared": one copy for all.
-        refusal: why such a run is not possible yet; None: it is.
     """
 
     gpus: int
     parallel: str
     device: dict[str, int]
     hosts: dict[str, HostOfRanks] = field(default_factory=dict)
-    refusal: str | None = None
 
     @property
     def peak(self) -> int:

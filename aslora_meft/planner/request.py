@@ -83,9 +83,8 @@ class Estimate:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the peak leaves `RESERVED` of the GPU; None where its size was not said, or there can be no run."""
-        refused = self.ranks is not None and self.ranks.refusal is not None
-        return None if self.request.gpu is None or refused else self.peak <= self.request.gpu - RESERVED
+        """Whether the peak leaves `RESERVED` of the GPU; None where its size was not said."""
+        return None if self.request.gpu is None else self.peak <= self.request.gpu - RESERVED
 
     @property
     def peak(self) -> int:
