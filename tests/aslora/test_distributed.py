@@ -244,9 +244,7 @@ def run_fsdp_trainer(rank, folder):
             **{"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "steps", "save_steps": 3},
             fsdp=True, fsdp_config={"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": True},
         )  # fmt: skip
-        trainer = Trainer(
-            adapted(), arguments, train_dataset=[{"input_ids": r, "labels": r} for b in batches() for r in b]
-        )
+        trainer = Trainer(adapted(), arguments, train_dataset=data)
         trainer.train(**resume)
         return {"state": state_of(trainer.model), "merges": merges_of(trainer.model)}
 
