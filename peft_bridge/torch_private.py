@@ -139,6 +139,9 @@ def has_tangent(tensors: Iterable[Tensor]) -> bool:
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
+_STATE_DICTS = "torch.distributed.checkpoint.state_dict"
+
+
 def makes_optimizer_state(call: FrameType) -> bool:
     """Whether torch's functions for distributed state dicts have made this call, of `optimizer.step()`.
 
@@ -150,9 +153,6 @@ def makes_optimizer_state(call: FrameType) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-_STATE_DICTS = "torch.distributed.checkpoint.state_dict"
 
 
 # ------------------------------------------------------------------ process groups
