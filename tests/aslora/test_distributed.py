@@ -13,6 +13,8 @@ import torch.distributed.checkpoint as dcp
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from transformers import Trainer, TrainingArguments
 
@@ -94,9 +96,6 @@ def run_apart(rank):
 
 def run_sharded_apart(rank):
     """Each rank shards a model over a mesh of its own; one of them has a step whose gradient is inf."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     mesh = init_device_mesh("cpu", (WORLD, 1), mesh_dim_names=("model", "shard"))["shard"]
     before = collectives()
     model = adapted()
@@ -160,7 +159,6 @@ def run_nonfinite(rank):
 
 def run_fsdp(rank, folder):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.fsdp import fully_shard
 
     model = adapted()
     for layer in model.base_model.model.model.layers:
@@ -176,8 +174,6 @@ def run_fsdp(rank, folder):
 
 
 def run_fsdp_nonfinite(rank):
-    from torch.distributed.fsdp import fully_shard
-
     model = adapted()
     fully_shard(model)
     optimizer = train(model, rank, steps=range(2))
@@ -231,6 +227,12 @@ def accumulated(rank=None):
         optimizer.step()
         optimizer.zero_grad()
     return {"state": state_of(model), "merges": merges_of(model), "norms": norms}
+
+
+def run_fsdp_replicas(rank):
+    model = by_hand(adapted(), mesh=init_device_mesh("cpu", (WORLD, 1), mesh_dim_names=("replicas", "ranks")))
+    train(model, rank)
+    return {"state": state_of(model), "merges": merges_of(model)}
 
 
 def run_fsdp_mixed(rank):
@@ -301,6 +303,7 @@ def tasks(rank, folder):
         "fsdp resumed": lambda: run_fsdp_resumed(rank, folder),
         "fsdp accelerate": lambda: run_fsdp_accelerate(rank, folder),
         "fsdp accumulated": lambda: accumulated(rank),
+        "fsdp replicas": lambda: run_fsdp_replicas(rank),
         "fsdp mixed": lambda: run_fsdp_mixed(rank),
         "fsdp trainer": lambda: run_fsdp_trainer(rank, folder),
         "fsdp averaged": lambda: averaged(rank),
@@ -449,6 +452,13 @@ def test_accumulation_and_clipping_under_fsdp2(ranks):
         assert entry["norms"] == pytest.approx(expected["norms"], rel=1e-9)
         assert min(entry["norms"]) > 0.01
         assert_close(entry["state"], expected["state"])
+
+
+def test_fsdp2_with_replicas_equals_the_unsharded_run(ranks, alone):
+    first, second = result(ranks, "fsdp replicas")
+    assert first["merges"] == second["merges"] == merges_of(alone)
+    training.assert_equal(first["state"], second["state"])
+    assert_close(first["state"], state_of(alone))
 
 
 def test_mixed_precision_under_fsdp2(ranks):
