@@ -19,7 +19,7 @@ from .cost.auto import chosen
 from .cost.host_memory import require_memory_for
 from .files import training_state as state
 from .files.adapter_file import FILE, RESERVED
-from .injection import check_gradients_last, check_not_sharded, connect, profile_of, warn_of_others
+from .injection import check_gradients_last, connect, profile_of, warn_of_others
 from .layer import NOT_MERGEABLE, MEFTLayer
 from .load_balancing import note_loss_scale
 from .optim.optimizer_hook import RowSteps
@@ -90,7 +90,6 @@ class MEFTModel(MethodTuner):
         return config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        check_not_sharded(peft_config, model)
         self._ffns, others = targeted_ffns(peft_config, model)
         warn_of_others(others)
         require_memory_for(peft_config, list(self._ffns.values()))

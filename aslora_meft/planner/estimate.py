@@ -172,7 +172,8 @@ def _best(model: _Model, request: Request) -> tuple[Plan | None, Memory]:
 
 def _device_of_rank(model: _Model, request: Request, memory: Memory) -> dict[str, int]:
     units = Units.of(model.base, model.stored)
-    return device_of_rank(memory.parts, units, memory.trainable, request.gpus, request.parallel)
+    rows = request.method == "meft"
+    return device_of_rank(memory.parts, units, memory.trainable, request.gpus, request.parallel, rows=rows)
 
 
 def _peak(model: _Model, request: Request, memory: Memory) -> int:

@@ -120,7 +120,7 @@ class MethodTuner(BaseTuner, RunListener):
             raise ValueError(
                 f"adapter_name='{adapter_name}' is the name of a tensor of {config.method}: choose another name."
             )
-        refuse_sharded(model, config.method)
+        refuse_sharded(model, config)
         names = set(config.target_modules) if isinstance(config.target_modules, set | list) else set()
         flags = [(p, p.requires_grad) for p in model.parameters()]
         shared_flags = [(p, p.requires_grad) for p in self.shared_parameters()]

@@ -324,6 +324,18 @@ def test_ranks_hold_shards_and_share_rows_once_a_node(told):
     assert lora["device_bytes_per_rank"]["base"] == -(-parts["base"] // 4)
 
 
+def test_fsdp2_shards_the_routers_of_meft_and_not_its_rows(told):
+    words = ("--r", 64, "--card", "3090", "--gpus", 4, "--parallel", "fsdp2", "--placement", "device")
+    found = told(*words)
+    one, each = found["device_bytes"], found["ranks"]["device_bytes_per_rank"]
+    assert found["ranks"]["refused"] is None
+    assert each["adapter"] == one["adapter"] > 0
+    assert each["router"] == -(-one["router"] // 4)
+    for part, times in {"optimizer": 2, "gradients": 1}.items():
+        sharded = min(one[part], times * one["router"])  # of what there is at the peak
+        assert each[part] == one[part] - sharded + -(-sharded // 4)
+
+
 def test_what_would_fit_on_each_of_several_gpus(told):
     """By DDP each has its buckets beside what one process has, so less fits."""
 
