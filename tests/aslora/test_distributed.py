@@ -288,7 +288,13 @@ def run_tensor_parallel(rank, folder):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from transformers import LlamaForCausalLM
-    from transformers.distributed import DistributedConfig
+
+    try:
+        from transformers.distributed import DistributedConfig
+
+        how = {"distributed_config": DistributedConfig(tp_plan="auto")}
+    except ImportError:  # before transformers 5.15
+        how = {"tp_plan": "auto"}
 
     heads = {"num_key_value_heads": 2, "use_cache": False}
     if rank == 0:
@@ -296,7 +302,7 @@ def run_tensor_parallel(rank, folder):
     torch.distributed.barrier()
     found = {}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    parted = LlamaForCausalLM.from_pretrained(folder / "to part", distributed_config=DistributedConfig(tp_plan="auto"))
+    parted = LlamaForCausalLM.from_pretrained(folder / "to part", **how)
     sharded = fully_shard(llama(1, **heads), mesh=init_device_mesh("cpu", (WORLD,)))
     for name, model in (("tp", parted), ("fsdp", sharded)):
         for config in (ASLoRAConfig(target_modules=["q_proj"]), MEFTConfig(r=64)):
