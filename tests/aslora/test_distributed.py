@@ -289,6 +289,11 @@ def run_tensor_parallel(rank, folder):
     from torch.distributed.fsdp import fully_shard
     from transformers import LlamaForCausalLM
 
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(WORLD),
+    }  # read as the configuration is made
     try:
         from transformers.distributed import DistributedConfig
 
@@ -301,7 +306,6 @@ def run_tensor_parallel(rank, folder):
         llama(1, **heads).save_pretrained(folder / "to part")
     torch.distributed.barrier()
     found = {}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
     parted = LlamaForCausalLM.from_pretrained(folder / "to part", **how)
     sharded = fully_shard(llama(1, **heads), mesh=init_device_mesh("cpu", (WORLD,)))
     for name, model in (("tp", parted), ("fsdp", sharded)):
