@@ -293,7 +293,7 @@ def run_tensor_parallel(rank, folder):
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(WORLD),
-    }  # read as the configuration is made
+    }  # read when it is made
     try:
         from transformers.distributed import DistributedConfig
 
