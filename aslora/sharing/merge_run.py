@@ -222,9 +222,10 @@ def _learning_rate_is_zero(optimizer: Optimizer, members: list[SharedB]) -> bool
 
 
 def _refuse_flattened(adapter_name: str, members: list[SharedB]) -> None:
-    if any(member.stacked_B.ndim != 3 or not member.stacked_B.numel() for member in members):
+    whole = [member.stacked_B for member in members if member.zero is None or not member.zero.alive]
+    if any(B.ndim != 3 or not B.numel() for B in whole):
         raise ValueError(
-            f"Adapter '{adapter_name}' is flattened or held in parts by its engine (FullyShardedDataParallel, which is "
-            "FSDP1, or DeepSpeed's ZeRO-3), so that ASLoRA cannot merge rows of its stacked B: use FSDP2 "
-            "(torch.distributed.fsdp.fully_shard, in accelerate's configuration fsdp_version: 2), or ZeRO-1 or -2."
+            f"Adapter '{adapter_name}' is flattened by its engine (FullyShardedDataParallel, which is FSDP1), so that "
+            "ASLoRA cannot merge rows of its stacked B: use FSDP2 (torch.distributed.fsdp.fully_shard, in accelerate's "
+            "configuration fsdp_version: 2), or DeepSpeed's ZeRO."
         )

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from peft_bridge.deepspeed_private import ZeroSteps, is_partitioned
+
 from .host_values import HostValues
 from .merge_math import groups_of, is_sharing_map
 from .sharded import full_tensor, overwrite
@@ -43,7 +45,10 @@ class SharedB(nn.Module):
         before_training_forward: called before a training forward pass takes the rows; compares `ties` with values and
             buffers.
         checked: that has been done for the rows that are taken next.
+        zero: DeepSpeed's steps of a copy of B; None: there is none.
     """
+
+    zero: ZeroSteps | None = None
 
     layers: Tensor
     rows: Tensor
@@ -167,8 +172,24 @@ class SharedB(nn.Module):
 
     @property
     def compared(self) -> bool:
-        """Whether the rows can be compared here: not on the meta device, nor where FSDP2 holds a shard of them."""
-        return not (self.stacked_B.is_meta or isinstance(self.stacked_B, DTensor))
+        """Whether the rows can be compared here: not on the meta device, nor where a rank holds a part of them."""
+        return not (self.stacked_B.is_meta or isinstance(self.stacked_B, DTensor) or is_partitioned(self.stacked_B))
+
+    def full_tensor(self) -> Tensor:
+        """The full B [n, out_features, r] without autograd, as precise as it is stepped."""
+        return full_tensor(self.stacked_B, self.zero)
+
+    def overwrite(self, whole: Tensor) -> None:
+        """Write the full B into shards, or into what DeepSpeed steps."""
+        if self.zero is not None and self.zero.alive:
+            self.zero.write(self.stacked_B, whole)
+        else:
+            overwrite(self.stacked_B, whole)  # type: ignore[arg-type]
+
+    @property
+    def held_elsewhere(self) -> bool:
+        """Whether B is not, or not alone, what this rank reads."""
+        return isinstance(self.stacked_B, DTensor) or (self.zero is not None and self.zero.alive)
 
     @torch.no_grad()
     def mirror(self, whole: Tensor | None = None) -> None:
@@ -179,10 +200,10 @@ class SharedB(nn.Module):
         """
         if not self.ties.mirrored:
             return
-        if isinstance(self.stacked_B, DTensor):
-            whole = full_tensor(self.stacked_B) if whole is None else whole
+        if self.held_elsewhere:
+            whole = self.full_tensor() if whole is None else whole
             self.ties.mirror(whole)
-            overwrite(self.stacked_B, whole)
+            self.overwrite(whole)
         else:
             self.ties.mirror(self.stacked_B.detach())
 
@@ -210,8 +231,8 @@ class SharedB(nn.Module):
     def after_step(self, step: int) -> None:
         """Follow optimizer step `step`: mirror the rows and, while merges are to come, update the averages."""
         whole = None
-        if isinstance(self.stacked_B, DTensor) and (self.ties.mirrored or not self.finished):
-            whole = full_tensor(self.stacked_B)
+        if self.held_elsewhere and (self.ties.mirrored or not self.finished):
+            whole = self.full_tensor()
         self.mirror(whole)
         if not self.finished:
             self.update_average(step, whole)
@@ -221,7 +242,7 @@ class SharedB(nn.Module):
     def update_average(self, step: int, whole: Tensor | None = None) -> None:
         """Take B after optimizer step `step` into the running averages (eq. 3)."""
         count = self._clock_now()[1] + 1
-        B = full_tensor(self.stacked_B) if whole is None else whole
+        B = self.full_tensor() if whole is None else whole
         self.average.lerp_(B.to(self.average.dtype), 1 / count)
         self.clock_values.write(self.clock, [step, count, 0])
 
@@ -275,7 +296,7 @@ class SharedB(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy and pickle."""
-        return {**self.__dict__, "_compiled": None, "clock_values": None}
+        return {**self.__dict__, "_compiled": None, "clock_values": None, "zero": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
