@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .config import MEFTConfig
 from .cost.auto import ModelProfile, model_profile
 from .layer import MEFTLayer
-from .optim.ddp import RankAverage
 from .optim.optimizer_hook import RowSteps
+from .optim.rank_average import RankAverage
 from .retrieval.costs import Rows
 from .retrieval.engine import Engine
 from .transport.openmp_waiting import check_waiting

@@ -22,8 +22,8 @@ from .files.adapter_file import FILE, RESERVED
 from .injection import check_gradients_last, connect, profile_of, warn_of_others
 from .layer import NOT_MERGEABLE, MEFTLayer
 from .load_balancing import note_loss_scale
-from .optim.ddp import RankAverage
 from .optim.optimizer_hook import RowSteps
+from .optim.rank_average import RankAverage
 from .report import TransferReport, transfer_report
 from .retrieval import forward_context as context
 from .retrieval.costs import Rows
