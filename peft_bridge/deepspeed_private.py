@@ -84,8 +84,8 @@ class ZeroSteps:
         group: process group of the ranks over which gradients are averaged.
     """
 
-    def __init__(self, zero: Any, group: Any) -> None:
-        self._ref, self.group = weakref.ref(zero), group
+    def __init__(self, engine: Any, zero: Any) -> None:
+        self._engine, self._ref, self.group = weakref.ref(engine), weakref.ref(zero), engine.seq_data_parallel_group
         self._destroyed = False
         self._scaled_norm: Tensor | None = None
         destroy = zero.destroy
@@ -103,7 +103,18 @@ class ZeroSteps:
     @property
     def alive(self) -> bool:
         """Whether ZeRO has the parameters still."""
-        return self._zero is not None and not self._destroyed
+        return self._zero is not None and self._engine() is not None and not self._destroyed
+
+    @property
+    def engine(self) -> Any:
+        """The engine, None if it is gone."""
+        return self._engine()
+
+    @property
+    def writes_checkpoints(self) -> bool:
+        """Whether this rank writes what all ranks have alike into a checkpoint."""
+        engine = self._engine()
+        return bool((engine.local_rank if engine.use_node_local_storage() else engine.global_rank) == 0)
 
     @property
     def partitions_parameters(self) -> bool:
@@ -247,7 +258,7 @@ def before_zero_is_made(
             )
         begin(optimizer)
         zero = make(optimizer)
-        made(ZeroSteps(zero, engine.seq_data_parallel_group))
+        made(ZeroSteps(engine, zero))
         return zero
 
     engine._configure_zero_optimizer = configure

@@ -39,6 +39,9 @@ class EngineFollower(nn.Module):
     def keep_from_engine(self) -> None:
         """The engine is about to look for parameters: hide those that it shall not have."""
 
+    def given_back(self) -> None:
+        """The engine is gone: show what was hidden."""
+
     def engine_begins(self, optimizer: Optimizer) -> None:
         """ZeRO is about to be made from an optimizer: take out parameters that it shall not have, and refuse it."""
 
@@ -93,9 +96,17 @@ class EngineFollower(nn.Module):
         if field is not None:
             raise ValueError(f"ASLoRA and MEFT do not support this setting of DeepSpeed: {field}.")
         self.keep_from_engine()
-        before_zero_is_made(engine, self.engine_begins, self._follow_zero)
+        before_zero_is_made(engine, self._begin, self._follow_zero)
         around_checkpoints(engine, self.engine_saving, self.engine_loading, self.engine_loaded)
         _followed[self] = weakref.ref(engine)
+        weakref.finalize(engine, _give_back, weakref.ref(self)).atexit = False
+
+    def _begin(self, optimizer: Optimizer) -> None:
+        try:
+            self.engine_begins(optimizer)
+        except ValueError:
+            self.given_back()
+            raise
 
     def _follow_zero(self, zero: ZeroSteps) -> None:
         self.engine_made(zero)
@@ -106,9 +117,15 @@ def _nothing() -> None:
     pass
 
 
-def group_of_each(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
-    """id of a parameter -> the parameter group that holds it; the groups live on with ZeRO's flattened copies."""
-    return {id(p): group for group in optimizer.param_groups for p in group["params"]}
+def _give_back(tuner: weakref.ref[EngineFollower]) -> None:
+    follower = tuner()
+    if follower is not None and not follower.follows_engine:  # by another engine
+        follower.given_back()
+
+
+def group_of_each(optimizer: Optimizer) -> dict[int, int]:
+    """id of a parameter -> the number of the parameter group that holds it; ZeRO keeps the groups in their order."""
+    return {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
 
 
 class EngineOptimizer:
@@ -133,4 +150,5 @@ class EngineOptimizer:
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """One group for each parameter, with the values of ZeRO's group as they are now."""
-        return [{**group, "params": [parameter]} for group, parameter in self._groups]
+        groups = self.stepped_by.param_groups
+        return [{**groups[number], "params": [parameter]} for number, parameter in self._groups]
