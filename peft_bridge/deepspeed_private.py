@@ -88,13 +88,6 @@ class ZeroSteps:
         self._engine, self._ref, self.group = weakref.ref(engine), weakref.ref(zero), engine.seq_data_parallel_group
         self._destroyed = False
         self._scaled_norm: Tensor | None = None
-        destroy = zero.destroy
-
-        def destroyed(*args: Any, **kwargs: Any) -> Any:
-            self._destroyed = True
-            return destroy(*args, **kwargs)
-
-        zero.destroy = destroyed
 
     @property
     def _zero(self) -> Any:
@@ -127,6 +120,7 @@ class ZeroSteps:
         norm: Callable[[], Tensor | None],
         after: Callable[[float], None],
         skipped: Callable[[], None],
+        destroyed: Callable[[], None],
     ) -> None:
         """Tell of each step.
 
@@ -138,8 +132,9 @@ class ZeroSteps:
                 scaled as the loss is. None: there are none.
             after: the step was taken; called with what such gradients have to be divided by (loss scale, clipping).
             skipped: the step was not taken.
+            destroyed: there are no further steps; an engine itself lives as long as its model, whose hooks have it.
         """
-        zero, take_step = self._zero, self._zero.step
+        zero, take_step, destroy = self._zero, self._zero.step, self._zero.destroy
         if self.partitions_parameters:
             self._add_norm_of_stage_3(norm)
         else:
@@ -156,7 +151,12 @@ class ZeroSteps:
                 after(self._divisor(scale))
             return result
 
-        zero.step = step
+        def destroy_and_tell(*args: Any, **kwargs: Any) -> Any:
+            self._destroyed = True
+            destroyed()
+            return destroy(*args, **kwargs)
+
+        zero.step, zero.destroy = step, destroy_and_tell
 
     def _add_norm(self, norm: Callable[[], Tensor | None]) -> None:
         from deepspeed.runtime.utils import combine_grad_norm_groups
@@ -238,13 +238,14 @@ def is_partitioned(parameter: Tensor) -> bool:
 
 
 def before_zero_is_made(
-    engine: Any, begin: Callable[[Optimizer], None], made: Callable[[ZeroSteps], None]
+    engine: Any, begin: Callable[[Optimizer], None], made: Callable[[ZeroSteps], None], failed: Callable[[], None]
 ) -> None:
     """Tell of an engine's ZeRO optimizer.
 
     Args:
         begin: it is about to be made from an optimizer, whose parameters it will flatten.
         made: it was made.
+        failed: it could not be made.
     """
     make = engine._configure_zero_optimizer
 
@@ -256,9 +257,13 @@ def before_zero_is_made(
                 f"sequence_parallel_size={engine.sequence_parallel_size}: ASLoRA and MEFT do not support sequence "
                 "parallelism of DeepSpeed; set it to 1."
             )
-        begin(optimizer)
-        zero = make(optimizer)
-        made(ZeroSteps(engine, zero))
+        try:
+            begin(optimizer)
+            zero = make(optimizer)
+            made(ZeroSteps(engine, zero))
+        except BaseException:
+            failed()
+            raise
         return zero
 
     engine._configure_zero_optimizer = configure

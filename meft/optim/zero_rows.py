@@ -22,7 +22,7 @@ from peft_bridge.training.data_parallel import DataParallel
 from ..files import training_state
 from ..gradient.row_gradient import as_row_gradient
 from ..table.row_table import RowTable
-from .optimizer_hook import TWO_OPTIMIZERS, RowSteps, rule_of
+from .optimizer_hook import RowSteps, rule_of
 from .rank_average import RankAverage, broadcast_rows
 
 _VALUES = ("lr", "betas", "eps", "weight_decay")
@@ -50,7 +50,10 @@ class RowsOfEngine:
                 if number is None or not table.rows.requires_grad:
                     continue
                 if table.claimed_by is not None and table.claimed_by() is not None:
-                    raise ValueError(f"{TWO_OPTIMIZERS} DeepSpeed steps AdamW: give it that, without meft.RowAdamW.")
+                    raise ValueError(
+                        "meft.RowAdamW cannot step rows in DeepSpeed, which steps copies of the parameters: use "
+                        "torch.optim.AdamW, whose settings the rows take."
+                    )
                 group = given.param_groups[number]
                 decoupled[number] = rule_of(given, group, steps.configs[name].row_rule).decoupled
                 taken.setdefault(number, []).append(table.rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class EngineFollower(nn.Module):
         """The engine is about to look for parameters: hide those that it shall not have."""
 
     def given_back(self) -> None:
-        """The engine is gone: show what was hidden."""
+        """No engine holds the model any more: show what was hidden."""
 
     def engine_begins(self, optimizer: Optimizer) -> None:
         """ZeRO is about to be made from an optimizer: take out parameters that it shall not have, and refuse it."""
@@ -96,31 +97,25 @@ class EngineFollower(nn.Module):
         if field is not None:
             raise ValueError(f"ASLoRA and MEFT do not support this setting of DeepSpeed: {field}.")
         self.keep_from_engine()
-        before_zero_is_made(engine, self._begin, self._follow_zero)
+        before_zero_is_made(engine, self.engine_begins, self._follow_zero, partial(self._leave, weakref.ref(engine)))
         around_checkpoints(engine, self.engine_saving, self.engine_loading, self.engine_loaded)
         _followed[self] = weakref.ref(engine)
-        weakref.finalize(engine, _give_back, weakref.ref(self)).atexit = False
-
-    def _begin(self, optimizer: Optimizer) -> None:
-        try:
-            self.engine_begins(optimizer)
-        except ValueError:
-            self.given_back()
-            raise
 
     def _follow_zero(self, zero: ZeroSteps) -> None:
         self.engine_made(zero)
-        zero.watch(self.before_engine_step, self.engine_norm, self.after_engine_step, self.engine_step_skipped)
+        zero.watch(
+            self.before_engine_step, self.engine_norm, self.after_engine_step, self.engine_step_skipped,
+            partial(self._leave, weakref.ref(zero.engine)),
+        )  # fmt: skip
+
+    def _leave(self, engine: weakref.ref[Any]) -> None:
+        if _followed.get(self) == engine:  # else another one has the model by now
+            del _followed[self]
+            self.given_back()
 
 
 def _nothing() -> None:
     pass
-
-
-def _give_back(tuner: weakref.ref[EngineFollower]) -> None:
-    follower = tuner()
-    if follower is not None and not follower.follows_engine:  # by another engine
-        follower.given_back()
 
 
 def group_of_each(optimizer: Optimizer) -> dict[int, int]:
