@@ -139,6 +139,22 @@ def has_tangent(tensors: Iterable[Tensor]) -> bool:
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
+def makes_optimizer_state(call: FrameType) -> bool:
+    """Whether torch's functions for distributed state dicts have made this call, of `optimizer.step()`.
+
+    They let an optimizer make its state by a step with gradients and learning rates of 0.
+    """
+    frame: FrameType | None = call
+    while frame is not None:
+        if frame.f_code.co_name == "_init_optim_state" and frame.f_globals["__name__"] == _STATE_DICTS:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_STATE_DICTS = "torch.distributed.checkpoint.state_dict"
+
+
 # ------------------------------------------------------------------ process groups
 
 
@@ -187,6 +203,11 @@ def left_alone_by_fsdp2(kind: Kind) -> Kind:
     """Decorate a class of modules whose parameters `fully_shard` neither shards nor moves, like `ignored_params`."""
     setattr(kind, REGISTRY_KEY, property(_registry))  # a property comes before what `fully_shard` puts into __dict__
     return kind
+
+
+def is_left_alone_by_fsdp2(module: nn.Module) -> bool:
+    """Whether the module is of a class that is `left_alone_by_fsdp2`."""
+    return isinstance(getattr(type(module), REGISTRY_KEY, None), property)
 
 
 def fsdp2_unit_around(module: nn.Module) -> Any:

@@ -60,7 +60,7 @@ class RankAverage:
         Raises:
             RuntimeError: it is inside of `DistributedDataParallel.join()`, or `around` raises it.
         """
-        parallel = self.engine() or around(table for table in self._tables() if table.rows.requires_grad)
+        parallel = self.engine() or around(self._tables())
         if parallel is not None and takes_uneven_inputs(parallel.engine):
             raise RuntimeError(
                 "MEFT does not support DistributedDataParallel.join(): a rank without a batch would leave out the "

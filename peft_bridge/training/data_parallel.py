@@ -41,14 +41,14 @@ def around(modules: Iterable[nn.Module]) -> DataParallel | None:
     """What averages gradients around modules whose parameters it leaves alone, in the forward pass of this thread.
 
     Args:
-        modules: of a class that is `left_alone_by_fsdp2`.
+        modules: of a class that is `left_alone_by_fsdp2`, those that do not train too.
 
     Returns:
         None where each rank trains by itself.
 
     Raises:
-        RuntimeError: FSDP2 shards what is around some of the modules over other ranks than around the rest, or does not
-            divide the sum of gradients by the number of ranks.
+        RuntimeError: FSDP2 does not shard over the same ranks around all that train, or gives them another gradient
+            than the mean.
     """
     if not dist.is_available() or not dist.is_initialized():
         return None
@@ -56,10 +56,12 @@ def around(modules: Iterable[nn.Module]) -> DataParallel | None:
     if ddp is not None:
         synchronises = bool(ddp.require_backward_grad_sync)  # which counts in the forward pass
         return DataParallel(ddp, ddp.process_group, lambda: synchronises)
-    units = [fsdp2_unit_around(module) for module in modules]
-    if not any(unit is not None for unit in units):
+    units = [(module, fsdp2_unit_around(module)) for module in modules]
+    sharded = [unit for _, unit in units if unit is not None]
+    if not sharded:
         return None
-    groups = [next(iter(fsdp2_parameter_groups(unit)), None) if unit is not None else None for unit in units]
+    trained = [unit for module, unit in units if any(p.requires_grad for p in module.parameters())] or sharded
+    groups = [next(iter(fsdp2_parameter_groups(unit)), None) if unit is not None else None for unit in trained]
     first = groups[0]
     if first is None or any(group is None or fsdp2_mesh(group) != fsdp2_mesh(first) for group in groups):
         raise RuntimeError(
@@ -71,7 +73,7 @@ def around(modules: Iterable[nn.Module]) -> DataParallel | None:
             "FSDPModule.set_gradient_divide_factor does not reach the parameters that FSDP2 leaves alone (MEFT rows): "
             "scale the loss instead."
         )
-    return DataParallel(units[0], _group_of(fsdp2_mesh(first)), lambda: fsdp2_synchronises(first))
+    return DataParallel(trained[0], _group_of(fsdp2_mesh(first)), lambda: fsdp2_synchronises(first))
 
 
 _groups: dict[Any, dist.ProcessGroup] = {}  # of meshes with two dimensions, which have no group of all ranks

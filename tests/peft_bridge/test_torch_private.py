@@ -32,6 +32,7 @@ from peft_bridge.torch_private import (
     has_tangent,
     hooks_before,
     is_batched,
+    is_left_alone_by_fsdp2,
     is_parameter,
     is_profiling,
     is_transformed,
@@ -264,6 +265,8 @@ def test_fsdp2_leaves_modules_alone_that_know_what_is_sharded_around_them():
         inner = nn.Sequential(shared, alone)
         model = nn.Sequential(inner, outer)
         assert fsdp2_unit_around(alone) is None
+        assert is_left_alone_by_fsdp2(alone)
+        assert not is_left_alone_by_fsdp2(outer)
         fully_shard(alone)  # as a policy by sizes does with any module
         fully_shard([inner, outer], mesh=mesh("cpu", (1, 1), mesh_dim_names=("replicas", "ranks")))
         fully_shard(model)
