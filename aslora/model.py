@@ -25,9 +25,8 @@ from .mixed_batch import adapters_per_sample, check_names_of_samples
 from .parameter_layer import ParamWrapper
 from .report import SharingReport, report
 from .shared_a import SharedA
-from .sharing.merge_run import SharingRun
+from .sharing.merge_run import SharingRun, ZeroRun
 from .sharing.shared_tensors import SharedB
-from .sharing.zero_run import ZeroRun
 from .weighted_adapter import combine
 
 

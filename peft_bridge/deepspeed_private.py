@@ -31,14 +31,9 @@ def engine_in_construction() -> Any:
     return None
 
 
-def stage_of(engine: Any) -> int:
-    """ZeRO's stage, 0 to 3."""
-    return int(engine.zero_optimization_stage())
-
-
 def steps_parameters(engine: Any) -> bool:
     """Whether the engine's optimizer has the model's own parameters, so that torch's hooks see its steps."""
-    return stage_of(engine) == 0 and not (engine.fp16_enabled() or engine.bfloat16_enabled())
+    return engine.zero_optimization_stage() == 0 and not (engine.fp16_enabled() or engine.bfloat16_enabled())
 
 
 def unsupported(engine: Any) -> str | None:
@@ -47,11 +42,11 @@ def unsupported(engine: Any) -> str | None:
     optimizer = zero.offload_optimizer
 
     def device(offload: Any) -> str:
-        return getattr(offload, "device", "none") if offload is not None else "none"
+        return getattr(offload, "device", "none")
 
     of_cpu = "'cpu' or 'none'"
     settings = [
-        ("zero_optimization.stage", stage_of(engine), (1, 2, 3), "1, 2 or 3"),
+        ("zero_optimization.stage", engine.zero_optimization_stage(), (1, 2, 3), "1, 2 or 3"),
         ("zero_optimization.offload_optimizer.device", device(optimizer), ("none", "cpu"), of_cpu),
         ("zero_optimization.offload_optimizer.super_offload", bool(engine.super_offload()), (False,), "False"),
         ("zero_optimization.offload_optimizer.ratio", float(engine.zero_partial_offload()), (1.0,), "1.0"),
@@ -72,7 +67,7 @@ def unsupported(engine: Any) -> str | None:
             return f"{field}={getattr(value, 'value', value)} (set {remedy})"
     if engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16:
         return "torch_autocast.dtype=float16 (set bfloat16, or fp16.enabled)"
-    if stage_of(engine) == 1 and engine.get_data_types() == (torch.bfloat16, torch.float32):
+    if engine.zero_optimization_stage() == 1 and engine.get_data_types() == (torch.bfloat16, torch.float32):
         return "data_types.grad_accum_dtype=fp32 with bf16 (set stage 2 or 3, or leave it out)"
     return None
 
@@ -106,7 +101,7 @@ class ZeroSteps:
     @property
     def writes_checkpoints(self) -> bool:
         """Whether this rank writes what all ranks have alike into a checkpoint."""
-        engine = self._engine()
+        engine = self.engine
         return bool((engine.local_rank if engine.use_node_local_storage() else engine.global_rank) == 0)
 
     @property
@@ -135,11 +130,8 @@ class ZeroSteps:
             destroyed: there are no further steps; an engine itself lives as long as its model, whose hooks have it.
         """
         zero, take_step, destroy = self._zero, self._zero.step, self._zero.destroy
-        if self.partitions_parameters:
-            self._add_norm_of_stage_3(norm)
-        else:
-            zero.check_grad_overflow = True
-            self._add_norm(norm)
+        zero.check_grad_overflow = True  # stage 3 looks without it
+        self._add_norm(norm)
 
         def step(*args: Any, **kwargs: Any) -> Any:
             before()
@@ -161,31 +153,19 @@ class ZeroSteps:
     def _add_norm(self, norm: Callable[[], Tensor | None]) -> None:
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
-        scaled_global_norm = self._zero.scaled_global_norm
+        # Of stages 1 and 2 the norm, of stage 3 those of groups of parameters, from which it makes the norm.
+        name = "_get_norm_groups" if self.partitions_parameters else "scaled_global_norm"
+        norms_of_zero = getattr(self._zero, name)
 
         def with_others(*args: Any, **kwargs: Any) -> Any:
-            own, others = scaled_global_norm(*args, **kwargs), norm()
+            given, others = norms_of_zero(*args, **kwargs), norm()
+            norms = list(given) if self.partitions_parameters else [given]
             if others is not None:
-                own = combine_grad_norm_groups([own, others.to(own.device, own.dtype)])
-            self._scaled_norm = own
-            return own
+                norms.append(others.to(norms[0].device, norms[0].dtype))
+            self._scaled_norm = combine_grad_norm_groups(norms)
+            return norms if self.partitions_parameters else self._scaled_norm
 
-        self._zero.scaled_global_norm = with_others
-
-    def _add_norm_of_stage_3(self, norm: Callable[[], Tensor | None]) -> None:
-        from deepspeed.runtime.utils import combine_grad_norm_groups
-
-        norm_groups = self._zero._get_norm_groups
-
-        def with_others() -> Any:
-            groups, others = norm_groups(), norm()
-            if others is not None:
-                first = next((group for group in groups if isinstance(group, Tensor)), others)
-                groups = [*groups, others.to(first.device, first.dtype)]
-            self._scaled_norm = combine_grad_norm_groups(groups)
-            return groups
-
-        self._zero._get_norm_groups = with_others
+        setattr(self._zero, name, with_others)
 
     def _divisor(self, scale: float) -> float:
         limit = float(self._zero.clip_grad)

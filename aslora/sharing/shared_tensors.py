@@ -12,21 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from peft_bridge.accelerate_private import stateful_under_fsdp2
-from peft_bridge.deepspeed_private import ZeroSteps, is_partitioned
 
 from .host_values import HostValues
 from .merge_math import groups_of, is_sharing_map
-from .sharded import full_tensor, overwrite
+from .sharded import HeldB
 from .shared_rows import OneRow, TakenRows
 from .ties import Ties, confirmed_map, fill
 from .unseen_steps import CompiledBackwardPasses
 
 
 @stateful_under_fsdp2
-class SharedB(nn.Module):
+class SharedB(HeldB):
     """The B of a B-group of n layers, one row of a stack for each, and which of them share.
 
     Parameter `stacked_B`: [n, out_features, r]. Its shape never changes, so that DDP, FSDP and a resumed optimizer see
@@ -47,10 +45,7 @@ class SharedB(nn.Module):
         before_training_forward: called before a training forward pass takes the rows; compares `ties` with values and
             buffers.
         checked: that has been done for the rows that are taken next.
-        zero: DeepSpeed's steps of a copy of B; None: there is none.
     """
-
-    zero: ZeroSteps | None = None
 
     layers: Tensor
     rows: Tensor
@@ -171,27 +166,6 @@ class SharedB(nn.Module):
         self._taken.mark_stepped()
 
     # ------------------------------------------------------------------ training
-
-    @property
-    def compared(self) -> bool:
-        """Whether the rows can be compared here: not on the meta device, nor where a rank holds a part of them."""
-        return not (self.stacked_B.is_meta or isinstance(self.stacked_B, DTensor) or is_partitioned(self.stacked_B))
-
-    def full_tensor(self) -> Tensor:
-        """The full B [n, out_features, r] without autograd, as precise as it is stepped."""
-        return full_tensor(self.stacked_B, self.zero)
-
-    def overwrite(self, whole: Tensor) -> None:
-        """Write the full B into shards, or into what DeepSpeed steps."""
-        if self.zero is not None and self.zero.alive:
-            self.zero.write(self.stacked_B, whole)
-        else:
-            overwrite(self.stacked_B, whole)  # type: ignore[arg-type]
-
-    @property
-    def held_elsewhere(self) -> bool:
-        """Whether B is not, or not alone, what this rank reads."""
-        return isinstance(self.stacked_B, DTensor) or (self.zero is not None and self.zero.alive)
 
     @torch.no_grad()
     def mirror(self, whole: Tensor | None = None) -> None:

@@ -7,7 +7,6 @@ steps: an optimizer of their own has them, with the values of the groups that th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,7 +76,7 @@ class RowsOfEngine:
 
     def norm(self) -> Tensor | None:
         """2-norm of the gradients of all rows; None: there are none."""
-        gradients = [as_row_gradient(row.grad, row) for row in self.rows if row.grad is not None]
+        gradients: list[Tensor] = [as_row_gradient(row.grad, row) for row in self.rows if row.grad is not None]
         return torch.stack(list(foreach_norm(gradients))).norm() if gradients else None
 
     @torch.no_grad()
@@ -173,7 +172,7 @@ class ZeroRows(EngineFollower):
             done()
             for table in self._all_tables() if group is not None else ():
                 table.leave_node()
-                broadcast_rows(table, group)
+                broadcast_rows(table, group)  # type: ignore[arg-type]
             self.ranks.forget_shared()
 
         return loaded

@@ -24,7 +24,7 @@ from peft_bridge.torch_private import (
     without_torch_function,
 )
 
-from ..transport.host_tensors import check_process, forks, like_rows, row_blocks
+from ..transport.host_tensors import check_process, forks, is_cast_of, like_rows
 from ..transport.torch_calls import written_arguments
 
 # Modules that use storages and arrays to identify and to save tensors, and write nothing.
@@ -263,12 +263,6 @@ def _not_shared(values: Tensor) -> Tensor:
     return values
 
 
-def _is_cast(values: Tensor, target: WatchedRows) -> bool:
-    """Whether values are those of the rows, cast."""
-    rows, own = target.watch.plain(target), unwatched(values)
-    return all(torch.equal(rows[block].to(values.dtype), own[block]) for block in row_blocks(rows))
-
-
 def assign(target: WatchedRows, values: Tensor) -> None:
     """What `target.data = values` does.
 
@@ -294,7 +288,7 @@ def assign(target: WatchedRows, values: Tensor) -> None:
         return
     if values.dtype != target.dtype:
         target.watch.read_as = values.dtype
-        if not moves and _is_cast(values, target):  # the masters are not rounded
+        if not moves and is_cast_of(unwatched(values), target.watch.plain(target)):  # the masters are not rounded
             target.watch.note()
             return
     with torch.no_grad():

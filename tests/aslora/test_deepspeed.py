@@ -1,4 +1,4 @@
-"""Two gloo processes in DeepSpeed's ZeRO, stages 1 to 3: the same merges and values as one process with the joint batch.
+"""Two gloo processes in DeepSpeed's ZeRO, stages 1 to 3: merges and values of one process with the joint batch.
 
 The processes run this file as a script, once for all tests (`python test_deepspeed.py RANK FOLDER`).
 """
@@ -180,7 +180,8 @@ def assert_same_sharing(given, wanted):
 @pytest.mark.parametrize("name", CASES)
 def test_same_merges_as_one_process_and_resuming_is_exact(ranks, name):
     one, other = result_of(ranks, f"resumed {name}")
-    assert one["equal"] and other["equal"]
+    assert one["equal"]
+    assert other["equal"]
     _, value, precision = CASES[name]
     alone = plain(value)
     assert one["maps"] == Tiny.maps(alone)
@@ -211,7 +212,7 @@ def test_a_step_that_is_not_finite_changes_nothing(ranks, stage):
 
 def test_what_cannot_be_followed_is_refused_before_the_first_step(ranks):
     made = result_of(ranks, "refused")[0]
-    assert "scales its steps by norms" in made["norms"] and "num_merges=0" in made["norms"]
+    assert "scales its steps by norms" in made["norms"]
     assert "between its steps" in made["between"]
     assert "offload_optimizer.device=nvme (set 'cpu' or 'none')" in made["nvme"]
     assert "zero_optimization.stage=0 (set 1, 2 or 3)" in made["stage 0"]

@@ -130,8 +130,10 @@ def run_nonfinite(rank, stage, precision):
     before, moved = state_of(model), []
     for value in ("rows", "router"):
         loss = engine(input_ids=mine(rank, 1), labels=mine(rank, 1)).loss
-        hook = Tiny.layers(model)[0].router("default").register_hook(
-            lambda g, factor=float("inf") if rank and value == "router" else 1.0: g * factor
+        hook = (
+            Tiny.layers(model)[0]
+            .router("default")
+            .register_hook(lambda g, factor=float("inf") if rank and value == "router" else 1.0: g * factor)
         )
         engine.backward(loss)
         hook.remove()
@@ -152,9 +154,7 @@ def run_refusals():
     model = adapted()
     made["RowAdamW"] = zero.refusal(lambda: zero.engine(model, 2, optimizer=RowAdamW(zero.trainable(model), lr=1e-2)))
     model = adapted()
-    made["SGD"] = zero.refusal(
-        lambda: zero.engine(model, 2, optimizer=torch.optim.SGD(zero.trainable(model), lr=1e-2))
-    )
+    made["SGD"] = zero.refusal(lambda: zero.engine(model, 2, optimizer=torch.optim.SGD(zero.trainable(model), lr=1e-2)))
     rows = [p for n, p in model.named_parameters() if n.endswith(".rows")]
     groups = [{"params": rows}, {"params": [p for n, p in model.named_parameters() if "meft_router" in n]}]
     made["rows alone"] = zero.refusal(lambda: zero.engine(model, 2, optimizer=torch.optim.AdamW(groups)))
@@ -208,9 +208,7 @@ def work(rank, folder):
     }
     tasks |= {"refused": run_refusals, "end": partial(run_to_the_end_of_an_engine, rank)}
     for stage, sections in IN_TRAINER.items():
-        tasks[f"trainer {stage}"] = partial(
-            run_in_trainer, rank, folder / f"trainer {stage}", int(stage), **sections
-        )
+        tasks[f"trainer {stage}"] = partial(run_in_trainer, rank, folder / f"trainer {stage}", int(stage), **sections)
     work_as_rank(rank, folder, tasks)
 
 
@@ -233,7 +231,9 @@ def ranks(folder):
 @pytest.mark.parametrize("name", CASES)
 def test_equals_one_process_and_resuming_is_exact(ranks, name):
     one, other = result_of(ranks, name)
-    assert one["equal"] and other["equal"] and one["kept"]
+    assert one["equal"]
+    assert other["equal"]
+    assert one["kept"]
     assert one["resumed"] == other["resumed"] == []
     precision = (*CASES[name], None, None)[2]
     wanted, norms = plain(2 if "accumulating" in name else 1)
@@ -256,7 +256,8 @@ def test_a_checkpoint_has_rows_and_moments_once(ranks, folder, name):
     whole = torch.load(folder / name / "16bit" / "pytorch_model.bin", weights_only=False)
     for state in (with_rows[0], whole):
         saved = [value for key, value in state.items() if key.endswith(".rows")]
-        assert len(saved) == len(then) and all(map(torch.equal, saved, then))
+        assert len(saved) == len(then)
+        assert all(map(torch.equal, saved, then))
     assert len(list(path.glob("meft_state*.safetensors"))) == 1
     moments = load_file(next(iter(path.glob("meft_state*.safetensors"))))
     assert len(moments) == 3 * len(then)
@@ -271,7 +272,7 @@ def test_a_step_that_is_not_finite_changes_nothing(ranks, stage, precision):
 def test_what_cannot_be_followed_is_refused_before_the_first_step(ranks):
     made = result_of(ranks, "refused")[0]
     assert "zero_optimization.stage=0 (set 1, 2 or 3)" in made["stage 0"]
-    assert "meft.RowAdamW" in made["RowAdamW"] and "torch.optim.AdamW" in made["RowAdamW"]
+    assert "RowAdamW cannot step rows in DeepSpeed" in made["RowAdamW"]
     assert "SGD is neither" in made["SGD"]
     assert "nothing but MEFT's rows" in made["rows alone"]
     assert made["shown"] == 4  # after all refusals

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from peft_bridge.deepspeed_private import gathered, is_partitioned
 
 MISSING = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (the extra aslora-meft[deepspeed])"
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (extra aslora-meft[deepspeed])"
 )
 CLIP = 0.05
 
@@ -122,4 +122,3 @@ def run_trainer(model, folder, samples, resume=None, stage=None, ranks=2, **sect
     trainer = InOrder(model=model, args=arguments, train_dataset=samples)
     trainer.train(resume_from_checkpoint=resume)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
