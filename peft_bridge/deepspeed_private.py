@@ -212,6 +212,11 @@ def gathered(parameter: Any) -> Tensor:
         return parameter.detach().clone()  # type: ignore[no-any-return]
 
 
+def whole_shape(parameter: Any) -> torch.Size:
+    """The shape of a parameter, also of one that ZeRO-3 has in parts."""
+    return getattr(parameter, "ds_shape", parameter.shape)  # type: ignore[no-any-return]
+
+
 def is_partitioned(parameter: Tensor) -> bool:
     """Whether ZeRO-3 has a parameter in parts."""
     return hasattr(parameter, "ds_id")

@@ -51,11 +51,11 @@ def plain(value):
     return model
 
 
-def llama(seed=0):
-    base = TinyLlama.base(4, torch.float32)
+def llama(seed=0, base=None, **others):
+    base = TinyLlama.base(4, torch.float32) if base is None else base
     torch.manual_seed(seed)
     fields = {"num_merges": 2, "merge_start": 0, "merge_interval": 2, "merge_value": "mean", "init_weights": False}
-    config = ASLoRAConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], **fields)
+    config = ASLoRAConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], **(fields | others))
     return get_peft_model(base, config)
 
 
@@ -134,6 +134,23 @@ def run_stage_0(rank):
     return {"state": zero.full(model), **sharing(model)}
 
 
+def run_in_parts(rank, folder):
+    """Stage 3 with a base that each rank has loaded a part of, and with one that was loaded whole; A counts too."""
+    whole = TinyLlama.base(4, torch.float32)
+    states, merges = [], 0
+    for base in (zero.loaded_in_parts(whole, rank, folder), whole):
+        model = llama(base=base, similarity="product", merge_interval=1)
+        engine = zero.engine(model, 3)
+        for step in range(3):
+            batch = TinyLlama.batch(4, 6, seed=step)[2 * rank : 2 * rank + 2]
+            engine.backward(engine(input_ids=batch, labels=batch).loss)
+            engine.step()
+        states.append(zero.full(model))
+        merges = max(B.merges_taken for B in model.base_model.shared_b("default").values())
+    parts, wanted = states
+    return {"differ": [name for name in wanted if not torch.equal(parts[name], wanted[name])], "merges": merges}
+
+
 def run_in_trainer(rank, folder, stage, **sections):
     losses = zero.run_trainer(llama(), f"{folder}/a", SAMPLES, stage=stage, **sections)
     resumed = zero.run_trainer(llama(7), f"{folder}/b", SAMPLES, f"{folder}/a/checkpoint-2", stage, **sections)
@@ -150,7 +167,11 @@ def work(rank, folder):
         f"resumed {name}": partial(run_and_resume, rank, folder / name, *case) for name, case in CASES.items()
     }
     zero_tasks |= {f"not finite {stage}": partial(run_nonfinite, rank, stage) for stage in (1, 2, 3)}
-    zero_tasks |= {"refused": run_refusals, "stage 0": partial(run_stage_0, rank)}
+    zero_tasks |= {
+        "in parts": partial(run_in_parts, rank, folder / "base"),
+        "refused": run_refusals,
+        "stage 0": partial(run_stage_0, rank),
+    }
     zero_tasks |= {
         f"trainer {stage}": partial(run_in_trainer, rank, folder / f"trainer {stage}", int(stage), **sections)
         for stage, sections in IN_TRAINER.items()
@@ -216,6 +237,11 @@ def test_what_cannot_be_followed_is_refused_before_the_first_step(ranks):
     assert "between its steps" in made["between"]
     assert "offload_optimizer.device=nvme (set 'cpu' or 'none')" in made["nvme"]
     assert "zero_optimization.stage=0 (set 1, 2 or 3)" in made["stage 0"]
+
+
+def test_a_base_that_transformers_has_loaded_in_parts(ranks):
+    for result in result_of(ranks, "in parts"):
+        assert result == {"differ": [], "merges": 2}
 
 
 def test_stage_0_in_float32_is_seen_by_the_hooks(ranks):

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, inject_adapter_in_model
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 
+from aslora_meft.training.checkpoints import check_whole
 from meft import RowAdamW
 from tests.support import zero
 from tests.support.processes import once, result_of, run_ranks, saved_by_ranks, work_as_rank
@@ -180,6 +181,22 @@ def run_to_the_end_of_an_engine(rank):
     return {"hidden": hidden, "shown": len(shown), "moved": not torch.equal(before, Tiny.tables(model)[0].masters)}
 
 
+def run_in_parts(rank, folder):
+    """Stage 3 with a base that each rank has loaded a part of, and with one that was loaded whole."""
+    whole = Tiny.base(2, torch.float32)
+    states = []
+    for base in (zero.loaded_in_parts(whole, rank, folder), whole):
+        torch.manual_seed(5)
+        model = get_peft_model(base, Tiny.config(master_dtype="float32"))
+        Tiny.enlarge(model)
+        begun = [table.masters.clone() for table in Tiny.tables(model)]
+        run(zero.engine(model, 3), rank, range(2))
+        states.append(state_of(model))
+    parts, wanted = states
+    moved = not any(torch.equal(begun[number], wanted[f"rows {number}"]) for number in range(4))
+    return {"differ": [name for name in wanted if not torch.equal(parts[name], wanted[name])], "moved": moved}
+
+
 def run_in_trainer(rank, folder, stage, **sections):
     model = adapted()
     losses = zero.run_trainer(model, f"{folder}/a", SAMPLES, stage=stage, **sections)
@@ -206,7 +223,11 @@ def work(rank, folder):
         f"not finite {stage} {precision}": partial(run_nonfinite, rank, stage, precision)
         for stage, precision in NOT_FINITE
     }
-    tasks |= {"refused": run_refusals, "end": partial(run_to_the_end_of_an_engine, rank)}
+    tasks |= {
+        "in parts": partial(run_in_parts, rank, folder / "base"),
+        "refused": run_refusals,
+        "end": partial(run_to_the_end_of_an_engine, rank),
+    }
     for stage, sections in IN_TRAINER.items():
         tasks[f"trainer {stage}"] = partial(run_in_trainer, rank, folder / f"trainer {stage}", int(stage), **sections)
     work_as_rank(rank, folder, tasks)
@@ -284,6 +305,11 @@ def test_rows_are_parameters_again_when_the_engine_is_gone(ranks):
         assert result == {"hidden": [], "shown": 4, "moved": True}
 
 
+def test_a_base_that_transformers_has_loaded_in_parts(ranks):
+    for result in result_of(ranks, "in parts"):
+        assert result == {"differ": [], "moved": True}
+
+
 @pytest.mark.parametrize("stage", IN_TRAINER)
 def test_in_a_trainer(ranks, folder, tmp_path, stage):
     alone = zero.run_trainer(model := adapted(), tmp_path / "once", SAMPLES, ranks=1)
@@ -293,6 +319,7 @@ def test_in_a_trainer(ranks, folder, tmp_path, stage):
         assert result["resumed"] == result["losses"]
         assert result["twice"] == pytest.approx(twice, rel=1e-4)
     last = folder / f"trainer {stage}" / "a" / "checkpoint-6"
+    check_whole(last)
     wanted = load_file(tmp_path / "once" / "checkpoint-6" / "adapter_model.safetensors")
     saved = load_file(last / "adapter_model.safetensors")
     assert wanted.keys() == saved.keys()

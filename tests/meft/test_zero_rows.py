@@ -8,9 +8,12 @@ import copy
 import pytest
 import torch
 from torch.optim import SGD, Adam, AdamW
+from transformers import GPT2LMHeadModel
 
-from meft import RowAdamW
+from meft import MEFTConfig, RowAdamW
 from meft.optim.zero_rows import RowsOfEngine
+from meft.targets import default_targets
+from tests.support import models
 from tests.support.tiny_meft import Tiny
 
 
@@ -112,3 +115,14 @@ def test_a_cast_of_each_parameter_changes_what_is_read_and_rounds_no_master():
         assert torch.equal(table.current(), master.bfloat16())
         table.rows.data = (2 * master).to(torch.bfloat16)  # other values are taken
         assert torch.equal(table.masters, (2 * master).bfloat16().float())
+
+
+def test_ffns_are_found_where_each_rank_has_a_part_of_their_weights():
+    """As ZeRO-3 leaves parameters: empty, with their shape beside them."""
+    base = models.model(GPT2LMHeadModel)
+    found = default_targets(MEFTConfig(), "gpt2", base)
+    for parameter in base.parameters():
+        parameter.ds_shape = parameter.shape
+        parameter.data = torch.empty(0)
+    assert default_targets(MEFTConfig(), "gpt2", base) == found
+    assert found

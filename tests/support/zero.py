@@ -63,6 +63,23 @@ def engine(model, *settings, optimizer=None, **fields):
     return deepspeed.initialize(**given, lr_scheduler=falling(optimizer))[0]
 
 
+def loaded_in_parts(model, rank, folder):
+    """The same model as transformers loads it for stage 3: each rank keeps a part of each parameter."""
+    from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    if rank == 0:
+        model.save_pretrained(folder)
+    dist.barrier()
+    kept = HfDeepSpeedConfig(config(3))
+    try:
+        loaded = type(model).from_pretrained(folder, dtype=torch.float32)
+    finally:
+        del kept
+        unset_hf_deepspeed_config()
+    assert all(is_partitioned(p) for p in loaded.parameters())
+    return loaded
+
+
 def full(model):
     """Name -> whole value of each trained parameter; all ranks call it."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and not name.endswith(".rows")]
