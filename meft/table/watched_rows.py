@@ -24,7 +24,7 @@ from peft_bridge.torch_private import (
     without_torch_function,
 )
 
-from ..transport.host_tensors import check_process, forks, is_cast_of, like_rows
+from ..transport.host_tensors import check_process, forks, like_rows
 from ..transport.torch_calls import written_arguments
 
 # Modules that use storages and arrays to identify and to save tensors, and write nothing.
@@ -34,6 +34,8 @@ _READERS = {
     "safetensors.torch",
     "transformers.pytorch_utils",
 }
+# A module that casts all parameters of a model for its passes: masters are not to be rounded.
+_CASTS_TO_READ = "deepspeed.runtime.engine"
 # Functions of tensors that read no values: an optimizer or a Trainer may ask while rows are being updated.
 _ASK_NO_VALUES = {
     "__get__", "__set__", "__delete__", "__hash__", "__len__", "backward", "detach", "dim", "element_size",
@@ -288,7 +290,7 @@ def assign(target: WatchedRows, values: Tensor) -> None:
         return
     if values.dtype != target.dtype:
         target.watch.read_as = values.dtype
-        if not moves and is_cast_of(unwatched(values), target.watch.plain(target)):  # the masters are not rounded
+        if _caller() == _CASTS_TO_READ:
             target.watch.note()
             return
     with torch.no_grad():

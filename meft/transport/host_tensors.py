@@ -102,8 +102,3 @@ def row_blocks(table: Tensor) -> Iterator[slice]:
     step = max(1, BLOCK_BYTES // max(1, table[:1].numel() * table.element_size()))
     for start in range(0, len(table), step):
         yield slice(start, min(start + step, len(table)))
-
-
-def is_cast_of(values: Tensor, rows: Tensor) -> bool:
-    """Whether values are those of rows [r, d] in another dtype."""
-    return all(torch.equal(rows[block].to(values.dtype), values[block]) for block in row_blocks(rows))

@@ -20,10 +20,13 @@ from tests.support.tiny_meft import Tiny as TinyLlama
 
 pytestmark = [pytest.mark.slow, zero.MISSING]
 STEPS = 6  # merges at 2 and 4
+OFFLOADED = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
 CASES = {
     "1 upper": (1, "upper", None),
     "2 mean": (2, "mean", None),
     "3 mean": (3, "mean", None),
+    "2 upper offloaded": (2, "upper", None, OFFLOADED),
+    "3 mean offloaded": (3, "mean", None, OFFLOADED),
     "1 mean bf16": (1, "mean", "bf16"),
     "3 upper bf16": (3, "upper", "bf16"),
 }
@@ -74,10 +77,10 @@ def sharing(model):
     return {"maps": Tiny.maps(model), "merges": [B.merges() for B in groups], "average": [B.average for B in groups]}
 
 
-def run_and_resume(rank, folder, stage, value, precision):
+def run_and_resume(rank, folder, stage, value, precision, fields=None):
     """Also from checkpoints of exactly a merge step, and of the step after."""
     model = adapted(value)
-    engine = zero.engine(model, stage, 1, precision)
+    engine = zero.engine(model, stage, 1, precision, **(fields or {}))
     run(engine, rank, range(2))
     engine.save_checkpoint(f"{folder}/2", exclude_frozen_parameters=True)
     run(engine, rank, range(2, 3))
@@ -87,7 +90,7 @@ def run_and_resume(rank, folder, stage, value, precision):
     results = {"state": state, "equal": zero.same_on_all_ranks(state), **sharing(model), "resumed": []}
     for done in (2, 3):
         other = adapted(value)
-        engine = zero.engine(other, stage, 1, precision)
+        engine = zero.engine(other, stage, 1, precision, **(fields or {}))
         engine.load_checkpoint(f"{folder}/{done}", load_module_strict=False)
         run(engine, rank, range(done, STEPS))
         results["resumed"].append((zero.full(other), sharing(other)))
@@ -203,7 +206,7 @@ def test_same_merges_as_one_process_and_resuming_is_exact(ranks, name):
     one, other = result_of(ranks, f"resumed {name}")
     assert one["equal"]
     assert other["equal"]
-    _, value, precision = CASES[name]
+    _, value, precision, *_ = CASES[name]
     alone = plain(value)
     assert one["maps"] == Tiny.maps(alone)
     taken = [[merge[:3] for merge in B.merges()] for B in Tiny.groups(alone).values()]

@@ -103,18 +103,15 @@ def test_hidden_rows_are_no_parameters_and_everything_else_is_as_before(placemen
     Tiny.assert_equal(Tiny.state(model), before)
 
 
-def test_a_cast_of_each_parameter_changes_what_is_read_and_rounds_no_master():
-    """As DeepSpeed's engines cast a model."""
+def test_deepspeeds_cast_of_a_model_changes_what_is_read_and_rounds_no_master():
     model = Tiny.adapted(dtype=torch.float32)
     masters = [table.masters.clone() for table in Tiny.tables(model)]
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
+    code = "for parameter in model.parameters(): parameter.data = parameter.data.to(dtype)"
+    exec(code, {"__name__": "deepspeed.runtime.engine", "model": model, "dtype": torch.bfloat16})
     for table, master in zip(Tiny.tables(model), masters, strict=True):
         assert table.compute_dtype == torch.bfloat16
         assert torch.equal(table.masters, master)
         assert torch.equal(table.current(), master.bfloat16())
-        table.rows.data = (2 * master).to(torch.bfloat16)  # other values are taken
-        assert torch.equal(table.masters, (2 * master).bfloat16().float())
 
 
 def test_ffns_are_found_where_each_rank_has_a_part_of_their_weights():
