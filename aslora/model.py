@@ -25,12 +25,12 @@ from .mixed_batch import adapters_per_sample, check_names_of_samples
 from .parameter_layer import ParamWrapper
 from .report import SharingReport, report
 from .shared_a import SharedA
-from .sharing.merge_run import SharingRun
+from .sharing.merge_run import SharingRun, ZeroRun
 from .sharing.shared_tensors import SharedB
 from .weighted_adapter import combine
 
 
-class ASLoRAModel(MethodTuner):
+class ASLoRAModel(ZeroRun, MethodTuner):
     """ASLoRA in PEFT's frame; made by `get_peft_model(model, ASLoRAConfig(...))` and reached as `model.base_model`.
 
     The sharing runs by itself: after each optimizer step (torch's global optimizer hooks) the running averages are
@@ -159,14 +159,14 @@ class ASLoRAModel(MethodTuner):
     def update_and_allocate(self, global_step: int) -> None:
         """Take optimizer step `global_step` (1-indexed) into account, where torch's optimizer hooks cannot see it.
 
-        Only needed with engines that step on copies of the parameters (DeepSpeed): layers that share get equal B
-        again, and merges are taken. With an optimizer that the hooks see, it does the first only. Call it after steps
-        that were taken.
+        Only needed with engines that step on copies of the parameters, but for DeepSpeed's ZeRO, whose steps are seen:
+        layers that share get equal B again, and merges are taken. With an optimizer that is seen, it does the first
+        only. Call it after steps that were taken.
 
         Raises:
             ValueError: the engine holds B flattened or in parts.
         """
-        for adapter_name in self.active_adapters:
+        for adapter_name in self.active_adapters if not self.follows_engine else ():
             self.run.record_step(adapter_name, global_step)
 
     def check_run(self, arguments: Any) -> None:

@@ -57,6 +57,14 @@ class SharedInModel(nn.Module, RunListener):
         for adapter_name in self.run.units:
             self.run.warn_of_pending(adapter_name)
 
+    @property
+    def follows_engine(self) -> bool:
+        return self.tuner.follows_engine  # type: ignore[no-any-return]
+
+    def set_deepspeed_parallelism(self, *_: Any) -> None:
+        """See `peft_bridge.EngineFollower`."""
+        self.tuner.set_deepspeed_parallelism()
+
     def update_and_allocate(self, global_step: int) -> None:
         for adapter_name in self.run.units:
             self.run.record_step(adapter_name, global_step)

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
+from peft_bridge.deepspeed_private import ZeroSteps
 from peft_bridge.torch_private import saved_tensors_hooked
+
+from .sharing.sharded import full_tensor
 
 
 class SharedA(nn.Module):
@@ -20,7 +23,10 @@ class SharedA(nn.Module):
 
     Attributes:
         products: the last product of an input with A.
+        zero: DeepSpeed's steps of a copy of A; None: there is none.
     """
+
+    zero: ZeroSteps | None = None
 
     def __init__(self, r: int, in_features: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -36,6 +42,14 @@ class SharedA(nn.Module):
         super()._apply(fn, recurse)
         self.products.forget()  # a move writes A without a new version
         return self
+
+    def full_tensor(self) -> Tensor:
+        """The full A [r, in_features] without autograd, as precise as it is stepped."""
+        return full_tensor(self.shared_A, self.zero)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For deepcopy and pickle."""
+        return {**self.__dict__, "zero": None}
 
 
 class _Product(NamedTuple):

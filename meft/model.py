@@ -24,6 +24,7 @@ from .layer import NOT_MERGEABLE, MEFTLayer
 from .load_balancing import note_loss_scale
 from .optim.optimizer_hook import RowSteps
 from .optim.rank_average import RankAverage
+from .optim.zero_rows import ZeroRows
 from .report import TransferReport, transfer_report
 from .retrieval import forward_context as context
 from .retrieval.costs import Rows
@@ -32,7 +33,7 @@ from .table.row_table import RowTable
 from .targets import default_targets, ffn_at, targeted_ffns
 
 
-class MEFTModel(MethodTuner):
+class MEFTModel(ZeroRows, MethodTuner):
     """MEFT in PEFT's frame; made by `get_peft_model(model, MEFTConfig(...))` and reached as `model.base_model`.
 
     Rows are updated by themselves: torch's global optimizer hooks show each step of the Adam or AdamW that was made
@@ -220,9 +221,7 @@ class MEFTModel(MethodTuner):
         state.load(self._named_tables(), folder, optimizer)
 
     def _named_tables(self) -> dict[str, RowTable]:
-        tables = RowTable.by_parameter()
-        named = ((name, tables.get(id(parameter))) for name, parameter in self.model.named_parameters())
-        return {name.removesuffix(".rows"): table for name, table in named if table is not None}
+        return {name: table for name, table in self.model.named_modules() if isinstance(table, RowTable)}
 
     def rows_changed(self) -> None:
         """Say that rows were written in a way that nobody can see: the next forward pass reads all of them again.
@@ -257,8 +256,8 @@ class MEFTModel(MethodTuner):
         """A Trainer's run begins, perhaps from a checkpoint of 0.1, whose optimizer has no moments of rows."""
         if not steps_seen:
             raise RuntimeError(
-                "MEFT does not support DeepSpeed yet: its optimizers hold copies of the parameters, which the rows are "
-                "not part of; train with one process, or with DistributedDataParallel."
+                "MEFT's rows do not follow this engine, whose optimizer holds copies of the parameters: train with one "
+                "process, DistributedDataParallel, FSDP2, or DeepSpeed's ZeRO."
             )
         if done_steps:
             active = [folder for name, folder in self.loaded_from.items() if name in self.active_adapters]

@@ -22,6 +22,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from peft_bridge.deepspeed_private import whole_shape
+
 from .config import MEFTConfig
 
 _ATTENTION = re.compile("attention|attn", re.IGNORECASE)
@@ -216,7 +218,7 @@ def _width(module: nn.Module) -> int | None:
     if len(linear) > 1 and linear[0][0] in {out for _, out in linear}:
         return linear[0][0]
     apart = [part for part in module.modules() if not is_linear(part)]
-    weights = [p.shape for part in apart for p in part.parameters(recurse=False)]
+    weights = [whole_shape(p) for part in apart for p in part.parameters(recurse=False)]
     experts = [set(shape[1:]) for shape in weights if len(shape) == 3]
     if len(experts) < 2:
         rows = {shape for shape in weights if len(shape) == 2}  # DBRX: all experts' rows in one matrix
@@ -231,7 +233,8 @@ def _width(module: nn.Module) -> int | None:
 def _shape(linear: nn.Module) -> tuple[int, int]:
     """in_features and out_features."""
     if isinstance(linear, Conv1D):
-        return int(linear.weight.shape[0]), int(linear.weight.shape[1])
+        first, second = whole_shape(linear.weight)
+        return first, second
     return int(linear.in_features), int(linear.out_features)  # type: ignore[arg-type]
 
 

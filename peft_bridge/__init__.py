@@ -14,6 +14,7 @@ from .method.config_base import MethodConfig, is_int, is_number, known_keywords
 from .method.quantised import keep_trainable_on_cpu
 from .method.registration import register_method
 from .method.tuner_base import Injection, MethodTuner
+from .training.deepspeed_engines import EngineFollower, EngineOptimizer, group_of_each
 from .training.optimizer_steps import StepListener, watch_steps
 from .training.trainer_runs import RunListener, watch_runs
 
@@ -24,6 +25,8 @@ except PackageNotFoundError:  # a checkout that is not installed
 
 __all__ = [
     "AdapterFile",
+    "EngineFollower",
+    "EngineOptimizer",
     "Injection",
     "MethodCard",
     "MethodConfig",
@@ -38,6 +41,7 @@ __all__ = [
     "describe_in_cards",
     "digest",
     "folder_replaced_at_once",
+    "group_of_each",
     "index_when_offloaded",
     "is_int",
     "is_number",

@@ -18,10 +18,10 @@ BELOW = {
     "meft": {"peft_bridge", "adapter_kernels"},
     "aslora_meft": {"aslora", "meft", "peft_bridge", "adapter_kernels"},
 }
-# Names that torch, PEFT and accelerate do not document; `kernels` imports none of the other packages.
+# Names that torch, PEFT, accelerate and DeepSpeed do not document; `kernels` imports none of the other packages.
 PRIVATE = (
     *("peft_bridge.torch_private", "peft_bridge.peft_private", "peft_bridge.accelerate_private"),
-    "adapter_kernels.runtime.torch_private",
+    *("peft_bridge.deepspeed_private", "adapter_kernels.runtime.torch_private"),
 )
 MOST_MODULES, MOST_LINES = 12, 300
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .merge_math import groups_of, merged
-from .sharded import full_tensor, sharded_like
+from .sharded import sharded_like
 from .shared_tensors import SharedB
 from .ties import Ties
 
@@ -30,13 +30,15 @@ class Merge:
         groups = groups_of(member.ties.owners)
         layers = groups[lower] + groups[upper]
         weight = len(groups[lower]) / len(layers) if mean else 0.0
-        B = full_tensor(member.stacked_B)
+        B = member.full_tensor()
         device = B.device
         self.index = torch.tensor(layers, device=device)
         self.values = [_mean(rows[upper], rows[lower], weight) for rows in (B, member.average)]
-        self.sharded = None
+        self.sharded = self.whole = None
         if isinstance(member.stacked_B, DTensor):
             self.sharded = sharded_like(member.stacked_B, _with_rows(B, self.index, self.values[0]))
+        elif member.held_elsewhere:
+            self.whole = _with_rows(B, self.index, self.values[0])
         self.ties = Ties(merged(member.ties.owners, lower, upper))
         self.rows = torch.tensor(self.ties.owners, device=device)
         self.slot = len(member.merges())
@@ -49,6 +51,8 @@ class Merge:
         B, average = self.member.stacked_B, self.member.average
         if self.sharded is not None:
             B.copy_(self.sharded)
+        elif self.whole is not None:
+            self.member.overwrite(self.whole)
         else:
             _with_rows(B.detach(), self.index, self.values[0], in_place=True)
         _with_rows(average, self.index, self.values[1], in_place=True)

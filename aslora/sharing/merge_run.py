@@ -5,10 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
+from peft_bridge import EngineFollower, EngineOptimizer
+from peft_bridge.deepspeed_private import ZeroSteps
 from peft_bridge.torch_private import active_ddp, takes_uneven_inputs
 
 from .merge_unit import MergeUnit
@@ -229,14 +232,51 @@ class SharingRun:
             unit.finish()
 
 
+class ZeroRun(EngineFollower):
+    """Lets a `SharingRun` follow the DeepSpeed engine that holds the model; B and averages are of ZeRO's copies."""
+
+    run: SharingRun
+    _engine_optimizer: Any = None
+
+    def engine_begins(self, optimizer: Optimizer) -> None:
+        """Raises: ValueError: the optimizer uses norms of parameters, or moves them between its steps."""
+        view: Any = EngineOptimizer(optimizer, list(self.run.watched_parameters()))
+        stepped = {id(p) for p in view.parameters}
+        for units in self.run.units.values():
+            for B in (B for unit in units if unit.pending or unit.taken for B in unit.b_groups):
+                if id(B.stacked_B) not in stepped:
+                    continue
+                refuse_norms(view, B.stacked_B)
+                if moves_between_steps(view):
+                    kind = type(optimizer)
+                    raise ValueError(
+                        f"The optimizer {kind.__module__}.{kind.__name__} may move B between its steps, while "
+                        "DeepSpeed has parts of it: use AdamW, or set num_merges=0."
+                    )
+        self._engine_optimizer = view
+
+    def engine_made(self, zero: ZeroSteps) -> None:
+        for units in self.run.units.values():
+            for B, A in (member for unit in units for member in unit.members.values()):
+                B.zero = A.zero = zero
+                B.forget_views()
+
+    def before_engine_step(self) -> None:
+        self.run.before_step(self._engine_optimizer, self._engine_optimizer.parameters)
+
+    def after_engine_step(self, divisor: float) -> None:
+        self.run.after_step(self._engine_optimizer, self._engine_optimizer.parameters)
+
+
 def _learning_rate_is_zero(optimizer: Optimizer, members: list[SharedB]) -> bool:
     return not any(learning_rate(optimizer, member.stacked_B) for member in members)
 
 
 def _refuse_flattened(adapter_name: str, members: list[SharedB]) -> None:
-    if any(member.stacked_B.ndim != 3 or not member.stacked_B.numel() for member in members):
+    whole = [member.stacked_B for member in members if member.zero is None or not member.zero.alive]
+    if any(B.ndim != 3 or not B.numel() for B in whole):
         raise ValueError(
-            f"Adapter '{adapter_name}' is flattened or held in parts by its engine (FullyShardedDataParallel, which is "
-            "FSDP1, or DeepSpeed's ZeRO-3), so that ASLoRA cannot merge rows of its stacked B: use FSDP2 "
-            "(torch.distributed.fsdp.fully_shard, in accelerate's configuration fsdp_version: 2), or ZeRO-1 or -2."
+            f"Adapter '{adapter_name}' is flattened by its engine (FullyShardedDataParallel, which is FSDP1), so that "
+            "ASLoRA cannot merge rows of its stacked B: use FSDP2 (torch.distributed.fsdp.fully_shard, in accelerate's "
+            "configuration fsdp_version: 2), or DeepSpeed's ZeRO."
         )

@@ -13,7 +13,6 @@ from ..shared_a import SharedA
 from .merge import Merge
 from .merge_math import change_of_bases, closest_pair, common_refinement, planned_merges, records_fit, squared_distances
 from .schedule import due, merge_steps
-from .sharded import full_tensor
 from .shared_tensors import SharedB
 from .ties import Ties, map_by_value, matches_values
 from .unseen_steps import UNSEEN_STEP
@@ -156,7 +155,7 @@ class MergeUnit:
 
     def _unmoved(self) -> bool:
         """Whether no B has moved since the first update of the averages: then the averages are B itself."""
-        return all(torch.equal(B.average, full_tensor(B.stacked_B).to(B.average.dtype)) for B in self.b_groups)
+        return all(torch.equal(B.average, B.full_tensor().to(B.average.dtype)) for B in self.b_groups)
 
     def _merge(self, count: int) -> None:
         """Take up to `count` merges; those for which there is no distance yet are left to later steps."""
@@ -192,7 +191,7 @@ class MergeUnit:
             basis = None
             if self.config.similarity == "product":
                 r = self.config.r
-                basis = change_of_bases(full_tensor(shared_a.shared_A), r, member.stacked_B.shape[-1] // r)
+                basis = change_of_bases(shared_a.full_tensor(), r, member.stacked_B.shape[-1] // r)
                 basis = basis.to(member.average.device)  # a device map may put A elsewhere
             averages = member.average[live]
             total = total + squared_distances(averages, basis)

@@ -34,11 +34,11 @@ def refuse_norms(optimizer: Optimizer, stacked_b: nn.Parameter) -> None:
     for inner in vars(optimizer).values():
         if isinstance(inner, Optimizer) and _holds(inner, stacked_b):
             refuse_norms(inner, stacked_b)
-    kind = type(optimizer)
+    kind = type(getattr(optimizer, "stepped_by", optimizer))
     names = [cls.__name__ for cls in kind.__mro__]
     remedy = "use an optimizer without, such as AdamW"
     if any("adafactor" in name.lower() for name in names):
-        of_torch = isinstance(optimizer, torch.optim.Adafactor)
+        of_torch = issubclass(kind, torch.optim.Adafactor)
         if not _group_of(optimizer, stacked_b).get("scale_parameter", of_torch):
             return
         if not of_torch:
@@ -54,6 +54,7 @@ def refuse_norms(optimizer: Optimizer, stacked_b: nn.Parameter) -> None:
 def moves_between_steps(optimizer: Optimizer) -> bool:
     """Whether an optimizer may move parameters between its steps by values that it keeps, as schedule-free ones do.
 
-    Those of torch, transformers, bitsandbytes and torchao do not.
+    Those of torch, transformers, bitsandbytes, torchao and DeepSpeed do not.
     """
-    return not type(optimizer).__module__.startswith(("torch.optim.", "transformers.", "bitsandbytes.", "torchao."))
+    known = ("torch.optim.", "transformers.", "bitsandbytes.", "torchao.", "deepspeed.")
+    return not type(getattr(optimizer, "stepped_by", optimizer)).__module__.startswith(known)

@@ -12,20 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from peft_bridge.accelerate_private import stateful_under_fsdp2
 
 from .host_values import HostValues
 from .merge_math import groups_of, is_sharing_map
-from .sharded import full_tensor, overwrite
+from .sharded import HeldB
 from .shared_rows import OneRow, TakenRows
 from .ties import Ties, confirmed_map, fill
 from .unseen_steps import CompiledBackwardPasses
 
 
 @stateful_under_fsdp2
-class SharedB(nn.Module):
+class SharedB(HeldB):
     """The B of a B-group of n layers, one row of a stack for each, and which of them share.
 
     Parameter `stacked_B`: [n, out_features, r]. Its shape never changes, so that DDP, FSDP and a resumed optimizer see
@@ -168,11 +167,6 @@ class SharedB(nn.Module):
 
     # ------------------------------------------------------------------ training
 
-    @property
-    def compared(self) -> bool:
-        """Whether the rows can be compared here: not on the meta device, nor where FSDP2 holds a shard of them."""
-        return not (self.stacked_B.is_meta or isinstance(self.stacked_B, DTensor))
-
     @torch.no_grad()
     def mirror(self, whole: Tensor | None = None) -> None:
         """Overwrite each row with its owner.
@@ -182,10 +176,10 @@ class SharedB(nn.Module):
         """
         if not self.ties.mirrored:
             return
-        if isinstance(self.stacked_B, DTensor):
-            whole = full_tensor(self.stacked_B) if whole is None else whole
+        if self.held_elsewhere:
+            whole = self.full_tensor() if whole is None else whole
             self.ties.mirror(whole)
-            overwrite(self.stacked_B, whole)
+            self.overwrite(whole)
         else:
             self.ties.mirror(self.stacked_B.detach())
 
@@ -213,8 +207,8 @@ class SharedB(nn.Module):
     def after_step(self, step: int) -> None:
         """Follow optimizer step `step`: mirror the rows and, while merges are to come, update the averages."""
         whole = None
-        if isinstance(self.stacked_B, DTensor) and (self.ties.mirrored or not self.finished):
-            whole = full_tensor(self.stacked_B)
+        if self.held_elsewhere and (self.ties.mirrored or not self.finished):
+            whole = self.full_tensor()
         self.mirror(whole)
         if not self.finished:
             self.update_average(step, whole)
@@ -224,7 +218,7 @@ class SharedB(nn.Module):
     def update_average(self, step: int, whole: Tensor | None = None) -> None:
         """Take B after optimizer step `step` into the running averages (eq. 3)."""
         count = self._clock_now()[1] + 1
-        B = full_tensor(self.stacked_B) if whole is None else whole
+        B = self.full_tensor() if whole is None else whole
         self.average.lerp_(B.to(self.average.dtype), 1 / count)
         self.clock_values.write(self.clock, [step, count, 0])
 
@@ -280,7 +274,7 @@ class SharedB(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy and pickle."""
-        return {**self.__dict__, "_compiled": None, "clock_values": None}
+        return {**self.__dict__, "_compiled": None, "clock_values": None, "zero": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

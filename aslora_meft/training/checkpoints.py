@@ -29,9 +29,13 @@ def check_whole(folder: Path) -> None:
         raise ValueError("trainer_state.json has no global_step")
     method = str(_json(folder / CONFIG_NAME).get("peft_type"))
     _check_weights(folder, method)
-    if not any(path.is_dir() for path in folder.glob("optimizer_*")):  # FSDP's, a folder of shards
+    of_engine = (folder / "latest").is_file()  # DeepSpeed's, which names the folder of its states
+    if of_engine:
+        _check_engine(folder)
+    elif not any(path.is_dir() for path in folder.glob("optimizer_*")):  # FSDP's, a folder of shards
         _check_saved_by_torch(folder / "optimizer.pt")
-    _check_saved_by_torch(folder / "scheduler.pt")
+    if not of_engine or (folder / "scheduler.pt").exists():  # an engine may have a scheduler of its own
+        _check_saved_by_torch(folder / "scheduler.pt")
     states = sorted(folder.glob("rng_state_*.pth")) or [folder / "rng_state.pth"]
     expected = [folder / f"rng_state_{i}.pth" for i in range(len(states))] if len(states) > 1 else states
     for path in {*states, *expected}:
@@ -76,6 +80,15 @@ def _check_weights(folder: Path, method: str) -> None:
     else:
         return
     check(folder)
+
+
+def _check_engine(folder: Path) -> None:
+    states = folder / (folder / "latest").read_text(encoding="utf-8").strip()
+    found = sorted(states.glob("*_states.pt"))
+    if not any(path.name.endswith("_optim_states.pt") for path in found):
+        raise ValueError(f"{states.name}/*_optim_states.pt is missing")
+    for path in found:
+        _check_saved_by_torch(path)
 
 
 def _check_saved_by_torch(path: Path) -> None:

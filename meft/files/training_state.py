@@ -246,7 +246,8 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def check_training_state(folder: str | os.PathLike) -> None:
-    """Check that a Trainer's checkpoint has the moments of rows: in `optimizer.pt`, or beside it as 0.1 wrote them.
+    """Check that a Trainer's checkpoint has the moments of rows: in `optimizer.pt`, or beside it as 0.1 wrote them, or
+    in the folder of DeepSpeed's engine.
 
     Raises:
         FileNotFoundError: there are none.
@@ -254,6 +255,9 @@ def check_training_state(folder: str | os.PathLike) -> None:
     """
     folder = Path(folder)
     if (folder / INDEX).is_file() and read_index(folder)["version"] == 1:
+        return
+    if (folder / "latest").is_file():
+        read_index(folder / (folder / "latest").read_text().strip())
         return
     path = folder / "optimizer.pt"
     try:

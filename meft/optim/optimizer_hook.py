@@ -11,6 +11,8 @@ from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
+from peft_bridge.deepspeed_private import adam_of
+
 from ..config import MEFTConfig
 from ..gradient.row_gradient import RowGradient, as_row_gradient, overflow_watchers
 from ..row_optimizer import RowOptimizerConfig
@@ -27,6 +29,13 @@ def _is_bitsandbytes_adam(optimizer: Optimizer) -> bool:
     return kind.__module__.startswith("bitsandbytes.") and kind.__name__.removeprefix("Paged") in _BNB_ADAM
 
 
+def _decoupled(optimizer: Optimizer, group: dict[str, Any]) -> bool | None:
+    """Whether an Adam's weight decay is decoupled; None of an optimizer whose rule is unknown."""
+    if type(optimizer) in (Adam, AdamW):  # by exact type: a subclass may step by another rule
+        return bool(group.get("decoupled_weight_decay", type(optimizer) is AdamW))
+    return True if _is_bitsandbytes_adam(optimizer) else adam_of(optimizer)
+
+
 def rule_of(optimizer: Optimizer, group: dict[str, Any], config: RowOptimizerConfig) -> StepRule:
     """The row rule of one step.
 
@@ -38,19 +47,19 @@ def rule_of(optimizer: Optimizer, group: dict[str, Any], config: RowOptimizerCon
     Raises:
         ValueError: the optimizer is no Adam or AdamW whose rule is known, and `config` has no lr.
     """
-    # By exact type: a subclass may step by another rule.
-    torch_adam, bnb_adam = type(optimizer) in (Adam, AdamW), _is_bitsandbytes_adam(optimizer)
-    if not (torch_adam or bnb_adam) and config.lr is None:
+    decoupled = _decoupled(optimizer, group)
+    if decoupled is None and config.lr is None:
         raise ValueError(
             f"MEFT's rows are updated by the rule of Adam or AdamW, and {type(optimizer).__name__} is neither: use "
             "one of these, give the rows to meft.RowAdamW, or set row_optimizer=dict(lr=..., betas=...) in MEFTConfig."
         )
-    for name in ("amsgrad", "maximize"):
-        if (torch_adam or bnb_adam) and group.get(name):
+    for name, needed in (("amsgrad", False), ("maximize", False), ("bias_correction", True)):
+        if decoupled is not None and bool(group.get(name, needed)) != needed:
             raise ValueError(
-                f"{type(optimizer).__name__} has {name}=True, which MEFT's rows do not support: set it to False."
+                f"{type(optimizer).__name__} has {name}={group[name]}, which MEFT's rows do not support: set it to "
+                f"{needed}."
             )
-    known = group if torch_adam or bnb_adam else {}
+    known = group if decoupled is not None else {}
     beta1, beta2 = config.betas or known.get("betas", (0.9, 0.999))
 
     def setting(name: str, default: float) -> float:
@@ -63,8 +72,7 @@ def rule_of(optimizer: Optimizer, group: dict[str, Any], config: RowOptimizerCon
         beta2=float(beta2),
         eps=setting("eps", 1e-8),
         weight_decay=setting("weight_decay", 0.0),
-        # Decoupled: AdamW, and all of bitsandbytes' Adams; coupled is torch's Adam alone.
-        decoupled=not torch_adam or bool(group.get("decoupled_weight_decay", type(optimizer) is AdamW)),
+        decoupled=decoupled is not False,
     )
 
 

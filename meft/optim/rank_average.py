@@ -8,6 +8,7 @@ machine share one copy of the tables (`node`); where they cannot, and of rows on
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,6 +38,12 @@ class RankAverage:
         self._parallel: DataParallel | None = None  # that of the last forward pass with a graph
         self._queued = -1
         self.node: Node | None = None  # None: each rank has a copy of all tables
+        # Of an engine that no pass shows; None: there is none, or it is gone.
+        self.engine: Callable[[], DataParallel | None] = lambda: None
+
+    def forget_shared(self) -> None:
+        """The rows were written: the next forward pass gives all ranks the first rank's."""
+        self._shared = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"steps": self.steps}
@@ -53,7 +60,7 @@ class RankAverage:
         Raises:
             RuntimeError: it is inside of `DistributedDataParallel.join()`, or `around` raises it.
         """
-        parallel = around(self._tables())
+        parallel = self.engine() or around(self._tables())
         if parallel is not None and takes_uneven_inputs(parallel.engine):
             raise RuntimeError(
                 "MEFT does not support DistributedDataParallel.join(): a rank without a batch would leave out the "
@@ -73,7 +80,7 @@ class RankAverage:
             self.node.ranks.summed = False
         if self._parallel is not None and self._queued != task and self._parallel.synchronises():
             self._queued = task
-            at_end_of_backward(self._average)
+            at_end_of_backward(self.average)
 
     def _tables(self) -> list[RowTable]:
         return [table for name in sorted(self.steps.tables) for table in self.steps.tables[name]]
@@ -97,7 +104,8 @@ class RankAverage:
         """
         return any(can_be_shared(table) and not table.is_shared for table in self._tables())
 
-    def _average(self) -> None:
+    def average(self) -> None:
+        """Average the gradients of all passes since the last step over the ranks of the last one; all ranks call it."""
         self._queued = -1
         assert self._parallel is not None
         node = self.node

@@ -100,8 +100,12 @@ class KeptRows(KeptParameters):
     def _apply_to_rows(self, fn: Any, recurse: bool) -> None:
         """As `nn.Module._apply`: the rows get the dtype and the device that `fn` gives them."""
         self._watch.forget_plain()
+        hidden = self.hidden
+        self.show()
         with without_torch_function():
             super()._apply(fn, recurse)
+        if hidden:
+            self.hide()
         self._dtype = self.rows.dtype
         self._adopt(self.rows, self._watch.read_as)
         self._watch.note()
@@ -130,11 +134,28 @@ class KeptRows(KeptParameters):
                 raise RuntimeError(SHARDED)
         return rows
 
+    # ------------------------------------------------------------------ engines
+
+    def hide(self) -> None:
+        """Let the rows be a buffer and no parameter of this module, so that an engine leaves them alone."""
+        if "rows" in self._parameters:
+            self._buffers["rows"] = self._parameters.pop("rows")
+
+    def show(self) -> None:
+        """Let them be a parameter again."""
+        if "rows" in self._buffers:
+            rows: Any = self._buffers.pop("rows")
+            self._parameters["rows"] = rows
+
+    @property
+    def hidden(self) -> bool:
+        return "rows" in self._buffers
+
     # ------------------------------------------------------------------ writes
 
     def _known_rows(self) -> Any:
         """The rows; those that `torch.utils.swap_tensors` has put there are taken."""
-        rows = self._parameters.get("rows")
+        rows: Any = self._parameters.get("rows", self._buffers.get("rows"))
         known = isinstance(rows, WatchedRows) and rows.watch is self._watch
         if not known and not self._foreign and self._fits(rows):
             self._adopt(rows, self._watch.read_as)

@@ -32,7 +32,12 @@ class RowTable(SharedRows):
         restored: moments that were loaded without their optimizer; the next one that steps the table takes them.
         claimed_by: the `RowAdamW` that holds the table.
         step: steps its touched rows, as `update_rows`.
+        in_state_dict: whether state dicts have the rows.
+        in_engine_before: whether DeepSpeed's engine took the rows out of an optimizer.
     """
+
+    in_state_dict = True
+    in_engine_before = False
 
     _all: ClassVar[weakref.WeakSet[RowTable]] = weakref.WeakSet()
     _of_this_process = SharedRows._of_this_process | {"_stepped_with", "claimed_by", "step"}
@@ -143,6 +148,18 @@ class RowTable(SharedRows):
                 else:  # drawn in float32 whatever the dtype, so that equal seeds give equal rows
                     self.rows[block].copy_(torch.empty_like(self.rows[block], dtype=torch.float32).normal_(0, std))
 
+    def set_deepspeed_parallelism(self, *_: Any) -> None:
+        """DeepSpeed calls it while an engine is being made, after that of a tuner above.
+
+        Raises:
+            ValueError: there is none, which would follow the engine.
+        """
+        if not self.hidden:
+            raise ValueError(
+                "MEFT's rows do not follow DeepSpeed in a model that no PeftModel wraps: add the adapter with "
+                "get_peft_model, or load it with PeftModel.from_pretrained."
+            )
+
     # ------------------------------------------------------------------ moving, loading, saving
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RowTable:
@@ -176,10 +193,13 @@ class RowTable(SharedRows):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.synchronize()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.in_state_dict:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         loaded = state_dict.get(f"{prefix}rows")
+        if loaded is None and not self.in_state_dict:
+            return
         if loaded is None or loaded.shape != self.rows.shape:
             super()._load_from_state_dict(state_dict, prefix, *args)  # reports it
             return

@@ -34,6 +34,8 @@ _READERS = {
     "safetensors.torch",
     "transformers.pytorch_utils",
 }
+# A module that casts all parameters of a model for its passes: masters are not to be rounded.
+_CASTS_TO_READ = "deepspeed.runtime.engine"
 # Functions of tensors that read no values: an optimizer or a Trainer may ask while rows are being updated.
 _ASK_NO_VALUES = {
     "__get__", "__set__", "__delete__", "__hash__", "__len__", "backward", "detach", "dim", "element_size",
@@ -288,6 +290,9 @@ def assign(target: WatchedRows, values: Tensor) -> None:
         return
     if values.dtype != target.dtype:
         target.watch.read_as = values.dtype
+        if _caller() == _CASTS_TO_READ:
+            target.watch.note()
+            return
     with torch.no_grad():
         if moves and not target.watch.on_host:
             put(target, values.to(target.dtype))

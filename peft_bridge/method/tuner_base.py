@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..accelerate_private import watch_fsdp2
 from ..peft_private import adapters_of, is_key_under_prefixes, tuner_state_dict_key_prefixes
-from ..training.optimizer_steps import StepListener, watch_steps
+from ..training.deepspeed_engines import EngineFollower
+from ..training.optimizer_steps import StepListener, count_nonfinite, watch_steps
 from ..training.trainer_runs import RunListener, watch_runs
 from .adapter_file import AdapterFile
 from .config_base import MethodConfig
@@ -38,7 +39,7 @@ class Injection:
         return any(path == name or path.endswith(f".{name}") for path, _ in self.layers)
 
 
-class MethodTuner(BaseTuner, RunListener):
+class MethodTuner(BaseTuner, EngineFollower, RunListener):
     """Base of a method's tuner.
 
     A subclass has `wrap`, and what PEFT asks of a tuner: `prefix`, `tuner_layer_cls` and `target_module_mapping`.
@@ -180,6 +181,12 @@ class MethodTuner(BaseTuner, RunListener):
         """Optimizer steps that were not taken because an adapter's gradient was inf or nan."""
         listener = self.step_listener()
         return listener.nonfinite_steps if listener is not None else 0
+
+    def engine_step_skipped(self) -> None:
+        """Count it."""
+        listener = self.step_listener()
+        if listener is not None:
+            count_nonfinite(listener)
 
     # ------------------------------------------------------------------ saving and loading
 

@@ -217,9 +217,14 @@ def _skip(optimizer: Optimizer, step: _Step) -> None:
     """Skip a step whose gradients are not finite, and count it."""
     _take_nothing(optimizer, step)
     for listener, _ in step.watched:
-        listener.nonfinite_steps += 1
-        if listener.nonfinite_steps == 1:
-            warnings.warn(
-                "A gradient of an adapter parameter is inf or nan: this optimizer step changes nothing. Further such "
-                "steps are only counted (nonfinite_steps)."
-            )
+        count_nonfinite(listener)
+
+
+def count_nonfinite(listener: StepListener) -> None:
+    """Count a step that was not taken because a gradient is not finite, and warn of the first."""
+    listener.nonfinite_steps += 1
+    if listener.nonfinite_steps == 1:
+        warnings.warn(
+            "A gradient of an adapter parameter is inf or nan: this optimizer step changes nothing. Further such "
+            "steps are only counted (nonfinite_steps)."
+        )

@@ -14,6 +14,11 @@ class RunListener:
     A base class and not a protocol: PEFT's wrappers forward unknown attributes, so all of them would seem to comply.
     """
 
+    @property
+    def follows_engine(self) -> bool:
+        """Whether the listener hears of the steps of the DeepSpeed engine that holds the model."""
+        return False
+
     def check_run(self, arguments: Any) -> None:
         """Refuse a run with these `transformers.TrainingArguments`, before it begins."""
 
@@ -22,7 +27,7 @@ class RunListener:
 
         Args:
             done_steps: steps of it that were taken before, where it is resumed from a checkpoint; else 0.
-            steps_seen: whether torch's optimizer hooks see its steps.
+            steps_seen: whether its steps are seen, by torch's optimizer hooks or because `follows_engine`.
         """
 
     def log_scalars(self) -> dict[str, float]:
@@ -74,14 +79,16 @@ class RunEvents(TrainerCallback):
             check_not_data_parallel(args)
             listener.check_run(args)
         for listener in _listeners(model):
-            listener.on_run_begin(state.max_steps, state.global_step, not _hidden_from_hooks(optimizer))
+            seen = listener.follows_engine or not _hidden_from_hooks(optimizer)
+            listener.on_run_begin(state.max_steps, state.global_step, seen)
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         if _hidden_from_hooks(optimizer):
             for listener in _listeners(model):
-                listener.update_and_allocate(state.global_step)
+                if not listener.follows_engine:
+                    listener.update_and_allocate(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
         # The Trainer's defaults come first among the callbacks: whoever reports sees these scalars too.

@@ -398,7 +398,7 @@ def test_deepspeed_is_refused_when_a_trainers_run_begins():
     model = adapted()
     optimizer = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})()
     state = SimpleNamespace(max_steps=3, global_step=0)
-    with pytest.raises(RuntimeError, match=r"not support DeepSpeed.*DistributedDataParallel"):
+    with pytest.raises(RuntimeError, match=r"do not follow this engine.*DistributedDataParallel"):
         RunEvents().on_train_begin(None, state, None, model=model, optimizer=optimizer)
     RunEvents().on_train_begin(None, state, None, model=model, optimizer=Tiny.adamw(model))
 
