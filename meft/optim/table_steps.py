@@ -38,7 +38,7 @@ def update_tables(steps: Sequence[TableStep]) -> None:
     """
     for table, *_ in steps:
         table.synchronize()
-        if table.node is not None and not (table.is_shared and table.node.ranks.summed):
+        if table.node is not None and (table.written_apart() or not table.node.ranks.summed):
             table.leave_node()  # by gradients of its own, or in memory of its own: as one copy a rank
     tables = [step.table for step in steps]
     if any(table.node is not None for table in tables):
@@ -50,6 +50,9 @@ def update_tables(steps: Sequence[TableStep]) -> None:
             enter = _entering([(table, entry) for table, entry, *_ in of_queue])
             for step in of_queue:
                 update_table(*step, enter=enter)
+    for table in tables:
+        if table.node is not None and table.updates is None:  # what is written after the step is a write after all of it
+            table.synchronize()
 
 
 @contextmanager

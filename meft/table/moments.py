@@ -31,6 +31,7 @@ class Moments:
         exp_avg, exp_avg_sq: in a mode of `adapter_kernels.adamw.moment_layout`.
         counts: int32 [r], how often each row was touched.
         exp_avg_scale, exp_avg_sq_scale: of codes, None without.
+        for_users: what others than a step get to read, and to write into; None: these themselves.
     """
 
     exp_avg: Tensor
@@ -39,6 +40,7 @@ class Moments:
     exp_avg_scale: Tensor | None = None
     exp_avg_sq_scale: Tensor | None = None
     holders: weakref.WeakSet[RowMoments] = field(default_factory=weakref.WeakSet, init=False, repr=False)
+    for_users: Moments | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def fresh(cls, table: Tensor, mode: str = "float32") -> Moments:
@@ -115,6 +117,11 @@ class RowMoments:
         Raises:
             RuntimeError: this is a forked process, which has not got the memory.
         """
+        current = self.current()
+        return current if current.for_users is None else current.for_users
+
+    def current(self) -> Moments:
+        """The moments after all updates that are queued, for another entry; raises what `moments` raises."""
         check_process(self._forks)
         if self._synchronize is not None:
             self._synchronize()
@@ -146,10 +153,10 @@ class RowMoments:
         return moved
 
     def __copy__(self) -> RowMoments:
-        return RowMoments(self.moments)
+        return RowMoments(self.current())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RowMoments:
-        return memo.setdefault(id(self), RowMoments(self.moments))
+        return memo.setdefault(id(self), RowMoments(self.current()))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return row_moments_of_file, (HostBegin(), *self.moments.tensors().values(), HostEnd())
@@ -214,7 +221,7 @@ def moments_of(
     if present is None:
         moments = fresh if fresh is not None else Moments.fresh(rows, mode)
     else:  # loaded, or the entry of another optimizer: which stays as it is for others that hold it
-        moments = present.moments
+        moments = present.current()
         moments.check(rows, mode, f"The state of {type(optimizer).__name__}")
         for tensor in moments.tensors().values():
             keep_from_forks(tensor)

@@ -18,16 +18,17 @@ import torch
 from torch import Tensor
 
 from .numa import interleave
+from .private_view import PrivateView
 
 _PROC = Path("/proc")
 
 
-VARIABLE = "ASLORA_MEFT_SHARE_ROWS"  # experimental: see "Several processes and threads" of docs/meft.md
+VARIABLE = "ASLORA_MEFT_SHARE_ROWS"
 
 
 def can_share() -> bool:
-    """Whether it is asked for, by `ASLORA_MEFT_SHARE_ROWS=1`, and this system has such memory."""
-    return os.environ.get(VARIABLE) == "1" and hasattr(os, "memfd_create") and (_PROC / "self/fd").is_dir()
+    """Whether this system has such memory, and `ASLORA_MEFT_SHARE_ROWS=0` does not forbid its use."""
+    return os.environ.get(VARIABLE) != "0" and hasattr(os, "memfd_create") and (_PROC / "self/pagemap").exists()
 
 
 def machine_of_process() -> str:
@@ -49,6 +50,7 @@ class SharedMemory:
 
     Attributes:
         descriptor: None once it is closed; the mapping stays.
+        private: a view for code that may write without anybody knowing.
     """
 
     def __init__(self, descriptor: int, size: int) -> None:
@@ -58,6 +60,7 @@ class SharedMemory:
         for name in ("MADV_DONTFORK", "MADV_HUGEPAGE"):  # the second where the system allows it for such memory
             with suppress(AttributeError, OSError):
                 self._map.madvise(getattr(mmap, name))
+        self.private = PrivateView(descriptor, size)
         self._close = weakref.finalize(self, os.close, descriptor)
 
     @classmethod
@@ -93,12 +96,19 @@ class SharedMemory:
         self.descriptor = None
         self._close()
 
-    def tensor(self, offset: int, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
-        """A tensor in the memory at `offset` bytes, with a storage of its own, so that its users can be counted."""
+    def tensor(
+        self, offset: int, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, *, private: bool = False
+    ) -> Tensor:
+        """A tensor in the memory at `offset` bytes, with a storage of its own, so that its users can be counted.
+
+        Args:
+            private: what is written into it stays in this process.
+        """
+        seen = self.private.map if private else self._map
         with torch.inference_mode(False):  # it outlives the mode
             if not math.prod(shape):
                 return torch.empty(shape, dtype=dtype, device="cpu")
-            return torch.frombuffer(self._map, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
+            return torch.frombuffer(seen, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
 
     def numbers(self, offset: int, count: int) -> memoryview[int]:
         """int64 numbers in the memory, each of which is read and written at once."""

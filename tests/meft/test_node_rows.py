@@ -44,9 +44,10 @@ def joined(tables=1, compute_dtype=torch.bfloat16, timeout=20.0, mode="float32")
     numbers = layout.place(32 * 2)
     places = [NodePlaces.plan(layout, SHAPE, torch.float32, compute_dtype, 2, mode) for _ in range(tables)]
     memory = SharedMemory.create(layout.size)
+    memories = [memory, SharedMemory.open(os.getpid(), memory.descriptor, layout.size)]
     ranks = [NodeRanks(rank, [os.getpid()] * 2, memory.numbers(numbers, 8), timeout) for rank in range(2)]
     found = []
-    for rank in ranks:
+    for rank, memory in zip(ranks, memories, strict=True):
         rank.summed = True
         found.append([])
         for place in places:
@@ -373,13 +374,13 @@ def test_loading_with_steps_queued_waits_for_these_and_nobody_else():
 
 
 def test_the_memory_goes_when_all_ranks_have_left():
-    tables = joined(tables=2)
-    memory = weakref.ref(tables[0][0].node._memory)
-    for table in (*tables[0], *tables[1]):
-        assert memory() is not None
-        table.leave_node()
-    gc.collect()
-    assert memory() is None
+    for tables in joined(tables=2):
+        memory = weakref.ref(tables[0].node._memory)
+        for table in tables:
+            assert memory() is not None
+            table.leave_node()
+        gc.collect()
+        assert memory() is None
 
 
 CHILD = """
