@@ -55,7 +55,7 @@ def work(rank: int, world: int, r: int, folder: Path) -> None:
 
     share = slice(r * rank // world, r * (rank + 1) // world)
     for table in tables:  # a rank's first look at a page of shared memory takes longer than those that follow
-        entry = table.moments_in(optimizer).moments
+        entry = table.moments_in(optimizer).held
         with table.reading() as rows:
             for values in (table.masters, rows, *entry.tensors().values()):
                 values[share].max()
@@ -124,7 +124,6 @@ def run(world: int, r: int) -> list[dict[str, float]]:
         "OMP_NUM_THREADS": "1",
         "LOCAL_WORLD_SIZE": str(world),
         "OMP_WAIT_POLICY": "PASSIVE",
-        "ASLORA_MEFT_SHARE_ROWS": "1",
     }
     variables["MALLOC_MMAP_THRESHOLD_"] = "65536"
     with tempfile.TemporaryDirectory() as folder:

@@ -93,7 +93,7 @@ class Node:
         first = members[0], everywhere[members[0]][1]
         memory = _memory(group, *first, layout.size)
         # Memory of its own, which goes when all tables have left.
-        memory_of_tables = _memory(group, *first, layout_of_tables.size) if memory is not None else None
+        memory_of_tables = _memory(group, *first, layout_of_tables.size, users=True) if memory is not None else None
         if memory is None or memory_of_tables is None:
             return None
         timeout = timeout_of(group)
@@ -146,18 +146,20 @@ class Node:
         return answer
 
 
-def _memory(group: dist.ProcessGroup, first: int, process: int, size: int) -> SharedMemory | None:
+def _memory(
+    group: dist.ProcessGroup, first: int, process: int, size: int, *, users: bool = False
+) -> SharedMemory | None:
     """Memory that a node's first rank makes and the others open; None on all ranks if one of them cannot."""
     memory, reason = None, ""
     leads = dist.get_rank(group) == first
     try:
-        memory = SharedMemory.create(size) if leads else None
+        memory = SharedMemory.create(size, users=users) if leads else None
     except OSError as error:
         reason = str(error)
     offers = _gathered(group, memory.descriptor if memory is not None else None)
     try:
         if not leads and offers[first] is not None:
-            memory = SharedMemory.open(process, offers[first], size)
+            memory = SharedMemory.open(process, offers[first], size, users=users)
     except OSError as error:
         reason = str(error)
     reasons = _gathered(group, None if memory is not None else reason or "the first rank has made none")

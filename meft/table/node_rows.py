@@ -88,7 +88,9 @@ class NodeRows:
 
     def __init__(self, ranks: NodeRanks, memory: SharedMemory, places: NodePlaces) -> None:
         self.ranks, self.places = ranks, places
-        self._memory = memory
+        assert memory.private is not None
+        self._memory, self._view = memory, memory.private
+        self._of_moments = places.moments[0], places.counters - places.moments[0]  # offset and bytes
         forms = moment_forms(places.mode, places.shape, places.dtype).items()
         found = zip(places.moments, forms, strict=True)
         parts = [(at, name, shape, dtype) for at, (name, (shape, dtype)) in found]
@@ -123,11 +125,10 @@ class NodeRows:
 
     def written(self) -> bool:
         """Whether this process has written into the `private_masters`."""
-        return self._memory.private.written(self.places.masters, self.masters.nbytes)
+        return self._view.written(self.places.masters, self.masters.nbytes)
 
     def _moments_written(self) -> bool:
-        begin, end = self.places.moments[0], self.places.counters
-        return self._memory.private.written(begin, end - begin)
+        return self._view.written(*self._of_moments)
 
     # ------------------------------------------------------------------ steps
 
@@ -157,7 +158,7 @@ class NodeRows:
             if self._moments_written():
                 if entry.holds(self.moments):
                     entry.hold(self._copy_of_moments())
-                self._memory.private.forget(self.places.moments[0], self.places.counters - self.places.moments[0])
+                self._view.forget(*self._of_moments)
             self.unused, self.entered = False, True
             self.ranks.publish(self._brings, 0 if entry.holds(self.moments) else 1)
             self.ranks.publish(self._entered, self.steps + 1)

@@ -47,30 +47,31 @@ class SharedMemory:
 
     Args:
         descriptor: of the file, which this object owns.
+        users: whether code that is not ours gets some of the memory.
 
     Attributes:
         descriptor: None once it is closed; the mapping stays.
-        private: a view for code that may write without anybody knowing.
+        private: the view for such code; None without.
     """
 
-    def __init__(self, descriptor: int, size: int) -> None:
+    def __init__(self, descriptor: int, size: int, *, users: bool = False) -> None:
         self.descriptor: int | None = descriptor
         self.size = size
         self._map = mmap.mmap(descriptor, size)
         for name in ("MADV_DONTFORK", "MADV_HUGEPAGE"):  # the second where the system allows it for such memory
             with suppress(AttributeError, OSError):
                 self._map.madvise(getattr(mmap, name))
-        self.private = PrivateView(descriptor, size)
+        self.private = PrivateView(descriptor, size) if users else None
         self._close = weakref.finalize(self, os.close, descriptor)
 
     @classmethod
-    def create(cls, size: int) -> SharedMemory:
+    def create(cls, size: int, *, users: bool = False) -> SharedMemory:
         """Raises: OSError: the system refuses."""
         size = max(size, mmap.PAGESIZE)
         descriptor = os.memfd_create("meft-rows", os.MFD_CLOEXEC)
         try:
             os.ftruncate(descriptor, size)
-            memory = cls(descriptor, size)
+            memory = cls(descriptor, size, users=users)
         except BaseException:
             os.close(descriptor)
             raise
@@ -78,7 +79,7 @@ class SharedMemory:
         return memory
 
     @classmethod
-    def open(cls, process: int, descriptor: int, size: int) -> SharedMemory:
+    def open(cls, process: int, descriptor: int, size: int, *, users: bool = False) -> SharedMemory:
         """What another process of this machine has made.
 
         Raises:
@@ -86,7 +87,7 @@ class SharedMemory:
         """
         own = os.open(_PROC / str(process) / "fd" / str(descriptor), os.O_RDWR | os.O_CLOEXEC)
         try:
-            return cls(own, max(size, mmap.PAGESIZE))
+            return cls(own, max(size, mmap.PAGESIZE), users=users)
         except BaseException:
             os.close(own)
             raise
@@ -102,9 +103,12 @@ class SharedMemory:
         """A tensor in the memory at `offset` bytes, with a storage of its own, so that its users can be counted.
 
         Args:
-            private: what is written into it stays in this process.
+            private: of the view for users.
         """
-        seen = self.private.map if private else self._map
+        seen = self._map
+        if private:
+            assert self.private is not None
+            seen = self.private.map
         with torch.inference_mode(False):  # it outlives the mode
             if not math.prod(shape):
                 return torch.empty(shape, dtype=dtype, device="cpu")

@@ -131,7 +131,7 @@ def test_a_hidden_write_in_the_middle_of_a_step_ends_all_ranks():
 
 def test_what_is_written_stays_here_and_is_found_page_by_page(kernel):
     size = 4 * 4096
-    memory = SharedMemory.create(size)
+    memory = SharedMemory.create(size, users=True)
     view = memory.private
     shared, own = (memory.tensor(0, (size,), torch.uint8, private=private) for private in (False, True))
     shared.fill_(3)
@@ -151,4 +151,4 @@ def test_where_the_system_does_not_tell_of_writes_there_is_no_such_memory(monkey
     monkeypatch.setattr(private_view, "_SCAN", 0)
     monkeypatch.setattr(private_view.os, "pread", lambda *_: b"")
     with pytest.raises(OSError, match="which pages were written"):
-        SharedMemory.create(4096)
+        SharedMemory.create(4096, users=True)

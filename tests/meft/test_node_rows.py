@@ -43,8 +43,8 @@ def joined(tables=1, compute_dtype=torch.bfloat16, timeout=20.0, mode="float32")
     layout = Layout()
     numbers = layout.place(32 * 2)
     places = [NodePlaces.plan(layout, SHAPE, torch.float32, compute_dtype, 2, mode) for _ in range(tables)]
-    memory = SharedMemory.create(layout.size)
-    memories = [memory, SharedMemory.open(os.getpid(), memory.descriptor, layout.size)]
+    memory = SharedMemory.create(layout.size, users=True)
+    memories = [memory, SharedMemory.open(os.getpid(), memory.descriptor, layout.size, users=True)]
     ranks = [NodeRanks(rank, [os.getpid()] * 2, memory.numbers(numbers, 8), timeout) for rank in range(2)]
     found = []
     for rank, memory in zip(ranks, memories, strict=True):

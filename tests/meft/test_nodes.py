@@ -45,7 +45,6 @@ def killed_in_a_step(rank):
 
 def work(rank, folder):
     torch.set_num_threads(1)
-    os.environ[shared_memory.VARIABLE] = "1"
     shared_memory.machine_of_process = lambda: "first machine" if rank < 2 else "second machine"
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD, timeout=timedelta(seconds=TIMEOUT)

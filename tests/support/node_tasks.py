@@ -159,7 +159,7 @@ def train(model, batches, optimizer, clip=0.05):
 
 def run_memory(rank, folder):
     """What memory the rows are in, what a copy gets, and who writes into it."""
-    wrote, write = [], RowTable.write_shared
+    wrote, write, descriptors = [], RowTable.write_shared, _descriptors()
     RowTable.write_shared = lambda self, masters: (wrote.append(self), write(self, masters))[1]
     try:
         model = adapted(seed=rank, dtype=torch.bfloat16)
@@ -180,7 +180,7 @@ def run_memory(rank, folder):
         "wrote": len(wrote),
         "shared": [within(tensor) for tensor in held],
         "of copies": [within(table.masters) or table.node is not None for table in Tiny.tables(copied)],
-        "descriptors": sum("meft-rows" in str(path) for path in map(_target, Path("/proc/self/fd").iterdir())),
+        "descriptors": _descriptors() - descriptors,
     }
     Tiny.tables(copied)[0].rows.data.mul_(2)  # nothing of the shared ones
     return result
@@ -229,6 +229,10 @@ def run_written(rank):
             Tiny.tables(model)[0].rows.copy_(before)
     train(wrapped, [mine(0, rank)], Tiny.adamw(model))
     return {"found": found, "shared": all(t.is_shared for t in Tiny.tables(model)), "state": Tiny.whole_state(model)}
+
+
+def _descriptors():
+    return sum("meft-rows" in str(path) for path in map(_target, Path("/proc/self/fd").iterdir()))
 
 
 def _target(path):
@@ -404,7 +408,7 @@ def tasks(rank, folder):
             ("float32", True, 64),
         ]
     }
-    found |= {
+    return found | {
         "memory": lambda: run_memory(rank, folder),
         "written": lambda: run_written(rank),
         "delayed": lambda: run_delayed(rank),
@@ -421,12 +425,11 @@ def tasks(rank, folder):
         "overflow": lambda: run_scaled(rank, True, torch.float32),
         "unscaled": lambda: run_scaled(rank, None),
     }
-    return {name: partial(shared, task) for name, task in found.items()}
 
 
-def shared(task):
-    """A task's result with the rows shared."""
-    os.environ[VARIABLE] = "1"
+def apart(task):
+    """A task's result with a copy of the rows for each rank."""
+    os.environ[VARIABLE] = "0"
     try:
         return task()
     finally:
