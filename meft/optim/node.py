@@ -70,14 +70,14 @@ class Node:
         """
         forms = [(len(t.rows), t.rows.shape[1], t.masters.dtype, t.compute_dtype, t.mode) for t in tables]
         machine = shared_memory.machine_of_process() if shared_memory.can_share() else None
-        everywhere = _gathered(group, (machine, os.getpid(), forms))
+        everywhere = _gathered(group, (machine, os.getpid(), forms, [t.rows.requires_grad for t in tables]))
         if any(other[2] != forms for other in everywhere):
             raise RuntimeError(
                 "The ranks have MEFT adapters of other shapes or dtypes: give all ranks the same configuration, base "
                 "model and dtype before the first forward pass of DistributedDataParallel."
             )
         nodes: dict[str | None, list[int]] = {}
-        for rank, (name, _, _) in enumerate(everywhere):
+        for rank, (name, *_) in enumerate(everywhere):
             nodes.setdefault(name, []).append(rank)
         if not tables or None in nodes or max(map(len, nodes.values())) == 1:
             return None
@@ -112,7 +112,14 @@ class Node:
             ranks, memory, sums, world=len(everywhere), nodes=len(nodes), leaders=leaders, device=group_device(group)
         )
         self = cls(tables, ranks, total)
-        self._take_up([NodeRows(ranks, memory_of_tables, place) for place in places], leaders)
+        trained = everywhere[0][3]
+        self._take_up(
+            [
+                NodeRows(ranks, memory_of_tables, place, sum(trained[:i]), max(1, sum(trained)))
+                for i, place in enumerate(places)
+            ],
+            leaders,
+        )
         return self
 
     def _take_up(self, shared: list[NodeRows], leaders: dist.ProcessGroup | None) -> None:

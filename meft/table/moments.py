@@ -212,12 +212,12 @@ def moments_of(
     Raises:
         ValueError: what was loaded there does not fit.
     """
-    rows = parameter.detach() if rows is None else rows
     state = optimizer.state[parameter]
     present = loaded if loaded is not None else state.get(KEY)
     owner = present.owner() if present is not None and present.owner is not None else None
     if present is not None and owner is optimizer:
         return present
+    rows = parameter.detach() if rows is None else rows
     if present is None:
         moments = fresh if fresh is not None else Moments.fresh(rows, mode)
     else:  # loaded, or the entry of another optimizer: which stays as it is for others that hold it

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adapter_kernels.adamw.moment_layout import moment_forms
 
-from ..transport.node_ranks import NodeRanks
+from ..transport.node_ranks import NodeRanks, wake
 from ..transport.shared_memory import Layout, SharedMemory
 from .moments import Moments, RowMoments
 
@@ -78,6 +78,9 @@ class NodePlaces:
 class NodeRows:
     """One rank's view of a shared table.
 
+    Args:
+        position: of the table among `tables` that the ranks step together.
+
     Attributes:
         masters: to read and to write; `private_masters` is what users get.
         moments: those of the optimizer that steps the rows on all ranks.
@@ -86,7 +89,9 @@ class NodeRows:
         entered: whether it has entered the next one.
     """
 
-    def __init__(self, ranks: NodeRanks, memory: SharedMemory, places: NodePlaces) -> None:
+    def __init__(
+        self, ranks: NodeRanks, memory: SharedMemory, places: NodePlaces, position: int = 0, tables: int = 1
+    ) -> None:
         self.ranks, self.places = ranks, places
         assert memory.private is not None
         self._memory, self._view = memory, memory.private
@@ -99,6 +104,7 @@ class NodeRows:
             **{name: memory.tensor(at, shape, dtype, private=True) for at, name, shape, dtype in parts}
         )
         self.unused, self.steps, self.entered = True, 0, False
+        self._position, self._parts = position, len(ranks) // math.gcd(len(ranks), tables)
         self._looked = 0  # steps after which writes were looked for
         n, numbers = len(ranks), memory.numbers(places.counters, _COUNTERS * len(ranks))
         counters = [numbers[i * n : (i + 1) * n] for i in range(_COUNTERS)]
@@ -132,6 +138,17 @@ class NodeRows:
 
     # ------------------------------------------------------------------ steps
 
+    def part(self, count: int) -> slice:
+        """This rank's share of `count` rows of the table.
+
+        All tables have as few parts as give all ranks as many of them: mostly one, whose rows, moments and calls are one
+        rank's then.
+        """
+        number = (self.ranks.rank - self._position * self._parts) % len(self.ranks)
+        if number >= self._parts:
+            return slice(0, 0)
+        return slice(count * number // self._parts, count * (number + 1) // self._parts)
+
     def wait(self) -> None:
         """Wait for the other ranks' parts of the steps that this one has done.
 
@@ -142,7 +159,8 @@ class NodeRows:
         if self._looked == self.steps:
             return
         self._looked = self.steps
-        if self.written() or self._moments_written():  # pages that other ranks may have updated afterwards
+        p = self.places
+        if self._view.written(p.masters, p.counters - p.masters):  # pages that other ranks may have updated afterwards
             self.ranks.fail()
             raise RuntimeError(IN_A_STEP)
 
@@ -223,6 +241,7 @@ class NodeRows:
             for holder in list(self.moments.holders):
                 holder.hold(kept)
         self.ranks.publish(self._left, 1)
+        wake(self._entered, self.ranks.rank)  # who waits there for this rank
 
     def _bring(self, entry: RowMoments, number: int) -> None:
         """Moments that were loaded, or are fresh, replace those in shared memory; each rank copies some rows."""
