@@ -100,16 +100,16 @@ class Node:
         ranks = NodeRanks(
             members.index(rank), [everywhere[m][1] for m in members], memory.numbers(numbers, 4 * len(members)), timeout
         )
-        leaders = None
-        if len(nodes) > 1 and ranks.leads:
-            leaders = dist.new_group(
-                [dist.get_global_rank(group, ranks_of_node[0]) for ranks_of_node in nodes.values()],
+        peers, shares = None, min(map(len, nodes.values())) if len(nodes) > 1 else None
+        if shares is not None and ranks.rank < shares:
+            peers = dist.new_group(
+                [dist.get_global_rank(group, ranks_of_node[ranks.rank]) for ranks_of_node in nodes.values()],
                 timeout=timedelta(seconds=timeout),
                 backend=dist.get_backend(group),
                 use_local_synchronization=True,
             )
         total = NodeSum(
-            ranks, memory, sums, world=len(everywhere), nodes=len(nodes), leaders=leaders, device=group_device(group)
+            ranks, memory, sums, world=len(everywhere), peers=peers, shares=shares, device=group_device(group)
         )
         self = cls(tables, ranks, total)
         trained = everywhere[0][3]
@@ -118,19 +118,19 @@ class Node:
                 NodeRows(ranks, memory_of_tables, place, sum(trained[:i]), max(1, sum(trained)))
                 for i, place in enumerate(places)
             ],
-            leaders,
+            peers,
         )
         return self
 
-    def _take_up(self, shared: list[NodeRows], leaders: dist.ProcessGroup | None) -> None:
+    def _take_up(self, shared: list[NodeRows], peers: dist.ProcessGroup | None) -> None:
         """Only the first rank writes what all share; the others give the memory of their own back before it does."""
         if self.ranks.leads:
             self.ranks.barrier()
         for table, node in zip(self.tables, shared, strict=True):
             own = table.take_up(node)
             if self.ranks.leads:
-                if leaders is not None:
-                    _receive(own, leaders)
+                if peers is not None:
+                    _receive(own, peers)
                 table.write_shared(own)
         if not self.ranks.leads:
             self.ranks.barrier()
@@ -180,9 +180,9 @@ def _memory(
     return None
 
 
-def _receive(rows: torch.Tensor, leaders: dist.ProcessGroup) -> None:
+def _receive(rows: torch.Tensor, group: dist.ProcessGroup) -> None:
     """The rows of the first node."""
     for block in row_blocks(rows):
-        sent = rows[block].to(group_device(leaders), copy=True)
-        dist.broadcast(sent, dist.get_global_rank(leaders, 0), group=leaders)
+        sent = rows[block].to(group_device(group), copy=True)
+        dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
         rows[block].copy_(sent)

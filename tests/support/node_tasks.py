@@ -57,10 +57,22 @@ def gradient_of(step, rank, number):
     return rows, torch.randint(-8, 9, (len(rows), d), generator=generator).float()
 
 
+def optimizer_of(tables):
+    return meft.RowAdamW([table.rows for table in tables], lr=0.05, weight_decay=0.01)
+
+
+def average(tables, node, step, rank):
+    """Give all ranks the mean of their gradients in a step."""
+    for number, table in enumerate(tables):
+        given = gradient_of(step, rank, number)
+        table.rows.grad = None if given is None else RowGradient(*given, table.rows)
+    node.average_gradients()
+
+
 def steps_of(tables, average, clip):
     """Steps of gradients that `average(step)` puts into place; the norms."""
     parameters = [table.rows for table in tables]
-    optimizer, norms = meft.RowAdamW(parameters, lr=0.05, weight_decay=0.01), []
+    optimizer, norms = optimizer_of(tables), []
     for step in range(STEPS):
         average(step)
         if clip:
@@ -114,15 +126,12 @@ def run_tables(rank, name, clip, block_bytes=None):
         table.step = step
     kept = []
 
-    def average(step):
-        for number, table in enumerate(tables):
-            given = gradient_of(step, rank, number)
-            table.rows.grad = None if given is None else RowGradient(*given, table.rows)
-        node.average_gradients()
+    def average_and_keep(step):
+        average(tables, node, step, rank)
         if step == 1:
             kept.extend((table.rows.grad, table.rows.grad.to_dense()) for table in tables)
 
-    _, norms = steps_of(tables, average, clip)
+    _, norms = steps_of(tables, average_and_keep, clip)
     return {
         "state": state_of(tables),
         "norms": norms,
