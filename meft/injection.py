@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from .config import MEFTConfig
 from .cost.auto import ModelProfile, model_profile
 from .layer import MEFTLayer
-from .optim.ddp import RankAverage
 from .optim.optimizer_hook import RowSteps
+from .optim.rank_average import RankAverage
 from .retrieval.costs import Rows
 from .retrieval.engine import Engine
 from .transport.openmp_waiting import check_waiting
@@ -82,4 +83,13 @@ def check_gradients_last(arguments: object) -> None:
         raise ValueError(
             f"{' and '.join(found)} would change gradients when the backward pass is over, and row_optimizer has "
             "in_backward=True: set max_grad_norm=0 and bf16 in place of fp16, or in_backward=False."
+        )
+
+
+def check_not_sharded(config: MEFTConfig, model: nn.Module) -> None:
+    """Raises: ValueError: FSDP2 shards the model already, and would average no gradient of what is added to it."""
+    if not config.inference_mode and any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise ValueError(
+            "FSDP2 shards the base model already, and would not average the gradients of a MEFT adapter: add the "
+            "adapter before fully_shard, or load it with is_trainable=False."
         )

@@ -19,11 +19,11 @@ from .cost.auto import chosen
 from .cost.host_memory import require_memory_for
 from .files import training_state as state
 from .files.adapter_file import FILE, RESERVED
-from .injection import check_gradients_last, connect, profile_of, warn_of_others
+from .injection import check_gradients_last, check_not_sharded, connect, profile_of, warn_of_others
 from .layer import NOT_MERGEABLE, MEFTLayer
 from .load_balancing import note_loss_scale
-from .optim.ddp import RankAverage
 from .optim.optimizer_hook import RowSteps
+from .optim.rank_average import RankAverage
 from .report import TransferReport, transfer_report
 from .retrieval import forward_context as context
 from .retrieval.costs import Rows
@@ -89,11 +89,11 @@ class MEFTModel(MethodTuner):
             config.target_modules = default_targets(config, model_config.get("model_type"), self.model)
         return config
 
-    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
-        config: Any = peft_config
-        self._ffns, others = targeted_ffns(config, model)
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        check_not_sharded(peft_config, model)
+        self._ffns, others = targeted_ffns(peft_config, model)
         warn_of_others(others)
-        require_memory_for(config, list(self._ffns.values()))
+        require_memory_for(peft_config, list(self._ffns.values()))
 
     def wrap(
         self, target: nn.Module, path: str, parent: nn.Module, adapter_name: str, config: MEFTConfig,

@@ -2,9 +2,90 @@
 
 from __future__ import annotations
 
-from torch import nn
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from accelerate import Accelerator, accelerator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from .torch_private import is_left_alone_by_fsdp2
 
 
 def forget_prepared(model: nn.Module) -> None:
     """Let `Accelerator.prepare` take a model, not wrapped by DDP, as one that it has not prepared yet."""
     vars(model).pop("_is_accelerate_prepared", None)
+
+
+# ------------------------------------------------------------------ FSDP2
+
+
+def watch_fsdp2() -> None:
+    """Let accelerate treat the modules right that are `left_alone_by_fsdp2`; repeated calls change nothing.
+
+    While it shards a model it casts and empties each parameter, and expects shards in the place of all; and it takes
+    all gradients to be on one device.
+    """
+    if not hasattr(accelerator.fsdp2_prepare_model, "_leaves_alone"):
+        accelerator.fsdp2_prepare_model = _leaving_alone(accelerator.fsdp2_prepare_model)
+    if not hasattr(Accelerator.clip_grad_norm_, "_over_devices"):
+        Accelerator.clip_grad_norm_ = _over_devices(Accelerator.clip_grad_norm_)  # type: ignore[method-assign]
+
+
+def _leaving_alone(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(prepare)
+    def prepared(accelerator: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        kept = [(m, m._parameters) for m in model.modules() if is_left_alone_by_fsdp2(m)]
+        for module, _ in kept:
+            vars(module).update(_parameters={}, _apply=functools.partial(_unchanged, module))
+        try:
+            return prepare(accelerator, model, *args, **kwargs)
+        finally:
+            for module, parameters in kept:
+                vars(module)["_parameters"] = parameters
+                del vars(module)["_apply"]
+
+    prepared._leaves_alone = True  # type: ignore[attr-defined]
+    return prepared
+
+
+def _unchanged(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+    return module
+
+
+def _over_devices(clip: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(clip)
+    def clipped(self: Accelerator, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        if not self.is_fsdp2 or len({p.grad.device for p in parameters if p.grad is not None}) < 2:
+            return clip(self, parameters, max_norm, norm_type)
+        self.unscale_gradients()
+        return clip_over_devices(parameters, max_norm, norm_type)
+
+    clipped._over_devices = True  # type: ignore[attr-defined]
+    return clipped
+
+
+def clip_over_devices(parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float = 2) -> Tensor:
+    """As `torch.nn.utils.clip_grad_norm_`, of gradients on several devices, some of which are shards.
+
+    Returns:
+        the norm of all gradients, on the device of the first one.
+    """
+    groups: dict[tuple[Any, torch.device], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
+            groups.setdefault((mesh, parameter.grad.device), []).append(parameter)
+    if not groups:
+        return torch.tensor(0.0)
+    norms: list[Any] = [get_total_norm([p.grad for p in group], norm_type) for group in groups.values()]  # type: ignore[misc]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), norm_type)
+    for (mesh, device), group in groups.items():
+        here = total.to(device)
+        clip_grads_with_norm_(group, max_norm, here if mesh is None else DTensor.from_local(here, mesh))
+    return total

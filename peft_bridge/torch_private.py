@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from types import CodeType
-from typing import Any
+from types import CodeType, FrameType
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import _engine_run_backward
+from torch.distributed._composable.contract import REGISTRY_KEY
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -92,7 +95,7 @@ def uncompiled(module: Any) -> Any:
     return getattr(module, "_orig_mod", module)
 
 
-def hooks_before(module: torch.nn.Module) -> list[Any]:
+def hooks_before(module: nn.Module) -> list[Any]:
     """Hooks that run before a module's forward pass."""
     return list(module._forward_pre_hooks.values())
 
@@ -156,6 +159,66 @@ def timeout_of(group: Any) -> float:
         with suppress(AttributeError, RuntimeError):
             return float(group._get_backend(torch.device(device)).options._timeout.total_seconds())
     return 1800.0
+
+
+# ------------------------------------------------------------------ FSDP2
+
+Kind = TypeVar("Kind", bound=type[nn.Module])
+_FULLY_SHARD: CodeType = fully_shard.__wrapped__.__code__  # type: ignore[attr-defined]
+_sharded_around: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+
+
+def _registry(module: nn.Module) -> dict[str, Any]:
+    """What `fully_shard` asks each module for, to pass by those to which torch's `replicate` was applied.
+
+    It is also how a module gets to know what is sharded around it: nothing refers from a module to the one above it.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _FULLY_SHARD:
+        frame = frame.f_back
+    if frame is None:  # FSDP1
+        return {}
+    given = frame.f_locals["module"]  # `fully_shard` takes several modules as one unit
+    _sharded_around[module] = weakref.ref(given if isinstance(given, nn.Module) else given[0])
+    return {"replicate": None}
+
+
+def left_alone_by_fsdp2(kind: Kind) -> Kind:
+    """Decorate a class of modules whose parameters `fully_shard` neither shards nor moves, like `ignored_params`."""
+    setattr(kind, REGISTRY_KEY, property(_registry))  # a property comes before what `fully_shard` puts into __dict__
+    return kind
+
+
+def is_left_alone_by_fsdp2(module: nn.Module) -> bool:
+    """Whether the module is of a class that is `left_alone_by_fsdp2`."""
+    return isinstance(getattr(type(module), REGISTRY_KEY, None), property)
+
+
+def fsdp2_unit_around(module: nn.Module) -> Any:
+    """The innermost `FSDPModule` around a module of a class that is `left_alone_by_fsdp2`; None: there is none."""
+    unit = _sharded_around.get(module)
+    return unit() if unit is not None else None
+
+
+def fsdp2_parameter_groups(unit: nn.Module) -> list[Any]:
+    """The groups of parameters of an `FSDPModule`, or of those inside of it where it has none itself."""
+    states = (module._get_fsdp_state() for module in unit.modules() if isinstance(module, FSDPModule))
+    return next((state._fsdp_param_groups for state in states if state._fsdp_param_groups), [])
+
+
+def fsdp2_mesh(group: Any) -> Any:
+    """The mesh of a group of parameters: [ranks], or [replicas, ranks]."""
+    return group.mesh_info.mesh
+
+
+def fsdp2_synchronises(group: Any) -> bool:
+    """Whether a backward pass over a group of parameters averages their gradients (`set_requires_gradient_sync`)."""
+    return bool(group.reduce_grads and (group.all_reduce_grads or fsdp2_mesh(group).ndim == 1))
+
+
+def fsdp2_divides_by_ranks(group: Any) -> bool:
+    """Whether a group of parameters gets the mean of their gradients: without `set_gradient_divide_factor`."""
+    return group.gradient_divide_factor in (None, fsdp2_mesh(group).size())
 
 
 # ------------------------------------------------------------------ devices

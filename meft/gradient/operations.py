@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from peft_bridge.torch_private import schema_of
 
@@ -69,6 +70,8 @@ _UPDATES_KNOWN = {aten.add_.Tensor, aten._amp_foreach_non_finite_check_and_unsca
 
 def operate(func: Any, args: Any, kwargs: Any) -> Any:
     """Carry out an operation that `__torch_dispatch__` of a gradient got."""
+    if len(args) > 1 and isinstance(args[1], DTensor) and not args[1].ndim:  # a norm of shards beside the rows
+        args = (args[0], args[1].full_tensor(), *args[2:])
     several = bool(args) and isinstance(args[0], list | tuple)
     if func in _CHANGES and _consumed(args[0]):
         if func not in PRODUCTS or not changes_nothing(args[1]):

@@ -4,6 +4,7 @@ them too.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -91,18 +92,23 @@ class Moments:
                 )
 
 
-class RowMoments:
+class RowMoments(float):
     """The entry of a table in an optimizer's state: `Moments` that other entries may share until one is updated.
 
     It is no tensor, so that `load_state_dict` does not cast it to the dtype of the parameter and nobody moves it to a
-    device. Copies (`copy`, `deepcopy`) share the memory. An update copies the memory first if others hold it too, so
-    that a state dict that was kept does not change. `torch.save` writes the tensors from where they are, and
-    `torch.load` reads them into host memory, whatever device its `map_location` names.
+    device. It is a number (of no meaning), so that torch's functions for distributed state dicts pass it on as it is:
+    they raise an error for objects that are neither tensors nor numbers. Copies (`copy`, `deepcopy`) share the memory.
+    An update copies the memory first if others hold it too, so that a state dict that was kept does not change.
+    `torch.save` writes the tensors from where they are, and `torch.load` reads them into host memory, whatever device
+    its `map_location` names.
 
     Args:
         moments: may be shared with other entries.
         synchronize: waits for updates that are queued; None: there are none.
     """
+
+    def __new__(cls, moments: Moments, synchronize: Callable[[], None] | None = None) -> RowMoments:
+        return super().__new__(cls, math.nan)
 
     def __init__(self, moments: Moments, synchronize: Callable[[], None] | None = None) -> None:
         self._moments, self._synchronize = moments, synchronize
@@ -151,6 +157,8 @@ class RowMoments:
         if moved is not self._moments:
             self.hold(moved)
         return moved
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
 
     def __copy__(self) -> RowMoments:
         return RowMoments(self.current())

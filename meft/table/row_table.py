@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from peft_bridge.torch_private import left_alone_by_fsdp2
+
 from ..transport.host_tensors import host_zeros, like_rows, row_blocks
 from .moments import KEY, Moments, RowMoments, moments_of
 from .row_step import update_rows
 from .shared_rows import SharedRows
 
 
+@left_alone_by_fsdp2
 class RowTable(SharedRows):
     """One row a neuron: the keys, or the values, of one layer.
 

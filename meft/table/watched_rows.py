@@ -276,8 +276,9 @@ def assign(target: WatchedRows, values: Tensor) -> None:
     if values.shape != target.shape or not values.is_floating_point():
         raise ValueError(
             f"MEFT rows have shape {list(target.shape)} and floating-point values: `.data` cannot become "
-            f"{list(values.shape)} {values.dtype}. Engines that shard or flatten parameters (FSDP, DeepSpeed) are not "
-            "supported yet: train with one process or with DistributedDataParallel."
+            f"{list(values.shape)} {values.dtype}. Engines that flatten parameters (FSDP1, DeepSpeed) are not "
+            "supported: use FSDP2 (fully_shard, in accelerate's configuration fsdp_version: 2) or "
+            "DistributedDataParallel."
         )
     if values.is_meta and not target.is_meta:
         raise ValueError("MEFT rows cannot be emptied by assigning a meta tensor to `.data`: delete the adapter.")

@@ -10,6 +10,7 @@ from peft import PeftConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..peft_private import adapters_of, is_key_under_prefixes, tuner_state_dict_key_prefixes
 from ..training.optimizer_steps import StepListener, watch_steps
@@ -187,8 +188,9 @@ class MethodTuner(BaseTuner, RunListener):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """Select an adapter's tensors and add their digest."""
+        """Select an adapter's tensors, gathered where the ranks have shards of them, and add their digest."""
         own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        own = {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in own.items()}
         if own and cls.file is not None:
             own[cls.file.digest_key] = cls.file.digest_of(cls._under_file_keys(own, adapter_name), config)
         return own
@@ -202,11 +204,13 @@ class MethodTuner(BaseTuner, RunListener):
         if cls.file is None:
             return load(model, config, adapter_name, state_dict)
         prefixes = tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
-        current = {key: value for key, value in model.state_dict().items() if is_key_under_prefixes(key, prefixes)}
+        state = model.state_dict()
+        current = {key: value for key, value in state.items() if is_key_under_prefixes(key, prefixes)}
         wanted = {key: value.shape for key, value in cls._under_file_keys(current, adapter_name).items()}
         own = cls.file.own_tensors(config, state_dict, wanted)
         others = {key: value for key, value in state_dict.items() if not cls.file.owns(key)}
-        return load(model, config, adapter_name, own | others)
+        loaded = load(model, config, adapter_name, own | others)
+        return {key: _sharded_like(state.get(key), value) for key, value in loaded.items()}
 
     @classmethod
     def _under_file_keys(cls, tensors: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
@@ -223,3 +227,11 @@ class MethodTuner(BaseTuner, RunListener):
             "ensure_weight_tying=True is for modules_to_save and trainable_token_indices, and target_modules names an "
             "embedding or a layer that is tied to it: take that out of target_modules."
         )
+
+
+def _sharded_like(like: Tensor | None, value: Tensor) -> Tensor:
+    """This rank's shard of a tensor that all ranks have, where FSDP2 shards what it is loaded into; else itself."""
+    if not isinstance(like, DTensor) or isinstance(value, DTensor):
+        return value
+    value = value.to(like.device)
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)

@@ -1,4 +1,4 @@
-"""Two gloo processes: DDP equals one process with the joint batch, and the ranks equal each other; FSDP is refused.
+"""Two gloo processes: DDP equals one process with the joint batch, and the ranks equal each other; FSDP1 is refused.
 
 The processes run this file as a script, once for all tests (`python test_ddp.py RANK FOLDER`).
 """
@@ -209,17 +209,6 @@ def refusal(run):
     return {"error": "none"}
 
 
-def run_fsdp2(rank, whole):
-    from torch.distributed.fsdp import fully_shard
-
-    model = adapted()
-    if not whole:
-        for layer in model.get_base_model().model.layers:
-            fully_shard(layer)
-    fully_shard(model)
-    return refusal(lambda: train(model, rank, steps=range(1)))
-
-
 def run_fsdp1(rank, use_orig_params):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -250,8 +239,6 @@ TASKS = {
     "nonfinite": run_nonfinite,
     "in backward": lambda rank: run_in_backward(rank, True),
     "within the step": lambda rank: run_in_backward(rank, False),
-    "fsdp2": lambda rank: run_fsdp2(rank, True),
-    "fsdp2 layers": lambda rank: run_fsdp2(rank, False),
     "fsdp1": lambda rank: run_fsdp1(rank, False),
     "fsdp1 original": lambda rank: run_fsdp1(rank, True),
 }
@@ -395,8 +382,8 @@ def test_updates_in_the_backward_pass_wait_for_the_step(ranks, alone):
     assert_close(state, alone(clip=True)[0])
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "fsdp2 layers", "fsdp1", "fsdp1 original"])
-def test_fsdp_is_refused(ranks, name):
+@pytest.mark.parametrize("name", ["fsdp1", "fsdp1 original"])
+def test_fsdp1_is_refused(ranks, name):
     for entry in result_of(ranks, name):
         assert "FSDP" in entry["error"], entry["error"]
         assert "not supported" in entry["error"]

@@ -273,7 +273,7 @@ def test_rows_wait_for_the_step_only_where_ranks_average(tiny, monkeypatch, aver
     """A process group alone is no reason to wait: its ranks may train models of their own."""
     model, _ = adapted(tiny)
     optimizer = run(tiny, model, steps=1)
-    ddp = SimpleNamespace(require_backward_grad_sync=False) if averages else None
+    ddp = SimpleNamespace(require_backward_grad_sync=False, process_group=None) if averages else None
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(DistributedDataParallel, "_get_active_ddp_module", lambda: ddp)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from peft_bridge.torch_private import (
     ENGINE_CODE,
@@ -21,14 +22,21 @@ from peft_bridge.torch_private import (
     backward_number,
     become,
     foreach_norm,
+    fsdp2_divides_by_ranks,
+    fsdp2_mesh,
+    fsdp2_parameter_groups,
+    fsdp2_synchronises,
+    fsdp2_unit_around,
     graph_kept,
     has_cuda_context,
     has_tangent,
     hooks_before,
     is_batched,
+    is_left_alone_by_fsdp2,
     is_parameter,
     is_profiling,
     is_transformed,
+    left_alone_by_fsdp2,
     local_part,
     make_wrapper_subclass,
     other_users,
@@ -242,6 +250,44 @@ def test_ddp_shows_while_it_runs():
     assert not takes_uneven_inputs(None)
     whole = torch.ones(2)
     assert local_part(whole) is whole
+
+
+@left_alone_by_fsdp2
+class LeftAlone(nn.Linear):
+    pass
+
+
+def test_fsdp2_leaves_modules_alone_that_know_what_is_sharded_around_them():
+    mesh = torch.distributed.device_mesh.init_device_mesh
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        alone, shared, outer = LeftAlone(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+        inner = nn.Sequential(shared, alone)
+        model = nn.Sequential(inner, outer)
+        assert fsdp2_unit_around(alone) is None
+        assert is_left_alone_by_fsdp2(alone)
+        assert not is_left_alone_by_fsdp2(outer)
+        fully_shard(alone)  # as a policy by sizes does with any module
+        fully_shard([inner, outer], mesh=mesh("cpu", (1, 1), mesh_dim_names=("replicas", "ranks")))
+        fully_shard(model)
+        assert type(alone.weight) is nn.Parameter
+        assert type(shared.weight.data) is torch.distributed.tensor.DTensor
+        assert fsdp2_unit_around(alone) is inner
+        (group,) = fsdp2_parameter_groups(inner)
+        assert fsdp2_parameter_groups(model) == [group]  # it has none of its own
+        assert fsdp2_mesh(group).shape == (1, 1)
+        assert fsdp2_synchronises(group)
+        model.set_requires_all_reduce(False)
+        assert not fsdp2_synchronises(group)
+        model.set_requires_gradient_sync(False)
+        assert not fsdp2_synchronises(group)
+        model.set_requires_gradient_sync(True)
+        assert fsdp2_synchronises(group)
+        assert fsdp2_divides_by_ranks(group)
+        inner.set_gradient_divide_factor(2.0)
+        assert not fsdp2_divides_by_ranks(group)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_dispatch_mode_sees_each_operation():

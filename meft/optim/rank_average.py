@@ -1,8 +1,8 @@
-"""Rows under DistributedDataParallel: it leaves them alone, and their gradients are averaged here.
+"""Means of row gradients over ranks: data-parallel engines leave rows alone, and their gradients are averaged here.
 
-At the end of each backward pass that DDP synchronises, the ranks agree on the union of their touched rows and average
-over it, so that clipping sees the same gradients on all ranks. The ranks of one machine share one copy of the tables
-(`node`); where they cannot, and of rows on a device, each rank has a copy.
+At the end of each backward pass in which DistributedDataParallel or FSDP2 averages gradients, the ranks agree on the
+union of their touched rows and average over it, so that clipping sees the same gradients on all ranks. The ranks of one
+machine share one copy of the tables (`node`); where they cannot, and of rows on a device, each rank has a copy.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from peft_bridge.torch_private import active_ddp, at_end_of_backward, backward_number, takes_uneven_inputs
+from peft_bridge.accelerate_private import watch_fsdp2
+from peft_bridge.torch_private import at_end_of_backward, backward_number, takes_uneven_inputs
+from peft_bridge.training.data_parallel import DataParallel, around
 
 from ..gradient.row_gradient import RowGradient, as_row_gradient
 from ..table.row_table import RowTable
@@ -25,16 +27,16 @@ from .optimizer_hook import RowSteps
 
 
 class RankAverage:
-    """Averages the row gradients of one model's tables over the ranks of its DDP wrapper."""
+    """Averages the row gradients of one model's tables over the ranks that average its other gradients."""
 
     def __init__(self, steps: RowSteps) -> None:
         self.steps = steps
-        self._forget()
+        self._start()
 
-    def _forget(self) -> None:
-        self._shared: weakref.ref[DistributedDataParallel] | None = None  # the wrapper whose ranks have the same rows
-        self._ddp: DistributedDataParallel | None = None  # that of the last forward pass with a graph
-        self._synchronises = False
+    def _start(self) -> None:
+        watch_fsdp2()
+        self._shared: weakref.ref[nn.Module] | None = None  # the engine whose ranks have the same rows
+        self._parallel: DataParallel | None = None  # that of the last forward pass with a graph
         self._queued = -1
         self.node: Node | None = None  # None: each rank has a copy of all tables
 
@@ -43,30 +45,27 @@ class RankAverage:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
-        self._forget()
+        self._start()
 
     def note_forward(self) -> None:
-        """A forward pass begins: whether it runs inside of DDP, and whether its gradients are to be averaged.
+        """A forward pass begins: over which ranks its gradients are averaged.
 
-        The first one inside of a wrapper, be it an evaluation, gives all ranks the first rank's rows.
+        The first one inside of an engine, be it an evaluation, gives all ranks the first rank's rows.
 
         Raises:
-            RuntimeError: it is inside of `DistributedDataParallel.join()`.
+            RuntimeError: it is inside of `DistributedDataParallel.join()`, or `around` raises it.
         """
-        if not dist.is_available() or not dist.is_initialized():
-            return
-        ddp = active_ddp()
-        if takes_uneven_inputs(ddp):
+        parallel = around(self._tables())
+        if parallel is not None and takes_uneven_inputs(parallel.engine):
             raise RuntimeError(
                 "MEFT does not support DistributedDataParallel.join(): a rank without a batch would leave out the "
                 "averages of the rows' gradients; give all ranks the same number of batches (drop_last=True)."
             )
-        synchronises = ddp is not None and ddp.require_backward_grad_sync and torch.is_grad_enabled()
-        if ddp is not None and (self._shared is None or self._shared() is not ddp):
-            self._share(ddp)
+        if parallel is not None and (self._shared is None or self._shared() is not parallel.engine):
+            self._share(parallel)
         if torch.is_grad_enabled():
-            self._ddp, self.steps.averaged, self._synchronises = ddp, ddp is not None, synchronises
-            if ddp is None and self.node is not None and not any(table.is_shared for table in self.node.tables):
+            self._parallel, self.steps.averaged = parallel, parallel is not None
+            if parallel is None and self.node is not None and not any(table.is_shared for table in self.node.tables):
                 self.node.sum.forget_means()
 
     def note_backward(self) -> None:
@@ -74,42 +73,43 @@ class RankAverage:
         task = backward_number()
         if self.node is not None:
             self.node.ranks.summed = False
-        if self._synchronises and self._queued != task:
+        if self._parallel is not None and self._queued != task and self._parallel.synchronises():
             self._queued = task
             at_end_of_backward(self._average)
 
     def _tables(self) -> list[RowTable]:
         return [table for name in sorted(self.steps.tables) for table in self.steps.tables[name]]
 
-    def _share(self, ddp: DistributedDataParallel) -> None:
+    def _share(self, parallel: DataParallel) -> None:
         """Give all ranks the first rank's rows."""
-        tables, group = self._tables(), ddp.process_group
-        check_left_alone(tables, ddp)
+        tables, group = self._tables(), parallel.group
+        if isinstance(parallel.engine, DistributedDataParallel):
+            check_left_alone(tables, parallel.engine)
         self.node = Node.join([table for table in tables if can_be_shared(table)], group)
         for table in tables:
             if self.node is None:
                 table.leave_node()
             if table.node is None:
                 broadcast_rows(table, group)
-        self._shared = weakref.ref(ddp)
+        self._shared = weakref.ref(parallel.engine)
 
     def _parted(self) -> bool:
         """Whether tables of this rank are not shared, or not any more: of a new adapter, written, cast, or trained
-        outside of DDP.
+        outside of the engine.
         """
         return any(can_be_shared(table) and not table.is_shared for table in self._tables())
 
     def _average(self) -> None:
         self._queued = -1
-        assert self._ddp is not None
+        assert self._parallel is not None
         node = self.node
         parted = node is not None and node.average_gradients(self._parted())
         summed = node.tables if node is not None else []
         for table in self._tables():
             if table.rows.requires_grad and table not in summed:
-                average_gradient(table, self._ddp.process_group)
+                average_gradient(table, self._parallel.group)
         if parted:  # here, where all ranks come: a forward pass may be one rank's alone
-            self._share(self._ddp)
+            self._share(self._parallel)
             if self.node is not None:
                 self.node.ranks.summed = True
 
@@ -127,7 +127,7 @@ def check_left_alone(tables: list[RowTable], ddp: DistributedDataParallel) -> No
 
 
 def broadcast_rows(table: RowTable, group: dist.ProcessGroup) -> None:
-    """Give all ranks the first rank's rows, as DDP does with the parameters that it knows."""
+    """Give all ranks the first rank's rows, as data-parallel engines do with the parameters that they know."""
     source = dist.get_global_rank(group, 0)
 
     def write(compute_copy: Tensor | None) -> None:
