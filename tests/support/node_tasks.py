@@ -251,6 +251,15 @@ def _target(path):
         return path
 
 
+# What reads rows, in ways of their own.
+READERS = {
+    "refetch": {"retrieval": "stream", "backward_rows": "refetch"},
+    "in backward": {"retrieval": "stream", "row_optimizer": {"in_backward": True}},
+    "zero copy": {"dtype": torch.float32, "retrieval": "device-rows", "row_optimizer": {"zero_copy": True}},
+    "masters": {"dtype": torch.bfloat16, "master_dtype": "bfloat16", "row_optimizer": {"moments": "float8"}},
+}
+
+
 def run_delayed(rank, **fields):
     """The second rank evaluates between backward and step, late; the first one steps at once."""
     model = adapted(**fields)
@@ -268,6 +277,7 @@ def run_delayed(rank, **fields):
             assert all(torch.equal(now[name], expected[name]) for name in now)
         optimizer.step()
         optimizer.zero_grad()
+    assert all(table.is_shared for table in Tiny.tables(model)) == (os.environ.get(VARIABLE) != "0")
     return {"state": Tiny.whole_state(model), "logits": logits}
 
 
@@ -422,6 +432,7 @@ def tasks(rank, folder):
         "written": lambda: run_written(rank),
         "delayed": lambda: run_delayed(rank),
         "delayed, engine": lambda: run_delayed(rank, delay=2e-3, retrieval="device-rows"),
+        **{f"{name}, delayed": partial(run_delayed, rank, delay=2e-3, **fields) for name, fields in READERS.items()},
         "zero copy": lambda: run_zero_copy(rank, True),
         "no zero copy": lambda: run_zero_copy(rank, False),
         "kept state": lambda: run_kept_state(rank),
