@@ -50,8 +50,8 @@ def update_tables(steps: Sequence[TableStep]) -> None:
             enter = _entering([(table, entry) for table, entry, *_ in of_queue])
             for step in of_queue:
                 update_table(*step, enter=enter)
-    for table in tables:
-        if table.node is not None and table.updates is None:  # what is written after the step is a write after all of it
+    for table in tables:  # what is written from here on is written after the step of all ranks
+        if table.node is not None and table.updates is None:
             table.synchronize()
 
 

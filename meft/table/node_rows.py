@@ -141,7 +141,7 @@ class NodeRows:
     def part(self, count: int) -> slice:
         """This rank's share of `count` rows of the table.
 
-        All tables have as few parts as give all ranks as many of them: mostly one, whose rows, moments and calls are one
+        All tables have as few parts as give all ranks as many of them: mostly one, whose rows and moments are one
         rank's then.
         """
         number = (self.ranks.rank - self._position * self._parts) % len(self.ranks)
@@ -159,9 +159,13 @@ class NodeRows:
         if self._looked == self.steps:
             return
         self._looked = self.steps
+        with self._failing():
+            self._check_not_written()
+
+    def _check_not_written(self) -> None:
+        """Other ranks update rows on the same pages in a step. Raises: RuntimeError: this process has written there."""
         p = self.places
-        if self._view.written(p.masters, p.counters - p.masters):  # pages that other ranks may have updated afterwards
-            self.ranks.fail()
+        if self._view.written(p.masters, p.counters - p.masters):
             raise RuntimeError(IN_A_STEP)
 
     def enter(self, entry: RowMoments) -> None:
@@ -201,6 +205,7 @@ class NodeRows:
             if any(self._brings):  # all ranks see the same
                 self._bring(entry, number)
             yield self.moments
+            self._check_not_written()
             self.steps, self.entered = number, False
             self.ranks.publish(self._done, number)
 
