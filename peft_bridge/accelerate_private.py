@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, accelerator
+from accelerate.utils import fsdp_utils
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from .torch_private import is_left_alone_by_fsdp2
+
+Kind = TypeVar("Kind", bound=type[nn.Module])
 
 
 def forget_prepared(model: nn.Module) -> None:
@@ -23,30 +27,52 @@ def forget_prepared(model: nn.Module) -> None:
 # ------------------------------------------------------------------ FSDP2
 
 
+_stateful: list[type[nn.Module]] = []
+
+
+def stateful_under_fsdp2(kind: Kind) -> Kind:
+    """Decorate a class of an adapter's modules whose buffers a run goes on from, and which has other tensors in a file.
+
+    accelerate raises an error for all buffers where it sends a model to other ranks (`cpu_ram_efficient_loading`):
+    those of such modules stay, since all ranks have the same. And its sharded checkpoints have what PEFT would write
+    into a file: they get the parameters and buffers instead.
+    """
+    _stateful.append(kind)
+    return kind
+
+
 def watch_fsdp2() -> None:
-    """Let accelerate treat the modules right that are `left_alone_by_fsdp2`; repeated calls change nothing.
+    """Let accelerate treat modules right that are `left_alone_by_fsdp2` or `stateful_under_fsdp2`.
 
     While it shards a model it casts and empties each parameter, and expects shards in the place of all; and it takes
-    all gradients to be on one device.
+    all gradients to be on one device. Repeated calls change nothing.
     """
     if not hasattr(accelerator.fsdp2_prepare_model, "_leaves_alone"):
         accelerator.fsdp2_prepare_model = _leaving_alone(accelerator.fsdp2_prepare_model)
     if not hasattr(Accelerator.clip_grad_norm_, "_over_devices"):
         Accelerator.clip_grad_norm_ = _over_devices(Accelerator.clip_grad_norm_)  # type: ignore[method-assign]
+        for name in ("_get_model_state_dict", "_set_model_state_dict"):
+            setattr(fsdp_utils, name, _as_they_are(getattr(fsdp_utils, name)))
 
 
 def _leaving_alone(prepare: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(prepare)
     def prepared(accelerator: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         kept = [(m, m._parameters) for m in model.modules() if is_left_alone_by_fsdp2(m)]
+        owners = [m for m in model.modules() if isinstance(m, tuple(_stateful))]
+        buffers = [(m, set(m._buffers) - m._non_persistent_buffers_set) for m in owners]
         for module, _ in kept:
             vars(module).update(_parameters={}, _apply=functools.partial(_unchanged, module))
+        for module, names in buffers:
+            module._non_persistent_buffers_set |= names
         try:
             return prepare(accelerator, model, *args, **kwargs)
         finally:
             for module, parameters in kept:
                 vars(module)["_parameters"] = parameters
                 del vars(module)["_apply"]
+            for module, names in buffers:
+                module._non_persistent_buffers_set -= names
 
     prepared._leaves_alone = True  # type: ignore[attr-defined]
     return prepared
@@ -54,6 +80,16 @@ def _leaving_alone(prepare: Callable[..., Any]) -> Callable[..., Any]:
 
 def _unchanged(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
     return module
+
+
+def _as_they_are(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapped(model: nn.Module, *args: Any, adapter_only: bool = False, sd_options: Any = None) -> Any:
+        if adapter_only and sd_options is not None and any(isinstance(m, tuple(_stateful)) for m in model.modules()):
+            adapter_only, sd_options = False, replace(sd_options, ignore_frozen_params=True, strict=False)
+        return function(model, *args, adapter_only=adapter_only, sd_options=sd_options)
+
+    return wrapped
 
 
 def _over_devices(clip: Callable[..., Any]) -> Callable[..., Any]:

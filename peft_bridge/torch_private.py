@@ -139,6 +139,22 @@ def has_tangent(tensors: Iterable[Tensor]) -> bool:
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
+def makes_optimizer_state(call: FrameType) -> bool:
+    """Whether torch's functions for distributed state dicts have made this call, of `optimizer.step()`.
+
+    They let an optimizer make its state by a step with gradients and learning rates of 0.
+    """
+    frame: FrameType | None = call
+    while frame is not None:
+        if frame.f_code.co_name == "_init_optim_state" and frame.f_globals["__name__"] == _STATE_DICTS:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_STATE_DICTS = "torch.distributed.checkpoint.state_dict"
+
+
 # ------------------------------------------------------------------ process groups
 
 

@@ -154,6 +154,9 @@ class SharingRun:
             if unit.pending and unit.leader.step == self.total_steps[adapter_name]:
                 self.warn_of_pending(adapter_name)
 
+    def make_state(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+        """Nothing moves."""
+
     def record_step(self, adapter_name: str, step: int) -> None:
         """Take optimizer step `step` into account, unless the hooks see this adapter's steps; mirror rows in any case.
 

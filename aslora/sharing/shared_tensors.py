@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from peft_bridge.accelerate_private import stateful_under_fsdp2
+
 from .host_values import HostValues
 from .merge_math import groups_of, is_sharing_map
 from .sharded import full_tensor, overwrite
@@ -22,6 +24,7 @@ from .ties import Ties, confirmed_map, fill
 from .unseen_steps import CompiledBackwardPasses
 
 
+@stateful_under_fsdp2
 class SharedB(nn.Module):
     """The B of a B-group of n layers, one row of a stack for each, and which of them share.
 
@@ -266,6 +269,8 @@ class SharedB(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.mark_stepped()
         self.clock_values.forget()
+        if self.rows.is_meta:  # accelerate brings the buffers, which it has kept, after the parameters
+            return
         owners = self.read("rows")
         if self.compared and f"{prefix}stacked_B" in state_dict and f"{prefix}rows" in state_dict:
             with torch.no_grad():

@@ -190,6 +190,13 @@ class RowSteps:
             count_step(optimizer, table.rows)
         update_tables(taken)
 
+    def make_state(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+        """Make the moments of the tables; rows do not move, whatever their configuration says."""
+        for _, table in self._of(parameters):
+            if table.claimed_by is None or table.claimed_by() is not optimizer:
+                table.rows.grad = None
+                table.moments_in(optimizer)
+
     def on_gradient(self, adapter_name: str, table: RowTable, gradient: RowGradient) -> RowGradient:
         """The copy of a gradient to the host is queued: with `in_backward` its rows are updated when it lands.
 

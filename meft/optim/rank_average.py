@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from peft_bridge.accelerate_private import watch_fsdp2
 from peft_bridge.torch_private import at_end_of_backward, backward_number, takes_uneven_inputs
 from peft_bridge.training.data_parallel import DataParallel, around
 
@@ -31,10 +30,9 @@ class RankAverage:
 
     def __init__(self, steps: RowSteps) -> None:
         self.steps = steps
-        self._start()
+        self._forget()
 
-    def _start(self) -> None:
-        watch_fsdp2()
+    def _forget(self) -> None:
         self._shared: weakref.ref[nn.Module] | None = None  # the engine whose ranks have the same rows
         self._parallel: DataParallel | None = None  # that of the last forward pass with a graph
         self._queued = -1
@@ -45,7 +43,7 @@ class RankAverage:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
-        self._start()
+        self._forget()
 
     def note_forward(self) -> None:
         """A forward pass begins: over which ranks its gradients are averaged.

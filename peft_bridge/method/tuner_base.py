@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..accelerate_private import watch_fsdp2
 from ..peft_private import adapters_of, is_key_under_prefixes, tuner_state_dict_key_prefixes
 from ..training.optimizer_steps import StepListener, watch_steps
 from ..training.trainer_runs import RunListener, watch_runs
@@ -97,6 +98,7 @@ class MethodTuner(BaseTuner, RunListener):
         if listener is not None:
             watch_steps(listener)
         watch_runs()
+        watch_fsdp2()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copied or unpickled model follows its own optimizer too."""

@@ -23,7 +23,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from ..torch_private import foreach_norm, local_part
+from ..torch_private import foreach_norm, local_part, makes_optimizer_state
 
 
 class StepListener(Protocol):
@@ -46,6 +46,9 @@ class StepListener(Protocol):
 
     def after_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         """The optimizer has changed `parameters`."""
+
+    def make_state(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+        """The optimizer makes its state of `parameters`, by a step with gradients and rates of 0, which is none."""
 
 
 _listeners: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -107,6 +110,10 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[tuple[Any, ..
     _open_steps.pop(optimizer, None)  # left behind by a step that raised
     step = _Step(optimizer)
     if not step.watched:
+        return None
+    if makes_optimizer_state(sys._getframe(1)):
+        for listener, parameters in step.watched:
+            listener.make_state(optimizer, parameters)
         return None
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
     if closure is not None:

@@ -9,11 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+from transformers import Trainer, TrainingArguments
 
 from aslora import ASLoRAConfig
 from tests.support import training
+from tests.support.fsdp2 import accelerator, by_hand, forget, fsdp2_on_cpu, whole
 from tests.support.models import llama
 from tests.support.processes import once, result_of, run_ranks, saved_by_ranks, work_as_rank
 from tests.support.training import adamw, assert_close, trainable
@@ -190,8 +195,86 @@ def run_fsdp_nonfinite(rank):
     }
 
 
+def run_fsdp_resumed(rank, folder):
+    """A sharded state after three steps and a merge; another model goes on from it."""
+    model = by_hand(adapted())
+    optimizer = train(model, rank, steps=range(3))
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"weights": weights, "moments": moments}, checkpoint_id=folder / "sharded")
+    again = by_hand(adapted())
+    train(again, rank, resumed(again, folder), steps=range(3, STEPS))
+    return {"state": state_of(again), "merges": merges_of(again)}
+
+
+def resumed(model, folder):
+    optimizer = adamw(model)
+    weights, moments = get_state_dict(model, optimizer)
+    state = {"weights": weights, "moments": moments}
+    dcp.load(state, checkpoint_id=folder / "sharded", no_dist=not torch.distributed.is_initialized())
+    set_state_dict(model, optimizer, model_state_dict=state["weights"], optim_state_dict=state["moments"])
+    return optimizer
+
+
+def run_fsdp_accelerate(rank, folder):
+    """The second rank's weights are not read; another model goes on from a state after three steps."""
+    with fsdp2_on_cpu(rank):
+        chief = accelerator(cpu_ram_efficient_loading=True, state_dict_type="FULL_STATE_DICT")
+        model = adapted()
+        if rank == 1:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.zero_()
+        model, optimizer = chief.prepare(model, adamw(model))
+        train(model, rank, optimizer, steps=range(3))
+        chief.save_state(str(folder / "accelerate"))
+        again = adapted()
+        again, optimizer = (chief := accelerator(state_dict_type="FULL_STATE_DICT")).prepare(again, adamw(again))
+        chief.load_state(str(folder / "accelerate"))
+        train(again, rank, optimizer, steps=range(3, STEPS))
+        return {"state": state_of(again), "merges": merges_of(again)}
+
+
+def run_fsdp_trainer(rank, folder):
+    data = [{"input_ids": row, "labels": row} for row in batches().flatten(0, 1)]
+
+    def trained(**resume):
+        forget()
+        arguments = TrainingArguments(
+            **{"output_dir": str(folder / "trainer"), "per_device_train_batch_size": 2, "max_steps": STEPS - 1},
+            **{"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "steps", "save_steps": 3},
+            fsdp=True, fsdp_config={"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": True},
+        )  # fmt: skip
+        trainer = Trainer(adapted(), arguments, train_dataset=data)
+        trainer.train(**resume)
+        return {"state": state_of(trainer.model), "merges": merges_of(trainer.model)}
+
+    with fsdp2_on_cpu(rank):
+        return [trained(), trained(resume_from_checkpoint=str(folder / "trainer" / "checkpoint-3"))]
+
+
+def averaged(rank=None):
+    """An average of the weights, made before they are sharded."""
+    model = adapted()
+    average = AveragedModel(model, avg_fn=get_ema_avg_fn(0.5))
+    if rank is not None:
+        by_hand(average.module)
+        by_hand(model)
+    optimizer = adamw(model)
+    for step in range(3):
+        train(model, rank, optimizer, steps=[step])
+        average.update_parameters(model)
+    with torch.no_grad():
+        logits = average.module(input_ids=batches()[0]).logits
+    parameters = {n: p for n, p in average.module.named_parameters() if p.requires_grad} | {"logits": logits}
+    return {name: value.detach() for name, value in whole(parameters).items()}
+
+
 def tasks(rank, folder):
     return {
+        "fsdp resumed": lambda: run_fsdp_resumed(rank, folder),
+        "fsdp accelerate": lambda: run_fsdp_accelerate(rank, folder),
+        "fsdp trainer": lambda: run_fsdp_trainer(rank, folder),
+        "fsdp averaged": lambda: averaged(rank),
         "apart": lambda: run_apart(rank),
         "sharded apart": lambda: run_sharded_apart(rank),
         "ddp": lambda: run_ddp(rank),
@@ -311,6 +394,36 @@ def test_fsdp2_saves_what_the_unsharded_run_saves(ranks, alone, tmp_path, way):
     again = load_file(tmp_path / "again" / WEIGHTS)
     assert again.keys() == ours.keys()
     assert all(torch.equal(again[name], ours[name]) for name in ours)
+
+
+@pytest.mark.parametrize("name", ["fsdp resumed", "fsdp accelerate"])
+def test_fsdp2_resumes_between_merges(ranks, name):
+    expected = result(ranks, "fsdp")[0]
+    for entry in result(ranks, name):
+        assert entry["merges"] == expected["merges"]
+        training.assert_equal(entry["state"], expected["state"])
+
+
+def test_one_process_resumes_what_ranks_of_fsdp2_have_saved(ranks, alone):
+    result(ranks, "fsdp resumed")
+    model = adapted()
+    train(model, None, resumed(model, ranks[1]), steps=range(3, STEPS))
+    assert merges_of(model) == merges_of(alone)
+    assert_close(state_of(model), state_of(alone))
+
+
+def test_a_trainers_run_under_fsdp2_resumes_bit_for_bit(ranks):
+    first, second = result(ranks, "fsdp trainer")
+    for entry in (*first, *second):
+        assert len(entry["merges"]) == 6
+        assert entry["merges"] == first[0]["merges"]
+        training.assert_equal(entry["state"], first[0]["state"])
+
+
+def test_an_average_of_weights_that_fsdp2_shards(ranks):
+    first, second = result(ranks, "fsdp averaged")
+    training.assert_equal(first, second)
+    assert_close(first, averaged())
 
 
 def test_fsdp2_skips_a_nonfinite_step_on_all_ranks(ranks):

@@ -22,15 +22,18 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from transformers import Trainer, TrainingArguments
 
+import meft
 from peft_bridge.accelerate_private import clip_over_devices
 from tests.support import node_tasks
 from tests.support.fsdp2 import accelerator, by_hand, forget, fsdp2_on_cpu, same_everywhere, whole
 from tests.support.processes import once, result_of, run_ranks, saved_by_ranks, work_as_rank
+from tests.support.thread_streams import ThreadStreams
 from tests.support.tiny_meft import Tiny
 from tests.support.training import assert_close
 
@@ -119,6 +122,51 @@ def run_accumulated(rank, waits):
     model = by_hand(adapted(rank))
     norms = accumulate(model, rank, model.set_requires_gradient_sync if waits else lambda synchronise: None)
     return result(model, norms=norms, skipped=model.base_model.nonfinite_steps)
+
+
+def run_engine(rank, **fields):
+    """Rows that are brought again for a recomputation."""
+    model = adapted(rank, retrieval="stream", backward_rows="refetch", **fields)
+    model.base_model.engines["default"].use(ThreadStreams(rank, 2e-3))
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    by_hand(model.train())
+    _, norms = train(model, rank)
+    return result(model, norms=norms)
+
+
+def run_lengths(rank):
+    """Ranks with batches of other sizes, the second one's padding alone in one step; as under DDP."""
+
+    def trained(model, wrapped):
+        optimizer = Tiny.adamw(model)
+        for step in range(3):
+            batch = Tiny.batch(1 + rank, 5 + 3 * rank, seed=step)
+            mask = torch.full_like(batch, not (rank and step == 1))
+            wrapped(input_ids=batch, attention_mask=mask).logits.nan_to_num().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model
+
+    one, other = adapted(rank), adapted(rank)
+    return result(trained(by_hand(one), one), ddp=state_of(trained(other, DistributedDataParallel(other))))
+
+
+def run_row_adamw(rank):
+    """Rows in an optimizer of their own; base and routers are kept in host memory between passes."""
+    model = by_hand(adapted(rank), offload_policy=CPUOffloadPolicy(pin_memory=False))
+    rows = [table.rows for table in Tiny.tables(model)]
+    others = [parameter for parameter in Tiny.trainable(model) if isinstance(parameter, DTensor)]
+    pair = meft.RowAdamW(rows, lr=1e-2, weight_decay=0.1), torch.optim.AdamW(others, lr=1e-2, weight_decay=0.1)
+    norms = []
+    for step in range(STEPS):
+        batch = batch_of(step, rank)
+        model(input_ids=batch, labels=batch).loss.backward()
+        norms.append(clipped(model))
+        for optimizer in pair:
+            optimizer.step()
+            optimizer.zero_grad()
+    return result(model, norms=norms)
 
 
 def run_meshes(rank, *shape):
@@ -295,6 +343,9 @@ def tasks(rank, folder):
         "layers": partial(run_by_hand, rank),
         "root": partial(run_by_hand, rank, layers=False),
         "over devices": partial(run_by_hand, rank, clip=lambda m: norm_of(clip_over_devices(Tiny.trainable(m), CLIP))),
+        "engine": partial(run_engine, rank),
+        "lengths": partial(run_lengths, rank),
+        "RowAdamW": partial(run_row_adamw, rank),
         "accumulated": partial(run_accumulated, rank, True),
         "averaged each time": partial(run_accumulated, rank, False),
         "replicas": partial(run_meshes, rank, 2, 1),
@@ -365,6 +416,18 @@ def test_by_hand_with_the_rows_of_the_first_rank(ranks, alone, name):
     assert found["norms"] == pytest.approx(alone[1], rel=1e-9)
     assert min(found["norms"]) > CLIP
     assert_close(found["state"], alone[0])
+
+
+@pytest.mark.parametrize("name", ["engine", "RowAdamW"])
+def test_other_ways_of_rows(ranks, alone, name):
+    found = of_both(ranks, name)
+    assert found["norms"] == pytest.approx(alone[1], rel=1e-9)
+    assert_close(found["state"], alone[0])
+
+
+def test_ranks_with_other_lengths_and_padding_alone(ranks):
+    found = of_both(ranks, "lengths")
+    assert_close(found["state"], found["ddp"])
 
 
 @pytest.mark.parametrize("name", ["accumulated", "averaged each time", "apart, accumulated"])
@@ -456,6 +519,16 @@ def test_an_average_of_the_weights(ranks):
         torch.testing.assert_close(value, (one[name] + two[name]) / 2, rtol=1e-12, atol=1e-14)
     assert torch.equal(first["logits"], second["logits"])
     assert "FSDP does not support deepcopy" in first["copied"]
+
+
+def test_the_step_by_which_torch_makes_an_optimizers_state_moves_no_row():
+    """Also where rows have a rate of their own, which torch does not set to 0."""
+    model = adapted(row_optimizer={"lr": 0.1, "weight_decay": 0.5})
+    before = Tiny.state(model)
+    state = get_optimizer_state_dict(model, Tiny.adamw(model))["state"]
+    assert all("exp_avg" not in entry for name, entry in state.items() if name.endswith(".rows"))
+    Tiny.assert_equal(Tiny.state(model), before)
+    assert Tiny.most_touches(model) == 4 * [0]
 
 
 def test_what_cannot_be_right_is_refused(ranks):

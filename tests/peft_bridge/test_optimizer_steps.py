@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from peft_bridge import watch_steps
 
@@ -48,6 +49,9 @@ class Recorder:
 
     def after_step(self, optimizer, parameters):
         self.events.append(("after", [id(p) for p in parameters], [p.detach().clone() for p in parameters]))
+
+    def make_state(self, optimizer, parameters):
+        self.events.append(("state", [id(p) for p in parameters]))
 
     def kinds(self):
         return [kind for kind, *_ in self.events]
@@ -475,3 +479,17 @@ def test_gradients_of_an_inner_optimizer_are_ready_once():
     give_gradients(ours)
     optimizer.step()
     assert listener.kinds() == ["before", "ready", "after"]
+
+
+def test_the_step_by_which_torch_makes_an_optimizers_state_is_none():
+    """`torch.distributed.checkpoint` makes the state into which it loads so."""
+    model, other = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+    listener, optimizer = Recorder(model.weight), torch.optim.AdamW(model.parameters(), lr=0.1)
+    get_optimizer_state_dict(model, optimizer)
+    assert listener.kinds() == ["state"]
+    assert "exp_avg" in optimizer.state[model.weight]
+    give_gradients(model.weight)
+    optimizer.step()
+    get_optimizer_state_dict(model, optimizer)  # there is one
+    get_optimizer_state_dict(other, torch.optim.AdamW(other.parameters()))
+    assert listener.kinds() == ["state", "before", "after"]
