@@ -41,7 +41,7 @@ def _sleep(numbers: memoryview, rank: int, number: int) -> None:
     if call is None:
         time.sleep(_NAP)
         return
-    longest = _Time(0, int(_LIVE * 1e9))
+    longest = _Time(int(_LIVE), int(_LIVE % 1 * 1e9))
     # The system compares the lower half of the number.
     expected = ctypes.c_int(number & 0xFFFFFFFF)
     _system_call()(

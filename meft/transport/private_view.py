@@ -67,28 +67,28 @@ class PrivateView:
         check_process(self._forks)
         start, end = self._start + offset, self._start + offset + -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         with self._lock:
-            if not self._has(start, end, written=False):  # by far the quickest to answer where nobody has read
-                return False
-            if self._has(start, end, written=True):
-                return True
-            self._give_back(start, end)
-            return False
+            # By far the quickest to answer where nobody has read.
+            return self._has(start, end, written=False) and self._written(start, end)
 
     def forget(self, offset: int, size: int) -> None:
         """Show what is shared again, in the place of what was written."""
         start, end = self._start + offset, self._start + offset + -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         _library().madvise(start, end - start, mmap.MADV_DONTNEED)
 
-    def _give_back(self, start: int, end: int) -> None:
-        """Pages that were only read are slow to look through: let the system forget that they were.
+    def _written(self, start: int, end: int) -> bool:
+        """Also lets the system forget pages that were only read, which are slow to look through.
 
-        It would forget a write that comes meanwhile too, which therefore ends the process.
+        It would forget a write that comes meanwhile too: such a write ends the process.
         """
         library = _library()
-        if library.mprotect(start, end - start, mmap.PROT_READ) == 0:
-            if not self._has(start, end, written=True):
+        protected = library.mprotect(start, end - start, mmap.PROT_READ) == 0
+        try:
+            written = self._has(start, end, written=True)
+            if protected and not written:
                 library.madvise(start, end - start, mmap.MADV_DONTNEED)
+        finally:
             library.mprotect(start, end - start, mmap.PROT_READ | mmap.PROT_WRITE)
+        return written
 
     @staticmethod
     def _has(start: int, end: int, *, written: bool) -> bool:

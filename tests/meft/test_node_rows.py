@@ -22,6 +22,7 @@ from meft.table.node_rows import NodePlaces, NodeRows
 from meft.table.row_step import native_library
 from meft.table.row_table import RowTable
 from meft.table.update_queue import UpdateQueue
+from meft.transport import node_ranks
 from meft.transport.node_ranks import NodeRanks
 from meft.transport.shared_memory import Layout, SharedMemory
 from tests.support.processes import run_code
@@ -368,6 +369,22 @@ def test_the_mean_of_ranks_by_the_library_has_the_bits_of_torch(monkeypatch, wid
         own = masks[rank].nonzero().flatten()
         whole.index_add_(0, own, values[rank, : len(own)])
     assert torch.equal(found[0], whole[rows] / 3)
+
+
+@pytest.mark.parametrize("woken", [True, False])
+def test_a_rank_that_waits_is_woken(monkeypatch, woken):
+    """By the system, long before it would look by itself; or it looks by itself where the system cannot wake it."""
+    monkeypatch.setattr(node_ranks, "_LIVE" if woken else "_FUTEX", 5.0 if woken else {})
+    memory = SharedMemory.create(64)
+    ranks = [NodeRanks(rank, [os.getpid()] * 2, memory.numbers(0, 8), 20.0) for rank in range(2)]
+
+    def late():
+        threading.Event().wait(0.1)
+        ranks[1].barrier()
+
+    began = time.monotonic()
+    both(ranks[0].barrier, late)
+    assert time.monotonic() - began < 3
 
 
 def test_loading_with_steps_queued_waits_for_these_and_nobody_else():
