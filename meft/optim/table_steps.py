@@ -38,7 +38,7 @@ def update_tables(steps: Sequence[TableStep]) -> None:
     """
     for table, *_ in steps:
         table.synchronize()
-        if table.node is not None and (table.written_apart() or not table.node.ranks.summed):
+        if table.node is not None and not (table.is_shared and table.node.ranks.summed):
             table.leave_node()  # by gradients of its own, or in memory of its own: as one copy a rank
     tables = [step.table for step in steps]
     if any(table.node is not None for table in tables):

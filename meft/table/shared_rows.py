@@ -157,6 +157,8 @@ class SharedRows(KeptRows):
         self._readers[stream] = event
 
     def _wait_for_readers(self) -> None:
+        if not self._readers:
+            return
         readers, self._readers = self._readers, {}
         for event in readers.values():
             with suppress(Exception):  # raised where the copies are used; the rows are free either way
@@ -170,8 +172,9 @@ class SharedRows(KeptRows):
 
     def current(self) -> Tensor:
         """The rows as they are read, [r, d] in the compute dtype; call it under the lock, after `synchronize`."""
-        if self.written_apart():
-            self._go_on_alone()
+        node = self.node
+        if node is not None and not (self.is_shared and (node.entered or not node.written())):
+            self._go_on_alone()  # this rank has other rows, or code that torch does not tell of has written into them
         master, dtype = self.masters, self.compute_dtype
         if self._compute_copy is not None and (
             self._compute_copy.dtype != dtype or self._compute_copy.device != master.device
@@ -272,12 +275,6 @@ class SharedRows(KeptRows):
     def is_shared(self) -> bool:
         """Whether the ranks of this node share the rows as they are now."""
         return self.node is not None and self.node.holds(super().masters, self.compute_dtype)
-
-    def written_apart(self) -> bool:
-        """Whether this rank has other rows than those that are shared: others were put in their place, or code that
-        torch does not tell of has written into them.
-        """
-        return self.node is not None and (not self.is_shared or self.node.written())
 
     def _adopt(self, parameter: Any, read_as: torch.dtype) -> None:
         if self.node is not None:  # the one before may be somebody's still, and has the memory of all ranks
