@@ -47,16 +47,20 @@ def watch_fsdp2() -> None:
     While it shards a model it casts and empties each parameter, and expects shards in the place of all; and it takes
     all gradients to be on one device. Repeated calls change nothing.
     """
-    if not hasattr(accelerator.fsdp2_prepare_model, "_leaves_alone"):
-        accelerator.fsdp2_prepare_model = _leaving_alone(accelerator.fsdp2_prepare_model)
-    if not hasattr(Accelerator.clip_grad_norm_, "_over_devices"):
-        Accelerator.clip_grad_norm_ = _over_devices(Accelerator.clip_grad_norm_)  # type: ignore[method-assign]
-        for name in ("_get_model_state_dict", "_set_model_state_dict"):
-            setattr(fsdp_utils, name, _as_they_are(getattr(fsdp_utils, name)))
+    for module, name, wrap in (
+        (accelerator, "fsdp2_prepare_model", _leaving_alone),
+        (fsdp_utils, "_get_model_state_dict", _as_they_are),
+        (fsdp_utils, "_set_model_state_dict", _as_they_are),
+        (Accelerator, "clip_grad_norm_", _over_devices),
+    ):
+        function = getattr(module, name, None)  # an accelerate without it raises its own error under FSDP2
+        if function is not None and not hasattr(function, "_aslora_meft"):
+            wrapped = functools.wraps(function)(wrap(function))
+            wrapped._aslora_meft = True  # type: ignore[attr-defined]
+            setattr(module, name, wrapped)
 
 
 def _leaving_alone(prepare: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(prepare)
     def prepared(accelerator: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         kept = [(m, m._parameters) for m in model.modules() if is_left_alone_by_fsdp2(m)]
         owners = [m for m in model.modules() if isinstance(m, tuple(_stateful))]
@@ -74,7 +78,6 @@ def _leaving_alone(prepare: Callable[..., Any]) -> Callable[..., Any]:
             for module, names in buffers:
                 module._non_persistent_buffers_set -= names
 
-    prepared._leaves_alone = True  # type: ignore[attr-defined]
     return prepared
 
 
@@ -83,7 +86,6 @@ def _unchanged(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
 
 
 def _as_they_are(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
     def wrapped(model: nn.Module, *args: Any, adapter_only: bool = False, sd_options: Any = None) -> Any:
         if adapter_only and sd_options is not None and any(isinstance(m, tuple(_stateful)) for m in model.modules()):
             adapter_only, sd_options = False, replace(sd_options, ignore_frozen_params=True, strict=False)
@@ -93,7 +95,6 @@ def _as_they_are(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _over_devices(clip: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(clip)
     def clipped(self: Accelerator, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         if not self.is_fsdp2 or len({p.grad.device for p in parameters if p.grad is not None}) < 2:
@@ -101,7 +102,6 @@ def _over_devices(clip: Callable[..., Any]) -> Callable[..., Any]:
         self.unscale_gradients()
         return clip_over_devices(parameters, max_norm, norm_type)
 
-    clipped._over_devices = True  # type: ignore[attr-defined]
     return clipped
 
 

@@ -139,6 +139,9 @@ def has_tangent(tensors: Iterable[Tensor]) -> bool:
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
+_STATE_DICTS = "torch.distributed.checkpoint.state_dict"
+
+
 def makes_optimizer_state(call: FrameType) -> bool:
     """Whether torch's functions for distributed state dicts have made this call, of `optimizer.step()`.
 
@@ -150,9 +153,6 @@ def makes_optimizer_state(call: FrameType) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-_STATE_DICTS = "torch.distributed.checkpoint.state_dict"
 
 
 # ------------------------------------------------------------------ process groups
@@ -219,7 +219,9 @@ def fsdp2_unit_around(module: nn.Module) -> Any:
 def fsdp2_parameter_groups(unit: nn.Module) -> list[Any]:
     """The groups of parameters of an `FSDPModule`, or of those inside of it where it has none itself."""
     states = (module._get_fsdp_state() for module in unit.modules() if isinstance(module, FSDPModule))
-    return next((state._fsdp_param_groups for state in states if state._fsdp_param_groups), [])
+    # An older torch has one group at most.
+    groups = (s._fsdp_param_groups if hasattr(s, "_fsdp_param_groups") else [s._fsdp_param_group] for s in states)
+    return next((found for found in groups if found and found[0] is not None), [])
 
 
 def fsdp2_mesh(group: Any) -> Any:

@@ -172,13 +172,14 @@ def _best(model: _Model, request: Request) -> tuple[Plan | None, Memory]:
 
 def _refusal(request: Request) -> str | None:
     """Why there can be no such run yet."""
-    refused = request.method == "meft" and request.gpus > 1 and request.parallel != "ddp"
+    refused = request.method == "meft" and request.gpus > 1 and request.parallel == "zero3"
     return f"MEFT does not train under {request.parallel} yet" if refused else None
 
 
 def _device_of_rank(model: _Model, request: Request, memory: Memory) -> dict[str, int]:
     units = Units.of(model.base, model.stored)
-    return device_of_rank(memory.parts, units, memory.trainable, request.gpus, request.parallel)
+    rows = request.method == "meft"
+    return device_of_rank(memory.parts, units, memory.trainable, request.gpus, request.parallel, rows=rows)
 
 
 def _peak(model: _Model, request: Request, memory: Memory) -> int:

@@ -87,19 +87,26 @@ class RanksEstimate:
         return sum(self.device.values())
 
 
-def device_of_rank(parts: Mapping[str, int], units: Units, trainable: int, gpus: int, parallel: str) -> dict[str, int]:
+def device_of_rank(
+    parts: Mapping[str, int], units: Units, trainable: int, gpus: int, parallel: str, *, rows: bool = False
+) -> dict[str, int]:
     """What each rank's device holds at the peak.
 
     Args:
         parts: of one process.
         trainable: values that the framework knows: not MEFT's rows.
+        rows: whether the rest of what trains is MEFT's rows, which no framework shards.
     """
     device = dict(parts)
     if parallel == "ddp":
         device["ddp buckets"] = FP32 * trainable
         return device
-    for part in ("base", "router", "adapter", "optimizer", "gradients"):
-        device[part] = -(-device[part] // gpus)
+    sharded = {part: device[part] for part in ("base", "router", "adapter", "optimizer", "gradients")}
+    if rows:
+        known = {"adapter": 0, "optimizer": 2 * FP32 * trainable, "gradients": FP32 * trainable}
+        sharded |= {part: min(device[part], size) for part, size in known.items()}
+    for part, size in sharded.items():
+        device[part] += -(-size // gpus) - size
     if parallel == "fsdp2":  # the layer at work, the next one, and what is in no layer
         device["gathered"] = min(units.all, units.outside + 2 * units.layer)
     else:

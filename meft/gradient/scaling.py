@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ..transport.transfer import wait_for_copies
 from .stored_rows import StoredRows, values_of
@@ -31,8 +32,11 @@ def in_place(func: Any, a: StoredRows, *args: Any, **kwargs: Any) -> StoredRows:
 
 
 def foreach_in_place(func: Any, gradients: list[Tensor], *args: Any, **kwargs: Any) -> None:
-    """As `in_place`, of several gradients and plain tensors."""
-    func([values_of(g) for g in gradients], *args, **kwargs)
+    """As `in_place`, of several gradients, plain tensors and shards, which torch takes by themselves alone."""
+    for sharded in (False, True):
+        some = [values_of(g) for g in gradients if isinstance(g, DTensor) is sharded]
+        if some:
+            func(some, *args, **kwargs)
 
 
 def _is_number(factor: Any) -> bool:

@@ -99,7 +99,7 @@ class RowSteps:
         routers: adapter -> of each layer, the adapters' routers.
         nonfinite_steps: steps that changed nothing because a gradient was inf or nan, those that a GradScaler
             skipped included.
-        averaged: whether the gradients of the forward pass that ran last are averaged over ranks (DDP).
+        averaged: whether the gradients of the forward pass that ran last are averaged over ranks.
     """
 
     def __init__(self) -> None:

@@ -68,7 +68,7 @@ NOT_APPLICABLE: dict[str, tuple[str, int]] = {
     PROMPTS: ("tests of prompt learning alone", 33),
     BIAS: ("MEFT has no field `bias`: it trains no weight of the base model", 15),
     TARGETS: ("these tests fill LoRA's and DeLoRA's own tables", 4),
-    FSDP: ("refused with a clear error until it is supported", 2),
+    FSDP: ("these tests wrap by FSDP1, which is refused with a clear error", 2),
 }
 # Models and tests whose items are set aside.
 MODELS_ASIDE: dict[str, str] = {

@@ -320,6 +320,18 @@ def test_ranks_hold_shards_and_share_rows_once_a_node(told):
     assert lora["device_bytes_per_rank"]["base"] == -(-parts["base"] // 4)
 
 
+def test_fsdp2_shards_the_routers_of_meft_and_not_its_rows(told):
+    words = ("--r", 64, "--card", "3090", "--gpus", 4, "--parallel", "fsdp2", "--placement", "device")
+    found = told(*words)
+    one, each = found["device_bytes"], found["ranks"]["device_bytes_per_rank"]
+    assert found["ranks"]["refused"] is None
+    assert each["adapter"] == one["adapter"] > 0
+    assert each["router"] == -(-one["router"] // 4)
+    for part, times in {"optimizer": 2, "gradients": 1}.items():
+        sharded = min(one[part], times * one["router"])  # of what there is at the peak
+        assert each[part] == one[part] - sharded + -(-sharded // 4)
+
+
 def test_what_would_fit_on_each_of_several_gpus(told):
     """By DDP each has its buckets beside what one process has, so less fits."""
 
@@ -337,13 +349,13 @@ def test_what_would_fit_on_each_of_several_gpus(told):
 
 
 def test_a_run_that_there_cannot_be_has_neither_verdict_nor_speed(told, folder, capsys):
-    words = ["--r", "64", "--gpu", "3090", "--gpus", "2", "--parallel", "fsdp2"]
+    words = ["--r", "64", "--gpu", "3090", "--gpus", "2", "--parallel", "zero3"]
     found = told(*words)
-    assert found["ranks"]["refused"] == "MEFT does not train under fsdp2 yet"
+    assert found["ranks"]["refused"] == "MEFT does not train under zero3 yet"
     assert found["fits"] is found["seconds_per_step_at_least"] is found["tokens_per_second_at_most"] is None
     assert {host["tokens_per_second_at_most"] for host in found["ranks"]["host"].values()} == {None}
     assert main(["estimate", *folder(), *words]) == 0
     said = capsys.readouterr().out
-    assert said.endswith("NOT POSSIBLE: MEFT does not train under fsdp2 yet\n")
+    assert said.endswith("NOT POSSIBLE: MEFT does not train under zero3 yet\n")
     assert "fits" not in said.lower()
     assert "tokens/s" not in said

@@ -169,6 +169,23 @@ def run_row_adamw(rank):
     return result(model, norms=norms)
 
 
+def run_scaled(rank):
+    """GradScaler; the second rank's loss overflows once."""
+    model = by_hand(adapted(rank))
+    optimizer, scaler = Tiny.adamw(model), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(STEPS):
+        for bad in [True, False] if step == 1 else [False]:
+            batch = batch_of(step, rank)
+            loss = model(input_ids=batch, labels=batch).loss
+            scaler.scale(loss * (float("inf") if bad and rank == 1 else 1)).backward()
+            scaler.unscale_(optimizer)
+            clipped(model)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    return result(model, skipped=model.base_model.nonfinite_steps, scale=scaler.get_scale())
+
+
 def run_meshes(rank, *shape):
     mesh = DeviceMesh("cpu", torch.arange(2).view(shape), mesh_dim_names=("replicas", "ranks"))
     model = by_hand(adapted(rank), mesh=mesh)
@@ -346,6 +363,7 @@ def tasks(rank, folder):
         "engine": partial(run_engine, rank),
         "lengths": partial(run_lengths, rank),
         "RowAdamW": partial(run_row_adamw, rank),
+        "scaled": partial(run_scaled, rank),
         "accumulated": partial(run_accumulated, rank, True),
         "averaged each time": partial(run_accumulated, rank, False),
         "replicas": partial(run_meshes, rank, 2, 1),
@@ -437,6 +455,13 @@ def test_accumulation_clipping_and_a_skipped_step(ranks, accumulated, name):
     assert finite == pytest.approx(accumulated[1], rel=1e-9)
     assert found["skipped"] == len(found["norms"]) - len(finite) == 1
     assert_close(found["state"], accumulated[0])
+
+
+def test_a_grad_scaler_skips_the_step_of_all_ranks(ranks, alone):
+    found = of_both(ranks, "scaled")
+    assert found["skipped"] == 1
+    assert found["scale"] == 512.0
+    assert_close(found["state"], alone[0])
 
 
 @pytest.mark.parametrize("name", ["replicas", "one replica"])

@@ -1,12 +1,14 @@
 """What `peft_bridge.torch_private` takes from torch without its documentation."""
 
 import copy
+import sys
 from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 
 from peft_bridge.torch_private import (
@@ -39,6 +41,7 @@ from peft_bridge.torch_private import (
     left_alone_by_fsdp2,
     local_part,
     make_wrapper_subclass,
+    makes_optimizer_state,
     other_users,
     saved_tensors_hooked,
     schema_of,
@@ -288,6 +291,18 @@ def test_fsdp2_leaves_modules_alone_that_know_what_is_sharded_around_them():
         assert not fsdp2_divides_by_ranks(group)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_torch_makes_an_optimizers_state_by_a_step():
+    class Steps(torch.optim.SGD):
+        def step(self, closure=None):
+            seen.append((makes_optimizer_state(sys._getframe()), self.param_groups[0]["lr"]))
+
+    seen, model = [], nn.Linear(1, 1)
+    optimizer = Steps(model.parameters(), lr=0.5)
+    get_optimizer_state_dict(model, optimizer)
+    optimizer.step()
+    assert seen == [(True, 0.0), (False, 0.5)]
 
 
 def test_a_dispatch_mode_sees_each_operation():
