@@ -260,11 +260,11 @@ READERS = {
 }
 
 
-def run_delayed(rank, **fields):
+def run_delayed(rank, steps=3, **fields):
     """The second rank evaluates between backward and step, late; the first one steps at once."""
     model = adapted(**fields)
     wrapped, optimizer, logits = DistributedDataParallel(model), Tiny.adamw(model), []
-    for step in range(3):
+    for step in range(steps):
         batch = mine(step, rank)
         wrapped(input_ids=batch, labels=batch).loss.backward()
         before = Tiny.state(model) if rank == 1 else None
@@ -432,7 +432,7 @@ def tasks(rank, folder):
         "written": lambda: run_written(rank),
         "delayed": lambda: run_delayed(rank),
         "delayed, engine": lambda: run_delayed(rank, delay=2e-3, retrieval="device-rows"),
-        **{f"{name}, delayed": partial(run_delayed, rank, delay=2e-3, **fields) for name, fields in READERS.items()},
+        **{f"{name}, delayed": partial(run_delayed, rank, 2, delay=2e-3, **fields) for name, fields in READERS.items()},
         "zero copy": lambda: run_zero_copy(rank, True),
         "no zero copy": lambda: run_zero_copy(rank, False),
         "kept state": lambda: run_kept_state(rank),
