@@ -110,7 +110,5 @@ def _entries_have(pagemap: int, start: int, end: int, written: bool) -> bool:
     if len(read) != 8 * (last - first):
         raise OSError("/proc/self/pagemap does not say which pages were written")
     entries = torch.frombuffer(read, dtype=torch.int64)
-    if not written:
-        return bool(entries.any())
     there = (entries >> _ENTRY_PRESENT | entries >> _ENTRY_SWAPPED) & 1
-    return bool((there & ~(entries >> _ENTRY_FILE) & 1).any())
+    return bool((there & ~(entries >> _ENTRY_FILE)).any()) if written else bool(there.any())
