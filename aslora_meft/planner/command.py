@@ -268,7 +268,7 @@ def _ranks_as_text(result: Estimate, ranks: RanksEstimate) -> list[str]:
     lines += [f"  {part:<12}{size / GIB:>8.2f}" for part, size in ranks.device.items() if size]
     lines.append(f"  {'peak':<12}{ranks.peak / GIB:>8.2f}{_verdict(result)}")
     for name, host in ranks.hosts.items():
-        title = name if len(ranks.hosts) == 1 or name != "shared" else "shared (ASLORA_MEFT_SHARE_ROWS=1, experimental)"
+        title = f"{name} (with ASLORA_MEFT_SHARE_ROWS=0)" if len(ranks.hosts) > 1 and name != "shared" else name
         each, once = (sum(parts.values()) / GIB for parts in (host.each, host.once))
         told = [f"host memory of all ranks {host.node(ranks.gpus) / GIB:,.2f} GiB, {each:,.2f} of it each"]
         if host.once:

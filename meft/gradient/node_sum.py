@@ -4,7 +4,8 @@ of the ranks, so that the result does not depend on who comes first.
 Of each table the ranks agree on the union of their touched rows. Then, block by block, each rank copies its values
 into memory of its own that all can read, and sums its share of the block over the ranks; a block has rows of one table
 or of several. The mean exists once a node: the gradient of each rank reads it, and copies it only if somebody writes
-into it.
+into it. Over several nodes each rank then reduces its share with its peers, the ranks of the other nodes that have the
+same share, so that all of them use their links.
 """
 
 from __future__ import annotations
@@ -96,13 +97,15 @@ class NodeSum:
 
     Args:
         world: ranks of all nodes.
-        leaders: of this process, if it is its node's first rank and there are several nodes: the group of those.
-        nodes: how many there are.
-        device: where tensors have to be for `leaders`.
+        peers: the group of this process and of the ranks of the other nodes that have the same share; None: there is
+            one node, or this process has no share.
+        shares: of several nodes the ranks of each that have one: as many as the smallest node has; None: there is one
+            node.
+        device: where tensors have to be for `peers`.
 
     Attributes:
         bytes_between_ranks: bytes that this rank has written for other ranks of its node to read.
-        bytes_between_nodes: bytes that this process has put into reductions over nodes.
+        bytes_between_nodes: bytes of this process that were reduced over nodes.
     """
 
     def __init__(
@@ -112,12 +115,13 @@ class NodeSum:
         places: SumPlaces,
         *,
         world: int,
-        nodes: int = 1,
-        leaders: dist.ProcessGroup | None = None,
+        peers: dist.ProcessGroup | None = None,
+        shares: int | None = None,
         device: torch.device | None = None,
     ) -> None:
         self._ranks, self._memory, self._places = ranks, memory, places
-        self._world, self._nodes, self._leaders = world, nodes, leaders
+        self._world, self._peers, self._several = world, peers, shares is not None
+        self._shares = len(ranks) if shares is None else shares
         self._device = device if device is not None else torch.device("cpu")
         self.bytes_between_ranks = self.bytes_between_nodes = 0
         n, tables = len(ranks), len(places.forms)
@@ -182,22 +186,32 @@ class NodeSum:
     def _unions(self, tables: list[int], answer: bool) -> tuple[dict[int, Tensor], bool]:
         """Of each table the rows that any rank has touched, uint8 [r + 1], and whether any node answers yes."""
         unions = {i: self._masks[i].amax(0) for i in tables}
-        if self._nodes == 1:
+        if not self._several:
             return unions, answer
         sizes = [len(unions[i]) for i in tables]
         shared = self._memory.tensor(self._places.union, (sum(sizes) + 1,), torch.uint8)
-        if self._leaders is not None:
-            all_of_node = torch.cat([*unions.values(), torch.tensor([answer], dtype=torch.uint8)])
-            shared.copy_(self._over_nodes(all_of_node, dist.ReduceOp.MAX))
+        all_of_node = torch.cat([*unions.values(), torch.tensor([answer], dtype=torch.uint8)])
+        share = self._share(len(all_of_node))
+        self._over_nodes([all_of_node[share]], dist.ReduceOp.MAX)
+        shared[share].copy_(all_of_node[share])
         self._ranks.barrier()
         *parts, answered = shared.split([*sizes, 1])
         return dict(zip(tables, parts, strict=True)), bool(answered)
 
-    def _over_nodes(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
-        there = tensor.to(self._device)
-        dist.all_reduce(there, op=op, group=self._leaders)
-        self.bytes_between_nodes += tensor.nbytes
-        return there
+    def _share(self, count: int) -> slice:
+        """This rank's share of `count` things that are summed."""
+        rank, shares = self._ranks.rank, self._shares
+        return slice(count * rank // shares, count * (rank + 1) // shares) if rank < shares else slice(0, 0)
+
+    def _over_nodes(self, parts: Sequence[Tensor], op: dist.ReduceOp.RedOpType) -> None:
+        """Reduce tensors over this rank's peers, in place, in one message for each dtype."""
+        for dtype in dict.fromkeys(part.dtype for part in parts if part.numel()):
+            packed = [part for part in parts if part.dtype == dtype]
+            message = torch.cat([part.flatten() for part in packed]).to(self._device)
+            dist.all_reduce(message, op=op, group=self._peers)
+            self.bytes_between_nodes += message.nbytes
+            for part, reduced in zip(packed, message.split([part.numel() for part in packed]), strict=True):
+                part.copy_(reduced.view_as(part))
 
     def _renew(self, tables: list[int]) -> None:
         """Take new memory for means of which somebody still reads the last one; all ranks know which these are."""
@@ -253,27 +267,23 @@ class NodeSum:
     def _sum(self, block: list[_Piece]) -> None:
         """This rank's share of a block's means, and of the sums of their squares."""
         self._blocks += 1
-        me, several = self._ranks.rank, self._nodes > 1
+        me = self._ranks.rank
         for piece in block:
             if piece.own is not None:
                 self._place(me, piece)[: len(piece.own)].copy_(piece.own)
                 self.bytes_between_ranks += piece.own.numel() * piece.mean.element_size()
         self._ranks.barrier()
+        parts, divisor = [], 1 if self._several else self._world
         for piece in block:
-            share, places = self._ranks.part(len(piece.rows)), [self._place(k, piece) for k in range(len(self._ranks))]
+            share, places = self._share(len(piece.rows)), [self._place(k, piece) for k in range(len(self._ranks))]
             ranks = RowsOfRanks(self._masks[piece.table], piece.rows, places)
-            squared = ranks.mean(share, 1 if several else self._world, piece.mean[share])
-            self._squares[piece.table][me] += 0.0 if several else squared or 0.0
-        if not several:
-            return
-        self._ranks.barrier()
-        if self._leaders is not None:
-            for piece in block:
-                piece.mean.copy_(self._over_nodes(piece.mean, dist.ReduceOp.SUM))
-        self._ranks.barrier()
-        for piece in block:
-            part = piece.mean[self._ranks.part(len(piece.rows))].div_(self._world)
-            self._squares[piece.table][me] += squares(part) or 0.0
+            parts.append(piece.mean[share])
+            squared = ranks.mean(share, divisor, parts[-1])
+            self._squares[piece.table][me] += 0.0 if self._several else squared or 0.0
+        if self._several:
+            self._over_nodes(parts, dist.ReduceOp.SUM)
+            for piece, part in zip(block, parts, strict=True):
+                self._squares[piece.table][me] += squares(part.div_(self._world)) or 0.0
 
     def _place(self, rank: int, piece: _Piece) -> Tensor:
         """Where a rank's values of a piece are, [n, d]: in the one of its two blocks that nobody reads any more."""

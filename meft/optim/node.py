@@ -70,14 +70,14 @@ class Node:
         """
         forms = [(len(t.rows), t.rows.shape[1], t.masters.dtype, t.compute_dtype, t.mode) for t in tables]
         machine = shared_memory.machine_of_process() if shared_memory.can_share() else None
-        everywhere = _gathered(group, (machine, os.getpid(), forms))
+        everywhere = _gathered(group, (machine, os.getpid(), forms, [t.rows.requires_grad for t in tables]))
         if any(other[2] != forms for other in everywhere):
             raise RuntimeError(
                 "The ranks have MEFT adapters of other shapes or dtypes: give all ranks the same configuration, base "
                 "model and dtype before the first forward pass of DistributedDataParallel."
             )
         nodes: dict[str | None, list[int]] = {}
-        for rank, (name, _, _) in enumerate(everywhere):
+        for rank, (name, *_) in enumerate(everywhere):
             nodes.setdefault(name, []).append(rank)
         if not tables or None in nodes or max(map(len, nodes.values())) == 1:
             return None
@@ -93,37 +93,44 @@ class Node:
         first = members[0], everywhere[members[0]][1]
         memory = _memory(group, *first, layout.size)
         # Memory of its own, which goes when all tables have left.
-        memory_of_tables = _memory(group, *first, layout_of_tables.size) if memory is not None else None
+        memory_of_tables = _memory(group, *first, layout_of_tables.size, users=True) if memory is not None else None
         if memory is None or memory_of_tables is None:
             return None
         timeout = timeout_of(group)
         ranks = NodeRanks(
             members.index(rank), [everywhere[m][1] for m in members], memory.numbers(numbers, 4 * len(members)), timeout
         )
-        leaders = None
-        if len(nodes) > 1 and ranks.leads:
-            leaders = dist.new_group(
-                [dist.get_global_rank(group, ranks_of_node[0]) for ranks_of_node in nodes.values()],
+        peers, shares = None, min(map(len, nodes.values())) if len(nodes) > 1 else None
+        if shares is not None and ranks.rank < shares:
+            peers = dist.new_group(
+                [dist.get_global_rank(group, ranks_of_node[ranks.rank]) for ranks_of_node in nodes.values()],
                 timeout=timedelta(seconds=timeout),
                 backend=dist.get_backend(group),
                 use_local_synchronization=True,
             )
         total = NodeSum(
-            ranks, memory, sums, world=len(everywhere), nodes=len(nodes), leaders=leaders, device=group_device(group)
+            ranks, memory, sums, world=len(everywhere), peers=peers, shares=shares, device=group_device(group)
         )
         self = cls(tables, ranks, total)
-        self._take_up([NodeRows(ranks, memory_of_tables, place) for place in places], leaders)
+        trained = everywhere[0][3]
+        self._take_up(
+            [
+                NodeRows(ranks, memory_of_tables, place, sum(trained[:i]), max(1, sum(trained)))
+                for i, place in enumerate(places)
+            ],
+            peers,
+        )
         return self
 
-    def _take_up(self, shared: list[NodeRows], leaders: dist.ProcessGroup | None) -> None:
+    def _take_up(self, shared: list[NodeRows], peers: dist.ProcessGroup | None) -> None:
         """Only the first rank writes what all share; the others give the memory of their own back before it does."""
         if self.ranks.leads:
             self.ranks.barrier()
         for table, node in zip(self.tables, shared, strict=True):
             own = table.take_up(node)
             if self.ranks.leads:
-                if leaders is not None:
-                    _receive(own, leaders)
+                if peers is not None:
+                    _receive(own, peers)
                 table.write_shared(own)
         if not self.ranks.leads:
             self.ranks.barrier()
@@ -146,18 +153,20 @@ class Node:
         return answer
 
 
-def _memory(group: dist.ProcessGroup, first: int, process: int, size: int) -> SharedMemory | None:
+def _memory(
+    group: dist.ProcessGroup, first: int, process: int, size: int, *, users: bool = False
+) -> SharedMemory | None:
     """Memory that a node's first rank makes and the others open; None on all ranks if one of them cannot."""
     memory, reason = None, ""
     leads = dist.get_rank(group) == first
     try:
-        memory = SharedMemory.create(size) if leads else None
+        memory = SharedMemory.create(size, users=users) if leads else None
     except OSError as error:
         reason = str(error)
     offers = _gathered(group, memory.descriptor if memory is not None else None)
     try:
         if not leads and offers[first] is not None:
-            memory = SharedMemory.open(process, offers[first], size)
+            memory = SharedMemory.open(process, offers[first], size, users=users)
     except OSError as error:
         reason = str(error)
     reasons = _gathered(group, None if memory is not None else reason or "the first rank has made none")
@@ -171,9 +180,9 @@ def _memory(group: dist.ProcessGroup, first: int, process: int, size: int) -> Sh
     return None
 
 
-def _receive(rows: torch.Tensor, leaders: dist.ProcessGroup) -> None:
+def _receive(rows: torch.Tensor, group: dist.ProcessGroup) -> None:
     """The rows of the first node."""
     for block in row_blocks(rows):
-        sent = rows[block].to(group_device(leaders), copy=True)
-        dist.broadcast(sent, dist.get_global_rank(leaders, 0), group=leaders)
+        sent = rows[block].to(group_device(group), copy=True)
+        dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
         rows[block].copy_(sent)

@@ -82,11 +82,14 @@ class RowAdamW(Optimizer):
                 float(group["lr"]), beta1, beta2, float(group["eps"]), float(group["weight_decay"]), decoupled=True
             )
             for parameter in group["params"]:
-                if parameter.grad is None:
+                given = parameter.grad
+                if given is None:
                     continue
                 table = tables.get(id(parameter))
                 if table is not None:
-                    gradient = parameter.grad = as_row_gradient(parameter.grad, parameter)
+                    gradient = as_row_gradient(given, parameter)
+                    if gradient is not given:
+                        parameter.grad = gradient
                     entry = table.moments_in(self)
                     count_step(self, parameter)
                     steps.append(TableStep(table, entry, gradient, rule))

@@ -50,6 +50,9 @@ def update_tables(steps: Sequence[TableStep]) -> None:
             enter = _entering([(table, entry) for table, entry, *_ in of_queue])
             for step in of_queue:
                 update_table(*step, enter=enter)
+    for table in tables:  # what is written from here on is written after the step of all ranks
+        if table.node is not None and table.updates is None:
+            table.synchronize()
 
 
 @contextmanager
@@ -102,7 +105,7 @@ def update_table(
         if finite_only and not _all_finite(gradient):
             return
         rows, values, factors = gradient.to_multiply()
-        wide = values.to(torch.promote_types(table.rows.dtype, torch.float32)).contiguous()
+        wide = values.to(torch.promote_types(table.masters.dtype, torch.float32)).contiguous()
 
         def step(compute_copy: Tensor | None) -> None:
             master, node = table.masters, table.node
@@ -110,8 +113,10 @@ def update_table(
                 state = entry.exclusive(master.device).row_state(master, compute_copy)
                 table.step(state, rows, wide, rule, seed=table.seed, factors=factors)
                 return
-            part = node.ranks.part(len(rows))
+            part = node.part(len(rows))
             with node.turn(entry) as moments:
+                if part.start == part.stop:
+                    return
                 state = moments.row_state(master, compute_copy)
                 table.step(state, rows[part], wide[part], rule, seed=table.seed, factors=factors)
 

@@ -32,6 +32,7 @@ class Moments:
         exp_avg, exp_avg_sq: in a mode of `adapter_kernels.adamw.moment_layout`.
         counts: int32 [r], how often each row was touched.
         exp_avg_scale, exp_avg_sq_scale: of codes, None without.
+        for_users: what others than a step get to read, and to write into; None: these themselves.
     """
 
     exp_avg: Tensor
@@ -40,6 +41,7 @@ class Moments:
     exp_avg_scale: Tensor | None = None
     exp_avg_sq_scale: Tensor | None = None
     holders: weakref.WeakSet[RowMoments] = field(default_factory=weakref.WeakSet, init=False, repr=False)
+    for_users: Moments | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def fresh(cls, table: Tensor, mode: str = "float32") -> Moments:
@@ -121,6 +123,11 @@ class RowMoments(float):
         Raises:
             RuntimeError: this is a forked process, which has not got the memory.
         """
+        current = self.current()
+        return current if current.for_users is None else current.for_users
+
+    def current(self) -> Moments:
+        """The moments after all updates that are queued, for another entry; raises what `moments` raises."""
         check_process(self._forks)
         if self._synchronize is not None:
             self._synchronize()
@@ -154,10 +161,10 @@ class RowMoments(float):
     __eq__, __hash__ = object.__eq__, object.__hash__
 
     def __copy__(self) -> RowMoments:
-        return RowMoments(self.moments)
+        return RowMoments(self.current())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RowMoments:
-        return memo.setdefault(id(self), RowMoments(self.moments))
+        return memo.setdefault(id(self), RowMoments(self.current()))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return row_moments_of_file, (HostBegin(), *self.moments.tensors().values(), HostEnd())
@@ -213,16 +220,16 @@ def moments_of(
     Raises:
         ValueError: what was loaded there does not fit.
     """
-    rows = parameter.detach() if rows is None else rows
     state = optimizer.state[parameter]
     present = loaded if loaded is not None else state.get(KEY)
     owner = present.owner() if present is not None and present.owner is not None else None
     if present is not None and owner is optimizer:
         return present
+    rows = parameter.detach() if rows is None else rows
     if present is None:
         moments = fresh if fresh is not None else Moments.fresh(rows, mode)
     else:  # loaded, or the entry of another optimizer: which stays as it is for others that hold it
-        moments = present.moments
+        moments = present.current()
         moments.check(rows, mode, f"The state of {type(optimizer).__name__}")
         for tensor in moments.tensors().values():
             keep_from_forks(tensor)

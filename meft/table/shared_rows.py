@@ -157,6 +157,8 @@ class SharedRows(KeptRows):
         self._readers[stream] = event
 
     def _wait_for_readers(self) -> None:
+        if not self._readers:
+            return
         readers, self._readers = self._readers, {}
         for event in readers.values():
             with suppress(Exception):  # raised where the copies are used; the rows are free either way
@@ -170,8 +172,9 @@ class SharedRows(KeptRows):
 
     def current(self) -> Tensor:
         """The rows as they are read, [r, d] in the compute dtype; call it under the lock, after `synchronize`."""
-        if self.node is not None and not self.is_shared:  # other memory was put in the place of the masters
-            self._go_on_alone()
+        node = self.node
+        if node is not None and not (self.is_shared and (node.entered or not node.written())):
+            self._go_on_alone()  # this rank has other rows, or code that torch does not tell of has written into them
         master, dtype = self.masters, self.compute_dtype
         if self._compute_copy is not None and (
             self._compute_copy.dtype != dtype or self._compute_copy.device != master.device
@@ -217,10 +220,16 @@ class SharedRows(KeptRows):
         with self.lock, torch.no_grad():
             self._wait_for_readers()
             own = self.masters
-            masters, self._compute_copy = node.tensors()
-            self._change(masters)
+            self._compute_copy = node.compute_copy()
+            self._change(node.private_masters())
             self._compute_copy_state, self.node = None, node
         return own
+
+    @property
+    def masters(self) -> Tensor:
+        """As of `KeptRows`; of rows that ranks share what all of them see."""
+        rows = super().masters
+        return self.node.masters if self.node is not None and self.node.has(rows) else rows
 
     def shared_rows_written(self) -> None:
         """One rank has written all masters in shared memory, and the narrower copy."""
@@ -255,17 +264,17 @@ class SharedRows(KeptRows):
         with torch.no_grad():
             self._wait_for_readers()
             self._watch.left = 0  # other memory was put in the place of what is shared
-            if self.masters.data_ptr() == node.masters:
-                self._change(like_rows(self.masters, self._dtype).copy_(self.masters))
-                self._watch.left = storage_address(self.masters)
             self._compute_copy = self._compute_copy_state = None
             self.node = None
+            if node.has(self.masters):  # with what was written into them
+                self._change(like_rows(self.masters, self._dtype).copy_(self.masters))
+                self._watch.left = storage_address(self.masters)
             node.release()
 
     @property
     def is_shared(self) -> bool:
         """Whether the ranks of this node share the rows as they are now."""
-        return self.node is not None and self.node.holds(self.masters, self.compute_dtype)
+        return self.node is not None and self.node.holds(super().masters, self.compute_dtype)
 
     def _adopt(self, parameter: Any, read_as: torch.dtype) -> None:
         if self.node is not None:  # the one before may be somebody's still, and has the memory of all ranks

@@ -2,18 +2,59 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
+import platform
 import select
 import threading
 import time
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 _FAILED = 1
-_EAGER = 20  # looks at a counter before a waiting rank sleeps between them: a rank may wait for this one's core
-_NAP, _LONGEST = 2e-5, 1e-3  # seconds, and at most a sixteenth of the time that it has waited
+_EAGER = 20  # looks at a counter before a waiting rank sleeps: a rank may wait for this one's core
 _LIVE = 0.02  # seconds between looks whether the others live
+_NAP = 2e-4  # seconds of sleep where the system cannot wake a rank
+_FUTEX = {"x86_64": 202, "aarch64": 98}  # number of the system call
+_WAIT, _WAKE = 0, 1
+
+
+class _Time(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+@functools.cache
+def _system_call() -> Any:
+    return ctypes.CDLL(None).syscall
+
+
+def _address(numbers: memoryview, rank: int) -> ctypes.c_void_p:
+    return ctypes.c_void_p(ctypes.addressof(ctypes.c_int64.from_buffer(numbers, 8 * rank)))
+
+
+def _sleep(numbers: memoryview, rank: int, number: int) -> None:
+    """Sleep until a rank's number is another one, or for some time."""
+    call = _FUTEX.get(platform.machine())
+    if call is None:
+        time.sleep(_NAP)
+        return
+    longest = _Time(int(_LIVE), int(_LIVE % 1 * 1e9))
+    # The system compares the lower half of the number.
+    expected = ctypes.c_int(number & 0xFFFFFFFF)
+    _system_call()(
+        ctypes.c_long(call), _address(numbers, rank), ctypes.c_int(_WAIT), expected, ctypes.byref(longest), None, 0
+    )
+
+
+def wake(numbers: memoryview, rank: int) -> None:
+    """Let the ranks go on looking that sleep until a rank's number is another one."""
+    call = _FUTEX.get(platform.machine())
+    if call is not None:
+        everyone = ctypes.c_int(2**31 - 1)
+        _system_call()(ctypes.c_long(call), _address(numbers, rank), ctypes.c_int(_WAKE), everyone, None, None, 0)
 
 
 class NodeRanks:
@@ -60,6 +101,7 @@ class NodeRanks:
         """Set this rank's number, after all that this thread has written before."""
         self._order()
         numbers[self.rank] = value
+        wake(numbers, self.rank)
 
     def wait(self, numbers: memoryview, least: int, *, left: memoryview | None = None) -> bool:
         """Wait until the numbers of all ranks are at least `least`; then what they wrote before can be read.
@@ -75,7 +117,7 @@ class NodeRanks:
         """
         looks, began = 0, time.monotonic()
         checked = began
-        while behind := [rank for rank, number in enumerate(numbers) if number < least]:
+        while behind := {rank: number for rank, number in enumerate(numbers) if number < least}:
             looks += 1
             if looks < _EAGER:
                 os.sched_yield()
@@ -86,9 +128,9 @@ class NodeRanks:
                     return False
             waited = (now := time.monotonic()) - began
             if now - checked > _LIVE:
-                self._check(behind, numbers, least, waited)
+                self._check(list(behind), numbers, least, waited)
                 checked = now
-            time.sleep(min(max(_NAP, waited / 16), _LONGEST))
+            _sleep(numbers, *next(iter(behind.items())))
         self._order()
         return True
 

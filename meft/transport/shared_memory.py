@@ -18,16 +18,17 @@ import torch
 from torch import Tensor
 
 from .numa import interleave
+from .private_view import PrivateView
 
 _PROC = Path("/proc")
 
 
-VARIABLE = "ASLORA_MEFT_SHARE_ROWS"  # experimental: see "Several processes and threads" of docs/meft.md
+VARIABLE = "ASLORA_MEFT_SHARE_ROWS"
 
 
 def can_share() -> bool:
-    """Whether it is asked for, by `ASLORA_MEFT_SHARE_ROWS=1`, and this system has such memory."""
-    return os.environ.get(VARIABLE) == "1" and hasattr(os, "memfd_create") and (_PROC / "self/fd").is_dir()
+    """Whether this system has such memory, and `ASLORA_MEFT_SHARE_ROWS=0` does not forbid its use."""
+    return os.environ.get(VARIABLE) != "0" and hasattr(os, "memfd_create") and (_PROC / "self/pagemap").exists()
 
 
 def machine_of_process() -> str:
@@ -46,28 +47,31 @@ class SharedMemory:
 
     Args:
         descriptor: of the file, which this object owns.
+        users: whether code that is not ours gets some of the memory.
 
     Attributes:
         descriptor: None once it is closed; the mapping stays.
+        private: the view for such code; None without.
     """
 
-    def __init__(self, descriptor: int, size: int) -> None:
+    def __init__(self, descriptor: int, size: int, *, users: bool = False) -> None:
         self.descriptor: int | None = descriptor
         self.size = size
         self._map = mmap.mmap(descriptor, size)
         for name in ("MADV_DONTFORK", "MADV_HUGEPAGE"):  # the second where the system allows it for such memory
             with suppress(AttributeError, OSError):
                 self._map.madvise(getattr(mmap, name))
+        self.private = PrivateView(descriptor, size) if users else None
         self._close = weakref.finalize(self, os.close, descriptor)
 
     @classmethod
-    def create(cls, size: int) -> SharedMemory:
+    def create(cls, size: int, *, users: bool = False) -> SharedMemory:
         """Raises: OSError: the system refuses."""
         size = max(size, mmap.PAGESIZE)
         descriptor = os.memfd_create("meft-rows", os.MFD_CLOEXEC)
         try:
             os.ftruncate(descriptor, size)
-            memory = cls(descriptor, size)
+            memory = cls(descriptor, size, users=users)
         except BaseException:
             os.close(descriptor)
             raise
@@ -75,7 +79,7 @@ class SharedMemory:
         return memory
 
     @classmethod
-    def open(cls, process: int, descriptor: int, size: int) -> SharedMemory:
+    def open(cls, process: int, descriptor: int, size: int, *, users: bool = False) -> SharedMemory:
         """What another process of this machine has made.
 
         Raises:
@@ -83,7 +87,7 @@ class SharedMemory:
         """
         own = os.open(_PROC / str(process) / "fd" / str(descriptor), os.O_RDWR | os.O_CLOEXEC)
         try:
-            return cls(own, max(size, mmap.PAGESIZE))
+            return cls(own, max(size, mmap.PAGESIZE), users=users)
         except BaseException:
             os.close(own)
             raise
@@ -93,12 +97,22 @@ class SharedMemory:
         self.descriptor = None
         self._close()
 
-    def tensor(self, offset: int, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
-        """A tensor in the memory at `offset` bytes, with a storage of its own, so that its users can be counted."""
+    def tensor(
+        self, offset: int, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, *, private: bool = False
+    ) -> Tensor:
+        """A tensor in the memory at `offset` bytes, with a storage of its own, so that its users can be counted.
+
+        Args:
+            private: of the view for users.
+        """
+        seen = self._map
+        if private:
+            assert self.private is not None
+            seen = self.private.map
         with torch.inference_mode(False):  # it outlives the mode
             if not math.prod(shape):
                 return torch.empty(shape, dtype=dtype, device="cpu")
-            return torch.frombuffer(self._map, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
+            return torch.frombuffer(seen, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
 
     def numbers(self, offset: int, count: int) -> memoryview[int]:
         """int64 numbers in the memory, each of which is read and written at once."""

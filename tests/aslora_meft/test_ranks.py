@@ -7,7 +7,6 @@ import torch
 
 from aslora_meft.arguments.groups import parse_train
 from aslora_meft.train import train
-from meft.transport.shared_memory import VARIABLE
 from tests.support import launched
 from tests.support.processes import run_together, saved_by_ranks
 from tests.support.tiny_meft import Tiny
@@ -29,14 +28,12 @@ def words(model_dir, text_file):
     return words
 
 
-def of_ranks(monkeypatch, launcher, folder, words):
+def of_ranks(launcher, folder, words):
     """What each of two ranks has trained."""
-    monkeypatch.setenv(VARIABLE, "1")
     folder.mkdir()
     code, log = Path(launched.__file__).read_text(), folder / "log"
     words = ["train", *words, "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
     run_together(code, [([launcher, folder, *words], log)], 120, file=launched.__file__)
-    monkeypatch.delenv(VARIABLE)
     ranks = saved_by_ranks(folder)
     Tiny.assert_equal(ranks[0]["state"], ranks[1]["state"])
     assert all(rank["summed"] for rank in ranks)
@@ -61,12 +58,12 @@ def assert_close(state, expected):
         )
 
 
-def test_two_ranks_train_as_one_process_and_each_goes_on_from_the_others_checkpoint(words, tmp_path, monkeypatch):
+def test_two_ranks_train_as_one_process_and_each_goes_on_from_the_others_checkpoint(words, tmp_path):
     expected = of_one_process(words(tmp_path / "one"))
-    found = of_ranks(monkeypatch, "torchrun", tmp_path / "ranks", words(tmp_path / "two"))
+    found = of_ranks("torchrun", tmp_path / "ranks", words(tmp_path / "two"))
     assert_close(found, expected)
     resumed = of_ranks(
-        monkeypatch, "accelerate", tmp_path / "resumed ranks",
+        "accelerate", tmp_path / "resumed ranks",
         words(tmp_path / "three", "--resume_from_checkpoint", tmp_path / "one" / "checkpoint-2"),
     )  # fmt: skip
     assert_close(resumed, expected)

@@ -255,8 +255,9 @@ for _name, _fields in ENGINES.items():
         f"checkpointed reentrant, {_name}": partial(run_checkpointed, reentrant=True, **_fields),
     }
 
-# Done a second time with one copy of the rows for both ranks, for `test_node.py`.
-SHARED = ["clipping", "accumulation, stream refetch", "lengths", "evaluation first", "nonfinite", "joined"]
+# Done a second time with a copy of the rows for each rank, for `test_node.py`.
+APART = ["clipping", "accumulation, stream refetch", "lengths", "evaluation first", "nonfinite"]
+APART += [f"{name}, delayed" for name in node_tasks.READERS]
 
 
 # ---------------------------------------------------------------------- tests
@@ -406,5 +407,6 @@ def test_deepspeed_is_refused_when_a_trainers_run_begins():
 if __name__ == "__main__":
     number, place = int(sys.argv[1]), Path(sys.argv[2])
     tasks = {name: partial(task, number) for name, task in TASKS.items()}
-    tasks |= {f"shared, {name}": partial(node_tasks.shared, tasks[name]) for name in SHARED}
-    work_as_rank(number, place, tasks | node_tasks.tasks(number, place))
+    tasks |= node_tasks.tasks(number, place)
+    tasks |= {f"apart, {name}": partial(node_tasks.apart, tasks[name]) for name in APART}
+    work_as_rank(number, place, tasks)

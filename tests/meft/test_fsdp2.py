@@ -382,7 +382,7 @@ def tasks(rank, folder):
         "averaged": partial(run_averaged, rank),
         "refused": partial(run_refused, rank),
     }
-    return found | {f"shared, {name}": partial(node_tasks.shared, found[name]) for name in ("layers", "accumulated")}
+    return found | {f"apart, {name}": partial(node_tasks.apart, found[name]) for name in ("layers", "accumulated")}
 
 
 # ---------------------------------------------------------------------- tests
@@ -426,11 +426,11 @@ def of_both(ranks, name):
     return first
 
 
-@pytest.mark.parametrize("name", ["layers", "root", "over devices", "shared, layers"])
+@pytest.mark.parametrize("name", ["layers", "root", "over devices", "apart, layers"])
 def test_by_hand_with_the_rows_of_the_first_rank(ranks, alone, name):
     found = of_both(ranks, name)
     assert found["sharded"] == 2 * [False, False, True]  # keys, values and router of each layer
-    assert found["shared"] is name.startswith("shared")
+    assert found["shared"] is not name.startswith("apart")
     assert found["norms"] == pytest.approx(alone[1], rel=1e-9)
     assert min(found["norms"]) > CLIP
     assert_close(found["state"], alone[0])
@@ -448,7 +448,7 @@ def test_ranks_with_other_lengths_and_padding_alone(ranks):
     assert_close(found["state"], found["ddp"])
 
 
-@pytest.mark.parametrize("name", ["accumulated", "averaged each time", "shared, accumulated"])
+@pytest.mark.parametrize("name", ["accumulated", "averaged each time", "apart, accumulated"])
 def test_accumulation_clipping_and_a_skipped_step(ranks, accumulated, name):
     found = of_both(ranks, name)
     finite = [norm for norm in found["norms"] if norm == norm]

@@ -22,6 +22,7 @@ from meft.table.node_rows import NodePlaces, NodeRows
 from meft.table.row_step import native_library
 from meft.table.row_table import RowTable
 from meft.table.update_queue import UpdateQueue
+from meft.transport import node_ranks
 from meft.transport.node_ranks import NodeRanks
 from meft.transport.shared_memory import Layout, SharedMemory
 from tests.support.processes import run_code
@@ -30,28 +31,29 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Li
 SHAPE = (8, 4)
 
 
-def ones(compute_dtype=torch.bfloat16, mode="float32"):
+def ones(compute_dtype=torch.bfloat16, mode="float32", master=torch.float32):
     """A table of ones."""
-    table = RowTable(SHAPE, master=torch.float32, compute_dtype=compute_dtype, on_host=True, pin=False, mode=mode)
+    table = RowTable(SHAPE, master=master, compute_dtype=compute_dtype, on_host=True, pin=False, mode=mode)
     with torch.no_grad():
         table.rows.fill_(1.0)
     return table
 
 
-def joined(tables=1, compute_dtype=torch.bfloat16, timeout=20.0, mode="float32"):
+def joined(tables=1, compute_dtype=torch.bfloat16, timeout=20.0, mode="float32", master=torch.float32):
     """Of each of two ranks its tables: rows of ones, of which both have one copy."""
     layout = Layout()
     numbers = layout.place(32 * 2)
-    places = [NodePlaces.plan(layout, SHAPE, torch.float32, compute_dtype, 2, mode) for _ in range(tables)]
-    memory = SharedMemory.create(layout.size)
+    places = [NodePlaces.plan(layout, SHAPE, master, compute_dtype, 2, mode) for _ in range(tables)]
+    memory = SharedMemory.create(layout.size, users=True)
+    memories = [memory, SharedMemory.open(os.getpid(), memory.descriptor, layout.size, users=True)]
     ranks = [NodeRanks(rank, [os.getpid()] * 2, memory.numbers(numbers, 8), timeout) for rank in range(2)]
     found = []
-    for rank in ranks:
+    for rank, memory in zip(ranks, memories, strict=True):
         rank.summed = True
         found.append([])
-        for place in places:
-            table = ones(compute_dtype, mode)
-            own = table.take_up(NodeRows(rank, memory, place))
+        for number, place in enumerate(places):
+            table = ones(compute_dtype, mode, master)
+            own = table.take_up(NodeRows(rank, memory, place, number, tables))
             if rank.leads:
                 table.write_shared(own)
             found[-1].append(table)
@@ -210,14 +212,36 @@ def both(*calls):
     return results
 
 
+@pytest.mark.parametrize("master", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", MODES)
-def test_moments_of_each_mode_are_in_the_shared_memory(mode):
+def test_moments_of_each_mode_are_in_the_shared_memory(mode, master):
     """Each rank steps half of the rows; both then have what one process has."""
-    ranks = joined(mode=mode)
-    _, (expected,) = stepped([ones(mode=mode)])
+    ranks = joined(mode=mode, master=master)
+    _, (expected,) = stepped([ones(mode=mode, master=master)])
     for _, (found,) in both(*(partial(stepped, tables) for tables in ranks)):
         assert [t.dtype for t in found] == [t.dtype for t in expected]
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("tables", [1, 2, 3, 4, 6, 16])
+def test_all_ranks_step_as_many_parts_of_tables_and_each_row_is_of_one_part(ranks, tables):
+    layout = Layout()
+    place = NodePlaces.plan(layout, SHAPE, torch.float32, torch.float32, ranks)
+    memory = SharedMemory.create(layout.size, users=True)
+    numbers = memoryview(bytearray(32 * ranks)).cast("q")
+    parts = {rank: [] for rank in range(ranks)}
+    for position in range(tables):
+        rows = torch.zeros(7)
+        for rank in range(ranks):
+            of_rank = NodeRanks(rank, [os.getpid()] * ranks, numbers, 1.0)
+            part = NodeRows(of_rank, memory, place, position, tables).part(7)
+            rows[part] += 1
+            parts[rank] += [part] * (part.stop > part.start)
+        assert rows.tolist() == [1] * 7
+    if ranks < 8:  # with eight ranks and seven rows a part may be empty
+        assert len({len(of_rank) for of_rank in parts.values()}) == 1
+    assert tables % ranks or all(part == slice(0, 7) for of_rank in parts.values() for part in of_rank)
 
 
 def written(tables):
@@ -347,6 +371,22 @@ def test_the_mean_of_ranks_by_the_library_has_the_bits_of_torch(monkeypatch, wid
     assert torch.equal(found[0], whole[rows] / 3)
 
 
+@pytest.mark.parametrize("woken", [True, False])
+def test_a_rank_that_waits_is_woken(monkeypatch, woken):
+    """By the system, long before it would look by itself; or it looks by itself where the system cannot wake it."""
+    monkeypatch.setattr(node_ranks, "_LIVE" if woken else "_FUTEX", 5.0 if woken else {})
+    memory = SharedMemory.create(64)
+    ranks = [NodeRanks(rank, [os.getpid()] * 2, memory.numbers(0, 8), 20.0) for rank in range(2)]
+
+    def late():
+        threading.Event().wait(0.1)
+        ranks[1].barrier()
+
+    began = time.monotonic()
+    both(ranks[0].barrier, late)
+    assert time.monotonic() - began < 3
+
+
 def test_loading_with_steps_queued_waits_for_these_and_nobody_else():
     tables = joined(tables=2)
     state, late = {"rows": whole(3)}, tables[0][1].update_masters
@@ -373,13 +413,13 @@ def test_loading_with_steps_queued_waits_for_these_and_nobody_else():
 
 
 def test_the_memory_goes_when_all_ranks_have_left():
-    tables = joined(tables=2)
-    memory = weakref.ref(tables[0][0].node._memory)
-    for table in (*tables[0], *tables[1]):
-        assert memory() is not None
-        table.leave_node()
-    gc.collect()
-    assert memory() is None
+    for tables in joined(tables=2):
+        memory = weakref.ref(tables[0].node._memory)
+        for table in tables:
+            assert memory() is not None
+            table.leave_node()
+        gc.collect()
+        assert memory() is None
 
 
 CHILD = """

@@ -1,4 +1,4 @@
-"""Three processes on what they take for two machines; then one of them is killed in the middle of a step.
+"""Four processes on what they take for two machines; then one of them is killed in the middle of a step.
 
 They run this file as a script.
 """
@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from meft.gradient.node_sum import NodeSum
+from meft.optim.node import Node
 from meft.table.node_rows import NodeRows
 from meft.transport import shared_memory
 from meft.transport.node_ranks import NodeRanks
@@ -22,37 +24,65 @@ from tests.support.processes import once, run_together
 from tests.support.tiny_meft import Tiny
 
 pytestmark = pytest.mark.slow
-WORLD, TIMEOUT = 3, 30  # seconds
+WORLD, TIMEOUT = 4, 30  # seconds
+NODES = {"two and two": [0, 0, 1, 1], "three and one": [0, 0, 0, 1]}  # of each rank its machine
+RUNS = [("two and two", name, False) for name in node_tasks.DTYPES]
+RUNS += [("two and two", "float32", True), ("three and one", "float32", True)]
 
 
-def killed_in_a_step(rank):
-    """How the others end: their error, and after how many seconds."""
-    turn, began = NodeRows.turn, []
+def killed_in_a_step(rank, folder):
+    """How the others end, after a checkpoint: their error, after how many seconds, and what saving says then."""
+    tables = node_tasks.tables_of(*node_tasks.DTYPES["float32"], seed=0)
+    node, optimizer = Node.join(tables, torch.distributed.group.WORLD), node_tasks.optimizer_of(tables)
+    for step in range(3):
+        began = time.monotonic()
+        try:
+            node_tasks.average(tables, node, step, rank)
+        except RuntimeError as error:  # on another node, of which no rank has ended
+            return str(error), time.monotonic() - began, "none"
+        if step == 1 and rank == 0:
+            kept = {"rows": [table.state_dict() for table in tables], "optimizer": optimizer.state_dict()}
+            torch.save(kept, folder / "checkpoint.pt")
+            torch.save(node_tasks.state_of(tables), folder / "then.pt")
+        if step == 1 and rank == 1:  # it has entered the step of all tables, and does no part of it
+            NodeRows.turn = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        began = time.monotonic()
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            seconds, saving = time.monotonic() - began, "none"
+            try:
+                tables[0].state_dict()
+            except RuntimeError as second:
+                saving = str(second)
+            return str(error), seconds, saving
+    return "none", 0.0, "none"
 
-    def die(self, entry):
-        began.append(time.monotonic())
-        if rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return turn(self, entry)
 
-    NodeRows.turn = die
+def run(rank, nodes, name, clip):
+    """A run on such machines, and bytes of each reduction over them."""
+    shared_memory.machine_of_process = lambda: f"machine {NODES[nodes][rank]}"
+    reduced, over_nodes = [], NodeSum._over_nodes
+
+    def noted(self, parts, op):
+        before = self.bytes_between_nodes
+        over_nodes(self, parts, op)
+        reduced.append(self.bytes_between_nodes - before)
+
+    NodeSum._over_nodes = noted
     try:
-        node_tasks.run_tables(rank, "float32", False)
-    except RuntimeError as error:
-        return str(error), time.monotonic() - began[0]
-    return "none", 0.0
+        return node_tasks.run_tables(rank, name, clip) | {"reduced": reduced}
+    finally:
+        NodeSum._over_nodes = over_nodes
 
 
 def work(rank, folder):
     torch.set_num_threads(1)
-    os.environ[shared_memory.VARIABLE] = "1"
-    shared_memory.machine_of_process = lambda: "first machine" if rank < 2 else "second machine"
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD, timeout=timedelta(seconds=TIMEOUT)
     )
-    results = {name: node_tasks.run_tables(rank, name, False) for name in node_tasks.DTYPES}
-    torch.save(results, folder / f"rank{rank}.pt")
-    torch.save(killed_in_a_step(rank), folder / f"killed{rank}.pt")
+    torch.save({case: run(rank, *case) for case in RUNS}, folder / f"rank{rank}.pt")
+    torch.save(killed_in_a_step(rank, folder), folder / f"killed{rank}.pt")
     memory = SharedMemory.create(4096)
     ranks = NodeRanks(0, [os.getpid(), os.getppid()], memory.numbers(0, 8), TIMEOUT)
     os.kept = memory, ranks  # until the interpreter's end
@@ -62,7 +92,7 @@ def work(rank, folder):
 def folder(request):
     def run(folder):
         ranks = [((rank, folder), folder / f"rank{rank}.log") for rank in range(WORLD)]
-        ends = [0, -signal.SIGKILL, 0]
+        ends = [0, -signal.SIGKILL, 0, 0]
         run_together(Path(__file__).read_text(encoding="utf-8"), ranks, 120, __file__, ends)
         said = [output.read_text() for _, output in ranks]
         assert not any("Exception ignored" in text for text in said)  # at the interpreter's end
@@ -70,29 +100,59 @@ def folder(request):
     return once(request, "ranks_of_two_nodes", run)
 
 
-@pytest.mark.parametrize("name", node_tasks.DTYPES)
-def test_two_nodes_are_one_process(folder, name):
-    expected, _ = node_tasks.as_one_process(WORLD, name, False)
-    entries = [torch.load(folder / f"rank{rank}.pt", weights_only=False)[name] for rank in range(WORLD)]
-    unions = masks = 0
-    for number, (r, d) in enumerate(node_tasks.SHAPES):
-        for step in range(node_tasks.STEPS):
-            given = [node_tasks.gradient_of(step, rank, number) for rank in range(WORLD)]
-            masks += r + 1
-            size = torch.float64.itemsize if name == "float64" else torch.float32.itemsize
-            unions += d * size * len(torch.cat([g[0] for g in given if g is not None]).unique())
-    for rank, entry in enumerate(entries):
+def of_ranks(folder, case):
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False)[case] for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("case", RUNS, ids=str)
+def test_two_nodes_are_one_process(folder, case):
+    """Norms of the gradients, by which they are clipped, have the same bits on all nodes."""
+    expected, norms = node_tasks.as_one_process(WORLD, *case[1:])
+    for entry in of_ranks(folder, case):
         Tiny.assert_equal(entry["state"], expected)
-        of_first = masks + unions + node_tasks.STEPS  # and in each step the answer to a question
-        assert entry["between nodes"] == (0 if rank == 1 else of_first)
+        assert entry["norms"] == norms
+
+
+@pytest.mark.parametrize("case", RUNS, ids=str)
+def test_each_rank_reduces_its_share_over_nodes_in_one_message_a_block(folder, case):
+    nodes, name, _ = case
+    size = torch.promote_types(node_tasks.DTYPES[name][0], torch.float32).itemsize
+    shares = min(NODES[nodes].count(node) for node in (0, 1))
+    masks = sum(r + 1 for r, _ in node_tasks.SHAPES) + 1  # and the answer to a question
+    for rank, entry in enumerate(of_ranks(folder, case)):
+        number = rank - NODES[nodes].index(NODES[nodes][rank])  # on its node
+        expected = []
+        for step in range(node_tasks.STEPS):
+            rows = 0
+            for table, (_, d) in enumerate(node_tasks.SHAPES):
+                given = [node_tasks.gradient_of(step, k, table) for k in range(WORLD)]
+                union = len(torch.cat([g[0] for g in given if g is not None]).unique())
+                rows += size * d * (union * (number + 1) // shares - union * number // shares)
+            expected += [masks * (number + 1) // shares - masks * number // shares, rows]
+        assert entry["reduced"] == (expected if number < shares else [0] * len(expected))
+        assert entry["between nodes"] == sum(entry["reduced"])
 
 
 def test_a_rank_that_is_killed_in_a_step_ends_the_others_at_once(folder):
-    error, seconds = torch.load(folder / "killed0.pt")
-    assert error.startswith("Rank 1 of this node (process ")
-    assert "has ended: see its own messages, and start all ranks again from the last checkpoint" in error
-    assert seconds < TIMEOUT / 2
-    assert torch.load(folder / "killed2.pt")[0] != "none"
+    for rank in (0, 2):
+        error, seconds, saving = torch.load(folder / f"killed{rank}.pt")
+        assert error.startswith("Rank 1 of this node (process ")
+        assert "has ended: see its own messages, and start all ranks again from the last checkpoint" in error
+        assert seconds < TIMEOUT / 2
+        assert saving == error
+    assert torch.load(folder / "killed3.pt")[0] != "none"
+
+
+def test_the_checkpoint_before_it_is_whole(folder):
+    saved = torch.load(folder / "checkpoint.pt")
+    tables = node_tasks.tables_of(*node_tasks.DTYPES["float32"], seed=5)
+    for table, state in zip(tables, saved["rows"], strict=True):
+        table.load_state_dict(state)
+    optimizer = node_tasks.optimizer_of(tables)
+    optimizer.load_state_dict(saved["optimizer"])
+    for table in tables:
+        table.moments_in(optimizer)
+    Tiny.assert_equal(node_tasks.state_of(tables), torch.load(folder / "then.pt"))
 
 
 if __name__ == "__main__":

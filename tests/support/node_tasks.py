@@ -57,10 +57,22 @@ def gradient_of(step, rank, number):
     return rows, torch.randint(-8, 9, (len(rows), d), generator=generator).float()
 
 
+def optimizer_of(tables):
+    return meft.RowAdamW([table.rows for table in tables], lr=0.05, weight_decay=0.01)
+
+
+def average(tables, node, step, rank):
+    """Give all ranks the mean of their gradients in a step."""
+    for number, table in enumerate(tables):
+        given = gradient_of(step, rank, number)
+        table.rows.grad = None if given is None else RowGradient(*given, table.rows)
+    node.average_gradients()
+
+
 def steps_of(tables, average, clip):
     """Steps of gradients that `average(step)` puts into place; the norms."""
     parameters = [table.rows for table in tables]
-    optimizer, norms = meft.RowAdamW(parameters, lr=0.05, weight_decay=0.01), []
+    optimizer, norms = optimizer_of(tables), []
     for step in range(STEPS):
         average(step)
         if clip:
@@ -114,15 +126,12 @@ def run_tables(rank, name, clip, block_bytes=None):
         table.step = step
     kept = []
 
-    def average(step):
-        for number, table in enumerate(tables):
-            given = gradient_of(step, rank, number)
-            table.rows.grad = None if given is None else RowGradient(*given, table.rows)
-        node.average_gradients()
+    def average_and_keep(step):
+        average(tables, node, step, rank)
         if step == 1:
             kept.extend((table.rows.grad, table.rows.grad.to_dense()) for table in tables)
 
-    _, norms = steps_of(tables, average, clip)
+    _, norms = steps_of(tables, average_and_keep, clip)
     return {
         "state": state_of(tables),
         "norms": norms,
@@ -159,7 +168,7 @@ def train(model, batches, optimizer, clip=0.05):
 
 def run_memory(rank, folder):
     """What memory the rows are in, what a copy gets, and who writes into it."""
-    wrote, write = [], RowTable.write_shared
+    wrote, write, descriptors = [], RowTable.write_shared, _descriptors()
     RowTable.write_shared = lambda self, masters: (wrote.append(self), write(self, masters))[1]
     try:
         model = adapted(seed=rank, dtype=torch.bfloat16)
@@ -180,7 +189,7 @@ def run_memory(rank, folder):
         "wrote": len(wrote),
         "shared": [within(tensor) for tensor in held],
         "of copies": [within(table.masters) or table.node is not None for table in Tiny.tables(copied)],
-        "descriptors": sum("meft-rows" in str(path) for path in map(_target, Path("/proc/self/fd").iterdir())),
+        "descriptors": _descriptors() - descriptors,
     }
     Tiny.tables(copied)[0].rows.data.mul_(2)  # nothing of the shared ones
     return result
@@ -231,6 +240,10 @@ def run_written(rank):
     return {"found": found, "shared": all(t.is_shared for t in Tiny.tables(model)), "state": Tiny.whole_state(model)}
 
 
+def _descriptors():
+    return sum("meft-rows" in str(path) for path in map(_target, Path("/proc/self/fd").iterdir()))
+
+
 def _target(path):
     try:
         return path.readlink()
@@ -238,11 +251,20 @@ def _target(path):
         return path
 
 
-def run_delayed(rank, **fields):
+# What reads rows, in ways of their own.
+READERS = {
+    "refetch": {"retrieval": "stream", "backward_rows": "refetch"},
+    "in backward": {"retrieval": "stream", "row_optimizer": {"in_backward": True}},
+    "zero copy": {"dtype": torch.float32, "retrieval": "device-rows", "row_optimizer": {"zero_copy": True}},
+    "masters": {"dtype": torch.bfloat16, "master_dtype": "bfloat16", "row_optimizer": {"moments": "float8"}},
+}
+
+
+def run_delayed(rank, steps=3, **fields):
     """The second rank evaluates between backward and step, late; the first one steps at once."""
     model = adapted(**fields)
     wrapped, optimizer, logits = DistributedDataParallel(model), Tiny.adamw(model), []
-    for step in range(3):
+    for step in range(steps):
         batch = mine(step, rank)
         wrapped(input_ids=batch, labels=batch).loss.backward()
         before = Tiny.state(model) if rank == 1 else None
@@ -255,6 +277,7 @@ def run_delayed(rank, **fields):
             assert all(torch.equal(now[name], expected[name]) for name in now)
         optimizer.step()
         optimizer.zero_grad()
+    assert all(table.is_shared for table in Tiny.tables(model)) == (os.environ.get(VARIABLE) != "0")
     return {"state": Tiny.whole_state(model), "logits": logits}
 
 
@@ -404,11 +427,12 @@ def tasks(rank, folder):
             ("float32", True, 64),
         ]
     }
-    found |= {
+    return found | {
         "memory": lambda: run_memory(rank, folder),
         "written": lambda: run_written(rank),
         "delayed": lambda: run_delayed(rank),
         "delayed, engine": lambda: run_delayed(rank, delay=2e-3, retrieval="device-rows"),
+        **{f"{name}, delayed": partial(run_delayed, rank, 2, delay=2e-3, **fields) for name, fields in READERS.items()},
         "zero copy": lambda: run_zero_copy(rank, True),
         "no zero copy": lambda: run_zero_copy(rank, False),
         "kept state": lambda: run_kept_state(rank),
@@ -421,12 +445,11 @@ def tasks(rank, folder):
         "overflow": lambda: run_scaled(rank, True, torch.float32),
         "unscaled": lambda: run_scaled(rank, None),
     }
-    return {name: partial(shared, task) for name, task in found.items()}
 
 
-def shared(task):
-    """A task's result with the rows shared."""
-    os.environ[VARIABLE] = "1"
+def apart(task):
+    """A task's result with a copy of the rows for each rank."""
+    os.environ[VARIABLE] = "0"
     try:
         return task()
     finally:
