@@ -18,7 +18,7 @@ from .watched_rows import Watch, WatchedRows, put, unwatched, watch
 State = tuple[int, int, object]  # address and version of the rows, and what changes when they are handed out
 
 SHARDED = (
-    "MEFT's rows were replaced (flattened by FSDP1 or by DeepSpeed), which is not supported: use FSDP2 (fully_shard, "
+    "MEFT's rows were replaced (flattened by FSDP1), which is not supported: use FSDP2 (fully_shard, "
     "in accelerate's configuration fsdp_version: 2) or DistributedDataParallel."
 )
 

@@ -278,9 +278,9 @@ def assign(target: WatchedRows, values: Tensor) -> None:
     if values.shape != target.shape or not values.is_floating_point():
         raise ValueError(
             f"MEFT rows have shape {list(target.shape)} and floating-point values: `.data` cannot become "
-            f"{list(values.shape)} {values.dtype}. Engines that flatten parameters (FSDP1, DeepSpeed) are not "
-            "supported: use FSDP2 (fully_shard, in accelerate's configuration fsdp_version: 2) or "
-            "DistributedDataParallel."
+            f"{list(values.shape)} {values.dtype}. FSDP1, and adapters added inside of deepspeed.zero.Init, are "
+            "not supported: add the adapter outside of it, or use FSDP2 (fully_shard, in accelerate's configuration "
+            "fsdp_version: 2) or DistributedDataParallel."
         )
     if values.is_meta and not target.is_meta:
         raise ValueError("MEFT rows cannot be emptied by assigning a meta tensor to `.data`: delete the adapter.")
