@@ -117,7 +117,7 @@ def clip_over_devices(parameters: Iterable[nn.Parameter], max_norm: float, norm_
             mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
             groups.setdefault((mesh, parameter.grad.device), []).append(parameter)
     if not groups:
-        return torch.tensor(0.0)
+        return torch.tensor(0.0, device="cpu")
     norms: list[Any] = [get_total_norm([p.grad for p in group], norm_type) for group in groups.values()]  # type: ignore[misc]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), norm_type)

@@ -74,7 +74,7 @@ class Node:
         if any(other[2] != forms for other in everywhere):
             raise RuntimeError(
                 "The ranks have MEFT adapters of other shapes or dtypes: give all ranks the same configuration, base "
-                "model and dtype before the first forward pass of DistributedDataParallel."
+                "model and dtype before the first forward pass in which ranks average gradients."
             )
         nodes: dict[str | None, list[int]] = {}
         for rank, (name, *_) in enumerate(everywhere):
