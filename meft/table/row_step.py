@@ -23,7 +23,7 @@ from adapter_kernels.runtime.host_threads import host_threads
 
 __all__ = ["RowState", "StepRule", "multiplied", "native_library", "update_rows"]
 
-_VERSION = 6  # of the library's arguments
+_VERSION = 7  # of the library's arguments
 _OF_THE_RULE = 7  # scalars of `Step` that all rows have in common
 _BLOCK = 1 << 20  # values that torch multiplies at a time
 
@@ -128,12 +128,12 @@ def declare(library: ctypes.CDLL) -> None:
     library.meft_row_adamw.restype = None
     library.meft_rows_ascend.argtypes = [p, i, i]
     for drain in (library.meft_drain_bfloat16, library.meft_drain_float):
-        drain.argtypes, drain.restype = [p, p, i, i, n], ctypes.c_double
+        drain.argtypes, drain.restype = [p, p, p, i, i, n], None
     library.meft_mean_rows.argtypes, library.meft_mean_rows.restype = (
         [p, i, p, i, i, p, i, i, i, f, p, n],
         ctypes.c_double,
     )
-    library.meft_squares.argtypes, library.meft_squares.restype = [p, i, i, n], ctypes.c_double
+    library.meft_squares.argtypes, library.meft_squares.restype = [p, p, i, i, n], None
 
 
 def _choose(native: bool | None, state: RowState) -> ctypes.CDLL | None:
