@@ -37,7 +37,7 @@ def update_tables(steps: Sequence[TableStep]) -> None:
     Ranks that share them enter the step of all before they wait for each other.
     """
     for table, *_ in steps:
-        table.synchronize()
+        table.wait_for_update()
         if table.node is not None and not (table.is_shared and table.node.ranks.summed):
             table.leave_node()  # by gradients of its own, or in memory of its own: as one copy a rank
     tables = [step.table for step in steps]

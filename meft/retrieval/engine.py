@@ -69,7 +69,7 @@ class Engine(EngineSetup):
                     self._forget()
             strategy = self._prepare(layer, x)
         if layer.keys.updates is not None:
-            layer.synchronize()
+            layer.wait_for_updates()
         # Without a graph nobody asks later whether rows are still those.
         versions = layer.versions if torch.is_grad_enabled() else None
         if selection is not None:

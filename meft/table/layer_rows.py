@@ -33,11 +33,11 @@ class LayerRows:
         """Of keys and values; they change with every update."""
         return self.keys.version, self.values.version
 
-    def synchronize(self) -> None:
+    def wait_for_updates(self) -> None:
         """Wait for updates that are queued, which counts as a wait of the launching thread."""
         with self.traffic.stalled():
-            self.keys.synchronize()
-            self.values.synchronize()
+            self.keys.wait_for_update()
+            self.values.wait_for_update()
 
     def count(self, tokens: int, rows: int) -> None:
         """A forward pass of some tokens has used some rows."""

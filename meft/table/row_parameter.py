@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,19 @@ SHARDED = (
 )
 
 
+class RowsOnDevice(Protocol):
+    """Where the newest values of some rows are, while they are stepped on a device.
+
+    Attributes:
+        holds_rows: whether it has any.
+    """
+
+    holds_rows: bool
+
+    def settle(self) -> None:
+        """Write all of them back to the table, which has the newest values then, and keep none."""
+
+
 class KeptRows(KeptParameters):
     """Holds one parameter, `rows` [r, d].
 
@@ -33,7 +46,12 @@ class KeptRows(KeptParameters):
     Args:
         read_as: the dtype in which rows are read.
         on_host: whether they stay in host memory.
+
+    Attributes:
+        tier: what has some of the rows on a device; None: nothing does.
     """
+
+    tier: RowsOnDevice | None = None
 
     def __init__(self, rows: Tensor, *, read_as: torch.dtype, on_host: bool) -> None:
         super().__init__()
@@ -146,20 +164,34 @@ class KeptRows(KeptParameters):
         return self._watch.plain(self._known_rows())
 
     def note_change(self) -> None:
-        """Rows may have been written without a version count: all count as changed."""
+        """Rows may have been written without a version count: all count as changed.
+
+        Raises: RuntimeError: some of them were stepped on a device since the table was last read.
+        """
+        if self.tier is not None and self.tier.holds_rows:
+            raise RuntimeError(
+                "MEFT's rows were written through an address while the newest of them were on the device "
+                "(device_rows): call synchronize() of the table before you write, and rows_changed() afterwards."
+            )
         self._watch.note()
 
     def look(self) -> None:
         """Called before a forward pass: while others share the rows' memory, all count as changed."""
         rows, watch = self.check_not_sharded(), self._watch
-        with without_torch_function():
-            if rows.is_meta:
-                return
-            own = 0 if watch.alias is None else 1
-            shared = other_users(rows) > own or (rows.is_cpu and rows.untyped_storage().is_shared())
+        if rows.is_meta:
+            return
+        shared = self.has_other_users
         if shared or watch.shared:  # memory that others share, or shared until now, may have been written
             watch.note()
         watch.shared = shared
+
+    @property
+    def has_other_users(self) -> bool:
+        """Whether another tensor, an array or a process may write into the rows' memory without a call."""
+        rows, watch = self._known_rows(), self._watch
+        with without_torch_function():
+            own = 0 if watch.alias is None else 1
+            return other_users(rows) > own or (rows.is_cpu and rows.untyped_storage().is_shared())
 
     def _state(self) -> State:
         rows = self._known_rows()

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ..transport.host_tensors import host_zeros, like_rows, row_blocks
 from .moments import KEY, Moments, RowMoments, moments_of
-from .row_step import update_rows
+from .row_step import RowState, update_rows
 from .shared_rows import SharedRows
 
 
@@ -92,7 +92,7 @@ class RowTable(SharedRows):
         Raises:
             ValueError: what was loaded there does not fit.
         """
-        self.synchronize()
+        self.wait_for_update()
         fresh = self.node.moments if self.node is not None and self.node.unused else None
         entry = moments_of(
             optimizer, self.rows, mode=self.mode, synchronize=self.synchronize, loaded=self.restored, fresh=fresh
@@ -108,7 +108,7 @@ class RowTable(SharedRows):
         Args:
             rows: those that it changes; None: all.
         """
-        self.synchronize()
+        self.wait_for_update()
         with self.lock, torch.no_grad():
             if self.masters.is_meta:
                 raise RuntimeError("MEFT rows have no values yet (meta device): load the adapter first.")
@@ -122,6 +122,26 @@ class RowTable(SharedRows):
                 self._compute_copy_state = self._state()
             if self._dirty is not None:
                 self._dirty.note(rows, before, self._state())
+
+    def state_of(self, entry: RowMoments) -> RowState:
+        """Rows with the moments of an entry, as a step reads and writes them; call it under the lock."""
+        copy = self.current()
+        separate = copy if self.compute_dtype != self._dtype else None
+        return entry.exclusive(self.masters.device).row_state(self.masters, separate)
+
+    def take_back(self, rows: Tensor, values: list[Tensor], entry: RowMoments) -> None:
+        """Write rows that were stepped elsewhere, with their moments, in place of those that they were made of.
+
+        Args:
+            rows: int64 [n], ascending.
+            values: of each tensor of `state_of`, the rows [n, ...].
+        """
+        with self.lock, torch.no_grad():
+            self._wait_for_readers()
+            for target, source in zip(self.state_of(entry).tensors(), values, strict=True):
+                target.index_copy_(0, rows, source)
+            if self._dirty is not None:
+                self._dirty.note(rows, self._state(), self._state())
 
     def enter_step(self, entry: RowMoments) -> None:
         """Let other ranks write the rows that they share with this one, until it has done its part of the step."""
