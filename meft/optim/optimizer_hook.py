@@ -17,7 +17,7 @@ from ..row_optimizer import RowOptimizerConfig
 from ..table.moments import KEY, count_step
 from ..table.row_step import StepRule
 from ..table.row_table import RowTable
-from .table_steps import TableStep, update_table, update_tables
+from .table_steps import TableStep, change_places, update_table, update_tables
 
 _BNB_ADAM = {"Adam", "AdamW", "Adam8bit", "AdamW8bit", "Adam32bit", "AdamW32bit"}
 
@@ -189,6 +189,8 @@ class RowSteps:
         for table, *_ in taken:
             count_step(optimizer, table.rows)
         update_tables(taken)
+        stepped = [table for table, *_ in taken]
+        change_places([t for name, t in self._of(parameters) if self.configs[name].updates_in_backward and t not in stepped])
 
     def on_gradient(self, adapter_name: str, table: RowTable, gradient: RowGradient) -> RowGradient:
         """The copy of a gradient to the host is queued: with `in_backward` its rows are updated when it lands.

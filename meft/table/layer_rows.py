@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from ..config import MEFTConfig
+from ..tier.layer_tier import LayerTier
 from ..transport.transfer import Traffic
 from .row_table import RowTable
 
@@ -15,6 +18,7 @@ class LayerRows:
 
     Attributes:
         number: place of the layer among those of the adapter.
+        tier: the rows that have a place on the device; None: none have.
     """
 
     number: int
@@ -22,6 +26,7 @@ class LayerRows:
     values: RowTable
     config: MEFTConfig
     traffic: Traffic
+    tier: LayerTier | None = None
 
     @property
     def width(self) -> int:
@@ -39,9 +44,11 @@ class LayerRows:
             self.keys.wait_for_update()
             self.values.wait_for_update()
 
-    def count(self, tokens: int, rows: int) -> None:
-        """A forward pass of some tokens has used some rows."""
+    def count(self, tokens: int, rows: Tensor) -> None:
+        """A forward pass of some tokens has used some rows, int64 [u] where the tables are."""
+        if self.tier is not None:
+            self.tier.note(rows)
         traffic = self.traffic
         traffic.forwards += 1
         traffic.tokens += tokens
-        traffic.union_rows += rows
+        traffic.union_rows += len(rows)

@@ -73,7 +73,15 @@ def update_rows(
         for column, correction in enumerate(rule.corrections(touches), _OF_THE_RULE):
             steps[:, column] = correction
         rounds = state.mode != "float32" or state.table.dtype == torch.bfloat16
-        _call(library, state, rows, grads, steps, row_keys(rows if ids is None else ids, touches, seed) if rounds else None, factors)
+        _call(
+            library,
+            state,
+            rows,
+            grads,
+            steps,
+            row_keys(rows if ids is None else ids, touches, seed) if rounds else None,
+            factors,
+        )
         state.counts.index_copy_(0, rows, touches)
 
 

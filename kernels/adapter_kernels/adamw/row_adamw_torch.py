@@ -70,9 +70,7 @@ class Block:
             copy.index_copy_(0, self.rows, self.buffers[0, : len(self.rows)].to(copy.dtype))
 
 
-def step(
-    state: RowState, rows: Tensor, grads: Tensor, rule: StepRule, seed: int, ids: Tensor | None = None
-) -> None:
+def step(state: RowState, rows: Tensor, grads: Tensor, rule: StepRule, seed: int, ids: Tensor | None = None) -> None:
     """One step of distinct rows, at least one, each with the bias correction of its own count of touches.
 
     Args:
@@ -92,7 +90,9 @@ def step(
         size = max(1, _BLOCK // max(1, table.shape[1]))
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
-            narrow_step.step(state, rows[part], grads[part], rule, corrections.part(part), touches[part], seed, ids[part])
+            narrow_step.step(
+                state, rows[part], grads[part], rule, corrections.part(part), touches[part], seed, ids[part]
+            )
         counts.index_copy_(0, rows, touches)
         return
     block = Block(state, seed, len(rows))

@@ -1,0 +1,137 @@
+"""One budget of places on the device for the rows of an adapter's layers: who has one changes between steps."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..table.layer_rows import LayerRows
+from ..transport.staging import Slot
+from ..transport.streams import DeviceStreams
+from .layer_tier import LayerTier
+from .pool import Form, RowPool, place_bytes
+from .residency import Residency
+
+logger = logging.getLogger(__name__)
+
+MOST_ENTERING = 256 << 20  # bytes that enter after a step: they pass through buffers of that size
+
+# For the rows of some layers, of so many bytes each (a key and a value): how many places there are.
+Size = Callable[[int, int], int]
+
+
+class RowTier:
+    """Places for rows of layers of one width, and who has them.
+
+    Places are made after the first step, when it is known what a step leaves of the device's memory.
+
+    Args:
+        layers: of one width.
+        values_alone: whether keys stay on the host, where neurons are picked.
+        size: from the number of rows of all these layers, and the bytes of a place for a key and a value, to the number
+            of places.
+
+    Attributes:
+        places: their number; 0 before they are made.
+        streams, pools, slots, copies, entering: as of `Places`.
+    """
+
+    def __init__(
+        self, streams: DeviceStreams, layers: Sequence[LayerRows], size: Size, *, values_alone: bool = False
+    ) -> None:
+        self.streams, self._size = streams, size
+        self.places, self._made = 0, False
+        self.pools: list[RowPool] = []
+        self.slots: list[Slot] = []
+        self.copies: list[Slot] = []
+        self.entering = Slot(streams)
+        self._free = torch.zeros(0, dtype=torch.int64, device="cpu")
+        self._r = layers[0].config.r
+        self._residency = Residency(len(layers), self._r)
+        tables = [[layer.values] if values_alone else [layer.keys, layer.values] for layer in layers]
+        self.tiers = [
+            LayerTier(self, own_tables, layer.traffic) for own_tables, layer in zip(tables, layers, strict=True)
+        ]
+        self._number = {id(tier): i for i, tier in enumerate(self.tiers)}
+        for layer, tier in zip(layers, self.tiers, strict=True):
+            layer.tier = tier
+            for table in tier.tables:
+                table.tier = tier
+        self._layers = layers
+
+    def note(self, tier: LayerTier, rows: Tensor) -> None:
+        """Rows of a layer are used in the step that goes on."""
+        self._residency.note(self._number[id(tier)], rows)
+
+    def give_back(self, homes: Tensor) -> None:
+        """Places that are free now."""
+        self._free = torch.cat([homes, self._free])
+
+    # ------------------------------------------------------------------ between steps
+
+    def end_step(self) -> None:
+        """The steps of this optimizer step are queued: choose who has a place after it; see `LayerTier.queue_changes`."""
+        allowed = torch.tensor([self._may_have_places(tier) for tier in self.tiers], device="cpu")
+        if not self._made and bool(allowed.any()):
+            self._make(self.tiers[int(allowed.nonzero()[0])].forms())
+        resident = torch.zeros(len(self.tiers), self._r, dtype=torch.bool, device="cpu")
+        for number, tier in enumerate(self.tiers):
+            if tier.residents is not None:
+                resident[number, tier.residents.rows] = True
+        flat, may = resident.view(-1), allowed.repeat_interleave(self._r)
+        self._residency.end_step(self.places, flat, may)
+        if not self.places or any(tier.is_changing for tier in self.tiers):
+            return
+        most = max(len(self.tiers), MOST_ENTERING // sum(place_bytes(pool.form) for pool in self.pools))
+        moves = self._residency.moves(self.places, flat, may, most)
+        for tier, rows in zip(self.tiers, self._by_layer(moves.leave), strict=True):
+            if len(rows):
+                tier.leave(rows)
+        for tier, rows in zip(self.tiers, self._by_layer(moves.enter), strict=True):
+            if len(rows):
+                homes, self._free = self._free.split([len(rows), len(self._free) - len(rows)])
+                tier.enter(rows, homes.clone())
+
+    def _by_layer(self, rows: Tensor) -> list[Tensor]:
+        layers = torch.arange(len(self.tiers) + 1, device="cpu") * self._r
+        ends = torch.searchsorted(rows, layers).tolist()
+        return [rows[a:b] - i * self._r for i, (a, b) in enumerate(itertools.pairwise(ends))]
+
+    def _may_have_places(self, tier: LayerTier) -> bool:
+        """Whether all that could write into a layer's rows tells of it first, and a step would find their moments."""
+        if any(entry is None for entry in tier.entries):
+            return False
+        if any(t.node is not None or t.has_other_users or not t.rows.requires_grad for t in tier.tables):
+            return False
+        return not self.pools or tier.forms() == [pool.form for pool in self.pools]
+
+    def _make(self, forms: list[Form]) -> None:
+        self._made, rows = True, len(self.tiers) * self._r
+        places = min(rows, self._size(rows, sum(map(place_bytes, forms))))
+        while places > 0:
+            try:
+                self.pools = [RowPool(form, places, self.streams.device) for form in forms]
+                break
+            except torch.OutOfMemoryError:
+                self.pools, places = [], places // 2
+        self.places = max(0, places)
+        self._free = torch.arange(self.places, device="cpu")
+
+    # ------------------------------------------------------------------ memory
+
+    def release(self) -> None:
+        """Take all rows back to the host and free the places, which are made again after the next step."""
+        for tier in self.tiers:
+            tier.settle()
+        self.pools, self.places, self._made = [], 0, False
+        self._free = self._free[:0]
+
+    def close(self) -> None:
+        """As `release`, for good."""
+        self.release()
+        for layer in self._layers:
+            layer.tier = layer.keys.tier = layer.values.tier = None
