@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
@@ -14,6 +13,7 @@ from peft_bridge import MethodConfig, is_int, is_number, known_keywords
 from .fields_of_0_1 import without_fields_of_0_1
 from .num_experts import default_num_experts, divisors_around
 from .row_optimizer import RowOptimizerConfig
+from .tier.size import check_device_rows
 
 
 @known_keywords
@@ -122,10 +122,9 @@ class MEFTConfig(MethodConfig):
     device_rows: str | float = field(
         default=0,
         metadata={
-            "help": "Experimental: how many rows have a place on the device, where those that are used often are read "
-            "and stepped, so that neither they nor their gradients cross and the host does not update them. 0: none; "
-            "a number up to 1: a share of all rows; a size such as '8GiB'; 'auto': what the first step leaves free on "
-            "a CUDA device. Host memory stays as it is. Of no effect where rows are read in place."
+            "help": "Rows that are used often and have a place on the device, where they are read and updated and need "
+            "not cross. 0: none; up to 1: a share of all rows; '8GiB': as many as this holds; 'auto': what the first "
+            "step leaves free on a CUDA device. Experimental; of no effect where rows are read in place."
         },
     )
     gradient_dtype: str = field(
@@ -185,7 +184,7 @@ class MEFTConfig(MethodConfig):
         if not is_number(self.router_aux_loss_coef) or self.router_aux_loss_coef < 0:
             raise ValueError(f"router_aux_loss_coef={self.router_aux_loss_coef!r} must be a number of at least 0.")
         self._check_placement()
-        self._check_device_rows()
+        check_device_rows(self.device_rows, self.on_host)
         self._check_row_optimizer()
 
     def _check_sizes(self) -> None:
@@ -220,23 +219,6 @@ class MEFTConfig(MethodConfig):
                 )
             if (self.row_dtype, self.master_dtype) == ("float16", "bfloat16"):
                 raise ValueError("row_dtype='float16' cannot hold master_dtype='bfloat16': use row_dtype='auto'.")
-
-    def _check_device_rows(self) -> None:
-        rows = self.device_rows
-        good = 0 <= float(rows) <= 1 if is_number(rows) else rows == "auto" or self.device_row_bytes is not None
-        if not good:
-            raise ValueError(f"device_rows={rows!r} must be a number from 0 to 1, a size such as '8GiB', or 'auto'.")
-        if rows and not self.on_host:
-            raise ValueError(
-                f"device_rows={rows!r} is for rows in host memory, but placement='device' keeps all of them on the "
-                "device: set placement='host', or leave device_rows out."
-            )
-
-    @property
-    def device_row_bytes(self) -> int | None:
-        """The size that `device_rows` names; None: it names none."""
-        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?GiB", self.device_rows) if isinstance(self.device_rows, str) else None
-        return int(float(found[1]) * 2**30) if found else None
 
     def _check_row_optimizer(self) -> None:
         given = self.row_optimizer

@@ -79,12 +79,13 @@ class DevicePart:
         coming = Coming(self.streams, [self.compact()[1]], self.slots)
         return self.rows[self.touched], coming.wait()[0].clone()
 
-    def begin_squares(self) -> None:
-        """Queue what `squares` waits for."""
+    def begin_squares(self) -> bool:
+        """Queue what `squares` waits for, in the order of the computation; False where there is none (float64)."""
         if self._squares is None and self.dtype == torch.float32:
             found = row_squares(self.compact()[1])
             assert found is not None
             self._squares = Coming(self.streams, [found], self.slots)
+        return self._squares is not None
 
     def squares(self) -> Tensor | None:
         """The sum of the squares of each touched row, float64 [h] in host memory; None for float64."""

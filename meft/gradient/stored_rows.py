@@ -139,20 +139,13 @@ class StoredRows(torch.Tensor):
         self._held.stored = Divided(self._held.stored, part)
 
     def divided(self) -> tuple[Self, DevicePart, tuple[float, ...]] | None:
-        """For an update: the gradient of the rows that leave for the host, those that are on the device, and the factors
-        of both; None: all are on the host.
-        """
+        """For an update: the gradient of the rows that leave, that of those on the device, and the factors of both."""
         stored, held = self._held.stored, self._held
         if not isinstance(stored, Divided):
             return None
         cold = self._of(stored.cold, self)
         cold._held.known, cold._held.forks, cold._held.factors = held.known, held.forks, held.factors
         return cold, stored.part, held.factors
-
-    def begin_squares(self) -> None:
-        """Queue what `squares` waits for of rows on the device, in the order of the computation."""
-        if isinstance(self._held.stored, Divided):
-            self._held.stored.part.begin_squares()
 
     def own_memory(self) -> None:
         """Call before writing in place: a queued update keeps the memory that it reads."""

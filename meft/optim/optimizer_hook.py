@@ -189,8 +189,9 @@ class RowSteps:
         for table, *_ in taken:
             count_step(optimizer, table.rows)
         update_tables(taken)
-        stepped = [table for table, *_ in taken]
-        change_places([t for name, t in self._of(parameters) if self.configs[name].updates_in_backward and t not in stepped])
+        updated = [t for name, t in self._of(parameters) if self.configs[name].updates_in_backward]
+        stepped = {id(table) for table, *_ in taken}
+        change_places([table for table in updated if id(table) not in stepped])
 
     def on_gradient(self, adapter_name: str, table: RowTable, gradient: RowGradient) -> RowGradient:
         """The copy of a gradient to the host is queued: with `in_backward` its rows are updated when it lands.

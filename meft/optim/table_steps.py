@@ -76,25 +76,29 @@ def steps_on_device(steps: Sequence[TableStep]) -> tuple[list[TableStep], dict[R
         left.append(step)
     for queue in queues:
         queue()
-    for owner in dict.fromkeys(each.owner for each in last):
+    for owner in dict.fromkeys(stepped.owner for stepped in last):
         owner.end_step()
     behind: dict[RowTable, list[LayerTier]] = {}
-    for changed, table in last.items():
-        behind.setdefault(table, []).append(changed)
+    for stepped, table in last.items():
+        behind.setdefault(table, []).append(stepped)
     return left, behind
 
 
 def change_places(tables: Sequence[RowTable]) -> None:
     """The updates of an optimizer step were queued in the backward pass: rows change their places behind them."""
-    tiers = dict.fromkeys(table.tier for table in tables if isinstance(table.tier, LayerTier))
-    for tier in tiers:
-        for table in tier.tables:
-            table.wait_for_update()
-        tier.land()
-    for owner in dict.fromkeys(tier.owner for tier in tiers):
+    found: dict[LayerTier, None] = {}
+    for table in tables:
+        if isinstance(table.tier, LayerTier):
+            found[table.tier] = None
+    for owner in dict.fromkeys(tier.owner for tier in found):
+        changing = [tier for tier in found if tier.owner is owner and owner.is_due]
+        for tier in changing:  # the steps of its rows have to be queued
+            for own in tier.tables:
+                own.wait_for_update()
+            tier.land()
         owner.end_step()
-    for tier in tiers:
-        tier.queue_changes()
+        for tier in changing:
+            tier.queue_changes()
 
 
 @contextmanager
@@ -143,8 +147,10 @@ def update_table(
     elif isinstance(table.tier, LayerTier):
         # The rows that are on the device are stepped once it is known whether they may, before anybody reads them.
         table.wait_for_update()
+        divided = gradient.divided()
+        if divided is not None and not divided[1].begin_squares():
+            gradient.to_multiply()  # brings them home
         gradient, then = table.tier.step(table, entry, gradient, rule)
-        whole.begin_squares()
     if table.updates is not None:
         gradient, whole = gradient.for_update(), whole.for_update()
 

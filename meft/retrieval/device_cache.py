@@ -17,10 +17,10 @@ from adapter_kernels import scatter_rows
 from ..table.layer_rows import LayerRows
 from ..table.row_parameter import State
 from ..table.row_table import RowTable
+from ..tier.residents import Residents
 from ..transport.profiling import phase
 from ..transport.staging import Slot
 from ..transport.streams import DeviceStreams, StreamEvent
-from ..tier.residents import Residents
 from .gather import bring_changed, bring_others
 
 

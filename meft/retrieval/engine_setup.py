@@ -20,6 +20,7 @@ from ..table.layer_rows import LayerRows
 from ..table.row_table import RowTable
 from ..table.update_queue import UpdateQueue
 from ..tier.row_tier import RowTier
+from ..tier.size import places
 from ..transport.openmp_waiting import check_waiting
 from ..transport.streams import CudaStreams, DeviceStreams, HostStreams, streams_of
 from .costs import Rows
@@ -183,12 +184,9 @@ class EngineSetup:
 
     def _places(self, part: float, device: torch.device, rows: int, place_bytes: int) -> int:
         """Places of a tier that gets a part of what `device_rows` says."""
-        if isinstance(self.config.device_rows, int | float):
-            return int(self.config.device_rows * rows)
-        free = self.config.device_row_bytes
-        if free is None:
-            free = self.room(device) if self.room is not None else 0
-        return int(free * part) // place_bytes
+        asked = self.config.device_rows
+        free = self.room(device) if asked == "auto" and self.room is not None else 0
+        return places(asked, rows, place_bytes, part, free)
 
     def _lock_pages(self, streams: DeviceStreams) -> None:
         device = streams.device if isinstance(streams, CudaStreams) and self.config.on_host else None

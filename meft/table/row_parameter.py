@@ -24,13 +24,11 @@ SHARDED = (
 
 
 class RowsOnDevice(Protocol):
-    """Where the newest values of some rows are, while they are stepped on a device.
+    """Where the newest values of some rows are, while they are stepped on a device."""
 
-    Attributes:
-        holds_rows: whether it has any.
-    """
-
-    holds_rows: bool
+    @property
+    def holds_rows(self) -> bool:
+        """Whether it has any."""
 
     def settle(self) -> None:
         """Write all of them back to the table, which has the newest values then, and keep none."""

@@ -113,7 +113,7 @@ def _check_rows(table: Tensor, rows: Tensor, grads: Tensor, ids: Tensor | None =
         raise ValueError(f"grads must be {table.dtype} or float32, not {grads.dtype}.")
     # Checking the values on a device would wait for it; there the kernel skips such a row, and torch has its own check.
     if ids is not None:
-        if rows.is_cpu and len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(table)):
+        if rows.is_cpu and len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < len(table)):
             raise ValueError(f"rows must be from 0 to {len(table) - 1}.")
     elif rows.is_cpu and not _ascend(rows, len(table)):
         raise ValueError(f"rows must ascend, each once, from 0 to {len(table) - 1}.")

@@ -48,6 +48,10 @@ class Places(Protocol):
     def note(self, tier: LayerTier, rows: Tensor) -> None:
         """Rows were used."""
 
+    @property
+    def is_due(self) -> bool:
+        """Whether rows may change their places at the next `end_step`."""
+
     def end_step(self) -> None:
         """Steps of some of the layers' rows are queued."""
 
@@ -182,9 +186,9 @@ class LayerTier:
         if not bool(hot.any()):
             return gradient, lambda: None
         streams, slots = self.owner.streams, self.owner.slots
-        copy, arrival = sent(streams, values[hot], slots)
-        ids, _ = sent(streams, numbers[hot].to(torch.int32), slots)
-        streams.wait_event(streams.inbound.record_event())
+        copy, _ = sent(streams, values[hot], slots)
+        ids, arrival = sent(streams, numbers[hot].to(torch.int32), slots)  # behind the other on their stream
+        streams.wait_event(arrival)
         streams.use([copy, ids])
         self.traffic.bytes_to_device += copy.nbytes + ids.nbytes
         part = DevicePart(streams, residents.rows, numbers[hot], copy, ids, copy.dtype, slots)

@@ -38,6 +38,11 @@ class Residency:
         self._wanted = torch.zeros(0, dtype=torch.int64, device="cpu")
         self._steps = 0
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the next `end_step` chooses anew."""
+        return self._steps % EVERY == 0
+
     def note(self, layer: int, rows: Tensor) -> None:
         """Rows of a layer, int64, are used in the step that goes on."""
         self._used[layer * self.r : (layer + 1) * self.r][rows] = True
@@ -52,7 +57,7 @@ class Residency:
         """
         self._scores.mul_(DECAY).add_(self._used)
         self._used.zero_()
-        if self._steps % EVERY == 0:
+        if self.is_due:
             scores = torch.where(allowed & (self._scores > 0), self._scores * (1 + 1e-6 * resident), 0.0)
             best = scores.topk(min(places, len(scores)), sorted=True)
             self._wanted = best.indices[best.values > 0]

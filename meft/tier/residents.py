@@ -54,8 +54,8 @@ class Placement(NamedTuple):
 
     Attributes:
         selected: the selection's rows, int64 [u] in host memory.
-        cold_rows: those that are on the host. cold_at, cold_ids: int32 on the device, their places in the selection, and
-            the same rows.
+        cold_rows: those that are on the host. cold_at, cold_ids: int32 on the device, their places in the selection,
+            and the same rows.
         touched: int64 [h] in host memory, numbers of the others in `residents.rows`. numbers, hot_at: the same, and
             their places in the selection, int32 on the device.
         memory: of all that is on the device. arrival: the event after which it is there.

@@ -44,7 +44,7 @@ class RowTier:
         self, streams: DeviceStreams, layers: Sequence[LayerRows], size: Size, *, values_alone: bool = False
     ) -> None:
         self.streams, self._size = streams, size
-        self.places, self._made = 0, False
+        self.places, self._made, self._unfinished = 0, False, False
         self.pools: list[RowPool] = []
         self.slots: list[Slot] = []
         self.copies: list[Slot] = []
@@ -52,16 +52,15 @@ class RowTier:
         self._free = torch.zeros(0, dtype=torch.int64, device="cpu")
         self._r = layers[0].config.r
         self._residency = Residency(len(layers), self._r)
-        tables = [[layer.values] if values_alone else [layer.keys, layer.values] for layer in layers]
-        self.tiers = [
-            LayerTier(self, own_tables, layer.traffic) for own_tables, layer in zip(tables, layers, strict=True)
-        ]
-        self._number = {id(tier): i for i, tier in enumerate(self.tiers)}
-        for layer, tier in zip(layers, self.tiers, strict=True):
-            layer.tier = tier
-            for table in tier.tables:
-                table.tier = tier
+        self.tiers: list[LayerTier] = []
         self._layers = layers
+        for layer in layers:
+            tables = [layer.values] if values_alone else [layer.keys, layer.values]
+            tier = layer.tier = LayerTier(self, tables, layer.traffic)
+            self.tiers.append(tier)
+            for own in tables:
+                own.tier = tier
+        self._number = {id(tier): i for i, tier in enumerate(self.tiers)}
 
     def note(self, tier: LayerTier, rows: Tensor) -> None:
         """Rows of a layer are used in the step that goes on."""
@@ -73,8 +72,13 @@ class RowTier:
 
     # ------------------------------------------------------------------ between steps
 
+    @property
+    def is_due(self) -> bool:
+        """Whether rows may change their places at the next `end_step`."""
+        return self._residency.is_due or self._unfinished
+
     def end_step(self) -> None:
-        """The steps of this optimizer step are queued: choose who has a place after it; see `LayerTier.queue_changes`."""
+        """The steps of an optimizer step are queued: choose who has a place; see `LayerTier.queue_changes`."""
         allowed = torch.tensor([self._may_have_places(tier) for tier in self.tiers], device="cpu")
         if not self._made and bool(allowed.any()):
             self._make(self.tiers[int(allowed.nonzero()[0])].forms())
@@ -88,6 +92,7 @@ class RowTier:
             return
         most = max(len(self.tiers), MOST_ENTERING // sum(place_bytes(pool.form) for pool in self.pools))
         moves = self._residency.moves(self.places, flat, may, most)
+        self._unfinished = len(moves.enter) == most
         for tier, rows in zip(self.tiers, self._by_layer(moves.leave), strict=True):
             if len(rows):
                 tier.leave(rows)
