@@ -59,10 +59,7 @@ class DevicePart:
             sums.add_(other.values)
         else:
             sums.index_add_(0, other.numbers, other.values.to(self.dtype))
-        flags = torch.zeros(len(self.rows), dtype=torch.bool, device="cpu")
-        for part in (self, other):
-            flags[part.touched] = True
-        touched = flags.nonzero().flatten()
+        touched = accumulator.union(self.touched, other.touched, len(self.rows))
         return DevicePart(self.streams, self.rows, touched, sums, None, self.dtype, self.slots)
 
     def compact(self) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from ..table.row_table import RowTable
 from ..transport.staging import Coming, Slot, sent
 from ..transport.streams import DeviceStreams
 from ..transport.transfer import Traffic
-from .pool import Form, RowPool, form_of
+from .row_pool import Form, RowPool, form_of
 from .residents import Entering, Placement, Residents
 
 _BLOCK_BYTES = 16 << 20  # of rows that are taken back at a time

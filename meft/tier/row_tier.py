@@ -13,7 +13,7 @@ from ..table.layer_rows import LayerRows
 from ..transport.staging import Slot
 from ..transport.streams import DeviceStreams
 from .layer_tier import LayerTier
-from .pool import Form, RowPool, place_bytes
+from .row_pool import Form, RowPool, place_bytes
 from .residency import Residency
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,9 @@ class RowTier:
 
     def end_step(self) -> None:
         """The steps of an optimizer step are queued: choose who has a place; see `LayerTier.queue_changes`."""
-        allowed = torch.tensor([self._may_have_places(tier) for tier in self.tiers], device="cpu")
+        allowed = torch.zeros(len(self.tiers), dtype=torch.bool, device="cpu")
+        for number, tier in enumerate(self.tiers):
+            allowed[number] = self._may_have_places(tier)
         if not self._made and bool(allowed.any()):
             self._make(self.tiers[int(allowed.nonzero()[0])].forms())
         resident = torch.zeros(len(self.tiers), self._r, dtype=torch.bool, device="cpu")

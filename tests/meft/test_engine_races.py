@@ -7,6 +7,7 @@ from contextlib import suppress
 import pytest
 import torch
 
+import meft.tier.residency
 from tests.support.happens_before import WatchedStreams, watched
 from tests.support.tiny_meft import ROWS, STRATEGIES
 
@@ -33,9 +34,9 @@ def fail_in_backward(module, args):
 
 
 def train(tiny, model, clip):
-    """Two steps."""
+    """Two steps; more where rows get a place on the device, and others leave it."""
     optimizer = tiny.adamw(model)
-    for step in range(2):
+    for step in range(5 if model.peft_config["default"].device_rows else 2):
         optimizer.zero_grad()
         for micro in range(2):
             (tiny.loss(model, 2 * step + micro) / 2).backward()
@@ -84,6 +85,7 @@ def abandon(tiny, model):
 
 def run(tiny, monkeypatch, checkpointing=None, clip=True, dtype=torch.bfloat16, **fields):
     """What happens in some steps with the compute copy in bfloat16, or with masters that are read themselves."""
+    monkeypatch.setattr(meft.tier.residency, "EVERY", 1)
     gc.freeze()  # nor is what was imported since the tests were collected looked through each time
     model = tiny.adapted(layers=3, dtype=dtype, master_dtype="float32", **fields)
     if checkpointing is not None:
@@ -107,6 +109,7 @@ VARIANTS = {
     "non-reentrant, refetch": {"checkpointing": False, "backward_rows": "refetch"},
     "no clipping, masters are read": {"clip": False, "dtype": torch.float32, "backward_rows": "refetch"},
     "steps by the device": {"row_optimizer": {"zero_copy": True}},
+    "rows on the device": {"device_rows": 0.3},
 }
 
 
