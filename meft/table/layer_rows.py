@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -27,6 +28,10 @@ class LayerRows:
     config: MEFTConfig
     traffic: Traffic
     tier: LayerTier | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a pickle, whose tables have the newest rows."""
+        return {**self.__dict__, "tier": None}
 
     @property
     def width(self) -> int:

@@ -50,6 +50,7 @@ class KeptRows(KeptParameters):
     """
 
     tier: RowsOnDevice | None = None
+    _settling = False  # whether rows of a device are being written into the memory of a parameter that is replaced
 
     def __init__(self, rows: Tensor, *, read_as: torch.dtype, on_host: bool) -> None:
         super().__init__()
@@ -151,7 +152,7 @@ class KeptRows(KeptParameters):
     def _known_rows(self) -> Any:
         """The rows; those that `torch.utils.swap_tensors` has put there are taken."""
         rows = self._parameters.get("rows")
-        known = isinstance(rows, WatchedRows) and rows.watch is self._watch
+        known = self._settling or (isinstance(rows, WatchedRows) and rows.watch is self._watch)
         if not known and not self._foreign and self._fits(rows):
             self._adopt(rows, self._watch.read_as)
         return rows
@@ -159,6 +160,8 @@ class KeptRows(KeptParameters):
     @property
     def masters(self) -> Tensor:
         """The rows, [r, d], as a plain tensor to read, and to write if `increment_version` is called afterwards."""
+        if self._settling and self._watch.alias is not None:
+            return self._watch.alias
         return self._watch.plain(self._known_rows())
 
     def note_change(self) -> None:

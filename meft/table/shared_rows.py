@@ -21,6 +21,12 @@ from .row_parameter import KeptRows, State
 from .update_queue import PendingUpdate, PendingUpdates, UpdateQueue
 
 
+SWAPPED = (
+    "MEFT's rows were swapped for others while the newest of them were on the device (device_rows): call synchronize() "
+    "of the tables before."
+)
+
+
 class Reading(tuple["SharedRows", ...]):
     """A block that gets the rows of each of these as they are read, [r, d] in the compute dtype, held still until then.
 
@@ -279,8 +285,14 @@ class SharedRows(KeptRows):
         return self.node is not None and self.node.holds(self.masters, self.compute_dtype)
 
     def _adopt(self, parameter: Any, read_as: torch.dtype) -> None:
-        if self.tier is not None:
-            self.tier.settle()  # the rows before may be somebody's still
+        if self.tier is not None and self.tier.holds_rows and not self._settling:
+            if self._pending is not None and self._pending.in_this_thread:  # which cannot wait for itself
+                raise RuntimeError(SWAPPED)
+            self._settling = True  # in the memory of the rows before, which may be somebody's still
+            try:
+                self.tier.settle()
+            finally:
+                self._settling = False
         if self.node is not None:  # the one before may be somebody's still, and has the memory of all ranks
             self._watch.left = 0
         super()._adopt(parameter, read_as)

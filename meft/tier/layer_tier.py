@@ -17,6 +17,7 @@ from ..gradient.split import DevicePart
 from ..table.moments import RowMoments
 from ..table.row_step import update_rows
 from ..table.row_table import RowTable
+from ..table.shared_rows import SWAPPED
 from ..transport.staging import Coming, Slot, sent
 from ..transport.streams import DeviceStreams
 from ..transport.transfer import Traffic
@@ -321,9 +322,10 @@ class LayerTier:
                 held.enter_context(table.lock)
             held.enter_context(torch.no_grad())
             held.enter_context(torch.inference_mode(False))
+            # Looking at rows that were replaced may settle them, in the memory that they had.
+            moved = [table.masters.data_ptr() for table in self.tables] != self._addresses
             residents, entering = self.residents, self._entering
             if residents is not None:
-                moved = [t.masters.data_ptr() for t in self.tables] != self._addresses
                 if not moved:
                     self._take_all_back(residents)
                 self.owner.give_back(residents.homes)
@@ -332,10 +334,7 @@ class LayerTier:
             self.residents = self._entering = self._placement = None
             self.version += 1
         if residents is not None and moved:
-            raise RuntimeError(
-                "MEFT's rows were swapped for others while the newest of them were on the device (device_rows): call "
-                "synchronize() of the tables before."
-            )
+            raise RuntimeError(SWAPPED)
 
     def _take_all_back(self, residents: Residents) -> None:
         owner = self.owner
