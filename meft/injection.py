@@ -10,7 +10,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from .config import MEFTConfig
-from .cost.auto import ModelProfile, model_profile
+from .cost.auto import ModelProfile, left_at_peak, model_profile
 from .layer import MEFTLayer
 from .optim.ddp import RankAverage
 from .optim.optimizer_hook import RowSteps
@@ -44,7 +44,7 @@ def connect(
     steps.routers[adapter_name] = [layer.meft_router for layer in layers]
     for layer in layers:
         layer.on_backward = ranks.note_backward
-    engine = Engine(config, [], choose)
+    engine = Engine(config, [], choose, left_at_peak)
     engine.on_gradient = partial(steps.on_gradient, adapter_name)
     engine.layers.extend(layer.join(adapter_name, number, engine) for number, layer in enumerate(layers))
     if config.num_experts is None:

@@ -7,6 +7,7 @@ factors, the step.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 
 import torch
@@ -41,7 +42,10 @@ class DevicePart:
     numbers: Tensor | None
     dtype: torch.dtype
     slots: list[Slot] = field(repr=False)
-    _squares: Coming | None = field(default=None, init=False, repr=False)
+    _coming: Coming | None = field(default=None, init=False, repr=False)
+    _squares: Tensor | None = field(default=None, init=False, repr=False)
+    # The thread of the updates and an optimizer's step may ask at the same time.
+    _asked: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def plus(self, other: DevicePart, *, in_place: bool) -> DevicePart:
         """The sum of the gradients of two passes.
@@ -78,16 +82,19 @@ class DevicePart:
 
     def begin_squares(self) -> bool:
         """Queue what `squares` waits for, in the order of the computation; False where there is none (float64)."""
-        if self._squares is None and self.dtype == torch.float32:
+        if self._coming is None and self.dtype == torch.float32:
             found = row_squares(self.compact()[1])
             assert found is not None
-            self._squares = Coming(self.streams, [found], self.slots)
-        return self._squares is not None
+            self._coming = Coming(self.streams, [found], self.slots)
+        return self.dtype == torch.float32
 
     def squares(self) -> Tensor | None:
         """The sum of the squares of each touched row, float64 [h] in host memory; None for float64."""
-        self.begin_squares()
-        return None if self._squares is None else self._squares.wait()[0].clone()
+        with self._asked:
+            if self._squares is None and self.begin_squares():
+                assert self._coming is not None
+                self._squares = self._coming.wait()[0].clone()
+            return self._squares
 
 
 class Divided(Pending):
@@ -125,7 +132,6 @@ class Divided(Pending):
         """
         if known is None:
             return None
-        self.part.begin_squares()
         rows, values = self.on_host()
         known.land(values)
         if self._total is None:

@@ -91,12 +91,13 @@ def change_places(tables: Sequence[RowTable]) -> None:
         if isinstance(table.tier, LayerTier):
             found[table.tier] = None
     for owner in dict.fromkeys(tier.owner for tier in found):
-        changing = [tier for tier in found if tier.owner is owner and owner.is_due]
+        due = owner.is_due
+        changing = [tier for tier in found if tier.owner is owner and due]
         for tier in changing:  # the steps of its rows have to be queued
             for own in tier.tables:
                 own.wait_for_update()
             tier.land()
-        owner.end_step()
+        owner.end_step(changes=due)
         for tier in changing:
             tier.queue_changes()
 

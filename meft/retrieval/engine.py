@@ -70,6 +70,10 @@ class Engine(EngineSetup):
                 if len(x) > tokens or out_of_memory_errors(x.device) > errors:
                     self._forget()
             strategy = self._prepare(layer, x)
+            if selection is None and not layer.number:
+                for tier in self.tiers:
+                    errors, by_room = out_of_memory_errors(x.device), self.config.device_rows == "auto"
+                    tier.begin_pass(len(x), errors, sized_by_room=by_room)
         if layer.keys.updates is not None:
             layer.wait_for_updates()
         if layer.tier is not None:

@@ -182,10 +182,10 @@ class EngineSetup:
                 size = partial(self._places, part, streams.device)
                 self.tiers.append(RowTier(streams, layers, size, values_alone=values_alone))
 
-    def _places(self, part: float, device: torch.device, rows: int, place_bytes: int) -> int:
+    def _places(self, part: float, device: torch.device, rows: int, place_bytes: int, held: int) -> int:
         """Places of a tier that gets a part of what `device_rows` says."""
         asked = self.config.device_rows
-        free = self.room(device) if asked == "auto" and self.room is not None else 0
+        free = self.room(device) + held if asked == "auto" and self.room is not None else 0
         return places(asked, rows, place_bytes, part, free)
 
     def _lock_pages(self, streams: DeviceStreams) -> None:
@@ -203,5 +203,7 @@ class EngineSetup:
 
 
 def out_of_memory_errors(device: torch.device) -> int:
-    """How often torch's allocator has found no memory on a CUDA device, for whomever."""
+    """How often torch's allocator has found no memory on a CUDA device, for whomever; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0
     return int(torch.cuda.memory_stats_as_nested_dict(device).get("num_ooms", 0))

@@ -20,7 +20,6 @@ from .node_rows import NodeRows
 from .row_parameter import KeptRows, State
 from .update_queue import PendingUpdate, PendingUpdates, UpdateQueue
 
-
 SWAPPED = (
     "MEFT's rows were swapped for others while the newest of them were on the device (device_rows): call synchronize() "
     "of the tables before."

@@ -21,8 +21,8 @@ from ..table.shared_rows import SWAPPED
 from ..transport.staging import Coming, Slot, sent
 from ..transport.streams import DeviceStreams
 from ..transport.transfer import Traffic
-from .row_pool import Form, RowPool, form_of
 from .residents import Entering, Placement, Residents
+from .row_pool import Form, RowPool, form_of
 
 _BLOCK_BYTES = 16 << 20  # of rows that are taken back at a time
 
@@ -53,7 +53,7 @@ class Places(Protocol):
     def is_due(self) -> bool:
         """Whether rows may change their places at the next `end_step`."""
 
-    def end_step(self) -> None:
+    def end_step(self, *, changes: bool = True) -> None:
         """Steps of some of the layers' rows are queued."""
 
 

@@ -13,15 +13,16 @@ from ..table.layer_rows import LayerRows
 from ..transport.staging import Slot
 from ..transport.streams import DeviceStreams
 from .layer_tier import LayerTier
-from .row_pool import Form, RowPool, place_bytes
 from .residency import Residency
+from .row_pool import Form, RowPool, place_bytes
 
 logger = logging.getLogger(__name__)
 
 MOST_ENTERING = 256 << 20  # bytes that enter after a step: they pass through buffers of that size
 
-# For the rows of some layers, of so many bytes each (a key and a value): how many places there are.
-Size = Callable[[int, int], int]
+# From the number of rows of all layers, the bytes of a place, and the bytes of places that were there when most of the
+# device's memory was in use, to the number of places.
+Size = Callable[[int, int, int], int]
 
 
 class RowTier:
@@ -32,8 +33,7 @@ class RowTier:
     Args:
         layers: of one width.
         values_alone: whether keys stay on the host, where neurons are picked.
-        size: from the number of rows of all these layers, and the bytes of a place for a key and a value, to the number
-            of places.
+        size: how many places there are.
 
     Attributes:
         places: their number; 0 before they are made.
@@ -50,6 +50,9 @@ class RowTier:
         self.copies: list[Slot] = []
         self.entering = Slot(streams)
         self._free = torch.zeros(0, dtype=torch.int64, device="cpu")
+        self._held = 0  # bytes of the places that were released last
+        self._most: int | None = None  # places, since there was no memory for more
+        self._tokens, self._errors = 0, 0
         self._r = layers[0].config.r
         self._residency = Residency(len(layers), self._r)
         self.tiers: list[LayerTier] = []
@@ -77,8 +80,12 @@ class RowTier:
         """Whether rows may change their places at the next `end_step`."""
         return self._residency.is_due or self._unfinished
 
-    def end_step(self) -> None:
-        """The steps of an optimizer step are queued: choose who has a place; see `LayerTier.queue_changes`."""
+    def end_step(self, *, changes: bool = True) -> None:
+        """The steps of an optimizer step are queued: choose who has a place; see `LayerTier.queue_changes`.
+
+        Args:
+            changes: whether rows may change their places now.
+        """
         allowed = torch.zeros(len(self.tiers), dtype=torch.bool, device="cpu")
         for number, tier in enumerate(self.tiers):
             allowed[number] = self._may_have_places(tier)
@@ -90,7 +97,7 @@ class RowTier:
                 resident[number, tier.residents.rows] = True
         flat, may = resident.view(-1), allowed.repeat_interleave(self._r)
         self._residency.end_step(self.places, flat, may)
-        if not self.places or any(tier.is_changing for tier in self.tiers):
+        if not changes or not self.places or any(tier.is_changing for tier in self.tiers):
             return
         most = max(len(self.tiers), MOST_ENTERING // sum(place_bytes(pool.form) for pool in self.pools))
         moves = self._residency.moves(self.places, flat, may, most)
@@ -118,7 +125,9 @@ class RowTier:
 
     def _make(self, forms: list[Form]) -> None:
         self._made, rows = True, len(self.tiers) * self._r
-        places = min(rows, self._size(rows, sum(map(place_bytes, forms))))
+        places = min(rows, self._size(rows, sum(map(place_bytes, forms)), self._held))
+        if self._most is not None:
+            places = min(places, self._most)
         while places > 0:
             try:
                 self.pools = [RowPool(form, places, self.streams.device) for form in forms]
@@ -130,10 +139,25 @@ class RowTier:
 
     # ------------------------------------------------------------------ memory
 
+    def begin_pass(self, tokens: int, errors: int, *, sized_by_room: bool) -> None:
+        """Give the device memory back that a pass will want.
+
+        Args:
+            tokens: of the pass. errors: how often there was no memory so far.
+            sized_by_room: whether there are as many places as a step of fewer tokens has left room for.
+        """
+        if self._made and errors > self._errors:
+            self._most = self.places // 2
+            self.release()
+        elif self._made and sized_by_room and tokens > self._tokens:
+            self.release()
+        self._tokens, self._errors = max(tokens, self._tokens), errors
+
     def release(self) -> None:
         """Take all rows back to the host and free the places, which are made again after the next step."""
         for tier in self.tiers:
             tier.settle()
+        self._held = sum(self.places * place_bytes(pool.form) for pool in self.pools)
         self.pools, self.places, self._made = [], 0, False
         self._free = self._free[:0]
 
