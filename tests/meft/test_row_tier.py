@@ -297,7 +297,7 @@ def test_rows_in_use_may_leave(tiny, monkeypatch):
     for share in (0, SHARE):
         model, losses = model_of(tiny, share, retrieval="host", layers=1), []
         optimizer = tiny.adamw(model)
-        for step in range(7):  # noqa: B007 - seen by `gather_and_leave`
+        for step in range(7):
             optimizer.zero_grad()
             loss = tiny.loss(model, step)
             loss.backward()
@@ -379,6 +379,7 @@ def test_auto_takes_what_the_first_step_leaves_and_gives_way(tiny, monkeypatch):
     free = 5_000 - first * 1160  # and what it has left, with the places that were there at its peak
     tiny.train(model, 1, length=20)
     assert places_of(model) == [5_000 // 1160]
+    free = 1_000
     monkeypatch.setattr(meft.retrieval.engine, "out_of_memory_errors", lambda device: 1)
     tiny.train(model, 1)
     assert places_of(model) == [5_000 // 1160 // 2]
@@ -388,7 +389,7 @@ def test_places_that_do_not_fit_are_fewer(tiny, monkeypatch):
     zeros, asked = torch.zeros, []
 
     def limited(shape, *args, **fields):
-        if isinstance(fields.get("device"), torch.device) and shape[1:] == (tiny.WIDTH,):
+        if isinstance(fields.get("device"), torch.device) and isinstance(shape, tuple) and tiny.WIDTH in shape[1:]:
             asked.append(shape[0])
             if shape[0] > 10:
                 raise torch.OutOfMemoryError("no")
