@@ -16,6 +16,11 @@ from .row_step import RowState, update_rows
 from .shared_rows import SharedRows
 
 
+def without_copy(state: RowState) -> list[Tensor]:
+    """The tensors from which the narrower copy can be made, the masters first."""
+    return [state.table, *(tensor for tensor in state[1:] if tensor is not None and tensor is not state.compute_copy)]
+
+
 class RowTable(SharedRows):
     """One row a neuron: the keys, or the values, of one layer.
 
@@ -134,12 +139,15 @@ class RowTable(SharedRows):
 
         Args:
             rows: int64 [n], ascending.
-            values: of each tensor of `state_of`, the rows [n, ...].
+            values: of each tensor that `without_copy` names, the rows [n, ...].
         """
         with self.lock, torch.no_grad():
             self._wait_for_readers()
-            for target, source in zip(self.state_of(entry).tensors(), values, strict=True):
+            state = self.state_of(entry)
+            for target, source in zip(without_copy(state), values, strict=True):
                 target.index_copy_(0, rows, source)
+            if state.compute_copy is not None:
+                state.compute_copy.index_copy_(0, rows, values[0].to(state.compute_copy.dtype))
             if self._dirty is not None:
                 self._dirty.note(rows, self._state(), self._state())
 

@@ -16,7 +16,7 @@ from ..gradient.row_gradient import RowGradient
 from ..gradient.split import DevicePart
 from ..table.moments import RowMoments
 from ..table.row_step import update_rows
-from ..table.row_table import RowTable
+from ..table.row_table import RowTable, without_copy
 from ..table.shared_rows import SWAPPED
 from ..transport.staging import Coming, Slot, sent
 from ..transport.streams import DeviceStreams
@@ -232,7 +232,7 @@ class LayerTier:
         """Begin to bring some rows to places that are theirs; call `queue_changes` afterwards."""
         empty = self.owner.streams.inbound.empty
         buffers = [
-            [empty((len(rows), *tensor.shape[1:]), tensor.dtype) for tensor in pool.state.tensors()]
+            [empty((len(rows), *tensor.shape[1:]), tensor.dtype) for tensor in without_copy(pool.state)]
             for pool in self.owner.pools
         ]
         self._entering = Entering(rows, homes, buffers)
@@ -269,7 +269,7 @@ class LayerTier:
             assert entry is not None
             staged = staging.take(*((buffer.shape, buffer.dtype) for buffer in buffers))
             with table.lock, torch.no_grad():
-                for source, target in zip(table.state_of(entry).tensors(), staged, strict=True):
+                for source, target in zip(without_copy(table.state_of(entry)), staged, strict=True):
                     torch.index_select(source, 0, entering.rows, out=target)
             try:
                 streams.inbound.run(partial(_copy_all, buffers, staged), buffers)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 DECAY = 0.9  # of a count, a step
 EVERY = 8  # steps between two choices
+HOLD = 0.2  # by so much must the count of a row exceed that of one which has a place, to get its place
 
 
 class Moves(NamedTuple):
@@ -52,13 +53,13 @@ class Residency:
 
         Args:
             places: rows that there is room for.
-            resident: bool [layers r], rows that have a place: they keep it where counts are equal.
+            resident: bool [layers r], rows that have a place: they keep it where counts are not much lower.
             allowed: bool [layers r], rows that may have one.
         """
         self._scores.mul_(DECAY).add_(self._used)
         self._used.zero_()
         if self.is_due:
-            scores = torch.where(allowed & (self._scores > 0), self._scores * (1 + 1e-6 * resident), 0.0)
+            scores = torch.where(allowed & (self._scores > 0), self._scores * (1 + HOLD * resident), 0.0)
             best = scores.topk(min(places, len(scores)), sorted=True)
             self._wanted = best.indices[best.values > 0]
         self._steps += 1

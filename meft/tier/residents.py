@@ -78,7 +78,7 @@ class Entering:
     """Rows on their way to the device.
 
     Attributes:
-        buffers: of each table, of each tensor of its state, in memory of the inbound stream.
+        buffers: of each table, of each tensor that `without_copy` names, in memory of the inbound stream.
         arrival: the event after which they are there; None: the job that reads them was not done.
     """
 

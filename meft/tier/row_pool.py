@@ -11,7 +11,7 @@ from torch import Tensor
 from adapter_kernels import RowState
 
 from ..table.moments import RowMoments
-from ..table.row_table import RowTable
+from ..table.row_table import RowTable, without_copy
 
 # Of each tensor of a `RowState` by its name: the shape and dtype of one row.
 Form = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -54,10 +54,12 @@ class RowPool:
         return self.state.table if self.state.compute_copy is None else self.state.compute_copy
 
     def rows(self, places: Tensor) -> list[Tensor]:
-        """Copies of some rows, of each tensor of the state."""
-        return [tensor.index_select(0, places) for tensor in self.state.tensors()]
+        """Copies of some rows, of each tensor of `without_copy`."""
+        return [tensor.index_select(0, places) for tensor in without_copy(self.state)]
 
     def put(self, places: Tensor, values: Sequence[Tensor]) -> None:
-        """Write rows, of each tensor of the state."""
-        for tensor, rows in zip(self.state.tensors(), values, strict=True):
+        """Write rows, of each tensor of `without_copy`."""
+        for tensor, rows in zip(without_copy(self.state), values, strict=True):
             tensor.index_copy_(0, places, rows)
+        if self.state.compute_copy is not None:
+            self.state.compute_copy.index_copy_(0, places, values[0].to(self.state.compute_copy.dtype))
