@@ -2,8 +2,8 @@
 
 The host's tables keep their full size, and everything that reads or writes them through `SharedRows.synchronize` gets
 the tier's rows written back first ("settled"): there is one truth at a time. `residency` says which rows are worth a
-place; `row_pool` is memory for so many rows; `layer_tier` holds the rows of one layer, steps them, brings them and
-takes them back; `row_tier` divides one budget among the layers and changes who has a place between steps.
+place; `row_pool` is memory for so many rows; `layer_tier` reads and steps the rows of one layer, `layer_places` brings
+them and takes them back; `row_tier` divides one budget among the layers and changes who has a place between steps.
 
 The order of the hand-overs. All that reads or writes the pools is queued in the order of the computation: gathering,
 steps, and copies to and from buffers of their own, which the copy streams fill and empty. A row that leaves is written
