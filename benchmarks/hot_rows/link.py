@@ -1,4 +1,4 @@
-"""The engine's step on a CPU behind a link and a host that are as slow, beside its computing, as those of a card."""
+"""The engine's step on a CPU with a link, a host and computing that stand to each other as on a card."""
 
 import time
 from collections.abc import Iterator
@@ -21,6 +21,21 @@ D, TOKENS, TOP_K, VOCABULARY = 64, 512, 64, 128
 # Of a step of Llama-2-7B, r 6400, 2 x 256 tokens, |U|/r 0.465 (`meft.cost.step_time`): seconds of the host's updates,
 # and of the link each way, over those of all computing.
 CARDS = {"3090": (2.2, 0.27, 0.17), "4090": (4.6, 0.58, 0.37)}
+
+
+class Computing(torch.autograd.Function):
+    """Takes its time: a third forward, the rest backward."""
+
+    @staticmethod
+    def forward(ctx, x, seconds):
+        ctx.seconds = seconds
+        time.sleep(seconds / 3)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        time.sleep(2 * ctx.seconds / 3)
+        return g, None
 
 
 class Link(SlowStream):
@@ -78,11 +93,12 @@ def routed(used: Tensor, step: list[int]) -> Iterator[None]:
 
 
 def seconds_of_steps(
-    used: Tensor, device_rows: float, rates: tuple[float, float, float], accumulation: int = 1
+    used: Tensor, device_rows: float, computing: float, rates: tuple[float, float, float], accumulation: int = 1
 ) -> list[float]:
     """Seconds of each step of the trace.
 
     Args:
+        computing: seconds of a micro-batch.
         rates: seconds of the host for a stepped row, and bytes a second to the device and to the host.
     """
     layers, steps, r = used.shape
@@ -95,6 +111,8 @@ def seconds_of_steps(
         update_rows(state, rows, grads, rule, **arguments)
         time.sleep(max(0.0, began + rates[0] * len(rows) - time.perf_counter()))
 
+    for layer in model.base_model.adapted_ffns().values():
+        layer.base_layer.register_forward_hook(lambda *call: Computing.apply(call[2], computing / layers))
     for layer in engine.layers:
         layer.keys.step = layer.values.step = slow
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)

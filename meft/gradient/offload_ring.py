@@ -112,7 +112,9 @@ def _whole(
     drained: list[Future[Tensor | None]], rows: Tensor, values: Tensor, known: KnownValues
 ) -> tuple[Tensor, Tensor]:
     """Rows and values; raises what went wrong on their way."""
-    parts = [part.result() for part in drained]
+    parts: list[Tensor | None] = []
+    for part in drained:
+        parts.append(part.result())
     found = [part for part in parts if part is not None]
     none = torch.zeros(0, dtype=torch.float64, device="cpu")
     sums = torch.cat([none, *found]) if len(found) == len(parts) else None
