@@ -8,7 +8,10 @@ DIR holds `reviews/` and `banking77/`, each with `train.csv` and `test.csv`, whi
 `benchmarks.aslora_classify.reviews` makes the first from a package. `settings.json` says which runs are made,
 `comparisons.json` what is compared; both were committed before the runs. `benchmarks/common/protocol.py` and
 `benchmarks/common/comparisons.py` say how it is decided. With `--settings FILE` another file takes the place of
-`settings.json`: with a larger model, other methods, other data sets.
+`settings.json`: with a larger model, other methods, other data sets. `screen.json` tries ideas (`variants.py`) with
+tuning seeds only, to choose those that deserve a comparison:
+
+    python -m benchmarks.aslora_classify --data DIR --settings benchmarks/aslora_classify/screen.json
 
 Runs are made in the order of what they tell: the methods of the first turn on every task, then those of the next.
 """

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import aslora  # PEFT knows the method by it
 from aslora.sharing.merge_math import planned_merges
+from benchmarks.aslora_classify.variants import DIAGONAL, Variant
 
 SHARINGS = ("similarity", "random", "blocks", "one")
 ADAPTER = "default"
@@ -30,12 +31,22 @@ class Method:
     peft_type: str
     config: dict = field(default_factory=dict)
     sharing: str = "similarity"
+    variant: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.sharing not in SHARINGS:
             raise ValueError(f"{self.name}: sharing='{self.sharing}' must be one of {SHARINGS}.")
         if self.peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
             raise ValueError(f"{self.name}: PEFT has no peft_type='{self.peft_type}': use e.g. LORA or ASLORA.")
+        Variant(**self.variant)
+        if self.variant and (self.peft_type, self.sharing) != ("ASLORA", "similarity"):
+            raise ValueError(f"{self.name}: variant={self.variant} is one of ASLORA with sharing='similarity'.")
+
+    @property
+    def settings(self) -> dict:
+        """What a row depends on; without a variant as in rows of earlier versions, which knew none."""
+        fields = {"peft_type": self.peft_type, "config": self.config, "sharing": self.sharing}
+        return fields | ({"variant": self.variant} if self.variant else {})
 
     def attach(self, model: nn.Module, targets: list[str], steps: int, warmup: int) -> PeftModel:
         """Add the adapter; a run of `steps` steps, whose learning rate rises for `warmup`, is to follow."""
@@ -49,13 +60,19 @@ class Method:
                     n = len(B.layer_indices)
                     groups = n - planned_merges(n, config.num_merges) if self.sharing == "blocks" else 1
                     B.set_owners(block_owners(n, groups))
+        Variant(**self.variant).prepare(adapted)
         return adapted
 
+    def groups(self, model: nn.Module, rate: float) -> list[dict]:
+        """Parameter groups of the optimizer."""
+        return Variant(**self.variant).groups(model, rate)
+
     @contextmanager
-    def distances(self, seed: int) -> Iterator[None]:
+    def training(self, model: PeftModel, seed: int) -> Iterator[None]:
         """For the time of a training run: `random` replaces the distances by numbers that know nothing of B."""
         if self.sharing != "random":
-            yield
+            with Variant(**self.variant).training(model):
+                yield
             return
         generator = torch.Generator().manual_seed(seed)
 
@@ -86,9 +103,10 @@ def described(model: PeftModel) -> dict:
     merges = [merge for merge in report.merges if merge["projection"] == report.merges[0]["projection"]]
     counts = report.trainable_values
     tied = not merges and counts["now"] < counts["start"]
+    diagonals = sum(value.numel() for name, value in model.named_parameters() if name.endswith(DIAGONAL))
     return {
-        "values_start": counts["now"] if tied else counts["start"],
-        "values_end": counts["now"],
+        "values_start": (counts["now"] if tied else counts["start"]) + diagonals,
+        "values_end": counts["now"] + diagonals,
         "groups": {one["projection"]: one["groups"] for one in report.projections},
         "merge_steps": [merge["step"] for merge in merges],
     }

@@ -81,8 +81,8 @@ class Runs:
     def once(self, task: Task, method: Method, rate: float, seed: int, split: str) -> dict:
         """The row of one run, found or new; one that diverged and was to be reported is kept as such."""
         key = {"task": task.name, "method": method.name, "seed": seed, "split": split, "learning_rate": rate}
-        settings = asdict(self.settings.setup) | asdict(task) | asdict(method) | {"device": self.device}
-        settings = {name: value for name, value in settings.items() if name not in ("name", "turn")}
+        settings = asdict(self.settings.setup) | asdict(task) | method.settings | {"device": self.device}
+        del settings["name"]
         found = self.rows.find(key, settings)
         if found is None and split == REPORTED:
             found = self.rows.find(key | {"split": DIVERGED}, settings)

@@ -102,8 +102,8 @@ def run_row(
             yield F.cross_entropy(model(**inputs).logits.float(), labels)
 
     model.train()
-    with method.distances(seed):
-        trained = train([one for one in model.parameters() if one.requires_grad], losses(), rate, steps)
+    with method.training(model, seed):
+        trained = train(method.groups(model, rate), losses(), steps)
     accuracy, loss = score(model, splits.valid if on == "valid" else splits.test, pad, device)
     return {
         "accuracy": accuracy,

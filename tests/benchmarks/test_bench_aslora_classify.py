@@ -6,13 +6,15 @@ import json
 import sys
 import tarfile
 from dataclasses import replace
+from unittest import mock
 
 import pytest
+import torch
 import transformers as tr
 from peft import PeftConfig
 
 from benchmarks.aslora_classify import __main__ as bench
-from benchmarks.aslora_classify import data, experiments, methods, reviews, runs, training
+from benchmarks.aslora_classify import data, experiments, methods, reviews, runs, training, variants
 from benchmarks.aslora_classify.methods import Method
 from benchmarks.aslora_classify.report import Page
 from benchmarks.common.comparisons import read_list
@@ -276,3 +278,71 @@ def test_experiments_of_peft_s_method_comparison(tmp_path, monkeypatch, capsys):
     assert (config.r, config.num_merges, config.total_steps, config.task_type) == (8, 0, 5000, "CAUSAL_LM")
     assert {json.loads(path.read_text())["optimizer_kwargs"]["lr"] for path in tmp_path.rglob("training*")} == {1e-4}
     assert capsys.readouterr().err.count("left out") == 4
+
+
+def variant_row(place, variant, **config):
+    settings = runs.read_settings(place / "tiny.json")
+    made_runs = runs.Runs(settings, Rows(place / "unused.json"), place, "cpu")
+    method = Method("m", 1, "ASLORA", ASLORA["config"] | config, variant=variant)
+    splits = made_runs.splits("films")
+    return training.run_row(settings.setup, TASK, method, 0.05, 5, splits, "test", made_runs.pad, "cpu")
+
+
+def test_variants_without_effect_train_as_the_package(place):
+    measured = {"seconds", "cpu_seconds"}
+    plain = {name: value for name, value in variant_row(place, {}).items() if name not in measured}
+    same = variant_row(place, {"largest": 6, "rate_b": 1.0})  # its own merges, which are the package's
+    assert {name: value for name, value in same.items() if name not in measured} == plain
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [{"gradient": "mean"}, {"second_moment": "rescaled"}, {"rate_a": 4.0}, {"rate_b": 4.0}, {"diagonal": True}],
+)
+def test_variants_change_a_run(place, variant):
+    plain, changed = variant_row(place, {}), variant_row(place, variant)
+    assert changed["loss"] != plain["loss"]
+    more = 2 * 6 * 2 if "diagonal" in variant else 0  # projections, layers, r
+    assert changed["values_end"] == plain["values_end"] + more
+    never = variant_row(place, variant, num_merges=0)["loss"] == variant_row(place, {}, num_merges=0)["loss"]
+    assert never == (variant in ({"gradient": "mean"}, {"second_moment": "rescaled"}))  # of groups alone
+
+
+def test_groups_stay_small(place):
+    groups = variant_row(place, {"largest": 3})["groups"].values()
+    assert max(len(group) for of_projection in groups for group in of_projection) <= 3
+
+
+def test_linkages_are_those_of_their_names():
+    generator = torch.Generator().manual_seed(0)
+    averages = torch.randn(5, 3, 2, generator=generator)
+    flat, groups = averages.double().flatten(1), [[0, 3], [1, 2, 4]]
+    pairs = [(flat[i] - flat[j]).square().sum() for i in groups[0] for j in groups[1]]
+    layers = variants.layer_distances(averages, "absolute")
+    for linkage, wanted in (("complete", max(pairs)), ("average", sum(pairs) / 6), ("owner", pairs[-1])):
+        found = variants.group_distances(layers, groups, variants.Variant(linkage=linkage))
+        assert found[0, 1] == pytest.approx(float(wanted), rel=1e-12)
+    unit = flat / flat.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(variants.layer_distances(averages, "cosine"), torch.cdist(unit, unit) ** 2)
+    norms = flat.square().sum(1)
+    relative = (flat[:, None] - flat).square().sum(2) / (norms[:, None] + norms)
+    torch.testing.assert_close(variants.layer_distances(averages, "relative"), relative)
+
+
+def test_second_moments_grow_with_the_square_of_the_group():
+    B = mock.Mock(stacked_B=torch.nn.Parameter(torch.zeros(3, 2, 2)))
+    B.ties.owners = [2, 1, 2]
+    optimizer = torch.optim.AdamW([B.stacked_B])
+    optimizer.state[B.stacked_B] = {"exp_avg_sq": torch.ones(3, 2, 2)}
+    sizes = {B: {0: 1, 1: 1, 2: 1}}
+    variants._rescale(optimizer, sizes)
+    assert optimizer.state[B.stacked_B]["exp_avg_sq"][:, 0, 0].tolist() == [1, 1, 4]
+    variants._rescale(optimizer, sizes)
+    assert optimizer.state[B.stacked_B]["exp_avg_sq"][:, 0, 0].tolist() == [1, 1, 4]
+
+
+def test_a_variant_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="linkage='single' must be one of"):
+        Method("m", 1, "ASLORA", variant={"linkage": "single"})
+    with pytest.raises(ValueError, match="is one of ASLORA"):
+        Method("m", 1, "LORA", variant={"rate_b": 2.0})

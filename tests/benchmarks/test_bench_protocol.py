@@ -117,7 +117,7 @@ def test_training_clips_warms_up_and_stops_where_there_is_no_number():
             seen.append(value.item())
             yield (value * (math.nan if step == 4 else 1e6)).sum()
 
-    trained = protocol.train([value], losses(), 0.1, 20)
+    trained = protocol.train([{"params": [value], "lr": 0.1}], losses(), 20)
     assert protocol.warmup_steps(20) == 2
     assert seen[0] == seen[1] == 3.0
     assert [round(a - b, 3) for a, b in itertools.pairwise(seen)] == [0.0, 0.05, 0.1, 0.094]

@@ -1,0 +1,1 @@
+"""MEFT's step beside what other libraries offer for as many values: `benchmarks.peer_optimizers`."""
