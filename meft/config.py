@@ -13,6 +13,7 @@ from peft_bridge import MethodConfig, is_int, is_number, known_keywords
 from .fields_of_0_1 import without_fields_of_0_1
 from .num_experts import default_num_experts, divisors_around
 from .row_optimizer import RowOptimizerConfig
+from .tier.size import check_device_rows
 
 
 @known_keywords
@@ -118,6 +119,14 @@ class MEFTConfig(MethodConfig):
             "Of no effect where rows are read in place."
         },
     )
+    device_rows: str | float = field(
+        default=0,
+        metadata={
+            "help": "Rows that are used often and have a place on the device, where they are read and updated and need "
+            "not cross. 0: none; up to 1: a share of all rows; '8GiB': as many as this holds; 'auto': what the first "
+            "step leaves free on a CUDA device. Experimental; of no effect where rows are read in place."
+        },
+    )
     gradient_dtype: str = field(
         default="auto",
         metadata={
@@ -175,6 +184,7 @@ class MEFTConfig(MethodConfig):
         if not is_number(self.router_aux_loss_coef) or self.router_aux_loss_coef < 0:
             raise ValueError(f"router_aux_loss_coef={self.router_aux_loss_coef!r} must be a number of at least 0.")
         self._check_placement()
+        check_device_rows(self.device_rows, self.on_host)
         self._check_row_optimizer()
 
     def _check_sizes(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import MEFTConfig
-from .cost.auto import ModelProfile, model_profile
+from .cost.auto import ModelProfile, left_at_peak, model_profile
 from .layer import MEFTLayer
 from .optim.optimizer_hook import RowSteps
 from .optim.rank_average import RankAverage
@@ -46,7 +46,7 @@ def connect(
     steps.routers[adapter_name] = [layer.meft_router for layer in layers]
     for layer in layers:
         layer.on_backward = ranks.note_backward
-    engine = AdapterEngine(config, [], choose, partial(devices_of, layers))
+    engine = AdapterEngine(config, [], choose, left_at_peak, partial(devices_of, layers))
     engine.on_gradient = partial(steps.on_gradient, adapter_name)
     engine.layers.extend(layer.join(adapter_name, number, engine) for number, layer in enumerate(layers))
     if config.num_experts is None:

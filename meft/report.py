@@ -15,6 +15,10 @@ _SUMS = (
     "union_rows",
     "bytes_to_device",
     "bytes_to_host",
+    "hot_rows",
+    "rows_entered",
+    "rows_stepped_on_device",
+    "bytes_saved",
     "bytes_zero_copy",
     "stall_ms",
     "host_ms",
@@ -55,12 +59,19 @@ class TransferReport:
             "meft/union_share": new["union_rows"] / max(1, new["forwards"] * self.r),
             "meft/mib_to_device": new["bytes_to_device"] / 2**20,
             "meft/mib_to_host": new["bytes_to_host"] / 2**20,
+            "meft/mib_saved": new["bytes_saved"] / 2**20,
+            "meft/hot_share": new["hot_rows"] / max(1, new["union_rows"]),
             "meft/stall_ms": new["stall_ms"],
             "meft/host_ms": new["host_ms"],
             "meft/busiest_expert_share": self.busiest_expert_share,
             "meft/idle_expert_share": self.idle_expert_share,
             "meft/top_rows_share": self.top_rows_share,
         }
+
+    @property
+    def hot_share(self) -> float:
+        """Share of the rows that forward passes used that had a place on the device (`device_rows`)."""
+        return self._sum("hot_rows") / max(1, self._sum("union_rows"))
 
     @property
     def union_share(self) -> float:
@@ -92,7 +103,7 @@ class TransferReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Sums over the layers, and the means above."""
-        shares = ("union_share", "busiest_expert_share", "idle_expert_share", "top_rows_share")
+        shares = ("union_share", "hot_share", "busiest_expert_share", "idle_expert_share", "top_rows_share")
         head = {"adapter_name": self.adapter_name, "r": self.r, "strategy": self.strategy}
         return {
             **head,
@@ -112,6 +123,12 @@ class TransferReport:
             ("busiest expert's load / even load", f"{self.busiest_expert_share:.2f}"),
             ("experts never used", f"{self.idle_expert_share:.1%}"),
         ]
+        if self._sum("rows_entered"):
+            lines += [
+                ("used rows that were on the device", f"{self.hot_share:.1%}"),
+                ("rows that got a place there", f"{self._sum('rows_entered'):,.0f}"),
+                ("did not cross because of it", f"{self._sum('bytes_saved') / 2**20:,.1f} MiB"),
+            ]
         return "\n".join(f"{name:<40}{value:>16}" for name, value in lines)
 
 

@@ -99,6 +99,16 @@ def free_bytes(device: torch.device) -> int:
     return min(free + reserved - allocated, limit - allocated)
 
 
+def left_at_peak(device: torch.device) -> int:
+    """Bytes of a CUDA device that were free when most of it was allocated, but for a twentieth; 0 of other devices."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.memory_reserved(device)
+    limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return max(0, min(free + reserved - peak, limit - peak) - total // 20)
+
+
 def choose(
     config: MEFTConfig, widths: Sequence[int], x: Tensor, profile: ModelProfile | None, free: int,
     calibration: Calibration | None,

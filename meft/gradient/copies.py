@@ -11,7 +11,8 @@ from torch import Tensor
 
 from peft_bridge.torch_private import ENGINE_CODE
 
-from .host.accumulator import Pending, merged
+from .host.accumulator import Pending
+from .split import merged
 from .stored_rows import CONSUMED, StoredRows, values_of
 
 aten = torch.ops.aten

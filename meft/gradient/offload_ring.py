@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import queue
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +17,7 @@ from ..transport.numa import bind_to_numa_node
 from ..transport.streams import DeviceStreams, StreamEvent
 from ..transport.transfer import Traffic
 from .host.accumulator import Pending
-from .host.drain import drain
+from .host.drain import drain, total
 from .host.known_values import KnownValues
 from .host.pool import GradientPool
 from .row_gradient import RowGradient
@@ -99,8 +98,8 @@ class GradientRing:
             with traffic.stalled():
                 return self._free.get()
 
-    def _drain(self, slot: Tensor, event: StreamEvent, target: Tensor) -> float | None:
-        """Returns: the sum of the squares."""
+    def _drain(self, slot: Tensor, event: StreamEvent, target: Tensor) -> Tensor | None:
+        """Returns: the sum of the squares of each row."""
         try:
             event.wait()
             with record_function("meft: drain row gradients"):
@@ -110,11 +109,14 @@ class GradientRing:
 
 
 def _whole(
-    drained: list[Future[float | None]], rows: Tensor, values: Tensor, known: KnownValues
+    drained: list[Future[Tensor | None]], rows: Tensor, values: Tensor, known: KnownValues
 ) -> tuple[Tensor, Tensor]:
     """Rows and values; raises what went wrong on their way."""
-    sums: list[float | None] = []
+    parts: list[Tensor | None] = []
     for part in drained:
-        sums.append(part.result())
-    known.land(values, None if None in sums else math.fsum(one for one in sums if one is not None))
+        parts.append(part.result())
+    found = [part for part in parts if part is not None]
+    none = torch.zeros(0, dtype=torch.float64, device="cpu")
+    sums = torch.cat([none, *found]) if len(found) == len(parts) else None
+    known.land(values, total(sums), sums)
     return rows, values

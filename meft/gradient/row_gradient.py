@@ -46,6 +46,13 @@ class RowGradient(StoredRows):
         whole[tree_map(_whole, index)] = value.to(whole.dtype) if same else value
         self._stored = rows_of_whole("Assigning to some of its values", whole, [touched])
 
+    def some(self, which: Tensor) -> RowGradient:
+        """For an update: the gradient of some of the touched rows, bool [n]."""
+        rows, values, factors = self.to_multiply()
+        part = self._of((rows[which], values[which]), self)
+        part._held.factors = factors
+        return part
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return operate(func, args, kwargs or {})

@@ -15,9 +15,10 @@ from ..table.row_step import multiplied
 from ..transport.host_tensors import check_process, forks
 from .held_values import HeldValues
 from .host.accumulator import Pending, Stored
-from .host.known_values import KnownValues
+from .host.known_values import KnownValues, times
 from .host.pool import held_by_others
 from .row_rules import Touched
+from .split import DevicePart, Divided
 
 CONSUMED = (
     "A gradient of MEFT rows that were updated within the backward pass (row_optimizer has in_backward=True) cannot be "
@@ -133,6 +134,19 @@ class StoredRows(torch.Tensor):
         alias._held.known, alias._held.forks, alias._held.factors = held.known, held.forks, held.factors
         return alias
 
+    def keep_on_device(self, part: DevicePart) -> None:
+        """Let a gradient that arrives have some more rows, which are on the device."""
+        self._held.stored = Divided(self._held.stored, part)
+
+    def divided(self) -> tuple[Self, DevicePart, tuple[float, ...]] | None:
+        """For an update: the gradient of the rows that leave, that of those on the device, and the factors of both."""
+        stored, held = self._held.stored, self._held
+        if not isinstance(stored, Divided):
+            return None
+        cold = self._of(stored.cold, self)
+        cold._held.known, cold._held.forks, cold._held.factors = held.known, held.forks, held.factors
+        return cold, stored.part, held.factors
+
     def own_memory(self) -> None:
         """Call before writing in place: a queued update keeps the memory that it reads."""
         if self._held.shared:
@@ -193,6 +207,8 @@ class StoredRows(torch.Tensor):
         if held.forks is not None:
             check_process(held.forks)
         if isinstance(held.stored, Pending):
+            if isinstance(held.stored, Divided) and held.known is not None:
+                held.known = KnownValues()  # of values in other memory
             held.stored = held.stored.result()
             if held.known is not None:
                 held.known.land(held.stored[1])
@@ -205,9 +221,12 @@ class StoredRows(torch.Tensor):
 
         It waits for the values.
         """
+        held = self._held
+        if isinstance(held.stored, Divided):
+            found = held.stored.squares(held.known)
+            return None if found is None else times(found, held.factors)
         _, values = self._landed()
-        known = self._held.known
-        return None if known is None else known.squares_of(values, self._held.factors)
+        return None if held.known is None else held.known.squares_of(values, held.factors)
 
     def multiply_later(self, factor: Tensor | float) -> bool:
         """Multiply by a number, in place, when the values are read next.
@@ -218,12 +237,14 @@ class StoredRows(torch.Tensor):
         held = self._held
         if held.known is None or len(held.factors) == 2:
             return False
-        _, values = self._landed()
+        divided = held.stored if isinstance(held.stored, Divided) else None
+        _, values = self._landed() if divided is None else divided.on_host()
         number = torch.as_tensor(factor)
         if number.ndim or not number.is_cpu or number.dtype.is_complex or held_by_others(values):
             return False
         factors = *held.factors, float(number.detach().to(torch.float32))  # as torch takes it
-        if not math.isfinite(factors[-1]) or not held.known.allows(values, factors):
+        allowed = held.known.allows(values, factors) if divided is None else divided.allows(factors)
+        if not math.isfinite(factors[-1]) or not allowed:
             return False
         held.factors = factors
         return True

@@ -19,7 +19,7 @@ from ..row_optimizer import RowOptimizerConfig
 from ..table.moments import KEY, count_step
 from ..table.row_step import StepRule
 from ..table.row_table import RowTable
-from .table_steps import TableStep, update_table, update_tables
+from .table_steps import TableStep, change_places, update_table, update_tables
 
 _BNB_ADAM = {"Adam", "AdamW", "Adam8bit", "AdamW8bit", "Adam32bit", "AdamW32bit"}
 
@@ -197,6 +197,9 @@ class RowSteps:
         for table, *_ in taken:
             count_step(optimizer, table.rows)
         update_tables(taken)
+        updated = [t for name, t in self._of(parameters) if self.configs[name].updates_in_backward]
+        stepped = {id(table) for table, *_ in taken}
+        change_places([table for table in updated if id(table) not in stepped])
 
     def make_state(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         """Make the moments of the tables; rows do not move, whatever their configuration says."""

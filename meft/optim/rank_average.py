@@ -145,6 +145,7 @@ def broadcast_rows(table: RowTable, group: dist.ProcessGroup) -> None:
             if compute_copy is not None:
                 compute_copy[block].copy_(master[block])
 
+    table.synchronize()
     table.update_masters(write)
 
 

@@ -16,6 +16,7 @@ from ..table.moments import RowMoments
 from ..table.node_rows import RankLeftError
 from ..table.row_step import StepRule
 from ..table.row_table import RowTable
+from ..tier.layer_tier import LayerTier
 
 
 class TableStep(NamedTuple):
@@ -37,9 +38,10 @@ def update_tables(steps: Sequence[TableStep]) -> None:
     Ranks that share them enter the step of all before they wait for each other.
     """
     for table, *_ in steps:
-        table.synchronize()
+        table.wait_for_update()
         if table.node is not None and not (table.is_shared and table.node.ranks.summed):
             table.leave_node()  # by gradients of its own, or in memory of its own: as one copy a rank
+    steps, tiers = steps_on_device(steps)
     tables = [step.table for step in steps]
     if any(table.node is not None for table in tables):
         for step in steps:  # raises before any rank may write if a gradient did not arrive
@@ -50,9 +52,57 @@ def update_tables(steps: Sequence[TableStep]) -> None:
             enter = _entering([(table, entry) for table, entry, *_ in of_queue])
             for step in of_queue:
                 update_table(*step, enter=enter)
+                for tier in tiers.pop(step.table, ()):
+                    tier.queue_changes()
     for table in tables:  # what is written from here on is written after the step of all ranks
         if table.node is not None and table.updates is None:
             table.synchronize()
+
+
+def steps_on_device(steps: Sequence[TableStep]) -> tuple[list[TableStep], dict[RowTable, list[LayerTier]]]:
+    """Step the rows that have a place on a device.
+
+    Returns:
+        the steps of the others; and of the tables that are stepped last of a tier's, those whose rows change their
+        places behind them.
+    """
+    left, queues, last = [], list[Callable[[], None]](), dict[LayerTier, RowTable]()
+    for step in steps:
+        tier = step.table.tier
+        if isinstance(tier, LayerTier):
+            tier.land()
+            gradient, queue = tier.step(step.table, step.entry, step.gradient, step.rule)
+            gradient.to_multiply()  # raises here if it did not arrive
+            queues.append(queue)
+            step = step._replace(gradient=gradient)
+            last[tier] = step.table
+        left.append(step)
+    for queue in queues:
+        queue()
+    for owner in dict.fromkeys(stepped.owner for stepped in last):
+        owner.end_step()
+    behind: dict[RowTable, list[LayerTier]] = {}
+    for stepped, table in last.items():
+        behind.setdefault(table, []).append(stepped)
+    return left, behind
+
+
+def change_places(tables: Sequence[RowTable]) -> None:
+    """The updates of an optimizer step were queued in the backward pass: rows change their places behind them."""
+    found: dict[LayerTier, None] = {}
+    for table in tables:
+        if isinstance(table.tier, LayerTier):
+            found[table.tier] = None
+    for owner in dict.fromkeys(tier.owner for tier in found):
+        due = owner.is_due
+        changing = [tier for tier in found if tier.owner is owner and due]
+        for tier in changing:  # the steps of its rows have to be queued
+            for own in tier.tables:
+                own.wait_for_update()
+            tier.land()
+        owner.end_step(changes=due)
+        for tier in changing:
+            tier.queue_changes()
 
 
 @contextmanager
@@ -95,15 +145,23 @@ def update_table(
         finite_only: leave the rows alone if a value of the gradient, which may not have landed yet, is inf or nan.
         enter: called before the update.
     """
+    whole, then = gradient, None
     if not finite_only:
         gradient.to_multiply()  # raises here if the gradient did not arrive
+    elif isinstance(table.tier, LayerTier):
+        # The rows that are on the device are stepped once it is known whether they may, before anybody reads them.
+        table.wait_for_update()
+        divided = gradient.divided()
+        if divided is not None and not divided[1].begin_squares():
+            gradient.to_multiply()  # brings them home
+        gradient, then = table.tier.step(table, entry, gradient, rule)
     if table.updates is not None:
-        gradient = gradient.for_update()
+        gradient, whole = gradient.for_update(), whole.for_update()
 
-    def update() -> None:
+    def update() -> bool:
         enter()
-        if finite_only and not _all_finite(gradient):
-            return
+        if finite_only and not _all_finite(whole):
+            return False
         rows, values, factors = gradient.to_multiply()
         wide = values.to(torch.promote_types(table.masters.dtype, torch.float32)).contiguous()
 
@@ -126,17 +184,18 @@ def update_table(
             except RankLeftError:
                 table.leave_node()
                 table.update_masters(step, rows=rows)
+        return True
 
     if table.updates is None:
         with torch.no_grad():
             update()
     else:
 
-        def later() -> None:
+        def later() -> bool:
             with _failing_others([table]):
-                update()
+                return update()
 
-        table.update_later(later)
+        table.update_later(later, then)
 
 
 def _all_finite(gradient: RowGradient) -> bool:

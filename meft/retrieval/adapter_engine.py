@@ -31,9 +31,10 @@ class AdapterEngine(Engine):
         config: MEFTConfig,
         layers: list[LayerRows],
         choose: Chooser | None,
+        room: Callable[[torch.device], int] | None,
         devices: Callable[[], list[torch.device]],
     ) -> None:
-        super().__init__(config, layers, choose)
+        super().__init__(config, layers, choose, room)
         self.devices = devices
         self._ask_again()
 
@@ -43,7 +44,7 @@ class AdapterEngine(Engine):
             int, tuple[torch.device, torch.device]
         ] = {}  # layer -> what its modules told, and where its input was
         self._engines: dict[torch.device, Engine] = {}  # none where there is one device
-        self._places: list[tuple[Engine, LayerRows]] = []
+        self._by_layer: list[tuple[Engine, LayerRows]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "devices": self.devices}
@@ -60,7 +61,7 @@ class AdapterEngine(Engine):
         number = layer.number
         if number >= len(self._known) or self._known[number] != device:
             self._divide(self._expected(number, device))
-        return self._places[number]
+        return self._by_layer[number]
 
     def _expected(self, number: int, device: torch.device) -> list[torch.device]:
         """Of each layer, now that the input of one is on a device; others whose modules tell the same will be too."""
@@ -73,9 +74,14 @@ class AdapterEngine(Engine):
         """Give each device an engine for its layers; one whose layers are the same stays."""
         before, old = self._known, self._engines
         self._known, self._engines = devices, {}
-        self._places = [(self, layer) for layer in self.layers]
+        self._by_layer = [(self, layer) for layer in self.layers]
         if len(set(devices)) == 1:
             return
+        if self.config.device_rows:
+            raise RuntimeError(
+                f"device_rows={self.config.device_rows!r} is not supported for a model whose layers are on several "
+                "devices: set device_rows=0."
+            )
         self._forget()
         for device in dict.fromkeys(devices):
             numbers = [i for i, d in enumerate(devices) if d == device]
@@ -88,7 +94,7 @@ class AdapterEngine(Engine):
                     engine.use(self._given)
             self._engines[device] = engine
             for number, layer in zip(numbers, engine.layers, strict=True):
-                self._places[number] = (engine, layer)
+                self._by_layer[number] = (engine, layer)
 
     # ------------------------------------------------------------------ what all of them do
 

@@ -17,11 +17,11 @@ from adapter_kernels import scatter_rows
 from ..table.layer_rows import LayerRows
 from ..table.row_parameter import State
 from ..table.row_table import RowTable
+from ..tier.residents import Residents
 from ..transport.profiling import phase
 from ..transport.staging import Slot
 from ..transport.streams import DeviceStreams, StreamEvent
-from ..transport.transfer import Traffic
-from .gather import bring_changed
+from .gather import bring_changed, bring_others
 
 
 class KeyBuffers:
@@ -32,6 +32,7 @@ class KeyBuffers:
         self._size = max(layer.keys.rows.numel() for layer in layers)
         self._buffers = [self._buffer(layers[0].keys.compute_dtype) for _ in range(2)]
         self._holds: list[tuple[int, State] | None] = [None, None]
+        self._absent: list[Residents | None] = [None, None]  # rows that are to be read on the device yet
         self._free = [streams.record_event()] * 2
         self._arrival = list(self._free)
 
@@ -40,7 +41,8 @@ class KeyBuffers:
         place = layer.number % 2
         with layer.keys.reading() as compute_copy:
             held = (layer.number, layer.keys.state)
-            if self._holds[place] == held:
+            residents = layer.tier.residents if layer.tier is not None else None
+            if self._holds[place] == held and self._absent[place] in (None, residents):
                 return
             if self._buffers[place].dtype != compute_copy.dtype:  # rows of another dtype were assigned
                 with torch.inference_mode(False):  # as in `gather`
@@ -49,11 +51,12 @@ class KeyBuffers:
             self._holds[place] = None  # whatever happens to the copy
             self.streams.inbound.wait_event(self._free[place])
             with phase("bring keys"):
-                self.streams.inbound.run(partial(buffer.copy_, compute_copy, non_blocking=True), [buffer])
+                crossed = self._queue(buffer, compute_copy, residents)
             self._arrival[place] = self.streams.inbound.record_event()
             layer.keys.add_reader_event(self.streams.inbound, self._arrival[place])
-            self._holds[place] = held
-        layer.traffic.bytes_to_device += buffer.nbytes
+            self._holds[place], self._absent[place] = held, residents
+        layer.traffic.bytes_to_device += crossed
+        layer.traffic.bytes_saved += buffer.nbytes - crossed
 
     def take(self, layer: LayerRows) -> Tensor:
         """The keys of a layer, [r, d], in the order of the computation."""
@@ -61,10 +64,25 @@ class KeyBuffers:
         place = layer.number % 2
         try:
             self.streams.wait_event(self._arrival[place])
+            if self._absent[place] is not None and layer.tier is not None:
+                layer.tier.fill(layer.keys, self._part(layer))
+            self._absent[place] = None
         except BaseException:
             self._holds[place] = None
             raise
         return self._part(layer)
+
+    def _queue(self, buffer: Tensor, compute_copy: Tensor, residents: Residents | None) -> int:
+        """Queue the copy of keys that have no place on the device; returns the bytes."""
+        inbound = self.streams.inbound
+        if residents is None:
+            inbound.run(partial(buffer.copy_, compute_copy, non_blocking=True), [buffer])
+            return buffer.nbytes
+        ids, rows = residents.other_ids, residents.others
+        between = inbound.empty((len(rows), buffer.shape[1]), buffer.dtype)
+        inbound.wait_event(residents.made)
+        inbound.run(partial(bring_others, ids, rows, compute_copy, between, buffer), [buffer, ids])
+        return between.nbytes
 
     def _buffer(self, dtype: torch.dtype) -> Tensor:
         return torch.empty(self._size, dtype=dtype, device=self.streams.device)
@@ -82,8 +100,9 @@ class KeyBuffers:
 class DeviceCopy:
     """A table's rows on the device; those that change on the host are copied again before they are read."""
 
-    def __init__(self, streams: DeviceStreams, table: RowTable, traffic: Traffic) -> None:
-        self.streams, self.table, self.traffic = streams, table, traffic
+    def __init__(self, streams: DeviceStreams, table: RowTable, layer: LayerRows) -> None:
+        self.streams, self.table, self.layer, self.traffic = streams, table, layer, layer.traffic
+        self._seen: int | None = None  # of the rows that have a place on the device
         table.track_dirty_rows()
         with table.reading() as compute_copy:
             self._rows = torch.empty_like(compute_copy, device=streams.device)
@@ -142,12 +161,16 @@ class DeviceCopy:
         self.prefetch()
         with self._or_all_again():
             self._synchronize()
+            tier = self.layer.tier
+            if tier is not None and tier.version != self._seen:
+                tier.fill(self.table, self._rows)
+                self._seen = tier.version
         return self._rows
 
     def _synchronize(self) -> None:
         if self._coming is None:
             return
-        (ids, device_rows, arrival), self._coming = self._coming, None
+        (ids, device_rows, arrival), self._coming, self._seen = self._coming, None, None
         self.streams.wait_event(arrival)
         if ids is not None:
             scatter_rows(ids, [device_rows], [self._rows])

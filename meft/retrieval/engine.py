@@ -63,6 +63,8 @@ class Engine(EngineSetup):
         """
         if self.reads_in_place(x.device):
             strategy: Strategy = self._in_place
+            if layer.tier is not None:
+                layer.tier.settle()
         else:
             self._check_graphs(x)
             if selection is None and not layer.number and self._planned_for is not None:
@@ -72,19 +74,25 @@ class Engine(EngineSetup):
                 if len(x) > tokens or out_of_memory_errors(x.device) > errors:
                     self._forget()
             strategy = self._prepare(layer, x)
+            if selection is None and not layer.number:
+                for tier in self.tiers:
+                    errors, by_room = out_of_memory_errors(x.device), self.config.device_rows == "auto"
+                    tier.begin_pass(len(x), errors, sized_by_room=by_room)
         if layer.keys.updates is not None:
-            layer.synchronize()
+            layer.wait_for_updates()
+        if layer.tier is not None:
+            layer.tier.land()
         # Without a graph nobody asks later whether rows are still those.
         versions = layer.versions if torch.is_grad_enabled() else None
         if selection is not None:
             if rows is None:
                 with phase("gather rows"):
                     rows = strategy.gather(layer, selection)
-            layer.count(x.shape[0], selection.rows.shape[0])
+            layer.count(x.shape[0], selection.host_rows)
             return PendingForward(layer, selection, rows, versions, True, strategy.in_place)
         if strategy.in_place:  # nothing runs beside the base FFN
             selection, rows = strategy.select(layer, x, logits)()
-            layer.count(x.shape[0], selection.rows.shape[0])
+            layer.count(x.shape[0], selection.host_rows)
             return PendingForward(layer, selection, rows, versions, False, True)
         with phase("select"):
             gather = strategy.select(layer, x, logits)
@@ -104,7 +112,7 @@ class Engine(EngineSetup):
         if pending.gather is not None:
             gather, pending.gather = pending.gather, None
             pending.selection, pending.rows = gather()
-            pending.layer.count(pending.selection.position.shape[0], pending.selection.rows.shape[0])
+            pending.layer.count(pending.selection.position.shape[0], pending.selection.host_rows)
         assert pending.rows is not None
         return pending.rows
 
@@ -154,7 +162,7 @@ class Engine(EngineSetup):
                 # Now that the base FFN is queued: the next layer's rows may have to wait for their update.
                 self._strategy.prefetch_next(pending.layer, x.shape[0])
             selection.wait_in(self.streams)
-            rows.wait_in(self.streams)
+            rows = rows.arrived(self.streams)
         return GatheredRows(rows.keys.to(x.dtype), rows.values.to(x.dtype), rows.position)
 
     def gather_again(self, pending: PendingForward) -> GatheredRows:
@@ -196,5 +204,13 @@ class Engine(EngineSetup):
             capacity = min(self.config.r, max(_LEAST_SLOT, 2 * len(gradient)))
             self._rings[form] = GradientRing(self.streams, capacity, gradient.shape[1], dtype)
         with phase("row gradients"):
+            divided = None
+            if layer.tier is not None and owner.tier is not None:
+                gradient = gradient.detach().to(dtype)
+                divided = layer.tier.divide(owner, rows, gradient)
+            if divided is not None:
+                rows, gradient, part = divided
             leaving = self._rings[form].send(rows, gradient, table, layer.traffic)
+            if divided is not None:
+                leaving.keep_on_device(part)
         return self.on_gradient(owner, leaving) if self.on_gradient is not None else leaving

@@ -19,6 +19,8 @@ from ..table.gpu_step import ZeroCopySteps
 from ..table.layer_rows import LayerRows
 from ..table.row_table import RowTable
 from ..table.update_queue import UpdateQueue
+from ..tier.row_tier import RowTier
+from ..tier.size import places
 from ..transport.openmp_waiting import check_waiting
 from ..transport.streams import CudaStreams, DeviceStreams, HostStreams, streams_of
 from .costs import Rows
@@ -40,10 +42,18 @@ class EngineSetup:
     Args:
         layers: the adapter's layers, in the order in which they run.
         choose: what `retrieval="auto"` asks on a CUDA device.
+        room: what `device_rows="auto"` asks: bytes of a device that a step leaves free.
     """
 
-    def __init__(self, config: MEFTConfig, layers: list[LayerRows], choose: Chooser | None = None) -> None:
-        self.config, self.layers, self.choose = config, layers, choose
+    def __init__(
+        self,
+        config: MEFTConfig,
+        layers: list[LayerRows],
+        choose: Chooser | None = None,
+        room: Callable[[torch.device], int] | None = None,
+    ) -> None:
+        self.config, self.layers, self.choose, self.room = config, layers, choose, room
+        self.tiers: list[RowTier] = []
         self.on_gradient: Callable[[RowTable, RowGradient], RowGradient] | None = None
         self._given: DeviceStreams | None = None
         self._updates: UpdateQueue | None = None
@@ -53,6 +63,9 @@ class EngineSetup:
         self._forget()
 
     def _forget(self) -> None:
+        for tier in self.tiers:
+            tier.close()
+        self.tiers = []
         self._for: tuple[Any, ...] | None = None
         self.streams: DeviceStreams | None = None
         self._plan: tuple[str, Rows] | None = None
@@ -63,7 +76,7 @@ class EngineSetup:
         self._below: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("config", "layers", "choose", "on_gradient")
+        kept = ("config", "layers", "choose", "room", "on_gradient")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -136,6 +149,7 @@ class EngineSetup:
                 strategy = STRATEGIES[self._plan[0]](self.streams, self.layers)
             if self.updates_beside(x.device):
                 self._update_beside(self.streams)
+                self._make_tiers(self.streams, values_alone=strategy.selects_on_host)
             self._strategy = strategy  # last: what fails for want of memory is made anew with a smaller batch
         return self._strategy
 
@@ -155,6 +169,23 @@ class EngineSetup:
             for layer in self.layers:
                 layer.keys.step = layer.values.step = partial(steps[layer.width], layer.traffic)
 
+    def _make_tiers(self, streams: DeviceStreams, *, values_alone: bool) -> None:
+        asked = self.config.device_rows
+        if not asked:
+            return
+        with torch.inference_mode(False):
+            for width in dict.fromkeys(layer.width for layer in self.layers):
+                layers = [layer for layer in self.layers if layer.width == width]
+                part = len(layers) * width / sum(layer.width for layer in self.layers)
+                size = partial(self._places, part, streams.device)
+                self.tiers.append(RowTier(streams, layers, size, values_alone=values_alone))
+
+    def _places(self, part: float, device: torch.device, rows: int, place_bytes: int, held: int) -> int:
+        """Places of a tier that gets a part of what `device_rows` says."""
+        asked = self.config.device_rows
+        free = self.room(device) + held if asked == "auto" and self.room is not None else 0
+        return places(asked, rows, place_bytes, part, free)
+
     def _lock_pages(self, streams: DeviceStreams) -> None:
         device = streams.device if isinstance(streams, CudaStreams) and self.config.on_host else None
         for layer in self.layers:
@@ -170,5 +201,7 @@ class EngineSetup:
 
 
 def out_of_memory_errors(device: torch.device) -> int:
-    """How often torch's allocator has found no memory on a CUDA device, for whomever."""
+    """How often torch's allocator has found no memory on a CUDA device, for whomever; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0
     return int(torch.cuda.memory_stats_as_nested_dict(device).get("num_ooms", 0))

@@ -16,14 +16,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from adapter_kernels import gather_rows
+from adapter_kernels import gather_rows, scatter_rows
 
 from ..table.layer_rows import LayerRows
 from ..table.row_table import RowTable
 from ..table.shared_rows import Reading
 from ..transport.streams import DeviceStreams, StreamEvent
 from ..transport.transfer import bring_rows
-from .types import Selection
+from .types import PartlyHere, Selection
 
 
 def experts_of(selection: Selection, neurons_per_expert: Tensor) -> Tensor:
@@ -50,8 +50,8 @@ def rows_of(rows: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
 def gather(
     streams: DeviceStreams, layer: LayerRows, tables: Sequence[RowTable], selection: Selection,
     made: StreamEvent | None = None,
-) -> tuple[list[Tensor], StreamEvent]:  # fmt: skip
-    """Queue the copy of a selection's rows out of host memory.
+) -> tuple[list[Tensor | PartlyHere], StreamEvent]:  # fmt: skip
+    """Queue the copy of a selection's rows out of host memory; those that have a place on the device are read there.
 
     Args:
         made: the point of the computation where the picks' ids are on the device: rows go into memory of the stream and
@@ -60,18 +60,31 @@ def gather(
     Returns:
         of each table [u, d] in the dtype in which it is read, and the event after which they are there.
     """
+    found: list[Tensor | PartlyHere] = []
     with Reading(tables) as compute_copies:
-        out, arrival = _queued(streams, compute_copies, selection, made)
+        placement = layer.tier.placement(selection.host_rows) if layer.tier is not None else None
+        # All tables, or the last ones, have rows on the device.
+        split = len(tables) if placement is None else sum(table.tier is None for table in tables)
+        if split:
+            found += _queued(streams, compute_copies[:split], selection.rows, selection.host_rows, made)
+        here: list[Tensor] = []
+        if placement is not None:
+            coming = _queued(streams, compute_copies[split:], placement.cold_ids, placement.cold_rows, made)
+            here = layer.tier.read(placement, tables[split:])  # type: ignore[union-attr]
+            found += [PartlyHere(*parts, placement) for parts in zip(coming, here, strict=True)]
+        arrival = streams.inbound.record_event()
         for table in tables:
             table.add_reader_event(streams.inbound, arrival)
-    layer.traffic.bytes_to_device += sum(t.nbytes for t in out)
-    return out, arrival
+    crossed = [rows.coming if isinstance(rows, PartlyHere) else rows for rows in found]
+    layer.traffic.bytes_to_device += sum(rows.nbytes for rows in crossed)
+    layer.traffic.bytes_saved += sum(rows.nbytes for rows in here)
+    return found, arrival
 
 
 def _queued(
-    streams: DeviceStreams, compute_copies: list[Tensor], selection: Selection, made: StreamEvent | None
-) -> tuple[list[Tensor], StreamEvent]:
-    size = selection.rows.shape[0]
+    streams: DeviceStreams, compute_copies: list[Tensor], ids: Tensor, rows: Tensor, made: StreamEvent | None
+) -> list[Tensor]:
+    size = ids.shape[0]
     if made is None:
         with torch.inference_mode(False):  # a stream, which may be a thread, writes into them
             out = [torch.empty(size, t.shape[1], dtype=t.dtype, device=streams.device) for t in compute_copies]
@@ -79,12 +92,22 @@ def _queued(
     else:
         out = [streams.inbound.empty((size, t.shape[1]), t.dtype) for t in compute_copies]
     streams.inbound.wait_event(made)
-    work = partial(bring_rows, selection.rows, selection.host_rows, compute_copies, out)
-    streams.inbound.run(work, [selection.rows, *out])
-    return out, streams.inbound.record_event()
+    work = partial(bring_rows, ids, rows, compute_copies, out)
+    streams.inbound.run(work, [ids, *out])
+    return out
 
 
 def bring_changed(staged: Tensor, ids: Tensor, changed: Tensor, compute_copy: Tensor, device_rows: Tensor) -> None:
     """Bring rows that have changed and, before them, their ids, which the host has staged in `staged`."""
     ids.copy_(staged, non_blocking=True)
     bring_rows(ids, changed, [compute_copy], [device_rows])
+
+
+def bring_others(ids: Tensor, rows: Tensor, compute_copy: Tensor, between: Tensor, target: Tensor) -> None:
+    """Bring some rows of a table, [n, d], to their places in a copy of it on the device, [r, d].
+
+    Args:
+        ids, rows: as of `bring_rows`. between: [n, d].
+    """
+    bring_rows(ids, rows, [compute_copy], [between])
+    scatter_rows(ids, [between], [target])

@@ -52,7 +52,7 @@ class RefetchedRows:
         if below is not None:
             below.bring()
         assert self.engine.streams is not None
-        rows.wait_in(self.engine.streams)
+        self._rows = rows = rows.arrived(self.engine.streams)
         self._taken += 1
         if self._taken == 2:  # the backward pass has both
             self._rows = None

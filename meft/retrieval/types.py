@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from adapter_kernels import SelectedRows
+from adapter_kernels import SelectedRows, scatter_rows
 
 from ..table.layer_rows import LayerRows
+from ..tier.residents import Placement
 from ..transport.streams import DeviceStreams, StreamEvent
 
 
@@ -39,11 +40,32 @@ class Selection(NamedTuple):
             streams.use([self.position])
 
 
+class PartlyHere(NamedTuple):
+    """Rows of a selection of which some were on the device.
+
+    Attributes:
+        coming: [c, d], those that come from the host. here: [h, d], the others.
+        placement: which are which.
+    """
+
+    coming: Tensor
+    here: Tensor
+    placement: Placement
+
+    def joined(self) -> Tensor:
+        """[u, d], once those that come have arrived, in the order of the computation."""
+        whole = self.here.new_empty(len(self.placement.selected), *self.here.shape[1:])
+        for at, rows in ((self.placement.cold_at, self.coming), (self.placement.hot_at, self.here)):
+            scatter_rows(at, [rows], [whole])
+        return whole
+
+
 class GatheredRows(NamedTuple):
     """Rows on their way to where the FFN is computed.
 
     Attributes:
-        keys, values: [u, d], the rows of a selection; or whole tables, [r, d], that are read in place.
+        keys, values: [u, d], the rows of a selection; or whole tables, [r, d], that are read in place. Tensors once
+            `arrived` was called.
         position: int32 [T, K], each pick's place in `keys` and `values`; -1 is none.
         scores: [T, K], the score of each pick, if these are the tables themselves, read in place, which a graph must
             not save: it is not computed again. None: they are gathered rows.
@@ -51,18 +73,20 @@ class GatheredRows(NamedTuple):
         of_stream: what of them is in a stream's memory.
     """
 
-    keys: Tensor
-    values: Tensor
+    keys: Any
+    values: Any
     position: Tensor
     arrival: StreamEvent | None = None
-    of_stream: tuple[Tensor, ...] = ()
+    of_stream: tuple[Any, ...] = ()
     scores: Tensor | None = None
 
-    def wait_in(self, streams: DeviceStreams) -> None:
-        """What the computation queues from now on uses the rows."""
+    def arrived(self, streams: DeviceStreams) -> GatheredRows:
+        """The rows as what the computation queues from now on uses them."""
         if self.arrival is not None:
             streams.wait_event(self.arrival)
-            streams.use(self.of_stream)
+            streams.use([rows.coming if isinstance(rows, PartlyHere) else rows for rows in self.of_stream])
+        keys, values = (rows.joined() if isinstance(rows, PartlyHere) else rows for rows in (self.keys, self.values))
+        return self._replace(keys=keys, values=values)
 
 
 # Waits until the host knows a selection, and queues the way of its rows.

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 from ..config import MEFTConfig
+from ..tier.layer_tier import LayerTier
 from ..transport.transfer import Traffic
 from .row_table import RowTable
 
@@ -15,6 +19,7 @@ class LayerRows:
 
     Attributes:
         number: place of the layer among those of the adapter.
+        tier: the rows that have a place on the device; None: none have.
     """
 
     number: int
@@ -22,6 +27,11 @@ class LayerRows:
     values: RowTable
     config: MEFTConfig
     traffic: Traffic
+    tier: LayerTier | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a pickle, whose tables have the newest rows."""
+        return {**self.__dict__, "tier": None}
 
     @property
     def width(self) -> int:
@@ -33,15 +43,17 @@ class LayerRows:
         """Of keys and values; they change with every update."""
         return self.keys.version, self.values.version
 
-    def synchronize(self) -> None:
+    def wait_for_updates(self) -> None:
         """Wait for updates that are queued, which counts as a wait of the launching thread."""
         with self.traffic.stalled():
-            self.keys.synchronize()
-            self.values.synchronize()
+            self.keys.wait_for_update()
+            self.values.wait_for_update()
 
-    def count(self, tokens: int, rows: int) -> None:
-        """A forward pass of some tokens has used some rows."""
+    def count(self, tokens: int, rows: Tensor) -> None:
+        """A forward pass of some tokens has used some rows, int64 [u] where the tables are."""
+        if self.tier is not None:
+            self.tier.note(rows)
         traffic = self.traffic
         traffic.forwards += 1
         traffic.tokens += tokens
-        traffic.union_rows += rows
+        traffic.union_rows += len(rows)

@@ -166,17 +166,13 @@ double squares_float(const float* from, float*, int64_t width) {
 // Rows taken at a time.
 int64_t piece(int64_t width) { return std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, width)); }
 
-// The sum over rows, added up in their order whatever the number of threads.
+// The sum of each row, which does not depend on the rows beside it.
 template <class From>
-double over_rows(double (*row)(const From*, float*, int64_t), const From* from, float* to, int64_t count, int64_t width,
-                 int threads) {
-    std::vector<double> sums(static_cast<size_t>(count));
+void over_rows(double (*row)(const From*, float*, int64_t), const From* from, float* to, double* sums, int64_t count,
+               int64_t width, int threads) {
     in_pieces(count, piece(width), threads, [&](int64_t first, int64_t end) {
         for (int64_t i = first; i < end; ++i) sums[i] = row(from + i * width, to ? to + i * width : nullptr, width);
     });
-    double sum = 0.0;
-    for (const double one : sums) sum += one;
-    return sum;
 }
 
 #include "row_mean.h"
@@ -184,7 +180,7 @@ double over_rows(double (*row)(const From*, float*, int64_t), const From* from, 
 } // namespace
 
 // Changes with the arguments below or with Step, so that a stale build is not called.
-EXPORT int meft_row_adamw_version() { return 6; }
+EXPORT int meft_row_adamw_version() { return 7; }
 
 // Whether rows ascend, each once, from 0 to limit - 1.
 EXPORT int meft_rows_ascend(const int64_t* rows, int64_t count, int64_t limit) {
@@ -211,19 +207,20 @@ EXPORT void meft_row_adamw(int half, int mode, void* table, void* exp_avg, void*
     });
 }
 
-// Copy rows [count, width] of bfloat16 into float32; returns the sum of the squares.
-EXPORT double meft_drain_bfloat16(const uint16_t* from, float* to, int64_t count, int64_t width, int threads) {
-    return over_rows(drain_bfloat16, from, to, count, width, threads);
+// Copy rows [count, width] of bfloat16 into float32; `sums` [count] gets the sum of the squares of each row.
+EXPORT void meft_drain_bfloat16(const uint16_t* from, float* to, double* sums, int64_t count, int64_t width,
+                                int threads) {
+    over_rows(drain_bfloat16, from, to, sums, count, width, threads);
 }
 
 // As above, of float32.
-EXPORT double meft_drain_float(const float* from, float* to, int64_t count, int64_t width, int threads) {
-    return over_rows(drain_float, from, to, count, width, threads);
+EXPORT void meft_drain_float(const float* from, float* to, double* sums, int64_t count, int64_t width, int threads) {
+    over_rows(drain_float, from, to, sums, count, width, threads);
 }
 
-// The sum of the squares of rows [count, width].
-EXPORT double meft_squares(const float* from, int64_t count, int64_t width, int threads) {
-    return over_rows<float>(squares_float, from, nullptr, count, width, threads);
+// The sum of the squares of each of the rows [count, width].
+EXPORT void meft_squares(const float* from, double* sums, int64_t count, int64_t width, int threads) {
+    over_rows<float>(squares_float, from, nullptr, sums, count, width, threads);
 }
 
 // Of rows [count] those from `from` to `to` - 1: the sum over ranks, in their order, over `divisor`, into out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,17 @@ SHARDED = (
 )
 
 
+class RowsOnDevice(Protocol):
+    """Where the newest values of some rows are, while they are stepped on a device."""
+
+    @property
+    def holds_rows(self) -> bool:
+        """Whether it has any."""
+
+    def settle(self) -> None:
+        """Write all of them back to the table, which has the newest values then, and keep none."""
+
+
 class KeptRows(KeptParameters):
     """Holds one parameter, `rows` [r, d].
 
@@ -33,7 +44,13 @@ class KeptRows(KeptParameters):
     Args:
         read_as: the dtype in which rows are read.
         on_host: whether they stay in host memory.
+
+    Attributes:
+        tier: what has some of the rows on a device; None: nothing does.
     """
+
+    tier: RowsOnDevice | None = None
+    _settling = False  # whether rows of a device are being written into the memory of a parameter that is replaced
 
     def __init__(self, rows: Tensor, *, read_as: torch.dtype, on_host: bool) -> None:
         super().__init__()
@@ -156,7 +173,7 @@ class KeptRows(KeptParameters):
     def _known_rows(self) -> Any:
         """The rows; those that `torch.utils.swap_tensors` has put there are taken."""
         rows: Any = self._parameters.get("rows", self._buffers.get("rows"))
-        known = isinstance(rows, WatchedRows) and rows.watch is self._watch
+        known = self._settling or (isinstance(rows, WatchedRows) and rows.watch is self._watch)
         if not known and not self._foreign and self._fits(rows):
             self._adopt(rows, self._watch.read_as)
         return rows
@@ -164,23 +181,39 @@ class KeptRows(KeptParameters):
     @property
     def masters(self) -> Tensor:
         """The rows, [r, d], as a plain tensor to read, and to write if `increment_version` is called afterwards."""
+        if self._settling and self._watch.alias is not None:
+            return self._watch.alias
         return self._watch.plain(self._known_rows())
 
     def note_change(self) -> None:
-        """Rows may have been written without a version count: all count as changed."""
+        """Rows may have been written without a version count: all count as changed.
+
+        Raises: RuntimeError: some of them were stepped on a device since the table was last read.
+        """
+        if self.tier is not None and self.tier.holds_rows:
+            raise RuntimeError(
+                "MEFT's rows were written through an address while the newest of them were on the device "
+                "(device_rows): call synchronize() of the table before you write, and rows_changed() afterwards."
+            )
         self._watch.note()
 
     def look(self) -> None:
         """Called before a forward pass: while others share the rows' memory, all count as changed."""
         rows, watch = self.check_not_sharded(), self._watch
-        with without_torch_function():
-            if rows.is_meta:
-                return
-            own = 0 if watch.alias is None else 1
-            shared = other_users(rows) > own or (rows.is_cpu and rows.untyped_storage().is_shared())
+        if rows.is_meta:
+            return
+        shared = self.has_other_users
         if shared or watch.shared:  # memory that others share, or shared until now, may have been written
             watch.note()
         watch.shared = shared
+
+    @property
+    def has_other_users(self) -> bool:
+        """Whether another tensor, an array or a process may write into the rows' memory without a call."""
+        rows, watch = self._known_rows(), self._watch
+        with without_torch_function():
+            own = 0 if watch.alias is None else 1
+            return other_users(rows) > own or (rows.is_cpu and rows.untyped_storage().is_shared())
 
     def _state(self) -> State:
         rows = self._known_rows()

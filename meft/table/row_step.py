@@ -23,7 +23,7 @@ from adapter_kernels.runtime.host_threads import host_threads
 
 __all__ = ["RowState", "StepRule", "multiplied", "native_library", "update_rows"]
 
-_VERSION = 6  # of the library's arguments
+_VERSION = 7  # of the library's arguments
 _OF_THE_RULE = 7  # scalars of `Step` that all rows have in common
 _BLOCK = 1 << 20  # values that torch multiplies at a time
 
@@ -37,6 +37,7 @@ def update_rows(
     seed: int = 0,
     factors: tuple[float, ...] = (),
     native: bool | None = None,
+    ids: Tensor | None = None,
 ) -> None:
     """Take one step of the touched rows, in place; all other rows, moments and counts keep their bits.
 
@@ -50,26 +51,37 @@ def update_rows(
         factors: at most two float32 numbers by which `grads`, float32 then, are multiplied as they are read, in this
             order; `grads` themselves stay as they are.
         native: True takes the C++ library, False adapter_kernels, None (the default) the library where it applies.
+        ids: int64 [n], ascending, the numbers of rows that are kept in another order: rounding goes by them, and `rows`
+            may come in any order. None: `rows`.
 
     Raises:
         ValueError: arguments that do not fit together, or `native=True` where the library does not apply.
     """
     state.check()
-    _check_rows(state.table, rows, grads)
+    _check_rows(state.table, rows, grads, ids)
     library = _choose(native, state)
     if not rows.numel():
         return
     with torch.no_grad():
         if library is None:
             for block, multiplied_grads in _multiplied(grads, factors):
-                row_adamw(state, rows[block].contiguous(), multiplied_grads.contiguous(), rule, seed=seed)
+                part = None if ids is None else ids[block].contiguous()
+                row_adamw(state, rows[block].contiguous(), multiplied_grads.contiguous(), rule, seed=seed, ids=part)
             return
         touches = state.counts.index_select(0, rows) + 1
         steps = _scalars(rule).expand(len(rows), -1).clone()
         for column, correction in enumerate(rule.corrections(touches), _OF_THE_RULE):
             steps[:, column] = correction
         rounds = state.mode != "float32" or state.table.dtype == torch.bfloat16
-        _call(library, state, rows, grads, steps, row_keys(rows, touches, seed) if rounds else None, factors)
+        _call(
+            library,
+            state,
+            rows,
+            grads,
+            steps,
+            row_keys(rows if ids is None else ids, touches, seed) if rounds else None,
+            factors,
+        )
         state.counts.index_copy_(0, rows, touches)
 
 
@@ -92,7 +104,7 @@ def multiplied(values: Tensor, factors: tuple[float, ...], out: Tensor | None = 
     return values if out is None or values is out else out.copy_(values)
 
 
-def _check_rows(table: Tensor, rows: Tensor, grads: Tensor) -> None:
+def _check_rows(table: Tensor, rows: Tensor, grads: Tensor, ids: Tensor | None = None) -> None:
     if rows.dim() != 1 or rows.dtype != torch.int64 or rows.device != table.device:
         raise ValueError(f"rows must be int64 [n] on {table.device}.")
     if grads.shape != (len(rows), table.shape[1]) or grads.device != table.device:
@@ -100,7 +112,10 @@ def _check_rows(table: Tensor, rows: Tensor, grads: Tensor) -> None:
     if grads.dtype not in (table.dtype, torch.float32):
         raise ValueError(f"grads must be {table.dtype} or float32, not {grads.dtype}.")
     # Checking the values on a device would wait for it; there the kernel skips such a row, and torch has its own check.
-    if rows.is_cpu and not _ascend(rows, len(table)):
+    if ids is not None:
+        if rows.is_cpu and len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < len(table)):
+            raise ValueError(f"rows must be from 0 to {len(table) - 1}.")
+    elif rows.is_cpu and not _ascend(rows, len(table)):
         raise ValueError(f"rows must ascend, each once, from 0 to {len(table) - 1}.")
 
 
@@ -128,12 +143,12 @@ def declare(library: ctypes.CDLL) -> None:
     library.meft_row_adamw.restype = None
     library.meft_rows_ascend.argtypes = [p, i, i]
     for drain in (library.meft_drain_bfloat16, library.meft_drain_float):
-        drain.argtypes, drain.restype = [p, p, i, i, n], ctypes.c_double
+        drain.argtypes, drain.restype = [p, p, p, i, i, n], None
     library.meft_mean_rows.argtypes, library.meft_mean_rows.restype = (
         [p, i, p, i, i, p, i, i, i, f, p, n],
         ctypes.c_double,
     )
-    library.meft_squares.argtypes, library.meft_squares.restype = [p, i, i, n], ctypes.c_double
+    library.meft_squares.argtypes, library.meft_squares.restype = [p, p, i, i, n], None
 
 
 def _choose(native: bool | None, state: RowState) -> ctypes.CDLL | None:

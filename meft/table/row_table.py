@@ -14,8 +14,13 @@ from peft_bridge.torch_private import left_alone_by_fsdp2
 
 from ..transport.host_tensors import host_zeros, like_rows, row_blocks
 from .moments import KEY, Moments, RowMoments, moments_of
-from .row_step import update_rows
+from .row_step import RowState, update_rows
 from .shared_rows import SharedRows
+
+
+def without_copy(state: RowState) -> list[Tensor]:
+    """The tensors from which the narrower copy can be made, the masters first."""
+    return [state.table, *(tensor for tensor in state[1:] if tensor is not None and tensor is not state.compute_copy)]
 
 
 @left_alone_by_fsdp2
@@ -100,7 +105,7 @@ class RowTable(SharedRows):
         Raises:
             ValueError: what was loaded there does not fit.
         """
-        self.synchronize()
+        self.wait_for_update()
         fresh = self.node.moments if self.node is not None and self.node.unused else None
         entry = moments_of(
             optimizer, self.rows, mode=self.mode, synchronize=self.synchronize, loaded=self.restored, fresh=fresh
@@ -116,7 +121,7 @@ class RowTable(SharedRows):
         Args:
             rows: those that it changes; None: all.
         """
-        self.synchronize()
+        self.wait_for_update()
         with self.lock, torch.no_grad():
             if self.masters.is_meta:
                 raise RuntimeError("MEFT rows have no values yet (meta device): load the adapter first.")
@@ -130,6 +135,29 @@ class RowTable(SharedRows):
                 self._compute_copy_state = self._state()
             if self._dirty is not None:
                 self._dirty.note(rows, before, self._state())
+
+    def state_of(self, entry: RowMoments) -> RowState:
+        """Rows with the moments of an entry, as a step reads and writes them; call it under the lock."""
+        copy = self.current()
+        separate = copy if self.compute_dtype != self._dtype else None
+        return entry.exclusive(self.masters.device).row_state(self.masters, separate)
+
+    def take_back(self, rows: Tensor, values: list[Tensor], entry: RowMoments) -> None:
+        """Write rows that were stepped elsewhere, with their moments, in place of those that they were made of.
+
+        Args:
+            rows: int64 [n], ascending.
+            values: of each tensor that `without_copy` names, the rows [n, ...].
+        """
+        with self.lock, torch.no_grad():
+            self._wait_for_readers()
+            state = self.state_of(entry)
+            for target, source in zip(without_copy(state), values, strict=True):
+                target.index_copy_(0, rows, source)
+            if state.compute_copy is not None:
+                state.compute_copy.index_copy_(0, rows, values[0].to(state.compute_copy.dtype))
+            if self._dirty is not None:
+                self._dirty.note(rows, self._state(), self._state())
 
     def enter_step(self, entry: RowMoments) -> None:
         """Let other ranks write the rows that they share with this one, until it has done its part of the step."""

@@ -18,7 +18,12 @@ from ..transport.transfer import PageLock
 from .dirty_rows import DirtyRows
 from .node_rows import NodeRows
 from .row_parameter import KeptRows, State
-from .update_queue import PendingUpdate, UpdateQueue
+from .update_queue import PendingUpdate, PendingUpdates, UpdateQueue
+
+SWAPPED = (
+    "MEFT's rows were swapped for others while the newest of them were on the device (device_rows): call synchronize() "
+    "of the tables before."
+)
 
 
 class Reading(tuple["SharedRows", ...]):
@@ -32,7 +37,7 @@ class Reading(tuple["SharedRows", ...]):
     def __enter__(self) -> list[Tensor]:
         for rows in self:
             if rows._pending is not None or rows.node is not None:
-                rows.synchronize()
+                rows.wait_for_update()
         for rows in self:
             rows.lock.acquire()
         try:
@@ -72,11 +77,11 @@ class SharedRows(KeptRows):
     """
 
     _of_this_process: ClassVar[frozenset[str]] = frozenset(
-        ("lock", "updates", "node", "_pending", "_readers", "_dirty", "_compute_copy", "_compute_copy_state")
+        ("lock", "updates", "node", "tier", "_pending", "_readers", "_dirty", "_compute_copy", "_compute_copy_state")
         + ("_pages", "locked_for")
     )
 
-    _pending: PendingUpdate | None = None  # asked for before `_start`, by what adopts the rows
+    _pending: PendingUpdate | PendingUpdates | None = None  # asked for before `_start`, by what adopts the rows
     node: NodeRows | None = None
     pin = False
 
@@ -89,7 +94,7 @@ class SharedRows(KeptRows):
         """Set what a copy or a pickle does not take over."""
         self.lock = threading.RLock()
         self.updates: UpdateQueue | None = None
-        self.node = None
+        self.node = self.tier = None
         self._pending = None
         self._readers: dict[CopyStream, StreamEvent] = {}
         self._dirty: DirtyRows | None = None
@@ -106,17 +111,28 @@ class SharedRows(KeptRows):
         super().__setstate__(state)
         self._start()
 
-    def update_later(self, update: Callable[[], None]) -> None:
-        """Queue an update; every later access to the rows waits for it."""
-        self.synchronize()
+    def update_later(self, update: Callable[[], bool | None], then: Callable[[], None] | None = None) -> None:
+        """Queue an update; every later access to the rows waits for it. Arguments as of `PendingUpdate`."""
+        self.wait_for_update()
         assert self.updates is not None
-        self._pending = self.updates.add(update, self.name)
+        self._pending = self.updates.add(update, self.name, then)
+
+    def wait_for_too(self, pending: PendingUpdate) -> None:
+        """Every later access to the rows waits for another update, which was queued behind that of the rows."""
+        self._pending = pending if self._pending is None else PendingUpdates(self._pending, pending)
 
     def synchronize(self) -> None:
-        """Wait for the update that is queued, if there is one, and for the other ranks; raises its error, once.
+        """Make the rows in host memory the newest: wait for the update that is queued, if there is one, and for the
+        other ranks, and take rows back that are on a device; raises the error of the update, once.
 
         A thread that holds the lock waits for no update: rows are as they are until it is free.
         """
+        self.wait_for_update()
+        if self.tier is not None and not self.lock._is_owned():  # type: ignore[attr-defined]
+            self.tier.settle()
+
+    def wait_for_update(self) -> None:
+        """As `synchronize`, but rows that are on a device stay there."""
         if self.node is not None:
             self._watch.check_process()  # a forked process has not got what ranks wait by
         pending = self._pending
@@ -141,14 +157,14 @@ class SharedRows(KeptRows):
     @property
     def state(self) -> State:
         """Changes with every change of the masters."""
-        self.synchronize()
+        self.wait_for_update()
         return self._state()
 
     @property
     def version(self) -> int:
         """Changes with every change of the masters that a backward pass must not meet."""
         if self._pending is not None or self.node is not None:
-            self.synchronize()
+            self.wait_for_update()
         with without_torch_function():
             return int(self.rows._version)
 
@@ -277,6 +293,14 @@ class SharedRows(KeptRows):
         return self.node is not None and self.node.holds(super().masters, self.compute_dtype)
 
     def _adopt(self, parameter: Any, read_as: torch.dtype) -> None:
+        if self.tier is not None and self.tier.holds_rows and not self._settling:
+            if self._pending is not None and self._pending.in_this_thread:  # which cannot wait for itself
+                raise RuntimeError(SWAPPED)
+            self._settling = True  # in the memory of the rows before, which may be somebody's still
+            try:
+                self.tier.settle()
+            finally:
+                self._settling = False
         if self.node is not None:  # the one before may be somebody's still, and has the memory of all ranks
             self._watch.left = 0
         super()._adopt(parameter, read_as)

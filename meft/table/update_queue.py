@@ -9,18 +9,23 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 
 class PendingUpdate:
-    """A queued update that others can wait for."""
+    """A queued update that others can wait for.
 
-    def __init__(self, update: Callable[[], None], what: str) -> None:
-        self._update, self._what = update, what
+    Args:
+        then: called once, by the first thread that has waited, unless the update returned False.
+    """
+
+    def __init__(self, update: Callable[[], bool | None], what: str, then: Callable[[], None] | None = None) -> None:
+        self._update, self._what, self._then = update, what, then
+        self._waited = threading.RLock()
         self._thread: int | None = None
-        self.future: Future[None] | None = None
+        self.future: Future[bool | None] | None = None
 
-    def run(self) -> None:
+    def run(self) -> bool | None:
         """Do the update, in the calling thread."""
         self._thread = threading.get_ident()
         try:
-            self._update()
+            return self._update()
         finally:
             self._thread = None
             del self._update  # releases the gradients
@@ -34,9 +39,32 @@ class PendingUpdate:
         """Raises: RuntimeError: the update failed."""
         assert self.future is not None
         try:
-            self.future.result()
+            done = self.future.result()
         except Exception as error:
             raise RuntimeError(f"The update of MEFT's {self._what} failed: {error}") from error
+        with self._waited:
+            then, self._then = self._then, None
+            if then is not None and done is not False:
+                then()
+
+
+class PendingUpdates:
+    """Two updates of the same rows, of which the second was queued behind the first."""
+
+    def __init__(self, first: PendingUpdate | PendingUpdates, second: PendingUpdate) -> None:
+        self._first, self._second = first, second
+
+    @property
+    def in_this_thread(self) -> bool:
+        """Whether the calling thread does one of them."""
+        return self._first.in_this_thread or self._second.in_this_thread
+
+    def wait(self) -> None:
+        """Raises: RuntimeError: one of them failed."""
+        try:
+            self._first.wait()
+        finally:
+            self._second.wait()
 
 
 class UpdateQueue:
@@ -50,8 +78,10 @@ class UpdateQueue:
         self._thread = ThreadPoolExecutor(1, "meft-update")
         self._end = weakref.finalize(self, self._thread.shutdown, wait=False)
 
-    def add(self, update: Callable[[], None], what: str) -> PendingUpdate:
-        """Queue an update of `what`."""
-        pending = PendingUpdate(update, what)
+    def add(
+        self, update: Callable[[], bool | None], what: str, then: Callable[[], None] | None = None
+    ) -> PendingUpdate:
+        """Queue an update of `what`; arguments as of `PendingUpdate`."""
+        pending = PendingUpdate(update, what, then)
         pending.future = self._thread.submit(pending.run)
         return pending

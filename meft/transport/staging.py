@@ -83,3 +83,26 @@ class Coming:
 def _copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source, non_blocking=True)
+
+
+def sent(streams: DeviceStreams, tensor: Tensor, free: list[Slot]) -> tuple[Tensor, StreamEvent]:
+    """Queue the copy of a small tensor of the host to the device.
+
+    Args:
+        free: slots that take turns.
+
+    Returns:
+        the copy, in memory of the inbound stream, and the event after which it is there.
+    """
+    slot = free.pop(0) if len(free) > 3 else Slot(streams)
+    try:
+        (staged,) = slot.take((tensor.shape, tensor.dtype))
+        staged.copy_(tensor)
+        copy = streams.inbound.empty(tuple(tensor.shape), tensor.dtype)
+        try:
+            streams.inbound.run(partial(copy.copy_, staged, non_blocking=True), [copy])
+        finally:  # also where it was queued
+            arrival = slot.busy = streams.inbound.record_event()
+        return copy, arrival
+    finally:
+        free.append(slot)

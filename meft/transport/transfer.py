@@ -33,6 +33,10 @@ class Traffic:
         bytes_to_device: rows, and the picks' ids and scores, copied to the device.
         bytes_to_host: hidden states, router logits, ids and row gradients copied to the host. Ids that are picked on
             the device come with room for as many as there can be, before anybody knows how many there are.
+        hot_rows: of `union_rows`, those that had a place on the device (`device_rows`).
+        rows_entered: rows that got such a place.
+        rows_stepped_on_device: keys and values that were stepped there.
+        bytes_saved: of rows and their gradients that did not cross because of it.
         bytes_zero_copy: rows, moments and gradients that steps on the device moved, both ways (`zero_copy`).
         stall_ms: milliseconds for which the launching thread waited for copies, updates and free staging memory.
         host_ms: milliseconds of picking on the host.
@@ -47,6 +51,10 @@ class Traffic:
     union_rows: int = 0
     bytes_to_device: int = 0
     bytes_to_host: int = 0
+    hot_rows: int = 0
+    rows_entered: int = 0
+    rows_stepped_on_device: int = 0
+    bytes_saved: int = 0
     bytes_zero_copy: int = 0
     stall_ms: float = 0.0
     host_ms: float = 0.0

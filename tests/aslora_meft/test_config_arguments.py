@@ -31,6 +31,7 @@ MEFT = {
     "r": ("64", 64), "num_experts": ("16", 16), "experts_per_token": ("2", 2), "top_k": ("8", 8),
     "router_factor": ("false", False), "router_init_scale": ("40", 40), "init_weights": ("no", False),
     "placement": ("host", "host"), "retrieval": ("stream", "stream"), "backward_rows": ("refetch", "refetch"),
+    "device_rows": ("0.25", 0.25),
     "gradient_dtype": ("float32", "float32"), "row_dtype": ("bfloat16", "bfloat16"),
     "master_dtype": ("bfloat16", "bfloat16"), "pin_memory": ("0", False),
     "row_optimizer": ('{"lr": 1e-3, "betas": [0.9, 0.99]}', RowOptimizerConfig(lr=1e-3, betas=(0.9, 0.99))),

@@ -131,6 +131,7 @@ FULL = {
     "placement": "host",
     "retrieval": "stream",
     "backward_rows": "refetch",
+    "device_rows": 0.25,
     "gradient_dtype": "float32",
     "row_dtype": "bfloat16",
     "master_dtype": "bfloat16",

@@ -16,7 +16,7 @@ import meft.gradient.host.drain
 import meft.gradient.host.pool
 import meft.gradient.stored_rows
 import meft.table.row_step
-from meft.gradient.host.drain import drain, squares
+from meft.gradient.host.drain import drain, squares, total
 from meft.gradient.host.pool import GradientPool
 from meft.gradient.offload_ring import GradientRing
 from meft.gradient.row_gradient import RowGradient
@@ -81,7 +81,7 @@ def test_the_pass_widens_and_adds_up_squares(dtype, n, d, seed, odd):
             for i, value in enumerate(odd if n else ()):
                 values.view(-1)[(7 * i + seed) % values.numel()] = value
             target = torch.full((n, d), 7.0)
-            found, exact = drain(values, target), values.double().square().sum().item()
+            found, exact = total(drain(values, target)), values.double().square().sum().item()
             torch.testing.assert_close(target, values.float(), rtol=0, atol=0, equal_nan=True)
             assert found == squares(target) or math.isnan(found)
             if dtype != torch.float64:  # else the values are rounded on their way
@@ -94,9 +94,9 @@ def test_the_number_of_threads_changes_no_bit_of_the_sum(monkeypatch):
     values, found = randn(301, 1100), set()
     for threads in (1, 2, 7):
         monkeypatch.setenv("ASLORA_MEFT_THREADS", str(threads))
-        found.add(drain(values, torch.empty(301, 1100)))
+        found.add(total(drain(values, torch.empty(301, 1100))))
     with ThreadPoolExecutor(4) as pool:  # at the same time, beside updates
-        found |= set(pool.map(lambda _: drain(values, torch.empty(301, 1100)), range(16)))
+        found |= set(pool.map(lambda _: total(drain(values, torch.empty(301, 1100))), range(16)))
     assert len(found) == 1
 
 

@@ -41,6 +41,7 @@ HOST_FILES = {
 }  # fmt: skip
 HOST_FILES |= {"row_gradient.py", "accumulator.py", "offload_ring.py", "steps.py"}
 HOST_FILES |= {"host_tensors.py", "transfer.py", "pool.py", "drain.py"}
+HOST_FILES |= {"residency.py", "row_tier.py", "residents.py", "layer_tier.py", "layer_places.py"}
 STREAMS = ("inbound", "outbound", "updating")
 ALLOCATIONS = ("aten::empty", "aten::zeros", "aten::ones", "aten::full", "aten::arange", "aten::new_", "aten::scalar")
 

@@ -21,11 +21,12 @@ _LANES = 64  # sums of squares, added up as in narrow_moments.h
 
 
 def step(
-    state: RowState, rows: Tensor, grads: Tensor, rule: StepRule, corrections: Corrections, touches: Tensor, seed: int
-) -> None:
-    """Step some rows, int64 [n], by their gradients [n, d]."""
+    state: RowState, rows: Tensor, grads: Tensor, rule: StepRule, corrections: Corrections, touches: Tensor, seed: int,
+    ids: Tensor,
+) -> None:  # fmt: skip
+    """Step some rows, int64 [n], by their gradients [n, d]; ids: int64 [n], what the noise is made of."""
     table = state.table
-    noise = noise_of(row_keys(rows, touches, seed), table.shape[1])
+    noise = noise_of(row_keys(ids, touches, seed), table.shape[1])
     step_size, inverse2, limit = (
         x.to(torch.float32).unsqueeze(1) for x in (corrections.step_size, corrections.inverse2, corrections.limit)
     )

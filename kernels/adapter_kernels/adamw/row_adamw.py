@@ -54,6 +54,7 @@ def _op(
     decoupled: bool,
     seed: int,
     impl: str | None,
+    ids: Tensor | None = None,
 ) -> None:
     state = RowState(table, exp_avg, exp_avg_sq, counts, compute_copy, exp_avg_scale, exp_avg_sq_scale)
     reachable = zero_copy(rows.device, **state._asdict())
@@ -66,9 +67,14 @@ def _op(
     unsupported = [("table", f"the Triton kernel has no {table.dtype}")] if table.dtype == torch.float64 else []
     if state.mode != "float32":
         unsupported.append(("exp_avg_sq", f"the Triton kernel has no moments in mode {state.mode!r}"))
+    if ids is not None and state.table.dtype == torch.bfloat16:
+        unsupported.append(("ids", "the Triton kernel rounds by the rows"))
     by_kernel = dispatch.use_triton(impl, rows.device, unsupported) and reachable
-    step = row_adamw_triton.step if by_kernel else row_adamw_torch.step
-    step(state, rows, grads, StepRule(lr, beta1, beta2, eps, weight_decay, decoupled), seed)
+    rule = StepRule(lr, beta1, beta2, eps, weight_decay, decoupled)
+    if by_kernel:
+        row_adamw_triton.step(state, rows, grads, rule, seed)
+    else:
+        row_adamw_torch.step(state, rows, grads, rule, seed, ids)
 
 
 @_op.register_fake
@@ -77,8 +83,9 @@ def _(*arguments: object) -> None:
 
 
 def row_adamw(
-    state: RowState, rows: Tensor, grads: Tensor, rule: StepRule, *, seed: int = 0, impl: str | None = None
-) -> None:
+    state: RowState, rows: Tensor, grads: Tensor, rule: StepRule, *, seed: int = 0, impl: str | None = None,
+    ids: Tensor | None = None,
+) -> None:  # fmt: skip
     """Step the touched rows of a table, its moments and counts, in place.
 
     Args:
@@ -89,6 +96,8 @@ def row_adamw(
         rule: AdamW's, or with `decoupled=False` Adam's.
         seed: of the stochastic rounding of a bf16 table.
         impl: "triton", "torch", or None: by the device of the rows.
+        ids: int64 [n] on the device of the rows, of which the noise of stochastic rounding is made; None: `rows`. Rows
+            that are kept elsewhere than at their place in the table give equal bits with it.
 
     Raises:
         ValueError: wrong dtype, shape or device, a tensor in pageable memory or not contiguous, a rule that is out of
@@ -102,7 +111,10 @@ def row_adamw(
         dispatch.require(tensor.is_contiguous(), name, "a contiguous tensor is needed")
     dispatch.require_same_device(rows=rows, grads=grads)
     require_reachable(state.table, "table", rows.device)
+    if ids is not None:
+        fits = ids.shape == rows.shape and ids.dtype == torch.int64 and ids.device == rows.device
+        dispatch.require(fits, "ids", f"int64 {tuple(rows.shape)} on {rows.device} is needed")
     rule.check()
     tensors = [t.detach() if t is not None else None for t in state]
     hyper_parameters = rule.lr, rule.beta1, rule.beta2, rule.eps, rule.weight_decay, rule.decoupled
-    _op(*tensors, rows, grads.detach(), *hyper_parameters, seed, impl)
+    _op(*tensors, rows, grads.detach(), *hyper_parameters, seed, impl, ids)

@@ -27,15 +27,15 @@ class Block:
         self.tables = (table, state.exp_avg, state.exp_avg_sq)
         self.size = min(most, max(1, _BLOCK // max(1, table.shape[1])))
         self.buffers = torch.empty(6, self.size, table.shape[1], dtype=self.dtype, device=table.device)
-        self.rows = torch.empty(0, dtype=torch.int64, device=table.device)
+        self.rows = self.ids = torch.empty(0, dtype=torch.int64, device=table.device)
 
     def parts(self, count: int) -> list[slice]:
         """Slices of at most a block's rows that cover `count` rows."""
         return [slice(i, min(i + self.size, count)) for i in range(0, count, self.size)]
 
-    def load(self, rows: Tensor, grads: Tensor) -> None:
-        """Gather rows, int64 [n], and copy their gradients, [n, d]."""
-        self.rows = rows
+    def load(self, rows: Tensor, grads: Tensor, ids: Tensor) -> None:
+        """Gather rows, int64 [n], and copy their gradients, [n, d]; ids: int64 [n], what the noise is made of."""
+        self.rows, self.ids = rows, ids
         for source, buffer in zip(self.tables, self.buffers, strict=False):
             if source.dtype == buffer.dtype:
                 torch.index_select(source, 0, rows, out=buffer[: len(rows)])
@@ -59,7 +59,7 @@ class Block:
         square_root(v, a).div_(root2).add_(rule.eps)
         p.sub_(torch.mul(m, step_size, out=b).div_(a))
         if self.state.table.dtype == torch.bfloat16:
-            round_stochastically(p, self.rows, touches, self.seed)
+            round_stochastically(p, self.ids, touches, self.seed)
 
     def store(self) -> None:
         """Write the rows back."""
@@ -70,14 +70,18 @@ class Block:
             copy.index_copy_(0, self.rows, self.buffers[0, : len(self.rows)].to(copy.dtype))
 
 
-def step(state: RowState, rows: Tensor, grads: Tensor, rule: StepRule, seed: int) -> None:
+def step(state: RowState, rows: Tensor, grads: Tensor, rule: StepRule, seed: int, ids: Tensor | None = None) -> None:
     """One step of distinct rows, at least one, each with the bias correction of its own count of touches.
+
+    Args:
+        ids: int64 [n], what the noise of stochastic rounding is made of; None: `rows`.
 
     Raises:
         ValueError: rows on the CPU are out of range.
     """
     table, counts = state.table, state.counts
     rows, grads = rows.to(table.device, torch.int64), grads.to(table.device)
+    ids = rows if ids is None else ids.to(table.device, torch.int64)
     low, high = (int(x) for x in rows.aminmax()) if rows.is_cpu else (0, 0)
     dispatch.require(low >= 0 and high < len(table), "rows", f"0 to {len(table) - 1} are possible, not {low} to {high}")
     touches = counts.index_select(0, rows) + 1
@@ -86,13 +90,15 @@ def step(state: RowState, rows: Tensor, grads: Tensor, rule: StepRule, seed: int
         size = max(1, _BLOCK // max(1, table.shape[1]))
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
-            narrow_step.step(state, rows[part], grads[part], rule, corrections.part(part), touches[part], seed)
+            narrow_step.step(
+                state, rows[part], grads[part], rule, corrections.part(part), touches[part], seed, ids[part]
+            )
         counts.index_copy_(0, rows, touches)
         return
     block = Block(state, seed, len(rows))
     step_size, root2 = (x.to(block.dtype).unsqueeze(1) for x in (corrections.step_size, corrections.root2))
     for part in block.parts(len(rows)):
-        block.load(rows[part], grads[part])
+        block.load(rows[part], grads[part], ids[part])
         block.step(rule, step_size[part], root2[part], touches[part])
         block.store()
     counts.index_copy_(0, rows, touches)

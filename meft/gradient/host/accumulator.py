@@ -126,3 +126,10 @@ def _sum(a: Landed, b: Landed) -> Landed:
     values.index_copy_(0, inverse[: len(a[0])], a[1])
     values.index_add_(0, inverse[len(a[0]) :], b[1])
     return rows, values
+
+
+def union(a: Tensor, b: Tensor, most: int) -> Tensor:
+    """The numbers below `most` that are in either, ascending; int64, in host memory."""
+    flags = torch.zeros(most, dtype=torch.bool, device="cpu")
+    flags[a] = flags[b] = True
+    return flags.nonzero().flatten()

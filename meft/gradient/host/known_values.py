@@ -10,7 +10,7 @@ from torch import Tensor
 from peft_bridge.torch_private import become
 
 from ...table.watched_rows import Watch, WatchedRows, unwatched
-from .drain import squares
+from .drain import row_squares, total
 
 _LEAST, _MOST = 2.0**-80, float(torch.finfo(torch.float32).max)
 
@@ -29,13 +29,18 @@ class KnownValues:
         self.watch: Watch = Watch(torch.float32, True) if earlier is None else earlier.watch
         self._handed_out = self.watch.handed_out
         self._version: int | None = None  # of the values when they landed
+        self._sums: Tensor | None = None  # of the squares of each row
         self._squares: float | None = None
         self._forgotten = False
 
-    def land(self, values: Tensor, sum_of_squares: float | None = None) -> None:
-        """The values are there, and nobody has seen them; without a sum it is taken when it is asked for."""
+    def land(self, values: Tensor, sum_of_squares: float | None = None, sums: Tensor | None = None) -> None:
+        """The values are there, and nobody has seen them; without a sum it is taken when it is asked for.
+
+        Args:
+            sums: of each row.
+        """
         if self._version is None:
-            self._version, self._squares = values._version, sum_of_squares
+            self._version, self._sums, self._squares = values._version, sums, sum_of_squares
 
     def forget(self) -> None:
         """The values will be others."""
@@ -51,19 +56,20 @@ class KnownValues:
         if not self.holds(values):
             return None
         if self._squares is None:
-            self._squares = squares(values)
-        return None if self._squares is None else self._squares * math.prod(factor**2 for factor in factors)
+            self._squares = total(self.row_squares(values))
+        return None if self._squares is None else times(self._squares, factors)
+
+    def row_squares(self, values: Tensor) -> Tensor | None:
+        """The sum of the squares of each row, float64 [n]; None where it is not known and cannot be."""
+        if not self.holds(values):
+            return None
+        if self._sums is None:
+            self._sums = row_squares(values)
+        return self._sums
 
     def allows(self, values: Tensor, factors: tuple[float, ...]) -> bool:
         """Whether the values times the factors stay finite, and not so small that their norm would be another one."""
-        if not self.holds(values) or self._squares is None or not math.isfinite(self._squares):
-            return False
-        norm = math.sqrt(self._squares)
-        for factor in factors:
-            norm *= abs(factor)
-            if norm and not _LEAST < norm < _MOST:
-                return False
-        return True
+        return self.holds(values) and self._squares is not None and stays_normal(self._squares, factors)
 
     def watched(self, values: Tensor) -> Tensor:
         """An alias of the values that tells who gets hold of their memory."""
@@ -71,3 +77,20 @@ class KnownValues:
         become(alias, WatchedRows, is_parameter=False)
         alias.watch = self.watch  # type: ignore[attr-defined]
         return alias
+
+
+def times(sum_of_squares: float, factors: tuple[float, ...]) -> float:
+    """The sum of the squares of values that are multiplied by factors."""
+    return sum_of_squares * math.prod(factor**2 for factor in factors)
+
+
+def stays_normal(sum_of_squares: float, factors: tuple[float, ...]) -> bool:
+    """Whether values times the factors stay finite, and not so small that their norm would be another one."""
+    if not math.isfinite(sum_of_squares):
+        return False
+    norm = math.sqrt(sum_of_squares)
+    for factor in factors:
+        norm *= abs(factor)
+        if norm and not _LEAST < norm < _MOST:
+            return False
+    return True

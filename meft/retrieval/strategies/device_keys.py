@@ -25,7 +25,7 @@ class DeviceKeys(Strategy):
 
     def __init__(self, streams: DeviceStreams, layers: Sequence[LayerRows]) -> None:
         super().__init__(streams, layers)
-        self._keys = [DeviceCopy(streams, layer.keys, layer.traffic) for layer in layers]
+        self._keys = [DeviceCopy(streams, layer.keys, layer) for layer in layers]
 
     def prefetch_next(self, layer: LayerRows, tokens: int) -> None:
         if layer.number + 1 < len(self.layers):

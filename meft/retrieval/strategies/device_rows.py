@@ -21,7 +21,7 @@ class DeviceRows(DeviceKeys):
 
     def __init__(self, streams: DeviceStreams, layers: Sequence[LayerRows]) -> None:
         super().__init__(streams, layers)
-        self._values = [DeviceCopy(streams, layer.values, layer.traffic) for layer in layers]
+        self._values = [DeviceCopy(streams, layer.values, layer) for layer in layers]
 
     def prefetch_next(self, layer: LayerRows, tokens: int) -> None:
         super().prefetch_next(layer, tokens)

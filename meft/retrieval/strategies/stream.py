@@ -41,6 +41,8 @@ class Stream(Strategy):
 
     def select(self, layer: LayerRows, x: Tensor, logits: Tensor) -> Gather:
         if x.shape[0] < self._least:  # and it gathers their rows
+            if layer.tier is not None:
+                layer.tier.settle()  # the host picks by keys in its memory
             return self._host.select(layer, x, logits)
         finish = self._select_on_device(layer, x, logits, self._keys.take(layer))
         self._keys.done(layer)  # if the pass goes no further

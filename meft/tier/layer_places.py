@@ -1,0 +1,234 @@
+"""Which rows of a layer have a place on the device: how they come, leave, and are taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..table.moments import RowMoments
+from ..table.row_table import RowTable, without_copy
+from ..table.shared_rows import SWAPPED
+from ..transport.staging import Coming, Slot, sent
+from ..transport.streams import DeviceStreams
+from ..transport.transfer import Traffic
+from .residents import Entering, Placement, Residents
+from .row_pool import Form, RowPool, form_of
+
+_BLOCK_BYTES = 16 << 20  # of rows that are taken back at a time
+
+
+class Places(Protocol):
+    """What the layers of an adapter share.
+
+    Attributes:
+        streams: of the device.
+        pools: one for each of a layer's tables.
+        slots, copies: staging memory for small tensors, and for rows that leave. entering: for those that enter, of the
+            thread of the updates.
+    """
+
+    streams: DeviceStreams
+    pools: list[RowPool]
+    slots: list[Slot]
+    copies: list[Slot]
+    entering: Slot
+
+    def give_back(self, homes: Tensor) -> None:
+        """Places that are free now."""
+
+    def note(self, tier: LayerPlaces, rows: Tensor) -> None:
+        """Rows were used."""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether rows may change their places at the next `end_step`."""
+
+    def end_step(self, *, changes: bool = True) -> None:
+        """Steps of some of the layers' rows are queued."""
+
+
+class LayerPlaces:
+    """The rows of a layer that have a place.
+
+    Attributes:
+        tables: keys and values, or values alone.
+        residents: None: no row has a place.
+        entries: of each table, the moments that its last step had.
+        version: changes with all that is written into its places.
+    """
+
+    def __init__(self, owner: Places, tables: Sequence[RowTable], traffic: Traffic) -> None:
+        self.owner, self.tables, self.traffic = owner, tuple(tables), traffic
+        self.residents: Residents | None = None
+        self.entries: list[RowMoments | None] = [None] * len(self.tables)
+        self.version = 0
+        self._entering: Entering | None = None
+        self._leaving: tuple[Tensor, Coming] | None = None
+        self._placement: Placement | None = None
+        self._addresses = [0] * len(self.tables)
+
+    @property
+    def holds_rows(self) -> bool:
+        return self.residents is not None or self._entering is not None
+
+    @property
+    def is_changing(self) -> bool:
+        """Whether rows are on their way to the device."""
+        return self._entering is not None
+
+    def forms(self) -> list[Form]:
+        """What a place for a key, and for a value, consists of."""
+        return [form_of(t, entry) for t, entry in zip(self.tables, self.entries, strict=True) if entry is not None]
+
+    def which(self, table: RowTable) -> int:
+        """The number of a table among `tables`."""
+        return 0 if table is self.tables[0] else 1
+
+    # ------------------------------------------------------------------ coming and going
+
+    def leave(self, rows: Tensor) -> None:
+        """Begin to take some rows back to the host; call `queue_changes` afterwards."""
+        residents = self.residents
+        assert residents is not None
+        numbers, streams, slots = residents.number[rows], self.owner.streams, self.owner.slots
+        homes = residents.homes[numbers]
+        places, arrival = sent(streams, homes, slots)
+        streams.wait_event(arrival)
+        streams.use([places])
+        copies = [copy for pool in self.owner.pools for copy in pool.rows(places)]
+        self._leaving = rows, Coming(streams, copies, self.owner.copies)
+        self.traffic.bytes_to_host += sum(copy.nbytes for copy in copies)
+        self.owner.give_back(homes)
+        kept = torch.ones(len(residents.rows), dtype=torch.bool, device="cpu")
+        kept[numbers] = False
+        self._have(residents.rows[kept], residents.homes[kept])
+
+    def enter(self, rows: Tensor, homes: Tensor) -> None:
+        """Begin to bring some rows to places that are theirs; call `queue_changes` afterwards."""
+        empty = self.owner.streams.inbound.empty
+        buffers = [
+            [empty((len(rows), *tensor.shape[1:]), tensor.dtype) for tensor in without_copy(pool.state)]
+            for pool in self.owner.pools
+        ]
+        self._entering = Entering(rows, homes, buffers)
+        self._addresses = [table.masters.data_ptr() for table in self.tables]
+        self.traffic.rows_entered += len(rows)
+        self.traffic.bytes_to_device += sum(buffer.nbytes for each in buffers for buffer in each)
+
+    def queue_changes(self) -> None:
+        """Let the thread of the updates write home what leaves, and read what enters, behind the tables' updates."""
+        entering = self._entering if self._entering is not None and self._entering.arrival is None else None
+        leaving, self._leaving = self._leaving, None
+        queue = self.tables[0].updates
+        if (leaving is None and entering is None) or queue is None:
+            return
+        entries = list(self.entries)
+        pending = queue.add(partial(self._change, leaving, entering, entries), self.tables[0].name)
+        for table in self.tables:
+            table.wait_for_too(pending)
+
+    def _change(
+        self, leaving: tuple[Tensor, Coming] | None, entering: Entering | None, entries: list[RowMoments | None]
+    ) -> None:
+        if leaving is not None:
+            rows, coming = leaving
+            copies = coming.wait()
+            each = len(copies) // len(self.tables)
+            for i, (table, entry) in enumerate(zip(self.tables, entries, strict=True)):
+                assert entry is not None
+                table.take_back(rows, copies[i * each : (i + 1) * each], entry)
+        if entering is None:
+            return
+        streams, staging = self.owner.streams, self.owner.entering
+        for table, buffers, entry in zip(self.tables, entering.buffers, entries, strict=True):
+            assert entry is not None
+            staged = staging.take(*((buffer.shape, buffer.dtype) for buffer in buffers))
+            with table.lock, torch.no_grad():
+                for source, target in zip(without_copy(table.state_of(entry)), staged, strict=True):
+                    torch.index_select(source, 0, entering.rows, out=target)
+            try:
+                streams.inbound.run(partial(_copy_all, buffers, staged), buffers)
+            finally:
+                staging.busy = streams.inbound.record_event()
+        entering.arrival = staging.busy
+
+    def land(self) -> None:
+        """Give rows that have come their places, in the order of the computation, after all queued updates."""
+        entering, self._entering = self._entering, None
+        if entering is None:
+            return
+        if entering.arrival is None:  # their job has failed
+            self.owner.give_back(entering.homes)
+            return
+        streams = self.owner.streams
+        streams.wait_event(entering.arrival)
+        streams.use([buffer for each in entering.buffers for buffer in each])
+        rows, homes = entering.rows, entering.homes
+        places, arrival = sent(streams, homes, self.owner.slots)
+        streams.wait_event(arrival)
+        streams.use([places])
+        for pool, buffers in zip(self.owner.pools, entering.buffers, strict=True):
+            pool.put(places, buffers)
+        if self.residents is not None:
+            rows, order = torch.cat([self.residents.rows, rows]).sort()
+            homes = torch.cat([self.residents.homes, homes])[order]
+        self._have(rows, homes)
+
+    def _have(self, rows: Tensor, homes: Tensor) -> None:
+        r, owner = len(self.tables[0].rows), self.owner
+        self.residents = Residents.of(rows, homes, r, owner.streams, owner.slots) if len(rows) else None
+        self._placement = None
+        self.version += 1
+
+    # ------------------------------------------------------------------ back to the host
+
+    def settle(self) -> None:
+        """As `RowsOnDevice.settle`, of all tables.
+
+        Raises:
+            RuntimeError: the rows were put elsewhere, so that there is no table to write to.
+        """
+        if not self.holds_rows:
+            return
+        for table in self.tables:
+            table.wait_for_update()
+        with ExitStack() as held:
+            for table in self.tables:
+                held.enter_context(table.lock)
+            held.enter_context(torch.no_grad())
+            held.enter_context(torch.inference_mode(False))
+            # Looking at rows that were replaced may settle them, in the memory that they had.
+            moved = [table.masters.data_ptr() for table in self.tables] != self._addresses
+            residents, entering = self.residents, self._entering
+            if residents is not None:
+                if not moved:
+                    self._take_all_back(residents)
+                self.owner.give_back(residents.homes)
+            if entering is not None:
+                self.owner.give_back(entering.homes)
+            self.residents = self._entering = self._placement = None
+            self.version += 1
+        if residents is not None and moved:
+            raise RuntimeError(SWAPPED)
+
+    def _take_all_back(self, residents: Residents) -> None:
+        owner = self.owner
+        for table, pool, entry in zip(self.tables, owner.pools, self.entries, strict=True):
+            assert entry is not None
+            size = max(1, _BLOCK_BYTES // max(1, sum(t[:1].nbytes for t in pool.state.tensors())))
+            for start in range(0, len(residents.rows), size):
+                block = slice(start, start + size)
+                coming = Coming(owner.streams, pool.rows(residents.places[block]), owner.copies)
+                copies = coming.wait()
+                self.traffic.bytes_to_host += sum(copy.nbytes for copy in copies)
+                table.take_back(residents.rows[block], copies, entry)
+
+
+def _copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source, non_blocking=True)

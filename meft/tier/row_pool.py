@@ -1,0 +1,65 @@
+"""Memory on a device for rows with all that a step of them reads and writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adapter_kernels import RowState
+
+from ..table.moments import RowMoments
+from ..table.row_table import RowTable, without_copy
+
+# Of each tensor of a `RowState` by its name: the shape and dtype of one row.
+Form = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def form_of(table: RowTable, entry: RowMoments) -> Form:
+    """What a place for a row of a table, with the moments of an entry, consists of."""
+    tensors = {"table": table.masters, **entry.held.tensors()}
+    form = {name: (tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in tensors.items()}
+    if table.compute_dtype != table.masters.dtype:
+        form["compute_copy"] = form["table"][0], table.compute_dtype
+    return form
+
+
+def place_bytes(form: Form) -> int:
+    """Bytes of one place, and of the gradient that its row may have, in float32 or more."""
+    shape, dtype = form["table"]
+    gradient = math.prod(shape) * torch.promote_types(dtype, torch.float32).itemsize
+    return gradient + sum(math.prod(shape) * dtype.itemsize for shape, dtype in form.values())
+
+
+class RowPool:
+    """Places for rows of one form; who has which place is up to others.
+
+    Attributes:
+        state: tensors [places, ...].
+    """
+
+    def __init__(self, form: Form, places: int, device: torch.device) -> None:
+        self.form = form
+        with torch.inference_mode(False):  # it outlives the mode
+            room = {
+                name: torch.zeros((places, *shape), dtype=dtype, device=device) for name, (shape, dtype) in form.items()
+            }
+        self.state = RowState(**room)
+
+    @property
+    def read(self) -> Tensor:
+        """The rows as the computation reads them, [places, d]."""
+        return self.state.table if self.state.compute_copy is None else self.state.compute_copy
+
+    def rows(self, places: Tensor) -> list[Tensor]:
+        """Copies of some rows, of each tensor of `without_copy`."""
+        return [tensor.index_select(0, places) for tensor in without_copy(self.state)]
+
+    def put(self, places: Tensor, values: Sequence[Tensor]) -> None:
+        """Write rows, of each tensor of `without_copy`."""
+        for tensor, rows in zip(without_copy(self.state), values, strict=True):
+            tensor.index_copy_(0, places, rows)
+        if self.state.compute_copy is not None:
+            self.state.compute_copy.index_copy_(0, places, values[0].to(self.state.compute_copy.dtype))
