@@ -56,7 +56,7 @@ class AdapterEngine(Engine):
 
     def at(self, layer: LayerRows, device: torch.device) -> tuple[Engine, LayerRows]:
         """The engine for a layer whose input is on a device, and the layer's place among those of that device."""
-        if self.reads_in_place(device):
+        if self._reads_in_place.get(device) or self.reads_in_place(device):
             return self, layer
         number = layer.number
         if number >= len(self._known) or self._known[number] != device:

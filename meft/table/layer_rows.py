@@ -56,4 +56,4 @@ class LayerRows:
         traffic = self.traffic
         traffic.forwards += 1
         traffic.tokens += tokens
-        traffic.union_rows += len(rows)
+        traffic.union_rows += rows.shape[0]

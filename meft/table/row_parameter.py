@@ -17,6 +17,10 @@ from .watched_rows import Watch, WatchedRows, put, unwatched, watch
 
 State = tuple[int, int, object]  # address and version of the rows, and what changes when they are handed out
 
+SWAPPED = (
+    "MEFT's rows were swapped for others while the newest of them were on the device (device_rows): call synchronize() "
+    "of the tables before."
+)
 SHARDED = (
     "MEFT's rows were replaced (flattened by FSDP1), which is not supported: use FSDP2 (fully_shard, "
     "in accelerate's configuration fsdp_version: 2) or DistributedDataParallel."
@@ -172,7 +176,9 @@ class KeptRows(KeptParameters):
 
     def _known_rows(self) -> Any:
         """The rows; those that `torch.utils.swap_tensors` has put there are taken."""
-        rows: Any = self._parameters.get("rows", self._buffers.get("rows"))
+        rows: Any = self._parameters.get("rows")
+        if rows is None:
+            rows = self._buffers.get("rows")
         known = self._settling or (isinstance(rows, WatchedRows) and rows.watch is self._watch)
         if not known and not self._foreign and self._fits(rows):
             self._adopt(rows, self._watch.read_as)
@@ -200,9 +206,10 @@ class KeptRows(KeptParameters):
     def look(self) -> None:
         """Called before a forward pass: while others share the rows' memory, all count as changed."""
         rows, watch = self.check_not_sharded(), self._watch
-        if rows.is_meta:
-            return
-        shared = self.has_other_users
+        with without_torch_function():
+            if rows.is_meta:
+                return
+            shared = self._others_use(rows)
         if shared or watch.shared:  # memory that others share, or shared until now, may have been written
             watch.note()
         watch.shared = shared
@@ -210,10 +217,13 @@ class KeptRows(KeptParameters):
     @property
     def has_other_users(self) -> bool:
         """Whether another tensor, an array or a process may write into the rows' memory without a call."""
-        rows, watch = self._known_rows(), self._watch
+        rows = self._known_rows()
         with without_torch_function():
-            own = 0 if watch.alias is None else 1
-            return other_users(rows) > own or (rows.is_cpu and rows.untyped_storage().is_shared())
+            return self._others_use(rows)
+
+    def _others_use(self, rows: Any) -> bool:
+        own = 0 if self._watch.alias is None else 1
+        return other_users(rows) > own or (rows.is_cpu and rows.untyped_storage().is_shared())
 
     def _state(self) -> State:
         rows = self._known_rows()

@@ -17,13 +17,8 @@ from ..transport.streams import CopyStream, StreamEvent
 from ..transport.transfer import PageLock
 from .dirty_rows import DirtyRows
 from .node_rows import NodeRows
-from .row_parameter import KeptRows, State
+from .row_parameter import SWAPPED, KeptRows, State
 from .update_queue import PendingUpdate, PendingUpdates, UpdateQueue
-
-SWAPPED = (
-    "MEFT's rows were swapped for others while the newest of them were on the device (device_rows): call synchronize() "
-    "of the tables before."
-)
 
 
 class Reading(tuple["SharedRows", ...]):
@@ -122,10 +117,8 @@ class SharedRows(KeptRows):
         self._pending = pending if self._pending is None else PendingUpdates(self._pending, pending)
 
     def synchronize(self) -> None:
-        """Make the rows in host memory the newest: wait for the update that is queued, if there is one, and for the
-        other ranks, and take rows back that are on a device; raises the error of the update, once.
-
-        A thread that holds the lock waits for no update: rows are as they are until it is free.
+        """Make the rows in host memory the newest: wait for a queued update, whose error is raised once, and for the
+        other ranks, and take back rows that are on a device. A thread that holds the lock waits for no update.
         """
         self.wait_for_update()
         if self.tier is not None and not self.lock._is_owned():  # type: ignore[attr-defined]
@@ -277,8 +270,8 @@ class SharedRows(KeptRows):
         if node is None:
             return
         node.wait()
+        self._wait_for_readers()
         with torch.no_grad():
-            self._wait_for_readers()
             self._watch.left = 0  # other memory was put in the place of what is shared
             self._compute_copy = self._compute_copy_state = None
             self.node = None

@@ -59,4 +59,5 @@ def test_one_token_takes_few_calls(graph):
     engine, _ = counted(mlp(MEFTConfig(r=256, retrieval="stream")), graph)
     assert in_place - base <= 2 * (lora - base)
     assert engine - base <= 3.5 * (lora - base)
-    assert moves <= (51 if graph else 41)  # two of them because no pass of a model is going on
+    # Two of them because no pass of a model is going on, and one asks which device's engine it is.
+    assert moves <= (52 if graph else 42)
