@@ -63,7 +63,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
     os.environ.setdefault(VARIABLE, str(torch.get_num_threads()))  # all contestants on as many
-    began, quick = time.perf_counter(), args.quick
+    quick, named = args.quick, {name: installed(name) for name in PACKAGES}
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     parts = {
         "layer": lambda: layer.measure(1024 if quick else 6400, 128 if quick else 512, 3 if quick else 15),
@@ -74,21 +74,20 @@ def main() -> int:
             args.model, 512 if quick else 6400, (1, 32) if quick else (2, 256), 2 if quick else 7
         ),
     }
-    rows = {}
+    rows = {} if quick or not args.out.exists() else json.loads(args.out.read_text())["rows"]  # of other parts
     for part in args.parts:
+        began = time.perf_counter()
         rows[part] = parts[part]()
         print("\n".join(lines(part, rows[part])), flush=True)
-    if quick:
-        return 0
-    named = {name: installed(name) for name in PACKAGES}
-    result = {
-        "command": "python -m benchmarks.peer_optimizers",
-        "date": datetime.date.today().isoformat(),
-        "seconds": round(time.perf_counter() - began),
-        "environment": environment() | named | {"load at the start": load},
-        "rows": rows,
-    }
-    replace_file(args.out, (json.dumps(result, indent=1) + "\n").encode())
+        if quick:
+            continue
+        rows[part] |= {
+            "date": datetime.date.today().isoformat(),
+            "seconds": round(time.perf_counter() - began),
+            "environment": environment() | named | {"load at the start": load},
+        }
+        result = {"command": "python -m benchmarks.peer_optimizers", "rows": rows}
+        replace_file(args.out, (json.dumps(result, indent=1) + "\n").encode())
     return 0
 
 
