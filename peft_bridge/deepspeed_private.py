@@ -55,6 +55,7 @@ def unsupported(engine: Any) -> str | None:
         ("zero_optimization.elastic_checkpoint", bool(engine.zero_elastic_checkpoint()), (False,), "False"),
         ("zero_optimization.zero_quantized_weights", bool(engine.zero_quantized_weights()), (False,), "False"),
         ("zero_optimization.zero_hpz_partition_size", engine.zero_hpz_partition_size(), (1,), "1"),
+        ("zero_optimization.compute_grad_norm", bool(getattr(zero, "compute_grad_norm", True)), (True,), "True"),
         ("gradient_allreduce_op averages", bool(engine.gradient_average), (True,), "mean"),
         ("checkpoint.load_universal", bool(engine.load_universal_checkpoint()), (False,), "False"),
         ("compile.deepcompile", bool(engine.is_deepcompile_enabled()), (False,), "False"),

@@ -33,7 +33,8 @@ def check_whole(folder: Path) -> None:
     if of_engine:
         _check_engine(folder)
     elif not any(path.is_dir() for path in folder.glob("optimizer_*")):  # FSDP's, a folder of shards
-        _check_saved_by_torch(folder / "optimizer.pt")
+        of_fsdp = folder / "optimizer.bin"  # with FULL_STATE_DICT
+        _check_saved_by_torch(of_fsdp if of_fsdp.exists() else folder / "optimizer.pt")
     if not of_engine or (folder / "scheduler.pt").exists():  # an engine may have a scheduler of its own
         _check_saved_by_torch(folder / "scheduler.pt")
     states = sorted(folder.glob("rng_state_*.pth")) or [folder / "rng_state.pth"]

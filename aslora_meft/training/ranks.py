@@ -9,13 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch.distributed as dist
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_bridge.accelerate_private import forget_prepared
 
 # Seconds in which a launcher finds the rank that ended first, and not another one that has ended since.
 _LAUNCHER_LOOKS = 1.0
+# What errors of gloo, of NCCL, of torch's store and of MEFT say when another rank is gone.
+_LOST = (
+    "gloo/", "remote process exited", "Connection closed", "Connection reset", "Broken pipe", "shares MEFT's rows",
+)  # fmt: skip
 
 
 class FirstEvaluation(TrainerCallback):
@@ -68,13 +71,15 @@ def lost_ranks_in_one_sentence() -> Iterator[None]:
         yield
     except RuntimeError as error:
         words = " ".join(str(error).split())
-        if not isinstance(error, dist.DistError) and "gloo/" not in words and "shares MEFT's rows" not in words:
+        if not any(sign in words for sign in _LOST):
             raise
+        if len(words) > 500:
+            words = f"{words[:200]} ... {words[-300:]}"
         rank = os.environ.get("RANK", "0")
         print(
             f"aslora-meft: error: rank {rank} has lost another rank of the run: the messages of the one that ended "
             "first say why; start all ranks again, with --resume_from_checkpoint last to go on from the last "
-            f"checkpoint ({words[:160]})",
+            f"checkpoint ({words})",
             file=sys.stderr,
             flush=True,
         )

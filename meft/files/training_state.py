@@ -246,8 +246,8 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def check_training_state(folder: str | os.PathLike) -> None:
-    """Check that a Trainer's checkpoint has the moments of rows: in `optimizer.pt`, or beside it as 0.1 wrote them, or
-    in the folder of DeepSpeed's engine.
+    """Check that a Trainer's checkpoint has the moments of rows: in `optimizer.pt` (`optimizer.bin` of FSDP2), or beside
+    it as 0.1 wrote them, or in the folder of DeepSpeed's engine.
 
     Raises:
         FileNotFoundError: there are none.
@@ -259,7 +259,7 @@ def check_training_state(folder: str | os.PathLike) -> None:
     if (folder / "latest").is_file():
         read_index(folder / (folder / "latest").read_text().strip())
         return
-    path = folder / "optimizer.pt"
+    path = folder / ("optimizer.bin" if (folder / "optimizer.bin").exists() else "optimizer.pt")
     try:
         with zipfile.ZipFile(path) as file:
             pickles = [file.read(name) for name in file.namelist() if name.endswith("/data.pkl")]

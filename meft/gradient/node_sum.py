@@ -55,10 +55,17 @@ class SumPlaces:
     block_bytes: int
 
     @classmethod
-    def plan(cls, layout: Layout, forms: Sequence[tuple[int, int, torch.dtype]], ranks: int) -> SumPlaces:
-        """Take places for tables of these forms."""
+    def plan(
+        cls, layout: Layout, forms: Sequence[tuple[int, int, torch.dtype]], ranks: int, most_ranks: int
+    ) -> SumPlaces:
+        """Take places for tables of these forms.
+
+        Args:
+            ranks: of this node.
+            most_ranks: of any node; all nodes cut the same blocks.
+        """
         row = max(d * dtype.itemsize for _, d, dtype in forms)
-        block = block_bytes(sum(_aligned(r * d * dtype.itemsize) for r, d, dtype in forms), row, ranks)
+        block = block_bytes(sum(_aligned(r * d * dtype.itemsize) for r, d, dtype in forms), row, most_ranks)
         return cls(
             tuple(forms),
             tuple(layout.place(ranks * (r + 1)) for r, _, _ in forms),

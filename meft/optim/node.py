@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 def group_device(group: dist.ProcessGroup, device: torch.device | None = None) -> torch.device:
     """Where a tensor has to be for the group's backend; it is on `device`, None: the CPU."""
-    if "gloo" in dist.get_backend(group):
+    if "gloo" in dist.get_backend_config(group):  # which knows the one that torch has chosen, too
         return torch.device("cpu")
     if device is not None and device.type != "cpu":
         return device
@@ -89,7 +89,7 @@ class Node:
             for r, d, own, read_as, mode in forms
         ]
         wide = [(r, d, torch.promote_types(dtype, torch.float32)) for r, d, dtype, *_ in forms]
-        sums = SumPlaces.plan(layout, wide, len(members))
+        sums = SumPlaces.plan(layout, wide, len(members), max(map(len, nodes.values())))
         first = members[0], everywhere[members[0]][1]
         memory = _memory(group, *first, layout.size)
         # Memory of its own, which goes when all tables have left.
@@ -102,12 +102,7 @@ class Node:
         )
         peers, shares = None, min(map(len, nodes.values())) if len(nodes) > 1 else None
         if shares is not None and ranks.rank < shares:
-            peers = dist.new_group(
-                [dist.get_global_rank(group, ranks_of_node[ranks.rank]) for ranks_of_node in nodes.values()],
-                timeout=timedelta(seconds=timeout),
-                backend=dist.get_backend(group),
-                use_local_synchronization=True,
-            )
+            peers = _peers(group, tuple(ranks_of_node[ranks.rank] for ranks_of_node in nodes.values()), timeout)
         total = NodeSum(
             ranks, memory, sums, world=len(everywhere), peers=peers, shares=shares, device=group_device(group)
         )
@@ -148,9 +143,28 @@ class Node:
             whether any rank has answered yes.
         """
         trained = [(i, table.rows) for i, table in enumerate(self.tables) if table.rows.requires_grad]
-        answer = self.sum.average(trained, answer)
+        try:
+            answer = self.sum.average(trained, answer)
+        except BaseException:
+            self.ranks.fail()  # the others would wait for this rank
+            raise
         self.ranks.summed = True
         return answer
+
+
+_groups: dict[tuple[dist.ProcessGroup, tuple[int, ...]], dist.ProcessGroup] = {}  # a group is made once
+
+
+def _peers(group: dist.ProcessGroup, ranks: tuple[int, ...], timeout: float) -> dist.ProcessGroup:
+    """Some ranks of a group as one of their own; they all come here the first time."""
+    if (group, ranks) not in _groups:
+        _groups[group, ranks] = dist.new_group(
+            [dist.get_global_rank(group, rank) for rank in ranks],
+            timeout=timedelta(seconds=timeout),
+            backend=dist.get_backend_config(group),
+            use_local_synchronization=True,
+        )
+    return _groups[group, ranks]
 
 
 def _memory(

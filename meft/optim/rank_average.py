@@ -36,6 +36,7 @@ class RankAverage:
     def _forget(self) -> None:
         self._shared: weakref.ref[nn.Module] | None = None  # the engine whose ranks have the same rows
         self._parallel: DataParallel | None = None  # that of the last forward pass with a graph
+        self._due = False  # whether its backward pass will average, and has not yet
         self._queued = -1
         self.node: Node | None = None  # None: each rank has a copy of all tables
         # Of an engine that no pass shows; None: there is none, or it is gone.
@@ -68,8 +69,10 @@ class RankAverage:
             )
         if parallel is not None and (self._shared is None or self._shared() is not parallel.engine):
             self._share(parallel)
-        if torch.is_grad_enabled():
+        # After a pass inside of DDP its backward pass averages what came outside of it meanwhile, as DDP's own does.
+        if torch.is_grad_enabled() and not (parallel is None and self._due):
             self._parallel, self.steps.averaged = parallel, parallel is not None
+            self._due = parallel is not None and parallel.synchronises()
             if parallel is None and self.node is not None and not any(table.is_shared for table in self.node.tables):
                 self.node.sum.forget_means()
 
@@ -106,7 +109,7 @@ class RankAverage:
 
     def average(self) -> None:
         """Average the gradients of all passes since the last step over the ranks of the last one; all ranks call it."""
-        self._queued = -1
+        self._queued, self._due = -1, False
         assert self._parallel is not None
         node = self.node
         parted = node is not None and node.average_gradients(self._parted())

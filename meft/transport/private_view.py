@@ -8,7 +8,6 @@ It is a private mapping (`MAP_PRIVATE`): Linux copies a page of it when this pro
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
 import mmap
 import os
@@ -93,6 +92,8 @@ class PrivateView:
     @staticmethod
     def _has(start: int, end: int, *, written: bool) -> bool:
         """Whether pages are there that were read or written, or only written."""
+        import fcntl  # not on Windows, which has no such memory either
+
         pagemap, found = _pagemap(os.getpid()), (ctypes.c_uint64 * 3)()
         only = _FILE if written else 0  # a written page is no page of the file any more
         request = struct.pack(

@@ -68,6 +68,16 @@ def test_a_torn_file_is_named(checkpoint, method, name, harm):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("method", FILES)
+def test_a_checkpoint_of_fsdp2_is_whole(checkpoint, method):
+    folder = checkpoint(method)
+    (folder / "optimizer.pt").rename(folder / "optimizer.bin")
+    check_whole(folder)
+    HARM["half"](folder / "optimizer.bin")
+    with pytest.raises(ValueError, match=r"optimizer\.bin"):
+        check_whole(folder)
+
+
 def test_an_optimizer_without_the_moments_of_rows_is_not_whole(checkpoint):
     """As an optimizer's state from elsewhere: the run would go on with fresh moments."""
     folder = checkpoint("meft")

@@ -32,9 +32,13 @@ def test_lost_ranks_are_one_sentence(error, monkeypatch, capsys):
     assert str(error)[:20] in line
 
 
-def test_other_errors_stay_as_they_are():
-    with pytest.raises(RuntimeError, match=r"^CUDA error$"), lost_ranks_in_one_sentence():
-        raise RuntimeError("CUDA error")
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA error"), dist.DistBackendError("NCCL error: Duplicate GPU detected")], ids=str
+)
+def test_other_errors_stay_as_they_are(error):
+    with pytest.raises(RuntimeError) as raised, lost_ranks_in_one_sentence():
+        raise error
+    assert raised.value is error
 
 
 @pytest.mark.slow

@@ -134,6 +134,22 @@ def run_in_backward(rank, in_backward):
     return {"state": Tiny.whole_state(model), "early": early}
 
 
+def train_beside(wrapped, model, batches):
+    """A backward pass through a pass of the wrapper and one beside it, which DDP averages alike."""
+    optimizer = Tiny.adamw(model)
+    for batch in batches:
+        loss = wrapped(input_ids=batch, labels=batch).loss
+        (loss + 1e-2 * model(input_ids=batch).logits.square().mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"state": Tiny.whole_state(model)}
+
+
+def run_beside(rank):
+    model = adapted()
+    return train_beside(DistributedDataParallel(model), model, [mine(step, rank) for step in range(3)])
+
+
 def run_lengths(rank, **fields):
     """Ranks with batches of other sizes; the second one's is padding alone in one step."""
     model = adapted(**fields)
@@ -234,6 +250,7 @@ TASKS = {
     "checkpointed": lambda rank: run_checkpointed(rank, False),
     "checkpointed reentrant": lambda rank: run_checkpointed(rank, True),
     "accumulation": run_accumulation,
+    "beside": run_beside,
     "lengths": run_lengths,
     "evaluation first": run_evaluation_first,
     "nonfinite": run_nonfinite,
@@ -339,6 +356,12 @@ def test_accumulation_with_no_sync(ranks, name):
 @pytest.mark.parametrize("name", each("lengths"))
 def test_ranks_with_other_lengths_and_padding_alone(ranks, name):
     assert_close(assert_bit_equal(ranks, name)["state"], result_of(ranks, "lengths")[0]["state"])
+
+
+def test_a_pass_beside_the_wrapper_is_averaged_with_its_own(ranks):
+    model = adapted()
+    whole = train_beside(model, model, [joint(step) for step in range(3)])
+    assert_close(assert_bit_equal(ranks, "beside")["state"], whole["state"])
 
 
 @pytest.mark.parametrize("name", each("evaluation first"))

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from meft.gradient.node_sum import NodeSum
+from meft.gradient.node_sum import NodeSum, SumPlaces
 from meft.optim.node import Node
 from meft.table.node_rows import NodeRows
 from meft.transport import shared_memory
 from meft.transport.node_ranks import NodeRanks
-from meft.transport.shared_memory import SharedMemory
+from meft.transport.shared_memory import Layout, SharedMemory
 from tests.support import node_tasks
 from tests.support.processes import once, run_together
 from tests.support.tiny_meft import Tiny
@@ -157,3 +157,9 @@ def test_the_checkpoint_before_it_is_whole(folder):
 
 if __name__ == "__main__":
     work(int(sys.argv[1]), Path(sys.argv[2]))
+
+
+def test_nodes_of_other_sizes_cut_the_same_blocks():
+    forms = [(4096, 64, torch.float32)] * 2
+    one, three = (SumPlaces.plan(Layout(), forms, ranks, 3) for ranks in (1, 3))
+    assert one.block_bytes == three.block_bytes
