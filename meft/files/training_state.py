@@ -246,8 +246,8 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def check_training_state(folder: str | os.PathLike) -> None:
-    """Check that a Trainer's checkpoint has the moments of rows: in `optimizer.pt` (`optimizer.bin` of FSDP2), or beside
-    it as 0.1 wrote them, or in the folder of DeepSpeed's engine.
+    """Check that a Trainer's checkpoint has the moments of rows: in `optimizer.pt` (of FSDP2 `optimizer.bin`), or
+    beside it as 0.1 wrote them, or in the folder of DeepSpeed's engine.
 
     Raises:
         FileNotFoundError: there are none.

@@ -71,6 +71,27 @@ def test_the_table_of_quality():
         assert loss == f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}"
 
 
+def test_the_table_of_other_libraries():
+    steps = rows_of("peer_optimizers.json")["layer"]["steps"]
+    table = re.findall(
+        r"^\| [^|]* \| ([\d.]+) \[([\d.]+), ([\d.]+)\] \| ([\d, ]+) \| (\d+) \|$", BENCHMARKS, re.MULTILINE
+    )
+    told = {
+        (
+            row["times as long as MEFT"],
+            *row["interval"],
+            *(round(ms) for ms in row["ms"].values()),
+            round(row["MiB kept"]),
+        )
+        for row in steps.values()
+    }
+    said = {
+        (float(ratio), float(low), float(high), *map(int, ms.split(", ")), int(size))
+        for ratio, low, high, ms, size in table
+    }
+    assert said == told
+
+
 def test_the_table_of_steps_and_the_readme_s_ratios():
     ratios = []
     for row in rows_of("aslora_step.json"):
