@@ -148,6 +148,39 @@ def test_a_run_of_row_adamw_equals_that_without(tiny):
     assert_equal_runs(tiny, retrieval="stream", optimizer=lambda model: RowAdamW(tiny.trainable(model), lr=1e-2))
 
 
+# ---------------------------------------------------------------------- steps of some of the tables
+
+
+def losses_and_state(tiny, model, steps, before_step=lambda *_: None):
+    """Each step uses other rows, so that those of before leave; only what `before_step` returns is stepped."""
+    optimizer, losses = tiny.adamw(model), []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = tiny.loss(model, step % 5 if step < 4 else 20 + step)
+        loss.backward()
+        before_step(step, model, optimizer)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, tiny.whole_state(model)
+
+
+def assert_equal_with(tiny, before_step, steps=12, **fields):
+    models = [model_of(tiny, rows, retrieval="stream", **fields) for rows in (0, SHARE)]
+    (expected, plain), (found, tiered) = (losses_and_state(tiny, model, steps, before_step) for model in models)
+    assert stepped(models[1])
+    assert found == expected
+    tiny.assert_equal(tiered, plain)
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_rows_of_a_layer_that_is_not_stepped_any_more_leave_with_their_values(tiny, in_backward):
+    def freeze(step, model, optimizer):
+        for table in tables_of(model)[:2] if step == 3 else ():
+            table.rows.requires_grad_(False)
+
+    assert_equal_with(tiny, freeze, row_optimizer={"in_backward": in_backward})
+
+
 # ---------------------------------------------------------------------- what others read and write
 
 
