@@ -68,9 +68,12 @@ def steps_on_device(steps: Sequence[TableStep]) -> tuple[list[TableStep], dict[R
     """
     left, queues, last = [], list[Callable[[], None]](), dict[LayerTier, RowTable]()
     for step in steps:
+        if isinstance(step.table.tier, LayerTier):
+            step.table.tier.land()
+            step.table.tier.use_moments(step.table, step.entry)
+    for step in steps:
         tier = step.table.tier
         if isinstance(tier, LayerTier):
-            tier.land()
             gradient, queue = tier.step(step.table, step.entry, step.gradient, step.rule)
             gradient.to_multiply()  # raises here if it did not arrive
             queues.append(queue)

@@ -181,6 +181,14 @@ def test_rows_of_a_layer_that_is_not_stepped_any_more_leave_with_their_values(ti
     assert_equal_with(tiny, freeze, row_optimizer={"in_backward": in_backward})
 
 
+def test_moments_of_one_of_a_layers_tables_may_be_dropped(tiny):
+    def drop(step, model, optimizer):
+        for table in tables_of(model)[1::2] if step in (5, 7) else ():
+            optimizer.state.pop(table.rows)
+
+    assert_equal_with(tiny, drop, steps=9)
+
+
 # ---------------------------------------------------------------------- what others read and write
 
 
