@@ -4,6 +4,7 @@ import copy
 import ctypes
 import gc
 import io
+import threading
 
 import pytest
 import torch
@@ -151,12 +152,16 @@ def test_a_run_of_row_adamw_equals_that_without(tiny):
 # ---------------------------------------------------------------------- steps of some of the tables
 
 
+def batch_of(step):
+    return step % 5 if step < 4 else 20 + step
+
+
 def losses_and_state(tiny, model, steps, before_step=lambda *_: None):
     """Each step uses other rows, so that those of before leave; only what `before_step` returns is stepped."""
     optimizer, losses = tiny.adamw(model), []
     for step in range(steps):
         optimizer.zero_grad()
-        loss = tiny.loss(model, step % 5 if step < 4 else 20 + step)
+        loss = tiny.loss(model, batch_of(step))
         loss.backward()
         before_step(step, model, optimizer)
         optimizer.step()
@@ -187,6 +192,28 @@ def test_moments_of_one_of_a_layers_tables_may_be_dropped(tiny):
             optimizer.state.pop(table.rows)
 
     assert_equal_with(tiny, drop, steps=9)
+
+
+def test_gradients_that_are_added_to_after_a_step_are_those_of_before_to_the_step(tiny):
+    def add_behind_it(step, model, optimizer):
+        tables, first = tables_of(model), {}
+        for table in tables:
+            first[table], table.rows.grad = table.rows.grad, None
+        tiny.loss(model, batch_of(step)).backward()
+        second = {table: table.rows.grad for table in tables}
+        for table in tables:
+            table.rows.grad = first.pop(table)
+            table.wait_for_update()
+        added = threading.Event()
+        tables[0].updates.add(lambda: added.wait(0.2), "an update before those of the step")
+        optimizer.step()
+        for table in tables:
+            table.rows.grad.add_(second[table])
+        added.set()
+        for parameter in tiny.trainable(model):  # the others are not stepped again
+            parameter.grad = None
+
+    assert_equal_with(tiny, add_behind_it, steps=6)
 
 
 # ---------------------------------------------------------------------- what others read and write
