@@ -283,6 +283,18 @@ def goes_back(model, optimizer, kept):
         kept["weights"] = {n: v.clone() for n, v in model.state_dict().items() if ".meft_" in n}
 
 
+def writes_kept_moments(model, optimizer, kept):
+    entries = [optimizer.state[table.rows]["row_moments"] for table in tables_of(model)]
+    if len(kept) == 0:
+        kept["moments"] = [entry.moments.exp_avg for entry in entries]
+        kept["view"] = [entry.moments.exp_avg_sq[2:] for entry in entries]
+    for table in tables_of(model):
+        table.wait_for_update()
+    for tensor in (*kept["moments"], *kept["view"]):
+        tensor.mul_(0.5)
+    return [float(tensor.sum()) for tensor in kept["moments"]]
+
+
 def halves_gradients(model, optimizer, kept):
     """As a step of its own, by gradients that are on the host."""
     for table in tables_of(model):
@@ -300,7 +312,7 @@ def steps_again(model, optimizer, kept):
 
 OTHERS = [
     *(writes_data, writes_a_kept_array, writes_a_kept_view, writes_to_an_address, assigns, loads, averages, saves),
-    *(goes_back, halves_gradients, steps_again),
+    *(writes_kept_moments, goes_back, halves_gradients, steps_again),
 ]
 
 
