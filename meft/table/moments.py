@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from torch.serialization import add_safe_globals
 
 from adapter_kernels.adamw.moment_layout import mode_of, moment_forms
-
 from peft_bridge.torch_private import other_users
 
 from ..transport.host_tensors import check_process, forks, keep_from_forks, like_rows

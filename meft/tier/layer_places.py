@@ -38,6 +38,10 @@ class Places(Protocol):
     copies: list[Slot]
     entering: Slot
 
+    @property
+    def tiers(self) -> Sequence[LayerPlaces]:
+        """Of each layer."""
+
     def give_back(self, homes: Tensor) -> None:
         """Places that are free now."""
 

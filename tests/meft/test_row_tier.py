@@ -489,6 +489,28 @@ def test_no_row_of_a_model_that_reads_in_place_gets_a_place(tiny):
     assert model.base_model.engines["default"].tiers == []
 
 
+def test_layers_on_several_devices_are_refused_every_time(tiny):
+    engine = model_of(tiny, SHARE, retrieval="stream").base_model.engines["default"]
+    devices = [torch.device("cuda", number) for number in range(2)]
+    engine.devices, engine.reads_in_place = lambda: devices, lambda device: False
+    for layer, device in zip(engine.layers * 2, devices * 2, strict=True):
+        with pytest.raises(RuntimeError, match=r"several devices: set device_rows=0"):
+            engine.at(layer, device)
+
+
+def test_asking_autograd_for_gradients_takes_no_rows_back(tiny):
+    model = model_of(tiny, SHARE, retrieval="stream")
+    optimizer = tiny.train(model, 4)
+    loss, parameters = tiny.loss(model), [table.rows for table in tables_of(model)]
+    (tier,) = model.base_model.engines["default"].tiers
+    assert any(each.residents is not None for each in tier.tiers)
+    before = [each.residents for each in tier.tiers]
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        parameter.grad = gradient
+    assert [each.residents for each in tier.tiers] == before
+    optimizer.step()
+
+
 @pytest.mark.parametrize("asked", [-0.1, 1.5, "8 GB", "all", True])
 def test_what_is_no_number_of_places_is_refused(asked):
     with pytest.raises(ValueError, match=r"device_rows=.* must be a number from 0 to 1, a size such as '8GiB', or"):
