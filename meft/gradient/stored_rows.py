@@ -143,6 +143,7 @@ class StoredRows(torch.Tensor):
         stored, held = self._held.stored, self._held
         if not isinstance(stored, Divided):
             return None
+        held.in_use = True
         cold = self._of(stored.cold, self)
         cold._held.known, cold._held.forks, cold._held.factors = held.known, held.forks, held.factors
         return cold, stored.part, held.factors

@@ -68,9 +68,12 @@ def steps_on_device(steps: Sequence[TableStep]) -> tuple[list[TableStep], dict[R
     """
     left, queues, last = [], list[Callable[[], None]](), dict[LayerTier, RowTable]()
     for step in steps:
+        if isinstance(step.table.tier, LayerTier):
+            step.table.tier.land()
+            step.table.tier.use_moments(step.table, step.entry)
+    for step in steps:
         tier = step.table.tier
         if isinstance(tier, LayerTier):
-            tier.land()
             gradient, queue = tier.step(step.table, step.entry, step.gradient, step.rule)
             gradient.to_multiply()  # raises here if it did not arrive
             queues.append(queue)
@@ -81,6 +84,9 @@ def steps_on_device(steps: Sequence[TableStep]) -> tuple[list[TableStep], dict[R
         queue()
     for owner in dict.fromkeys(stepped.owner for stepped in last):
         owner.end_step()
+        for tier in owner.tiers:  # rows of any layer may leave
+            if tier not in last:
+                tier.queue_changes()
     behind: dict[RowTable, list[LayerTier]] = {}
     for stepped, table in last.items():
         behind.setdefault(table, []).append(stepped)
@@ -89,19 +95,15 @@ def steps_on_device(steps: Sequence[TableStep]) -> tuple[list[TableStep], dict[R
 
 def change_places(tables: Sequence[RowTable]) -> None:
     """The updates of an optimizer step were queued in the backward pass: rows change their places behind them."""
-    found: dict[LayerTier, None] = {}
-    for table in tables:
-        if isinstance(table.tier, LayerTier):
-            found[table.tier] = None
-    for owner in dict.fromkeys(tier.owner for tier in found):
+    for owner in dict.fromkeys(table.tier.owner for table in tables if isinstance(table.tier, LayerTier)):
         due = owner.is_due
-        changing = [tier for tier in found if tier.owner is owner and due]
-        for tier in changing:  # the steps of its rows have to be queued
-            for own in tier.tables:
-                own.wait_for_update()
-            tier.land()
+        if due:  # rows of any layer may leave: the steps of all rows have to be queued
+            for tier in owner.tiers:
+                for own in tier.tables:
+                    own.wait_for_update()
+                tier.land()
         owner.end_step(changes=due)
-        for tier in changing:
+        for tier in owner.tiers:
             tier.queue_changes()
 
 

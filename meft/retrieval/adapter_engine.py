@@ -72,16 +72,16 @@ class AdapterEngine(Engine):
 
     def _divide(self, devices: list[torch.device]) -> None:
         """Give each device an engine for its layers; one whose layers are the same stays."""
+        if self.config.device_rows and len(set(devices)) > 1:
+            raise RuntimeError(
+                f"device_rows={self.config.device_rows!r} is not supported for a model whose layers are on several "
+                "devices: set device_rows=0."
+            )
         before, old = self._known, self._engines
         self._known, self._engines = devices, {}
         self._by_layer = [(self, layer) for layer in self.layers]
         if len(set(devices)) == 1:
             return
-        if self.config.device_rows:
-            raise RuntimeError(
-                f"device_rows={self.config.device_rows!r} is not supported for a model whose layers are on several "
-                "devices: set device_rows=0."
-            )
         self._forget()
         for device in dict.fromkeys(devices):
             numbers = [i for i, d in enumerate(devices) if d == device]

@@ -8,6 +8,7 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from sys import getrefcount
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from torch.serialization import add_safe_globals
 
 from adapter_kernels.adamw.moment_layout import mode_of, moment_forms
+from peft_bridge.torch_private import other_users
 
 from ..transport.host_tensors import check_process, forks, keep_from_forks, like_rows
 from .host_loading import HostBegin, HostEnd
@@ -33,6 +35,7 @@ class Moments:
         counts: int32 [r], how often each row was touched.
         exp_avg_scale, exp_avg_sq_scale: of codes, None without.
         for_users: what others than a step get to read, and to write into; None: these themselves.
+        handed_out: whether somebody has read the tensors and may have kept them.
     """
 
     exp_avg: Tensor
@@ -42,6 +45,7 @@ class Moments:
     exp_avg_sq_scale: Tensor | None = None
     holders: weakref.WeakSet[RowMoments] = field(default_factory=weakref.WeakSet, init=False, repr=False)
     for_users: Moments | None = field(default=None, init=False, repr=False)
+    handed_out: bool = field(default=False, init=False, repr=False)
 
     @classmethod
     def fresh(cls, table: Tensor, mode: str = "float32") -> Moments:
@@ -124,6 +128,7 @@ class RowMoments(float):
             RuntimeError: this is a forked process, which has not got the memory.
         """
         current = self.current()
+        current.handed_out = True
         return current if current.for_users is None else current.for_users
 
     def current(self) -> Moments:
@@ -137,6 +142,15 @@ class RowMoments(float):
     def held(self) -> Moments:
         """The moments, for an update, which waits for nothing."""
         return self._moments
+
+    @property
+    def has_other_users(self) -> bool:
+        """Whether somebody who has read `moments` keeps them, and may write into them without a call."""
+        moments = self._moments
+        if moments.handed_out:
+            pairs = zip(_references(moments), _OWN_REFERENCES, strict=True)
+            moments.handed_out = any(found > own for found, own in pairs)
+        return moments.handed_out
 
     def holds(self, moments: Moments) -> bool:
         """Whether the entry has these moments."""
@@ -171,6 +185,18 @@ class RowMoments(float):
 
     def __repr__(self) -> str:
         return f"RowMoments({list(self._moments.exp_avg.shape)}, {self._moments.exp_avg.dtype})"
+
+
+def _references(moments: Moments) -> tuple[int, ...]:
+    """To the object, the most to one of its tensors, and the most other users of the memory of one."""
+    tensors = list(moments.tensors().values())
+    return getrefcount(moments), max(map(getrefcount, tensors)), max(map(other_users, tensors))
+
+
+_nobody_elses = Moments(*(torch.empty(1, device="cpu") for _ in range(3)))
+_entry = RowMoments(_nobody_elses)
+_OWN_REFERENCES = _references(_nobody_elses)  # the entry and a variable refer to it
+del _nobody_elses, _entry
 
 
 def row_moments_of_file(begin: HostBegin, *tensors_and_end: Any) -> RowMoments:

@@ -39,7 +39,7 @@ _CASTS_TO_READ = "deepspeed.runtime.engine"
 # Functions of tensors that read no values: an optimizer or a Trainer may ask while rows are being updated.
 _ASK_NO_VALUES = {
     "__get__", "__set__", "__delete__", "__hash__", "__len__", "backward", "detach", "dim", "element_size",
-    "empty_like", "get_device", "is_complex", "is_contiguous", "is_floating_point", "is_inference", "is_pinned",
+    "empty_like", "get_device", "grad", "is_complex", "is_contiguous", "is_floating_point", "is_inference", "is_pinned",
     "is_shared", "is_signed", "ndimension", "nelement", "new_empty", "new_empty_strided", "new_full", "new_ones",
     "new_zeros", "numel", "ones_like", "register_hook", "register_post_accumulate_grad_hook", "requires_grad_",
     "retain_grad", "size", "storage_offset", "stride", "view", "view_as", "zeros_like",

@@ -38,6 +38,10 @@ class Places(Protocol):
     copies: list[Slot]
     entering: Slot
 
+    @property
+    def tiers(self) -> Sequence[LayerPlaces]:
+        """Of each layer."""
+
     def give_back(self, homes: Tensor) -> None:
         """Places that are free now."""
 
@@ -74,7 +78,7 @@ class LayerPlaces:
 
     @property
     def holds_rows(self) -> bool:
-        return self.residents is not None or self._entering is not None
+        return self.residents is not None or self._entering is not None or self._leaving is not None
 
     @property
     def is_changing(self) -> bool:
@@ -93,8 +97,11 @@ class LayerPlaces:
 
     def leave(self, rows: Tensor) -> None:
         """Begin to take some rows back to the host; call `queue_changes` afterwards."""
+        for table in self.tables:
+            table.wait_for_update()
         residents = self.residents
         assert residents is not None
+        assert self._leaving is None
         numbers, streams, slots = residents.number[rows], self.owner.streams, self.owner.slots
         homes = residents.homes[numbers]
         places, arrival = sent(streams, homes, slots)
@@ -125,7 +132,9 @@ class LayerPlaces:
         entering = self._entering if self._entering is not None and self._entering.arrival is None else None
         leaving, self._leaving = self._leaving, None
         queue = self.tables[0].updates
-        if (leaving is None and entering is None) or queue is None:
+        if queue is None and leaving is not None:
+            self._write_home(*leaving, self.entries)
+        if queue is None or (leaving is None and entering is None):
             return
         entries = list(self.entries)
         pending = queue.add(partial(self._change, leaving, entering, entries), self.tables[0].name)
@@ -136,12 +145,7 @@ class LayerPlaces:
         self, leaving: tuple[Tensor, Coming] | None, entering: Entering | None, entries: list[RowMoments | None]
     ) -> None:
         if leaving is not None:
-            rows, coming = leaving
-            copies = coming.wait()
-            each = len(copies) // len(self.tables)
-            for i, (table, entry) in enumerate(zip(self.tables, entries, strict=True)):
-                assert entry is not None
-                table.take_back(rows, copies[i * each : (i + 1) * each], entry)
+            self._write_home(*leaving, entries)
         if entering is None:
             return
         streams, staging = self.owner.streams, self.owner.entering
@@ -156,6 +160,13 @@ class LayerPlaces:
             finally:
                 staging.busy = streams.inbound.record_event()
         entering.arrival = staging.busy
+
+    def _write_home(self, rows: Tensor, coming: Coming, entries: list[RowMoments | None]) -> None:
+        copies = coming.wait()
+        each = len(copies) // len(self.tables)
+        for i, (table, entry) in enumerate(zip(self.tables, entries, strict=True)):
+            assert entry is not None
+            table.take_back(rows, copies[i * each : (i + 1) * each], entry)
 
     def land(self) -> None:
         """Give rows that have come their places, in the order of the computation, after all queued updates."""
@@ -204,16 +215,18 @@ class LayerPlaces:
             held.enter_context(torch.inference_mode(False))
             # Looking at rows that were replaced may settle them, in the memory that they had.
             moved = [table.masters.data_ptr() for table in self.tables] != self._addresses
-            residents, entering = self.residents, self._entering
+            residents, entering, leaving = self.residents, self._entering, self._leaving
+            if leaving is not None and not moved:  # nobody has queued it
+                self._write_home(*leaving, self.entries)
             if residents is not None:
                 if not moved:
                     self._take_all_back(residents)
                 self.owner.give_back(residents.homes)
             if entering is not None:
                 self.owner.give_back(entering.homes)
-            self.residents = self._entering = self._placement = None
+            self.residents = self._entering = self._leaving = self._placement = None
             self.version += 1
-        if residents is not None and moved:
+        if moved and (residents is not None or leaving is not None):
             raise RuntimeError(SWAPPED)
 
     def _take_all_back(self, residents: Residents) -> None:

@@ -92,6 +92,16 @@ class LayerTier(LayerPlaces):
         self.traffic.bytes_saved += hot.nbytes
         return placement.cold_rows, gradient.index_select(0, placement.cold_at), part
 
+    def use_moments(self, table: RowTable, entry: RowMoments) -> None:
+        """Prepare a step with these moments: if the last step had others, all rows are taken back first.
+
+        Where both tables of a layer are stepped together, call it for both before `step` is called for one.
+        """
+        which = self.which(table)
+        if self.entries[which] is not entry:
+            self.settle()  # with the moments that they have
+            self.entries[which] = entry
+
     def step(
         self, table: RowTable, entry: RowMoments, gradient: RowGradient, rule: StepRule
     ) -> tuple[RowGradient, Callable[[], None]]:
@@ -100,10 +110,7 @@ class LayerTier(LayerPlaces):
         Returns:
             the gradient of the others, and what queues the step.
         """
-        which = self.which(table)
-        if self.entries[which] is not entry:
-            self.settle()  # with the moments that they have
-            self.entries[which] = entry
+        self.use_moments(table, entry)
         residents, divided = self.residents, gradient.divided()
         if residents is None:
             return gradient, lambda: None

@@ -118,7 +118,7 @@ class RowTier:
 
     def _may_have_places(self, tier: LayerTier) -> bool:
         """Whether all that could write into a layer's rows tells of it first, and a step would find their moments."""
-        if any(entry is None for entry in tier.entries):
+        if any(entry is None or entry.has_other_users for entry in tier.entries):
             return False
         if any(t.node is not None or t.has_other_users or not t.rows.requires_grad for t in tier.tables):
             return False

@@ -4,6 +4,7 @@ import copy
 import ctypes
 import gc
 import io
+import threading
 
 import pytest
 import torch
@@ -148,6 +149,73 @@ def test_a_run_of_row_adamw_equals_that_without(tiny):
     assert_equal_runs(tiny, retrieval="stream", optimizer=lambda model: RowAdamW(tiny.trainable(model), lr=1e-2))
 
 
+# ---------------------------------------------------------------------- steps of some of the tables
+
+
+def batch_of(step):
+    return step % 5 if step < 4 else 20 + step
+
+
+def losses_and_state(tiny, model, steps, before_step=lambda *_: None):
+    """Each step uses other rows, so that those of before leave; only what `before_step` returns is stepped."""
+    optimizer, losses = tiny.adamw(model), []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = tiny.loss(model, batch_of(step))
+        loss.backward()
+        before_step(step, model, optimizer)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, tiny.whole_state(model)
+
+
+def assert_equal_with(tiny, before_step, steps=12, **fields):
+    models = [model_of(tiny, rows, retrieval="stream", **fields) for rows in (0, SHARE)]
+    (expected, plain), (found, tiered) = (losses_and_state(tiny, model, steps, before_step) for model in models)
+    assert stepped(models[1])
+    assert found == expected
+    tiny.assert_equal(tiered, plain)
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_rows_of_a_layer_that_is_not_stepped_any_more_leave_with_their_values(tiny, in_backward):
+    def freeze(step, model, optimizer):
+        for table in tables_of(model)[:2] if step == 3 else ():
+            table.rows.requires_grad_(False)
+
+    assert_equal_with(tiny, freeze, row_optimizer={"in_backward": in_backward})
+
+
+def test_moments_of_one_of_a_layers_tables_may_be_dropped(tiny):
+    def drop(step, model, optimizer):
+        for table in tables_of(model)[1::2] if step in (5, 7) else ():
+            optimizer.state.pop(table.rows)
+
+    assert_equal_with(tiny, drop, steps=9)
+
+
+def test_gradients_that_are_added_to_after_a_step_are_those_of_before_to_the_step(tiny):
+    def add_behind_it(step, model, optimizer):
+        tables, first = tables_of(model), {}
+        for table in tables:
+            first[table], table.rows.grad = table.rows.grad, None
+        tiny.loss(model, batch_of(step)).backward()
+        second = {table: table.rows.grad for table in tables}
+        for table in tables:
+            table.rows.grad = first.pop(table)
+            table.wait_for_update()
+        added = threading.Event()
+        tables[0].updates.add(lambda: added.wait(0.2), "an update before those of the step")
+        optimizer.step()
+        for table in tables:
+            table.rows.grad.add_(second[table])
+        added.set()
+        for parameter in tiny.trainable(model):  # the others are not stepped again
+            parameter.grad = None
+
+    assert_equal_with(tiny, add_behind_it, steps=6)
+
+
 # ---------------------------------------------------------------------- what others read and write
 
 
@@ -215,6 +283,18 @@ def goes_back(model, optimizer, kept):
         kept["weights"] = {n: v.clone() for n, v in model.state_dict().items() if ".meft_" in n}
 
 
+def writes_kept_moments(model, optimizer, kept):
+    entries = [optimizer.state[table.rows]["row_moments"] for table in tables_of(model)]
+    if len(kept) == 0:
+        kept["moments"] = [entry.moments.exp_avg for entry in entries]
+        kept["view"] = [entry.moments.exp_avg_sq[2:] for entry in entries]
+    for table in tables_of(model):
+        table.wait_for_update()
+    for tensor in (*kept["moments"], *kept["view"]):
+        tensor.mul_(0.5)
+    return [float(tensor.sum()) for tensor in kept["moments"]]
+
+
 def halves_gradients(model, optimizer, kept):
     """As a step of its own, by gradients that are on the host."""
     for table in tables_of(model):
@@ -232,7 +312,7 @@ def steps_again(model, optimizer, kept):
 
 OTHERS = [
     *(writes_data, writes_a_kept_array, writes_a_kept_view, writes_to_an_address, assigns, loads, averages, saves),
-    *(goes_back, halves_gradients, steps_again),
+    *(writes_kept_moments, goes_back, halves_gradients, steps_again),
 ]
 
 
@@ -407,6 +487,28 @@ def test_no_row_of_a_model_that_reads_in_place_gets_a_place(tiny):
     model = tiny.adapted(device_rows=0.5)
     tiny.train(model, 3)
     assert model.base_model.engines["default"].tiers == []
+
+
+def test_layers_on_several_devices_are_refused_every_time(tiny):
+    engine = model_of(tiny, SHARE, retrieval="stream").base_model.engines["default"]
+    devices = [torch.device("cuda", number) for number in range(2)]
+    engine.devices, engine.reads_in_place = lambda: devices, lambda device: False
+    for layer, device in zip(engine.layers * 2, devices * 2, strict=True):
+        with pytest.raises(RuntimeError, match=r"several devices: set device_rows=0"):
+            engine.at(layer, device)
+
+
+def test_asking_autograd_for_gradients_takes_no_rows_back(tiny):
+    model = model_of(tiny, SHARE, retrieval="stream")
+    optimizer = tiny.train(model, 4)
+    loss, parameters = tiny.loss(model), [table.rows for table in tables_of(model)]
+    (tier,) = model.base_model.engines["default"].tiers
+    assert any(each.residents is not None for each in tier.tiers)
+    before = [each.residents for each in tier.tiers]
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        parameter.grad = gradient
+    assert [each.residents for each in tier.tiers] == before
+    optimizer.step()
 
 
 @pytest.mark.parametrize("asked", [-0.1, 1.5, "8 GB", "all", True])
