@@ -6,6 +6,7 @@ steps: an optimizer of their own has them, with the values of the groups that th
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 
 import torch
@@ -112,9 +113,9 @@ class ZeroRows(EngineFollower):
     _rows: RowsOfEngine | None = None
     _zero: ZeroSteps | None = None
 
+    @abstractmethod
     def _named_tables(self) -> Mapping[str, RowTable]:
         """Name -> table."""
-        raise NotImplementedError
 
     def _all_tables(self) -> list[RowTable]:
         return [table for tables in self.steps.tables.values() for table in tables]

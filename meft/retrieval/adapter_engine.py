@@ -56,6 +56,7 @@ class AdapterEngine(Engine):
 
     def at(self, layer: LayerRows, device: torch.device) -> tuple[Engine, LayerRows]:
         """The engine for a layer whose input is on a device, and the layer's place among those of that device."""
+        # Each layer of each pass asks: mostly without another call.
         if self._reads_in_place.get(device) or self.reads_in_place(device):
             return self, layer
         number = layer.number
