@@ -22,7 +22,7 @@ from .retrieval import forward_context as context
 from .retrieval.engine import Engine
 from .retrieval.second_order import check_not_transformed
 from .retrieval.types import check_versions
-from .routing.router import Router, Routers
+from .routing.router import Router, Routers, freeze_router
 from .table.layer_rows import LayerRows
 from .table.row_table import RowTable
 from .transport.transfer import Traffic
@@ -90,14 +90,15 @@ class MEFTLayer(NotReplicated, BaseTunerLayer):
             for _ in range(2)
         ]
         router = Router(config.experts, self.in_features, torch.promote_types(base_dtype, torch.float32), made_on)
-        self.configs[adapter_name] = config
-        self.traffic[adapter_name] = Traffic(experts=config.experts)
+        self.configs[adapter_name], self.traffic[adapter_name] = config, Traffic(experts=config.experts)
         self.meft_keys[adapter_name], self.meft_values[adapter_name] = tables
         self.meft_router[adapter_name] = router
         self.join(adapter_name, 0, None)
         if not tables[0].rows.is_meta:
             self._initialise(adapter_name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        if config.train_rows is not None:
+            freeze_router(self, adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def join(self, adapter_name: str, number: int, engine: Engine | None) -> LayerRows:

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
@@ -93,6 +94,7 @@ def warn_of_lost_moments(optimizer: Optimizer, tables: list[RowTable]) -> None:
         )
 
 
+NO_ROWS = torch.zeros(0, dtype=torch.int64, device="cpu")
 TWO_OPTIMIZERS = (
     "A table of MEFT rows is in two optimizers, a meft.RowAdamW and another one: leave it out of one of them."
 )
@@ -160,6 +162,7 @@ class RowSteps:
                 continue
             if owner is not None:
                 raise ValueError(TWO_OPTIMIZERS)
+            table.keep_versions(NO_ROWS)
             rule_of(optimizer, group_of(optimizer, table.rows), self.configs[name].row_rule)
 
     def before_closure(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:

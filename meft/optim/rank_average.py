@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,6 +21,7 @@ from peft_bridge.torch_private import at_end_of_backward, backward_number, takes
 from peft_bridge.training.data_parallel import DataParallel, around
 
 from ..gradient.row_gradient import RowGradient, as_row_gradient
+from ..memory.choice import LayerChoice
 from ..table.row_table import RowTable
 from ..transport.host_tensors import row_blocks
 from .node import Node, can_be_shared, group_device
@@ -81,12 +83,39 @@ class RankAverage:
         task = backward_number()
         if self.node is not None:
             self.node.ranks.summed = False
-        if self._parallel is not None and self._queued != task and self._parallel.synchronises():
+        if self._queued == task:
+            return
+        if self._parallel is not None and self._parallel.synchronises():
             self._queued = task
             at_end_of_backward(self.average)
+        elif self._parallel is None and GradientState().sync_gradients and self._choices():
+            self._queued = task
+            at_end_of_backward(self._choose)
 
     def _tables(self) -> list[RowTable]:
         return [table for name in sorted(self.steps.tables) for table in self.steps.tables[name]]
+
+    def _choices(self) -> list[LayerChoice]:
+        """What chooses the rows that a step updates."""
+        found = dict.fromkeys(table.choice for table in self._tables())
+        return [choice for choice in found if isinstance(choice, LayerChoice) and choice.active]
+
+    def _choose(self, group: dist.ProcessGroup | None = None) -> None:
+        """Leave the rows that the next step does not update out of the gradients.
+
+        Args:
+            group: the ranks that choose together; None: this rank chooses alone.
+        """
+        self._queued, choices = -1, self._choices()
+        counting = [choice for choice in choices if choice.counts]
+        if group is not None and counting:
+            uses = torch.cat([choice.uses() for choice in counting]).to(group_device(group))
+            dist.all_reduce(uses, group=group)
+            for choice, own in zip(counting, uses.cpu().split([c.size for c in counting]), strict=True):
+                choice.agree(own)
+        for choice in choices:
+            choice.join()
+            choice.divide()
 
     def _share(self, parallel: DataParallel) -> None:
         """Give all ranks the first rank's rows."""
@@ -112,6 +141,8 @@ class RankAverage:
         self._queued, self._due = -1, False
         assert self._parallel is not None
         node = self.node
+        for choice in self._choices():
+            choice.join()
         parted = node is not None and node.average_gradients(self._parted())
         summed = node.tables if node is not None else []
         for table in self._tables():
@@ -121,6 +152,7 @@ class RankAverage:
             self._share(self._parallel)
             if self.node is not None:
                 self.node.ranks.summed = True
+        self._choose(self._parallel.group)
 
 
 def check_left_alone(tables: list[RowTable], ddp: DistributedDataParallel) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ..gradient.row_gradient import RowGradient
+from ..memory.choice import LayerChoice
 from ..table.moments import RowMoments
 from ..table.node_rows import RankLeftError
 from ..table.row_step import StepRule
@@ -41,6 +42,7 @@ def update_tables(steps: Sequence[TableStep]) -> None:
         table.wait_for_update()
         if table.node is not None and not (table.is_shared and table.node.ranks.summed):
             table.leave_node()  # by gradients of its own, or in memory of its own: as one copy a rank
+    steps = [_of_chosen_rows(step) for step in steps]  # before any rank may write
     steps, tiers = steps_on_device(steps)
     tables = [step.table for step in steps]
     if any(table.node is not None for table in tables):
@@ -57,6 +59,17 @@ def update_tables(steps: Sequence[TableStep]) -> None:
     for table in tables:  # what is written from here on is written after the step of all ranks
         if table.node is not None and table.updates is None:
             table.synchronize()
+
+
+def _of_chosen_rows(step: TableStep) -> TableStep:
+    """A step of the rows that it may update, of which what they are now is kept where tasks are."""
+    choice = step.table.choice
+    if not isinstance(choice, LayerChoice) or not choice.active:
+        return step
+    gradient = choice.chosen(step.gradient)
+    step.table.keep_versions(gradient.to_multiply()[0])
+    choice.stepped()
+    return step._replace(gradient=gradient)
 
 
 def steps_on_device(steps: Sequence[TableStep]) -> tuple[list[TableStep], dict[RowTable, list[LayerTier]]]:
@@ -148,6 +161,8 @@ def update_table(
         enter: called before the update.
     """
     whole, then = gradient, None
+    choice = table.choice if finite_only and table.choice is not None and table.choice.active else None
+    kept = choice.chosen_rows() if isinstance(choice, LayerChoice) else None  # a later pass may choose others
     if not finite_only:
         gradient.to_multiply()  # raises here if the gradient did not arrive
     elif isinstance(table.tier, LayerTier):
@@ -164,7 +179,11 @@ def update_table(
         enter()
         if finite_only and not _all_finite(whole):
             return False
-        rows, values, factors = gradient.to_multiply()
+        used = gradient
+        if isinstance(choice, LayerChoice):
+            used = choice.chosen(gradient, kept)
+            table.keep_versions(used.to_multiply()[0])
+        rows, values, factors = used.to_multiply()
         wide = values.to(torch.promote_types(table.masters.dtype, torch.float32)).contiguous()
 
         def step(compute_copy: Tensor | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..transport.offload_hooks import KeptParameters
@@ -34,3 +35,11 @@ class Routers(nn.ModuleDict):
             if f"{prefix}{name}" in state_dict:
                 state_dict[f"{prefix}{name}.weight"] = state_dict.pop(f"{prefix}{name}")
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def freeze_router(layer: BaseTunerLayer, adapter_name: str) -> None:
+    """Train the router of an adapter no more, whatever PEFT makes trainable."""
+    layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter_name: ("meft_router",)}
+    for weight in layer.meft_router[adapter_name].parameters():
+        weight.requires_grad_(False)
+        weight.grad = None
