@@ -22,7 +22,7 @@ from .retrieval import forward_context as context
 from .retrieval.engine import Engine
 from .retrieval.second_order import check_not_transformed
 from .retrieval.types import check_versions
-from .routing.router import Router, Routers, freeze_router
+from .routing.router import Router, Routers, untrained
 from .table.layer_rows import LayerRows
 from .table.row_table import RowTable
 from .transport.transfer import Traffic
@@ -97,8 +97,6 @@ class MEFTLayer(NotReplicated, BaseTunerLayer):
         if not tables[0].rows.is_meta:
             self._initialise(adapter_name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        if config.train_rows is not None:
-            freeze_router(self, adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def join(self, adapter_name: str, number: int, engine: Engine | None) -> LayerRows:
@@ -225,7 +223,9 @@ class MEFTLayer(NotReplicated, BaseTunerLayer):
             real = context.real_tokens(now, shape, x.device, self.call.up is not None)
         kept = x if real is None else x.index_select(0, real)
         wide = kept.to(torch.promote_types(x.dtype, torch.float32))
-        logits = F.linear(wide, self.router(adapter_name).to(wide))  # under offloading the router may be elsewhere
+        router = self.router(adapter_name)
+        router = untrained(router) if layer.choice is not None and layer.choice.active else router
+        logits = F.linear(wide, router.to(wide))  # under offloading the router may be elsewhere
         inputs = wide.to(engine.compute_dtype(layer, kept))
         known = (saved.selection, saved.rows) if saved is not None else (None, None)
         pending = engine.select(layer, inputs.detach(), logits.detach(), *known)

@@ -286,7 +286,7 @@ class MEFTModel(ZeroRows, MethodTuner):
     ) -> dict[str, Tensor]:
         """As inherited; and remember where the adapter comes from, for training states of 0.1."""
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        tensors = with_tasks(tensors, model, config, adapter_name)
+        tensors = with_tasks(tensors, config, adapter_name)
         tuner = getattr(model, "base_model", None)
         if isinstance(tuner, MEFTModel) and (folder := last_loaded_folder()) is not None:
             tuner.loaded_from[adapter_name] = folder

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_bridge.method.adapter_file import PREFIX
 
 from ..config import MEFTConfig
-from ..layer import MEFTLayer
-from ..routing.router import freeze_router
 from .adapter_file import FILE
 
 
-def with_tasks(
-    tensors: Mapping[str, Tensor], model: nn.Module, config: MEFTConfig, adapter_name: str
-) -> dict[str, Tensor]:
-    """Tensors of a file under the keys of the model, those of tasks too; where there are tasks, routers are frozen.
+def with_tasks(tensors: Mapping[str, Tensor], config: MEFTConfig, adapter_name: str) -> dict[str, Tensor]:
+    """Tensors of a file under the keys of the model, those of tasks too.
 
     Raises:
         ValueError: there are tasks, and `device_rows` does not go with them.
@@ -36,7 +32,4 @@ def with_tasks(
             f"The adapter has tasks, which do not go with device_rows={config.device_rows!r}: load it with "
             "device_rows=0 in its adapter_config.json."
         )
-    for layer in model.modules() if tasks else ():
-        if isinstance(layer, MEFTLayer) and adapter_name in layer.configs:
-            freeze_router(layer, adapter_name)
     return found

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from ..layer import MEFTLayer
-from ..routing.router import freeze_router
 from ..table.row_table import RowTable
 from ..transport.host_tensors import row_blocks
 from .layers import layers_of
@@ -47,8 +46,6 @@ def freeze_rows(model: nn.Module, task: str, adapter_name: str | None = None) ->
             table.versions = table.versions or RowVersions(len(table.rows))
             table.versions.freeze(task, rows)
         full += not bool(values.versions.free.any())  # type: ignore[union-attr]
-    for layer in layers.values():
-        freeze_router(layer, name)
     if full:
         warnings.warn(
             f"The tasks own all rows of {full} of {len(tables)} layers, where a further task can learn nothing: train "

@@ -184,7 +184,11 @@ class RowSteps:
                 continue
             rule = rule_of(optimizer, group_of(optimizer, table.rows), self.configs[name].row_rule)
             steps.append((table, table.moments_in(optimizer), as_row_gradient(table.rows.grad, table.rows), rule))
-        for table, entry, gradient, rule in steps:  # nothing fails from here on
+        for name, tables in self.tables.items():  # nothing fails from here on
+            if any(table.choice is not None and table.choice.active for table in tables):
+                for router in (p for owner in self.routers[name] for p in owner[name].parameters()):
+                    router.grad = None  # zeros, of one that is not trained, nor decayed
+        for table, entry, gradient, rule in steps:
             table.rows.grad = None
             if divisor != 1.0:
                 gradient.div_(divisor)

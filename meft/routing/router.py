@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..transport.offload_hooks import KeptParameters
@@ -37,9 +36,17 @@ class Routers(nn.ModuleDict):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def freeze_router(layer: BaseTunerLayer, adapter_name: str) -> None:
-    """Train the router of an adapter no more, whatever PEFT makes trainable."""
-    layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter_name: ("meft_router",)}
-    for weight in layer.meft_router[adapter_name].parameters():
-        weight.requires_grad_(False)
-        weight.grad = None
+class _Untrained(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.zeros_like(g)
+
+
+def untrained(weight: Tensor) -> Tensor:
+    """A weight that gets a gradient of zero: DistributedDataParallel needs parameters that get one."""
+    found: Tensor = _Untrained.apply(weight)
+    return found

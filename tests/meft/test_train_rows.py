@@ -106,8 +106,6 @@ def test_a_step_updates_the_rows_that_the_oracle_chooses(tiny, background, strat
     if strategy is not None:
         for one in (model, plain):
             on_streams(one, longest=1e-4)
-    routers = [layer.router("default") for layer in tiny.layers(model)]
-    assert not any(router.requires_grad for router in routers)
     optimizer, moved = tiny.adamw(model), False
     for number in range(2):
         batches = [tiny.batch(2, 7, seed=2 * number + i) for i in range(2)]
