@@ -54,9 +54,9 @@ def connect(
     engine.on_gradient = partial(steps.on_gradient, adapter_name)
     engine.layers.extend(layer.join(adapter_name, number, engine) for number, layer in enumerate(layers))
     background = _background(adapter_name, config, ffns)
-    for number, layer in enumerate(engine.layers):
-        layer.choice = LayerChoice((layer.keys, layer.values), config.most_rows, partial(background.of_layer, number))
-        layer.keys.choice = layer.values.choice = layer.choice
+    for number, rows in enumerate(engine.layers):
+        rows.choice = LayerChoice((rows.keys, rows.values), config.most_rows, partial(background.of_layer, number))
+        rows.keys.choice = rows.values.choice = rows.choice
     if config.num_experts is None:
         logger.info("MEFT: num_experts=%d for r=%d (4 sqrt(r), rounded to a divisor).", config.experts, config.r)
     check_waiting()

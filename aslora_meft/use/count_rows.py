@@ -54,8 +54,8 @@ def run(argv: list[str]) -> None:
         prog="aslora-meft count-rows",
         usage="aslora-meft count-rows MODEL_OR_ADAPTER --data DATA --output COUNTS [--name value ...]",
         description="Count how often the examples of a corpus use each row of a MEFT adapter, for --train_rows.\n"
-        "MODEL_OR_ADAPTER is the folder of a saved adapter; or a model, for the new adapter that `train --method meft`\n"
-        "would begin with, if r, num_experts and the like and the seed are the same.",
+        "MODEL_OR_ADAPTER is the folder of a saved adapter; or a model, for the adapter that `train --method meft`\n"
+        "begins with, given the same r, num_experts and seed.",
         example="aslora-meft count-rows MODEL --r 4096 --data corpus.txt --output counts.safetensors",
         common=("max_examples", "max_length", "r", "num_experts", "seed", "base_model"),
     )

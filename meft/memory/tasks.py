@@ -69,7 +69,9 @@ def select_task(model: nn.Module, task: str | None, adapter_name: str | None = N
     names = _names(tables[0][1])
     if task is not None and task not in names:
         known = ", ".join(map(repr, names)) or "none yet"
-        raise ValueError(f"task={task!r} is no task of the adapter '{name}' (its tasks: {known}): freeze_rows makes one.")
+        raise ValueError(
+            f"task={task!r} is no task of the adapter '{name}' (its tasks: {known}): freeze_rows makes one."
+        )
     for of_layer in tables:
         for table in of_layer:
             table.select_version(None if task is None else names.index(task) + 1)
@@ -113,7 +115,9 @@ def _check(task: str, layer: MEFTLayer, name: str, table: RowTable) -> None:
     if config.device_rows:
         raise ValueError(f"freeze_rows does not go with device_rows={config.device_rows!r}: set device_rows=0.")
     if not config.init_weights:
-        raise ValueError("freeze_rows tells trained rows by values that began at zero: make the adapter with init_weights=True.")
+        raise ValueError(
+            "freeze_rows tells trained rows by values that began at zero: make the adapter with init_weights=True."
+        )
     if table.versions is not None and table.versions.selected is not None:
         raise ValueError(f"task={task!r}: an earlier task is selected: call select_task(model, None) before.")
 

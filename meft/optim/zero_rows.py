@@ -56,8 +56,8 @@ class RowsOfEngine:
                     )
                 if table.choice is not None and table.choice.active:
                     raise ValueError(
-                        "train_rows and tasks (freeze_rows) are not supported with DeepSpeed, which steps copies of the "
-                        "routers: use DistributedDataParallel or FSDP2."
+                        "train_rows and tasks (freeze_rows) are not supported with DeepSpeed, which steps copies of "
+                        "the routers: use DistributedDataParallel or FSDP2."
                     )
                 group = given.param_groups[number]
                 decoupled[number] = rule_of(given, group, steps.configs[name].row_rule).decoupled

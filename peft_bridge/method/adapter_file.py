@@ -166,8 +166,7 @@ class AdapterFile:
         return named
 
     def checked(self, config: MethodConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All tensors of a file that transformers loads, under the file's keys with the names of today; it loads none of
-        those that vary.
+        """All tensors of a file that transformers loads, those that vary left out, under keys with the names of today.
 
         Raises:
             ValueError: one sentence: they are not what was saved.

@@ -143,7 +143,10 @@ FULL = {
 }
 
 
-ROWS = {"device_rows": 0, "train_rows": {"top": 5, "background": "counts.safetensors"}}  # of which one excludes the other
+ROWS = {
+    "device_rows": 0,
+    "train_rows": {"top": 5, "background": "counts.safetensors"},
+}  # of which one excludes the other
 
 
 @pytest.mark.parametrize("given", [FULL, FULL | ROWS], ids=["device_rows", "train_rows"])

@@ -64,12 +64,14 @@ def test_each_task_keeps_its_logits_bit_for_bit(tiny, strategy, dtype):
 
 
 def test_rows_of_a_task_are_never_updated_again(tiny):
-    """Nor their moments and counts, by one optimizer for all tasks, also without train_rows and with all ways to step."""
+    """Nor their moments and counts, with all ways to step."""
     model = adapted(tiny, top=6)
     optimizer = learn(tiny, model, 0)
     meft.freeze_rows(model, "a")
     owned = [table.versions.owner == 1 for table in tiny.tables(model)]
-    before = [(t.rows.detach().clone(), {n: v.clone() for n, v in t.moments.tensors().items()}) for t in tiny.tables(model)]
+    before = [
+        (t.rows.detach().clone(), {n: v.clone() for n, v in t.moments.tensors().items()}) for t in tiny.tables(model)
+    ]
     routers = [layer.router("default").detach().clone() for layer in tiny.layers(model)]
     for way in ("same", "row adamw", "clipped", "penalty", "accumulated"):
         held = RowAdamW(tiny.trainable(model), lr=1e-2, weight_decay=0.1) if way == "row adamw" else optimizer
@@ -186,7 +188,9 @@ def test_an_earlier_task_cannot_be_trained(tiny):
     meft.select_task(model, "a")
     before = tiny.state(model)
     for make in (tiny.adamw, lambda m: RowAdamW(tiny.trainable(m))):
-        with pytest.raises(ValueError, match=r"those of the task 'a', which are frozen: call meft.select_task\(model, None"):
+        with pytest.raises(
+            ValueError, match=r"those of the task 'a', which are frozen: call meft.select_task\(model, None"
+        ):
             learn(tiny, model, 2, optimizer=make(model))
         for table in tiny.tables(model):
             table.claimed_by = None

@@ -61,7 +61,10 @@ def background(tiny, tmp_path):
     model = tiny.adapted()
     corpus = [tiny.batch(1, 5, seed=70 + i) for i in range(3)]
     meft.count_rows(model, [{"input_ids": torch.cat(corpus[:2])}, {"input_ids": corpus[2]}], path)
-    seen = [sum((uses > 0).double() for uses in of_layer) for of_layer in zip(*(uses_of(tiny, model, [b]) for b in corpus), strict=True)]
+    seen = [
+        sum((uses > 0).double() for uses in of_layer)
+        for of_layer in zip(*(uses_of(tiny, model, [b]) for b in corpus), strict=True)
+    ]
     return path, [torch.log(4 / (n + 1)) for n in seen]
 
 
@@ -132,7 +135,11 @@ def test_a_step_updates_the_rows_that_the_oracle_chooses(tiny, background, strat
             for part in ("exp_avg", "exp_avg_sq", "counts"):
                 old = before.get(f"{i}.{part}", torch.zeros_like(after[f"{i}.{part}"]))
                 assert torch.equal(after[f"{i}.{part}"][~rows], old[~rows])
-                assert bool((after[f"{i}.{part}"][rows] != old[rows]).flatten(1).any(1).all() if part != "counts" else (after[f"{i}.{part}"] - old == rows).all())
+                assert bool(
+                    (after[f"{i}.{part}"][rows] != old[rows]).flatten(1).any(1).all()
+                    if part != "counts"
+                    else (after[f"{i}.{part}"] - old == rows).all()
+                )
             moved |= int(rows.sum()) == TOP
     assert moved
     assert all(torch.equal(after[n], before[n]) for n in after if "meft_router" in n)
@@ -151,7 +158,12 @@ def test_micro_batches_choose_as_the_joint_batch(tiny, background):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"moments": "rowwise"}, {"moments": "float8"}, {"in_backward": True}, {"in_backward": True, "moments": "bfloat16"}],
+    [
+        {"moments": "rowwise"},
+        {"moments": "float8"},
+        {"in_backward": True},
+        {"in_backward": True, "moments": "bfloat16"},
+    ],
     ids=str,
 )
 def test_steps_of_other_kinds_update_the_same_rows(tiny, fields):
