@@ -23,6 +23,7 @@ from aslora_meft.data.samples import Sample
 from aslora_meft.errors import UsageError, as_usage_error
 from aslora_meft.use.evaluate import as_trained, data_arguments, samples_of
 from aslora_meft.use.loaded import UseArguments, activate, load_adapters, model_arguments
+from aslora_meft.use.saved import check_saved_adapter
 from meft import count_rows
 
 
@@ -97,10 +98,10 @@ def _saved(
     """A saved adapter in its base model, its name, and the data."""
     if fields:
         raise UsageError(f"{next(iter(fields))} is that of the adapter in '{folder}' already; leave it out")
+    kind = check_saved_adapter("MODEL_OR_ADAPTER", folder).get("peft_type")
+    if kind != "MEFT":
+        raise UsageError(f"'{folder}' holds an adapter of type {kind}, which has no rows; give one of MEFT")
     loaded = load_adapters([folder], _use(options, options.base_model))
-    config = loaded.model.peft_config[loaded.names[0]]
-    if config.peft_type != "MEFT":
-        raise UsageError(f"'{folder}' holds an adapter of type {config.peft_type}, which has no rows; give one of MEFT")
     activate(loaded.model, loaded.names[0])
     samples = samples_of(as_trained(data, loaded.results.get("data_form", {})), loaded.tokenizer, None)
     return loaded.model, loaded.names[0], samples

@@ -19,3 +19,14 @@ def layers_of(model: nn.Module, adapter_name: str | None) -> tuple[str, dict[str
     if name is None or not layers:
         raise ValueError(f"adapter_name={adapter_name!r} is no MEFT adapter of this model.")
     return name, layers
+
+
+def check_background(model: nn.Module) -> None:
+    """Check the counts that adapters choose their rows by, if any, before the first pass.
+
+    Raises: ValueError: they cannot be read, or are of another adapter.
+    """
+    for layer in model.modules():
+        for slot in layer.places.values() if isinstance(layer, MEFTLayer) else ():
+            if slot.rows.choice is not None:
+                slot.rows.choice.prepare()
