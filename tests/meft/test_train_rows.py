@@ -163,6 +163,7 @@ def test_micro_batches_choose_as_the_joint_batch(tiny, background):
         {"moments": "float8"},
         {"in_backward": True},
         {"in_backward": True, "moments": "bfloat16"},
+        {"zero_copy": True},
     ],
     ids=str,
 )
