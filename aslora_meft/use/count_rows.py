@@ -111,7 +111,7 @@ def _new(
     name: str, options: CountArguments, fields: dict[str, Any], data: dict[str, Any]
 ) -> tuple[Any, str, list[Sample]]:
     """The adapter that a training with these fields and this seed begins with."""
-    config = make_config("meft", fields)
+    config = make_config("meft", {key: value for key, value in fields.items() if key != "train_rows"})
     wanted = model_arguments(name, _use(options, None))
     tokenizer = load_tokenizer(wanted)
     samples = samples_of(as_trained(data, {}), tokenizer, None)

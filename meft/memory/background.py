@@ -66,19 +66,11 @@ class Background:
         self._path, self._r, self._experts, self._routers = path, r, experts, routers
         self._rarity: list[Tensor] | None = None
 
-    def check(self) -> None:
-        """Read the file.
-
-        Raises:
-            ValueError: there is none, it is damaged, or it is of an adapter of another form.
-        """
-        self._read()
-
     def of_layer(self, number: int) -> Tensor:
         """log((N + 1) / (n + 1)), float64 [r] in host memory, where n of N examples pick a row of a layer.
 
         Raises:
-            ValueError: as `check`, or the counts are of other routers.
+            ValueError: there is no file, it is damaged, or it is of another adapter.
         """
         if self._rarity is None:
             found, about = self._read()
@@ -99,7 +91,7 @@ class Background:
                 about = file.metadata() or {}
                 seen = {key: file.get_tensor(key) for key in file.keys() if key.endswith(EXAMPLES)}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{where} cannot be read ({error}): give a file of `aslora-meft count-rows`.") from error
+            raise ValueError(f"{where} cannot be read ({error}): count with `aslora-meft count-rows`.") from error
         if about.get("kind") != _KIND:
             raise ValueError(f"{where} has no counts of rows: give a file that `aslora-meft count-rows` has written.")
         named = {key.removesuffix(EXAMPLES): counts for key, counts in seen.items()}

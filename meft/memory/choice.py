@@ -44,7 +44,8 @@ class LayerChoice:
         self._uses: dict[torch.device, Tensor] = {}
         self._all_uses: Tensor | None = None  # of all ranks, where they have agreed
         self._kept: Tensor | None = None
-        self._left: list[tuple[RowTable, RowGradient]] = []  # gradients of rows that were not chosen, until the step
+        # Until the step: gradients of which some rows were not chosen, and which.
+        self._whole: list[tuple[RowTable, RowGradient, Tensor]] = []
         self._backward, self._stepped = -1, False
 
     @property
@@ -81,7 +82,7 @@ class LayerChoice:
         number = backward_number()
         # Passes whose gradients were used, or thrown away, count no more.
         if number != self._backward and (self._stepped or not any(map(_has_gradient, self.tables))):
-            self._uses, self._left = {}, []
+            self._uses, self._whole = {}, []
             self._stepped = False
         self._backward, self._all_uses, self._kept = number, None, None
         if not self.counts or not len(rows):
@@ -125,11 +126,11 @@ class LayerChoice:
 
     def join(self) -> None:
         """Add to the gradients what `divide` has left out of them."""
-        left, self._left = self._left, []
-        for table, gradient in left:
+        divided, self._whole = self._whole, []
+        for table, gradient, left in divided:
             if _has_gradient(table):
-                whole = as_row_gradient(table.rows.grad, table.rows)  # type: ignore[arg-type]
-                table.rows.grad = whole.add_(gradient)
+                chosen = as_row_gradient(table.rows.grad, table.rows)  # type: ignore[arg-type]
+                table.rows.grad = chosen.add_(gradient.some(left))
 
     def divide(self) -> None:
         """Leave the rows that are not chosen out of the gradients, so that nobody sees them before the step."""
@@ -142,12 +143,12 @@ class LayerChoice:
             if bool(which.all()):
                 continue
             if self.counts:  # after a further backward pass others may be chosen
-                self._left.append((table, gradient.some(~which)))
+                self._whole.append((table, gradient, ~which))
             table.rows.grad = gradient.some(which)
 
     def stepped(self) -> None:
         """The gradients were used."""
-        self._stepped, self._left = True, []
+        self._stepped, self._whole = True, []
 
 
 def _has_gradient(table: RowTable) -> bool:

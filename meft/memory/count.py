@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def count_rows(
     r, experts = layers[next(iter(layers))].configs[name].r, layers[next(iter(layers))].configs[name].experts
     counts = {path: (torch.zeros(r, dtype=torch.int64), torch.zeros(r, dtype=torch.int64)) for path in layers}
     traffic = {path: layer.traffic[name] for path, layer in layers.items()}
-    before = {path: one.loads for path, one in traffic.items()}
+    before = {path: replace(one) for path, one in traffic.items()}
     examples = tokens = 0
     training = model.training
     model.eval()
@@ -58,7 +59,8 @@ def count_rows(
     finally:
         model.train(training)
         for path, one in traffic.items():
-            one.loads = before[path]
+            for counter in fields(one):
+                setattr(one, counter.name, getattr(before[path], counter.name))
     if not examples:
         raise ValueError("count_rows: there is no example: give batches of at least one.")
     routers = {_inner(path): partial(layer.router, name) for path, layer in layers.items()}

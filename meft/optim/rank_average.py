@@ -85,12 +85,14 @@ class RankAverage:
             self.node.ranks.summed = False
         if self._queued == task:
             return
-        if self._parallel is not None and self._parallel.synchronises():
+        if self._parallel is not None:
+            if self._parallel.synchronises():
+                self._queued = task
+                at_end_of_backward(self.average)
+        elif GradientState().sync_gradients:
             self._queued = task
-            at_end_of_backward(self.average)
-        elif self._parallel is None and GradientState().sync_gradients and self._choices():
-            self._queued = task
-            at_end_of_backward(self._choose)
+            if self._choices():
+                at_end_of_backward(self._choose)
 
     def _tables(self) -> list[RowTable]:
         return [table for name in sorted(self.steps.tables) for table in self.steps.tables[name]]
