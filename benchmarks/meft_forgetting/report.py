@@ -35,13 +35,13 @@ def text(content: dict[str, list[dict]], settings: Settings, flags: str) -> str:
         "",
         f"Written by `{command}` from the JSON file of the same name.",
         "",
-        f"SmolLM2-135M learns {setup.n_pairs} answers of NQ-open, {setup.passes} passes, {setup.steps} steps. Recall is",
-        "the share that greedy generation gives back. Forgetting is by how much the mean loss of a token rises, in nats:",
-        f"the mean of WikiText-2 and of the answers of GSM8K, at most {setup.tokens:,} tokens each, before and after.",
-        f"Each method's learning rate is the one that forgets least while it recalls {100 * setup.least_recall:.0f} % on",
-        f"{len(settings.tuning_seeds)} tuning seed; rates are a factor of 2 apart, and a lower and a higher one were",
-        f"tried. The {len(settings.seeds)} reported seeds are others. Tests are paired by seed, after Holm's correction",
-        f"for all {len(listed.comparisons)} comparisons of the list, which was committed before the runs.",
+        f"SmolLM2-135M learns {setup.n_pairs} answers of NQ-open in {setup.passes} passes, {setup.steps} steps.",
+        "Recall is the share that greedy generation gives back. Forgetting is by how much the mean loss of a token",
+        f"rises, in nats: the mean of WikiText-2 and of the answers of GSM8K, at most {setup.tokens:,} tokens each.",
+        f"Each method's learning rate is the one that forgets least while it recalls {100 * setup.least_recall:.0f} %",
+        f"with {len(settings.tuning_seeds)} tuning seed; rates are a factor of 2 apart, and a lower and a higher one",
+        f"were tried. The {len(settings.seeds)} reported seeds are others. Tests are paired by seed, after Holm's",
+        f"correction for all {len(listed.comparisons)} comparisons of the list, which was committed before the runs.",
         "",
         "| claim | |",
         "|---|---|",
@@ -50,7 +50,8 @@ def text(content: dict[str, list[dict]], settings: Settings, flags: str) -> str:
     lines += ["", *_goals(json.loads(settings.comparisons.read_text(encoding="utf-8"))["goals"], settings, kept)]
     lines += [
         "",
-        "| method | learning rate | recall, % | forgetting | WikiText-2 perplexity | GSM8K loss | values | seeds | diverged |",
+        "| method | learning rate | recall, % | forgetting | WikiText-2 perplexity | GSM8K loss | values | seeds "
+        "| diverged |",
         "|---" * 9 + "|",
     ]
     for method in settings.methods:
