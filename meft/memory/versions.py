@@ -60,10 +60,12 @@ class RowVersions:
         self.names.append(name)
         self.owner[rows & self.free] = len(self.names)
 
-    def stored(self) -> tuple[Tensor, Tensor]:
-        """The rows of which another version is kept, int64 [n], and these versions, [n, d]."""
+    def stored(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """The rows of which another version is kept, int64 [n], and these versions, [n, d], from now on in a dtype."""
         if len(self._rows) > 1:
             self._rows, self._values = [torch.cat(self._rows)], [torch.cat(self._values)]
+        if dtype is not None:
+            self._values[0] = self._values[0].to(dtype)
         return self._rows[0], self._values[0]
 
     def exchange(self, selected: int | None) -> tuple[Tensor, Tensor] | None:

@@ -207,7 +207,7 @@ class RowTable(SharedRows):
             self.leave_node()  # other ranks may still read the rows
             self.synchronize()
             rows, places = found
-            _, stored = versions.stored()
+            _, stored = versions.stored(self.masters.dtype)
             own, new = rows.to(self.masters.device), stored[places]
 
             def write(compute_copy: Tensor | None) -> None:
@@ -271,6 +271,11 @@ class RowTable(SharedRows):
             converted[block].copy_(self.rows[block])
         self._change(converted)
 
+    def __getattr__(self, name: str) -> Any:
+        if name in PARTS and self.versions is not None and name in (found := self.versions.tensors()):
+            return found[name]  # torch's functions for distributed state dicts look each key up
+        return super().__getattr__(name)
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.synchronize()
         if self.in_state_dict:
@@ -293,6 +298,6 @@ class RowTable(SharedRows):
                 like = torch.empty(0, device="cpu" if self.on_host else loaded.device)
                 self._replace(like_rows(like, self.rows.dtype, self.rows.shape))
             tasks = {part: state_dict[f"{prefix}{part}"] for part in PARTS if f"{prefix}{part}" in state_dict}
-            self.versions = RowVersions.of_tensors(tasks, loaded) if tasks else None
+            self.versions = RowVersions.of_tensors(tasks, self.rows) if tasks else None
             for block in row_blocks(self.rows):  # with assign=True too: a memory-mapped file may be removed
                 self.rows[block].copy_(loaded[block])

@@ -236,12 +236,14 @@ def chosen(model, rank=None):
         with torch.no_grad():
             logits[name] = model(input_ids=joint(0)).logits
         meft.freeze_rows(model, name)
-    state = Tiny.whole_state(model)
-    for name in ("b", "a", "b"):
+    for name in ("b", "a", None):
         meft.select_task(model, name)
         with torch.no_grad():
-            assert torch.equal(model(input_ids=joint(0)).logits, logits[name])
-    return {"state": state, "norms": norms, "logits": logits}
+            assert torch.equal(model(input_ids=joint(0)).logits, logits[name or "b"])
+    batch = joint(9) if rank is None else mine(9, rank)
+    wrapped(input_ids=batch, labels=batch).loss.backward()
+    optimizer.step()
+    return {"state": Tiny.whole_state(model), "norms": norms, "logits": logits}
 
 
 def run_chosen(rank, **fields):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 import meft
 from meft import RowAdamW
@@ -144,6 +145,18 @@ def test_tasks_are_saved_with_the_adapter_and_training_goes_on(tiny, tmp_path, s
         with pytest.raises(ValueError, match=r"'c' is no task of the adapter 'default' \(its tasks: 'a', 'b'\)"):
             meft.select_task(one, "c")
     assert states is None
+
+
+def test_distributed_state_dicts_and_casts_keep_tasks(tiny):
+    model = adapted(tiny, dtype=torch.float32)
+    found = in_sequence(tiny, model, NAMES[:2])
+    other = adapted(tiny, dtype=torch.float32)
+    set_model_state_dict(other, get_model_state_dict(model))
+    meft.select_task(other, "a")
+    assert torch.equal(logits(tiny, other), found["a"])
+    model.double()
+    meft.select_task(model, "a")
+    torch.testing.assert_close(logits(tiny, model), found["a"].double(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_copy_has_tasks_of_its_own(tiny):
