@@ -186,16 +186,9 @@ class RowTable(SharedRows):
         Raises:
             ValueError: an earlier task is selected.
         """
-        if self.versions is None:
-            return
-        if self.versions.selected is not None:
-            name = self.versions.names[self.versions.selected - 1]
-            raise ValueError(
-                f"MEFT's rows are those of the task '{name}', which are frozen: call meft.select_task(model, None) "
-                "before you train on."
-            )
-        with self.lock, torch.no_grad():
-            self.versions.keep(rows, self.masters)
+        if self.versions is not None:
+            with self.lock:
+                self.versions.keep(rows, self.masters)
 
     def select_version(self, task: int | None) -> None:
         """Have the rows as they were when a task (its number, from 1) was frozen; None: the newest."""
