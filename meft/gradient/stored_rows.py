@@ -14,7 +14,7 @@ from peft_bridge.torch_private import PLAIN_TORCH_FUNCTION, make_wrapper_subclas
 from ..table.row_step import multiplied
 from ..transport.host_tensors import check_process, forks
 from .held_values import HeldValues
-from .host.accumulator import Pending, Stored
+from .host.accumulator import Pending, Stored, widened
 from .host.known_values import KnownValues, times
 from .host.pool import held_by_others
 from .row_rules import Touched
@@ -170,6 +170,11 @@ class StoredRows(torch.Tensor):
         return self._landed()[0]
 
     @property
+    def has_no_rows(self) -> bool:
+        """Whether no row is touched, which `zero_grad(set_to_none=False)` leaves; it does not wait for any."""
+        return not isinstance(self._stored, Pending) and not len(self.rows)
+
+    @property
     def row_values(self) -> Tensor:
         self.own_memory()  # the caller may write into them
         _, values = self.stored()
@@ -177,13 +182,17 @@ class StoredRows(torch.Tensor):
         return known.watched(values) if known is not None and known.holds(values) else values
 
     def stored(self) -> tuple[Tensor, Tensor]:
-        """Rows and values."""
+        """Rows and values, at least in float32."""
         rows, values = self._landed()
-        factors = self._held.factors
-        if factors and self._held.shared:
+        factors, wide = self._held.factors, widened(values)
+        if factors and (self._held.shared or wide is not values):
             self._unshare(rows, multiplied(values, factors))
         elif factors:
             self._stored = rows, multiplied(values, factors, out=values)
+        elif wide is not values:
+            known = self._held.known
+            self._unshare(rows, wide)
+            self._held.known = None if known is None else known.of_equal(values, wide)
         return self._landed()
 
     def forget(self) -> None:
@@ -199,8 +208,16 @@ class StoredRows(torch.Tensor):
         if self._held.factors:
             self.stored()
 
+    def to_copy(self) -> tuple[Tensor, Tensor]:
+        """Rows and values, in the dtype that they came in."""
+        self.multiply_now()
+        return self._landed()
+
     def to_multiply(self) -> tuple[Tensor, Tensor, tuple[float, ...]]:
-        """Rows, values, and the factors that these still have to be multiplied by."""
+        """Rows, values, and the factors that these still have to be multiplied by.
+
+        Values that came in bfloat16 are still in it: whatever else looks at them finds them in float32.
+        """
         return *self._landed(), self._held.factors
 
     def _landed(self) -> tuple[Tensor, Tensor]:
