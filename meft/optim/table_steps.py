@@ -199,7 +199,9 @@ def update_table(
             with _failing_others([table]):
                 return update()
 
-        table.update_later(later, then)
+        # Ranks that share a table update theirs in the same order.
+        ready = gradient.arrival() if finite_only and table.node is None else None
+        table.update_later(later, then, ready)
 
 
 def _all_finite(gradient: RowGradient) -> bool:
