@@ -104,10 +104,11 @@ def slow(host: Host, plan: Plan) -> Iterator[Callable[..., None]]:
 
 def config_of(strategy: str, states: str, end: str) -> MEFTConfig:
     """Of a cell."""
-    fields = STATES[states] | {
-        "row_optimizer": {**STATES[states].get("row_optimizer", {}), **ENDS[end].get("row_optimizer", {})}
-    }
-    return MEFTConfig(r=R, top_k=TOP_K, retrieval=strategy, init_weights=False, **fields)
+    masters, moments = STATES[states]
+    rule = {"moments": moments, "in_backward": ENDS[end]}
+    return MEFTConfig(
+        r=R, top_k=TOP_K, retrieval=strategy, init_weights=False, master_dtype=masters, row_optimizer=rule
+    )
 
 
 def small_plan(config: MEFTConfig, strategy: str) -> Plan:

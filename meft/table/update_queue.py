@@ -110,6 +110,7 @@ class UpdateQueue:
                 for earlier in self._coming:
                     self._thread.submit(earlier.run)
                 self._coming.clear()
+                self._ready = []  # of those that come later
         if ready is not None:
             ready.add_done_callback(partial(self._arrived, pending))
         return pending
@@ -121,12 +122,12 @@ class UpdateQueue:
             self._coming.remove(pending)
             self._ready.append(pending)
             try:
-                self._thread.submit(self._run_latest)
+                self._thread.submit(self._run_latest, self._ready)
             except RuntimeError as error:  # the interpreter ends
                 self._ready.remove(pending)
                 pending.fail(error)
 
-    def _run_latest(self) -> None:
+    def _run_latest(self, ready: list[PendingUpdate]) -> None:
         with self._lock:
-            pending = self._ready.pop()
+            pending = ready.pop()
         pending.run()
