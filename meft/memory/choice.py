@@ -153,7 +153,9 @@ class LayerChoice:
 
 def _has_gradient(table: RowTable) -> bool:
     gradient = table.rows.grad
-    return gradient is not None and not getattr(gradient, "consumed", False)
+    if isinstance(gradient, RowGradient):
+        return not (gradient.consumed or gradient.has_no_rows)
+    return gradient is not None
 
 
 def _flags(kept: Tensor, gradient: RowGradient) -> Tensor:

@@ -161,8 +161,8 @@ def update_table(
         enter: called before the update.
     """
     whole, then = gradient, None
-    choice = table.choice if finite_only and table.choice is not None and table.choice.active else None
-    kept = choice.chosen_rows() if isinstance(choice, LayerChoice) else None  # a later pass may choose others
+    choice = table.choice if finite_only and isinstance(table.choice, LayerChoice) and table.choice.active else None
+    kept = choice.chosen_rows() if choice is not None else None  # a later pass may choose others
     if not finite_only:
         gradient.to_multiply()  # raises here if the gradient did not arrive
     elif isinstance(table.tier, LayerTier):
@@ -180,24 +180,26 @@ def update_table(
         if finite_only and not _all_finite(whole):
             return False
         used = gradient
-        if isinstance(choice, LayerChoice):
+        if choice is not None:
             used = choice.chosen(gradient, kept)
             table.keep_versions(used.to_multiply()[0])
         rows, values, factors = used.to_multiply()
-        wide = values.to(torch.promote_types(table.masters.dtype, torch.float32)).contiguous()
+        if values.dtype != torch.bfloat16:  # in which the update reads them too
+            values = values.to(torch.promote_types(table.masters.dtype, torch.float32))
+        values = values.contiguous()
 
         def step(compute_copy: Tensor | None) -> None:
             master, node = table.masters, table.node
             if node is None:
                 state = entry.exclusive(master.device).row_state(master, compute_copy)
-                table.step(state, rows, wide, rule, seed=table.seed, factors=factors)
+                table.step(state, rows, values, rule, seed=table.seed, factors=factors)
                 return
             part = node.part(len(rows))
             with node.turn(entry) as moments:
                 if part.start == part.stop:
                     return
                 state = moments.row_state(master, compute_copy)
-                table.step(state, rows[part], wide[part], rule, seed=table.seed, factors=factors)
+                table.step(state, rows[part], values[part], rule, seed=table.seed, factors=factors)
 
         with record_function("meft: update rows"):
             try:
@@ -216,7 +218,9 @@ def update_table(
             with _failing_others([table]):
                 return update()
 
-        table.update_later(later, then)
+        # Ranks that share a table update theirs in the same order.
+        ready = gradient.arrival() if finite_only and table.node is None else None
+        table.update_later(later, then, ready)
 
 
 def _all_finite(gradient: RowGradient) -> bool:
