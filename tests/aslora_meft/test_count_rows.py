@@ -8,7 +8,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from aslora_meft.cli import main
-from meft import MEFTConfig
 from tests.support.task_models import METHODS, SETTINGS
 
 
@@ -79,11 +78,3 @@ def test_bad_input_is_one_sentence(given, said, model_dir, text_file, tmp_path, 
     assert said in told
     assert len(told.strip().splitlines()) == 1
     assert not (tmp_path / "c").exists()
-
-
-def test_the_field_is_read_as_json():
-    from aslora_meft.arguments.config_arguments import make_config
-
-    config = make_config("meft", {"train_rows": '{"top": 0.1}'})
-    assert isinstance(config, MEFTConfig)
-    assert config.most_rows == 410

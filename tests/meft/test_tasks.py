@@ -52,9 +52,15 @@ def assert_all_come_back(tiny, model, found):
     assert torch.equal(logits(tiny, model), found[list(found)[-1]])
 
 
-@pytest.mark.parametrize("strategy", [None, *STRATEGIES])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_each_task_keeps_its_logits_bit_for_bit(tiny, strategy, dtype):
+WAYS = [
+    *((torch.float64, name) for name in [None, *STRATEGIES]),
+    (torch.bfloat16, None),
+    (torch.bfloat16, "device-rows"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "strategy"), WAYS, ids=str)
+def test_each_task_keeps_its_logits_bit_for_bit(tiny, dtype, strategy):
     model = adapted(tiny, dtype=dtype, **({} if strategy is None else {"retrieval": strategy}))
     if strategy is not None:
         on_streams(model, longest=1e-4)
