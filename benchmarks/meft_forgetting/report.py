@@ -31,7 +31,8 @@ def text(content: dict[str, list[dict]], settings: Settings, flags: str) -> str:
     said = verdicts(listed, lambda _, name: kept(REPORTED, name), lambda _, name: kept(DIVERGED, name), settings.seeds)
     command = COMMAND + flags
     lines = [
-        "# What a model forgets while it learns facts" + (", quick run: it decides nothing" if flags else ""),
+        "# What a model forgets while it learns facts"
+        + (", quick run: it decides nothing" if flags == " --quick" else ""),
         "",
         f"Written by `{command}` from the JSON file of the same name.",
         "",
@@ -41,7 +42,8 @@ def text(content: dict[str, list[dict]], settings: Settings, flags: str) -> str:
         f"Each method's learning rate is the one that forgets least while it recalls {100 * setup.least_recall:.0f} %",
         f"with {len(settings.tuning_seeds)} tuning seed; rates are a factor of 2 apart, and a lower and a higher one",
         f"were tried. The {len(settings.seeds)} reported seeds are others. Tests are paired by seed, after Holm's",
-        f"correction for all {len(listed.comparisons)} comparisons of the list, which was committed before the runs.",
+        f"correction for all {len(listed.comparisons)} comparisons of the list"
+        + (", which was committed before the runs." if flags in ("", " --quick") else "."),
         "",
         "| claim | |",
         "|---|---|",

@@ -70,6 +70,15 @@ def test_each_task_keeps_its_logits_bit_for_bit(tiny, dtype, strategy):
     assert_all_come_back(tiny, model, found)
 
 
+@pytest.mark.parametrize(
+    "rule", [{"in_backward": True}, {"moments": "float8", "in_backward": True}, {"zero_copy": True}]
+)
+def test_each_kind_of_update_keeps_the_logits(tiny, rule):
+    model = adapted(tiny, dtype=torch.float32, retrieval="stream", row_optimizer=rule)
+    on_streams(model, longest=1e-3)
+    assert_all_come_back(tiny, model, in_sequence(tiny, model))
+
+
 def test_rows_of_a_task_are_never_updated_again(tiny):
     """Nor their moments and counts, with all ways to step."""
     model = adapted(tiny, top=6)
