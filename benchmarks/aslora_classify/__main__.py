@@ -34,7 +34,7 @@ from benchmarks.common.runs import Settings, run_all
 
 HERE = Path(__file__).resolve().parent
 SETTINGS, QUICK = HERE / "settings.json", HERE / "quick.json"
-LISTS = HERE / "comparisons.json", HERE / "quick_comparisons.json"
+LISTS = HERE / "comparisons.json", HERE / "quick_comparisons.json", HERE / "device_comparisons.json"
 RESULTS = HERE.parent / "results"
 
 

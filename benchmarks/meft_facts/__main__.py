@@ -30,7 +30,7 @@ from benchmarks.meft_recall.pairs import load_pairs
 
 HERE = Path(__file__).resolve().parent
 SETTINGS, QUICK = HERE / "settings.json", HERE / "quick.json"
-LISTS = HERE / "comparisons.json", HERE / "quick_comparisons.json"
+LISTS = HERE / "comparisons.json", HERE / "quick_comparisons.json", HERE / "device_comparisons.json"
 RESULTS = HERE.parent / "results"
 HOLDS = "nq_open/"
 
