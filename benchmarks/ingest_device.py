@@ -5,8 +5,8 @@
 
 Written are device_GPU.json (all findings, whatever they say), .md (the verdicts), and the files of the two benchmarks
 beside them; of `device_evidence.py` the rows of each table and its page. Of README.md and docs/*.md only what stands
-between `<!-- device:KEY -->` and `<!-- /device -->` is replaced, by a value and what it was measured on; a key that this
-run has no value for is left as it is, and named.
+between `<!-- device:KEY -->` and `<!-- /device -->` is replaced, by a value and what it was measured on; a key that
+this run has no value for is left as it is, and named.
 """
 
 import argparse
