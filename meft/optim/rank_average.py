@@ -68,7 +68,8 @@ class RankAverage:
                 "averages of the rows' gradients; give all ranks the same number of batches (drop_last=True)."
             )
         if parallel is not None and (self._shared is None or self._shared() is not parallel.engine):
-            self._share(parallel)
+            with parallel.on_device():
+                self._share(parallel)
         # After a pass inside of DDP its backward pass averages what came outside of it meanwhile, as DDP's own does.
         if torch.is_grad_enabled() and not (parallel is None and self._due):
             self._parallel, self.steps.averaged = parallel, parallel is not None
@@ -111,14 +112,18 @@ class RankAverage:
         """Average the gradients of all passes since the last step over the ranks of the last one; all ranks call it."""
         self._queued, self._due = -1, False
         assert self._parallel is not None
+        with self._parallel.on_device():
+            self._average(self._parallel)
+
+    def _average(self, parallel: DataParallel) -> None:
         node = self.node
         parted = node is not None and node.average_gradients(self._parted())
         summed = node.tables if node is not None else []
         for table in self._tables():
             if table.rows.requires_grad and table not in summed:
-                average_gradient(table, self._parallel.group)
+                average_gradient(table, parallel.group)
         if parted:  # here, where all ranks come: a forward pass may be one rank's alone
-            self._share(self._parallel)
+            self._share(parallel)
             if self.node is not None:
                 self.node.ranks.summed = True
 
