@@ -28,7 +28,12 @@ from aslora_meft.training.finish import next_commands, write_results
 from aslora_meft.training.hub import prepare_push, push
 from aslora_meft.training.interrupt import Interrupted, StopAtStep
 from aslora_meft.training.progress import show_progress
-from aslora_meft.training.ranks import FirstEvaluation, evaluates_when_it_trains, prepare_for_training_again
+from aslora_meft.training.ranks import (
+    FirstEvaluation,
+    evaluates_when_it_trains,
+    prepare_for_training_again,
+    wait_for_all_in_saves,
+)
 from aslora_meft.training.run_record import RunRecord
 from aslora_meft.training.summary import merge_lines, merges, metrics_table, run_header, shares
 from aslora_meft.training.task_state import TaskState, check_task
@@ -98,6 +103,7 @@ def train(arguments: TrainArguments) -> TrainResult:
     if checkpoint is not None:
         check_engine(checkpoint, trainer)
     keep_configuration(trainer)
+    wait_for_all_in_saves(trainer)
     model: Any = trainer.model
     if shares(model):
         trainer.add_callback(MergeEvents())

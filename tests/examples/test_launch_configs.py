@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from aslora_meft.cli import main
 from aslora_meft.training.checkpoints import check_whole
+from aslora_meft.training.task_state import ranks_of
 from tests.support import launched
 from tests.support.processes import run_together, saved_by_ranks
 from tests.support.tiny_meft import Tiny
@@ -89,6 +90,7 @@ def test_runs_under_fsdp2_go_on_bit_for_bit(kind, methods, model_dir, data, tmp_
             Tiny.assert_equal(trained, resumed)
         checkpoint = tmp_path / method / "checkpoint-2"
         check_whole(checkpoint)
+        assert ranks_of(json.loads((checkpoint / "trainer_state.json").read_text())) == 2
         for name in ("adapter_model.safetensors", "README.md"):
             assert (checkpoint / name).exists() == (kind == "FULL_STATE_DICT")
         assert not (tmp_path / f"{method} resumed" / "checkpoint-2").exists()
