@@ -68,8 +68,7 @@ class RankAverage:
                 "averages of the rows' gradients; give all ranks the same number of batches (drop_last=True)."
             )
         if parallel is not None and (self._shared is None or self._shared() is not parallel.engine):
-            with parallel.on_device():
-                self._share(parallel)
+            self._share(parallel)
         # After a pass inside of DDP its backward pass averages what came outside of it meanwhile, as DDP's own does.
         if torch.is_grad_enabled() and not (parallel is None and self._due):
             self._parallel, self.steps.averaged = parallel, parallel is not None
@@ -94,12 +93,13 @@ class RankAverage:
         tables, group = self._tables(), parallel.group
         if isinstance(parallel.engine, DistributedDataParallel):
             check_left_alone(tables, parallel.engine)
-        self.node = Node.join([table for table in tables if can_be_shared(table)], group)
-        for table in tables:
-            if self.node is None:
-                table.leave_node()
-            if table.node is None:
-                broadcast_rows(table, group)
+        with parallel.on_device():
+            self.node = Node.join([table for table in tables if can_be_shared(table)], group)
+            for table in tables:
+                if self.node is None:
+                    table.leave_node()
+                if table.node is None:
+                    broadcast_rows(table, group)
         self._shared = weakref.ref(parallel.engine)
 
     def _parted(self) -> bool:
@@ -113,19 +113,16 @@ class RankAverage:
         self._queued, self._due = -1, False
         assert self._parallel is not None
         with self._parallel.on_device():
-            self._average(self._parallel)
-
-    def _average(self, parallel: DataParallel) -> None:
-        node = self.node
-        parted = node is not None and node.average_gradients(self._parted())
-        summed = node.tables if node is not None else []
-        for table in self._tables():
-            if table.rows.requires_grad and table not in summed:
-                average_gradient(table, parallel.group)
-        if parted:  # here, where all ranks come: a forward pass may be one rank's alone
-            self._share(parallel)
-            if self.node is not None:
-                self.node.ranks.summed = True
+            node = self.node
+            parted = node is not None and node.average_gradients(self._parted())
+            summed = node.tables if node is not None else []
+            for table in self._tables():
+                if table.rows.requires_grad and table not in summed:
+                    average_gradient(table, self._parallel.group)
+            if parted:  # here, where all ranks come: a forward pass may be one rank's alone
+                self._share(self._parallel)
+                if self.node is not None:
+                    self.node.ranks.summed = True
 
 
 def check_left_alone(tables: list[RowTable], ddp: DistributedDataParallel) -> None:

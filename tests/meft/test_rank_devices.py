@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import nn
 
 from meft.optim import node, rank_average
-from meft.optim.node import Node, group_device
-from meft.optim.rank_average import RankAverage
+from meft.optim.node import Node
+from meft.optim.rank_average import RankAverage, group_device
 from meft.table.row_table import RowTable
 from peft_bridge.training.data_parallel import DataParallel
 
