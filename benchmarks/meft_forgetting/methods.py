@@ -50,7 +50,10 @@ class Method:
             background: ids [1, T] of each example that may be counted.
         """
         if self.kind == "dense":
-            yield attach_dense(model, self.r, self.scale)
+            dense = attach_dense(model, self.r)
+            for layer in dense.model.layers:
+                layer.mlp.scale = self.scale
+            yield dense
         elif self.kind == "lora":
             config = LoraConfig(r=self.r, lora_alpha=2 * self.r, target_modules="all-linear", task_type="CAUSAL_LM")
             yield get_peft_model(model, config)

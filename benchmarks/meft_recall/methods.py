@@ -13,26 +13,26 @@ ADAPTER_RATES = (1e-3, 3e-3, 1e-2)
 
 
 class DenseParallelAdapter(nn.Module):
-    """y = mlp(x) + scale relu(x W1^T) W2 in fp32, no bias; with a scale of 1 what MEFT is with nothing left out."""
+    """y = mlp(x) + relu(s x W1^T) W2 in fp32, no bias, s = 1: what MEFT is with nothing left out."""
 
-    def __init__(self, mlp: nn.Module, width: int, r: int, scale: float = 1.0):
+    def __init__(self, mlp: nn.Module, width: int, r: int):
         super().__init__()
-        self.mlp, self.scale = mlp, scale
+        self.mlp, self.scale = mlp, 1.0
         place = next(mlp.parameters()).device
         self.keys = nn.Parameter(torch.empty(r, width, dtype=torch.float32, device=place).normal_(std=0.02))
         self.values = nn.Parameter(torch.zeros(r, width, dtype=torch.float32, device=place))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scores = F.relu(x.float() @ self.keys.T)
-        added = (scores if self.scale == 1.0 else scores * self.scale) @ self.values
+        scores = x.float() @ self.keys.T
+        added = F.relu(scores if self.scale == 1.0 else self.scale * scores) @ self.values
         return self.mlp(x) + added.to(x.dtype)
 
 
-def attach_dense(model: nn.Module, r: int, scale: float = 1.0) -> nn.Module:
+def attach_dense(model: nn.Module, r: int) -> nn.Module:
     """Freeze `model` and place an adapter beside the MLP of every layer."""
     model.requires_grad_(False)
     for layer in model.model.layers:
-        layer.mlp = DenseParallelAdapter(layer.mlp, model.config.hidden_size, r, scale)
+        layer.mlp = DenseParallelAdapter(layer.mlp, model.config.hidden_size, r)
     return model
 
 

@@ -124,12 +124,13 @@ class RankAverage:
         tables, group = self._tables(), parallel.group
         if isinstance(parallel.engine, DistributedDataParallel):
             check_left_alone(tables, parallel.engine)
-        self.node = Node.join([table for table in tables if can_be_shared(table)], group)
-        for table in tables:
-            if self.node is None:
-                table.leave_node()
-            if table.node is None:
-                broadcast_rows(table, group)
+        with parallel.on_device():
+            self.node = Node.join([table for table in tables if can_be_shared(table)], group)
+            for table in tables:
+                if self.node is None:
+                    table.leave_node()
+                if table.node is None:
+                    broadcast_rows(table, group)
         self._shared = weakref.ref(parallel.engine)
 
     def _parted(self) -> bool:
@@ -142,19 +143,20 @@ class RankAverage:
         """Average the gradients of all passes since the last step over the ranks of the last one; all ranks call it."""
         self._queued, self._due = -1, False
         assert self._parallel is not None
-        node = self.node
-        for choice in self._choices():
-            choice.join()
-        parted = node is not None and node.average_gradients(self._parted())
-        summed = node.tables if node is not None else []
-        for table in self._tables():
-            if table.rows.requires_grad and table not in summed:
-                average_gradient(table, self._parallel.group)
-        if parted:  # here, where all ranks come: a forward pass may be one rank's alone
-            self._share(self._parallel)
-            if self.node is not None:
-                self.node.ranks.summed = True
-        self._choose(self._parallel.group)
+        with self._parallel.on_device():
+            node = self.node
+            for choice in self._choices():
+                choice.join()
+            parted = node is not None and node.average_gradients(self._parted())
+            summed = node.tables if node is not None else []
+            for table in self._tables():
+                if table.rows.requires_grad and table not in summed:
+                    average_gradient(table, self._parallel.group)
+            if parted:  # here, where all ranks come: a forward pass may be one rank's alone
+                self._share(self._parallel)
+                if self.node is not None:
+                    self.node.ranks.summed = True
+            self._choose(self._parallel.group)
 
 
 def check_left_alone(tables: list[RowTable], ddp: DistributedDataParallel) -> None:

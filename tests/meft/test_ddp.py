@@ -13,7 +13,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import meft
-from tests.support import node_tasks
+from tests.support import node_tasks, page_locks
 from tests.support.processes import once, result_of, run_ranks, saved_by_ranks, work_as_rank
 from tests.support.thread_streams import ThreadStreams
 from tests.support.tiny_meft import Tiny
@@ -473,6 +473,6 @@ def test_deepspeed_is_refused_when_a_trainers_run_begins():
 if __name__ == "__main__":
     number, place = int(sys.argv[1]), Path(sys.argv[2])
     tasks = {name: partial(task, number) for name, task in TASKS.items()}
-    tasks |= node_tasks.tasks(number, place)
+    tasks |= node_tasks.tasks(number, place) | page_locks.tasks(number)
     tasks |= {f"apart, {name}": partial(node_tasks.apart, tasks[name]) for name in APART}
     work_as_rank(number, place, tasks)

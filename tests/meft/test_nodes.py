@@ -81,7 +81,9 @@ def work(rank, folder):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD, timeout=timedelta(seconds=TIMEOUT)
     )
-    torch.save({case: run(rank, *case) for case in RUNS}, folder / f"rank{rank}.pt")
+    made, new_group = [], torch.distributed.new_group
+    torch.distributed.new_group = lambda ranks, **fields: (made.append(ranks), new_group(ranks, **fields))[1]
+    torch.save({case: run(rank, *case) for case in RUNS} | {"groups": made}, folder / f"rank{rank}.pt")
     torch.save(killed_in_a_step(rank, folder), folder / f"killed{rank}.pt")
     memory = SharedMemory.create(4096)
     ranks = NodeRanks(0, [os.getpid(), os.getppid()], memory.numbers(0, 8), TIMEOUT)
@@ -131,6 +133,11 @@ def test_each_rank_reduces_its_share_over_nodes_in_one_message_a_block(folder, c
             expected += [masks * (number + 1) // shares - masks * number // shares, rows]
         assert entry["reduced"] == (expected if number < shares else [0] * len(expected))
         assert entry["between nodes"] == sum(entry["reduced"])
+
+
+def test_a_group_of_ranks_of_several_nodes_is_made_once(folder):
+    """For all runs of the same ranks: each time that rows are shared again."""
+    assert of_ranks(folder, "groups") == [[[0, 2], [0, 3]], [[1, 3]], [[0, 2]], [[1, 3], [0, 3]]]
 
 
 def test_a_rank_that_is_killed_in_a_step_ends_the_others_at_once(folder):
