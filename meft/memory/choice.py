@@ -43,7 +43,7 @@ class LayerChoice:
         self.tables, self._most, self._rarity = tuple(tables), most, rarity
         self._uses: dict[torch.device, Tensor] = {}
         self._all_uses: Tensor | None = None  # of all ranks, where they have agreed
-        self._kept: Tensor | None = None
+        self._top: Tensor | None = None
         # Until the step: gradients of which some rows were not chosen, and which.
         self._whole: list[tuple[RowTable, RowGradient, Tensor]] = []
         self._backward, self._stepped = -1, False
@@ -84,7 +84,7 @@ class LayerChoice:
         if number != self._backward and (self._stepped or not any(map(_has_gradient, self.tables))):
             self._uses, self._whole = {}, []
             self._stepped = False
-        self._backward, self._all_uses, self._kept = number, None, None
+        self._backward, self._all_uses, self._top = number, None, None
         if not self.counts or not len(rows):
             return
         uses = self._uses.get(rows.device)
@@ -102,22 +102,22 @@ class LayerChoice:
 
     def agree(self, uses: Tensor) -> None:
         """Take the uses of all ranks in place of those of this one."""
-        self._all_uses, self._kept = uses, None
+        self._all_uses, self._top = uses, None
 
     # ------------------------------------------------------------------ gradients
 
     def chosen_rows(self) -> Tensor:
         """bool [r] in host memory."""
-        if self._kept is None:
-            free = torch.ones(self.size, dtype=torch.bool, device="cpu")
-            for table in self.tables:
-                if table.versions is not None:
-                    free &= table.versions.free
-            if self._most is not None:
-                uses = self.uses() if self._all_uses is None else self._all_uses
-                free = top_rows(uses, self._rarity(), free, self._most)
-            self._kept = free
-        return self._kept
+        free = torch.ones(self.size, dtype=torch.bool, device="cpu")
+        for table in self.tables:
+            if table.versions is not None:
+                free &= table.versions.free
+        if self._most is None:
+            return free
+        if self._top is None:
+            uses = self.uses() if self._all_uses is None else self._all_uses
+            self._top = top_rows(uses, self._rarity(), free, self._most)
+        return self._top & free  # a task may have been frozen since
 
     def chosen(self, gradient: RowGradient, kept: Tensor | None = None) -> RowGradient:
         """The gradient of the chosen rows; once it is there."""

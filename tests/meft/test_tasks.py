@@ -116,6 +116,20 @@ def test_rows_of_a_task_are_never_updated_again(tiny):
     assert changed
 
 
+def test_a_gradient_from_before_freezing_updates_no_row_of_the_task(tiny):
+    model = adapted(tiny)
+    optimizer = learn(tiny, model, 0)
+    found = logits(tiny, model)
+    tiny.loss(model, 0).backward()
+    meft.freeze_rows(model, "a")
+    optimizer.step()
+    for table in tiny.tables(model):
+        owned = table.versions.owner == 1
+        assert not bool((owned & table.versions.changed).any())
+    meft.select_task(model, "a")
+    assert torch.equal(logits(tiny, model), found)
+
+
 def test_without_train_rows_the_rows_that_were_used_are_owned(tiny):
     config = tiny.config(init_weights=True, r=480, num_experts=80, master_dtype="float64")
     model = get_peft_model(tiny.base(), config)
