@@ -15,6 +15,7 @@ from .method.quantised import keep_trainable_on_cpu
 from .method.registration import register_method
 from .method.tuner_base import Injection, MethodTuner
 from .training.deepspeed_engines import EngineFollower, EngineOptimizer, group_of_each
+from .training.last_ranks import StateOfLastRanks
 from .training.optimizer_steps import StepListener, watch_steps
 from .training.trainer_runs import RunListener, watch_runs
 from .training.uneven_inputs import JoinFollower, follow_joins
@@ -34,6 +35,7 @@ __all__ = [
     "MethodConfig",
     "MethodTuner",
     "RunListener",
+    "StateOfLastRanks",
     "StepListener",
     "allow_hotswap",
     "check_digest",

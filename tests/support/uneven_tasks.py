@@ -75,15 +75,14 @@ def run_tables(rank, name, epochs, mean_of_present):
     """
     tables = node_tasks.tables_of(*node_tasks.DTYPES[name], seed=rank)  # the first rank's count
     optimizer, net, norms = node_tasks.optimizer_of(tables), Net(tables), []
-    wrapped, kept = DistributedDataParallel(net), None
+    wrapped, kept = DistributedDataParallel(net), []
     for epoch, counts in enumerate([*epochs, None]):
         joined = wrapped.join(divide_by_initial_world_size=not mean_of_present) if counts else nullcontext()
         with joined:
             for i in range(counts[rank] if counts else 1):
                 wrapped(gradients(10 * epoch + i, rank)).backward()
                 step_tables(tables, optimizer, norms)
-                if kept is None:
-                    kept = [(m, m.moments.counts.clone()) for m in _entries(optimizer.state_dict())]
+                kept += [(entry, entry.moments.counts.clone()) for entry in _entries(optimizer.state_dict())]
         if epoch == 0:
             middle = node_tasks.state_of(tables) if tables[0].moments is not None else None
     return {
