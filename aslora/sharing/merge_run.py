@@ -39,7 +39,7 @@ class SharingRun:
         self.nonfinite_steps = 0
         self._warned: set[tuple[str, str]] = set()  # (adapter, what about)
         self._seen: set[str] = set()  # adapters whose optimizer torch's hooks see
-        self.ranks = StateOfLastRanks(self._b_groups, self._deciding, self._taken_over)
+        self.ranks = StateOfLastRanks(self._b_groups, self.watched_parameters, self._deciding, self._taken_over)
 
     def add(self, adapter_name: str, units: list[MergeUnit], total_steps: int | None) -> None:
         self.units[adapter_name] = units

@@ -20,7 +20,8 @@ class StateOfLastRanks:
 
     Args:
         modules: whose buffers these are.
-        parameters: of which optimizers have such state now, in the same order on all ranks.
+        parameters: of which optimizers have such state, in the same order on all ranks.
+        deciding: those of them that have to be equal on all ranks from now on.
         taken_over: called where this rank has got parameters and buffers.
     """
 
@@ -28,9 +29,10 @@ class StateOfLastRanks:
         self,
         modules: Callable[[], Iterable[nn.Module]],
         parameters: Callable[[], Iterable[nn.Parameter]],
+        deciding: Callable[[], Iterable[nn.Parameter]],
         taken_over: Callable[[], None],
     ) -> None:
-        self._modules, self._parameters, self._taken_over = modules, parameters, taken_over
+        self._modules, self._parameters, self._deciding, self._taken_over = modules, parameters, deciding, taken_over
         self._forget()
 
     def _forget(self) -> None:
@@ -72,9 +74,9 @@ class StateOfLastRanks:
         return self._modules()
 
     def join_begins(self, ddp: DistributedDataParallel, mean_of_present: bool) -> None:
-        """Raises: RuntimeError, on all ranks: their optimizers step the parameters at other rates."""
+        """Raises: RuntimeError, on all ranks: their optimizers step parameters that decide at other rates."""
         self._ddp = weakref.ref(ddp)
-        rates = [self._rate_of(parameter) for parameter in self._parameters()]
+        rates = [self._rate_of(parameter) for parameter in self._deciding()]
         everywhere: list[Any] = [None] * dist.get_world_size(ddp.process_group)
         dist.all_gather_object(everywhere, rates, group=ddp.process_group)
         for of_ranks in zip(*everywhere, strict=True):
