@@ -39,7 +39,7 @@ class SharingRun:
         self.nonfinite_steps = 0
         self._warned: set[tuple[str, str]] = set()  # (adapter, what about)
         self._seen: set[str] = set()  # adapters whose optimizer torch's hooks see
-        self.ranks = StateOfLastRanks(self._b_groups, self.watched_parameters, self._deciding, self._taken_over)
+        self.ranks = StateOfLastRanks(self.watched_parameters, self._b_groups, self._deciding, self._taken_over)
 
     def add(self, adapter_name: str, units: list[MergeUnit], total_steps: int | None) -> None:
         self.units[adapter_name] = units
@@ -111,8 +111,9 @@ class SharingRun:
 
     def _deciding(self) -> Iterator[nn.Parameter]:
         """The A and B on which merges that are to come depend."""
-        for B, A in (m for units in self.units.values() for unit in units if unit.pending for m in unit.members.values()):
-            yield from (B.stacked_B, A.shared_A)
+        for unit in (unit for units in self.units.values() for unit in units if unit.pending):
+            for B, A in unit.members.values():
+                yield from (B.stacked_B, A.shared_A)
 
     def _taken_over(self) -> None:
         for units in self.units.values():

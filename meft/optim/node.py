@@ -193,7 +193,8 @@ class Node:
 
     def _send_shared(self, table: RowTable, source: int) -> None:
         """Give the first ranks of all nodes what is in the memory that one of them shares."""
-        assert table.node is not None and self.peers is not None
+        assert table.node is not None
+        assert self.peers is not None
         for tensor in (table.masters, *table.node.moments.tensors().values()):
             broadcast(tensor, source, self.peers)
         if dist.get_rank() != source:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from peft_bridge.torch_private import at_end_of_backward, backward_number, takes_uneven_inputs
@@ -72,12 +72,11 @@ class RankAverage:
                 `around` raises it.
         """
         parallel = self.engine() or around(self._tables())
-        if parallel is not None and takes_uneven_inputs(parallel.engine):
-            if self._uneven is None or not self._uneven.is_of(parallel.engine):
-                raise RuntimeError(
-                    "A DistributedDataParallel.join() leaves out MEFT adapters that are added after its "
-                    "DistributedDataParallel was made: wrap the model anew, and enter the context of that."
-                )
+        if parallel is not None and takes_uneven_inputs(parallel.engine) and not self._follows(parallel.engine):
+            raise RuntimeError(
+                "A DistributedDataParallel.join() leaves out MEFT adapters that are added after its "
+                "DistributedDataParallel was made: wrap the model anew, and enter the context of that."
+            )
         if parallel is not None and (self._shared is None or self._shared() is not parallel.engine):
             self._share(parallel)
         # After a pass inside of DDP its backward pass averages what came outside of it meanwhile, as DDP's own does.
@@ -123,7 +122,7 @@ class RankAverage:
         self._queued, self._due = -1, False
         assert self._parallel is not None
         uneven = self._uneven
-        if uneven is not None and uneven.is_of(self._parallel.engine) and uneven.goes_on:
+        if uneven is not None and self._follows(self._parallel.engine) and uneven.goes_on:
             self._average_uneven(uneven, shadows=False)
         elif self._average(self._parallel.group):  # here, where all ranks come: a forward pass may be one rank's alone
             self._share(self._parallel)
@@ -142,12 +141,17 @@ class RankAverage:
 
     # ------------------------------------------------------------------ ranks without a batch
 
+    def _follows(self, engine: object) -> bool:
+        """Whether the last `join()` of an engine has begun with these tables."""
+        return self._uneven is not None and self._uneven.is_of(engine)
+
     def followed_modules(self) -> list[RowTable]:
         return self._tables()
 
     def join_begins(self, ddp: DistributedDataParallel, mean_of_present: bool) -> None:
         """All ranks come here: they have the same rows before one of them may have no batch at all."""
         self._uneven = UnevenRanks(ddp, mean_of_present)
+        self.steps.last_ranks.join_begins(ddp, mean_of_present)
         if self._shared is None or self._shared() is not ddp:
             self._share(DataParallel(ddp, ddp.process_group, lambda: True))
 
@@ -167,6 +171,7 @@ class RankAverage:
         uneven.end()
         if len(last) == dist.get_world_size(uneven.group):
             return
+        self.steps.last_ranks.all_joined(last)
         if self.node is not None and uneven.marked(self._parted()):
             self._leave_node()
         shared = self.node.tables if self.node is not None else []
@@ -197,9 +202,7 @@ def check_left_alone(tables: list[RowTable], ddp: DistributedDataParallel) -> No
         )
 
 
-def average_gradient(
-    table: RowTable, group: dist.ProcessGroup, *, shadows: bool = False, divisor: int = 0
-) -> None:
+def average_gradient(table: RowTable, group: dist.ProcessGroup, *, shadows: bool = False, divisor: int = 0) -> None:
     """Replace a table's gradient by its mean over the ranks, on the union of their rows.
 
     Args:

@@ -19,20 +19,20 @@ class StateOfLastRanks:
     """A `JoinFollower` that gives ranks that had fewer batches what the others have.
 
     Args:
-        modules: whose buffers these are.
         parameters: of which optimizers have such state, in the same order on all ranks.
-        deciding: those of them that have to be equal on all ranks from now on.
+        modules: whose buffers these are.
+        deciding: parameters that have to be equal on all ranks from now on.
         taken_over: called where this rank has got parameters and buffers.
     """
 
     def __init__(
         self,
-        modules: Callable[[], Iterable[nn.Module]],
         parameters: Callable[[], Iterable[nn.Parameter]],
-        deciding: Callable[[], Iterable[nn.Parameter]],
-        taken_over: Callable[[], None],
+        modules: Callable[[], Iterable[nn.Module]] = tuple,
+        deciding: Callable[[], Iterable[nn.Parameter]] = tuple,
+        taken_over: Callable[[], None] | None = None,
     ) -> None:
-        self._modules, self._parameters, self._deciding, self._taken_over = modules, parameters, deciding, taken_over
+        self._parameters, self._modules, self._deciding, self._taken_over = parameters, modules, deciding, taken_over
         self._forget()
 
     def _forget(self) -> None:
@@ -77,6 +77,8 @@ class StateOfLastRanks:
         """Raises: RuntimeError, on all ranks: their optimizers step parameters that decide at other rates."""
         self._ddp = weakref.ref(ddp)
         rates = [self._rate_of(parameter) for parameter in self._deciding()]
+        if not rates:
+            return
         everywhere: list[Any] = [None] * dist.get_world_size(ddp.process_group)
         dist.all_gather_object(everywhere, rates, group=ddp.process_group)
         for of_ranks in zip(*everywhere, strict=True):
@@ -107,7 +109,7 @@ class StateOfLastRanks:
         for module in self._modules():
             for buffer in module.buffers():
                 dist.broadcast(buffer, source, group=group)
-        if rank not in last:
+        if rank not in last and self._taken_over is not None:
             self._taken_over()
         states: list[Any] = [None]
         if rank == last[-1]:

@@ -18,6 +18,8 @@ from torch.distributed.algorithms.join import JoinHook
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from ..torch_private import shadowed_averages
+
 
 class JoinFollower(Protocol):
     """An object, held by weak reference, of which all ranks do something together in DDP's passes."""
@@ -57,9 +59,10 @@ def follow_joins(follower: JoinFollower) -> None:
 
 def _watch(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
     """A module gets another one into it: so does a DDP that is being made."""
-    if isinstance(module, DistributedDataParallel) and name == "module" and submodule is not None:
-        if _followers_of(submodule):
-            module.join_hook = _JoinHooks(module)  # type: ignore[method-assign]
+    if name != "module" or submodule is None or not isinstance(module, DistributedDataParallel):
+        return
+    if _followers_of(submodule):  # other DDPs are left as they are
+        module.join_hook = _JoinHooks(module)  # type: ignore[assignment, method-assign]
 
 
 def _followers_of(model: nn.Module) -> list[JoinFollower]:
@@ -97,7 +100,7 @@ class _FollowedHook(JoinHook):
 
     def main_hook(self) -> None:
         self._hook.main_hook()
-        if self._ddp.require_forward_param_sync:  # DDP's hook has asked whether their backward pass averages
+        if shadowed_averages(self._ddp):
             for follower in self._followers:
                 follower.shadow_backward()
 

@@ -1,11 +1,15 @@
-"""What ranks with other numbers of batches do in `DistributedDataParallel.join()`, for those of `test_ddp.py` and
-`test_nodes.py`.
+"""What ranks with other numbers of batches do in `DistributedDataParallel.join()`, for `meft/test_uneven_ranks.py`: as
+processes of `test_ddp.py` and `test_nodes.py`.
 """
 
-import os
+import copy
 from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
 
 import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
@@ -13,15 +17,19 @@ from torch.nn.parallel import DistributedDataParallel
 from meft.gradient.row_gradient import RowGradient, as_row_gradient
 from meft.optim.optimizer_hook import RowSteps
 from meft.optim.rank_average import RankAverage
-from meft.transport.shared_memory import VARIABLE
 from peft_bridge import follow_joins
 from tests.support import node_tasks
 from tests.support.tiny_meft import Tiny
 
+# Of each epoch the batches of each rank; a step of all ranks, outside of a `join()`, comes after the last.
+FEWER, NONE = [[2, 4], [3, 1]], [[0, 2], [2, 1]]
+
 # ---------------------------------------------------------------------- tables alone, with gradients of whole numbers
 
 
-class _Backward(torch.autograd.Function):
+class _Given(torch.autograd.Function):
+    """The loss of a net in whose backward pass tables get gradients."""
+
     @staticmethod
     def forward(ctx, weight, net, gradients):
         ctx.net, ctx.gradients = net, gradients
@@ -30,20 +38,15 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         for table, given in zip(ctx.net.tables, ctx.gradients, strict=True):
-            if given is None:
-                continue
-            gradient = RowGradient(*given, table.rows)
-            if table.rows.grad is None:
-                table.rows.grad = gradient
-            else:
-                as_row_gradient(table.rows.grad, table.rows).add_(gradient)
+            if given is not None and table.rows.grad is None:
+                table.rows.grad = RowGradient(*given, table.rows)
+            elif given is not None:
+                as_row_gradient(table.rows.grad, table.rows).add_(RowGradient(*given, table.rows))
         ctx.net.ranks.note_backward()
         return torch.ones_like(ctx.net.weight), None, None
 
 
 class Net(nn.Module):
-    """Tables whose gradients are given to its forward pass."""
-
     def __init__(self, tables):
         super().__init__()
         self.weight, self.tables = nn.Parameter(torch.zeros(2)), nn.ModuleList(tables)
@@ -55,11 +58,13 @@ class Net(nn.Module):
 
     def forward(self, gradients):
         self.ranks.note_forward()
-        return _Backward.apply(self.weight, self, gradients)
+        return _Given.apply(self.weight, self, gradients)
 
 
-def gradients(step, rank):
-    return [node_tasks.gradient_of(step, rank, number) for number in range(len(node_tasks.SHAPES))]
+def given_to(ranks, step, number):
+    """The gradients that these ranks have of a table in a step."""
+    given = [node_tasks.gradient_of(step, rank, number) for rank in ranks]
+    return [gradient for gradient in given if gradient is not None]
 
 
 def step_tables(tables, optimizer, norms):
@@ -68,130 +73,217 @@ def step_tables(tables, optimizer, norms):
     optimizer.zero_grad()
 
 
-def run_tables(rank, name, epochs, mean_of_present):
-    """Epochs in `join()`, of as many batches as each rank has, and then a step of all.
-
-    Returns also whether all tables are shared.
-    """
+def run_tables(rank, name, epochs, of_present):
+    """Args: of_present: whether means are over the ranks that have a batch."""
     tables = node_tasks.tables_of(*node_tasks.DTYPES[name], seed=rank)  # the first rank's count
-    optimizer, net, norms = node_tasks.optimizer_of(tables), Net(tables), []
-    wrapped, kept = DistributedDataParallel(net), []
+    optimizer, norms, kept, states = node_tasks.optimizer_of(tables), [], [], []
+    wrapped = DistributedDataParallel(Net(tables))
     for epoch, counts in enumerate([*epochs, None]):
-        joined = wrapped.join(divide_by_initial_world_size=not mean_of_present) if counts else nullcontext()
+        joined = wrapped.join(divide_by_initial_world_size=not of_present) if counts else nullcontext()
         with joined:
             for i in range(counts[rank] if counts else 1):
-                wrapped(gradients(10 * epoch + i, rank)).backward()
+                numbers = range(len(tables))
+                wrapped([node_tasks.gradient_of(10 * epoch + i, rank, number) for number in numbers]).backward()
                 step_tables(tables, optimizer, norms)
-                kept += [(entry, entry.moments.counts.clone()) for entry in _entries(optimizer.state_dict())]
-        if epoch == 0:
-            middle = node_tasks.state_of(tables) if tables[0].moments is not None else None
+                state = copy.deepcopy(optimizer.state_dict()["state"])
+                kept += [(e["row_moments"], e["row_moments"].moments.counts.clone()) for e in state.values()]
+        states.append(node_tasks.state_of(tables))
     return {
-        "middle": middle,
-        "state": node_tasks.state_of(tables),
+        "states": states,
         "norms": norms,
         "shared": [table.is_shared for table in tables],
         "kept": all(torch.equal(entry.moments.counts, then) for entry, then in kept),
-        "weight": net.weight.grad is None,
     }
 
 
-def _entries(state):
-    from copy import deepcopy
-
-    return [deepcopy(entry["row_moments"]) for entry in state["state"].values()]
-
-
-def tables_as_one_process(world, name, epochs, mean_of_present):
-    """What all ranks must have after the first epoch, and in the end; and of each step the norm."""
+def tables_as_one_process(world, name, epochs, of_present):
+    """What all ranks must have after each epoch, and of each epoch the norms."""
     tables = node_tasks.tables_of(*node_tasks.DTYPES[name], seed=0)
-    optimizer, norms, middle = node_tasks.optimizer_of(tables), [], None
+    optimizer, states, all_norms = node_tasks.optimizer_of(tables), [], []
     for epoch, counts in enumerate([*epochs, [1] * world]):
+        norms = []
         for i in range(max(counts)):
             present = [rank for rank in range(world) if i < counts[rank]]
             for number, table in enumerate(tables):
-                given = [g for r in present if (g := node_tasks.gradient_of(10 * epoch + i, r, number)) is not None]
-                if not given:
-                    continue
-                whole = torch.zeros(node_tasks.SHAPES[number], dtype=torch.promote_types(table.rows.dtype, torch.float32))
-                for rows, values in given:
-                    whole.index_add_(0, rows, values.to(whole.dtype))
-                rows = torch.cat([g[0] for g in given]).unique()
-                divisor = len(present) if mean_of_present else world
-                table.rows.grad = RowGradient(rows, whole[rows] / divisor, table.rows)
+                given = given_to(present, 10 * epoch + i, number)
+                if given:
+                    wide = torch.promote_types(table.rows.dtype, torch.float32)
+                    whole = torch.zeros(node_tasks.SHAPES[number], dtype=wide)
+                    for rows, values in given:
+                        whole.index_add_(0, rows, values.to(wide))
+                    rows = torch.cat([g[0] for g in given]).unique()
+                    divisor = len(present) if of_present else world
+                    table.rows.grad = RowGradient(rows, whole[rows] / divisor, table.rows)
             step_tables(tables, optimizer, norms)
-        if middle is None:
-            middle = node_tasks.state_of(tables)
-    return middle, node_tasks.state_of(tables), norms
+        states.append(node_tasks.state_of(tables))
+        all_norms.append(norms)
+    return states, all_norms
 
 
 # ---------------------------------------------------------------------- models under DDP
 
-RATES = {"row_optimizer": {"lr": 0.01, "weight_decay": 0.1}}  # the optimizer itself keeps nothing
+
+def lora():
+    return get_peft_model(
+        Tiny.base(2), LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    )
 
 
 def batch_of(rank, number):
     return Tiny.batch(2, 6, seed=100 * rank + number)
 
 
-def train_epoch(model, optimizer, batches, synchronised=None, scale=1.0):
-    """A step for each list of micro-batches."""
-    for number, micro in enumerate(batches):
-        for i, batch in enumerate(micro):
-            quiet = model.no_sync() if synchronised and i + 1 < len(micro) else nullcontext()
-            with quiet:
-                (model(input_ids=batch, labels=batch).loss * (scale / len(micro))).backward()
-        torch.nn.utils.clip_grad_norm_(Tiny.trainable(model), 0.5)
-        optimizer.step()
-        optimizer.zero_grad()
+def step(model, optimizer):
+    torch.nn.utils.clip_grad_norm_(Tiny.trainable(model), 0.5)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
-def run_model(rank, epochs, micro=1, join=None, **fields):
-    """Epochs in `join()`, with an evaluation after each, then a step of all ranks."""
-    row_optimizer = RATES["row_optimizer"] | fields.pop("row_optimizer", {})
-    model = node_tasks.adapted(seed=0, row_optimizer=row_optimizer, **fields)
-    wrapped, optimizer = DistributedDataParallel(model), torch.optim.SGD(Tiny.trainable(model), lr=0.1)
-    join, logits, number = join or (lambda ddp: ddp.join()), [], 0
-    for counts in epochs:
-        with join(wrapped):
-            train_epoch(wrapped, optimizer, micro_batches(rank, counts[rank], micro, number), synchronised=True)
-        with torch.no_grad():
-            logits.append(model(input_ids=batch_of(0, 999)).logits)
-        number += micro * max(counts)
-    train_epoch(wrapped, optimizer, micro_batches(rank, 1, micro, number), synchronised=True)
-    return {"state": Tiny.whole_state(model), "logits": logits}
+def state_and_logits(model):
+    with torch.no_grad():
+        logits = model(input_ids=batch_of(0, 999)).logits
+    state = Tiny.whole_state(model)
+    return {**(state or {n: p.detach().clone() for n, p in model.named_parameters()}), "logits": logits}
 
 
-def micro_batches(rank, count, micro, first):
-    return [[batch_of(rank, first + micro * i + k) for k in range(micro)] for i in range(count)]
+def by_accelerate(ddp, **settings):
+    """`Accelerator.join_uneven_inputs` of a run on several GPUs; on a CPU it does nothing."""
+    return Accelerator.join_uneven_inputs(
+        SimpleNamespace(multi_device=True, _dataloaders=[]), [ddp], even_batches=False
+    )
 
 
-def model_as_one_process(world, epochs, micro=1, of_present=False):
-    model = node_tasks.adapted(seed=0, **RATES)
-    optimizer, logits, number = torch.optim.SGD(Tiny.trainable(model), lr=0.1), [], 0
-    for counts in [*epochs, [1] * world]:
+def of_present(ddp):
+    return Join([ddp], divide_by_initial_world_size=False)
+
+
+def run_model(rank, join=DistributedDataParallel.join, micro=1, make=node_tasks.adapted, **fields):
+    """What a rank has after each epoch, and after a step of all.
+
+    Args:
+        micro: micro-batches a step.
+    """
+    model = make(**fields)
+    wrapped, optimizer, found, number = DistributedDataParallel(model), Tiny.adamw(model), [], 0
+    for counts in [*NONE, None]:
+        with join(wrapped) if counts else nullcontext():
+            for i in range(counts[rank] if counts else 1):
+                for k in range(micro):
+                    batch = batch_of(rank, number + micro * i + k)
+                    with wrapped.no_sync() if k + 1 < micro else nullcontext():
+                        (wrapped(input_ids=batch, labels=batch).loss / micro).backward()
+                step(model, optimizer)
+        number += micro * max(counts) if counts else 0
+        found.append(state_and_logits(model))
+    return {"states": found, "followed": "join_hook" in vars(wrapped)}
+
+
+def model_as_one_process(of_present=False, micro=1, make=node_tasks.adapted):
+    model = make()
+    optimizer, found, number = Tiny.adamw(model), [], 0
+    for counts in [*NONE, [1, 1]]:
         for i in range(max(counts)):
-            present = [rank for rank in range(world) if i < counts[rank]]
+            present = [rank for rank in range(2) if i < counts[rank]]
             for rank in present:
                 for k in range(micro):
                     batch = batch_of(rank, number + micro * i + k)
                     loss = model(input_ids=batch, labels=batch).loss
-                    (loss / micro / (len(present) if of_present else world)).backward()
-            torch.nn.utils.clip_grad_norm_(Tiny.trainable(model), 0.5)
-            optimizer.step()
-            optimizer.zero_grad()
-        with torch.no_grad():
-            logits.append(model(input_ids=batch_of(0, 999)).logits)
+                    (loss / micro / (len(present) if of_present else 2)).backward()
+            step(model, optimizer)
         number += micro * max(counts)
-    return {"state": Tiny.whole_state(model), "logits": logits[:-1]}
+        found.append(state_and_logits(model))
+    return found
 
 
-def with_rows_apart(task):
-    """The task with a copy of the rows for each rank."""
-    os.environ[VARIABLE] = "0"
+def written(model):
+    """What a user does to one of the tables."""
+    with torch.no_grad():
+        Tiny.tables(model)[1].rows.mul_(0.5)
+
+
+def run_written(rank):
+    """The rank that goes on alone writes rows."""
+    model = node_tasks.adapted()
+    wrapped, optimizer = DistributedDataParallel(model), Tiny.adamw(model)
+    with wrapped.join():
+        for number in range(1 + 2 * rank):
+            wrapped(input_ids=batch_of(rank, number), labels=batch_of(rank, number)).loss.backward()
+            step(model, optimizer)
+            if number == 1:
+                written(model)
+    shared = [table.is_shared for table in Tiny.tables(model)]
+    wrapped(input_ids=batch_of(rank, 3), labels=batch_of(rank, 3)).loss.backward()
+    step(model, optimizer)
+    again = [table.is_shared for table in Tiny.tables(model)]
+    return {"state": Tiny.whole_state(model), "shared": shared, "again": again}
+
+
+def written_as_one_process():
+    model = node_tasks.adapted()
+    optimizer = Tiny.adamw(model)
+    for number in range(4):
+        for rank in (0, 1) if number in (0, 3) else (1,):
+            (model(input_ids=batch_of(rank, number), labels=batch_of(rank, number)).loss / 2).backward()
+        step(model, optimizer)
+        if number == 1:
+            written(model)
+    return Tiny.whole_state(model)
+
+
+def run_early(rank):
+    """The first rank has a batch fewer, and nobody goes on; then all go on together."""
+    model = node_tasks.adapted()
+    wrapped, optimizer, error = DistributedDataParallel(model), Tiny.adamw(model), "none"
     try:
-        return task()
-    finally:
-        del os.environ[VARIABLE]
+        with wrapped.join(throw_on_early_termination=True):
+            for number in range(1 + rank):
+                wrapped(input_ids=batch_of(rank, number), labels=batch_of(rank, number)).loss.backward()
+                step(model, optimizer)
+    except RuntimeError as raised:
+        error = str(raised)
+    again = DistributedDataParallel(model)
+    again(input_ids=batch_of(rank, 2), labels=batch_of(rank, 2)).loss.backward()
+    step(model, optimizer)
+    return {"error": error, "state": Tiny.whole_state(model)}
 
 
-__all__ = ["Join"]
+def run_unknown(rank):
+    """An adapter that a DDP does not follow: of a copy, and of one that was followed by nobody when it was made."""
+    model = node_tasks.adapted()
+    wrapped, errors = DistributedDataParallel(model), []
+    copied = copy.deepcopy(wrapped)
+    del wrapped.join_hook
+    for ddp in (wrapped, copied):
+        try:
+            with ddp.join():
+                ddp(input_ids=batch_of(rank, 0))
+        except RuntimeError as error:
+            errors.append(str(error))
+    return errors
+
+
+MODELS = {
+    "in place": {},
+    "by accelerate": {"join": by_accelerate},
+    "of present": {"join": of_present},
+    "micro-batches": {"micro": 2, "delay": 1e-3, "retrieval": "stream", "backward_rows": "refetch"},
+    "in backward": {"delay": 1e-3, "retrieval": "device-rows", "row_optimizer": {"in_backward": True}},
+    "LoRA": {"make": lora},
+}
+TABLES = [("float32", FEWER, False), ("float32 read as bfloat16", NONE, True)]
+NODES = [("two and two", "float32", [[3, 1, 0, 2], [0, 0, 2, 1]], False)]
+NODES += [("three and one", "float32 read as bfloat16", [[0, 0, 0, 2], [1, 1, 1, 3]], True)]
+
+
+def tasks(rank):
+    """Name -> what a rank of two does."""
+    models = {f"uneven, {name}": partial(run_model, rank, **fields) for name, fields in MODELS.items()}
+    tables = {f"uneven tables {number}": partial(run_tables, rank, *case) for number, case in enumerate(TABLES)}
+    together = {**models, **tables, "uneven, written": partial(run_written, rank)}
+    apart = ["uneven, in place", "uneven, in backward", *tables]
+    return {
+        **together,
+        **{f"apart, {name}": partial(node_tasks.apart, together[name]) for name in apart},
+        "uneven, early": partial(run_early, rank),
+        "uneven, unknown": partial(run_unknown, rank),
+    }
