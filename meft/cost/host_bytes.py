@@ -27,11 +27,11 @@ class HostBytes:
         return min(self.plan.step_union, micro_batches * self.plan.work.union)
 
     def drained(self, micro_batch: int) -> int:
-        """Of a micro-batch's gradients: widened into memory of their own, then added to those before."""
+        """Of a micro-batch's gradients: copied into memory of their own, then added to those before."""
         if self._nothing:
             return 0
         width, union = 2 * self.plan.shape.d, self.plan.work.union
-        each = width * union * (self.plan.shape.gradient + FP32)
+        each = width * union * (self.plan.shape.gradient + self.plan.kept_gradient)
         return each + (width * FP32 * self._moved_by_adding(micro_batch) if micro_batch else 0)
 
     def _moved_by_adding(self, micro_batch: int) -> int:
@@ -59,6 +59,11 @@ class HostBytes:
         return 2 * self.plan.shape.d * self.plan.step_union * (FP32 + sorted_)
 
     @property
+    def read_gradient(self) -> int:
+        """Bytes of a value of the gradient that the update reads."""
+        return self.plan.kept_gradient
+
+    @property
     def stepped(self) -> int:
         """Rows of a layer that are updated in a step, of keys and as many of values."""
         return self.plan.step_union
@@ -66,5 +71,5 @@ class HostBytes:
     def updated(self) -> int:
         """Of a step's update, wherever it is: gradient, master, both moments and the narrower copy."""
         s = self.plan.shape
-        each = FP32 + 2 * s.master + (s.compute if s.compute < s.master else 0)
+        each = self.read_gradient + 2 * s.master + (s.compute if s.compute < s.master else 0)
         return 2 * self.stepped * (s.d * each + 2 * s.row_moments)
