@@ -244,9 +244,9 @@ def test_ddp_shows_while_it_runs():
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         ddp = nn.parallel.DistributedDataParallel(Net(2, 2))
-        ddp(torch.ones(2))
+        ddp(torch.ones(2)).sum().backward()
         with ddp.join():
-            ddp(torch.ones(2))
+            ddp(torch.ones(2)).sum().backward()
         for averages in (True, False):  # what the ranks say that have a batch
             ddp._check_global_requires_backward_grad_sync = lambda averages=averages, **_: averages
             ddp.join_hook().main_hook()
