@@ -3,12 +3,18 @@
 The processes are those of `test_ddp.py` and `test_nodes.py`; what they do is in `tests/support/uneven_tasks.py`.
 """
 
+import threading
 from functools import cache
 
 import pytest
 import torch
 
+import meft
+from meft.gradient.row_gradient import RowGradient
+from meft.optim.node import Node
+from meft.table.update_queue import UpdateQueue
 from tests.meft import test_ddp, test_nodes
+from tests.meft.test_node_rows import both, joined
 from tests.support import uneven_tasks as tasks
 from tests.support.processes import once, result_of, run_ranks, saved_by_ranks
 from tests.support.tiny_meft import Tiny
@@ -93,14 +99,35 @@ def test_a_context_that_leaves_out_the_rows_is_refused(ranks):
         assert "join() of a copy of a DistributedDataParallel leaves out its ASLoRA or MEFT adapter" in copied
 
 
-def test_a_rank_of_a_node_that_steps_no_more_has_no_part():
-    """The ranks that go on make the steps of all rows."""
-    from tests.meft.test_node_rows import joined
-
+def test_the_others_make_the_steps_of_all_rows_and_wait_for_nobody_else():
     (first,), (second,) = joined()
     for table in (first, second):
         table.node.ranks.stepping = [1]
     assert second.node.part(7) == slice(0, 7)
     with torch.no_grad(), second.node.turn(second.moments_in(tasks.node_tasks.optimizer_of([second]))):
-        pass  # waits for nobody
+        pass
     assert second.node.steps == 1
+
+
+def test_a_step_that_is_queued_is_one_of_the_ranks_that_were_there():
+    tables = joined()
+    late = tables[0][0].update_masters
+
+    def update_late(write, **rows):
+        threading.Event().wait(0.2)
+        late(write, **rows)
+
+    tables[0][0].update_masters = update_late
+
+    def run(rank):
+        (table,) = tables[rank]
+        table.updates = UpdateQueue()
+        optimizer = meft.RowAdamW([table.rows], lr=0.5)
+        table.rows.grad = RowGradient(torch.arange(8), torch.ones(8, 4), table.rows)
+        optimizer.step()
+        node = Node.__new__(Node)
+        node.tables, node.members, node.ranks = [table], [0, 1], table.node.ranks
+        node.step_among([1])
+        return table.node.steps, table.node.ranks.stepping
+
+    assert both(lambda: run(0), lambda: run(1)) == [(1, [1])] * 2
