@@ -39,12 +39,17 @@ class DataParallel:
     synchronises: Callable[[], bool]
 
     def on_device(self) -> AbstractContextManager[Any]:
-        """A block in which the current GPU is that of the engine's parameters, if they are on one.
+        """As the function of this name, for the engine."""
+        return on_device(self.engine)
 
-        Collectives of NCCL take the current GPU, and nobody has to set it for DDP with `device_ids`.
-        """
-        device = next((p.device for p in self.engine.parameters() if p.device.type == "cuda"), None)
-        return nullcontext() if device is None else torch.cuda.device(device)
+
+def on_device(engine: nn.Module) -> AbstractContextManager[Any]:
+    """A block in which the current GPU is that of the engine's parameters, if they are on one.
+
+    Collectives of NCCL take the current GPU, and nobody has to set it for DDP with `device_ids`.
+    """
+    device = next((p.device for p in engine.parameters() if p.device.type == "cuda"), None)
+    return nullcontext() if device is None else torch.cuda.device(device)
 
 
 def around(modules: Iterable[nn.Module]) -> DataParallel | None:

@@ -13,7 +13,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import meft
-from tests.support import node_tasks, page_locks
+from tests.support import node_tasks, page_locks, uneven_tasks
 from tests.support.processes import once, result_of, run_ranks, saved_by_ranks, work_as_rank
 from tests.support.thread_streams import ThreadStreams
 from tests.support.tiny_meft import Tiny
@@ -189,16 +189,6 @@ def run_apart(rank, **fields):
     return {"begun": collectives() - before, "state": Tiny.whole_state(model)}
 
 
-def run_joined(rank):
-    wrapped = DistributedDataParallel(adapted())
-
-    def run():
-        with wrapped.join():
-            train(wrapped, rank, steps=range(1))
-
-    return refusal(run)
-
-
 def run_nonfinite(rank, **fields):
     model = adapted(**fields)
     wrapped = DistributedDataParallel(model)
@@ -246,6 +236,16 @@ def chosen(model, rank=None):
     return {"state": Tiny.whole_state(model), "norms": norms, "logits": logits}
 
 
+def run_joined_chosen(rank):
+    wrapped = DistributedDataParallel(adapted(train_rows={"top": 6}))
+
+    def run():
+        with wrapped.join():
+            pass
+
+    return refusal(run)
+
+
 def run_chosen(rank, **fields):
     return chosen(adapted(init_weights=True, train_rows={"top": 6}, **fields), rank)
 
@@ -277,7 +277,6 @@ TASKS = {
     "apart in backward": lambda rank: run_apart(
         rank, delay=2e-3, retrieval="stream", row_optimizer={"in_backward": True}
     ),
-    "joined": run_joined,
     "ddp": run_ddp,
     "clipping": lambda rank: run_ddp(rank, clip=True),
     "checkpointed": lambda rank: run_checkpointed(rank, False),
@@ -285,6 +284,7 @@ TASKS = {
     "accumulation": run_accumulation,
     "beside": run_beside,
     "chosen": run_chosen,
+    "joined, chosen": run_joined_chosen,
     "chosen, delayed": lambda rank: run_chosen(rank, delay=2e-3, retrieval="host"),
     "lengths": run_lengths,
     "evaluation first": run_evaluation_first,
@@ -352,6 +352,11 @@ def test_tables_are_not_in_ddps_buckets(ranks):
 def test_the_rows_of_the_first_rank_count_and_both_end_equal(ranks, alone):
     """The ranks' models were made from other seeds."""
     assert_close(assert_bit_equal(ranks, "ddp")["state"], alone()[0])
+
+
+def test_a_choice_of_rows_is_refused_inside_of_join(ranks):
+    for entry in result_of(ranks, "joined, chosen"):
+        assert "are not supported inside of DistributedDataParallel.join(): give all ranks" in entry["error"]
 
 
 @pytest.mark.parametrize(("name", "fields"), {"chosen": {}, "chosen, delayed": {"retrieval": "host"}}.items())
@@ -425,12 +430,6 @@ def test_ranks_that_train_apart_do_not_speak_to_each_other(ranks, name):
         Tiny.assert_equal(entry["state"], Tiny.whole_state(model))
 
 
-def test_uneven_inputs_by_ddps_join_are_refused(ranks):
-    """A rank that has joined shadows DDP's averages, not those of the rows: the others would wait for it."""
-    for entry in result_of(ranks, "joined"):
-        assert "MEFT does not support DistributedDataParallel.join()" in entry["error"], entry["error"]
-
-
 @pytest.mark.parametrize("name", each("nonfinite"))
 def test_a_nonfinite_loss_on_one_rank_skips_the_step_on_all(ranks, alone, name):
     for entry in result_of(ranks, name):
@@ -473,6 +472,6 @@ def test_deepspeed_is_refused_when_a_trainers_run_begins():
 if __name__ == "__main__":
     number, place = int(sys.argv[1]), Path(sys.argv[2])
     tasks = {name: partial(task, number) for name, task in TASKS.items()}
-    tasks |= node_tasks.tasks(number, place) | page_locks.tasks(number)
+    tasks |= node_tasks.tasks(number, place) | page_locks.tasks(number) | uneven_tasks.tasks(number)
     tasks |= {f"apart, {name}": partial(node_tasks.apart, tasks[name]) for name in APART}
     work_as_rank(number, place, tasks)

@@ -50,7 +50,7 @@ def test_ranks_of_nccl_speak_on_the_gpu_of_their_engine_and_not_on_the_current_o
     seen = []
 
     def note(name, result=None):
-        def noted(*_):
+        def noted(*_, **__):
             seen.append((name, group_device("group")))
             return result
 
