@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..layer import MEFTLayer
 from ..table.row_table import RowTable
@@ -74,7 +74,7 @@ def select_task(model: nn.Module, task: str | None, adapter_name: str | None = N
         )
     for of_layer in tables:
         for table in of_layer:
-            table.select_version(None if task is None else names.index(task) + 1)
+            _select(table, None if task is None else names.index(task) + 1)
 
 
 def list_tasks(model: nn.Module, adapter_name: str | None = None) -> dict[str, int]:
@@ -122,7 +122,7 @@ def _check(task: str, layer: MEFTLayer, name: str, table: RowTable) -> None:
         raise ValueError(f"task={task!r}: an earlier task is selected: call select_task(model, None) before.")
 
 
-def _trained(keys: RowTable, values: RowTable) -> torch.Tensor:
+def _trained(keys: RowTable, values: RowTable) -> Tensor:
     """bool [r]: the neurons that were trained since the last task."""
     keys.synchronize()
     values.synchronize()
@@ -130,3 +130,26 @@ def _trained(keys: RowTable, values: RowTable) -> torch.Tensor:
         return keys.versions.changed | values.versions.changed
     masters = values.masters
     return torch.cat([(masters[block] != 0).any(1).to("cpu") for block in row_blocks(masters)])
+
+
+def _select(table: RowTable, task: int | None) -> None:
+    """Have a table's rows as they were when a task (its number, from 1) was frozen; None: the newest."""
+    versions = table.versions
+    if versions is None:
+        return
+    found = versions.exchange(task)
+    if found is not None:
+        table.leave_node()  # other ranks may still read the rows
+        table.synchronize()
+        rows, places = found
+        _, stored = versions.stored(table.masters.dtype)
+        own, new = rows.to(table.masters.device), stored[places]
+
+        def write(compute_copy: Tensor | None) -> None:
+            stored[places] = table.masters.index_select(0, own).to("cpu")
+            table.masters.index_copy_(0, own, new.to(own.device))
+            if compute_copy is not None:
+                compute_copy.index_copy_(0, own, new.to(own.device, compute_copy.dtype))
+
+        table.update_masters(write, rows=rows)
+    versions.selected = task

@@ -207,28 +207,6 @@ class RowTable(SharedRows):
             with self.lock:
                 self.versions.keep(rows, self.masters)
 
-    def select_version(self, task: int | None) -> None:
-        """Have the rows as they were when a task (its number, from 1) was frozen; None: the newest."""
-        versions = self.versions
-        if versions is None:
-            return
-        found = versions.exchange(task)
-        if found is not None:
-            self.leave_node()  # other ranks may still read the rows
-            self.synchronize()
-            rows, places = found
-            _, stored = versions.stored(self.masters.dtype)
-            own, new = rows.to(self.masters.device), stored[places]
-
-            def write(compute_copy: Tensor | None) -> None:
-                stored[places] = self.masters.index_select(0, own).to("cpu")
-                self.masters.index_copy_(0, own, new.to(own.device))
-                if compute_copy is not None:
-                    compute_copy.index_copy_(0, own, new.to(own.device, compute_copy.dtype))
-
-            self.update_masters(write, rows=rows)
-        versions.selected = task
-
     def fill(self, std: float | None) -> None:
         """Fill with N(0, std^2) from torch's global generator, or with zeros (std None), in row blocks."""
         with torch.no_grad():
