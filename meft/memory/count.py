@@ -30,9 +30,11 @@ def count_rows(
         adapter_name: None: the active one.
 
     Raises:
-        ValueError: there is no such adapter, or there is no example.
+        ValueError: there is no such adapter, it is not active, or there is no example.
     """
     name, layers = layers_of(model, adapter_name)
+    if any(layer.disable_adapters or name not in layer.active_adapters for layer in layers.values()):
+        raise ValueError(f"count_rows: the adapter '{name}' is not active: activate it with set_adapter.")
     r, experts = layers[next(iter(layers))].configs[name].r, layers[next(iter(layers))].configs[name].experts
     counts = {path: (torch.zeros(r, dtype=torch.int64), torch.zeros(r, dtype=torch.int64)) for path in layers}
     traffic = {path: layer.traffic[name] for path, layer in layers.items()}

@@ -72,6 +72,9 @@ def select_task(model: nn.Module, task: str | None, adapter_name: str | None = N
         raise ValueError(
             f"task={task!r} is no task of the adapter '{name}' (its tasks: {known}): freeze_rows makes one."
         )
+    for of_layer in tables:  # queued updates change rows, of which versions are kept
+        for table in of_layer:
+            table.synchronize()
     for of_layer in tables:
         for table in of_layer:
             _select(table, None if task is None else names.index(task) + 1)
@@ -140,7 +143,6 @@ def _select(table: RowTable, task: int | None) -> None:
     found = versions.exchange(task)
     if found is not None:
         table.leave_node()  # other ranks may still read the rows
-        table.synchronize()
         rows, places = found
         _, stored = versions.stored(table.masters.dtype)
         own, new = rows.to(table.masters.device), stored[places]

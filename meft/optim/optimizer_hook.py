@@ -159,12 +159,12 @@ class RowSteps:
                 table.rows.grad = gradient
         self._taken = []
         for name, table in self._of(parameters):
+            table.keep_versions(NO_ROWS)
             owner = table.claimed_by() if table.claimed_by is not None else None
             if owner is optimizer:  # a RowAdamW, which updates by itself
                 continue
             if owner is not None:
                 raise ValueError(TWO_OPTIMIZERS)
-            table.keep_versions(NO_ROWS)
             rule_of(optimizer, group_of(optimizer, table.rows), self.configs[name].row_rule)
         self.last_ranks.before_step(optimizer, parameters)
 
@@ -238,6 +238,7 @@ class RowSteps:
             return gradient  # at the end of the backward pass, over ranks: rows are updated within the step
         if not GradientState().sync_gradients:
             return gradient
+        table.keep_versions(NO_ROWS)
         if table.rows.grad is not None:
             earlier = as_row_gradient(table.rows.grad, table.rows)
             earlier.add_(gradient)

@@ -1,6 +1,7 @@
 """Tasks that one adapter learns one after the other: rows have owners, and each task's outputs come back to the bit."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -77,6 +78,23 @@ def test_each_kind_of_update_keeps_the_logits(tiny, rule):
     model = adapted(tiny, dtype=torch.float32, retrieval="stream", row_optimizer=rule)
     on_streams(model, longest=1e-3)
     assert_all_come_back(tiny, model, in_sequence(tiny, model))
+
+
+def test_selecting_waits_for_updates_that_are_queued(tiny):
+    model = adapted(tiny, dtype=torch.float32, retrieval="stream", row_optimizer={"in_backward": True})
+    on_streams(model, longest=0.0)
+    optimizer = learn(tiny, model, 0)
+    found, free = logits(tiny, model), threading.Event()
+    meft.freeze_rows(model, "a")
+    optimizer.zero_grad()
+    for table in tiny.tables(model):
+        table.updates._thread.submit(free.wait, 5)
+    tiny.loss(model, 2).backward()
+    threading.Timer(0.05, free.set).start()
+    meft.select_task(model, "a")
+    assert torch.equal(logits(tiny, model), found)
+    meft.select_task(model, None)
+    assert not torch.equal(logits(tiny, model), found)
 
 
 def test_rows_of_a_task_are_never_updated_again(tiny):
@@ -239,6 +257,28 @@ def test_an_earlier_task_cannot_be_trained(tiny):
     tiny.assert_equal(tiny.state(model), before)
     with pytest.raises(ValueError, match="an earlier task is selected"):
         meft.freeze_rows(model, "c")
+
+
+def test_nothing_is_updated_while_an_earlier_task_is_selected(tiny):
+    """Neither what is beside the rows in a RowAdamW, nor rows within the backward pass."""
+    rule = {"in_backward": True}
+    model = adapted(tiny, dtype=torch.float32, retrieval="stream", row_optimizer=rule)
+    on_streams(model, longest=1e-4)
+    optimizer = learn(tiny, model, 0)
+    meft.freeze_rows(model, "a")
+    learn(tiny, model, 1, optimizer=optimizer)
+    meft.select_task(model, "a")
+    before, beside = tiny.state(model), torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="those of the task 'a'"):
+        tiny.loss(model, 2).backward()
+    optimizer.zero_grad()
+    beside.grad = torch.ones(3)
+    held = RowAdamW([{"params": [beside]}, {"params": tiny.trainable(model)}], lr=0.1)
+    tiny.loss(model, 2).backward()
+    with pytest.raises(ValueError, match="those of the task 'a'"):
+        held.step()
+    assert torch.equal(beside, torch.ones(3))
+    tiny.assert_equal(tiny.state(model), before)
 
 
 def test_what_cannot_be_is_an_error(tiny):

@@ -289,3 +289,14 @@ def test_a_file_without_counts_is_an_error(tiny, background, tmp_path):
     with pytest.raises(ValueError, match="there is no example"):
         meft.count_rows(model, [], tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_an_adapter_that_is_not_active_is_not_counted(tiny, tmp_path):
+    model = tiny.adapted()
+    model.add_adapter("two", tiny.config())
+    batches = [{"input_ids": tiny.batch()}]
+    with pytest.raises(ValueError, match="the adapter 'two' is not active: activate it with set_adapter"):
+        meft.count_rows(model, batches, tmp_path / "counts", adapter_name="two")
+    with model.disable_adapter(), pytest.raises(ValueError, match="the adapter 'default' is not active"):
+        meft.count_rows(model, batches, tmp_path / "counts")
+    assert not (tmp_path / "counts").exists()
