@@ -40,11 +40,11 @@ def count_rows(
     traffic = {path: layer.traffic[name] for path, layer in layers.items()}
     before = {path: replace(one) for path, one in traffic.items()}
     examples = tokens = 0
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         for batch in batches:
-            for i in range(len(next(iter(batch.values())))):
+            for i in range(len(next(iter(batch.values()), ()))):
                 for one in traffic.values():
                     one.loads = {}
                 inputs = {key: value[i : i + 1] for key, value in batch.items()}
@@ -59,7 +59,8 @@ def count_rows(
                 mask = inputs.get("attention_mask")
                 tokens += int(mask.sum()) if mask is not None else next(iter(inputs.values())).shape[1]
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
         for path, one in traffic.items():
             for counter in fields(one):
                 setattr(one, counter.name, getattr(before[path], counter.name))

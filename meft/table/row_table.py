@@ -201,9 +201,11 @@ class RowTable(SharedRows):
         """A step is about to change some rows, int64 [n]: keep what they are now, if a task was frozen before.
 
         Raises:
-            ValueError: an earlier task is selected.
+            ValueError: an earlier task is selected, or rows are on a device.
         """
         if self.versions is not None:
+            if self.tier is not None:  # the tasks came by load_state_dict
+                raise ValueError("MEFT's rows have tasks, which do not go with device_rows: set device_rows=0.")
             with self.lock:
                 self.versions.keep(rows, self.masters)
 

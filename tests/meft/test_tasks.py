@@ -306,6 +306,18 @@ def test_what_cannot_be_is_an_error(tiny):
         meft.freeze_rows(held, "a")
 
 
+def test_tasks_in_a_state_dict_are_not_trained_with_device_rows(tiny):
+    model = adapted(tiny, dtype=torch.float32)
+    in_sequence(tiny, model, NAMES[:1])
+    held = get_peft_model(tiny.base(2, torch.float32), tiny.config(init_weights=True, device_rows=0.5))
+    on_streams(held, longest=1e-4)
+    held.load_state_dict(model.state_dict())
+    before = tiny.state(held)
+    with pytest.raises(ValueError, match="tasks, which do not go with device_rows: set device_rows=0"):
+        learn(tiny, held, 1, 1)
+    tiny.assert_equal(tiny.state(held), before)
+
+
 def test_it_warns_where_no_row_is_left(tiny):
     config = tiny.config(init_weights=True, r=8, num_experts=2, experts_per_token=2, master_dtype="float64")
     model = get_peft_model(tiny.base(), config)

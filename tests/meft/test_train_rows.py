@@ -86,8 +86,11 @@ def test_the_counts_are_the_oracles(tiny, background, tmp_path):
     mask = (padded != 0).long()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     batch = {"input_ids": padded, "attention_mask": mask, "position_ids": positions}
+    model.train()
+    tiny.layers(model)[1].eval()
     meft.count_rows(model, [batch], tmp_path / "padded")
     assert model.base_model.transfer_report().totals() == before
+    assert [layer.training for layer in tiny.layers(model)] == [True, False]
     tiny.assert_equal(load_file(tmp_path / "padded"), found)
 
 
@@ -299,4 +302,7 @@ def test_an_adapter_that_is_not_active_is_not_counted(tiny, tmp_path):
         meft.count_rows(model, batches, tmp_path / "counts", adapter_name="two")
     with model.disable_adapter(), pytest.raises(ValueError, match="the adapter 'default' is not active"):
         meft.count_rows(model, batches, tmp_path / "counts")
+    for none in ([], [{}]):
+        with pytest.raises(ValueError, match="there is no example"):
+            meft.count_rows(model, none, tmp_path / "counts")
     assert not (tmp_path / "counts").exists()
