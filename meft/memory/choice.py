@@ -23,10 +23,10 @@ def top_rows(uses: Tensor, rarity: Tensor, free: Tensor, most: int) -> Tensor:
     Returns:
         bool [r].
     """
-    scores = torch.where(free & (uses > 0), uses * rarity, -torch.inf)
-    found = scores.sort(descending=True, stable=True).indices[:most]
+    rows = (free & (uses > 0)).nonzero().flatten()
+    order = (uses[rows] * rarity[rows]).sort(descending=True, stable=True).indices
     chosen = torch.zeros_like(free)
-    chosen[found] = scores[found] >= 0
+    chosen[rows[order[:most]]] = True
     return chosen
 
 
