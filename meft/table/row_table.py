@@ -220,9 +220,10 @@ class RowTable(SharedRows):
         self._change(converted)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.synchronize()
+        at_home = self.at_home()
         if self.in_state_dict:
             super()._save_to_state_dict(destination, prefix, keep_vars)
+        del at_home
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         loaded = state_dict.get(f"{prefix}rows")
@@ -232,7 +233,7 @@ class RowTable(SharedRows):
             super()._load_from_state_dict(state_dict, prefix, *args)  # reports it
             return
         self.leave_node()  # other ranks may still read the rows
-        self.synchronize()  # not under the lock, which the update needs
+        at_home = self.at_home()  # not under the lock, which the update needs
         with self.lock, torch.no_grad():
             self._wait_for_readers()
             if self.rows.is_meta:
@@ -240,3 +241,4 @@ class RowTable(SharedRows):
                 self._replace(like_rows(like, self.rows.dtype, self.rows.shape))
             for block in row_blocks(self.rows):  # with assign=True too: a memory-mapped file may be removed
                 self.rows[block].copy_(loaded[block])
+        del at_home
