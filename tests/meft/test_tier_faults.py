@@ -4,6 +4,7 @@ import functools
 import io
 import itertools
 import threading
+import time
 from contextlib import contextmanager
 
 import numpy
@@ -70,18 +71,21 @@ def run(tiny, model, steps=6, **fields):
 # ---------------------------------------------------------------------- other threads
 
 
-def beside(work, seconds=0.004):
-    """Let another thread do something, and give it the time for it unless it has to wait."""
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join(seconds)
-    return thread
-
-
 @contextmanager
-def interrupted(work):
-    """At every third call of what moves rows, another thread does some work, before and after it."""
-    threads, errors = [], []
+def interrupted(place, work):
+    """At the first call of a method, another thread does some work, which it begins before the call, and another after.
+
+    Where it takes rows back, steps go on before it reads or writes them.
+    """
+    (owner, name), threads, errors, main = place, [], [], threading.get_ident()
+    real, settle, has_settled = getattr(owner, name), LayerPlaces.settle, threading.Event()
+
+    def beside():
+        """Give it the time for what it does first, unless it has to wait."""
+        has_settled.clear()
+        threads.append(threading.Thread(target=attempt))
+        threads[-1].start()
+        has_settled.wait(0.03)
 
     def attempt():
         try:
@@ -89,25 +93,25 @@ def interrupted(work):
         except BaseException as error:  # the test raises it
             errors.append(error)
 
-    def with_another(real, calls):
-        @functools.wraps(real)
-        def called(*args, **kwargs):
-            now = next(calls) % 3 == 0
-            if now:
-                threads.append(beside(attempt))
-            result = real(*args, **kwargs)
-            if now:
-                threads.append(beside(attempt))
-            return result
+    @functools.wraps(real)
+    def called(*args, **kwargs):
+        if threads:
+            return real(*args, **kwargs)
+        beside()
+        result = real(*args, **kwargs)
+        beside()
+        return result
 
-        return called
+    def settle_and_rest(tier):
+        settle(tier)
+        if threading.get_ident() != main:
+            has_settled.set()
+            time.sleep(0.04)
 
     with pytest.MonkeyPatch.context() as patch:
-        for i, (owner, name) in enumerate(PLACES):
-            patch.setattr(owner, name, with_another(getattr(owner, name), itertools.count(i)))
+        patch.setattr(LayerPlaces, "settle", settle_and_rest)
+        patch.setattr(owner, name, called)
         yield threads
-    for thread in threads:
-        thread.join()
     if errors:
         raise errors[0]
 
@@ -124,22 +128,40 @@ def saved(model, optimizer):
     torch.save((model.state_dict(), optimizer.state_dict()), io.BytesIO())
 
 
+def interrupted_steps(tiny, model, optimizer, places, work):
+    """Every third step is interrupted in another place, so that rows are on the device."""
+    threads, losses = [], []
+    for number in range(3 * len(places)):
+        if number % 3 == 2:
+            with interrupted(places[number // 3], work) as begun:
+                losses.append(step(tiny, model, optimizer, number))
+            threads += begun
+        else:
+            losses.append(step(tiny, model, optimizer, number))
+        if number % 3 == 0:
+            for thread in threads:
+                thread.join()
+    assert len(threads) >= len(places)
+    return losses
+
+
 @pytest.mark.parametrize("strategy", ["stream", "device-rows"])
 def test_saving_in_another_thread_while_steps_run_loses_nothing(tiny, strategy):
-    expected = run(tiny, model_of(tiny, 0, retrieval=strategy), steps=8)
+    expected = run(tiny, model_of(tiny, 0, retrieval=strategy), steps=3 * len(PLACES))
     model = model_of(tiny, retrieval=strategy)
-    optimizer = tiny.adamw(model)
-    losses = [step(tiny, model, optimizer, number) for number in range(2)]
-    with interrupted(lambda: torch.save((model.state_dict(), optimizer.state_dict()), io.BytesIO())) as threads:
-        losses += [step(tiny, model, optimizer, number) for number in range(2, 8)]
-    assert len(threads) > 20
+    optimizer, table = tiny.adamw(model), tables_of(model)[1]
+
+    def save():
+        table.synchronize()
+        torch.save((table.rows, optimizer.state[table.rows]), io.BytesIO())
+
+    losses = interrupted_steps(tiny, model, optimizer, PLACES, save)
     assert losses == expected[0]
     tiny.assert_equal(tiny.whole_state(model), expected[1])
 
 
-def test_what_another_thread_writes_while_steps_run_stays(tiny, monkeypatch):
+def test_what_another_thread_writes_while_steps_run_stays(tiny):
     """The steps change moments alone (lr 0): what is written must be there afterwards, all of it."""
-    monkeypatch.setitem(globals(), "PLACES", [place for place in PLACES if place[1] in IN_STEPS])
     model, written = model_of(tiny), []
     optimizer = torch.optim.AdamW(tiny.trainable(model), lr=0, weight_decay=0)
     table, writing = tables_of(model)[1], threading.Lock()
@@ -151,12 +173,9 @@ def test_what_another_thread_writes_while_steps_run_stays(tiny, monkeypatch):
             table.rows.add_(0.5)
             written.append(None)
 
-    for number in range(1, 8):
-        with interrupted(write):
-            step(tiny, model, optimizer, number)
+    interrupted_steps(tiny, model, optimizer, [place for place in PLACES if place[1] in IN_STEPS], write)
     for _ in written:
         before.add_(0.5)
-    assert len(written) > 10
     assert torch.equal(table.rows.detach(), before)
 
 
