@@ -65,6 +65,10 @@ class HostBytes:
 
     def updated(self) -> int:
         """Of a step's update, wherever it is: gradient, master, both moments and the narrower copy."""
+        return int(self.of_rows(self.stepped))
+
+    def of_rows(self, neurons: float) -> float:
+        """Of the update of some neurons' rows."""
         s = self.plan.shape
         each = FP32 + 2 * s.master + (s.compute if s.compute < s.master else 0)
-        return 2 * self.stepped * (s.d * each + 2 * s.row_moments)
+        return 2 * neurons * (s.d * each + 2 * s.row_moments)
