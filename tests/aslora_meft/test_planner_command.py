@@ -134,7 +134,7 @@ def test_rows_with_a_place_on_the_device(told, folder, capsys):
     assert told(*words, "--device_rows", 0.25, "--gpus", 2)["device_rows"] is None
     room = without["device_bytes"]["peak"] + 100_000
     auto = told(*words, "--device_rows", "auto", "--gpu", gpu_of(room / 0.95 + 2**31 / 19))
-    assert 0 < auto["device_rows"]["device_bytes"]
+    assert auto["device_rows"]["device_bytes"] > 0
     assert auto["fits"]
     assert main(["estimate", *folder(), *map(str, words), "--device_rows", "0.25"]) == 0
     assert "places for 25.0% of the rows" in capsys.readouterr().out

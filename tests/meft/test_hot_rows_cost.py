@@ -1,6 +1,7 @@
 """What rows with a place on the device take and save, as the planner says it."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -54,9 +55,9 @@ def test_a_bfloat16_row_takes_18_bytes_a_value_and_14_without_its_gradient():
 @pytest.mark.parametrize("accumulation", [1, 16])
 def test_more_places_move_less_and_leave_less_to_the_host(strategy, accumulation):
     plans = [plan(strategy, hot, accumulation=accumulation) for hot in (0, 0.1, 0.366, 0.7, 1)]
-    assert all(a.crossing() > b.crossing() for a, b in zip(plans, plans[1:], strict=False))
+    assert all(a.crossing() > b.crossing() for a, b in pairwise(plans))
     updated = [HostBytes(each.on_host()).updated() for each in plans]
-    assert all(a > b for a, b in zip(updated, updated[1:], strict=False))
+    assert all(a > b for a, b in pairwise(updated))
     seconds = [step_time(each, BASE, RTX3090).seconds for each in plans]
     assert seconds[2] <= (0.9 if accumulation == 1 else 1.02) * seconds[0]
 
