@@ -148,6 +148,7 @@ class RowTier:
                 break
             except torch.OutOfMemoryError:
                 self.pools, places = [], places // 2
+                self._errors += 1  # of these nobody else hears
         self.places = max(0, places)
         self._free = torch.arange(self.places, device="cpu")
 

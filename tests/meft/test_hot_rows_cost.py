@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from meft.cost.auto import left_at_peak
 from meft.cost.fit import strategies_that_fit, with_hot_rows
 from meft.cost.host_bytes import HostBytes
 from meft.cost.hot_rows import HotRows, place_bytes, share_of
@@ -87,3 +88,20 @@ def test_places_take_part_in_what_fits():
     assert share_of("8GiB", SHAPE, values_alone=False, free=0) == pytest.approx(0.284, abs=0.001)
     assert share_of("auto", SHAPE, values_alone=False, free=-5) == 0
     assert with_hot_rows(plan("resident"), 0.5).hot == 0
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(1.0, 24 - 15 - 1.2), (0.75, 18 - 15 - 1.2), (0.5, 0)])
+def test_auto_leaves_the_memory_that_the_first_step_had_at_its_peak(tiny, monkeypatch, fraction, expected):
+    """Of 24 GiB a step has had 15 at its peak, and has 10 now, of 16 that torch's allocator keeps."""
+    gib = 2**30
+    of_card = {
+        "mem_get_info": (8 * gib, 24 * gib), "max_memory_allocated": 15 * gib, "memory_allocated": 10 * gib,
+        "memory_reserved": 16 * gib, "get_per_process_memory_fraction": fraction,
+    }  # fmt: skip
+    for name, value in of_card.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert left_at_peak(torch.device("cuda", 0)) == pytest.approx(expected * gib)
+    model = tiny.adapted(1, torch.bfloat16, master_dtype="float32", retrieval="stream", device_rows="auto")
+    engine = model.base_model.engines["default"]
+    assert engine._places(0.5, torch.device("cuda", 0), 10**9, 1160, gib) == int((expected * gib + gib) * 0.5) // 1160
+    assert engine._places(1.0, torch.device("cpu"), 10**9, 1160, 0) == 0
