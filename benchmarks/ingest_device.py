@@ -1,11 +1,12 @@
-"""What `device_check.py` brought back, as committed result files and as cells of README.md and docs/*.md.
+"""What `device_check.py` or `device_evidence.py` brought back, as committed result files and as cells of pages.
 
     python benchmarks/ingest_device.py DIR/results.json             # into benchmarks/results, and the marked cells
     python benchmarks/ingest_device.py DIR/results.json --keys      # which cells there are, and what each would say
 
 Written are device_GPU.json (all findings, whatever they say), .md (the verdicts), and the files of the two benchmarks
-beside them. Of README.md and docs/*.md only what stands between `<!-- device:KEY -->` and `<!-- /device -->` is
-replaced, by a value and what it was measured on; a key that this run has no value for is left as it is, and named.
+beside them; of `device_evidence.py` the rows of each table and its page. Of README.md and docs/*.md only what stands
+between `<!-- device:KEY -->` and `<!-- /device -->` is replaced, by a value and what it was measured on; a key that
+this run has no value for is left as it is, and named.
 """
 
 import argparse
@@ -118,6 +119,8 @@ def marked_pages(root: Path) -> list[Path]:
 
 def written(results: dict, beside: Path, folder: Path) -> list[Path]:
     """The result files, and the plots from beside the results."""
+    if results.get("evidence"):
+        return evidence(results, folder)
     name, made = stem(results), []
     whole = {key: value for key, value in results.items() if key != "files"}
     texts = {f"{name}.json": json.dumps(whole, indent=1) + "\n", f"{name}.md": markdown(results)}
@@ -130,6 +133,27 @@ def written(results: dict, beside: Path, folder: Path) -> list[Path]:
     for file, content in held.items():
         made.append(folder / file)
         replace_file(made[-1], content)
+    return made
+
+
+def evidence(results: dict, folder: Path) -> list[Path]:
+    """The rows and the page of each table of `device_evidence.py`."""
+    from benchmarks.aslora_classify import __main__ as aslora_classify  # torch, which the others do without
+    from benchmarks.meft_facts import __main__ as meft_facts
+
+    made = []
+    for module in (aslora_classify, meft_facts):
+        table = f"{module.HERE.name}_device.json"
+        if table in results["files"]:
+            settings = module.HERE / "device.json"
+            rows = json.loads(results["files"][table])
+            text = module.page(module.read_settings(settings), settings).text(rows)
+            for path, content in (
+                (folder / f"{stem(results)}_{module.HERE.name}.json", results["files"][table]),
+                (folder / f"{stem(results)}_{module.HERE.name}.md", text),
+            ):
+                made.append(path)
+                replace_file(path, content.encode())
     return made
 
 

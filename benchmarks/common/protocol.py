@@ -42,17 +42,28 @@ def warmup_steps(steps: int) -> int:
     return math.ceil(WARMUP * steps)
 
 
-def train(groups: Sequence[dict], losses: Iterable[torch.Tensor], steps: int) -> list[float]:
-    """Take a step of AdamW for each of `losses`, which are computed one by one as they are asked for.
+def adamw(groups: Sequence[dict]) -> torch.optim.Optimizer:
+    """AdamW without weight decay."""
+    return torch.optim.AdamW(groups, weight_decay=0.0)
+
+
+def train(
+    groups: Sequence[dict],
+    losses: Iterable[torch.Tensor],
+    steps: int,
+    made: Callable[[Sequence[dict]], torch.optim.Optimizer] = adamw,
+) -> list[float]:
+    """Take a step for each of `losses`, which are computed one by one as they are asked for.
 
     Args:
         groups: parameter groups, each with its highest rate as `lr`.
         steps: as many as there are losses.
+        made: makes the optimizer.
 
     Returns:
         The losses as numbers; the last may be nan or inf, which ends the training.
     """
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = made(groups)
     parameters = [parameter for group in groups for parameter in group["params"]]
     schedule = get_linear_schedule_with_warmup(optimizer, warmup_steps(steps), steps)
     values = []

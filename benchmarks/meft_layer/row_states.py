@@ -3,6 +3,7 @@
     python -m benchmarks.meft_layer.row_states           # 2048 of 6144 rows of 4096; 2 minutes on 2 cores, 0.7 GiB
     python -m benchmarks.meft_layer.row_states --quick   # few rounds; keeps no result
 
+Gradients are bfloat16, as they come from a bfloat16 model; sums of several micro-batches are float32, 2 bytes more.
 Bytes are counted in a build of the C++ update that adds up its loads and stores; what it reads a second time, from the
 cache, is not counted. All ways run in turn within a round, in a new order each round; a ratio is the median of the
 rounds' ratios to float32 masters and moments, with a bootstrap interval. Values a second of processor time are those of
@@ -61,7 +62,7 @@ def check(d: int) -> None:
     for way in WAYS:
         states = [state_of(way, 6, d) for _ in range(2)]
         for step in range(3):
-            grads = torch.randn(3, d, generator=torch.Generator().manual_seed(step))
+            grads = torch.randn(3, d, generator=torch.Generator().manual_seed(step)).to(torch.bfloat16)
             for state, native in zip(states, (True, False), strict=True):
                 update_rows(state, torch.tensor([0, 2, 5]), grads, RULE, seed=3, native=native)
         pairs = zip(*(state.tensors() for state in states), strict=True)
@@ -86,7 +87,7 @@ def counted_bytes(d: int) -> dict[str, float] | None:
         for way in WAYS:
             state = state_of(way, 4, d)
             library.meft_bytes_counted()
-            update_rows(state, torch.tensor([1, 3]), torch.ones(2, d), RULE, native=True)
+            update_rows(state, torch.tensor([1, 3]), torch.ones(2, d, dtype=torch.bfloat16), RULE, native=True)
             found[named(*way)] = library.meft_bytes_counted() / (2 * d)
     finally:
         meft.table.row_step.native_library = own
@@ -106,7 +107,8 @@ def measure(size: tuple[int, int, int], rounds: int, threads: int) -> dict[str, 
     r, n, d = size
     os.environ[VARIABLE] = str(threads)
     chance = torch.Generator().manual_seed(0)
-    grads, rows = torch.randn(n, d, generator=chance), torch.randperm(r, generator=chance)[:n].sort().values
+    grads = torch.randn(n, d, generator=chance).to(torch.bfloat16)
+    rows = torch.randperm(r, generator=chance)[:n].sort().values
     states = {named(*way): state_of(way, r, d) for way in WAYS}
 
     def step_of(state: RowState, grads: Tensor = grads) -> Callable[[], object]:

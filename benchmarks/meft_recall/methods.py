@@ -13,17 +13,18 @@ ADAPTER_RATES = (1e-3, 3e-3, 1e-2)
 
 
 class DenseParallelAdapter(nn.Module):
-    """y = mlp(x) + relu(x W1^T) W2 in fp32, no bias, no scaling: what MEFT is with nothing left out."""
+    """y = mlp(x) + relu(s x W1^T) W2 in fp32, no bias, s = 1: what MEFT is with nothing left out."""
 
     def __init__(self, mlp: nn.Module, width: int, r: int):
         super().__init__()
-        self.mlp = mlp
+        self.mlp, self.scale = mlp, 1.0
         place = next(mlp.parameters()).device
         self.keys = nn.Parameter(torch.empty(r, width, dtype=torch.float32, device=place).normal_(std=0.02))
         self.values = nn.Parameter(torch.zeros(r, width, dtype=torch.float32, device=place))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        added = F.relu(x.float() @ self.keys.T) @ self.values
+        scores = x.float() @ self.keys.T
+        added = F.relu(scores if self.scale == 1.0 else self.scale * scores) @ self.values
         return self.mlp(x) + added.to(x.dtype)
 
 

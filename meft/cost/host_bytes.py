@@ -8,6 +8,7 @@ bytes more for each gradient and as many as a value of the narrower copy has.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .memory import FP32, Plan
 
@@ -27,11 +28,11 @@ class HostBytes:
         return min(self.plan.step_union, micro_batches * self.plan.work.union)
 
     def drained(self, micro_batch: int) -> int:
-        """Of a micro-batch's gradients: widened into memory of their own, then added to those before."""
+        """Of a micro-batch's gradients: copied into memory of their own, then added to those before."""
         if self._nothing:
             return 0
         width, union = 2 * self.plan.shape.d, self.plan.work.union
-        each = width * union * (self.plan.shape.gradient + FP32)
+        each = width * union * (self.plan.shape.gradient + self.plan.kept_gradient)
         return each + (width * FP32 * self._moved_by_adding(micro_batch) if micro_batch else 0)
 
     def _moved_by_adding(self, micro_batch: int) -> int:
@@ -59,16 +60,21 @@ class HostBytes:
         return 2 * self.plan.shape.d * self.plan.step_union * (FP32 + sorted_)
 
     @property
+    def read_gradient(self) -> int:
+        """Bytes of a value of the gradient that the update reads."""
+        return self.plan.kept_gradient
+
+    @property
     def stepped(self) -> int:
         """Rows of a layer that are updated in a step, of keys and as many of values."""
         return self.plan.step_union
 
     def updated(self) -> int:
         """Of a step's update, wherever it is: gradient, master, both moments and the narrower copy."""
-        return int(self.of_rows(self.stepped))
+        return self.of_rows(self.stepped, self.read_gradient)
 
-    def of_rows(self, neurons: float) -> float:
-        """Of the update of some neurons' rows."""
+    def of_rows(self, neurons: float, gradient: int = FP32) -> Any:
+        """Of the update of some neurons' rows by gradients of so many bytes a value."""
         s = self.plan.shape
-        each = FP32 + 2 * s.master + (s.compute if s.compute < s.master else 0)
+        each = gradient + 2 * s.master + (s.compute if s.compute < s.master else 0)
         return 2 * neurons * (s.d * each + 2 * s.row_moments)

@@ -71,6 +71,11 @@ class Plan:
         return 2 * self.shape.buffered * self.work.union
 
     @property
+    def kept_gradient(self) -> int:
+        """Bytes of a value of a row gradient in host memory: as it came, or of a sum in fp32."""
+        return self.shape.gradient if self.work.accumulation == 1 else FP32
+
+    @property
     def keeps_rows(self) -> bool:
         """Whether rows are saved for backward; where the tables lie on the device nothing needs to be."""
         return self.work.rows == "save" and not self.way.rows_on_device
@@ -141,7 +146,7 @@ class Plan:
         if self.way.updates_on_device:
             return {}
         compute, master = s.values * s.compute, s.values * s.master
-        store = 2 * s.layers * s.d * self.step_union * FP32
+        store = 2 * s.layers * s.d * self.step_union * self.kept_gradient
         separate = s.compute < s.master
         return {
             "compute copy, page-locked": compute if separate else 0,

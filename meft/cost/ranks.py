@@ -48,17 +48,25 @@ class RankBytes(HostBytes):
         union = union_of_ranks(self.plan, self.ranks)
         return -(-union // self.ranks) if self.shared else union
 
+    @property
+    def read_gradient(self) -> int:
+        """Of the mean, in fp32."""
+        return super().read_gradient if self.ranks == 1 else FP32
+
     def looked_at(self) -> int:
         """Of a step's gradients: their order, and the mean over the ranks with its norm."""
         if self.ranks == 1 or self._nothing:
             return super().looked_at()
         own, union = self.plan.step_union, union_of_ranks(self.plan, self.ranks)
         values = 2 * own if own > self.plan.work.union else 0  # brought into order
+        kept = self.plan.kept_gradient
         if self.shared:  # copied for the others; all ranks' values of its share are read, and the mean written
-            values += 2 * own + own + self.stepped
+            values += own + own + self.stepped
+            as_kept = own
         else:  # zeros, own values put into them, the mean written and its norm read
-            values += 2 * own + 3 * union
-        return 2 * self.plan.shape.d * FP32 * values
+            values += (3 if kept < FP32 else 2) * own + 3 * union
+            as_kept = own if kept < FP32 else 0  # widened first
+        return 2 * self.plan.shape.d * (FP32 * values + kept * as_kept)
 
 
 def host_bytes_of_ranks(plan: Plan, ranks: int, *, shared: bool) -> tuple[dict[str, int], dict[str, int]]:

@@ -47,7 +47,7 @@ def add(func: Any, a: Any, b: Any, *, alpha: float = 1) -> Any:
     if alpha != 1:
         b = _with(b, b.rows, values_of(b) * alpha)
     in_place = func is aten.add_.Tensor
-    if not isinstance(a._stored, Pending) and not len(a.rows):  # what `zero_grad(set_to_none=False)` leaves
+    if a.has_no_rows:
         a.consumed = b.consumed
         if in_place and isinstance(b._stored, Pending):
             a.take_over(b)

@@ -6,8 +6,12 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
-from .host.accumulator import Pending, Stored
-from .host.known_values import KnownValues
+from torch import Tensor
+
+from ..transport.host_tensors import check_process
+from .host.accumulator import Landed, Pending, Stored
+from .host.known_values import KnownValues, times
+from .split import Divided
 
 
 @dataclass(eq=False)
@@ -35,6 +39,37 @@ class HeldValues:
         """Of a copy or a pickle, which has memory of its own."""
         stored = self.stored.result() if isinstance(self.stored, Pending) else self.stored
         return {"stored": stored, "consumed": self.consumed, "factors": self.factors}
+
+    def landed(self) -> Landed:
+        """Rows and values, once they have come."""
+        if self.forks is not None:
+            check_process(self.forks)
+        if isinstance(self.stored, Pending):
+            if isinstance(self.stored, Divided) and self.known is not None:
+                self.known = KnownValues()  # of values in other memory
+            self.stored = self.stored.result()
+            if self.known is not None:
+                self.known.land(self.stored[1])
+        return self.stored
+
+    def squares(self) -> float | None:
+        """The sum of the squares of all values in double, finite if and only if they are; None: read them."""
+        if isinstance(self.stored, Divided):
+            found = self.stored.squares(self.known)
+            return None if found is None else times(found, self.factors)
+        _, values = self.landed()
+        return None if self.known is None else self.known.squares_of(values, self.factors)
+
+    def unshare(self, rows: Tensor, values: Tensor, known: KnownValues | None = None) -> None:
+        """Replace shared values by values of its own."""
+        self.stored, self.known, self.factors, self.in_use = (rows, values), known, (), False
+        self.leave()
+
+    def leave(self) -> None:
+        """Have no sharers any more."""
+        if self.sharers is not None:
+            self.sharers.discard(self)
+            self.sharers = None
 
     @property
     def shared(self) -> bool:

@@ -157,7 +157,7 @@ class NodeSum:
         me = self._ranks.rank
         own: dict[int, tuple[Tensor, Tensor] | None] = {}
         for i, parameter in tables:
-            own[i] = None if parameter.grad is None else as_row_gradient(parameter.grad, parameter).stored()
+            own[i] = None if parameter.grad is None else as_row_gradient(parameter.grad, parameter).to_copy()
             self._mark(i, own[i])
             reader = self._readers[i]
             self._held[i][me] = int(self._means[i] is None or (reader is not None and reader() is not None))

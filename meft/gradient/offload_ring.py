@@ -39,7 +39,7 @@ class GradientRing:
         self.streams, self.capacity, self.dtype = streams, capacity, dtype
         # Of one backward pass. Weak, as an error keeps its frames alive, and these the graph.
         self._backward, self._sent = -1, list[weakref.ref[Pending]]()
-        self._pool = GradientPool(width)
+        self._pool, self._accumulates = GradientPool(width), False
         self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         for _ in range(SLOTS):
             self._free.put(streams.staging((capacity, width), dtype))
@@ -60,7 +60,7 @@ class GradientRing:
         self._check_earlier()
         gradient = gradient.detach().to(self.dtype)
         traffic.bytes_to_host += gradient.nbytes
-        values = self._pool.take(len(gradient), torch.promote_types(table.dtype, torch.float32))
+        values = self._pool.take(len(gradient), self._kept_in(table))
         drained, known = [], KnownValues()
         self.streams.outbound.wait_event(self.streams.record_event())
         for start in range(0, len(gradient), self.capacity):
@@ -76,6 +76,15 @@ class GradientRing:
         pending = Pending(self._thread.submit(_whole, drained, rows, values, known), self._thread)
         self._sent.append(weakref.ref(pending))
         return RowGradient.arriving(pending, table, known)
+
+    def _kept_in(self, table: Tensor) -> torch.dtype:
+        """The dtype of values on the host: bfloat16 as they come until they are added up, which runs that accumulate do
+        in each step."""
+        wide = torch.promote_types(table.dtype, torch.float32)
+        earlier = table.grad
+        self._accumulates |= earlier is not None and not (isinstance(earlier, RowGradient) and earlier.has_no_rows)
+        narrow = self.dtype == torch.bfloat16 and wide == torch.float32
+        return torch.bfloat16 if narrow and not self._accumulates else wide
 
     def begin_pass(self) -> None:
         """Note the begin of a forward pass: memory that was not needed for some passes is freed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from concurrent.futures import Future
 from typing import Any, Self
 
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor
 from peft_bridge.torch_private import PLAIN_TORCH_FUNCTION, make_wrapper_subclass
 
 from ..table.row_step import multiplied
-from ..transport.host_tensors import check_process, forks
+from ..transport.host_tensors import forks
 from .held_values import HeldValues
-from .host.accumulator import Pending, Stored
-from .host.known_values import KnownValues, times
+from .host.accumulator import Pending, Stored, widened
+from .host.known_values import KnownValues
 from .host.pool import held_by_others
 from .row_rules import Touched
 from .split import DevicePart, Divided
@@ -94,7 +95,7 @@ class StoredRows(torch.Tensor):
         self._held.known, self._held.forks = other._held.known, other._held.forks
         if other._held is self._held:
             return
-        self._leave()
+        self._held.leave()
         sharers = other._held.sharers
         if sharers is None:
             sharers = other._held.sharers = weakref.WeakSet([other._held])
@@ -134,6 +135,12 @@ class StoredRows(torch.Tensor):
         alias._held.known, alias._held.forks, alias._held.factors = held.known, held.forks, held.factors
         return alias
 
+    def arrival(self) -> Future[Any] | None:
+        """Done when all rows and values are in host memory, or could not be brought; None: they are there, or some stay
+        on the device."""
+        stored = self._held.stored
+        return stored.future if isinstance(stored, Pending) and not isinstance(stored, Divided) else None
+
     def keep_on_device(self, part: DevicePart) -> None:
         """Let a gradient that arrives have some more rows, which are on the device."""
         self._held.stored = Divided(self._held.stored, part)
@@ -153,21 +160,16 @@ class StoredRows(torch.Tensor):
         if self._held.shared:
             rows, values = self.stored()
             if self._held.shared:
-                self._unshare(rows, values.clone())
-
-    def _unshare(self, rows: Tensor, values: Tensor) -> None:
-        """Replace shared values by values of its own."""
-        self._stored, self._held.in_use = (rows, values), False
-        self._leave()
-
-    def _leave(self) -> None:
-        if self._held.sharers is not None:
-            self._held.sharers.discard(self._held)
-            self._held.sharers = None
+                self._held.unshare(rows, values.clone())
 
     @property
     def rows(self) -> Tensor:
-        return self._landed()[0]
+        return self._held.landed()[0]
+
+    @property
+    def has_no_rows(self) -> bool:
+        """Whether no row is touched, which `zero_grad(set_to_none=False)` leaves; it does not wait for any."""
+        return not isinstance(self._stored, Pending) and not len(self.rows)
 
     @property
     def row_values(self) -> Tensor:
@@ -177,14 +179,17 @@ class StoredRows(torch.Tensor):
         return known.watched(values) if known is not None and known.holds(values) else values
 
     def stored(self) -> tuple[Tensor, Tensor]:
-        """Rows and values."""
-        rows, values = self._landed()
-        factors = self._held.factors
-        if factors and self._held.shared:
-            self._unshare(rows, multiplied(values, factors))
+        """Rows and values, at least in float32."""
+        rows, values = self._held.landed()
+        factors, wide = self._held.factors, widened(values)
+        if factors and (self._held.shared or wide is not values):
+            self._held.unshare(rows, multiplied(values, factors))
         elif factors:
             self._stored = rows, multiplied(values, factors, out=values)
-        return self._landed()
+        elif wide is not values:
+            known = self._held.known
+            self._held.unshare(rows, wide, None if known is None else known.of_equal(values, wide))
+        return self._held.landed()
 
     def forget(self) -> None:
         """Call before an operation on the gradient writes into the values: torch counts it as a write into the gradient
@@ -199,21 +204,17 @@ class StoredRows(torch.Tensor):
         if self._held.factors:
             self.stored()
 
-    def to_multiply(self) -> tuple[Tensor, Tensor, tuple[float, ...]]:
-        """Rows, values, and the factors that these still have to be multiplied by."""
-        return *self._landed(), self._held.factors
+    def to_copy(self) -> tuple[Tensor, Tensor]:
+        """Rows and values, in the dtype that they came in."""
+        self.multiply_now()
+        return self._held.landed()
 
-    def _landed(self) -> tuple[Tensor, Tensor]:
-        held = self._held
-        if held.forks is not None:
-            check_process(held.forks)
-        if isinstance(held.stored, Pending):
-            if isinstance(held.stored, Divided) and held.known is not None:
-                held.known = KnownValues()  # of values in other memory
-            held.stored = held.stored.result()
-            if held.known is not None:
-                held.known.land(held.stored[1])
-        return held.stored
+    def to_multiply(self) -> tuple[Tensor, Tensor, tuple[float, ...]]:
+        """Rows, values, and the factors that these still have to be multiplied by.
+
+        Values that came in bfloat16 are still in it: whatever else looks at them finds them in float32.
+        """
+        return *self._held.landed(), self._held.factors
 
     # ------------------------------------------------------------------ without reading the values
 
@@ -222,12 +223,7 @@ class StoredRows(torch.Tensor):
 
         It waits for the values.
         """
-        held = self._held
-        if isinstance(held.stored, Divided):
-            found = held.stored.squares(held.known)
-            return None if found is None else times(found, held.factors)
-        _, values = self._landed()
-        return None if held.known is None else held.known.squares_of(values, held.factors)
+        return self._held.squares()
 
     def multiply_later(self, factor: Tensor | float) -> bool:
         """Multiply by a number, in place, when the values are read next.
@@ -239,7 +235,7 @@ class StoredRows(torch.Tensor):
         if held.known is None or len(held.factors) == 2:
             return False
         divided = held.stored if isinstance(held.stored, Divided) else None
-        _, values = self._landed() if divided is None else divided.on_host()
+        _, values = self._held.landed() if divided is None else divided.on_host()
         number = torch.as_tensor(factor)
         if number.ndim or not number.is_cpu or number.dtype.is_complex or held_by_others(values):
             return False

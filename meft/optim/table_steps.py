@@ -221,20 +221,22 @@ def _update_table(
         if finite_only and not _all_finite(whole):
             return False
         rows, values, factors = gradient.to_multiply()
-        wide = values.to(torch.promote_types(table.masters.dtype, torch.float32)).contiguous()
+        if values.dtype != torch.bfloat16:  # in which the update reads them too
+            values = values.to(torch.promote_types(table.masters.dtype, torch.float32))
+        values = values.contiguous()
 
         def step(compute_copy: Tensor | None) -> None:
             master, node = table.masters, table.node
             if node is None:
                 state = entry.exclusive(master.device).row_state(master, compute_copy)
-                table.step(state, rows, wide, rule, seed=table.seed, factors=factors)
+                table.step(state, rows, values, rule, seed=table.seed, factors=factors)
                 return
             part = node.part(len(rows))
             with node.turn(entry) as moments:
                 if part.start == part.stop:
                     return
                 state = moments.row_state(master, compute_copy)
-                table.step(state, rows[part], wide[part], rule, seed=table.seed, factors=factors)
+                table.step(state, rows[part], values[part], rule, seed=table.seed, factors=factors)
 
         with record_function("meft: update rows"):
             try:
@@ -253,7 +255,9 @@ def _update_table(
             with _failing_others([table]):
                 return update()
 
-        table.update_later(later, then)
+        # Ranks that share a table update theirs in the same order.
+        ready = gradient.arrival() if finite_only and table.node is None else None
+        table.update_later(later, then, ready)
 
 
 def _all_finite(gradient: RowGradient) -> bool:

@@ -39,16 +39,16 @@ struct Rule {
     INLINE float first_moment(float m_old, float g) const { return (from_grad ? g : m_old) + mix * (g - m_old); }
 };
 
-template <class P, bool COPY>
+template <class P, bool COPY, class G>
 INLINE void step_bfloat16(MEMORY(P) p, MEMORY(uint16_t) m, MEMORY(uint16_t) v, MEMORY(uint16_t) copy,
-                          MEMORY(const float) grad, int64_t width, const Step& s, const Factors& f, const Key& k) {
+                          MEMORY(const G) grad, int64_t width, const Step& s, const Factors& f, const Key& k) {
     const float beta2 = s.beta2, fresh2 = s.fresh2, eps = s.eps, decay = s.decay, limit = s.limit;
     const float step_size = s.step_size, inverse2 = s.inverse2;
     const Rule rule(s, f);
     const Key key = k;
     for (int64_t i = 0; i < width; ++i) {
         const float p_old = widen(static_cast<P>(p[i])), m_old = widen(static_cast<uint16_t>(m[i]));
-        const float g = rule.gradient(grad[i], p_old), m_new = rule.first_moment(m_old, g);
+        const float g = rule.gradient(widen(static_cast<G>(grad[i])), p_old), m_new = rule.first_moment(m_old, g);
         const float v_new = widen(static_cast<uint16_t>(v[i])) * beta2 + (fresh2 * g) * g;
         const float step = limited((m_new * step_size) / (std::sqrt(v_new) * inverse2 + eps), limit);
         const float p_new = p_old * decay - step;
@@ -61,8 +61,8 @@ INLINE void step_bfloat16(MEMORY(P) p, MEMORY(uint16_t) m, MEMORY(uint16_t) v, M
 }
 
 // The mean of the squares of a row's gradients, by LANES sums whatever the vector width.
-template <class P>
-INLINE float mean_square(MEMORY(const P) p, MEMORY(const float) grad, int64_t width, const Step& s, const Factors& f) {
+template <class P, class G>
+INLINE float mean_square(MEMORY(const P) p, MEMORY(const G) grad, int64_t width, const Step& s, const Factors& f) {
     constexpr int64_t LANES = 64;
     const float coupled = s.coupled, first = f.first, second = f.second;
     float sums[LANES] = {};
@@ -70,7 +70,7 @@ INLINE float mean_square(MEMORY(const P) p, MEMORY(const float) grad, int64_t wi
         const int64_t count = std::min(LANES, width - begin);
         const auto add = [&](int64_t lanes) {
             for (int64_t lane = 0; lane < lanes; ++lane) {
-                float g = (grad[begin + lane] * first) * second;
+                float g = (widen(static_cast<G>(grad[begin + lane])) * first) * second;
                 if (coupled != 0.0f) g = g + coupled * widen(static_cast<P>(p[begin + lane]));
                 sums[lane] += g * g;
             }
@@ -86,9 +86,9 @@ INLINE float mean_square(MEMORY(const P) p, MEMORY(const float) grad, int64_t wi
 }
 
 // One second moment a row, of the mean square of its gradients. They are read twice, the second time from the cache.
-template <class P, bool COPY>
+template <class P, bool COPY, class G>
 INLINE void step_rowwise(MEMORY(P) p, MEMORY(uint16_t) m, MEMORY(float) v, MEMORY(uint16_t) copy,
-                         const float* RESTRICT grad, float squares, int64_t width, const Step& s, const Factors& f,
+                         const G* RESTRICT grad, float squares, int64_t width, const Step& s, const Factors& f,
                          const Key& k) {
     const float v_new = v[0] * s.beta2 + s.fresh2 * squares;
     v[0] = v_new;
@@ -98,7 +98,7 @@ INLINE void step_rowwise(MEMORY(P) p, MEMORY(uint16_t) m, MEMORY(float) v, MEMOR
     const Key key = k;
     for (int64_t i = 0; i < width; ++i) {
         const float p_old = widen(static_cast<P>(p[i])), m_old = widen(static_cast<uint16_t>(m[i]));
-        const float g = rule.gradient(grad[i], p_old), m_new = rule.first_moment(m_old, g);
+        const float g = rule.gradient(widen(static_cast<G>(grad[i])), p_old), m_new = rule.first_moment(m_old, g);
         const float p_new = p_old * decay - limited(m_new * rate, limit);
         const uint32_t noise = noise_of(key, static_cast<uint32_t>(i));
         m[i] = narrow_stochastically(m_new, second_noise(noise));
@@ -154,20 +154,21 @@ struct Scale {
 };
 
 // Both moments of a row in codes of 8 bits, the second by its root, in blocks of 256 values with a scale each.
-template <class P, bool COPY>
+template <class P, bool COPY, class G>
 INLINE void step_float8(MEMORY(P) p, MEMORY(uint8_t) m, MEMORY(uint8_t) v, MEMORY(float) m_scale, MEMORY(float) v_scale,
-                        MEMORY(uint16_t) copy, MEMORY(const float) grad, int64_t width, const Step& s, const Factors& f,
+                        MEMORY(uint16_t) copy, MEMORY(const G) grad, int64_t width, const Step& s, const Factors& f,
                         const Key& k) {
     const float beta2 = s.beta2, fresh2 = s.fresh2, eps = s.eps, decay = s.decay, limit = s.limit;
     const float step_size = s.step_size, inverse2 = s.inverse2;
     const Rule rule(s, f);
     const Key key = k;
     // Loops over values of 32 bits alone, between those that widen and narrow them, keep a vector of each in a register.
-    float masters[BLOCK], moments[BLOCK], roots[BLOCK];
+    float masters[BLOCK], grads[BLOCK], moments[BLOCK], roots[BLOCK];
     uint32_t m_codes[BLOCK], v_codes[BLOCK], noises[BLOCK];
     for (int64_t begin = 0, block = 0; begin < width; begin += BLOCK, ++block) {
         const int64_t count = std::min(BLOCK, width - begin);
         for (int64_t j = 0; j < count; ++j) masters[j] = widen(static_cast<P>(p[begin + j]));
+        for (int64_t j = 0; j < count; ++j) grads[j] = widen(static_cast<G>(grad[begin + j]));
         for (int64_t j = 0; j < count; ++j) m_codes[j] = static_cast<uint8_t>(m[begin + j]);
         for (int64_t j = 0; j < count; ++j) v_codes[j] = static_cast<uint8_t>(v[begin + j]);
         const float m_unit = m_scale[block] * UNIT_FIRST, v_unit = v_scale[block];
@@ -175,7 +176,7 @@ INLINE void step_float8(MEMORY(P) p, MEMORY(uint8_t) m, MEMORY(uint8_t) v, MEMOR
         for (int64_t j = 0; j < count; ++j) {
             const float size = First::decode(m_codes[j] & 0x7fu), root_old = Root::decode(v_codes[j]) * v_unit;
             const float m_old = float_of(bits_of(size) | (m_codes[j] & 0x80u) << 24) * m_unit;
-            const float g = rule.gradient(grad[begin + j], masters[j]), m_new = rule.first_moment(m_old, g);
+            const float g = rule.gradient(grads[j], masters[j]), m_new = rule.first_moment(m_old, g);
             const float root = std::sqrt((root_old * root_old) * beta2 + (fresh2 * g) * g);
             masters[j] = masters[j] * decay - limited((m_new * step_size) / (root * inverse2 + eps), limit);
             moments[j] = m_new;

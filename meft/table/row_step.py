@@ -23,7 +23,7 @@ from adapter_kernels.runtime.host_threads import host_threads
 
 __all__ = ["RowState", "StepRule", "multiplied", "native_library", "update_rows"]
 
-_VERSION = 7  # of the library's arguments
+_VERSION = 8  # of the library's arguments
 _OF_THE_RULE = 7  # scalars of `Step` that all rows have in common
 _BLOCK = 1 << 20  # values that torch multiplies at a time
 
@@ -47,8 +47,8 @@ def update_rows(
         state: on any device. bfloat16 tables and narrow moments are computed in float32 and rounded stochastically
             by a generator of (seed, row, count, column): the same in any grouping of the rows.
         rows: [n] int64, ascending, each once, on the device of the state.
-        grads: [n, d] in the table's dtype or float32, on the device of the state.
-        factors: at most two float32 numbers by which `grads`, float32 then, are multiplied as they are read, in this
+        grads: [n, d] in the table's dtype, float32 or bfloat16, on the device of the state.
+        factors: at most two float32 numbers by which `grads`, in float32, are multiplied as they are read, in this
             order; `grads` themselves stay as they are.
         native: True takes the C++ library, False adapter_kernels, None (the default) the library where it applies.
         ids: int64 [n], ascending, the numbers of rows that are kept in another order: rounding goes by them, and `rows`
@@ -87,18 +87,21 @@ def update_rows(
 
 def _multiplied(grads: Tensor, factors: tuple[float, ...]) -> Iterator[tuple[slice, Tensor]]:
     """Rows and their multiplied gradients, in blocks, so that there is never a second copy of all gradients."""
-    rows = max(1, _BLOCK // max(1, grads.shape[1])) if factors else len(grads)
+    copied = bool(factors) or grads.dtype == torch.bfloat16
+    rows = max(1, _BLOCK // max(1, grads.shape[1])) if copied else len(grads)
     for start in range(0, len(grads), rows):
         block = slice(start, start + rows)
         yield block, multiplied(grads[block], factors)
 
 
 def multiplied(values: Tensor, factors: tuple[float, ...], out: Tensor | None = None) -> Tensor:
-    """Values times each of the factors, in their order.
+    """Values times each of the factors, in their order; those in bfloat16 in float32.
 
     Args:
-        out: takes them; None: new memory, where there are factors.
+        out: takes them; None: new memory, where there are factors or values are widened.
     """
+    if values.dtype == torch.bfloat16:
+        values = out = values.to(torch.float32) if out is None else out.copy_(values)
     for factor in factors:
         values = out = torch.mul(values, factor, out=out)
     return values if out is None or values is out else out.copy_(values)
@@ -109,8 +112,8 @@ def _check_rows(table: Tensor, rows: Tensor, grads: Tensor, ids: Tensor | None =
         raise ValueError(f"rows must be int64 [n] on {table.device}.")
     if grads.shape != (len(rows), table.shape[1]) or grads.device != table.device:
         raise ValueError(f"grads must be [{len(rows)}, {table.shape[1]}] on {table.device}, not {list(grads.shape)}.")
-    if grads.dtype not in (table.dtype, torch.float32):
-        raise ValueError(f"grads must be {table.dtype} or float32, not {grads.dtype}.")
+    if grads.dtype not in (table.dtype, torch.float32, torch.bfloat16):
+        raise ValueError(f"grads must be {table.dtype}, float32 or bfloat16, not {grads.dtype}.")
     # Checking the values on a device would wait for it; there the kernel skips such a row, and torch has its own check.
     if ids is not None:
         if rows.is_cpu and len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < len(table)):
@@ -139,16 +142,14 @@ def native_library() -> ctypes.CDLL | None:
 def declare(library: ctypes.CDLL) -> None:
     """Tell ctypes the arguments of the library's functions."""
     p, i, f, n = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-    library.meft_row_adamw.argtypes = [n, n, p, p, p, p, p, p, p, p, p, i, i, p, f, f, n]
+    library.meft_row_adamw.argtypes = [n, n, n, p, p, p, p, p, p, p, p, p, i, i, p, f, f, n]
     library.meft_row_adamw.restype = None
     library.meft_rows_ascend.argtypes = [p, i, i]
-    for drain in (library.meft_drain_bfloat16, library.meft_drain_float):
-        drain.argtypes, drain.restype = [p, p, p, i, i, n], None
+    library.meft_drain.argtypes, library.meft_drain.restype = [n, n, p, p, p, i, i, n], None
     library.meft_mean_rows.argtypes, library.meft_mean_rows.restype = (
         [p, i, p, i, i, p, i, i, i, f, p, n],
         ctypes.c_double,
     )
-    library.meft_squares.argtypes, library.meft_squares.restype = [p, p, i, i, n], None
 
 
 def _choose(native: bool | None, state: RowState) -> ctypes.CDLL | None:
@@ -187,13 +188,17 @@ def _call(
     keys: Tensor | None = None,
     factors: tuple[float, ...] = (),
 ) -> None:
-    rows, grads = rows.contiguous(), grads.to(torch.float32).contiguous()
+    if grads.dtype != torch.bfloat16:
+        grads = grads.to(torch.float32)
+    rows, grads = rows.contiguous(), grads.contiguous()
     moments = state.exp_avg, state.exp_avg_sq, state.exp_avg_scale, state.exp_avg_sq_scale
     written = state.table, *moments, state.compute_copy
     pointers = [None if x is None else x.data_ptr() for x in (*written, grads, rows, keys)]
     first, second = (*factors, 1.0, 1.0)[:2]
     width, half, mode = state.table.shape[1], state.table.dtype == torch.bfloat16, MODES.index(state.mode)
-    library.meft_row_adamw(half, mode, *pointers, len(rows), width, steps.data_ptr(), first, second, host_threads())
+    sizes, numbers = (len(rows), width), (first, second)
+    half_grads = grads.dtype == torch.bfloat16
+    library.meft_row_adamw(half, half_grads, mode, *pointers, *sizes, steps.data_ptr(), *numbers, host_threads())
     for tensor in written:
         if tensor is not None and not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, suppress
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from ..transport.transfer import PageLock
 from .dirty_rows import DirtyRows
 from .node_rows import NodeRows
 from .row_parameter import SWAPPED, KeptRows, State
-from .update_queue import LastUpdate, PendingUpdate, UpdateQueue
+from .update_queue import LastUpdate, PendingUpdate, Then, Update, UpdateQueue
 
 
 class Reading(tuple["SharedRows", ...]):
@@ -105,11 +105,11 @@ class SharedRows(KeptRows):
         super().__setstate__(state)
         self._start()
 
-    def update_later(self, update: Callable[[], bool | None], then: Callable[[], None] | None = None) -> None:
-        """Queue an update; every later access to the rows waits for it. Arguments as of `PendingUpdate`."""
+    def update_later(self, update: Update, then: Then | None = None, ready: Future[Any] | None = None) -> None:
+        """Queue an update; every later access to the rows waits for it. Arguments as of `UpdateQueue.add`."""
         self.wait_for_update()
         assert self.updates is not None
-        self._last.put(self.updates.add(update, self.name, then))
+        self._last.put(self.updates.add(update, self.name, then, ready))
 
     def wait_for_too(self, pending: PendingUpdate) -> None:
         """Every later access to the rows waits for another update, which was queued behind that of the rows."""

@@ -115,8 +115,8 @@ INLINE P master_of(float value, const Key& key, int64_t column) {
         return narrow_stochastically(value, noise_of(key, static_cast<uint32_t>(column)) & 0xffffu);
 }
 
-template <class P, bool COPY, bool COUPLED, bool FROM_GRAD>
-INLINE void step_values(MEMORY(P) p, MEMORY(float) m, MEMORY(float) v, MEMORY(uint16_t) copy, MEMORY(const float) grad,
+template <class P, bool COPY, bool COUPLED, bool FROM_GRAD, class G>
+INLINE void step_values(MEMORY(P) p, MEMORY(float) m, MEMORY(float) v, MEMORY(uint16_t) copy, MEMORY(const G) grad,
                         int64_t width, const Step& s, const Factors& f, const Key& k) {
     const float mix = s.mix, beta2 = s.beta2, fresh2 = s.fresh2, eps = s.eps, decay = s.decay;
     const float coupled = s.coupled, step_size = s.step_size, root2 = s.root2;
@@ -124,7 +124,7 @@ INLINE void step_values(MEMORY(P) p, MEMORY(float) m, MEMORY(float) v, MEMORY(ui
     const Key key = k;
     for (int64_t i = 0; i < width; ++i) {
         const float p_old = widen(static_cast<P>(p[i])), m_old = m[i];
-        float g = (grad[i] * first) * second;
+        float g = (widen(static_cast<G>(grad[i])) * first) * second;
         if (COUPLED) g = g + coupled * p_old;
         const float moved = mix * (g - m_old);
         const float m_new = (FROM_GRAD ? g : m_old) + moved;

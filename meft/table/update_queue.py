@@ -1,4 +1,4 @@
-"""Updates of rows by a thread beside the computation, in the order in which they were queued."""
+"""Updates of rows by a thread beside the computation."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+Update = Callable[[], bool | None]  # returns False where it was not done
+Then = Callable[[], None]
 
 
 class PendingUpdate:
@@ -15,20 +20,29 @@ class PendingUpdate:
         then: called once, by the first thread that has waited, unless the update returned False.
     """
 
-    def __init__(self, update: Callable[[], bool | None], what: str, then: Callable[[], None] | None = None) -> None:
+    def __init__(self, update: Update, what: str, then: Then | None = None) -> None:
         self._update, self._what, self._then = update, what, then
         self._waited = threading.RLock()
         self._thread: int | None = None
-        self.future: Future[bool | None] | None = None
+        self._done: Future[bool | None] = Future()
 
-    def run(self) -> bool | None:
+    def run(self) -> None:
         """Do the update, in the calling thread."""
         self._thread = threading.get_ident()
         try:
-            return self._update()
-        finally:
-            self._thread = None
+            done = self._update()
+        except BaseException as error:
             del self._update  # releases the gradients
+            self.fail(error)
+        else:
+            del self._update
+            self._thread = None
+            self._done.set_result(done)
+
+    def fail(self, error: BaseException) -> None:
+        """Let those who wait raise an error."""
+        self._thread = None
+        self._done.set_exception(error)
 
     @property
     def in_this_thread(self) -> bool:
@@ -37,9 +51,8 @@ class PendingUpdate:
 
     def wait(self) -> None:
         """Raises: RuntimeError: the update failed."""
-        assert self.future is not None
         try:
-            done = self.future.result()
+            done = self._done.result()
         except Exception as error:
             raise RuntimeError(f"The update of MEFT's {self._what} failed: {error}") from error
         with self._waited:
@@ -118,11 +131,44 @@ class UpdateQueue:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "meft-update")
         self._end = weakref.finalize(self, self._thread.shutdown, wait=False)
+        self._lock = threading.Lock()
+        self._coming, self._ready = list[PendingUpdate](), list[PendingUpdate]()
 
     def add(
-        self, update: Callable[[], bool | None], what: str, then: Callable[[], None] | None = None
+        self, update: Update, what: str, then: Then | None = None, ready: Future[Any] | None = None
     ) -> PendingUpdate:
-        """Queue an update of `what`; arguments as of `PendingUpdate`."""
+        """Queue an update of `what` behind all that were queued before; arguments as of `PendingUpdate`.
+
+        Args:
+            ready: what it waits for, so that others may go before it; None: nothing. Of updates whose wait is over the
+                one that was queued last goes first: the backward pass has come to its rows last, and the next forward
+                pass needs them first.
+        """
         pending = PendingUpdate(update, what, then)
-        pending.future = self._thread.submit(pending.run)
+        with self._lock:
+            self._coming.append(pending)
+            if ready is None:
+                for earlier in self._coming:
+                    self._thread.submit(earlier.run)
+                self._coming.clear()
+                self._ready = []  # of those that come later
+        if ready is not None:
+            ready.add_done_callback(partial(self._arrived, pending))
         return pending
+
+    def _arrived(self, pending: PendingUpdate, ready: Future[Any]) -> None:
+        with self._lock:
+            if pending not in self._coming:  # another was queued behind it
+                return
+            self._coming.remove(pending)
+            self._ready.append(pending)
+            try:
+                self._thread.submit(self._run_latest, self._ready)
+            except RuntimeError as error:  # the interpreter ends
+                self._ready.remove(pending)
+                pending.fail(error)
+
+    def _run_latest(self, ready: list[PendingUpdate]) -> None:
+        with self._lock:
+            pending = ready.pop()
+        pending.run()

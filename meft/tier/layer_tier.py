@@ -132,7 +132,8 @@ class LayerTier(LayerPlaces):
         streams.wait_event(arrival)
         streams.use([copy, ids])
         self.traffic.bytes_to_device += copy.nbytes + ids.nbytes
-        part = DevicePart(streams, residents.rows, numbers[hot], copy, ids, copy.dtype, slots)
+        wide = torch.promote_types(copy.dtype, torch.float32)
+        part = DevicePart(streams, residents.rows, numbers[hot], copy, ids, wide, slots)
         made = streams.record_event()
         return gradient.some(~hot), partial(self._step, table, residents, part, rule, factors, made)
 

@@ -16,7 +16,7 @@ from peft import PeftConfig
 from benchmarks.aslora_classify import __main__ as bench
 from benchmarks.aslora_classify import data, experiments, methods, reviews, runs, training, variants
 from benchmarks.aslora_classify.methods import Method
-from benchmarks.aslora_classify.report import Page
+from benchmarks.common import runs as common_runs
 from benchmarks.common.comparisons import read_list
 from benchmarks.common.rows import Rows
 from tests.support.models import model
@@ -100,8 +100,8 @@ def test_the_program_makes_its_rows_once_and_a_page(place, tmp_path, monkeypatch
     out = tmp_path / "rows.json"
     monkeypatch.setattr(bench, "run_all", inline)
     # Eight steps of a tiny random model say nothing of rates, nor of divergence.
-    monkeypatch.setattr(runs, "run_method", without_search)
-    monkeypatch.setattr(runs, "diverged", lambda row: False)
+    monkeypatch.setattr(common_runs, "run_method", without_search)
+    monkeypatch.setattr(common_runs, "diverged", lambda row: False)
     arguments = ["x", "--data", str(place), "--settings", str(place / "tiny.json"), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", [*arguments, "--rows", "ASLoRA"])
     assert bench.main() == 0
@@ -122,9 +122,9 @@ def test_the_program_makes_its_rows_once_and_a_page(place, tmp_path, monkeypatch
     assert "None." in out.with_suffix(".md").read_text()
 
 
-def inline(jobs, processes, arguments):
-    runs.begin(*arguments)
-    return [said for job in jobs if (said := runs.run_job(*job)) is not None]
+def inline(jobs, processes, make, arguments, threads):
+    common_runs.begin(make, arguments, threads)
+    return [said for job in jobs if (said := common_runs.run_job(*job)) is not None]
 
 
 def without_search(once, protocol):
@@ -252,15 +252,20 @@ def test_a_page_of_complete_rows():
     task, seeds = settings.tasks[0].name, (1, 2, 3, 4)
     protocol = replace(settings.protocol, seeds=seeds)
     listed = replace(read_list(settings.comparisons), pairs=(("ASLoRA r 8", "LoRA r 8"),), claims=())
+    about = replace(
+        bench.page(settings, bench.QUICK),
+        listed=listed,
+        tasks=[task],
+        methods=["LoRA r 8", "ASLoRA r 8"],
+        protocol=protocol,
+    )
     rows = []
     for method, values in (("ASLoRA r 8", (0.40, 0.41, 0.39, 0.40)), ("LoRA r 8", (0.50, 0.50, 0.50, 0.50))):
         one = {"task": task, "method": method, "accuracy": 0.875, "learning_rate": 0.004, "cpu_seconds": 10.0}
         one |= {"values_start": 2000, "values_end": 1000, "first_train_loss": 1.0, "last_train_loss": 0.5}
         rows += [one | {"seed": s, "split": "test", "loss": loss} for s, loss in zip(seeds, values, strict=True)]
         rows.append(one | {"seed": 100, "split": "valid", "loss": 0.45})
-    text = Page(listed, [task], ["LoRA r 8", "ASLoRA r 8"], protocol, " --quick", True).text(
-        {"environments": [], "rows": rows}
-    )
+    text = about.text({"environments": [], "rows": rows})
     assert "| ASLoRA r 8 | 2,000 | 1,000 | 0.004 | 87.5 ± 0.0 | 0.4000 ± 0.0041 | 4 | 0 | 10 |" in text
     assert "loss | +0.1000 | +0.0870 to +0.1130 | t(3) = 24.49 | 0.00015 | **better** |" in text
     assert "- LoRA r 8: 0.004: 0.4500\n" in text

@@ -16,11 +16,13 @@ import meft.gradient.host.drain
 import meft.gradient.host.pool
 import meft.gradient.stored_rows
 import meft.table.row_step
+from adapter_kernels.adamw.moment_layout import MODES
 from meft.gradient.host.drain import drain, squares, total
 from meft.gradient.host.pool import GradientPool
 from meft.gradient.offload_ring import GradientRing
 from meft.gradient.row_gradient import RowGradient
 from meft.table.gpu_step import ZeroCopySteps
+from meft.table.moments import Moments
 from meft.table.row_step import RowState, StepRule, native_library, update_rows
 from meft.transport.streams import HostStreams
 from meft.transport.transfer import Traffic
@@ -332,11 +334,78 @@ def test_clipped_training_equals_that_with_gradients_that_are_multiplied(tiny, p
     tiny.assert_equal(*found)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("master", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", [RULE, COUPLED], ids=["AdamW", "Adam"])
+def test_an_update_reads_bfloat16_as_the_same_values_in_float32(path, rule, master, mode):
+    found, width = [], 300  # of float8 a block and a part of one
+    for dtype in (torch.bfloat16, torch.float32):
+        table = randn(R, width, seed=3).to(master)
+        copy = None if master == torch.bfloat16 else table.to(torch.bfloat16)
+        state = Moments.fresh(table, mode).row_state(table, copy)
+        for seed in (1, 2):
+            grads = randn(len(ROWS), width, seed=seed).to(dtype)
+            update_rows(state, ROWS, grads, rule, seed=3, factors=(0.3, -0.7), native=path)
+        found.append(state.tensors())
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"row_optimizer": {"moments": "rowwise", "in_backward": True}}, {"master_dtype": "bfloat16"}],
+    ids=str,
+)
+def test_training_with_gradients_as_they_came_equals_that_with_float32(tiny, path, monkeypatch, fields):
+    """Also those that are read, changed and added up."""
+    found, kept = [], set()
+    in_backward = fields.get("row_optimizer", {}).get("in_backward", False)
+    for wide in (False, True):
+        if wide:
+            monkeypatch.setattr(GradientRing, "_kept_in", lambda self, table: torch.float32)
+        model = tiny.adapted(2, dtype=torch.bfloat16, retrieval="stream", **fields)
+        optimizer = tiny.adamw(model)
+        for step in range(4):
+            for micro in range(1 if in_backward else 1 + step // 3):
+                tiny.loss(model, 2 * step + micro).backward()
+            gradients = [table.rows.grad for table in tiny.tables(model) if table.rows.grad is not None]
+            if not in_backward:
+                kept |= {gradient.to_multiply()[1].dtype for gradient in gradients if step < 3 and not wide}
+                if step == 1:
+                    gradients[0].row_values.mul_(3)
+                    gradients[1].neg_()
+                nn.utils.clip_grad_norm_(tiny.trainable(model), 0.01)
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(tiny.whole_state(model))
+    tiny.assert_equal(*found)
+    assert kept == (set() if in_backward else {torch.bfloat16})
+
+
+def test_values_are_widened_once_they_are_looked_at(ring):
+    table = parameter()
+    table.grad, values = sent(ring, table)
+    came, queued = table.grad.to_multiply()[1], table.grad.for_update()
+    assert came.dtype == torch.bfloat16
+    assert table.grad.squares() == squares(values.float())
+    assert table.grad.row_values.dtype == torch.float32
+    table.grad.row_values.zero_()
+    assert table.grad.squares() in (None, 0.0)
+    assert torch.equal(queued.to_multiply()[1], came)  # the update that was queued before
+    assert torch.equal(came.double(), values)
+
+
+def test_runs_that_accumulate_get_float32_at_once(ring):
+    table, found = parameter(), []
+    for step in range(3):
+        for micro in range(2):
+            gradient, _ = sent(ring, table, 2 * step + micro)
+            found.append(gradient.to_multiply()[1].dtype)
+            table.grad = gradient if table.grad is None else table.grad.add_(gradient)
+        dropped(table)
+    assert found == [torch.bfloat16] + [torch.float32] * 5
+
+
 # ---------------------------------------------------------------------- memory
-
-
-def address(gradient):
-    return gradient.stored()[1].untyped_storage().data_ptr()
 
 
 def zeroed(table):
@@ -357,8 +426,8 @@ def test_memory_comes_back_at_zero_grad(ring, reset):
         else:
             table.grad.add_(gradient)
         del gradient
+        found.add(table.grad.to_multiply()[1].untyped_storage().data_ptr())
         assert torch.equal(table.grad.row_values, values.float())
-        found.add(address(table.grad))
         reset(table)
     assert len(found) == 1
 

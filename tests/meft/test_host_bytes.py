@@ -156,6 +156,11 @@ def bytes_of_a_step(tiny, count, dtype, clip, micro_batches, **fields):
     """Counted bytes for each value that a step updates, and what ran."""
     model, optimizer, tables = trained(tiny, dtype, **fields)
     engine = model.base_model.engines["default"]
+    if len(micro_batches) > 1:  # not the first step that accumulates
+        for _ in range(2):
+            gradients_by_hand(tables, micro_batches[0], dtype, engine)
+        assert all(len(table.rows.grad.rows) for table in tables)  # once they have landed
+        optimizer.zero_grad()
     with count(tiny.WIDTH, len(micro_batches[0]) // 2) as counted:
         for seed, rows in enumerate(micro_batches):
             gradients_by_hand(tables, rows, dtype, engine, seed)
@@ -192,22 +197,22 @@ HALF, OTHER, MIDDLE = torch.arange(24), torch.arange(24, 48), torch.arange(12, 3
 @pytest.mark.parametrize("clip", [None, 1e9, 1e-3], ids=["not clipped", "by 1", "by less"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_one_micro_batch(tiny, count, dtype, clip):
-    """2 or 4 read and 4 written by the drain, 4 + 3 x 8 by the update, 2 of the narrower copy where there is one."""
+    """A gradient read twice and written once, 3 x 8 by the update, 2 of the narrower copy where there is one."""
     found, by_name = bytes_of_a_step(tiny, count, dtype, clip, [HALF])
-    assert found == 36, by_name
+    assert found == 3 * dtype.itemsize + 24 + (2 if dtype == torch.bfloat16 else 0), by_name
     assert found == predicted(tiny, dtype, [HALF]), by_name
 
 
 # Of the update alone, for each value: gradient, master read and written, moments read and written, narrower copy. One
 # second moment a row is 8 bytes of its 32 values, two scales are 16.
 MODES = {
-    ("float32", "bfloat16"): 4 + 8 + 8 + 2,
-    ("float32", "rowwise"): 4 + 8 + 4 + 8 / 32 + 2,
-    ("bfloat16", "float32"): 4 + 4 + 16,
-    ("bfloat16", "bfloat16"): 4 + 4 + 8,
-    ("bfloat16", "rowwise"): 4 + 4 + 4 + 8 / 32,
-    ("float32", "float8"): 4 + 8 + 4 + 16 / 32 + 2,
-    ("bfloat16", "float8"): 4 + 4 + 4 + 16 / 32,
+    ("float32", "bfloat16"): 2 + 8 + 8 + 2,
+    ("float32", "rowwise"): 2 + 8 + 4 + 8 / 32 + 2,
+    ("bfloat16", "float32"): 2 + 4 + 16,
+    ("bfloat16", "bfloat16"): 2 + 4 + 8,
+    ("bfloat16", "rowwise"): 2 + 4 + 4 + 8 / 32,
+    ("float32", "float8"): 2 + 8 + 4 + 16 / 32 + 2,
+    ("bfloat16", "float8"): 2 + 4 + 4 + 16 / 32,
 }
 
 
@@ -215,7 +220,7 @@ MODES = {
 def test_narrower_moments_and_masters(tiny, count, master, mode):
     fields = {"master_dtype": master, "row_optimizer": {"moments": mode}}
     found, by_name = bytes_of_a_step(tiny, count, torch.bfloat16, 1e-3, [HALF], **fields)
-    assert found == MODES[master, mode] + 6, by_name  # and the drain
+    assert found == MODES[master, mode] + 4, by_name  # and the drain
     size = 4 if master == "float32" else 2
     assert found == predicted(tiny, torch.bfloat16, [HALF], master=size, mode=mode), by_name
 
@@ -241,13 +246,13 @@ def test_what_a_backward_pass_makes(tiny, count):
         for table in tables:
             table.rows.grad.squares()
     stepped = sum(len(table.rows.grad.rows) for table in tables) * tiny.WIDTH
-    assert drained.in_loops == 6 * stepped
+    assert drained.in_loops == 4 * stepped
     with count(tiny.WIDTH, 9) as counted:  # routers have 8 rows
         nn.utils.clip_grad_norm_(tiny.trainable(model), 1e-3)
         optimizer.step()
         for table in tables:
             table.synchronize()
-    assert counted.total == counted.in_loops == 30 * stepped, counted.by_name
+    assert counted.total == counted.in_loops == 28 * stepped, counted.by_name
 
 
 def test_a_look_at_the_values_costs_what_it_did(tiny, count):
@@ -262,4 +267,5 @@ def test_a_look_at_the_values_costs_what_it_did(tiny, count):
         optimizer.step()
         for table in tables:
             table.synchronize()
-    assert counted.total / (len(HALF) * len(tables) * tiny.WIDTH) >= 36 + 8 + 4 + 8 + 4
+    # 4 drained and 30 by the update, which reads float32 then; widening them is not counted.
+    assert counted.total / (len(HALF) * len(tables) * tiny.WIDTH) >= 34 + 8 + 4 + 8 + 4

@@ -29,9 +29,11 @@ def test_sizes_of_the_paper():
     assert host["masters"] == 4 * 1_677_721_600
     lasting = [host[name] for name in ("compute copy, page-locked", "masters", "moments")]
     assert sum(lasting) == 14 * 1_677_721_600 == 23_488_102_400
-    assert host["gradient store"] == 2 * L * D * U * 4 == 1_744_830_464
+    assert host["gradient store"] == 2 * L * D * U * 2 == 872_415_232
     assert host["gradient store, kept for larger ones"] == host["gradient store"] // 8  # as the pool's test has it
     assert host["gradient ring, page-locked"] == 4 * 2 * U * D * 2
+    added_up = plan("stream", accumulation=2, step_union=U).host_bytes()
+    assert added_up["gradient store"] == 2 * host["gradient store"]
 
 
 def test_device_parts_of_streaming():

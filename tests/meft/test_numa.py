@@ -93,7 +93,7 @@ rows, width = 64, 1 << 14
 grads, sums = (ctypes.c_float * (rows * width))(), (ctypes.c_double * rows)()
 def update():
     os.sched_setaffinity(0, {max(cores)})
-    library.meft_squares(grads, sums, ctypes.c_int64(rows), ctypes.c_int64(width), 4)
+    library.meft_drain(0, 0, grads, None, sums, ctypes.c_int64(rows), ctypes.c_int64(width), 4)
     known = {os.getpid(), threading.get_native_id()}
     helpers = [int(t) for t in os.listdir("/proc/self/task") if int(t) not in known]
     last = time.monotonic() + 20  # one may not have begun: nobody waits for it

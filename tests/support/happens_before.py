@@ -396,7 +396,8 @@ class Slots(queue.Queue):
 def watched(monkeypatch):
     """Note what happens inside of the block; what runs before it must be over."""
     watch = Watch()
-    submit, result, update = ThreadPoolExecutor.submit, Future.result, meft.table.row_step._call
+    submit, result, set_result = ThreadPoolExecutor.submit, Future.result, Future.set_result
+    update = meft.table.row_step._call
     drain = meft.gradient.offload_ring.drain
 
     def submit_watched(self, work, *args):
@@ -413,6 +414,11 @@ def watched(monkeypatch):
         future = submit(self, run)
         future.stamps = made
         return future
+
+    def set_result_watched(self, value):
+        if not hasattr(self, "stamps"):  # a future of ours
+            self.stamps = [watch.stamp(watch.thread())]
+        set_result(self, value)
 
     def result_watched(self, timeout=60):
         try:
@@ -441,6 +447,7 @@ def watched(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(ThreadPoolExecutor, "submit", submit_watched)
         patch.setattr(Future, "result", result_watched)
+        patch.setattr(Future, "set_result", set_result_watched)
         patch.setattr(meft.table.row_step, "_call", update_watched)
         patch.setattr(meft.gradient.offload_ring, "drain", drained_watched)
         patch.setattr(meft.retrieval.gather, "bring_rows", bring)

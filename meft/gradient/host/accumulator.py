@@ -21,7 +21,7 @@ class RowSums:
     """
 
     def __init__(self, first: Landed, most: int) -> None:
-        rows, self._values = first
+        rows, self._values = first[0], widened(first[1])
         self._rows = [rows]
         self._count, self._most = len(rows), most
         self._index = torch.full((most,), -1, dtype=torch.int64, device=rows.device)
@@ -29,7 +29,7 @@ class RowSums:
 
     def add(self, landed: Landed) -> RowSums:
         """Add the gradients of some rows."""
-        rows, values = landed
+        rows, values = landed[0], widened(landed[1])
         index = self._index[rows]
         new = index < 0
         if not bool(new.any()):
@@ -59,6 +59,11 @@ class RowSums:
             return rows, values
         rows, order = rows.sort()
         return rows, values.index_select(0, order)
+
+
+def widened(values: Tensor) -> Tensor:
+    """Values as they are changed and added up: those that came in bfloat16 in float32."""
+    return values.to(torch.float32) if values.dtype == torch.bfloat16 else values
 
 
 def whole_of(stored: Landed | RowSums) -> Landed:
@@ -119,6 +124,7 @@ def merged(a: Stored, b: Stored, most: int, *, in_place: bool) -> Stored:
 
 
 def _sum(a: Landed, b: Landed) -> Landed:
+    a, b = (a[0], widened(a[1])), (b[0], widened(b[1]))
     if torch.equal(a[0], b[0]):
         return a[0], a[1] + b[1]
     rows, inverse = torch.cat([a[0], b[0]]).unique(return_inverse=True)

@@ -42,6 +42,15 @@ class KnownValues:
         if self._version is None:
             self._version, self._sums, self._squares = values._version, sums, sum_of_squares
 
+    def of_equal(self, values: Tensor, wider: Tensor) -> KnownValues:
+        """The same of equal values in memory that nobody has seen."""
+        known = KnownValues()
+        if self.holds(values):
+            known.land(wider, self._squares, self._sums)
+        else:
+            known.land(wider)
+        return known
+
     def forget(self) -> None:
         """The values will be others."""
         self._forgotten = True

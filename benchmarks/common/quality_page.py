@@ -1,4 +1,4 @@
-"""The page of `benchmarks.aslora_classify`: what each claim, comparison and method came to, by rule from the rows."""
+"""The page of a benchmark of quality: what each claim, comparison and method came to, by rule from the rows."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,6 @@ from benchmarks.common.comparisons import Comparison, ComparisonList, Verdict, j
 from benchmarks.common.paired_test import LEVEL
 from benchmarks.common.protocol import DIVERGED, REPORTED, TUNING, Protocol, tuning_loss
 
-COMMAND = "python -m benchmarks.aslora_classify --data DIR"
 UNITS = {"accuracy": (100, ".1f", " points"), "loss": (1, ".4f", "")}  # factor, format, unit
 
 
@@ -20,19 +19,26 @@ def number(metric: str, value: float, sign: str = "") -> str:
 
 @dataclass(frozen=True)
 class Page:
-    """What the page is about: the list of comparisons, the tasks and methods in their order, and the protocol."""
+    """What the page is about.
 
+    Attributes:
+        title: of the page.
+        command: makes the rows.
+        listed, tasks, methods, protocol: the list of comparisons, the tasks and methods in their order, the protocol.
+        fixed: whether the list is one of this repository's, which was committed before the runs.
+        quick: whether it is a quick run, which decides nothing.
+        values: what the counts of trained values are of.
+    """
+
+    title: str
+    command: str
     listed: ComparisonList
     tasks: list[str]
     methods: list[str]
     protocol: Protocol
-    flags: str  # of the command that makes the rows
-    fixed: bool  # whether the list is one of this repository's, which was committed before the runs
-
-    @property
-    def command(self) -> str:
-        """How to make the rows."""
-        return COMMAND + self.flags
+    fixed: bool
+    quick: bool
+    values: str
 
     def text(self, content: dict[str, list[dict]]) -> str:
         """The whole page in markdown."""
@@ -48,8 +54,7 @@ class Page:
             lambda task, method: kept(DIVERGED, task, method),
             self.protocol.seeds,
         )
-        quick = ", quick run: it decides nothing" if self.flags == " --quick" else ""
-        lines = [f"# ASLoRA beside LoRA on classification{quick}", ""]
+        lines = [f"# {self.title}" + ", quick run: it decides nothing" * self.quick, ""]
         lines += [f"Written by `{self.command}` from the JSON file of the same name.", ""]
         lines += [*self.notes(), "", "## Claims", "", *self.claims(said)]
         for task in self.tasks:
@@ -79,9 +84,9 @@ class Page:
             ),
             "Contradicted: it excludes a gain as large as the margin.",
             "",
-            "Values are those of the adapter; every method trains a classifier of equal size beside it. A run is",
-            "diverged where its training loss, over the last tenth of the steps, exceeds its first; its learning rate",
-            "was then given up.",
+            self.values,
+            "A run is diverged where its training loss, over the last tenth of the steps, exceeds its first; its",
+            "learning rate was then given up.",
         ]
 
     def _tuning(self) -> str:

@@ -1,0 +1,132 @@
+"""The runs of a benchmark of quality: which a settings file asks for, and making those that a rows file lacks."""
+
+import concurrent.futures
+import datetime
+import json
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from benchmarks.common.environment import environment
+from benchmarks.common.protocol import DIVERGED, REPORTED, Protocol, diverged, run_method
+from benchmarks.common.rows import Rows
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A settings file: what all runs share, the protocol, the tasks, the methods, and the list of comparisons.
+
+    `setup`, `tasks` and `methods` are dataclasses of the benchmark. A task has a `name`; a method has a `name`, a
+    `turn` and `settings`, on which its rows depend.
+    """
+
+    setup: Any
+    protocol: Protocol
+    tasks: list[Any]
+    methods: list[Any]
+    comparisons: Path
+
+    @property
+    def jobs(self) -> list[tuple[Any, Any]]:
+        """A method on a task each, in the order of what they tell: methods of the first turn on every task first."""
+        turns = sorted({method.turn for method in self.methods})
+        return [(task, one) for turn in turns for task in self.tasks for one in self.methods if one.turn == turn]
+
+
+def read_settings(path: Path, setup: type, task: type, method: type) -> Settings:
+    """Read a settings file.
+
+    Args:
+        setup, task, method: the benchmark's dataclasses.
+
+    Raises:
+        OSError: there is none.
+        ValueError, KeyError, TypeError: it is not as the benchmark's settings.json is.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    of_setup = {name: content[name] for name in setup.__dataclass_fields__}
+    return Settings(
+        setup(**of_setup),
+        Protocol(*(tuple(content[name]) for name in ("rates", "tuning_seeds", "seeds"))),
+        [task(**one) for one in content["tasks"]],
+        [method(**one) for one in content["methods"]],
+        path.parent / content["comparisons"],
+    )
+
+
+class Runs:
+    """Makes the runs that a rows file lacks; a benchmark says what one run is (`result`)."""
+
+    def __init__(self, settings: Settings, rows: Rows, data: Path, device: str) -> None:
+        self.settings, self.rows, self.data, self.device = settings, rows, data, device
+
+    def result(self, task: Any, method: Any, rate: float, seed: int, split: str) -> dict:
+        """Train and score: what is measured, with the metrics and `first_train_loss`, `last_train_loss`, `seconds`,
+        `cpu_seconds`."""
+        raise NotImplementedError
+
+    def once(self, task: Any, method: Any, rate: float, seed: int, split: str) -> dict:
+        """The row of one run, found or new; one that diverged and was to be reported is kept as such."""
+        key = {"task": task.name, "method": method.name, "seed": seed, "split": split, "learning_rate": rate}
+        settings = asdict(self.settings.setup) | asdict(task) | method.settings | {"device": self.device}
+        del settings["name"]
+        found = self.rows.find(key, settings)
+        if found is None and split == REPORTED:
+            found = self.rows.find(key | {"split": DIVERGED}, settings)
+        if found is not None:
+            return found
+        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        result = self.result(task, method, rate, seed, split)
+        if split == REPORTED and diverged(result):
+            key["split"] = DIVERGED
+        row = self.rows.add(key | {"settings": settings, "date": date} | result, environment(self.device))
+        scores = f"accuracy {row['accuracy']:.3f} loss {row['loss']:.4f}" if row["loss"] is not None else "no number"
+        print(date, *key.values(), scores, f"{row['seconds']} s ({row['cpu_seconds']} CPU s)", flush=True)
+        return row
+
+    def run(self, task: Any, method: Any) -> str | None:
+        """All runs of a method on a task; a sentence where the protocol finds no rate."""
+        try:
+            for _ in run_method(lambda *run: self.once(task, method, *run), self.settings.protocol):
+                pass
+        except RuntimeError as error:
+            return f"{task.name}: {method.name}: {error}"
+        return None
+
+
+_runs: Runs  # of a worker process
+
+
+def begin(make: Callable[..., Runs], arguments: tuple, threads: int) -> None:
+    global _runs
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()  # it says of each run that a classifier is new
+    transformers.logging.disable_progress_bar()
+    _runs = make(*arguments)
+
+
+def run_job(task: Any, method: Any) -> str | None:
+    return _runs.run(task, method)
+
+
+def run_all(
+    jobs: list[tuple[Any, Any]], processes: int, make: Callable[..., Runs], arguments: tuple, threads: int
+) -> list[str]:
+    """Run the jobs, some at once; what went wrong.
+
+    Args:
+        make, arguments: make a process's `Runs`.
+    """
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, context, begin, (make, arguments, threads)) as pool:
+        futures = [pool.submit(run_job, *job) for job in jobs]
+        try:
+            return [said for future in futures if (said := future.result()) is not None]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

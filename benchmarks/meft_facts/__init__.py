@@ -1,0 +1,1 @@
+"""How well MEFT learns facts, and by what: its routing, its factor, its row rule, its size."""

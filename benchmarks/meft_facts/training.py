@@ -1,0 +1,97 @@
+"""One run of `benchmarks.meft_facts`: train an adapter on facts, and ask for them."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.aslora_quality.__main__ import load_base
+from benchmarks.aslora_quality.tasks import collate, completion_logits, score
+from benchmarks.common import runs
+from benchmarks.common.protocol import ends, train
+from benchmarks.common.rows import Rows
+from benchmarks.common.runs import Settings
+from benchmarks.meft_facts.methods import Method, described
+from benchmarks.meft_recall.pairs import Recall, encode_pairs, epochs, load_pairs
+
+SMOLLM2 = "SmolLM2-135M-Instruct"
+
+
+@dataclass(frozen=True)
+class Task:
+    """How many facts are trained, and how often each."""
+
+    name: str
+    facts: int
+    passes: int
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all runs share; the limits, in characters, keep a step cheap."""
+
+    model: str
+    batch_size: int
+    max_question: int
+    max_answer: int
+
+    def recall(self, task: Task) -> Recall:
+        """The task as `benchmarks.meft_recall` has it."""
+        steps = task.passes * (task.facts // self.batch_size)
+        return Recall(task.facts, steps, self.batch_size, self.max_question, self.max_answer)
+
+    def base(self, device: str):
+        """The model in float32 and its tokenizer; SmolLM2 is that of the project's cache."""
+        if self.model == SMOLLM2:
+            return load_base(device)
+        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).to(device)
+        return model, AutoTokenizer.from_pretrained(self.model)
+
+
+class Runs(runs.Runs):
+    """Facts are trained, and the same are asked for; seeds draw the adapter's start and the order."""
+
+    def result(self, task: Task, method: Method, rate: float, seed: int, split: str) -> dict:
+        """One run; both splits ask for all facts, since what is tried is memory."""
+        began, began_cpu = time.perf_counter(), time.process_time()
+        setup, recall = self.settings.setup, self.settings.setup.recall(task)
+        torch.manual_seed(seed)
+        base, tokenizer = setup.base(self.device)
+        facts = encode_pairs(tokenizer, load_pairs(self.data, recall, tokenizer))
+        model = method.attach(base)
+        batches = epochs(facts, recall.steps, recall.batch_size, seed)
+
+        def losses() -> Iterator[torch.Tensor]:
+            for batch in batches:
+                inputs, labels = collate(batch, self.device)
+                yield F.cross_entropy(completion_logits(model, inputs, labels).flatten(0, 1), labels.flatten())
+
+        model.train()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        values = train([{"params": trained, "lr": rate}], losses(), len(batches), method.optimizer)
+        found = score(model, facts, self.device)
+        loss = mean(each for _, each in found)
+        return {
+            "accuracy": mean(float(exact) for exact, _ in found),
+            "loss": loss if math.isfinite(loss) else None,
+            **ends(values),
+            **described(model),
+            "seconds": round(time.perf_counter() - began, 1),
+            "cpu_seconds": round(time.process_time() - began_cpu, 1),
+        }
+
+
+def read_settings(path: Path) -> Settings:
+    """As `benchmarks.common.runs.read_settings`."""
+    return runs.read_settings(path, Setup, Task, Method)
+
+
+def runs_of(path: Path, out: Path, data: Path, device: str) -> Runs:
+    """Of a settings file and a rows file."""
+    return Runs(read_settings(path), Rows(out), data, device)

@@ -1,0 +1,72 @@
+"""In which order queued updates are done."""
+
+from concurrent.futures import Future
+
+import pytest
+
+from meft.table.update_queue import UpdateQueue
+
+
+class Queued:
+    """A queue whose thread is held until `go`, and what it has done."""
+
+    def __init__(self):
+        self.queue, self.done, self.held = UpdateQueue(), [], Future()
+        self.queue.add(lambda: self.held.result(60), "rows")
+
+    def add(self, name, ready=None):
+        return self.queue.add(lambda: self.done.append(name), name, ready=ready)
+
+    def go(self, *pending):
+        self.held.set_result(None)
+        for one in pending:
+            one.wait()
+        return self.done
+
+
+@pytest.fixture
+def queued():
+    return Queued()
+
+
+def test_updates_go_in_their_turn(queued):
+    assert queued.go(*[queued.add(name) for name in "abc"]) == ["a", "b", "c"]
+
+
+def test_of_those_that_are_ready_the_latest_goes_first(queued):
+    ready = [Future() for _ in range(4)]
+    pending = [queued.add(i, each) for i, each in enumerate(ready)]
+    for i in (2, 0, 1):
+        ready[i].set_result(None)
+    assert queued.go(*pending[:3]) == [1, 0, 2]
+    ready[3].set_result(None)
+    pending[3].wait()
+    assert queued.done == [1, 0, 2, 3]
+
+
+def test_what_is_ready_at_once(queued):
+    ready = Future()
+    ready.set_result(None)
+    assert queued.go(queued.add("a", ready), queued.add("b", ready)) == ["b", "a"]
+
+
+def test_nothing_goes_before_what_it_was_queued_behind(queued):
+    """Though it is not ready: the update itself waits for what it reads."""
+    late, ready = Future(), Future()
+    ready.set_result(None)
+    first = [queued.add("ready", ready), queued.add("late", late)]
+    behind = queued.add("behind")
+    last = queued.add("last", ready)
+    assert queued.go(*first, behind, last) == ["ready", "late", "behind", "last"]
+    late.set_result(None)
+    queued.add("after").wait()
+    assert queued.done == ["ready", "late", "behind", "last", "after"]
+
+
+def test_an_update_whose_wait_failed_is_done_and_tells_of_it(queued):
+    ready = Future()
+    pending = queued.queue.add(lambda: ready.result(), "keys", ready=ready)
+    ready.set_exception(ValueError("lost"))
+    queued.held.set_result(None)
+    with pytest.raises(RuntimeError, match="The update of MEFT's keys failed: lost"):
+        pending.wait()
