@@ -16,8 +16,8 @@ from ..table.moments import RowMoments
 from ..table.node_rows import RankLeftError
 from ..table.row_step import StepRule
 from ..table.row_table import RowTable
-from ..tier.layer_places import Places
 from ..tier.layer_tier import LayerTier
+from ..tier.places import Places
 
 
 class TableStep(NamedTuple):

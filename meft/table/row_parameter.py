@@ -41,6 +41,9 @@ class RowsOnDevice(Protocol):
     def settle(self) -> None:
         """Write all of them back to the table, which has the newest values then, and keep none."""
 
+    def note_update(self, table: Any, before: int, after: int) -> None:
+        """Rows of a table in host memory were updated, between two versions of it."""
+
 
 class KeptRows(KeptParameters):
     """Holds one parameter, `rows` [r, d].

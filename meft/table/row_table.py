@@ -135,6 +135,8 @@ class RowTable(SharedRows):
                 self._compute_copy_state = self._state()
             if self._dirty is not None:
                 self._dirty.note(rows, before, self._state())
+            if self.tier is not None:
+                self.tier.note_update(self, before[1], self._state()[1])
 
     def state_of(self, entry: RowMoments) -> RowState:
         """Rows with the moments of an entry, as a step reads and writes them; call it under the lock."""
@@ -152,8 +154,9 @@ class RowTable(SharedRows):
         with self.lock, torch.no_grad():
             self._wait_for_readers()
             state = self.state_of(entry)
+            # The values are those that the table has had: nobody has to be told, nor a backward pass to fail.
             for target, source in zip(without_copy(state), values, strict=True):
-                target.index_copy_(0, rows, source)
+                target.data.index_copy_(0, rows, source)
             if state.compute_copy is not None:
                 state.compute_copy.index_copy_(0, rows, values[0].to(state.compute_copy.dtype))
             if self._dirty is not None:

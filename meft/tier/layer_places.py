@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,54 +12,17 @@ from torch import Tensor
 from ..table.moments import RowMoments
 from ..table.row_table import RowTable, without_copy
 from ..table.shared_rows import SWAPPED
-from ..transport.staging import Coming, Slot, copy_all, sent
-from ..transport.streams import DeviceStreams, StreamEvent
+from ..transport.staging import Coming, copy_all, sent
+from ..transport.streams import StreamEvent
 from ..transport.transfer import Traffic
+from .places import Places
 from .residents import Entering, Leaving, Placement, Residents
-from .row_pool import Form, RowPool, brought_home, form_of
+from .row_pool import Form, brought_home, form_of
 
-
-class Places(Protocol):
-    """What the layers of an adapter share.
-
-    Attributes:
-        lock: held while rows change their places, and while it matters that they do not. A thread that has it may wait
-            for the tables' updates and locks; one that holds the lock of a table must not wait for it.
-        streams: of the device.
-        pools: one for each of a layer's tables.
-        slots, copies: staging memory for small tensors, and for rows that leave. entering: for those that enter, of the
-            thread of the updates.
-    """
-
-    lock: threading.RLock
-    streams: DeviceStreams
-    pools: list[RowPool]
-    slots: list[Slot]
-    copies: list[Slot]
-    entering: Slot
-
-    @property
-    def tiers(self) -> Sequence[LayerPlaces]:
-        """Of each layer."""
-
-    def give_back(self, homes: Tensor) -> None:
-        """Places that are free now."""
-
-    def note(self, tier: LayerPlaces, rows: Tensor) -> None:
-        """Rows were used."""
-
-    @property
-    def is_due(self) -> bool:
-        """Whether rows may change their places at the next `end_step`."""
-
-    def end_step(self, *, changes: bool = True) -> None:
-        """Steps of some of the layers' rows are queued."""
-
-    def shrink(self) -> None:
-        """Give memory of the device back: there was none for what rows on it need."""
-
-    def shrink_soon(self) -> None:
-        """As `shrink`, at the next `end_step`."""
+WRITTEN = (
+    "MEFT's {what} were written by compiled code while the newest of their rows were on the device (device_rows), and "
+    "what was written is lost: call synchronize() of the tables before such code runs, or load a checkpoint."
+)
 
 
 class LayerPlaces:
@@ -85,6 +46,7 @@ class LayerPlaces:
         self._leaving: Leaving | None = None
         self._placement: Placement | None = None
         self._addresses = [0] * len(self.tables)
+        self._versions = [0] * len(self.tables)  # of the tables, as far as their updates go
 
     @property
     def holds_rows(self) -> bool:
@@ -151,6 +113,8 @@ class LayerPlaces:
         ]
         self._entering = Entering(rows, homes, buffers)
         self._addresses = [table.masters.data_ptr() for table in self.tables]
+        if self.residents is None:
+            self._versions = [table.version for table in self.tables]
         self.traffic.rows_entered += len(rows)
         self.traffic.bytes_to_device += sum(buffer.nbytes for each in buffers for buffer in each)
 
@@ -185,6 +149,10 @@ class LayerPlaces:
             finally:
                 staging.busy = streams.inbound.record_event()
             entering.arrivals.append(staging.busy)
+
+    def note_update(self, table: RowTable, before: int, after: int) -> None:
+        if self._versions[self.which(table)] == before:
+            self._versions[self.which(table)] = after
 
     def _write_home(self, leaving: Leaving, entries: list[RowMoments | None]) -> None:
         """If it fails, they are owed: whoever waits for the tables next tries again."""
@@ -279,6 +247,9 @@ class LayerPlaces:
             residents, entering, leaving = self.residents, self._entering, self._leaving
             if leaving is not None and not moved:  # nobody has queued it, or it has failed
                 self._write_home(leaving, self.entries)
+            written = [
+                t.name for t, known in zip(self.tables, self._versions, strict=True) if t.masters._version != known
+            ]
             if residents is not None:
                 if not moved:
                     self._take_all_back(residents)
@@ -289,6 +260,8 @@ class LayerPlaces:
             self.version += 1
         if moved and (residents is not None or leaving is not None):
             raise RuntimeError(SWAPPED)
+        if written and residents is not None:
+            raise RuntimeError(WRITTEN.format(what=" and ".join(written)))
 
     def _take_all_back(self, residents: Residents) -> None:
         self.wait_for_writes()

@@ -6,6 +6,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from torch import Tensor
 from ..table.layer_rows import LayerRows
 from ..transport.staging import Slot
 from ..transport.streams import DeviceStreams
-from .layer_places import LayerPlaces
 from .layer_tier import LayerTier
 from .residency import Residency
 from .row_pool import Form, RowPool, place_bytes
@@ -67,7 +67,7 @@ class RowTier:
                 own.tier = tier
         self._number = {id(tier): i for i, tier in enumerate(self.tiers)}
 
-    def note(self, tier: LayerPlaces, rows: Tensor) -> None:
+    def note(self, tier: Any, rows: Tensor) -> None:
         """Rows of a layer are used in the step that goes on."""
         self._residency.note(self._number[id(tier)], rows)
 

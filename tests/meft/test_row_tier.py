@@ -17,6 +17,7 @@ import meft.retrieval.engine
 import meft.tier.residency
 import meft.tier.row_tier
 from meft import MEFTConfig, RowAdamW
+from meft.table.shared_rows import SharedRows
 from meft.tier.residency import Residency
 from tests.support.thread_streams import on_streams
 from tests.support.tiny_meft import STRATEGIES
@@ -426,6 +427,22 @@ def test_rows_that_enter_take_bounded_memory(tiny, monkeypatch):
         optimizer.step()
         entered.append(model.base_model.transfer_report().to_dict()["rows_entered"])
     assert [b - a for a, b in zip([0, *entered], entered, strict=False)] == [2] * 6
+
+
+def test_rows_that_come_home_are_copied_alone(tiny, monkeypatch):
+    """Neither the narrower copy of the whole table is made anew, nor does it cross."""
+    model, refreshed, crossed = model_of(tiny, SHARE, retrieval="device-rows"), [], []
+    monkeypatch.setattr(meft.tier.residency, "EVERY", 1)
+    optimizer, refresh = tiny.adamw(model), SharedRows._refresh
+    tiny.train(model, 3, optimizer)
+    monkeypatch.setattr(SharedRows, "_refresh", lambda *args: refreshed.append(args[0]) or refresh(*args))
+    for step in range(3, 9):
+        before = model.base_model.transfer_report().to_dict()["bytes_to_device"]
+        tiny.train(model, 1, optimizer, first=step)
+        crossed.append(model.base_model.transfer_report().to_dict()["bytes_to_device"] - before)
+    assert model.base_model.transfer_report().to_dict()["rows_entered"] > 40
+    assert not set(refreshed) & set(tables_of(model))  # another test's model may be refreshed yet
+    assert max(crossed) < 4 * tiny.R * tiny.WIDTH * 2  # four tables
 
 
 # ---------------------------------------------------------------------- how many places

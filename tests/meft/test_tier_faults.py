@@ -24,6 +24,7 @@ from meft.table.row_table import RowTable
 from meft.tier.layer_places import LayerPlaces
 from meft.tier.layer_tier import LayerTier
 from meft.tier.row_tier import RowTier
+from peft_bridge.torch_private import without_torch_function
 from tests.support.thread_streams import ThreadStreams
 
 SHARE = 0.4
@@ -145,10 +146,11 @@ def interrupted_steps(tiny, model, optimizer, places, work):
     return losses
 
 
-@pytest.mark.parametrize("strategy", ["stream", "device-rows"])
-def test_saving_in_another_thread_while_steps_run_loses_nothing(tiny, strategy):
-    expected = run(tiny, model_of(tiny, 0, retrieval=strategy), steps=3 * len(PLACES))
-    model = model_of(tiny, retrieval=strategy)
+@pytest.mark.parametrize(("strategy", "rows"), [("stream", "refetch"), ("device-rows", "save")])
+def test_saving_in_another_thread_while_steps_run_loses_nothing(tiny, strategy, rows):
+    fields = {"retrieval": strategy, "backward_rows": rows}
+    expected = run(tiny, model_of(tiny, 0, **fields), steps=3 * len(PLACES))
+    model = model_of(tiny, **fields)
     optimizer, table = tiny.adamw(model), tables_of(model)[1]
 
     def save():
@@ -417,6 +419,24 @@ def test_what_fails_is_raised_each_time_and_loses_no_row(tiny, monkeypatch, plac
     assert all("on purpose" in str(error) for error in raised)
     assert len(raised) >= 3
     oracle.check()
+
+
+# ---------------------------------------------------------------------- writes of which nobody tells
+
+
+def test_a_write_that_bypasses_the_rows_class_is_an_error(tiny):
+    """As compiled extensions write: torch counts it, but calls nothing before."""
+    model = model_of(tiny)
+    optimizer, table = tiny.adamw(model), tables_of(model)[1]
+    for number in range(4):
+        step(tiny, model, optimizer, number)
+    tiny.loss(model)
+    assert tier_of(model).tiers[0].residents is not None
+    with torch.no_grad(), without_torch_function():
+        table.rows.add_(1)
+    with pytest.raises(RuntimeError, match="MEFT's values of layer 0 were written by compiled code while"):
+        model.state_dict()
+    run(tiny, model)  # all rows are on the host
 
 
 # ---------------------------------------------------------------------- views that were kept
