@@ -74,6 +74,9 @@ class MEFTModel(ZeroRows, MethodTuner):
     def step_listener(self) -> RowSteps:
         return self.steps
 
+    def join_follower(self) -> RankAverage:
+        return self.ranks
+
     def take_back(self, adapter_name: str) -> None:
         """Remove an adapter with all that was wrapped for it."""
         layers = self.adapted_ffns().values()
@@ -230,9 +233,8 @@ class MEFTModel(ZeroRows, MethodTuner):
         write into tensors and arrays that share its memory, is seen without this call. It is needed after writing to
         an address (`data_ptr()`) that was kept, from a library that was given one, or from another process.
         """
-        for tables in self.steps.tables.values():
-            for table in tables:
-                table.note_change()
+        for table in self._all_tables():
+            table.note_change()
 
     def transfer_report(self, adapter_name: str | None = None) -> TransferReport:
         """What an adapter (None: the active one) has moved between host and device, and how its neurons were used."""

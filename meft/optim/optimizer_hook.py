@@ -11,6 +11,7 @@ from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
+from peft_bridge import StateOfLastRanks
 from peft_bridge.deepspeed_private import adam_of
 
 from ..config import MEFTConfig
@@ -108,6 +109,7 @@ class RowSteps:
         nonfinite_steps: steps that changed nothing because a gradient was inf or nan, those that a GradScaler
             skipped included.
         averaged: whether the gradients of the forward pass that ran last are averaged over ranks.
+        last_ranks: brings what the optimizer keeps of routers to ranks that had fewer batches.
     """
 
     def __init__(self) -> None:
@@ -116,6 +118,7 @@ class RowSteps:
         self.routers: dict[str, list[nn.ModuleDict]] = {}
         self.nonfinite_steps = 0
         self.averaged = False
+        self.last_ranks = StateOfLastRanks(self._router_parameters)
         self._taken: list[TableStep] = []
         self._overflow: weakref.ref[Tensor] | None = None
         self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimizers that have stepped
@@ -142,11 +145,10 @@ class RowSteps:
 
     def watched_parameters(self) -> Iterable[nn.Parameter]:
         """All tables, and the routers, so that a step is taken or skipped as a whole."""
-        tables = [table.rows for tables in self.tables.values() for table in tables]
-        return [
-            *tables,
-            *(p for name, owners in self.routers.items() for owner in owners for p in owner[name].parameters()),
-        ]
+        return [*(table.rows for tables in self.tables.values() for table in tables), *self._router_parameters()]
+
+    def _router_parameters(self) -> list[nn.Parameter]:
+        return [p for name, owners in self.routers.items() for owner in owners for p in owner[name].parameters()]
 
     def before_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         """Raise for an optimizer whose rule is unknown, before anything is stepped."""
@@ -161,6 +163,7 @@ class RowSteps:
             if owner is not None:
                 raise ValueError(TWO_OPTIMIZERS)
             rule_of(optimizer, group_of(optimizer, table.rows), self.configs[name].row_rule)
+        self.last_ranks.before_step(optimizer, parameters)
 
     def before_closure(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         """Rows do not move before the step ends."""

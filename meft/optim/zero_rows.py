@@ -22,8 +22,9 @@ from peft_bridge.training.data_parallel import DataParallel
 from ..files import training_state
 from ..gradient.row_gradient import as_row_gradient
 from ..table.row_table import RowTable
+from .broadcasts import broadcast_rows
 from .optimizer_hook import RowSteps, rule_of
-from .rank_average import RankAverage, broadcast_rows
+from .rank_average import RankAverage
 
 _VALUES = ("lr", "betas", "eps", "weight_decay")
 

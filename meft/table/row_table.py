@@ -113,6 +113,23 @@ class RowTable(SharedRows):
         self.restored, self._stepped_with = None, entry
         return entry
 
+    def take_moments(self, moments: Moments) -> None:
+        """Let the optimizer of the last step, or the next one that steps the table, have these moments."""
+        entry = self.entry
+        if entry is not None and self.stepped_by is not None:
+            entry.hold(moments)
+        else:
+            self.restored = RowMoments(moments, self.synchronize)
+
+    def catch_up(self) -> None:
+        """Other ranks that share the rows have stepped them without this one, and all are through."""
+        assert self.node is not None
+        self.node.catch_up()
+        self.take_moments(self.node.moments)
+        with self.lock, torch.no_grad():
+            torch.autograd.graph.increment_version(self.rows)
+        self.shared_rows_written()
+
     # ------------------------------------------------------------------ writing
 
     def update_masters(self, write: Callable[[Tensor | None], None], *, rows: Tensor | None = None) -> None:

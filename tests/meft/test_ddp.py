@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.support import node_tasks
+from tests.support import node_tasks, page_locks, uneven_tasks
 from tests.support.processes import once, result_of, run_ranks, saved_by_ranks, work_as_rank
 from tests.support.thread_streams import ThreadStreams
 from tests.support.tiny_meft import Tiny
@@ -188,16 +188,6 @@ def run_apart(rank, **fields):
     return {"begun": collectives() - before, "state": Tiny.whole_state(model)}
 
 
-def run_joined(rank):
-    wrapped = DistributedDataParallel(adapted())
-
-    def run():
-        with wrapped.join():
-            train(wrapped, rank, steps=range(1))
-
-    return refusal(run)
-
-
 def run_nonfinite(rank, **fields):
     model = adapted(**fields)
     wrapped = DistributedDataParallel(model)
@@ -244,7 +234,6 @@ TASKS = {
     "apart in backward": lambda rank: run_apart(
         rank, delay=2e-3, retrieval="stream", row_optimizer={"in_backward": True}
     ),
-    "joined": run_joined,
     "ddp": run_ddp,
     "clipping": lambda rank: run_ddp(rank, clip=True),
     "checkpointed": lambda rank: run_checkpointed(rank, False),
@@ -382,12 +371,6 @@ def test_ranks_that_train_apart_do_not_speak_to_each_other(ranks, name):
         Tiny.assert_equal(entry["state"], Tiny.whole_state(model))
 
 
-def test_uneven_inputs_by_ddps_join_are_refused(ranks):
-    """A rank that has joined shadows DDP's averages, not those of the rows: the others would wait for it."""
-    for entry in result_of(ranks, "joined"):
-        assert "MEFT does not support DistributedDataParallel.join()" in entry["error"], entry["error"]
-
-
 @pytest.mark.parametrize("name", each("nonfinite"))
 def test_a_nonfinite_loss_on_one_rank_skips_the_step_on_all(ranks, alone, name):
     for entry in result_of(ranks, name):
@@ -430,6 +413,6 @@ def test_deepspeed_is_refused_when_a_trainers_run_begins():
 if __name__ == "__main__":
     number, place = int(sys.argv[1]), Path(sys.argv[2])
     tasks = {name: partial(task, number) for name, task in TASKS.items()}
-    tasks |= node_tasks.tasks(number, place)
+    tasks |= node_tasks.tasks(number, place) | page_locks.tasks(number) | uneven_tasks.tasks(number)
     tasks |= {f"apart, {name}": partial(node_tasks.apart, tasks[name]) for name in APART}
     work_as_rank(number, place, tasks)
