@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ..gradient.row_gradient import RowGradient
+from ..memory.choice import LayerChoice
 from ..table.moments import RowMoments
 from ..table.node_rows import RankLeftError
 from ..table.row_step import StepRule
@@ -51,6 +52,7 @@ def _update_tables(steps: Sequence[TableStep]) -> None:
         table.wait_for_update()
         if table.node is not None and not (table.is_shared and table.node.ranks.summed):
             table.leave_node()  # by gradients of its own, or in memory of its own: as one copy a rank
+    steps = [_of_chosen_rows(step) for step in steps]  # before any rank may write
     steps, tiers, errors = steps_on_device(steps)
     tables = [step.table for step in steps]
     if any(table.node is not None for table in tables):
@@ -69,6 +71,17 @@ def _update_tables(steps: Sequence[TableStep]) -> None:
             table.synchronize()
     for what, error in errors:
         raise RuntimeError(f"{what} failed: {error}") from error
+
+
+def _of_chosen_rows(step: TableStep) -> TableStep:
+    """A step of the rows that it may update, of which what they are now is kept where tasks are."""
+    choice = step.table.choice
+    if not isinstance(choice, LayerChoice) or not choice.active:
+        return step
+    gradient = choice.chosen(step.gradient)
+    step.table.keep_versions(gradient.to_multiply()[0])
+    choice.stepped()
+    return step._replace(gradient=gradient)
 
 
 def _owners(tables: Iterable[RowTable]) -> list[Places]:
@@ -204,6 +217,8 @@ def _update_table(
     enter: Callable[[], None],
 ) -> None:  # fmt: skip
     whole, then = gradient, None
+    choice = table.choice if finite_only and isinstance(table.choice, LayerChoice) and table.choice.active else None
+    kept = choice.chosen_rows() if choice is not None else None  # a later pass may choose others
     if not finite_only:
         gradient.to_multiply()  # raises here if the gradient did not arrive
     elif isinstance(table.tier, LayerTier):
@@ -220,7 +235,11 @@ def _update_table(
         enter()
         if finite_only and not _all_finite(whole):
             return False
-        rows, values, factors = gradient.to_multiply()
+        used = gradient
+        if choice is not None:
+            used = choice.chosen(gradient, kept)
+            table.keep_versions(used.to_multiply()[0])
+        rows, values, factors = used.to_multiply()
         if values.dtype != torch.bfloat16:  # in which the update reads them too
             values = values.to(torch.promote_types(table.masters.dtype, torch.float32))
         values = values.contiguous()

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config import MEFTConfig
+from ..memory.choice import LayerChoice
 from ..tier.layer_tier import LayerTier
 from ..transport.transfer import Traffic
 from .row_table import RowTable
@@ -21,6 +22,7 @@ class LayerRows:
     Attributes:
         number: place of the layer among those of the adapter.
         tier: the rows that have a place on the device; None: none have.
+        choice: which rows a step updates; None: all that it uses.
     """
 
     number: int
@@ -29,6 +31,7 @@ class LayerRows:
     config: MEFTConfig
     traffic: Traffic
     tier: LayerTier | None = None
+    choice: LayerChoice | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy or a pickle, whose tables have the newest rows."""
