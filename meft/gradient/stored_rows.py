@@ -15,9 +15,9 @@ from peft_bridge.torch_private import PLAIN_TORCH_FUNCTION, make_wrapper_subclas
 from ..table.row_step import multiplied
 from ..transport.host_tensors import forks
 from .held_values import HeldValues
-from .host.accumulator import Pending, Stored, widened
+from .host.accumulator import Pending, Stored
 from .host.known_values import KnownValues
-from .host.pool import held_by_others
+from .host.pool import held_by_others, memory_beside
 from .row_rules import Touched
 from .split import DevicePart, Divided
 
@@ -184,13 +184,14 @@ class StoredRows(torch.Tensor):
         factors, known = self._held.factors, self._held.known
         narrow = values.dtype == torch.bfloat16
         with torch.inference_mode(False):  # they outlive the mode
-            if factors and (self._held.shared or narrow):
+            if narrow:
+                wide = multiplied(values, factors, out=memory_beside(values, torch.float32))
+                still = None if known is None or factors else known.of_equal(values, wide)
+                self._held.unshare(rows, wide, still)
+            elif factors and self._held.shared:
                 self._held.unshare(rows, multiplied(values, factors))
             elif factors:
                 self._stored = rows, multiplied(values, factors, out=values)
-            elif narrow:
-                wide = widened(values)
-                self._held.unshare(rows, wide, None if known is None else known.of_equal(values, wide))
         return self._held.landed()
 
     def forget(self) -> None:

@@ -410,11 +410,24 @@ def test_a_look_in_inference_mode_leaves_values_that_can_be_changed(ring, passes
     assert float(table.grad.norm()) == pytest.approx(2 * norm)
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_values_that_are_looked_at_in_each_step_take_memory_once(ring, factor):
+    table = parameter()
+    for step in range(4):
+        ring.begin_pass()
+        table.grad, values = sent(ring, table, step)
+        table.grad.norm()
+        table.grad.mul_(factor)
+        assert torch.equal(table.grad.row_values.double(), values * factor)
+        assert ring._pool.nbytes == len(ROWS) * D * (2 + 4)
+        dropped(table)
+
+
 def test_zeroing_does_not_look_at_the_values(ring, monkeypatch):
     table = parameter()
     table.grad, _ = sent(ring, table)
     assert len(table.grad.rows) == len(ROWS)  # once they have landed
-    monkeypatch.setattr(meft.gradient.stored_rows, "widened", None)
+    monkeypatch.setattr(meft.gradient.stored_rows, "multiplied", None)
     table.grad.zero_()
     assert table.grad.to_multiply()[1].dtype == torch.float32
 
