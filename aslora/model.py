@@ -11,7 +11,7 @@ from peft import PeftConfig
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from torch import Tensor, nn
 
-from peft_bridge import MethodTuner
+from peft_bridge import MethodTuner, StateOfLastRanks
 from peft_bridge.peft_private import lora_refuses, set_layer_requires_grad
 
 from . import native
@@ -78,6 +78,9 @@ class ASLoRAModel(ZeroRun, MethodTuner):
 
     def step_listener(self) -> SharingRun:
         return self.run
+
+    def join_follower(self) -> StateOfLastRanks:
+        return self.run.ranks
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         return self.run.watched_parameters()

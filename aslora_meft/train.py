@@ -22,12 +22,18 @@ from aslora_meft.arguments.text import parse_json
 from aslora_meft.errors import UsageError, as_usage_error
 from aslora_meft.tasks.table import TASKS
 from aslora_meft.training.checkpoints import checkpoint_to_resume, set_aside
+from aslora_meft.training.engine_checkpoints import check_engine, keep_configuration, save_adapter
 from aslora_meft.training.failed_writes import RunFolder
 from aslora_meft.training.finish import next_commands, write_results
 from aslora_meft.training.hub import prepare_push, push
 from aslora_meft.training.interrupt import Interrupted, StopAtStep
 from aslora_meft.training.progress import show_progress
-from aslora_meft.training.ranks import FirstEvaluation, evaluates_when_it_trains, prepare_for_training_again
+from aslora_meft.training.ranks import (
+    FirstEvaluation,
+    evaluates_when_it_trains,
+    prepare_for_training_again,
+    wait_for_all_in_saves,
+)
 from aslora_meft.training.run_record import RunRecord
 from aslora_meft.training.summary import merge_lines, merges, metrics_table, run_header, shares
 from aslora_meft.training.task_state import TaskState, check_task
@@ -90,10 +96,14 @@ def train(arguments: TrainArguments) -> TrainResult:
     with as_usage_error(OSError, prefix=f"output_dir={args.output_dir!r} cannot be made: "):
         trainer = task.make_trainer(base, arguments.adapter, data, [stop, TaskState(arguments.task.task, labels)])
         with as_usage_error(ValueError, ImportError, TypeError):  # what TrainingArguments leaves to the Trainer
-            check_not_data_parallel(trainer.args)
+            check_not_data_parallel(trainer.args, trainer.model)
             RunRecord().attach(trainer)
             show_progress(trainer)
             trainer.get_train_dataloader()
+    if checkpoint is not None:
+        check_engine(checkpoint, trainer)
+    keep_configuration(trainer)
+    wait_for_all_in_saves(trainer)
     model: Any = trainer.model
     if shares(model):
         trainer.add_callback(MergeEvents())
@@ -136,7 +146,7 @@ def train(arguments: TrainArguments) -> TrainResult:
             results["transfers"] = transfers.to_dict()
             print(f"\n{transfers}")
     with folder.nothing_half_written():
-        trainer.save_model()
+        save_adapter(trainer)
         if trainer.is_world_process_zero():
             task.save(Path(args.output_dir), model)
             folder.adapter_saved = True

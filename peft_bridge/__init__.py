@@ -15,8 +15,10 @@ from .method.quantised import keep_trainable_on_cpu
 from .method.registration import register_method
 from .method.tuner_base import Injection, MethodTuner
 from .training.deepspeed_engines import EngineFollower, EngineOptimizer, group_of_each
+from .training.last_ranks import StateOfLastRanks
 from .training.optimizer_steps import StepListener, watch_steps
 from .training.trainer_runs import RunListener, watch_runs
+from .training.uneven_inputs import JoinFollower, follow_joins
 
 try:
     __version__ = version("aslora-meft")
@@ -28,10 +30,12 @@ __all__ = [
     "EngineFollower",
     "EngineOptimizer",
     "Injection",
+    "JoinFollower",
     "MethodCard",
     "MethodConfig",
     "MethodTuner",
     "RunListener",
+    "StateOfLastRanks",
     "StepListener",
     "allow_hotswap",
     "check_digest",
@@ -41,6 +45,7 @@ __all__ = [
     "describe_in_cards",
     "digest",
     "folder_replaced_at_once",
+    "follow_joins",
     "group_of_each",
     "index_when_offloaded",
     "is_int",

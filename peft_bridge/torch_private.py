@@ -180,6 +180,11 @@ def takes_uneven_inputs(ddp: Any) -> bool:
     return join is not None and bool(join.enable)
 
 
+def shadowed_averages(ddp: Any) -> bool:
+    """Whether the other ranks average gradients in the iteration that the `main_hook` of a DDP has shadowed last."""
+    return bool(ddp.require_forward_param_sync)
+
+
 def timeout_of(group: Any) -> float:
     """Seconds after which the collectives of a process group fail; those of torch's default where it does not say."""
     for device in ("cpu", "cuda"):

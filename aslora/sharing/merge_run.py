@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from peft_bridge import EngineFollower, EngineOptimizer
+from peft_bridge import EngineFollower, EngineOptimizer, StateOfLastRanks
 from peft_bridge.deepspeed_private import ZeroSteps
 from peft_bridge.torch_private import active_ddp, takes_uneven_inputs
 
@@ -29,6 +29,7 @@ class SharingRun:
         total_steps: adapter -> length T of its run in optimizer steps; None where it is unknown.
         warmup_steps: adapter -> steps in which the learning rate of its run rises; 0 where they are unknown.
         nonfinite_steps: optimizer steps that were not taken because an adapter's gradient was inf or nan.
+        ranks: brings those that had fewer batches to the merges of the others.
     """
 
     def __init__(self) -> None:
@@ -38,6 +39,7 @@ class SharingRun:
         self.nonfinite_steps = 0
         self._warned: set[tuple[str, str]] = set()  # (adapter, what about)
         self._seen: set[str] = set()  # adapters whose optimizer torch's hooks see
+        self.ranks = StateOfLastRanks(self.watched_parameters, self._b_groups, self._deciding, self._taken_over)
 
     def add(self, adapter_name: str, units: list[MergeUnit], total_steps: int | None) -> None:
         self.units[adapter_name] = units
@@ -89,21 +91,35 @@ class SharingRun:
         """Compare ties with values and buffers before a training forward pass takes the rows.
 
         Raises:
-            RuntimeError: an engine has stepped that torch's optimizer hooks do not see, or ranks have other numbers of
-                batches.
+            RuntimeError: an engine has stepped that torch's optimizer hooks do not see, or this is inside of a `join()`
+                that began without the adapter.
         """
         units = self._unchecked(adapter_name)
-        if any(unit.pending for unit in units) and takes_uneven_inputs(active_ddp()):
+        if units and takes_uneven_inputs(ddp := active_ddp()) and not self.ranks.follows(ddp):
             raise RuntimeError(
-                "ASLoRA does not support DistributedDataParallel.join() while merges are to come: a rank that has no "
-                "batch left would not take the averages and merges of these steps; give all ranks the same number of "
-                "batches (drop_last=True)."
+                "A DistributedDataParallel.join() leaves out ASLoRA adapters that are added after its "
+                "DistributedDataParallel was made: wrap the model anew, and enter the context of that."
             )
         if any_of(flag for unit in units for flag in unit.change_flags()):
             for unit in units:
                 unit.refuse_unseen_step()
             for unit in units:
                 unit.reconcile()
+
+    def _b_groups(self) -> list[SharedB]:
+        return [B for units in self.units.values() for unit in units for B in unit.b_groups]
+
+    def _deciding(self) -> Iterator[nn.Parameter]:
+        """The A and B on which merges that are to come depend."""
+        for unit in (unit for units in self.units.values() for unit in units if unit.pending):
+            for B, A in unit.members.values():
+                yield from (B.stacked_B, A.shared_A)
+
+    def _taken_over(self) -> None:
+        for units in self.units.values():
+            for B, A in (member for unit in units for member in unit.members.values()):
+                B.take_over()
+                A.products.forget()
 
     def _unchecked(self, adapter_name: str) -> list[MergeUnit]:
         units = []
@@ -125,6 +141,7 @@ class SharingRun:
             ValueError: B is sharded by FSDP1, the schedule is a fraction of a run of unknown length, or the optimizer
                 uses norms of parameters.
         """
+        self.ranks.before_step(optimizer, parameters)
         stepped = list(self._stepped(parameters))
         for adapter_name, _, members in stepped:
             _refuse_flattened(adapter_name, members)

@@ -272,6 +272,13 @@ class SharedB(HeldB):
                     fill(rows, owners)
         self.ties = Ties(owners if is_sharing_map(owners) else range(len(owners)))
 
+    def take_over(self) -> None:
+        """Go on with B and buffers of another rank, which were written here."""
+        self.mark_stepped()
+        self.forget_views()
+        self.clock_values.forget()
+        self.ties = Ties(self.read("rows"))
+
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy and pickle."""
         return {**self.__dict__, "_compiled": None, "clock_values": None, "zero": None}

@@ -3,17 +3,18 @@
 import itertools
 import json
 import re
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from aslora_meft.arguments.text import check_ordinary, local_path
 from aslora_meft.errors import UsageError, as_usage_error
+from aslora_meft.training.engine_checkpoints import check_saved_by_torch, check_states, is_sharded
+from aslora_meft.training.task_state import ranks_of
 
 _NUMBERED = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
@@ -24,25 +25,17 @@ def check_whole(folder: Path) -> None:
     Raises:
         ValueError: one sentence that names the file.
     """
-    state = _json(folder / "trainer_state.json")
+    state = _json(folder / TRAINER_STATE_NAME)
     if not isinstance(state.get("global_step"), int):
         raise ValueError("trainer_state.json has no global_step")
     method = str(_json(folder / CONFIG_NAME).get("peft_type"))
-    _check_weights(folder, method)
-    of_engine = (folder / "latest").is_file()  # DeepSpeed's, which names the folder of its states
-    if of_engine:
-        _check_engine(folder)
-    elif not any(path.is_dir() for path in folder.glob("optimizer_*")):  # FSDP's, a folder of shards
-        of_fsdp = folder / "optimizer.bin"  # with FULL_STATE_DICT
-        _check_saved_by_torch(of_fsdp if of_fsdp.exists() else folder / "optimizer.pt")
-    if not of_engine or (folder / "scheduler.pt").exists():  # an engine may have a scheduler of its own
-        _check_saved_by_torch(folder / "scheduler.pt")
-    states = sorted(folder.glob("rng_state_*.pth")) or [folder / "rng_state.pth"]
-    expected = [folder / f"rng_state_{i}.pth" for i in range(len(states))] if len(states) > 1 else states
-    for path in {*states, *expected}:
-        _check_saved_by_torch(path)
+    if not is_sharded(folder):
+        _check_weights(folder, method)
+    check_states(folder)
+    for name in _random_states(folder, ranks_of(state)):
+        check_saved_by_torch(folder / name)
     if (folder / "scaler.pt").exists():
-        _check_saved_by_torch(folder / "scaler.pt")
+        check_saved_by_torch(folder / "scaler.pt")
     if method == "MEFT":
         from meft import check_training_state
 
@@ -83,26 +76,16 @@ def _check_weights(folder: Path, method: str) -> None:
     check(folder)
 
 
-def _check_engine(folder: Path) -> None:
-    states = folder / (folder / "latest").read_text(encoding="utf-8").strip()
-    found = sorted(states.glob("*_states.pt"))
-    if not any(path.name.endswith("_optim_states.pt") for path in found):
-        raise ValueError(f"{states.name}/*_optim_states.pt is missing")
-    for path in found:
-        _check_saved_by_torch(path)
+def _random_states(folder: Path, ranks: int | None) -> list[str]:
+    """The files of the ranks' random numbers.
 
-
-def _check_saved_by_torch(path: Path) -> None:
-    """A zip file's directory is at its end; of what it names the structure is read, and the tensors are not."""
-    if not path.is_file():
-        raise ValueError(f"{path.name} is missing")
-    try:
-        with zipfile.ZipFile(path) as file:
-            for name in file.namelist():
-                if name.endswith("/data.pkl"):
-                    file.read(name)
-    except (zipfile.BadZipFile, EOFError, zlib.error, OSError) as error:
-        raise ValueError(f"{path.name} is damaged ({error})") from error
+    Args:
+        ranks: that the run had; None: its checkpoints do not tell.
+    """
+    if ranks is None:
+        found = len(list(folder.glob("rng_state_*.pth")))
+        ranks = max(found, 2) if found else 1  # a rank with a number is not the only one
+    return [f"rng_state_{rank}.pth" for rank in range(ranks)] if ranks > 1 else ["rng_state.pth"]
 
 
 def last_whole(output: Path) -> tuple[Path | None, dict[Path, str]]:

@@ -1,4 +1,4 @@
-"""Training by several ranks: after an evaluation, and when one of them ends."""
+"""Training by several ranks: after an evaluation, in a checkpoint, and when one of them ends."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_bridge.accelerate_private import forget_prepared
@@ -58,6 +59,22 @@ def prepare_for_training_again(trainer: Trainer) -> None:
     forget_prepared(model)
     accelerator.free_memory()
     trainer.model_wrapped = model
+
+
+def wait_for_all_in_saves(trainer: Trainer) -> None:
+    """Let the first rank finish a checkpoint, and delete older ones, when all ranks have written their parts.
+
+    The Trainer's does not wait: if another rank ended before it wrote its state, no whole checkpoint might be left.
+    """
+    if trainer.args.world_size == 1:
+        return
+    save_random_state = trainer._save_rng_state  # what every rank writes last
+
+    def save(output_dir: str) -> None:
+        save_random_state(output_dir)
+        torch.distributed.barrier()
+
+    trainer._save_rng_state = save  # type: ignore[method-assign]
 
 
 @contextmanager

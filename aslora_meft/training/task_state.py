@@ -1,4 +1,4 @@
-"""What the checkpoints of a run tell of its task, so that no other one goes on from them."""
+"""What the checkpoints of a run tell of its task, so that no other one goes on from them, and of its ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from aslora_meft.errors import UsageError
 
 
 class TaskState(TrainerCallback, ExportableState):
-    """Has the Trainer keep the task in each checkpoint's `trainer_state.json`, under the name of this class."""
+    """Has the Trainer keep the task, and the number of ranks, in each checkpoint's `trainer_state.json`, under the name
+    of this class.
+    """
 
     def __init__(self, task: str, labels: list[str] | None = None) -> None:
         """
@@ -24,17 +26,32 @@ class TaskState(TrainerCallback, ExportableState):
         """
         self.task = task
         self.labels = labels
+        self.ranks = 1
 
     def state(self) -> dict[str, Any]:
         """What is kept."""
-        return {"args": {"task": self.task, "labels": self.labels}, "attributes": {}}
+        return {"args": {"task": self.task, "labels": self.labels}, "attributes": {"ranks": self.ranks}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Give the state of a checkpoint without a task the entry that the Trainer looks for when it saves."""
+        """Note the ranks; give the state of a checkpoint without a task the entry that the Trainer looks for."""
+        self.ranks = args.world_size
         kept: Any = state.stateful_callbacks
         kept.setdefault(type(self).__name__, self.state())
+
+
+def _entry(state: dict[str, Any]) -> dict[str, Any]:
+    callbacks = state.get("stateful_callbacks")
+    entry = callbacks.get(TaskState.__name__) if isinstance(callbacks, dict) else None
+    return entry if isinstance(entry, dict) else {}
+
+
+def ranks_of(state: dict[str, Any]) -> int | None:
+    """Of how many ranks the run was that has kept a state as `trainer_state.json`; None: it does not tell."""
+    attributes = _entry(state).get("attributes")
+    ranks = attributes.get("ranks") if isinstance(attributes, dict) else None
+    return ranks if isinstance(ranks, int) else None
 
 
 def check_task(checkpoint: Path, task: str, labels: list[str] | None = None) -> None:
@@ -47,9 +64,7 @@ def check_task(checkpoint: Path, task: str, labels: list[str] | None = None) -> 
         UsageError: it is of another task, or has learnt other labels.
     """
     state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    callbacks = state.get("stateful_callbacks")
-    entry = callbacks.get(TaskState.__name__) if isinstance(callbacks, dict) else None
-    kept = entry.get("args") if isinstance(entry, dict) else None
+    kept = _entry(state).get("args")
     if not isinstance(kept, dict):
         return
     if kept.get("task") != task:

@@ -44,11 +44,11 @@ _DAMAGED = "The training state in '{folder}' is damaged ({what}): restore it, or
 
 def weights_digest(table: RowTable) -> str:
     """SHA-256 of a table's masters with dtype and shape, as hexadecimal digits."""
-    table.synchronize()
-    rows = table.masters
+    at_home, rows = table.at_home(), table.masters
     sha = hashlib.sha256(f"{rows.dtype}|{list(rows.shape)}|".encode())
     for block in row_blocks(rows):
         sha.update(rows[block].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    del at_home
     return sha.hexdigest()
 
 
@@ -246,8 +246,8 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def check_training_state(folder: str | os.PathLike) -> None:
-    """Check that a Trainer's checkpoint has the moments of rows: in `optimizer.pt` (of FSDP2 `optimizer.bin`), or
-    beside it as 0.1 wrote them, or in the folder of DeepSpeed's engine.
+    """Check that a Trainer's checkpoint has the moments of rows: in `optimizer.pt` (of FSDP2 `optimizer.bin`, or shards
+    in `optimizer_0`), or beside it as 0.1 wrote them, or in the folder of DeepSpeed's engine.
 
     Raises:
         FileNotFoundError: there are none.
@@ -258,6 +258,13 @@ def check_training_state(folder: str | os.PathLike) -> None:
         return
     if (folder / "latest").is_file():
         read_index(folder / (folder / "latest").read_text().strip())
+        return
+    if (folder / "optimizer_0").is_dir():
+        from torch.distributed.checkpoint import FileSystemReader  # half a second, for nobody else
+
+        names = FileSystemReader(folder / "optimizer_0").read_metadata().state_dict_metadata
+        if not any(KEY in name for name in names):
+            raise FileNotFoundError(f"'{folder}' holds no moments of MEFT's rows in optimizer_0.")
         return
     path = folder / ("optimizer.bin" if (folder / "optimizer.bin").exists() else "optimizer.pt")
     try:

@@ -128,7 +128,7 @@ class NodeSum:
     ) -> None:
         self._ranks, self._memory, self._places = ranks, memory, places
         self._world, self._peers, self._several = world, peers, shares is not None
-        self._shares = len(ranks) if shares is None else shares
+        self._shares, self._divisor = len(ranks) if shares is None else shares, world
         self._device = device if device is not None else torch.device("cpu")
         self.bytes_between_ranks = self.bytes_between_nodes = 0
         n, tables = len(ranks), len(places.forms)
@@ -144,20 +144,24 @@ class NodeSum:
         self._readers: list[weakref.ref[object] | None] = [None] * tables
         self._blocks = 0  # summed so far
 
-    def average(self, tables: Sequence[tuple[int, Tensor]], answer: bool = False) -> bool:
+    def average(
+        self, tables: Sequence[tuple[int, Tensor]], answer: bool = False, *, shadows: bool = False, divisor: int = 0
+    ) -> bool:
         """Replace the gradients of some tables by their means over all ranks; all ranks call it.
 
         Args:
             tables: place among the forms, and the parameter.
             answer: of this rank, to a question of all.
+            shadows: this rank has no batch: it gives no gradient, and keeps those that it has.
+            divisor: of the sums; 0: the number of all ranks.
 
         Returns:
             whether any rank of any node has answered yes.
         """
-        me = self._ranks.rank
+        me, self._divisor = self._ranks.rank, divisor or self._world
         own: dict[int, tuple[Tensor, Tensor] | None] = {}
         for i, parameter in tables:
-            own[i] = None if parameter.grad is None else as_row_gradient(parameter.grad, parameter).to_copy()
+            own[i] = None if shadows or parameter.grad is None else as_row_gradient(parameter.grad, parameter).to_copy()
             self._mark(i, own[i])
             reader = self._readers[i]
             self._held[i][me] = int(self._means[i] is None or (reader is not None and reader() is not None))
@@ -171,7 +175,7 @@ class NodeSum:
         for block in self._blocks_of(rows, own):
             self._sum(block)
         self._ranks.barrier()
-        for i, parameter in touched:
+        for i, parameter in touched if not shadows else []:
             known = sum(self._squares[i]) if self._places.forms[i][2] == torch.float32 else None
             values = self._mean(i, len(rows[i]))
             self._readers[i] = weakref.ref(values.untyped_storage())
@@ -225,12 +229,10 @@ class NodeSum:
         if not tables:
             return
         sizes = [r * d * dtype.itemsize for r, d, dtype in (self._places.forms[i] for i in tables)]
-        made: list[SharedMemory] = []
-        if self._ranks.leads:
-            made = [SharedMemory.create(size) for size in sizes]
-            for i, memory in zip(tables, made, strict=True):
-                assert memory.descriptor is not None
-                self._descriptors[i] = memory.descriptor
+        made = [SharedMemory.create(size) for size in sizes] if self._ranks.leads else []
+        for i, memory in zip(tables, made, strict=False):
+            assert memory.descriptor is not None
+            self._descriptors[i] = memory.descriptor
         self._ranks.barrier()
         if not made:
             first = self._ranks.processes[0]
@@ -280,7 +282,7 @@ class NodeSum:
                 self._place(me, piece)[: len(piece.own)].copy_(piece.own)
                 self.bytes_between_ranks += piece.own.numel() * piece.mean.element_size()
         self._ranks.barrier()
-        parts, divisor = [], 1 if self._several else self._world
+        parts, divisor = [], 1 if self._several else self._divisor
         for piece in block:
             share, places = self._share(len(piece.rows)), [self._place(k, piece) for k in range(len(self._ranks))]
             ranks = RowsOfRanks(self._masks[piece.table], piece.rows, places)
@@ -290,7 +292,7 @@ class NodeSum:
         if self._several:
             self._over_nodes(parts, dist.ReduceOp.SUM)
             for piece, part in zip(block, parts, strict=True):
-                self._squares[piece.table][me] += squares(part.div_(self._world)) or 0.0
+                self._squares[piece.table][me] += squares(part.div_(self._divisor)) or 0.0
 
     def _place(self, rank: int, piece: _Piece) -> Tensor:
         """Where a rank's values of a piece are, [n, d]: in the one of its two blocks that nobody reads any more."""

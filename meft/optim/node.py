@@ -17,20 +17,11 @@ from ..gradient.node_sum import NodeSum, SumPlaces
 from ..table.node_rows import NodePlaces, NodeRows
 from ..table.row_table import RowTable
 from ..transport import shared_memory
-from ..transport.host_tensors import row_blocks
 from ..transport.node_ranks import NodeRanks
 from ..transport.shared_memory import Layout, SharedMemory
+from .broadcasts import broadcast, group_device
 
 logger = logging.getLogger(__name__)
-
-
-def group_device(group: dist.ProcessGroup, device: torch.device | None = None) -> torch.device:
-    """Where a tensor has to be for the group's backend; it is on `device`, None: the CPU."""
-    if "gloo" in dist.get_backend_config(group):  # which knows the one that torch has chosen, too
-        return torch.device("cpu")
-    if device is not None and device.type != "cpu":
-        return device
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def can_be_shared(table: RowTable) -> bool:
@@ -50,10 +41,23 @@ class Node:
     Attributes:
         tables: in the same order on all ranks.
         sum: makes means of their gradients.
+        group: of all ranks.
+        nodes: of each node its ranks in the group; `members` are those of this node.
+        peers: the ranks with this one's place on all nodes that have one; None: there is one node.
     """
 
-    def __init__(self, tables: Sequence[RowTable], ranks: NodeRanks, total: NodeSum) -> None:
+    def __init__(
+        self,
+        tables: Sequence[RowTable],
+        ranks: NodeRanks,
+        total: NodeSum,
+        group: dist.ProcessGroup,
+        nodes: Sequence[Sequence[int]],
+        peers: dist.ProcessGroup | None,
+    ) -> None:
         self.tables, self.ranks, self.sum = list(tables), ranks, total
+        self.group, self.nodes, self.peers = group, nodes, peers
+        self.members = next(members for members in nodes if dist.get_rank(group) in members)
 
     @classmethod
     def join(cls, tables: Sequence[RowTable], group: dist.ProcessGroup) -> Node | None:
@@ -106,26 +110,25 @@ class Node:
         total = NodeSum(
             ranks, memory, sums, world=len(everywhere), peers=peers, shares=shares, device=group_device(group)
         )
-        self = cls(tables, ranks, total)
+        self = cls(tables, ranks, total, group, list(nodes.values()), peers)
         trained = everywhere[0][3]
         self._take_up(
             [
                 NodeRows(ranks, memory_of_tables, place, sum(trained[:i]), max(1, sum(trained)))
                 for i, place in enumerate(places)
-            ],
-            peers,
+            ]
         )
         return self
 
-    def _take_up(self, shared: list[NodeRows], peers: dist.ProcessGroup | None) -> None:
+    def _take_up(self, shared: list[NodeRows]) -> None:
         """Only the first rank writes what all share; the others give the memory of their own back before it does."""
         if self.ranks.leads:
             self.ranks.barrier()
         for table, node in zip(self.tables, shared, strict=True):
             own = table.take_up(node)
             if self.ranks.leads:
-                if peers is not None:
-                    _receive(own, peers)
+                if self.peers is not None:  # the rows of the first node
+                    broadcast(own, dist.get_global_rank(self.group, 0), self.peers)
                 table.write_shared(own)
         if not self.ranks.leads:
             self.ranks.barrier()
@@ -133,23 +136,69 @@ class Node:
         for table in self.tables:
             table.shared_rows_written()
 
-    def average_gradients(self, answer: bool = False) -> bool:
+    def average_gradients(self, answer: bool = False, *, shadows: bool = False, divisor: int = 0) -> bool:
         """Replace the gradients of the tables by their means over all ranks.
 
         Args:
             answer: of this rank, to a question of all ranks.
+            shadows, divisor: as of `NodeSum.average`.
 
         Returns:
             whether any rank has answered yes.
         """
         trained = [(i, table.rows) for i, table in enumerate(self.tables) if table.rows.requires_grad]
         try:
-            answer = self.sum.average(trained, answer)
+            answer = self.sum.average(trained, answer, shadows=shadows, divisor=divisor)
         except BaseException:
             self.ranks.fail()  # the others would wait for this rank
             raise
         self.ranks.summed = True
         return answer
+
+    # ------------------------------------------------------------------ ranks that have no batch left
+
+    def step_among(self, present: Sequence[int]) -> None:
+        """Let these ranks of the group make the next steps; all ranks call it, before one of these begins."""
+        stepping = [place for place, rank in enumerate(self.members) if rank in present]
+        if stepping == self.ranks.stepping:
+            return
+        for table in self.tables:  # the steps of those before
+            table.wait_for_update()
+        self.ranks.stepping = stepping
+        if self.ranks.rank not in stepping:
+            for table in self.tables:
+                if table.node is not None:
+                    table.node.stay_out(table.entry)
+
+    def end_uneven_steps(self, last: Sequence[int]) -> None:
+        """Let all ranks make the next steps, with the rows and moments of those that have made the last ones.
+
+        Args:
+            last: these, in the group. All ranks call it, and share all tables.
+        """
+        for table in self.tables:
+            table.wait_for_update()
+        self.ranks.barrier()
+        behind = [set(last).isdisjoint(members) for members in self.nodes]
+        if any(behind):
+            if self.ranks.leads:
+                source = dist.get_global_rank(self.group, self.nodes[behind.index(False)][0])
+                for table in self.tables:
+                    self._send_shared(table, source)
+            self.ranks.barrier()
+        if self.members[self.ranks.rank] not in last:
+            for table in self.tables:
+                table.catch_up()
+        self.ranks.stepping = list(range(len(self.ranks)))
+
+    def _send_shared(self, table: RowTable, source: int) -> None:
+        """Give the first ranks of all nodes what is in the memory that one of them shares."""
+        assert table.node is not None
+        assert self.peers is not None
+        for tensor in (table.masters, *table.node.moments.tensors().values()):
+            broadcast(tensor, source, self.peers)
+        if dist.get_rank() != source:
+            table.write_shared(table.masters)
 
 
 _groups: dict[tuple[dist.ProcessGroup, tuple[int, ...]], dist.ProcessGroup] = {}  # a group is made once
@@ -192,11 +241,3 @@ def _memory(
     if dist.get_rank(group) == 0:
         logger.warning("MEFT: each rank keeps a copy of the rows, since ranks cannot share memory (%s).", failed)
     return None
-
-
-def _receive(rows: torch.Tensor, group: dist.ProcessGroup) -> None:
-    """The rows of the first node."""
-    for block in row_blocks(rows):
-        sent = rows[block].to(group_device(group), copy=True)
-        dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
-        rows[block].copy_(sent)

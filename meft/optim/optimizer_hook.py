@@ -7,10 +7,12 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
+from peft_bridge import StateOfLastRanks
 from peft_bridge.deepspeed_private import adam_of
 
 from ..config import MEFTConfig
@@ -93,6 +95,7 @@ def warn_of_lost_moments(optimizer: Optimizer, tables: list[RowTable]) -> None:
         )
 
 
+NO_ROWS = torch.zeros(0, dtype=torch.int64, device="cpu")
 TWO_OPTIMIZERS = (
     "A table of MEFT rows is in two optimizers, a meft.RowAdamW and another one: leave it out of one of them."
 )
@@ -108,6 +111,7 @@ class RowSteps:
         nonfinite_steps: steps that changed nothing because a gradient was inf or nan, those that a GradScaler
             skipped included.
         averaged: whether the gradients of the forward pass that ran last are averaged over ranks.
+        last_ranks: brings what the optimizer keeps of routers to ranks that had fewer batches.
     """
 
     def __init__(self) -> None:
@@ -116,6 +120,7 @@ class RowSteps:
         self.routers: dict[str, list[nn.ModuleDict]] = {}
         self.nonfinite_steps = 0
         self.averaged = False
+        self.last_ranks = StateOfLastRanks(self._router_parameters)
         self._taken: list[TableStep] = []
         self._overflow: weakref.ref[Tensor] | None = None
         self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimizers that have stepped
@@ -142,11 +147,10 @@ class RowSteps:
 
     def watched_parameters(self) -> Iterable[nn.Parameter]:
         """All tables, and the routers, so that a step is taken or skipped as a whole."""
-        tables = [table.rows for tables in self.tables.values() for table in tables]
-        return [
-            *tables,
-            *(p for name, owners in self.routers.items() for owner in owners for p in owner[name].parameters()),
-        ]
+        return [*(table.rows for tables in self.tables.values() for table in tables), *self._router_parameters()]
+
+    def _router_parameters(self) -> list[nn.Parameter]:
+        return [p for name, owners in self.routers.items() for owner in owners for p in owner[name].parameters()]
 
     def before_step(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         """Raise for an optimizer whose rule is unknown, before anything is stepped."""
@@ -160,7 +164,9 @@ class RowSteps:
                 continue
             if owner is not None:
                 raise ValueError(TWO_OPTIMIZERS)
+            table.keep_versions(NO_ROWS)
             rule_of(optimizer, group_of(optimizer, table.rows), self.configs[name].row_rule)
+        self.last_ranks.before_step(optimizer, parameters)
 
     def before_closure(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         """Rows do not move before the step ends."""
@@ -181,7 +187,11 @@ class RowSteps:
                 continue
             rule = rule_of(optimizer, group_of(optimizer, table.rows), self.configs[name].row_rule)
             steps.append((table, table.moments_in(optimizer), as_row_gradient(table.rows.grad, table.rows), rule))
-        for table, entry, gradient, rule in steps:  # nothing fails from here on
+        for name, tables in self.tables.items():  # nothing fails from here on
+            if any(table.choice is not None and table.choice.active for table in tables):
+                for router in (p for owner in self.routers[name] for p in owner[name].parameters()):
+                    router.grad = None  # zeros, of one that is not trained, nor decayed
+        for table, entry, gradient, rule in steps:
             table.rows.grad = None
             if divisor != 1.0:
                 gradient.div_(divisor)

@@ -3,31 +3,41 @@
 At the end of each backward pass in which DistributedDataParallel or FSDP2 averages gradients, the ranks agree on the
 union of their touched rows and average over it, so that clipping sees the same gradients on all ranks. The ranks of one
 machine share one copy of the tables (`node`); where they cannot, and of rows on a device, each rank has a copy.
+
+In DDP's `join()` a rank that has no batch left takes part in the averages with nothing, and in no steps. When the
+context ends, it gets rows and moments of those that have gone on.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from accelerate.state import GradientState
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from peft_bridge.torch_private import at_end_of_backward, backward_number, takes_uneven_inputs
 from peft_bridge.training.data_parallel import DataParallel, around
 
 from ..gradient.row_gradient import RowGradient, as_row_gradient
+from ..memory.choice import LayerChoice
 from ..table.row_table import RowTable
 from ..transport.host_tensors import row_blocks
-from .node import Node, can_be_shared, group_device
+from .broadcasts import broadcast_moments, broadcast_rows, group_device
+from .node import Node, can_be_shared
 from .optimizer_hook import RowSteps
+from .uneven_ranks import UnevenRanks
 
 
 class RankAverage:
-    """Averages the row gradients of one model's tables over the ranks that average its other gradients."""
+    """Averages the row gradients of one model's tables over the ranks that average its other gradients.
+
+    It is a `peft_bridge.JoinFollower`.
+    """
 
     def __init__(self, steps: RowSteps) -> None:
         self.steps = steps
@@ -38,6 +48,7 @@ class RankAverage:
         self._parallel: DataParallel | None = None  # that of the last forward pass with a graph
         self._due = False  # whether its backward pass will average, and has not yet
         self._queued = -1
+        self._uneven: UnevenRanks | None = None  # the last `join()`
         self.node: Node | None = None  # None: each rank has a copy of all tables
         # Of an engine that no pass shows; None: there is none, or it is gone.
         self.engine: Callable[[], DataParallel | None] = lambda: None
@@ -59,13 +70,14 @@ class RankAverage:
         The first one inside of an engine, be it an evaluation, gives all ranks the first rank's rows.
 
         Raises:
-            RuntimeError: it is inside of `DistributedDataParallel.join()`, or `around` raises it.
+            RuntimeError: it is inside of a `DistributedDataParallel.join()` that began without these tables, or
+                `around` raises it.
         """
         parallel = self.engine() or around(self._tables())
-        if parallel is not None and takes_uneven_inputs(parallel.engine):
+        if parallel is not None and takes_uneven_inputs(parallel.engine) and not self._follows(parallel.engine):
             raise RuntimeError(
-                "MEFT does not support DistributedDataParallel.join(): a rank without a batch would leave out the "
-                "averages of the rows' gradients; give all ranks the same number of batches (drop_last=True)."
+                "A DistributedDataParallel.join() leaves out MEFT adapters that are added after its "
+                "DistributedDataParallel was made: wrap the model anew, and enter the context of that."
             )
         if parallel is not None and (self._shared is None or self._shared() is not parallel.engine):
             self._share(parallel)
@@ -81,24 +93,54 @@ class RankAverage:
         task = backward_number()
         if self.node is not None:
             self.node.ranks.summed = False
-        if self._parallel is not None and self._queued != task and self._parallel.synchronises():
+        if self._queued == task:
+            return
+        if self._parallel is not None:
+            if self._parallel.synchronises():
+                self._queued = task
+                at_end_of_backward(self.average)
+        elif GradientState().sync_gradients:
             self._queued = task
-            at_end_of_backward(self.average)
+            if self._choices():
+                at_end_of_backward(self._choose)
 
     def _tables(self) -> list[RowTable]:
         return [table for name in sorted(self.steps.tables) for table in self.steps.tables[name]]
+
+    def _choices(self) -> list[LayerChoice]:
+        """What chooses the rows that a step updates."""
+        found = dict.fromkeys(table.choice for table in self._tables())
+        return [choice for choice in found if isinstance(choice, LayerChoice) and choice.active]
+
+    def _choose(self, group: dist.ProcessGroup | None = None) -> None:
+        """Leave the rows that the next step does not update out of the gradients.
+
+        Args:
+            group: the ranks that choose together; None: this rank chooses alone.
+        """
+        self._queued, choices = -1, self._choices()
+        counting = [choice for choice in choices if choice.counts]
+        if group is not None and counting:
+            uses = torch.cat([choice.uses() for choice in counting]).to(group_device(group))
+            dist.all_reduce(uses, group=group)
+            for choice, own in zip(counting, uses.cpu().split([c.size for c in counting]), strict=True):
+                choice.agree(own)
+        for choice in choices:
+            choice.join()
+            choice.divide()
 
     def _share(self, parallel: DataParallel) -> None:
         """Give all ranks the first rank's rows."""
         tables, group = self._tables(), parallel.group
         if isinstance(parallel.engine, DistributedDataParallel):
             check_left_alone(tables, parallel.engine)
-        self.node = Node.join([table for table in tables if can_be_shared(table)], group)
-        for table in tables:
-            if self.node is None:
-                table.leave_node()
-            if table.node is None:
-                broadcast_rows(table, group)
+        with parallel.on_device():
+            self.node = Node.join([table for table in tables if can_be_shared(table)], group)
+            for table in tables:
+                if self.node is None:
+                    table.leave_node()
+                if table.node is None:
+                    broadcast_rows(table, group)
         self._shared = weakref.ref(parallel.engine)
 
     def _parted(self) -> bool:
@@ -111,16 +153,86 @@ class RankAverage:
         """Average the gradients of all passes since the last step over the ranks of the last one; all ranks call it."""
         self._queued, self._due = -1, False
         assert self._parallel is not None
+        uneven = self._uneven
+        with self._parallel.on_device():
+            for choice in self._choices():
+                choice.join()
+            if uneven is not None and self._follows(self._parallel.engine) and uneven.goes_on:
+                self._average_uneven(uneven, shadows=False)
+            elif self._average(self._parallel.group):  # here, where all ranks come: a forward pass may be one's alone
+                self._share(self._parallel)
+                if self.node is not None:
+                    self.node.ranks.summed = True
+            self._choose(self._parallel.group)
+
+    def _average(self, group: dist.ProcessGroup, *, shadows: bool = False, divisor: int = 0) -> bool:
+        """Arguments as of `NodeSum.average`; whether tables of any rank are not shared any more."""
         node = self.node
-        parted = node is not None and node.average_gradients(self._parted())
+        parted = node is not None and node.average_gradients(self._parted(), shadows=shadows, divisor=divisor)
         summed = node.tables if node is not None else []
         for table in self._tables():
             if table.rows.requires_grad and table not in summed:
-                average_gradient(table, self._parallel.group)
-        if parted:  # here, where all ranks come: a forward pass may be one rank's alone
-            self._share(self._parallel)
-            if self.node is not None:
-                self.node.ranks.summed = True
+                average_gradient(table, group, shadows=shadows, divisor=divisor)
+        return parted
+
+    # ------------------------------------------------------------------ ranks without a batch
+
+    def _follows(self, engine: object) -> bool:
+        """Whether the last `join()` of an engine has begun with these tables."""
+        return self._uneven is not None and self._uneven.is_of(engine)
+
+    def followed_modules(self) -> list[RowTable]:
+        return self._tables()
+
+    def join_begins(self, ddp: DistributedDataParallel, mean_of_present: bool) -> None:
+        """All ranks come here: they have the same rows before one of them may have no batch at all.
+
+        Raises:
+            ValueError: rows are chosen or owned, which ranks without a batch would not know of.
+        """
+        if self._choices():
+            raise ValueError(
+                "train_rows and tasks (freeze_rows) are not supported inside of DistributedDataParallel.join(): give "
+                "all ranks the same number of batches (drop_last=True)."
+            )
+        self._uneven = UnevenRanks(ddp, mean_of_present)
+        self.steps.last_ranks.join_begins(ddp, mean_of_present)
+        if self._shared is None or self._shared() is not ddp:
+            self._share(DataParallel(ddp, ddp.process_group, lambda: True))
+
+    def shadow_backward(self) -> None:
+        if self._uneven is not None and any(table.rows.requires_grad for table in self._tables()):
+            self._average_uneven(self._uneven, shadows=True)
+
+    def _average_uneven(self, uneven: UnevenRanks, *, shadows: bool) -> None:
+        present = uneven.marked(not shadows)
+        if self.node is not None:
+            self.node.step_among(present)
+        self._average(uneven.group, shadows=shadows, divisor=uneven.divisor(present))  # shared again when it ends
+
+    def all_joined(self, last: Sequence[int]) -> None:
+        uneven = self._uneven
+        assert uneven is not None
+        uneven.end()
+        if len(last) == dist.get_world_size(uneven.group):
+            return
+        self.steps.last_ranks.all_joined(last)
+        if self.node is not None and uneven.marked(self._parted()):
+            self._leave_node()
+        shared = self.node.tables if self.node is not None else []
+        if self.node is not None:
+            self.node.end_uneven_steps(last)
+        for table in self._tables():
+            if table not in shared:
+                broadcast_rows(table, uneven.group, last[-1])
+                broadcast_moments(table, uneven.group, last[-1])
+
+    def _leave_node(self) -> None:
+        """Each rank goes on with a copy of all tables until the next forward pass."""
+        for table in self._tables():
+            table.leave_node()
+        self.node = None
+        self.forget_shared()
 
 
 def check_left_alone(tables: list[RowTable], ddp: DistributedDataParallel) -> None:
@@ -135,26 +247,13 @@ def check_left_alone(tables: list[RowTable], ddp: DistributedDataParallel) -> No
         )
 
 
-def broadcast_rows(table: RowTable, group: dist.ProcessGroup) -> None:
-    """Give all ranks the first rank's rows, as data-parallel engines do with the parameters that they know."""
-    source = dist.get_global_rank(group, 0)
+def average_gradient(table: RowTable, group: dist.ProcessGroup, *, shadows: bool = False, divisor: int = 0) -> None:
+    """Replace a table's gradient by its mean over the ranks, on the union of their rows.
 
-    def write(compute_copy: Tensor | None) -> None:
-        master = table.masters
-        for block in row_blocks(master):
-            sent = master[block].to(group_device(group, master.device), copy=True)
-            dist.broadcast(sent, source, group=group)
-            master[block].copy_(sent)
-            if compute_copy is not None:
-                compute_copy[block].copy_(master[block])
-
-    table.synchronize()
-    table.update_masters(write)
-
-
-def average_gradient(table: RowTable, group: dist.ProcessGroup) -> None:
-    """Replace a table's gradient by its mean over the ranks, on the union of their rows."""
-    gradient = as_row_gradient(table.rows.grad) if table.rows.grad is not None else None
+    Args:
+        shadows, divisor: as of `NodeSum.average`.
+    """
+    gradient = as_row_gradient(table.rows.grad) if table.rows.grad is not None and not shadows else None
     device = group_device(group, table.rows.device)
     touched = torch.zeros(
         len(table.rows) + 1, dtype=torch.uint8, device=device
@@ -173,5 +272,6 @@ def average_gradient(table: RowTable, group: dist.ProcessGroup) -> None:
     for block in row_blocks(values):
         part = values[block].to(device)
         dist.all_reduce(part, group=group)
-        values[block].copy_(part.div_(dist.get_world_size(group)))
-    table.rows.grad = RowGradient(rows, values, table.rows)
+        values[block].copy_(part.div_(divisor or dist.get_world_size(group)))
+    if not shadows:
+        table.rows.grad = RowGradient(rows, values, table.rows)

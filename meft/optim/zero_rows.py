@@ -22,8 +22,9 @@ from peft_bridge.training.data_parallel import DataParallel
 from ..files import training_state
 from ..gradient.row_gradient import as_row_gradient
 from ..table.row_table import RowTable
+from .broadcasts import broadcast_rows
 from .optimizer_hook import RowSteps, rule_of
-from .rank_average import RankAverage, broadcast_rows
+from .rank_average import RankAverage
 
 _VALUES = ("lr", "betas", "eps", "weight_decay")
 
@@ -53,6 +54,11 @@ class RowsOfEngine:
                     raise ValueError(
                         "meft.RowAdamW cannot step rows in DeepSpeed, which steps copies of the parameters: use "
                         "torch.optim.AdamW, whose settings the rows take."
+                    )
+                if table.choice is not None and table.choice.active:
+                    raise ValueError(
+                        "train_rows and tasks (freeze_rows) are not supported with DeepSpeed, which steps copies of "
+                        "the routers: use DistributedDataParallel or FSDP2."
                     )
                 group = given.param_groups[number]
                 decoupled[number] = rule_of(given, group, steps.configs[name].row_rule).decoupled

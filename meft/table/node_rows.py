@@ -104,7 +104,7 @@ class NodeRows:
             **{name: memory.tensor(at, shape, dtype, private=True) for at, name, shape, dtype in parts}
         )
         self.unused, self.steps, self.entered = True, 0, False
-        self._position, self._parts = position, len(ranks) // math.gcd(len(ranks), tables)
+        self._position, self._tables = position, tables
         self._looked = 0  # steps after which writes were looked for
         n, numbers = len(ranks), memory.numbers(places.counters, _COUNTERS * len(ranks))
         counters = [numbers[i * n : (i + 1) * n] for i in range(_COUNTERS)]
@@ -144,10 +144,12 @@ class NodeRows:
         All tables have as few parts as give all ranks as many of them: mostly one, whose rows and moments are one
         rank's then.
         """
-        number = (self.ranks.rank - self._position * self._parts) % len(self.ranks)
-        if number >= self._parts:
+        stepping = self.ranks.stepping
+        parts = len(stepping) // math.gcd(len(stepping), self._tables)
+        number = (stepping.index(self.ranks.rank) - self._position * parts) % len(stepping)
+        if number >= parts:
             return slice(0, 0)
-        return slice(count * number // self._parts, count * (number + 1) // self._parts)
+        return slice(count * number // parts, count * (number + 1) // parts)
 
     def wait(self) -> None:
         """Wait for the other ranks' parts of the steps that this one has done.
@@ -155,7 +157,7 @@ class NodeRows:
         Raises:
             RuntimeError: a rank has ended or failed, or has not come in time.
         """
-        self.ranks.wait(self._done, self.steps)
+        self.ranks.wait(self._done, self.steps, among=self.ranks.stepping)
         if self._looked == self.steps:
             return
         self._looked = self.steps
@@ -198,12 +200,13 @@ class NodeRows:
         if not self.entered:
             self.enter(entry)
         with self._failing():
-            number = self.steps + 1
-            if not self.ranks.wait(self._entered, number, left=self._left):
+            number, stepping = self.steps + 1, self.ranks.stepping
+            if not self.ranks.wait(self._entered, number, among=stepping, left=self._left):
                 self.entered = False
                 raise RankLeftError
-            if any(self._brings):  # all ranks see the same
-                self._bring(entry, number)
+            bringing = [rank for rank in stepping if self._brings[rank]]  # all ranks see the same
+            if bringing:
+                self._bring(entry, number, bringing)
             yield self.moments
             self._check_not_written()
             self.steps, self.entered = number, False
@@ -248,12 +251,33 @@ class NodeRows:
         self.ranks.publish(self._left, 1)
         wake(self._entered, self.ranks.rank)  # who waits there for this rank
 
-    def _bring(self, entry: RowMoments, number: int) -> None:
-        """Moments that were loaded, or are fresh, replace those in shared memory; each rank copies some rows."""
+    def _bring(self, entry: RowMoments, number: int, bringing: list[int]) -> None:
+        """Moments that were loaded, or are fresh, replace those in shared memory; each rank that has them copies some
+        rows.
+        """
         if not entry.holds(self.moments):
-            own, rows = entry.held.tensors(), self.ranks.part(self.places.shape[0])
+            own, count, place = entry.held.tensors(), self.places.shape[0], bringing.index(self.ranks.rank)
+            rows = slice(count * place // len(bringing), count * (place + 1) // len(bringing))
             for name, shared in self.moments.tensors().items():
                 shared[rows].copy_(own[name][rows])
             entry.hold(self.moments)
         self.ranks.publish(self._brought, number)
-        self.ranks.wait(self._brought, number)
+        self.ranks.wait(self._brought, number, among=self.ranks.stepping)
+
+    # ------------------------------------------------------------------ steps of the others
+
+    def stay_out(self, entry: RowMoments | None) -> None:
+        """The others step without this rank from now on: what has kept moments here gets a copy of its own.
+
+        Args:
+            entry: of this rank's optimizer, which has the moments of the others.
+        """
+        if entry is not None:
+            self._release_to_others(entry)
+
+    def catch_up(self) -> None:
+        """Count the steps as done that the others have done without this rank."""
+        self.steps = self._looked = max(self._done)
+        self.unused = False
+        for numbers in (self._entered, self._done):
+            self.ranks.publish(numbers, self.steps)

@@ -68,6 +68,7 @@ class NodeRanks:
 
     Attributes:
         summed: whether the gradients of the last backward pass were summed over the ranks.
+        stepping: the ranks that take part in steps, ascending: all but those that have no batch left.
         barriers: at which this rank has waited for all others.
     """
 
@@ -78,6 +79,7 @@ class NodeRanks:
         self.barriers = 0
         self._lock = threading.Lock()
         self.summed = False
+        self.stepping = list(range(n))
         self._ends: dict[int, int] = {}  # rank -> a descriptor that can be read once its process has ended
         for other, process in enumerate(processes):
             if other != rank and hasattr(os, "pidfd_open"):
@@ -93,20 +95,19 @@ class NodeRanks:
         """Whether this is the node's first rank."""
         return self.rank == 0
 
-    def part(self, count: int) -> slice:
-        """This rank's share of `count` things: neighbours, as many as any other's or one more."""
-        return slice(count * self.rank // len(self), count * (self.rank + 1) // len(self))
-
     def publish(self, numbers: memoryview, value: int) -> None:
         """Set this rank's number, after all that this thread has written before."""
         self._order()
         numbers[self.rank] = value
         wake(numbers, self.rank)
 
-    def wait(self, numbers: memoryview, least: int, *, left: memoryview | None = None) -> bool:
-        """Wait until the numbers of all ranks are at least `least`; then what they wrote before can be read.
+    def wait(
+        self, numbers: memoryview, least: int, *, among: Sequence[int] | None = None, left: memoryview | None = None
+    ) -> bool:
+        """Wait until the numbers of ranks are at least `least`; then what they wrote before can be read.
 
         Args:
+            among: these ranks; None: all.
             left: not zero for ranks that will not come any more.
 
         Returns:
@@ -116,8 +117,8 @@ class NodeRanks:
             RuntimeError: a rank has ended or failed, or the timeout has passed.
         """
         looks, began = 0, time.monotonic()
-        checked = began
-        while behind := {rank: number for rank, number in enumerate(numbers) if number < least}:
+        checked, among = began, range(len(self)) if among is None else among
+        while behind := {rank: number for rank in among if (number := numbers[rank]) < least}:
             looks += 1
             if looks < _EAGER:
                 os.sched_yield()

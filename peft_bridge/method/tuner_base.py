@@ -17,6 +17,7 @@ from ..peft_private import adapters_of, is_key_under_prefixes, tuner_state_dict_
 from ..training.deepspeed_engines import EngineFollower
 from ..training.optimizer_steps import StepListener, count_nonfinite, watch_steps
 from ..training.trainer_runs import RunListener, watch_runs
+from ..training.uneven_inputs import JoinFollower, follow_joins
 from .adapter_file import AdapterFile
 from .config_base import MethodConfig
 from .quantised import keep_trainable_on_cpu
@@ -63,6 +64,10 @@ class MethodTuner(BaseTuner, EngineFollower, RunListener):
         """Who follows the optimizer steps; None: nobody."""
         return None
 
+    def join_follower(self) -> JoinFollower | None:
+        """Who takes part in DDP's `join()`; None: nobody."""
+        return None
+
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """Parameters of adapters that are not inside of the adapted model."""
         return ()
@@ -99,6 +104,9 @@ class MethodTuner(BaseTuner, EngineFollower, RunListener):
         listener = self.step_listener()
         if listener is not None:
             watch_steps(listener)
+        follower = self.join_follower()
+        if follower is not None:
+            follow_joins(follower)
         watch_runs()
         watch_fsdp2()
 

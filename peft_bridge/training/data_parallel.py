@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -35,6 +37,19 @@ class DataParallel:
     engine: nn.Module
     group: dist.ProcessGroup
     synchronises: Callable[[], bool]
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        """As the function of this name, for the engine."""
+        return on_device(self.engine)
+
+
+def on_device(engine: nn.Module) -> AbstractContextManager[Any]:
+    """A block in which the current GPU is that of the engine's parameters, if they are on one.
+
+    Collectives of NCCL take the current GPU, and nobody has to set it for DDP with `device_ids`.
+    """
+    device = next((p.device for p in engine.parameters() if p.device.type == "cuda"), None)
+    return nullcontext() if device is None else torch.cuda.device(device)
 
 
 def around(modules: Iterable[nn.Module]) -> DataParallel | None:

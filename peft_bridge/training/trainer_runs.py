@@ -54,10 +54,10 @@ def _listeners(model: nn.Module | None) -> list[RunListener]:
     return [m for m in model.modules() if isinstance(m, RunListener)] if model is not None else []
 
 
-def check_not_data_parallel(arguments: Any) -> None:
+def check_not_data_parallel(arguments: Any, model: Any) -> None:
     """Raises: ValueError: a Trainer with these `transformers.TrainingArguments` would take `nn.DataParallel`."""
-    gpus = getattr(arguments, "n_gpu", 1)
-    if gpus > 1:
+    gpus = getattr(arguments, "n_gpu", 1)  # 1 too where the model is spread over them
+    if gpus > 1 and not any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8)):
         raise ValueError(
             f"One process sees {gpus} GPUs, for which a Trainer takes nn.DataParallel, which ASLoRA and MEFT do not "
             f"support: start it with torchrun --nproc_per_node={gpus}, or set CUDA_VISIBLE_DEVICES=0."
@@ -76,7 +76,7 @@ class RunEvents(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         for listener in _listeners(model):
-            check_not_data_parallel(args)
+            check_not_data_parallel(args, model)
             listener.check_run(args)
         for listener in _listeners(model):
             seen = listener.follows_engine or not _hidden_from_hooks(optimizer)

@@ -233,19 +233,51 @@ def run_resumed(rank):
     return {"middle": middle, **gone_on(saved(model, train(model, steps=range(3))), rank)}
 
 
-def run_joined(rank):
-    """Epochs of one batch and of two, before the last merge and after it."""
-    found = []
-    for model in (adapted(), adapted()):
-        wrapped = torch.nn.parallel.DistributedDataParallel(model)
-        if found:
-            train(model)
-        try:
-            with wrapped.join():
-                train(wrapped, 0, torch.optim.SGD(trainable(model), lr=0.1), steps=range(1 + rank if found else 1))
-            found.append(state_of(model))
-        except RuntimeError as error:
-            found.append(str(error))
+# Of each epoch in `join()` the batches of both ranks; the merges are at 2, 4 and 6.
+UNEVEN = [[0, 3], [4, 2]]
+
+
+def uneven_batch(rank, step):
+    return batches()[step, 2 * rank : 2 * rank + 2]
+
+
+def run_uneven(rank):
+    """What a rank has after each epoch, and after a step of all; and the error where their rates are other ones."""
+    model, error = adapted(), "none"
+    wrapped, optimizer, done, found = torch.nn.parallel.DistributedDataParallel(model), adamw(model), 0, []
+    for counts in [*UNEVEN, None]:
+        with wrapped.join() if counts else nullcontext():
+            for i in range(counts[rank] if counts else 1):
+                batch = uneven_batch(rank, done + i)
+                wrapped(input_ids=batch, labels=batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        done += max(counts) if counts else 0
+        found.append((state_of(model), merges_of(model)))
+        if done == 7 and counts:
+            model.base_model.run.units["default"][0].leader.clock[2] = 0  # as if merges were to come
+            optimizer.param_groups[0]["lr"] /= 1 + rank
+            try:
+                wrapped.join()
+            except RuntimeError as raised:
+                error = str(raised)
+            optimizer.param_groups[0]["lr"] *= 1 + rank
+            model.base_model.run.units["default"][0].leader.clock[2] = 1
+    return {"epochs": found, "error": error}
+
+
+def uneven_as_one_process():
+    model = adapted()
+    optimizer, done, found = adamw(model), 0, []
+    for counts in [*UNEVEN, [1, 1]]:
+        for i in range(max(counts)):
+            for rank in (rank for rank in range(WORLD) if i < counts[rank]):
+                batch = uneven_batch(rank, done + i)
+                (model(input_ids=batch, labels=batch).loss / WORLD).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        done += max(counts)
+        found.append((state_of(model), merges_of(model)))
     return found
 
 
@@ -442,7 +474,7 @@ def tasks(rank, folder):
         "accumulation": lambda: run_accumulation(rank),
         "other sizes": lambda: run_other_sizes(rank),
         "resumed": lambda: run_resumed(rank),
-        "joined": lambda: run_joined(rank),
+        "uneven": lambda: run_uneven(rank),
         "nonfinite": lambda: run_nonfinite(rank),
         "fsdp": lambda: run_fsdp(rank, folder),
         "fsdp_nonfinite": lambda: run_fsdp_nonfinite(rank),
@@ -559,11 +591,22 @@ def test_a_run_goes_on_with_another_number_of_ranks(ranks, alone):
         assert_close(entry["state"], state_of(alone))
 
 
-def test_uneven_inputs_by_ddps_join_are_refused_until_the_last_merge(ranks):
-    (error, state), (other_error, other_state) = result(ranks, "joined")
-    assert error == other_error
-    assert re.search(r"ASLoRA does not support DistributedDataParallel\.join\(\) while merges are to come", error)
-    assert_equal(state, other_state)
+def test_ranks_with_other_numbers_of_batches_take_the_merges_of_one_process(ranks):
+    """A rank without a batch takes part in no merge, and has all of them when the context ends; then they go on."""
+    found = [entry["epochs"] for entry in result(ranks, "uneven")]
+    for first, second, (state, merges) in zip(*found, uneven_as_one_process(), strict=True):
+        assert first[1] == second[1] == merges
+        assert_equal(first[0], second[0])
+        assert_close(first[0], state)
+    counts = [len(merges) for _, merges in found[0]]
+    assert counts[0] < counts[1]  # there are some in each epoch
+
+
+def test_other_learning_rates_while_merges_are_to_come_are_refused_on_all_ranks(ranks):
+    for entry in result(ranks, "uneven"):
+        assert re.search(
+            r"ranks have learning rates from .* to .*: step the schedule as often on all ranks", entry["error"]
+        )
 
 
 def test_fsdp2_equals_the_unsharded_run(ranks, alone):

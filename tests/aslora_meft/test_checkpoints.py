@@ -2,15 +2,19 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from aslora_meft.arguments.groups import parse_train
 from aslora_meft.errors import UsageError
 from aslora_meft.train import train
 from aslora_meft.training.checkpoints import check_whole, last_whole
+from aslora_meft.training.engine_checkpoints import check_engine
+from aslora_meft.training.task_state import TaskState
 
 COMMON = [
     "trainer_state.json",
@@ -68,13 +72,58 @@ def test_a_torn_file_is_named(checkpoint, method, name, harm):
     assert "\n" not in str(raised.value)
 
 
+FULL = ("optimizer.bin", "pytorch_model_fsdp.bin")
+
+
+@pytest.mark.parametrize("name", FULL)
 @pytest.mark.parametrize("method", FILES)
-def test_a_checkpoint_of_fsdp2_is_whole(checkpoint, method):
+def test_a_checkpoint_of_fsdp2_is_whole(checkpoint, method, name):
     folder = checkpoint(method)
-    (folder / "optimizer.pt").rename(folder / "optimizer.bin")
+    shutil.copy(folder / "optimizer.pt", folder / FULL[1])
+    (folder / "optimizer.pt").rename(folder / FULL[0])
     check_whole(folder)
-    HARM["half"](folder / "optimizer.bin")
-    with pytest.raises(ValueError, match=r"optimizer\.bin"):
+    for harm in ("half", "absent"):
+        HARM[harm](folder / name)
+        with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+            check_whole(folder)
+
+
+@pytest.fixture
+def of_shards(checkpoint):
+    """A checkpoint as FSDP2 writes it with SHARDED_STATE_DICT: the configuration, and shards."""
+
+    def of_shards(method):
+        folder = checkpoint(method)
+        weights = load_file(folder / "adapter_model.safetensors")
+        moments = {"state.rows.row_moments": b"", "state.router.exp_avg": torch.ones(2)}
+        for name, tensors in (("pytorch_model_fsdp_0", weights), ("optimizer_0", moments)):
+            dcp.save(tensors, checkpoint_id=folder / name, no_dist=True)
+        for name in ("adapter_model.safetensors", "optimizer.pt"):
+            (folder / name).unlink()
+        return folder
+
+    return of_shards
+
+
+@pytest.mark.parametrize("name", [f"{f}/{n}" for f in ("pytorch_model_fsdp_0", "optimizer_0")
+                                  for n in (".metadata", "__0_0.distcp")])  # fmt: skip
+def test_a_checkpoint_of_shards_is_whole(of_shards, name):
+    """Its index is written last, and names the files."""
+    for harm in HARM.values():
+        folder = of_shards("aslora")
+        check_whole(folder)
+        harm(folder / name)
+        with pytest.raises(ValueError, match=name.replace(".", r"\.")) as raised:
+            check_whole(folder)
+        assert "\n" not in str(raised.value)
+        shutil.rmtree(folder)
+
+
+def test_shards_without_the_moments_of_rows_are_not_whole(of_shards):
+    folder = of_shards("meft")
+    check_whole(folder)
+    dcp.save({"state.router.exp_avg": torch.ones(2)}, checkpoint_id=folder / "optimizer_0", no_dist=True)
+    with pytest.raises(ValueError, match="no moments of MEFT's rows in optimizer_0"):
         check_whole(folder)
 
 
@@ -104,15 +153,63 @@ def test_a_state_without_its_step_is_not_whole(checkpoint):
         check_whole(folder)
 
 
-def test_of_several_ranks_each_state_must_be_there(checkpoint):
+@pytest.mark.parametrize("told", [True, False])
+def test_of_several_ranks_each_state_must_be_there(checkpoint, told):
+    """The last rank's too, where the checkpoint tells how many there were, and of two in any case."""
     folder = checkpoint("lora")
+    file = folder / "trainer_state.json"
+    state = json.loads(file.read_text())
+    entry = state["stateful_callbacks"][TaskState.__name__]["attributes"]
+    assert entry == {"ranks": 1}
+    del entry["ranks"]
+    entry |= {"ranks": 3} if told else {}
+    file.write_text(json.dumps(state))
     for rank in range(3):
         shutil.copy(folder / "rng_state.pth", folder / f"rng_state_{rank}.pth")
     (folder / "rng_state.pth").unlink()
     check_whole(folder)
-    (folder / "rng_state_1.pth").unlink()
+    for rank in (2, 1):
+        (folder / f"rng_state_{rank}.pth").rename(kept := folder / "kept.pth")
+        if told or rank == 1:
+            with pytest.raises(ValueError, match=rf"rng_state_{rank}\.pth is missing"):
+                check_whole(folder)
+        kept.rename(folder / f"rng_state_{rank}.pth")
+    for rank in (2, 1):
+        (folder / f"rng_state_{rank}.pth").unlink()
     with pytest.raises(ValueError, match=r"rng_state_1\.pth is missing"):
         check_whole(folder)
+
+
+ENGINES = {
+    "DDP": ("neither FSDP2 nor DeepSpeed", ["optimizer.pt"], {}),
+    "full": ("FSDP2 with FULL_STATE_DICT", ["pytorch_model_fsdp.bin", "optimizer.bin"], {"fsdp": "FULL_STATE_DICT"}),
+    "sharded": (
+        "FSDP2 with SHARDED_STATE_DICT", ["pytorch_model_fsdp_0/.metadata", "optimizer_0/.metadata"],
+        {"fsdp": "SHARDED_STATE_DICT"},
+    ),
+    "DeepSpeed": ("DeepSpeed", ["latest"], {"deepspeed": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("run", ENGINES)
+@pytest.mark.parametrize("written", ENGINES)
+def test_another_engine_goes_on_from_no_checkpoint(tmp_path, written, run):
+    """A Trainer would leave out the optimizer's state without a word, or end in an error of its own."""
+    for name in ENGINES[written][1]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    engine = ENGINES[run][2]
+    plugin = SimpleNamespace(state_dict_type=SimpleNamespace(name=engine.get("fsdp")))
+    trainer = SimpleNamespace(
+        is_deepspeed_enabled="deepspeed" in engine, is_fsdp_enabled="fsdp" in engine,
+        accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)),
+    )  # fmt: skip
+    if written == run:
+        check_engine(tmp_path, trainer)
+        return
+    with pytest.raises(UsageError) as raised:
+        check_engine(tmp_path, trainer)
+    assert f"was written under {ENGINES[written][0]}, and this run is under {ENGINES[run][0]}: " in str(raised.value)
 
 
 def test_the_newest_whole_one_is_found(finished, tmp_path):

@@ -119,6 +119,40 @@ def test_the_table_of_steps_and_the_readme_s_ratios():
     assert f"{share} times\nLoRA's" in BENCHMARKS
 
 
+def test_the_numbers_of_the_claims():
+    claims = BENCHMARKS[BENCHMARKS.index("## Claims") : BENCHMARKS.index("## ASLoRA\n")]
+
+    def content(name):
+        return json.loads((RESULTS / name).read_text())
+
+    def said(middle, interval, digits):
+        low, high = interval
+        return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+    steps = {targets: [] for targets in ("q,k,v,gate,up", "all-linear")}
+    for row in rows_of("aslora_step.json"):
+        steps.get(row["targets"], []).append(said(row["step ratio"], row["step ratio interval"], 3))
+    for each in steps.values():
+        assert f"30 rounds each: {', '.join(each)}" in claims
+    peer = rows_of("peer_optimizers.json")["layer"]["steps"]
+    fused = peer["torch AdamW, fused"]
+    assert said(fused["times as long as MEFT"], fused["interval"], 2) in claims
+    assert f"{peer['MEFT']['ms']['update']:.0f} ms against {fused['ms']['update']:.0f}" in claims
+    sparse = content("row_adamw.json")["times as fast as SparseAdam"]
+    assert said(sparse["median"], sparse["interval"], 1) in claims
+    for mode in ("rowwise", "float8"):
+        rate = content("row_states.json")["threads"]["1"][f"bfloat16 masters, moments {mode}"]
+        rate = rate["rate of a core, over float32"]
+        assert said(rate["median"], rate["interval"], 2) in claims
+    page = (RESULTS / "aslora_classify.md").read_text(encoding="utf-8")
+    for metric, unit in (("loss", ""), ("accuracy", " points")):
+        gain, low, high, word = re.search(
+            rf"\| ASLoRA r 8 against LoRA r 8 \| {metric} \| ([^ |]+)[^|]*\| ([^ ]+) to ([^ ]+) \|.*\*\*(\w+)\*\*", page
+        ).groups()
+        assert f"{metric} {gain}{unit} [{low}, {high}]" in claims
+        assert f"| {word} |" in claims
+
+
 def test_the_table_of_a_layer_on_a_cpu():
     found = {(row["r"], row["tokens"], row["input"]): row for row in rows_of("meft_cpu.json")}
     table = re.findall(r"^\| (\d+) \| (\d+) \| (\w+) \| (\d+) % \| ([\d.]+) \| ([^|]*) \|$", BENCHMARKS, re.MULTILINE)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.support import node_tasks
+import meft
+from tests.support import node_tasks, page_locks, uneven_tasks
 from tests.support.processes import once, result_of, run_ranks, saved_by_ranks, work_as_rank
 from tests.support.thread_streams import ThreadStreams
 from tests.support.tiny_meft import Tiny
@@ -188,16 +189,6 @@ def run_apart(rank, **fields):
     return {"begun": collectives() - before, "state": Tiny.whole_state(model)}
 
 
-def run_joined(rank):
-    wrapped = DistributedDataParallel(adapted())
-
-    def run():
-        with wrapped.join():
-            train(wrapped, rank, steps=range(1))
-
-    return refusal(run)
-
-
 def run_nonfinite(rank, **fields):
     model = adapted(**fields)
     wrapped = DistributedDataParallel(model)
@@ -215,6 +206,48 @@ def run_nonfinite(rank, **fields):
     skipped = model.base_model.nonfinite_steps
     train(wrapped, rank, optimizer, steps=range(2, STEPS))
     return {"same": same, "skipped": skipped, "begun": begun, "state": Tiny.whole_state(model)}
+
+
+def chosen(model, rank=None):
+    """Two tasks, of which only the most used rows are trained; each step has a pass without synchronising."""
+    wrapped = model if rank is None else DistributedDataParallel(model)
+    logits, norms = {}, []
+    for name in ("a", "b"):
+        optimizer = Tiny.adamw(model, lr=5e-2)
+        for step in range(2):
+            for part in range(2):
+                number = 4 * (name == "b") + 2 * step + part
+                batch = joint(number) if rank is None else mine(number, rank)
+                with nullcontext() if part or rank is None else wrapped.no_sync():
+                    (wrapped(input_ids=batch, labels=batch).loss / 2).backward()
+            norms.append(float(clipped(model)))
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            logits[name] = model(input_ids=joint(0)).logits
+        meft.freeze_rows(model, name)
+    for name in ("b", "a", None):
+        meft.select_task(model, name)
+        with torch.no_grad():
+            assert torch.equal(model(input_ids=joint(0)).logits, logits[name or "b"])
+    batch = joint(9) if rank is None else mine(9, rank)
+    wrapped(input_ids=batch, labels=batch).loss.backward()
+    optimizer.step()
+    return {"state": Tiny.whole_state(model), "norms": norms, "logits": logits}
+
+
+def run_joined_chosen(rank):
+    wrapped = DistributedDataParallel(adapted(train_rows={"top": 6}))
+
+    def run():
+        with wrapped.join():
+            pass
+
+    return refusal(run)
+
+
+def run_chosen(rank, **fields):
+    return chosen(adapted(init_weights=True, train_rows={"top": 6}, **fields), rank)
 
 
 def refusal(run):
@@ -244,13 +277,15 @@ TASKS = {
     "apart in backward": lambda rank: run_apart(
         rank, delay=2e-3, retrieval="stream", row_optimizer={"in_backward": True}
     ),
-    "joined": run_joined,
     "ddp": run_ddp,
     "clipping": lambda rank: run_ddp(rank, clip=True),
     "checkpointed": lambda rank: run_checkpointed(rank, False),
     "checkpointed reentrant": lambda rank: run_checkpointed(rank, True),
     "accumulation": run_accumulation,
     "beside": run_beside,
+    "chosen": run_chosen,
+    "joined, chosen": run_joined_chosen,
+    "chosen, delayed": lambda rank: run_chosen(rank, delay=2e-3, retrieval="host"),
     "lengths": run_lengths,
     "evaluation first": run_evaluation_first,
     "nonfinite": run_nonfinite,
@@ -319,6 +354,19 @@ def test_the_rows_of_the_first_rank_count_and_both_end_equal(ranks, alone):
     assert_close(assert_bit_equal(ranks, "ddp")["state"], alone()[0])
 
 
+def test_a_choice_of_rows_is_refused_inside_of_join(ranks):
+    for entry in result_of(ranks, "joined, chosen"):
+        assert "are not supported inside of DistributedDataParallel.join(): give all ranks" in entry["error"]
+
+
+@pytest.mark.parametrize(("name", "fields"), {"chosen": {}, "chosen, delayed": {"retrieval": "host"}}.items())
+def test_the_ranks_choose_the_rows_of_the_joint_batch(ranks, name, fields):
+    expected = chosen(adapted(init_weights=True, train_rows={"top": 6}, **fields))
+    for entry in result_of(ranks, name):
+        assert entry["norms"] == pytest.approx(expected["norms"], rel=1e-9)
+    assert_close(assert_bit_equal(ranks, name)["state"], expected["state"])
+
+
 @pytest.mark.parametrize("name", ["clipping", *(f"ddp, {name}" for name in ENGINES)])
 def test_clipping_counts_the_same_norm_as_one_process(ranks, alone, name):
     expected, norms = alone(clip=True)
@@ -382,12 +430,6 @@ def test_ranks_that_train_apart_do_not_speak_to_each_other(ranks, name):
         Tiny.assert_equal(entry["state"], Tiny.whole_state(model))
 
 
-def test_uneven_inputs_by_ddps_join_are_refused(ranks):
-    """A rank that has joined shadows DDP's averages, not those of the rows: the others would wait for it."""
-    for entry in result_of(ranks, "joined"):
-        assert "MEFT does not support DistributedDataParallel.join()" in entry["error"], entry["error"]
-
-
 @pytest.mark.parametrize("name", each("nonfinite"))
 def test_a_nonfinite_loss_on_one_rank_skips_the_step_on_all(ranks, alone, name):
     for entry in result_of(ranks, name):
@@ -430,6 +472,6 @@ def test_deepspeed_is_refused_when_a_trainers_run_begins():
 if __name__ == "__main__":
     number, place = int(sys.argv[1]), Path(sys.argv[2])
     tasks = {name: partial(task, number) for name, task in TASKS.items()}
-    tasks |= node_tasks.tasks(number, place)
+    tasks |= node_tasks.tasks(number, place) | page_locks.tasks(number) | uneven_tasks.tasks(number)
     tasks |= {f"apart, {name}": partial(node_tasks.apart, tasks[name]) for name in APART}
     work_as_rank(number, place, tasks)

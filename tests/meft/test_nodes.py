@@ -19,7 +19,7 @@ from meft.table.node_rows import NodeRows
 from meft.transport import shared_memory
 from meft.transport.node_ranks import NodeRanks
 from meft.transport.shared_memory import Layout, SharedMemory
-from tests.support import node_tasks
+from tests.support import node_tasks, uneven_tasks
 from tests.support.processes import once, run_together
 from tests.support.tiny_meft import Tiny
 
@@ -76,28 +76,39 @@ def run(rank, nodes, name, clip):
         NodeSum._over_nodes = over_nodes
 
 
+def run_uneven(rank, nodes, *case):
+    shared_memory.machine_of_process = lambda: f"machine {NODES[nodes][rank]}"
+    return uneven_tasks.run_tables(rank, *case)
+
+
 def work(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD, timeout=timedelta(seconds=TIMEOUT)
     )
-    torch.save({case: run(rank, *case) for case in RUNS}, folder / f"rank{rank}.pt")
+    made, new_group = [], torch.distributed.new_group
+    torch.distributed.new_group = lambda ranks, **fields: (made.append(ranks), new_group(ranks, **fields))[1]
+    found = {case: run(rank, *case) for case in RUNS} | {"groups": list(made)}
+    found |= {("uneven", *map(str, case)): run_uneven(rank, *case) for case in uneven_tasks.NODES}
+    torch.save(found, folder / f"rank{rank}.pt")
     torch.save(killed_in_a_step(rank, folder), folder / f"killed{rank}.pt")
     memory = SharedMemory.create(4096)
     ranks = NodeRanks(0, [os.getpid(), os.getppid()], memory.numbers(0, 8), TIMEOUT)
     os.kept = memory, ranks  # until the interpreter's end
 
 
+def run_nodes(folder):
+    """The results of all processes, in a folder."""
+    ranks = [((rank, folder), folder / f"rank{rank}.log") for rank in range(WORLD)]
+    ends = [0, -signal.SIGKILL, 0, 0]
+    run_together(Path(__file__).read_text(encoding="utf-8"), ranks, 120, __file__, ends)
+    said = [output.read_text() for _, output in ranks]
+    assert not any("Exception ignored" in text for text in said)  # at the interpreter's end
+
+
 @pytest.fixture(scope="module")
 def folder(request):
-    def run(folder):
-        ranks = [((rank, folder), folder / f"rank{rank}.log") for rank in range(WORLD)]
-        ends = [0, -signal.SIGKILL, 0, 0]
-        run_together(Path(__file__).read_text(encoding="utf-8"), ranks, 120, __file__, ends)
-        said = [output.read_text() for _, output in ranks]
-        assert not any("Exception ignored" in text for text in said)  # at the interpreter's end
-
-    return once(request, "ranks_of_two_nodes", run)
+    return once(request, "ranks_of_two_nodes", run_nodes)
 
 
 def of_ranks(folder, case):
@@ -131,6 +142,11 @@ def test_each_rank_reduces_its_share_over_nodes_in_one_message_a_block(folder, c
             expected += [masks * (number + 1) // shares - masks * number // shares, rows]
         assert entry["reduced"] == (expected if number < shares else [0] * len(expected))
         assert entry["between nodes"] == sum(entry["reduced"])
+
+
+def test_a_group_of_ranks_of_several_nodes_is_made_once(folder):
+    """For all runs of the same ranks: each time that rows are shared again."""
+    assert of_ranks(folder, "groups") == [[[0, 2], [0, 3]], [[1, 3]], [[0, 2]], [[1, 3], [0, 3]]]
 
 
 def test_a_rank_that_is_killed_in_a_step_ends_the_others_at_once(folder):

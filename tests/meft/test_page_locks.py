@@ -9,9 +9,11 @@ from peft import PeftModel
 import meft.transport.transfer
 from meft import RowAdamW
 from meft.transport.streams import CudaStreams
+from tests.meft import test_ddp
+from tests.support import node_tasks, page_locks
 from tests.support.fake_cuda import FakeCuda, forbid_cuda
-from tests.support.processes import run_code
-from tests.support.tiny_meft import STRATEGIES
+from tests.support.processes import once, result_of, run_code, run_ranks, saved_by_ranks
+from tests.support.tiny_meft import STRATEGIES, Tiny
 
 CPU = torch.device("cpu")
 
@@ -149,3 +151,45 @@ def test_the_report_names_what_the_machine_refuses(tiny, monkeypatch):
     assert report.to_dict()["refused"] == ["pin_memory", "zero_copy"]
     assert "refused by this machine" in str(report)
     assert "pin_memory, zero_copy" in str(report)
+
+
+# ---------------------------------------------------------------------------------- ranks that share the rows they lock
+
+
+@pytest.fixture(scope="module")
+def ranks(request):
+    return saved_by_ranks(once(request, "ranks_of_meft", lambda folder: run_ranks(test_ddp.__file__, folder)))
+
+
+def locks(places, device, memory):
+    return [(address, size, device, memory) for address, size in places]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", page_locks.NAMES)
+def test_each_rank_locks_its_own_view_of_shared_rows_once(ranks, name):
+    """A rank whose driver refuses one says so, and trains on as the others do."""
+    dtypes, *refused = page_locks.NAMES[name]
+    expected, _ = node_tasks.as_one_process(2, dtypes, False)
+    for rank, found in enumerate(result_of(ranks, f"locked, {name}")):
+        Tiny.assert_equal(found["state"], expected)
+        assert found["locked"] == locks(found["places"], torch.device("cuda", rank), "shared")
+        kept = [not (refused and rank == page_locks.REFUSED and number == 1) for number in range(3)]
+        assert found["pin"] == kept
+        assert len(found["said"]) == kept.count(False)
+        assert all("could not be page-locked: transfers are slower" in said for said in found["said"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", page_locks.NAMES)
+def test_locks_end_before_the_memory_does(ranks, name):
+    """When a rank goes on with rows of its own, which are locked then; and when a table is gone."""
+    for rank, found in enumerate(result_of(ranks, f"locked, {name}")):
+
+        def locked(places, found=found):
+            return [place for place, kept in zip(found[places], found["pin"], strict=True) if kept]
+
+        for unlocked, places in (("unlocked", "places"), ("unlocked again", "places again")):
+            assert sorted(found[unlocked]) == sorted((address, "shared") for address, _ in locked(places))
+        assert found["own"] == locks(locked("own places"), torch.device("cuda", rank), "private")
+        assert "shared" not in found["then"]

@@ -39,6 +39,10 @@ REFUSED = {
         {"stage": 1}, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
         "data_types.grad_accum_dtype=fp32 with bf16",
     ),
+    "norm": (
+        {"stage": 2, "compute_grad_norm": False}, {"gradient_clipping": 0.0},
+        "zero_optimization.compute_grad_norm=False (set True)",
+    ),
     "universal": ({"stage": 2}, {"checkpoint": {"load_universal": True}}, "checkpoint.load_universal=True"),
     "nothing": ({"stage": 2}, {}, None),
     "bf16": ({"stage": 3}, {"bf16": {"enabled": True}}, None),

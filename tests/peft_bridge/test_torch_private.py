@@ -49,6 +49,7 @@ from peft_bridge.torch_private import (
     other_users,
     saved_tensors_hooked,
     schema_of,
+    shadowed_averages,
     storage_address,
     takes_uneven_inputs,
     timeout_of,
@@ -243,9 +244,13 @@ def test_ddp_shows_while_it_runs():
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         ddp = nn.parallel.DistributedDataParallel(Net(2, 2))
-        ddp(torch.ones(2))
+        ddp(torch.ones(2)).sum().backward()
         with ddp.join():
-            ddp(torch.ones(2))
+            ddp(torch.ones(2)).sum().backward()
+        for averages in (True, False):  # what the ranks say that have a batch
+            ddp._check_global_requires_backward_grad_sync = lambda averages=averages, **_: averages
+            ddp.join_hook().main_hook()
+            assert shadowed_averages(ddp) == averages
         part = torch.distributed.tensor.distribute_tensor(
             torch.ones(2), torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
         )

@@ -104,6 +104,19 @@ def test_data_parallel_is_refused_where_the_model_is_adapted():
     RunEvents().on_train_begin(SimpleNamespace(n_gpu=0), state, None, model=adapted())
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_trainer_takes_no_data_parallel_of_a_quantised_model(bits):
+    """As transformers marks it, on the base model."""
+    state = SimpleNamespace(max_steps=3, global_step=0)
+    model = adapted()
+    setattr(model.get_base_model(), f"is_loaded_in_{bits}bit", True)
+    trainer = object.__new__(transformers.Trainer)
+    trainer.args = SimpleNamespace(n_gpu=2)
+    trainer.accelerator = SimpleNamespace(unwrap_model=lambda model, **_: model)
+    assert trainer._wrap_model(model, training=False) is model
+    RunEvents().on_train_begin(SimpleNamespace(n_gpu=2), state, None, model=model)
+
+
 def test_the_length_of_the_run_reaches_the_tuner_unless_the_config_says_otherwise():
     model = adapted()
     model.add_adapter("fixed", ASLoRAConfig(r=2, target_modules=["q"], total_steps=50))

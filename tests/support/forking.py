@@ -17,6 +17,8 @@ from types import ModuleType
 
 BARE = ("torch", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama")
 ALL = ("transformers.trainer", "tests.support.tiny_aslora", "tests.support.tiny_meft")
+if "DS_ACCELERATOR" in os.environ:  # of `make test-deepspeed`
+    ALL += ("deepspeed",)
 
 
 def import_all(names):

@@ -1,7 +1,6 @@
 """DeepSpeed's ZeRO with its CPU accelerator and gloo, in a process that is one of several ranks.
 
-Tests that use it run where DeepSpeed is installed: `pip install aslora-meft[deepspeed]`, then
-`pytest tests/aslora/test_deepspeed.py tests/meft/test_deepspeed.py tests/peft_bridge/test_deepspeed_private.py`.
+Tests that use it run where DeepSpeed is installed: `make test-deepspeed`.
 """
 
 import gc
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from peft_bridge.deepspeed_private import gathered, is_partitioned
 
 MISSING = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (extra aslora-meft[deepspeed])"
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: make test-deepspeed"
 )
 CLIP = 0.05
 
