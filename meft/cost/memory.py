@@ -72,8 +72,10 @@ class Plan:
 
     @property
     def kept_gradient(self) -> int:
-        """Bytes of a value of a row gradient in host memory: as it came, or of a sum in fp32."""
-        return self.shape.gradient if self.work.accumulation == 1 else FP32
+        """Bytes of a value of a row gradient where it is kept: on the host as it came, else in the dtype of sums."""
+        wide = max(FP32, self.shape.master)
+        as_it_came = self.work.accumulation == 1 and wide == FP32 and not self.way.updates_on_device
+        return self.shape.gradient if as_it_came else wide
 
     @property
     def keeps_rows(self) -> bool:

@@ -32,17 +32,15 @@ class PendingUpdate:
         try:
             done = self._update()
         except BaseException as error:
-            del self._update  # releases the gradients
-            self.fail(error)
+            self._release()
+            self._done.set_exception(error)
         else:
-            del self._update
-            self._thread = None
+            self._release()
             self._done.set_result(done)
 
-    def fail(self, error: BaseException) -> None:
-        """Let those who wait raise an error."""
+    def _release(self) -> None:
+        del self._update  # and the gradients
         self._thread = None
-        self._done.set_exception(error)
 
     @property
     def in_this_thread(self) -> bool:
@@ -164,9 +162,10 @@ class UpdateQueue:
             self._ready.append(pending)
             try:
                 self._thread.submit(self._run_latest, self._ready)
-            except RuntimeError as error:  # the interpreter ends
+                return
+            except RuntimeError:  # the interpreter ends: what `atexit` calls may still save the rows
                 self._ready.remove(pending)
-                pending.fail(error)
+        pending.run()
 
     def _run_latest(self, ready: list[PendingUpdate]) -> None:
         with self._lock:

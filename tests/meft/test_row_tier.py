@@ -73,6 +73,25 @@ def assert_equal_runs(tiny, used=True, **arguments):
     return model
 
 
+def test_a_clipped_gradient_is_added_to_zeros(tiny):
+    """It is not only taken over: the factor is still to be multiplied by."""
+    found = []
+    for rows in (0, SHARE):
+        model = model_of(tiny, rows)
+        optimizer = tiny.adamw(model)
+        for step in range(5):
+            tiny.loss(model, step).backward()
+            nn.utils.clip_grad_norm_(tiny.trainable(model), 1e-3)
+            for table in tiny.tables(model):
+                total = table.rows.grad.new_empty_strided(table.rows.shape, table.rows.stride())
+                table.rows.grad = total.add_(table.rows.grad)
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(tiny.whole_state(model))
+    assert stepped(model)
+    tiny.assert_equal(*found)
+
+
 # ---------------------------------------------------------------------- who has a place
 
 
