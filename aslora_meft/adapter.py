@@ -25,6 +25,7 @@ from aslora_meft.arguments.groups import ModelArguments
 from aslora_meft.arguments.model_checks import check_indices, check_memory
 from aslora_meft.arguments.text import check_ordinary, is_path, local_path
 from aslora_meft.errors import UsageError, as_usage_error
+from meft.memory.layers import check_background
 from peft_bridge import keep_trainable_on_cpu
 
 
@@ -185,7 +186,9 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, *, gradient_checkpoi
     """
     model = prepare_base(model, config, gradient_checkpointing=gradient_checkpointing)
     with as_usage_error(*ADAPTER_ERRORS):
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+        check_background(adapted)
+    return adapted
 
 
 def prepare_base(model: PreTrainedModel, config: PeftConfig, *, gradient_checkpointing: bool) -> PreTrainedModel:

@@ -50,7 +50,7 @@ def _run(argv: list[str]) -> None:
     )
     parser.add_argument("--version", action="version", version=f"aslora-meft {__version__}")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{train,generate,evaluate,report,export,run,estimate,doctor}"
+        dest="command", required=True, metavar="{train,generate,evaluate,report,export,run,estimate,count-rows,doctor}"
     )
     # Most have many arguments, made from dataclasses: see arguments/, use/, */command.py.
     commands.add_parser("train", help="fine-tune an adapter and save it", add_help=False)
@@ -68,6 +68,7 @@ def _run(argv: list[str]) -> None:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    commands.add_parser("count-rows", help="count how often a corpus uses each row of a MEFT adapter", add_help=False)
     commands.add_parser("export", help="write saved adapters in another format", add_help=False)
     doctor = commands.add_parser(
         "doctor",
@@ -103,6 +104,10 @@ def _run(argv: list[str]) -> None:
         from aslora_meft.use.evaluate import run as evaluate
 
         evaluate(rest)
+    elif options.command == "count-rows":
+        from aslora_meft.use.count_rows import run as count_rows
+
+        count_rows(rest)
     elif options.command == "report":
         from aslora_meft.report.command import run as run_report
 

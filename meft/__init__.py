@@ -18,6 +18,9 @@ from .files.adapter_file import FILE
 from .files.card import CARD
 from .files.export import export_dense
 from .files.training_state import check_training_state
+from .memory.config import TrainRowsConfig
+from .memory.count import count_rows
+from .memory.tasks import freeze_rows, list_tasks, select_task
 from .model import MEFTModel, take_back
 from .optim.row_adamw import RowAdamW
 from .row_optimizer import RowOptimizerConfig
@@ -45,8 +48,13 @@ __all__ = [
     "MEFTModel",
     "RowAdamW",
     "RowOptimizerConfig",
+    "TrainRowsConfig",
     "check_training_state",
+    "count_rows",
     "export_dense",
+    "freeze_rows",
+    "list_tasks",
     "record_rows",
     "scale_values",
+    "select_task",
 ]

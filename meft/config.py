@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -11,8 +11,9 @@ import torch
 from peft_bridge import MethodConfig, is_int, is_number, known_keywords
 
 from .fields_of_0_1 import without_fields_of_0_1
+from .memory.config import TrainRowsConfig, checked_train_rows
 from .num_experts import default_num_experts, divisors_around
-from .row_optimizer import RowOptimizerConfig
+from .row_optimizer import RowOptimizerConfig, checked_row_optimizer
 from .tier.size import check_device_rows
 
 
@@ -124,7 +125,7 @@ class MEFTConfig(MethodConfig):
         metadata={
             "help": "Rows that are used often and have a place on the device, where they are read and updated and need "
             "not cross. 0: none; up to 1: a share of all rows; '8GiB': as many as this holds; 'auto': what the first "
-            "step leaves free on a CUDA device. Experimental; of no effect where rows are read in place."
+            "step leaves free on a CUDA device. Of no effect where rows are read in place."
         },
     )
     gradient_dtype: str = field(
@@ -162,6 +163,13 @@ class MEFTConfig(MethodConfig):
             "zero_copy, moments, lr, betas, eps, weight_decay). None: by the rule of the Adam or AdamW that holds them."
         },
     )
+    train_rows: TrainRowsConfig | dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Update only rows that are specific to the data of a step: a `meft.TrainRowsConfig`, or a dict of "
+            "its fields (top, background). None: all rows that the step uses."
+        },
+    )
     router_aux_loss_coef: float = field(
         default=0.0,
         metadata={
@@ -185,7 +193,10 @@ class MEFTConfig(MethodConfig):
             raise ValueError(f"router_aux_loss_coef={self.router_aux_loss_coef!r} must be a number of at least 0.")
         self._check_placement()
         check_device_rows(self.device_rows, self.on_host)
-        self._check_row_optimizer()
+        self.row_optimizer = checked_row_optimizer(
+            self.row_optimizer, self.master_dtype, pinned_host=self.on_host and self.pin_memory
+        )
+        self.train_rows = checked_train_rows(self.train_rows, self.device_rows)
 
     def _check_sizes(self) -> None:
         experts = self.num_experts
@@ -219,38 +230,6 @@ class MEFTConfig(MethodConfig):
                 )
             if (self.row_dtype, self.master_dtype) == ("float16", "bfloat16"):
                 raise ValueError("row_dtype='float16' cannot hold master_dtype='bfloat16': use row_dtype='auto'.")
-
-    def _check_row_optimizer(self) -> None:
-        given = self.row_optimizer
-        if given is None:
-            return
-        if not isinstance(given, RowOptimizerConfig):
-            names = [f.name for f in fields(RowOptimizerConfig)]
-            if not isinstance(given, Mapping) or set(given) - set(names):
-                raise ValueError(
-                    f"row_optimizer={given!r} must be None, a RowOptimizerConfig or a dict with some of "
-                    f"{', '.join(names)}."
-                )
-            given = RowOptimizerConfig(**given)
-        given = self.row_optimizer = replace(given)  # one of its own: `replace` of this configuration shares nothing
-        if given.moments != "float32" and self.master_dtype == "float64":
-            raise ValueError(
-                f"row_optimizer: moments={given.moments!r} needs master_dtype='float32' or 'bfloat16': leave moments "
-                "out for float64."
-            )
-        if not given.zero_copy:
-            return
-        needs = "row_optimizer: zero_copy=True needs"
-        if self.master_dtype == "float64":
-            raise ValueError(f"{needs} master_dtype='float32' or 'bfloat16': the GPU's kernel has no float64.")
-        if given.moments != "float32":
-            raise ValueError(
-                f"{needs} moments='float32', not {given.moments!r}: the GPU's kernel has no other moments."
-            )
-        if not (self.on_host and self.pin_memory):
-            raise ValueError(
-                f"{needs} rows in page-locked host memory: leave placement='host' and pin_memory=True, or leave it out."
-            )
 
     @classmethod
     def upgraded(cls, saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -288,6 +267,12 @@ class MEFTConfig(MethodConfig):
         """`row_optimizer`, or its defaults."""
         given = self.row_optimizer
         return given if isinstance(given, RowOptimizerConfig) else RowOptimizerConfig(**(given or {}))
+
+    @property
+    def most_rows(self) -> int | None:
+        """Rows of each layer that a step updates, at most; None: all that it uses."""
+        given = self.train_rows
+        return given.rows(self.r) if isinstance(given, TrainRowsConfig) else None
 
     @property
     def updates_in_backward(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from .config import MEFTConfig
 from .cost.auto import ModelProfile, left_at_peak, model_profile
 from .layer import MEFTLayer
+from .memory.background import Background
+from .memory.choice import LayerChoice
+from .memory.config import TrainRowsConfig
 from .optim.optimizer_hook import RowSteps
 from .optim.rank_average import RankAverage
 from .retrieval.adapter_engine import AdapterEngine
@@ -28,7 +31,7 @@ Choice = Callable[[MEFTConfig, list[int], Tensor], tuple[str, Rows]]
 def connect(
     adapter_name: str,
     config: MEFTConfig,
-    layers: Sequence[MEFTLayer],
+    ffns: Mapping[str, MEFTLayer],
     steps: RowSteps,
     ranks: RankAverage,
     choose: Choice,
@@ -36,9 +39,10 @@ def connect(
     """Let the rows of an adapter's layers be updated, and retrieved by one engine.
 
     Args:
-        layers: the adapted FFNs, in the order of the model.
+        ffns: path -> the adapted FFN, in the order of the model.
         choose: the strategy, where the configuration leaves it open.
     """
+    layers = list(ffns.values())
     tables = [table for layer in layers for table in layer.tables(adapter_name)]
     for seed, table in enumerate(tables):
         table.seed = seed
@@ -49,10 +53,21 @@ def connect(
     engine = AdapterEngine(config, [], choose, left_at_peak, partial(devices_of, layers))
     engine.on_gradient = partial(steps.on_gradient, adapter_name)
     engine.layers.extend(layer.join(adapter_name, number, engine) for number, layer in enumerate(layers))
+    background = _background(adapter_name, config, ffns)
+    for number, rows in enumerate(engine.layers):
+        rows.choice = LayerChoice((rows.keys, rows.values), config.most_rows, partial(background.of_layer, number))
+        rows.keys.choice = rows.values.choice = rows.choice
     if config.num_experts is None:
         logger.info("MEFT: num_experts=%d for r=%d (4 sqrt(r), rounded to a divisor).", config.experts, config.r)
     check_waiting()
     return engine
+
+
+def _background(adapter_name: str, config: MEFTConfig, ffns: Mapping[str, MEFTLayer]) -> Background:
+    """How rare its rows are, for the choice of those that are trained."""
+    path = config.train_rows.background if isinstance(config.train_rows, TrainRowsConfig) else None
+    routers = {path: partial(layer.router, adapter_name) for path, layer in ffns.items()}
+    return Background(path, config.r, config.experts, routers)
 
 
 def devices_of(layers: Sequence[MEFTLayer]) -> list[torch.device]:

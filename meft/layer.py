@@ -22,7 +22,7 @@ from .retrieval import forward_context as context
 from .retrieval.engine import Engine
 from .retrieval.second_order import check_not_transformed
 from .retrieval.types import check_versions
-from .routing.router import Router, Routers
+from .routing.router import Router, Routers, untrained
 from .table.layer_rows import LayerRows
 from .table.row_table import RowTable
 from .transport.transfer import Traffic
@@ -90,8 +90,7 @@ class MEFTLayer(NotReplicated, BaseTunerLayer):
             for _ in range(2)
         ]
         router = Router(config.experts, self.in_features, torch.promote_types(base_dtype, torch.float32), made_on)
-        self.configs[adapter_name] = config
-        self.traffic[adapter_name] = Traffic(experts=config.experts)
+        self.configs[adapter_name], self.traffic[adapter_name] = config, Traffic(experts=config.experts)
         self.meft_keys[adapter_name], self.meft_values[adapter_name] = tables
         self.meft_router[adapter_name] = router
         self.join(adapter_name, 0, None)
@@ -224,7 +223,9 @@ class MEFTLayer(NotReplicated, BaseTunerLayer):
             real = context.real_tokens(now, shape, x.device, self.call.up is not None)
         kept = x if real is None else x.index_select(0, real)
         wide = kept.to(torch.promote_types(x.dtype, torch.float32))
-        logits = F.linear(wide, self.router(adapter_name).to(wide))  # under offloading the router may be elsewhere
+        fixed, router = layer.choice is not None and layer.choice.active, self.router(adapter_name)
+        # Under offloading the router may be elsewhere.
+        logits = F.linear(wide, (untrained(router) if fixed else router).to(wide))
         inputs = wide.to(engine.compute_dtype(layer, kept))
         known = (saved.selection, saved.rows) if saved is not None else (None, None)
         pending = engine.select(layer, inputs.detach(), logits.detach(), *known)

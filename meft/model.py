@@ -19,6 +19,7 @@ from .cost.auto import chosen
 from .cost.host_memory import require_memory_for
 from .files import training_state as state
 from .files.adapter_file import FILE, RESERVED
+from .files.tasks import with_tasks
 from .injection import check_gradients_last, connect, profile_of, warn_of_others
 from .layer import NOT_MERGEABLE, MEFTLayer
 from .load_balancing import note_loss_scale
@@ -121,7 +122,7 @@ class MEFTModel(ZeroRows, MethodTuner):
         # PEFT comes here when all layers are wrapped.
         if self.injection.layers and self.injection.adapter_name not in self.steps.configs:
             name = self.injection.adapter_name
-            layers = [layer for layer in self.adapted_ffns().values() if name in layer.configs]
+            layers = {path: layer for path, layer in self.adapted_ffns().items() if name in layer.configs}
             self.engines[name] = connect(name, self.configs[name], layers, self.steps, self.ranks, self._choose)
         super()._mark_only_adapters_as_trainable(model)
 
@@ -287,10 +288,9 @@ class MEFTModel(ZeroRows, MethodTuner):
     ) -> dict[str, Tensor]:
         """As inherited; and remember where the adapter comes from, for training states of 0.1."""
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        tuner = getattr(model, "base_model", None)
-        if isinstance(tuner, MEFTModel) and (folder := last_loaded_folder()) is not None:
+        if isinstance(tuner := getattr(model, "base_model", None), MEFTModel) and (folder := last_loaded_folder()):
             tuner.loaded_from[adapter_name] = folder
-        return tensors
+        return with_tasks(tensors, config, adapter_name)
 
 
 def take_back(model: nn.Module, adapter_name: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from adapter_kernels.adamw.moment_layout import MODES
 from peft_bridge import is_number
@@ -71,3 +73,41 @@ class RowOptimizerConfig:
         if not good or not all(is_number(b) and 0 <= b < 1 for b in betas):
             raise ValueError(f"row_optimizer: betas={betas!r} must be two numbers in [0, 1), e.g. (0.9, 0.999).")
         self.betas = (betas[0], betas[1])
+
+
+def checked_row_optimizer(given: Any, master_dtype: str, *, pinned_host: bool) -> RowOptimizerConfig | None:
+    """`MEFTConfig.row_optimizer` as a configuration of its own.
+
+    Args:
+        pinned_host: whether rows are in page-locked host memory.
+
+    Raises:
+        ValueError: it is none, or does not go with the other fields.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, RowOptimizerConfig):
+        names = [f.name for f in fields(RowOptimizerConfig)]
+        if not isinstance(given, Mapping) or set(given) - set(names):
+            raise ValueError(
+                f"row_optimizer={given!r} must be None, a RowOptimizerConfig or a dict with some of {', '.join(names)}."
+            )
+        given = RowOptimizerConfig(**given)
+    given = replace(given)  # one of its own: `replace` of a configuration shares nothing
+    if given.moments != "float32" and master_dtype == "float64":
+        raise ValueError(
+            f"row_optimizer: moments={given.moments!r} needs master_dtype='float32' or 'bfloat16': leave moments "
+            "out for float64."
+        )
+    if not given.zero_copy:
+        return given
+    needs = "row_optimizer: zero_copy=True needs"
+    if master_dtype == "float64":
+        raise ValueError(f"{needs} master_dtype='float32' or 'bfloat16': the GPU's kernel has no float64.")
+    if given.moments != "float32":
+        raise ValueError(f"{needs} moments='float32', not {given.moments!r}: the GPU's kernel has no other moments.")
+    if not pinned_host:
+        raise ValueError(
+            f"{needs} rows in page-locked host memory: leave placement='host' and pin_memory=True, or leave it out."
+        )
+    return given

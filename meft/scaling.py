@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .layer import MEFTLayer
+from .memory.layers import layers_of
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def record_rows(model: nn.Module, adapter_name: str | None = None) -> Iterator[d
     Raises:
         ValueError: there is no such adapter.
     """
-    name, layers = _layers(model, adapter_name)
+    name, layers = layers_of(model, adapter_name)
     before = {path: layer.traffic[name].row_load for path, layer in layers.items()}
     used = {path: torch.zeros(layer.configs[name].r, dtype=torch.bool, device="cpu") for path, layer in layers.items()}
     try:
@@ -56,7 +56,7 @@ def scale_values(
         ValueError: there is no such adapter, the factor is no finite number, or `rows` do not fit. Nothing is changed
             then.
     """
-    name, layers = _layers(model, adapter_name)
+    name, layers = layers_of(model, adapter_name)
     if not math.isfinite(factor):
         raise ValueError(f"factor={factor} must be a finite number.")
     tables = {path: layer.tables(name)[1] for path, layer in layers.items()}
@@ -75,14 +75,3 @@ def scale_values(
         elif path in rows:
             chosen = rows[path].to(table.rows.device).nonzero().flatten()
             table.rows[chosen] = table.rows[chosen] * factor
-
-
-def _layers(model: nn.Module, adapter_name: str | None) -> tuple[str, dict[str, MEFTLayer]]:
-    """Name of the adapter, and path in the model -> FFN that has it."""
-    found = {path: module for path, module in model.named_modules() if isinstance(module, MEFTLayer)}
-    active = next((name for layer in found.values() for name in layer.active_adapters), None)
-    name = active if adapter_name is None else adapter_name
-    layers = {path: layer for path, layer in found.items() if name in layer.configs}
-    if name is None or not layers:
-        raise ValueError(f"adapter_name={adapter_name!r} is no MEFT adapter of this model.")
-    return name, layers

@@ -43,7 +43,7 @@ def run(argv: list[str]) -> None:
         UsageError: bad input, in one sentence.
     """
     parser = CommandParser(
-        (_data_arguments(), EvaluateArguments, UseArguments),
+        (data_arguments(), EvaluateArguments, UseArguments),
         prog="aslora-meft evaluate",
         usage="aslora-meft evaluate ADAPTER_DIR [ADAPTER_DIR ...] --data DATA [--name value ...]",
         description="Measure saved adapters on data, as `train` measures its held-out rows.\n"
@@ -66,11 +66,7 @@ def run(argv: list[str]) -> None:
         return
     loaded = load_adapters(folders, use)
     form = loaded.results.get("data_form", {})
-    for name in DATA_FORM:  # as trained, unless given
-        values[name] = (
-            form.get(name, DataArguments.__dataclass_fields__[name].default) if values[name] is None else values[name]
-        )
-    samples = _samples(DataArguments(**values), loaded.tokenizer, loaded.results if options.held_out else None)
+    samples = samples_of(as_trained(values, form), loaded.tokenizer, loaded.results if options.held_out else None)
     columns = {}
     for name in [BASE] * use.compare + loaded.names:
         activate(loaded.model, name)
@@ -78,7 +74,7 @@ def run(argv: list[str]) -> None:
     print(table(columns))
 
 
-def _data_arguments() -> Any:
+def data_arguments() -> Any:
     """`DataArguments` without what splits data, and with forms of prompts that may be left to `train`'s."""
     kept: list[Any] = []
     for item in dataclasses.fields(DataArguments):
@@ -94,7 +90,23 @@ def _data_arguments() -> Any:
     return made
 
 
-def _samples(args: DataArguments, tokenizer: PreTrainedTokenizerBase, results: dict[str, Any] | None) -> list[Sample]:
+def as_trained(values: dict[str, Any], form: dict[str, Any]) -> DataArguments:
+    """The arguments of the data; the form of prompts that is not given is that of a run."""
+    for name in DATA_FORM:
+        if values[name] is None:
+            values[name] = form.get(name, DataArguments.__dataclass_fields__[name].default)
+    return DataArguments(**values)
+
+
+def samples_of(args: DataArguments, tokenizer: PreTrainedTokenizerBase, results: dict[str, Any] | None) -> list[Sample]:
+    """Data, encoded.
+
+    Args:
+        results: of the run whose held-out rows are meant; None: all rows.
+
+    Raises:
+        UsageError: data that cannot be used, or a run that says nothing of its split.
+    """
     if results is None:
         found: list[Sample] = []
         for name in args.data:

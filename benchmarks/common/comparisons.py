@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from benchmarks.common.paired_test import LEVEL, PairedT, holm, paired_t
 
-HIGHER_IS_BETTER = {"accuracy": True, "loss": False}
+HIGHER_IS_BETTER = {"accuracy": True, "loss": False, "recall": True, "forgetting": False}
 
 
 class Comparison(NamedTuple):

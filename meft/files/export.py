@@ -35,6 +35,8 @@ def load_adapter(adapter_dir: str | Path) -> _Saved:
     named = FILE.own_tensors(config, tensors)
     layers: dict[str, dict[str, Tensor]] = {}
     for key, value in named.items():
+        if FILE.varies(key):  # of other tasks than the one that is selected
+            continue
         tail = key.removeprefix(_PREFIX).removesuffix(".rows").removesuffix(".weight")
         path_of_ffn, _, part = tail.rpartition(".meft_")
         layers.setdefault(path_of_ffn, {})[part] = value

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
@@ -94,6 +95,7 @@ def warn_of_lost_moments(optimizer: Optimizer, tables: list[RowTable]) -> None:
         )
 
 
+NO_ROWS = torch.zeros(0, dtype=torch.int64, device="cpu")
 TWO_OPTIMIZERS = (
     "A table of MEFT rows is in two optimizers, a meft.RowAdamW and another one: leave it out of one of them."
 )
@@ -162,6 +164,7 @@ class RowSteps:
                 continue
             if owner is not None:
                 raise ValueError(TWO_OPTIMIZERS)
+            table.keep_versions(NO_ROWS)
             rule_of(optimizer, group_of(optimizer, table.rows), self.configs[name].row_rule)
         if optimizer not in self._seen:
             self._seen.add(optimizer)
@@ -184,7 +187,11 @@ class RowSteps:
                 continue
             rule = rule_of(optimizer, group_of(optimizer, table.rows), self.configs[name].row_rule)
             steps.append((table, table.moments_in(optimizer), as_row_gradient(table.rows.grad, table.rows), rule))
-        for table, entry, gradient, rule in steps:  # nothing fails from here on
+        for name, tables in self.tables.items():  # nothing fails from here on
+            if any(table.choice is not None and table.choice.active for table in tables):
+                for router in (p for owner in self.routers[name] for p in owner[name].parameters()):
+                    router.grad = None  # zeros, of one that is not trained, nor decayed
+        for table, entry, gradient, rule in steps:
             table.rows.grad = None
             if divisor != 1.0:
                 gradient.div_(divisor)

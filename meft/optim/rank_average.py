@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import GradientState
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,6 +24,7 @@ from peft_bridge.torch_private import at_end_of_backward, backward_number, takes
 from peft_bridge.training.data_parallel import DataParallel, around
 
 from ..gradient.row_gradient import RowGradient, as_row_gradient
+from ..memory.choice import LayerChoice
 from ..table.row_table import RowTable
 from ..transport.host_tensors import row_blocks
 from .broadcasts import broadcast_moments, broadcast_rows, group_device
@@ -91,12 +93,41 @@ class RankAverage:
         task = backward_number()
         if self.node is not None:
             self.node.ranks.summed = False
-        if self._parallel is not None and self._queued != task and self._parallel.synchronises():
+        if self._queued == task:
+            return
+        if self._parallel is not None:
+            if self._parallel.synchronises():
+                self._queued = task
+                at_end_of_backward(self.average)
+        elif GradientState().sync_gradients:
             self._queued = task
-            at_end_of_backward(self.average)
+            if self._choices():
+                at_end_of_backward(self._choose)
 
     def _tables(self) -> list[RowTable]:
         return [table for name in sorted(self.steps.tables) for table in self.steps.tables[name]]
+
+    def _choices(self) -> list[LayerChoice]:
+        """What chooses the rows that a step updates."""
+        found = dict.fromkeys(table.choice for table in self._tables())
+        return [choice for choice in found if isinstance(choice, LayerChoice) and choice.active]
+
+    def _choose(self, group: dist.ProcessGroup | None = None) -> None:
+        """Leave the rows that the next step does not update out of the gradients.
+
+        Args:
+            group: the ranks that choose together; None: this rank chooses alone.
+        """
+        self._queued, choices = -1, self._choices()
+        counting = [choice for choice in choices if choice.counts]
+        if group is not None and counting:
+            uses = torch.cat([choice.uses() for choice in counting]).to(group_device(group))
+            dist.all_reduce(uses, group=group)
+            for choice, own in zip(counting, uses.cpu().split([c.size for c in counting]), strict=True):
+                choice.agree(own)
+        for choice in choices:
+            choice.join()
+            choice.divide()
 
     def _share(self, parallel: DataParallel) -> None:
         """Give all ranks the first rank's rows."""
@@ -124,12 +155,15 @@ class RankAverage:
         assert self._parallel is not None
         uneven = self._uneven
         with self._parallel.on_device():
+            for choice in self._choices():
+                choice.join()
             if uneven is not None and self._follows(self._parallel.engine) and uneven.goes_on:
                 self._average_uneven(uneven, shadows=False)
             elif self._average(self._parallel.group):  # here, where all ranks come: a forward pass may be one's alone
                 self._share(self._parallel)
                 if self.node is not None:
                     self.node.ranks.summed = True
+            self._choose(self._parallel.group)
 
     def _average(self, group: dist.ProcessGroup, *, shadows: bool = False, divisor: int = 0) -> bool:
         """Arguments as of `NodeSum.average`; whether tables of any rank are not shared any more."""
@@ -151,7 +185,16 @@ class RankAverage:
         return self._tables()
 
     def join_begins(self, ddp: DistributedDataParallel, mean_of_present: bool) -> None:
-        """All ranks come here: they have the same rows before one of them may have no batch at all."""
+        """All ranks come here: they have the same rows before one of them may have no batch at all.
+
+        Raises:
+            ValueError: rows are chosen or owned, which ranks without a batch would not know of.
+        """
+        if self._choices():
+            raise ValueError(
+                "train_rows and tasks (freeze_rows) are not supported inside of DistributedDataParallel.join(): give "
+                "all ranks the same number of batches (drop_last=True)."
+            )
         self._uneven = UnevenRanks(ddp, mean_of_present)
         self.steps.last_ranks.join_begins(ddp, mean_of_present)
         if self._shared is None or self._shared() is not ddp:

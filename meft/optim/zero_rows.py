@@ -55,6 +55,11 @@ class RowsOfEngine:
                         "meft.RowAdamW cannot step rows in DeepSpeed, which steps copies of the parameters: use "
                         "torch.optim.AdamW, whose settings the rows take."
                     )
+                if table.choice is not None and table.choice.active:
+                    raise ValueError(
+                        "train_rows and tasks (freeze_rows) are not supported with DeepSpeed, which steps copies of "
+                        "the routers: use DistributedDataParallel or FSDP2."
+                    )
                 group = given.param_groups[number]
                 decoupled[number] = rule_of(given, group, steps.configs[name].row_rule).decoupled
                 taken.setdefault(number, []).append(table.rows)

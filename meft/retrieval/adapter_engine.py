@@ -101,6 +101,9 @@ class AdapterEngine(Engine):
 
     def begin_pass(self) -> None:
         super().begin_pass()
+        for layer in self.layers:
+            if layer.choice is not None:
+                layer.choice.prepare()
         for engine in self._engines.values():
             engine.begin_pass()
 

@@ -209,7 +209,8 @@ class _Hooks:
                 frame = frame.f_back
             while _here.opened and _here.opened[-1][0] not in running:  # torch runs no hook after a KeyboardInterrupt
                 end(_here.opened.pop()[1])
-        _here.opened.append((call, self.passes.begin_pass(named_arguments(module, args, kwargs))))
+        _here.opened.append((call, None))  # for `after`, which torch calls also where what follows raises
+        _here.opened[-1] = (call, self.passes.begin_pass(named_arguments(module, args, kwargs)))
 
     def after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         _, opened = _here.opened.pop()

@@ -89,6 +89,8 @@ class SparseFFN(torch.autograd.Function):
         pending: PendingForward = ctx.pending
         selection, needs = pending.known, ctx.needs_input_grad
         check_not_batched(g)
+        if pending.layer.choice is not None:
+            pending.layer.choice.note(selection.rows, selection.position)
         if ctx.read is not None:
             check_versions(pending.versions, pending.layer.versions)
             read = ctx.read

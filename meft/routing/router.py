@@ -34,3 +34,19 @@ class Routers(nn.ModuleDict):
             if f"{prefix}{name}" in state_dict:
                 state_dict[f"{prefix}{name}.weight"] = state_dict.pop(f"{prefix}{name}")
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class _Untrained(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.zeros_like(g)
+
+
+def untrained(weight: Tensor) -> Tensor:
+    """A weight that gets a gradient of zero: DistributedDataParallel needs parameters that get one."""
+    found: Tensor = _Untrained.apply(weight)
+    return found

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from ..config import MEFTConfig
+from ..memory.choice import LayerChoice
 from ..tier.layer_tier import LayerTier
 from ..transport.transfer import Traffic
 from .row_table import RowTable
@@ -20,6 +22,7 @@ class LayerRows:
     Attributes:
         number: place of the layer among those of the adapter.
         tier: the rows that have a place on the device; None: none have.
+        choice: which rows a step updates; None: all that it uses.
     """
 
     number: int
@@ -28,6 +31,7 @@ class LayerRows:
     config: MEFTConfig
     traffic: Traffic
     tier: LayerTier | None = None
+    choice: LayerChoice | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy or a pickle, whose tables have the newest rows."""
@@ -42,6 +46,10 @@ class LayerRows:
     def versions(self) -> tuple[int, int]:
         """Of keys and values; they change with every update."""
         return self.keys.version, self.values.version
+
+    def rows_stay(self) -> AbstractContextManager[object]:
+        """A block in which no other thread takes rows back from a device."""
+        return self.tier.owner.lock if self.tier is not None else nullcontext()
 
     def wait_for_updates(self) -> None:
         """Wait for updates that are queued, which counts as a wait of the launching thread."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -12,10 +12,19 @@ from torch.optim import Optimizer
 
 from peft_bridge.torch_private import left_alone_by_fsdp2
 
+from ..memory.versions import PARTS, RowVersions
 from ..transport.host_tensors import host_zeros, like_rows, row_blocks
 from .moments import KEY, Moments, RowMoments, moments_of
 from .row_step import RowState, update_rows
 from .shared_rows import SharedRows
+
+
+class Choice(Protocol):
+    """Chooses rows that a step may update."""
+
+    @property
+    def active(self) -> bool:
+        """Whether there are others."""
 
 
 def without_copy(state: RowState) -> list[Tensor]:
@@ -39,10 +48,14 @@ class RowTable(SharedRows):
         step: steps its touched rows, as `update_rows`.
         in_state_dict: whether state dicts have the rows.
         in_engine_before: whether DeepSpeed's engine took the rows out of an optimizer.
+        versions: the tasks that own rows; None: there are none.
+        choice: which rows a step updates; None: all that have a gradient.
     """
 
     in_state_dict = True
     in_engine_before = False
+    versions: RowVersions | None = None
+    choice: Choice | None = None
 
     _all: ClassVar[weakref.WeakSet[RowTable]] = weakref.WeakSet()
     _of_this_process = SharedRows._of_this_process | {"_stepped_with", "claimed_by", "step"}
@@ -152,6 +165,8 @@ class RowTable(SharedRows):
                 self._compute_copy_state = self._state()
             if self._dirty is not None:
                 self._dirty.note(rows, before, self._state())
+            if self.tier is not None:
+                self.tier.note_update(self, before[1], self._state()[1])
 
     def state_of(self, entry: RowMoments) -> RowState:
         """Rows with the moments of an entry, as a step reads and writes them; call it under the lock."""
@@ -169,8 +184,9 @@ class RowTable(SharedRows):
         with self.lock, torch.no_grad():
             self._wait_for_readers()
             state = self.state_of(entry)
+            # The values are those that the table has had: nobody has to be told, nor a backward pass to fail.
             for target, source in zip(without_copy(state), values, strict=True):
-                target.index_copy_(0, rows, source)
+                target.data.index_copy_(0, rows, source)
             if state.compute_copy is not None:
                 state.compute_copy.index_copy_(0, rows, values[0].to(state.compute_copy.dtype))
             if self._dirty is not None:
@@ -183,6 +199,16 @@ class RowTable(SharedRows):
             self.current()
             if self.node is not None:
                 self.node.enter(entry)
+
+    def keep_versions(self, rows: Tensor) -> None:
+        """A step is about to change some rows, int64 [n]: keep what they are now, if a task was frozen before.
+
+        Raises:
+            ValueError: an earlier task is selected.
+        """
+        if self.versions is not None:
+            with self.lock:
+                self.versions.keep(rows, self.masters)
 
     def fill(self, std: float | None) -> None:
         """Fill with N(0, std^2) from torch's global generator, or with zeros (std None), in row blocks."""
@@ -236,10 +262,18 @@ class RowTable(SharedRows):
             converted[block].copy_(self.rows[block])
         self._change(converted)
 
+    def __getattr__(self, name: str) -> Any:
+        if name in PARTS and self.versions is not None and name in (found := self.versions.tensors()):
+            return found[name]  # torch's functions for distributed state dicts look each key up
+        return super().__getattr__(name)
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.synchronize()
+        at_home = self.at_home()
         if self.in_state_dict:
             super()._save_to_state_dict(destination, prefix, keep_vars)
+            if self.versions is not None:
+                destination |= {f"{prefix}{part}": tensor for part, tensor in self.versions.tensors().items()}
+        del at_home
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         loaded = state_dict.get(f"{prefix}rows")
@@ -249,11 +283,14 @@ class RowTable(SharedRows):
             super()._load_from_state_dict(state_dict, prefix, *args)  # reports it
             return
         self.leave_node()  # other ranks may still read the rows
-        self.synchronize()  # not under the lock, which the update needs
+        at_home = self.at_home()  # not under the lock, which the update needs
         with self.lock, torch.no_grad():
             self._wait_for_readers()
             if self.rows.is_meta:
                 like = torch.empty(0, device="cpu" if self.on_host else loaded.device)
                 self._replace(like_rows(like, self.rows.dtype, self.rows.shape))
+            tasks = {part: state_dict[f"{prefix}{part}"] for part in PARTS if f"{prefix}{part}" in state_dict}
+            self.versions = RowVersions.of_tensors(tasks, self.rows) if tasks else None
             for block in row_blocks(self.rows):  # with assign=True too: a memory-mapped file may be removed
                 self.rows[block].copy_(loaded[block])
+        del at_home

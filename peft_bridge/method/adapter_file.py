@@ -103,6 +103,7 @@ class AdapterFile:
         renamed: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict,
         plain: Callable[[Tensor], Tensor] = Tensor.detach,
         may_differ: str = "fields of adapter_config.json",
+        varying: tuple[str, ...] = (),
     ) -> None:
         """Describe the files of a method.
 
@@ -112,13 +113,19 @@ class AdapterFile:
             renamed: gives tensors of files of earlier versions the names that they have now.
             plain: an alias of a tensor for reading.
             may_differ: which fields or sizes can be the reason for another shape.
+            varying: the ends of keys, among `parts`, of tensors that a file may have, of any shape.
         """
+        self.varying = varying
         self.prefix, self.digest_key = prefix, f"base_model.{prefix}digest"
         self.parts, self.renamed, self.plain, self.may_differ = parts, renamed, plain, may_differ
 
     def owns(self, key: str) -> bool:
         """Whether a key of a saved file is the method's own."""
         return key.endswith((*self.parts, self.digest_key)) if self.parts else f".{self.prefix}" in key
+
+    def varies(self, key: str) -> bool:
+        """Whether a file may have a tensor or not."""
+        return key.endswith(self.varying)
 
     def file_key(self, key: str) -> str:
         """The key under which a `PeftModel` saves a tensor, for one of a model without that wrapper too."""
@@ -147,7 +154,9 @@ class AdapterFile:
         saved = own.pop(self.digest_key, None)
         named = self.renamed(own)
         if wanted is not None:
-            check_shapes({key: value.shape for key, value in named.items()}, wanted, config, self.may_differ)
+            found = {key: value.shape for key, value in named.items() if not self.varies(key)}
+            needed = {key: shape for key, shape in wanted.items() if not self.varies(key)}
+            check_shapes(found, needed, config, self.may_differ)
         if saved is None:
             raise ValueError(
                 f"The adapter's file has no entry '{self.digest_key}': it is damaged or was not saved by "
@@ -157,13 +166,14 @@ class AdapterFile:
         return named
 
     def checked(self, config: MethodConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All tensors of a file that transformers loads, under the file's keys with the names of today.
+        """All tensors of a file that transformers loads, those that vary left out, under keys with the names of today.
 
         Raises:
             ValueError: one sentence: they are not what was saved.
         """
         self.own_tensors(config, tensors)
-        return self.renamed({key: value for key, value in tensors.items() if not key.endswith(self.digest_key)})
+        kept = {key: t for key, t in tensors.items() if not (key.endswith(self.digest_key) or self.varies(key))}
+        return self.renamed(kept)
 
 
 def read_adapter(folder: str | Path, kind: type[Config]) -> tuple[Config, dict[str, Tensor]]:

@@ -156,7 +156,7 @@ def help_of(capsys, *argv):
 
 def test_help(capsys):
     assert "train" in help_of(capsys, "--help")
-    for command in ("train", "estimate", "generate", "evaluate", "report", "export", "run", "doctor"):
+    for command in ("train", "estimate", "generate", "evaluate", "report", "export", "run", "count-rows", "doctor"):
         told = help_of(capsys, command, "--help")
         assert f"example:\n  aslora-meft {command} " in told
         assert told.index("\n\n") < told.index("\n\n", told.index("\n\n") + 2)  # a description after the usage

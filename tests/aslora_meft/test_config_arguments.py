@@ -9,7 +9,7 @@ from aslora import ASLoRAConfig
 from aslora_meft.arguments.config_arguments import METHODS, config_fields, make_config
 from aslora_meft.arguments.groups import parse_train
 from aslora_meft.errors import UsageError
-from meft import MEFTConfig, RowOptimizerConfig
+from meft import MEFTConfig, RowOptimizerConfig, TrainRowsConfig
 
 NEEDED = ["--model", "m", "--data", "d.jsonl", "--output_dir", "o"]
 
@@ -48,7 +48,7 @@ COMMON = {
 @pytest.mark.parametrize(("method", "fields"), [("aslora", ASLORA | COMMON), ("meft", MEFT | COMMON)])
 def test_every_field_is_reached_and_keeps_its_type(method, fields):
     own = {f.name for f in dataclasses.fields(METHODS[method])} - {f.name for f in dataclasses.fields(PeftConfig)}
-    assert own == fields.keys()
+    assert own - {"train_rows"} == fields.keys()  # which excludes device_rows
     words = ["--method", method]
     for name, (given, _) in fields.items():
         words += [f"--{name.replace('_', '-')}", *([given] if "{" in given else given.split())]
@@ -56,6 +56,11 @@ def test_every_field_is_reached_and_keeps_its_type(method, fields):
     for name, (_, value) in fields.items():
         assert getattr(config, name) == value, name
         assert type(getattr(config, name)) is type(value), name
+
+
+def test_rows_to_train_are_read_as_json():
+    config = parsed("--method", "meft", "--train-rows", '{"top": 64, "background": "counts.safetensors"}')
+    assert config.train_rows == TrainRowsConfig(64, "counts.safetensors")
 
 
 @pytest.mark.parametrize(("method", "kind"), [("aslora", ASLoRAConfig), ("meft", MEFTConfig), ("lora", LoraConfig)])

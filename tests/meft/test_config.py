@@ -143,10 +143,17 @@ FULL = {
 }
 
 
-def test_a_saved_configuration_comes_back(tmp_path):
+ROWS = {
+    "device_rows": 0,
+    "train_rows": {"top": 5, "background": "counts.safetensors"},
+}  # of which one excludes the other
+
+
+@pytest.mark.parametrize("given", [FULL, FULL | ROWS], ids=["device_rows", "train_rows"])
+def test_a_saved_configuration_comes_back(tmp_path, given):
     own = {f.name for f in fields(MEFTConfig)} - {f.name for f in fields(PeftConfig)}
-    assert own <= FULL.keys()  # no field is forgotten here
-    config = MEFTConfig(**FULL)
+    assert own <= FULL.keys() | ROWS.keys()  # no field is forgotten here
+    config = MEFTConfig(**given)
     config.save_pretrained(tmp_path)
     json.loads((tmp_path / "adapter_config.json").read_text())  # plain JSON
     back = PeftConfig.from_pretrained(tmp_path)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+import meft
 from tests.support import node_tasks, page_locks, uneven_tasks
 from tests.support.processes import once, result_of, run_ranks, saved_by_ranks, work_as_rank
 from tests.support.thread_streams import ThreadStreams
@@ -207,6 +208,48 @@ def run_nonfinite(rank, **fields):
     return {"same": same, "skipped": skipped, "begun": begun, "state": Tiny.whole_state(model)}
 
 
+def chosen(model, rank=None):
+    """Two tasks, of which only the most used rows are trained; each step has a pass without synchronising."""
+    wrapped = model if rank is None else DistributedDataParallel(model)
+    logits, norms = {}, []
+    for name in ("a", "b"):
+        optimizer = Tiny.adamw(model, lr=5e-2)
+        for step in range(2):
+            for part in range(2):
+                number = 4 * (name == "b") + 2 * step + part
+                batch = joint(number) if rank is None else mine(number, rank)
+                with nullcontext() if part or rank is None else wrapped.no_sync():
+                    (wrapped(input_ids=batch, labels=batch).loss / 2).backward()
+            norms.append(float(clipped(model)))
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            logits[name] = model(input_ids=joint(0)).logits
+        meft.freeze_rows(model, name)
+    for name in ("b", "a", None):
+        meft.select_task(model, name)
+        with torch.no_grad():
+            assert torch.equal(model(input_ids=joint(0)).logits, logits[name or "b"])
+    batch = joint(9) if rank is None else mine(9, rank)
+    wrapped(input_ids=batch, labels=batch).loss.backward()
+    optimizer.step()
+    return {"state": Tiny.whole_state(model), "norms": norms, "logits": logits}
+
+
+def run_joined_chosen(rank):
+    wrapped = DistributedDataParallel(adapted(train_rows={"top": 6}))
+
+    def run():
+        with wrapped.join():
+            pass
+
+    return refusal(run)
+
+
+def run_chosen(rank, **fields):
+    return chosen(adapted(init_weights=True, train_rows={"top": 6}, **fields), rank)
+
+
 def refusal(run):
     try:
         run()
@@ -240,6 +283,9 @@ TASKS = {
     "checkpointed reentrant": lambda rank: run_checkpointed(rank, True),
     "accumulation": run_accumulation,
     "beside": run_beside,
+    "chosen": run_chosen,
+    "joined, chosen": run_joined_chosen,
+    "chosen, delayed": lambda rank: run_chosen(rank, delay=2e-3, retrieval="host"),
     "lengths": run_lengths,
     "evaluation first": run_evaluation_first,
     "nonfinite": run_nonfinite,
@@ -306,6 +352,19 @@ def test_tables_are_not_in_ddps_buckets(ranks):
 def test_the_rows_of_the_first_rank_count_and_both_end_equal(ranks, alone):
     """The ranks' models were made from other seeds."""
     assert_close(assert_bit_equal(ranks, "ddp")["state"], alone()[0])
+
+
+def test_a_choice_of_rows_is_refused_inside_of_join(ranks):
+    for entry in result_of(ranks, "joined, chosen"):
+        assert "are not supported inside of DistributedDataParallel.join(): give all ranks" in entry["error"]
+
+
+@pytest.mark.parametrize(("name", "fields"), {"chosen": {}, "chosen, delayed": {"retrieval": "host"}}.items())
+def test_the_ranks_choose_the_rows_of_the_joint_batch(ranks, name, fields):
+    expected = chosen(adapted(init_weights=True, train_rows={"top": 6}, **fields))
+    for entry in result_of(ranks, name):
+        assert entry["norms"] == pytest.approx(expected["norms"], rel=1e-9)
+    assert_close(assert_bit_equal(ranks, name)["state"], expected["state"])
 
 
 @pytest.mark.parametrize("name", ["clipping", *(f"ddp, {name}" for name in ENGINES)])

@@ -93,8 +93,8 @@ def result(model, **more):
 # ---------------------------------------------------------------------- what the two processes do
 
 
-def run_by_hand(rank, layers=True, clip=clipped):
-    model = by_hand(adapted(rank), layers)
+def run_by_hand(rank, layers=True, clip=clipped, **fields):
+    model = by_hand(adapted(rank, **fields), layers)
     _, norms = train(model, rank, clip=clip)
     node = model.base_model.ranks.node
     return result(model, norms=norms, sharded=[isinstance(p, DTensor) for p in Tiny.trainable(model)],
@@ -359,6 +359,7 @@ def tasks(rank, folder):
     found = {
         "layers": partial(run_by_hand, rank),
         "root": partial(run_by_hand, rank, layers=False),
+        "chosen": partial(run_by_hand, rank, train_rows={"top": 6}),
         "over devices": partial(run_by_hand, rank, clip=lambda m: norm_of(clip_over_devices(Tiny.trainable(m), CLIP))),
         "engine": partial(run_engine, rank),
         "lengths": partial(run_lengths, rank),
@@ -434,6 +435,13 @@ def test_by_hand_with_the_rows_of_the_first_rank(ranks, alone, name):
     assert found["norms"] == pytest.approx(alone[1], rel=1e-9)
     assert min(found["norms"]) > CLIP
     assert_close(found["state"], alone[0])
+
+
+def test_the_ranks_choose_the_rows_of_the_joint_batch(ranks):
+    model, found = adapted(train_rows={"top": 6}), of_both(ranks, "chosen")
+    _, norms = train(model)
+    assert found["norms"] == pytest.approx(norms, rel=1e-9)
+    assert_close(found["state"], Tiny.whole_state(model))
 
 
 @pytest.mark.parametrize("name", ["engine", "RowAdamW"])

@@ -123,3 +123,9 @@ def test_ffns_are_found_where_each_rank_has_a_part_of_their_weights():
         parameter.data = torch.empty(0)
     assert default_targets(MEFTConfig(), "gpt2", base) == found
     assert found
+
+
+def test_a_choice_of_rows_is_refused():
+    model = Tiny.adapted(train_rows={"top": 5})
+    with pytest.raises(ValueError, match=r"not supported with DeepSpeed, .* use DistributedDataParallel or FSDP2"):
+        RowsOfEngine(AdamW(Tiny.trainable(model)), model.base_model.steps)

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import meft
 from aslora_meft.export.meft_model import export_model
 from aslora_meft.export.modeling import FAMILIES
 from meft import MEFTConfig
@@ -166,3 +167,27 @@ def test_the_folder_saves_and_loads_again(tmp_path):
     loaded = served(folder)
     loaded.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(served(tmp_path / "saved")), logits(loaded))
+
+
+def test_a_selected_task_is_exported_to_the_bit(tmp_path):
+    base = save_base(tmp_path / "base")
+    config = MEFTConfig(task_type="CAUSAL_LM", train_rows={"top": 4}, **FIELDS | {"init_weights": True})
+    torch.manual_seed(1)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for task in ("a", "b"):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        for _ in range(2):
+            model(input_ids=IDS if task == "a" else IDS.flip(1), labels=IDS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.save_pretrained(tmp_path / task)
+        meft.freeze_rows(model, task)
+    meft.select_task(model, "a")
+    model.save_pretrained(tmp_path / "selected")
+    for name in ("a", "b", "selected"):
+        export_model(tmp_path / name, tmp_path / f"model {name}")
+    first, later, selected = (load_file(tmp_path / f"model {n}" / "model.safetensors") for n in ("a", "b", "selected"))
+    assert all(torch.equal(selected[name], first[name]) for name in first)
+    assert selected.keys() == first.keys()
+    assert any(not torch.equal(later[name], first[name]) for name in first)
+    assert_same(tmp_path / "model selected", model)

@@ -1,0 +1,76 @@
+"""Texts on which `benchmarks.meft_forgetting` sees what a model has forgotten, and those that it counts rows on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.aslora_quality.tasks import DataError, collate, completion_logits, encode, read_gsm8k
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts as token ids.
+
+    Attributes:
+        windows: of WikiText-2's test file, [1, window] each.
+        answers: of GSM8K's test file, one batch each: (inputs, labels).
+        background: of WikiText-2's validation file and GSM8K's training file, [1, T] each.
+    """
+
+    windows: list[Tensor]
+    answers: list[tuple[dict[str, Tensor], Tensor]]
+    background: list[Tensor]
+
+
+def load_texts(data: Path, tokenizer, tokens: int, window: int, background: int, device: str) -> Texts:
+    """Read `wikitext2/` and `gsm8k/`.
+
+    Args:
+        tokens: of each text for measuring, at most.
+        window: tokens that are read at once.
+        background: examples of each text to count rows on.
+
+    Raises:
+        DataError: a file is not there, or not as it must be.
+    """
+    try:
+        test, valid = ((data / "wikitext2" / f"{name}.txt").read_text(encoding="utf-8") for name in ("test", "valid"))
+        train_pairs, test_pairs = (read_gsm8k(data / "gsm8k" / f"{name}.jsonl") for name in ("train", "test"))
+    except (OSError, KeyError, ValueError) as error:
+        raise DataError(f"--data {data}: cannot read wikitext2/ and gsm8k/ there ({error!r}).") from error
+    answers, used = [], 0
+    for example in encode(tokenizer, test_pairs[:200]):
+        used += len(example[0])
+        if used > tokens:
+            break
+        answers.append(collate([example], device))
+    return Texts(
+        _windows(tokenizer, test, tokens // window, window, device),
+        answers,
+        _windows(tokenizer, valid, background, window, device)
+        + [torch.tensor([ids], device=device) for ids, _ in encode(tokenizer, train_pairs[:background])],
+    )
+
+
+def _windows(tokenizer, text: str, count: int, window: int, device: str) -> list[Tensor]:
+    ids = tokenizer(text[: 12 * count * window], add_special_tokens=False)["input_ids"]
+    if len(ids) < count * window:
+        raise DataError(f"--data: wikitext2 has {len(ids)} tokens where {count * window} are needed.")
+    return [torch.tensor([ids[i * window : (i + 1) * window]], device=device) for i in range(count)]
+
+
+@torch.no_grad()
+def losses(model: nn.Module, texts: Texts) -> dict[str, float]:
+    """Mean loss of a token, in nats: of the windows, and of the answers."""
+    model.eval()
+    found: dict[str, list[Tensor]] = {"wikitext2": [], "gsm8k": []}
+    for ids in texts.windows:
+        logits = model(input_ids=ids).logits[0, :-1].float()
+        found["wikitext2"].append(F.cross_entropy(logits, ids[0, 1:], reduction="none"))
+    for inputs, labels in texts.answers:
+        logits = completion_logits(model, inputs, labels)
+        found["gsm8k"].append(F.cross_entropy(logits[0], labels[0], reduction="none"))
+    return {name: float(torch.cat(parts).mean()) for name, parts in found.items()}

@@ -1,0 +1,86 @@
+"""The benchmark of forgetting: its settings, its methods on a tiny model, and its page."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.aslora_quality.tasks import DataError
+from benchmarks.common.comparisons import read_list
+from benchmarks.common.protocol import REPORTED, TUNING
+from benchmarks.meft_forgetting import report
+from benchmarks.meft_forgetting.__main__ import QUICK, SETTINGS
+from benchmarks.meft_forgetting.methods import Method
+from benchmarks.meft_forgetting.runs import read_settings
+from benchmarks.meft_forgetting.texts import load_texts
+from tests.support.models import llama
+from tests.support.tiny_meft import Tiny
+
+
+@pytest.mark.parametrize("path", [SETTINGS, QUICK], ids=["settings", "quick"])
+def test_settings_and_lists_agree(path):
+    settings = read_settings(path)
+    listed = read_list(settings.comparisons)
+    names = {method.name for method in settings.methods}
+    goals = json.loads(settings.comparisons.read_text())["goals"]
+    assert {name for pair in listed.pairs for name in pair} == names
+    assert {goal[name] for goal in goals for name in ("ours", "rival")} <= names
+    assert listed.tasks == (settings.setup.task,)
+    for method in settings.methods:
+        assert settings.protocol(method).seeds == settings.seeds
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Method("a", "lora", 2, (0.1,)),
+        Method("b", "dense", 8, (0.1,), scale=3.0),
+        Method("c", "meft", 128, (0.1,)),
+        Method("d", "meft", 128, (0.1,), top=2),
+    ],
+    ids=["lora", "dense", "meft", "meft with train_rows"],
+)
+def test_each_method_trains_on_a_tiny_model(method):
+    base = llama(1, torch.float32, 0, vocab_size=64, hidden_size=32, intermediate_size=64, max_position_embeddings=64)
+    corpus, ids = [Tiny.batch(1, 6, seed=i) for i in range(3)], Tiny.batch(2, 8)
+    with method.attach(base, corpus) as model, torch.no_grad():
+        before = model(input_ids=ids).logits
+        with torch.enable_grad():
+            model(input_ids=ids, labels=ids).loss.backward()
+        if method.kind == "meft":
+            rows = model.get_submodule("base_model.model.model.layers.0.mlp").meft_values["default"].rows.grad.rows
+            assert len(rows) == 2 if method.top else len(rows) > 2
+        assert before.isfinite().all()
+    with pytest.raises(ValueError, match="kind='other' must be one of"):
+        Method("e", "other", 2, ())
+
+
+def made(method, seed, split, rate, recall, forgetting):
+    before = {"wikitext2": 3.0, "gsm8k": 1.0}
+    return {
+        **{"task": "16 facts", "method": method, "seed": seed, "split": split, "learning_rate": rate},
+        **{"recall": recall, "forgetting": forgetting, "loss": forgetting, "losses_before": before, "values": 5},
+        **{"losses_after": {name: loss + forgetting for name, loss in before.items()}, "cpu_seconds": 1.0},
+    }
+
+
+def test_the_page_says_what_the_rows_give():
+    settings = read_settings(QUICK)
+    ours, rival = (method.name for method in settings.methods)
+    rows = [made(ours, 100, TUNING, 0.004, 1.0, 0.1)]
+    assert "not measured" in report.text({"environments": [], "rows": rows}, settings, " --quick")
+    for seed in settings.seeds:
+        rows.append(made(ours, seed, REPORTED, 0.004, 1.0, 0.1 + 1e-6 * seed))
+        rows.append(made(rival, seed, REPORTED, 0.002, 1.0, 0.9 + 1e-6 * seed))
+    text = report.text({"environments": [{"torch": "1"}], "rows": rows}, settings, " --quick")
+    assert "| With train_rows MEFT forgets less than LoRA | supported |" in text
+    assert "0.33 of that of LoRA r 64 | +0.1" in text
+    assert "**reached**" in text
+    assert "20.09 -> 22.2" in text
+    assert "| MEFT r 1024, top 64 | 0.004 | 100.0 | 0.1000 |" in text
+    assert "seed 1001: not measured" not in text
+
+
+def test_texts_that_are_not_there_are_an_error(tmp_path):
+    with pytest.raises(DataError, match="cannot read wikitext2/ and gsm8k/"):
+        load_texts(tmp_path, None, 10, 5, 1, "cpu")
