@@ -10,12 +10,14 @@ from adapter_kernels.rows.gather_rows import zero_copy
 from adapter_kernels.runtime.host_threads import host_threads
 from adapter_kernels.runtime.triton_shim import AVAILABLE
 from adapter_kernels.topk import host_topk
+from meft.cost.auto import left_at_peak
 from meft.cost.calibration import calibrated
 from meft.cost.host_memory import available_bytes
 from meft.table.row_step import native_library
 from meft.transport.openmp_waiting import wait_awake
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "triton", "bitsandbytes")
+_PLACE_BYTES = 18  # of a value, with its gradient
 NEEDED_BY = {
     "triton": ": needed on a GPU only",
     "bitsandbytes": ": needed by 4-bit and 8-bit bases and by its own optimizers only",
@@ -44,8 +46,17 @@ def report(*, anew: bool = False) -> str:
         if device.type == "cuda":
             lines.append(f"{device!s:<34}{torch.cuda.get_device_name(device)}")
             lines.append(f"{'  kernels read host memory':<34}{_reads_host_memory(device)}")
+        lines.append(f"{'  left for device_rows=auto now':<34}{_left_for_rows(device)}")
         lines += ["", str(calibrated(device, anew=anew))]
     return "\n".join(lines)
+
+
+def _left_for_rows(device: torch.device) -> str:
+    """Without a model on it; with float32 masters and moments, and rows that are read in bfloat16."""
+    free = left_at_peak(device)
+    if not free:
+        return "none: rows get places on CUDA devices"
+    return f"{free / 2**30:.1f} GiB, {free // (2 * _PLACE_BYTES * 4096):,} neurons of 4,096 values"
 
 
 def _version(name: str) -> str:

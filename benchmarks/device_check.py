@@ -5,10 +5,10 @@ r"""Everything that a CUDA machine can prove and measure, in a few minutes, with
     python benchmarks/device_check.py --only headline kernels    # some parts, each as long as it may take
     python benchmarks/device_check.py --rehearse                 # all parts on the CPU, tiny; measures nothing
 
-Parts, each in a process of its own with a limit: build and warm, probe, ops, engine, sleepy, headline, sanitizer,
-kernels. One that fails does not stop the next. OUT gets results.json (after each part, with all that was found and the
-result files of the benchmarks in it), verdicts.txt, log.txt and at most two plots; `ingest_device.py` makes committed
-result files of results.json. The exit code is 1 where a part failed or a target does not hold.
+Parts, each in a process of its own with a limit: build and warm, probe, ops, engine, sleepy, tier, headline,
+sanitizer, kernels. One that fails does not stop the next. OUT gets results.json (after each part, with all that was
+found and the result files of the benchmarks in it), verdicts.txt, log.txt and at most two plots; `ingest_device.py`
+makes committed result files of results.json. The exit code is 1 where a part failed or a target does not hold.
 
 On a bare machine without a package registry (torch, triton, transformers, accelerate, numpy, pytest, hypothesis and g++
 are there, peft is not): on a machine with a registry, in the checkout,
@@ -72,6 +72,7 @@ PARTS = (
     Part("ops", ("benchmarks.device.ops",), 80, lean=True),
     Part("engine", ("benchmarks.device.engine",), 75, lean=True),
     Part("sleepy", ("benchmarks.device.engine", "--sleepy"), 35),
+    Part("tier", ("benchmarks.hot_rows.on_device",), 45, 20),
     Part("headline", ("benchmarks.device.headline",), 195, 75),
     Part("sanitizer", ("benchmarks.device.sanitizer",), 90, 45),
     Part("kernels", ("benchmarks.device.kernels",), 110, 35),

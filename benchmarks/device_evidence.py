@@ -141,7 +141,10 @@ def main(arguments: list[str] | None = None) -> int:
             results["parts"].append({"part": module, "status": status, "seconds": seconds})
             print(f"{module:16} {status:16} {seconds:6.1f} s", flush=True)
     for path in sorted(given.out.glob("*_device.*")):
-        results["files"][path.name] = path.read_text()
+        text = path.read_text()
+        for folder in (given.out / "work", given.carried):  # of the machine: rows name the model alone
+            text = text.replace(f"{folder}/", "")
+        results["files"][path.name] = text
     shutil.rmtree(given.out / "work")
     (given.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     return int(not results["files"] or any(part["status"].startswith("exit") for part in results["parts"]))

@@ -14,7 +14,7 @@ import runpy
 import subprocess
 import sys
 
-FORKED = ("probe", "engine", "sleepy", "headline")  # the others run the kernels interpreted, or import little
+FORKED = ("probe", "engine", "sleepy", "tier", "headline")  # the others run the kernels interpreted, or import little
 MODULES = ("transformers.models.llama", "peft", "benchmarks.card_24gb.__main__", "benchmarks.device.engine")
 
 

@@ -125,7 +125,7 @@ class MEFTConfig(MethodConfig):
         metadata={
             "help": "Rows that are used often and have a place on the device, where they are read and updated and need "
             "not cross. 0: none; up to 1: a share of all rows; '8GiB': as many as this holds; 'auto': what the first "
-            "step leaves free on a CUDA device. Experimental; of no effect where rows are read in place."
+            "step leaves free on a CUDA device. Of no effect where rows are read in place."
         },
     )
     gradient_dtype: str = field(

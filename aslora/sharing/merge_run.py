@@ -39,7 +39,7 @@ class SharingRun:
         self.nonfinite_steps = 0
         self._warned: set[tuple[str, str]] = set()  # (adapter, what about)
         self._seen: set[str] = set()  # adapters whose optimizer torch's hooks see
-        self.ranks = StateOfLastRanks(self.watched_parameters, self._b_groups, self._deciding, self._taken_over)
+        self.ranks = StateOfLastRanks(self._b_groups, self._deciding, self._taken_over)
 
     def add(self, adapter_name: str, units: list[MergeUnit], total_steps: int | None) -> None:
         self.units[adapter_name] = units
@@ -141,7 +141,7 @@ class SharingRun:
             ValueError: B is sharded by FSDP1, the schedule is a fraction of a run of unknown length, or the optimizer
                 uses norms of parameters.
         """
-        self.ranks.before_step(optimizer, parameters)
+        self.ranks.before_step(optimizer)
         stepped = list(self._stepped(parameters))
         for adapter_name, _, members in stepped:
             _refuse_flattened(adapter_name, members)

@@ -187,13 +187,14 @@ def as_json(result: Estimate) -> dict[str, Any]:
         "host_bytes": {**result.host, "all": sum(result.host.values())},
         "host_bytes_with": result.narrower,
         "crossing": crossing,
+        "device_rows": result.device_rows,
         "fits": result.fits,
         "reserved_bytes": RESERVED,
         "largest_that_fits": result.largest,
         "fits_with": list(result.remedies),
         "seconds_per_step_at_least": result.seconds,
         "compute_seconds_per_step": result.compute_seconds,
-        "ranks": None if result.ranks is None else _ranks_as_json(result.ranks),
+        "ranks": None if result.ranks is None else result.ranks.as_json(),
         "tokens_per_second_at_most": None if result.seconds is None else _tokens(result.request) / result.seconds,
     }
 
@@ -215,6 +216,14 @@ def as_text(result: Estimate) -> str:
             f"MEFT: strategy {plan.strategy}, r {plan.shape.r}, E {plan.shape.experts}, |U| = {plan.work.union} "
             f"({plan.work.union / plan.shape.r:.2f} r), rows {kept}"
         )
+    if result.device_rows is not None:
+        hot = result.device_rows
+        lines += [
+            f"device_rows: places for {hot['share_of_rows']:.1%} of the {hot['rows']}; {hot['found_share']:.0%} of "
+            f"those that a micro-batch uses have one, the host updates {hot['host_updated_share']:.0%} of a step's "
+            f"rows, {hot['saved_bytes_per_step'] / GIB:.2f} GiB a step do not cross",
+            f"  (predicted by {hot['trace']}; other data use other rows)",
+        ]
     lines += ["", "device memory at the peak, GiB"]
     lines += [f"  {part:<12}{size / GIB:>8.2f}" for part, size in result.memory.parts.items() if size]
     verdict = _verdict(result) if result.ranks is None else ""
@@ -244,23 +253,6 @@ def as_text(result: Estimate) -> str:
         told = ", ".join(f"{name} {size}" if size else f"no {name}" for name, size in result.largest.items())
         lines += ["", f"what would fit, each with all else as asked: {'; '.join([told, *result.remedies])}"]
     return "\n".join(lines)
-
-
-def _ranks_as_json(ranks: RanksEstimate) -> dict[str, Any]:
-    return {
-        "gpus": ranks.gpus,
-        "parallel": ranks.parallel,
-        "device_bytes_per_rank": {**ranks.device, "peak": ranks.peak},
-        "host": {
-            name: {
-                "bytes_per_rank": host.each,
-                "bytes_once": host.once,
-                "bytes_of_node": host.node(ranks.gpus),
-                "tokens_per_second_at_most": host.tokens_per_second,
-            }
-            for name, host in ranks.hosts.items()
-        },
-    }
 
 
 def _ranks_as_text(result: Estimate, ranks: RanksEstimate) -> list[str]:

@@ -31,7 +31,7 @@ from aslora_meft.planner.rates import GIB, ceilings
 from aslora_meft.planner.request import RESERVED, Estimate, Request
 from aslora_meft.planner.trace import Extra, Memory, Step, trace_step
 from meft.cost.auto import decoder_shape
-from meft.cost.fit import by_size, largest_that_fits, strategies_that_fit
+from meft.cost.fit import by_size, largest_that_fits, strategies_that_fit, with_hot_rows
 from meft.cost.host_memory import narrower
 from meft.cost.memory import AdapterShape, Plan, Rows, Work
 from meft.cost.step_time import BaseModel, StepTime, step_time
@@ -117,15 +117,20 @@ class _Model:
 
     def candidates(self, request: Request) -> list[Plan]:
         """Plans for MEFT, the preferred one first; at least one, the last ones with the least memory."""
-        strategy, work = self.strategy, self.work(request)
+        strategy, work, hot = self.strategy, self.work(request), self.device_rows(request)
         if request.gpu is None:
-            return [Plan(self.shape, work, UNKNOWN_DEVICE if strategy == "auto" else strategy)]
+            return [with_hot_rows(Plan(self.shape, work, UNKNOWN_DEVICE if strategy == "auto" else strategy), hot)]
         free = request.gpu - RESERVED - self.beside(request)
-        found = strategies_that_fit(self.shape, work, free, placement=self.config.placement, rows=self.kept_rows)
+        asked = {"placement": self.config.placement, "rows": self.kept_rows, "device_rows": hot}
+        found = strategies_that_fit(self.shape, work, free, **asked)
         # The plan's arithmetic adds up what is not live at one time: what it finds too large may fit.
         least = replace(work, rows=self.kept_rows[-1])
         last = by_size(self.shape, least)[-2:] if strategy == "auto" else [Plan(self.shape, least, strategy)]
-        return [p for p in found if strategy in ("auto", p.strategy)] + last
+        return [p for p in found if strategy in ("auto", p.strategy)] + [with_hot_rows(p, hot) for p in last]
+
+    def device_rows(self, request: Request) -> float | str:
+        """As of `MEFTConfig`; 0 on several GPUs, where rows that they share get no places."""
+        return self.config.device_rows if request.gpus == 1 else 0
 
     @property
     def strategy(self) -> str:
@@ -167,6 +172,9 @@ def _best(model: _Model, request: Request) -> tuple[Plan | None, Memory]:
         memory = model.trace(request, plan)
         if request.gpu is None or _peak(model, request, memory) <= request.gpu - RESERVED:
             break
+    if request.gpu is not None and model.device_rows(request) == "auto":
+        plan = with_hot_rows(plan, "auto", request.gpu - RESERVED - memory.peak - request.gpu // 20)
+        memory = model.trace(request, plan)
     return plan, memory
 
 
@@ -207,8 +215,7 @@ def _seconds(
 
 def _ranks(model: _Model, one: Estimate) -> RanksEstimate:
     """Several GPUs, of which each does what `one` says."""
-    request, plan = one.request, one.plan
-    units = Units.of(model.base, model.stored)
+    request, plan, units = one.request, one.plan, Units.of(model.base, model.stored)
     layout = request.gpus, request.parallel
     at = ceilings(request.card) if one.seconds is not None and request.card is not None else None
     least = 0.0

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import flop_registry
 from peft_bridge.torch_private import TorchDispatchMode, all_overloads, storage_address, tree_map_only
 
 PARTS = (
-    "base", "router", "adapter", "optimizer", "gradients", "saved rows", "key buffers", "buffers", "activations",
+    "base", "router", "adapter", "optimizer", "gradients", "saved rows", "key buffers", "buffers", "hot rows",
+    "activations",
 )  # fmt: skip
 
 

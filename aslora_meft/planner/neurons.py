@@ -84,4 +84,5 @@ def lasting_bytes(plan: Plan) -> dict[str, int]:
         "key buffers": plan.way.buffers(plan.shape),
         "buffers": plan.row_buffers() + (0 if stay else plan.row_gradients()),
         "optimizer": plan.shape.moments if stay else 0,
+        "hot rows": plan.places(),
     }

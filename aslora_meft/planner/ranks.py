@@ -79,6 +79,23 @@ class RanksEstimate:
     device: dict[str, int]
     hosts: dict[str, HostOfRanks] = field(default_factory=dict)
 
+    def as_json(self) -> dict[str, Any]:
+        """In bytes and tokens a second."""
+        return {
+            "gpus": self.gpus,
+            "parallel": self.parallel,
+            "device_bytes_per_rank": {**self.device, "peak": self.peak},
+            "host": {
+                name: {
+                    "bytes_per_rank": host.each,
+                    "bytes_once": host.once,
+                    "bytes_of_node": host.node(self.gpus),
+                    "tokens_per_second_at_most": host.tokens_per_second,
+                }
+                for name, host in self.hosts.items()
+            },
+        }
+
     @property
     def peak(self) -> int:
         """Bytes of each rank's device at the peak."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from aslora_meft.planner.ranks import RanksEstimate
 from aslora_meft.planner.rates import GIB
 from aslora_meft.planner.trace import Memory
+from meft.cost.hot_rows import TRACE
 from meft.cost.memory import Plan
 
 RESERVED = 3 * GIB // 2  # of a GPU, for the CUDA context and fragmentation: an assumption
@@ -80,6 +81,24 @@ class Estimate:
     remedies: tuple[str, ...] = ()
     ranks: RanksEstimate | None = None
     narrower: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def device_rows(self) -> dict[str, Any] | None:
+        """What rows with a place on the device save; None: there are none."""
+        plan = self.plan
+        if plan is None or not plan.hot:
+            return None
+        hot = plan.hot_rows
+        return {
+            "trace": TRACE,
+            "rows": "values (the host picks by keys)" if hot.values_alone else "rows",
+            "share_of_rows": plan.hot,
+            "device_bytes": plan.places(),
+            "found_share": hot.found,
+            "host_updated_share": 1 - hot.tables * hot.stepped(plan.shape, plan.work) / plan.step_union,
+            "rows_that_get_a_place_share": hot.swapped,
+            "saved_bytes_per_step": replace(plan, hot=0.0).crossing() - plan.crossing(),
+        }
 
     @property
     def fits(self) -> bool | None:

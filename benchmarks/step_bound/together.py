@@ -1,6 +1,6 @@
-"""Strategies, narrow states and updates behind a link and a host that stand to computing as on a card: time and bound.
+"""All of MEFT's engine behind a link and a host that stand to computing as on a card: the time of a step and its bound.
 
-    python -m benchmarks.step_bound.together            # 64 cells, 20 minutes of mostly waiting; a rerun goes on
+    python -m benchmarks.step_bound.together            # 96 cells, half an hour of mostly waiting; a rerun goes on
     python -m benchmarks.step_bound.together --quick    # two cells; keeps no result
 
 The real engine trains a small model on a CPU. Copies take their bytes at the rate of a link, what the host does with
@@ -9,6 +9,10 @@ while. The rates stand to each other as those of the card that is named in a ste
 tokens and |U|/r 0.26. The bound is `meft.cost.step_time` at the rates that the same run has measured: a step with a
 free link and a free host, a copy each way, and a host's task. What a cell shows is the schedule: whether nothing waits
 that need not. It says nothing of a GPU's speed.
+
+Cells are strategies, states (float32, or the narrowest), and how a step ends (clipping, or `in_backward`). With
+`device_rows` the picks of a layer are as skewed as those of the recorded trace: as many of a micro-batch's rows are
+among those that are used most.
 """
 
 import argparse
@@ -20,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -34,6 +39,7 @@ from benchmarks.hot_rows.link import Streams, routed
 from benchmarks.step_bound.__main__ import FFN, HEAD, D, plan_of
 from meft import MEFTConfig
 from meft.cost.host_bytes import HostBytes
+from meft.cost.hot_rows import HotRows
 from meft.cost.memory import AdapterShape, Plan, Work
 from meft.cost.step_time import BaseModel, Ceilings, step_time
 from meft.retrieval.strategies import DEVICE_STRATEGIES
@@ -45,10 +51,11 @@ CARDS = ("3090", "4090", "a10", "l4")
 STATES = {"float32": ("float32", "float32"), "narrowest": ("bfloat16", "rowwise")}  # masters and moments
 ENDS = {"clipping": False, "in_backward": True}
 STRATEGIES = DEVICE_STRATEGIES[1:]
+DEVICE_ROWS = 0.366  # in the cells that have any
 WIDTH, DEPTH, R, SHARE, TOKENS, TOP_K, VOCABULARY = 64, 4, 1024, 0.26, 256, 16, 128
 UNION = round(SHARE * R)
 COMPUTING = 0.6  # seconds of a step
-STEPS, COUNTED = 6, 3
+STEPS, COUNTED = {0.0: 6, DEVICE_ROWS: 14}, 3  # rows have their places after the second choice
 LIMIT = 1.10
 FREE = 1e18
 
@@ -87,7 +94,7 @@ class Host:
 @contextmanager
 def slow(host: Host, plan: Plan) -> Iterator[Callable[..., None]]:
     """Let what the host does with gradients take its time; gives the update."""
-    bytes_of = HostBytes(plan)
+    bytes_of = HostBytes(replace(plan, hot=0.0))
     drained = bytes_of.drained(0) / (2 * UNION)  # of a row
     updated = bytes_of.updated() / (2 * bytes_of.stepped)
     real = offload_ring.drain
@@ -102,19 +109,32 @@ def slow(host: Host, plan: Plan) -> Iterator[Callable[..., None]]:
         offload_ring.drain = real
 
 
-def config_of(strategy: str, states: str, end: str) -> MEFTConfig:
+def config_of(strategy: str, states: str, end: str, device_rows: float = 0.0) -> MEFTConfig:
     """Of a cell."""
     masters, moments = STATES[states]
     rule = {"moments": moments, "in_backward": ENDS[end]}
     return MEFTConfig(
-        r=R, top_k=TOP_K, retrieval=strategy, init_weights=False, master_dtype=masters, row_optimizer=rule
-    )
+        r=R, top_k=TOP_K, retrieval=strategy, init_weights=False, master_dtype=masters, row_optimizer=rule,
+        device_rows=device_rows,
+    )  # fmt: skip
 
 
 def small_plan(config: MEFTConfig, strategy: str) -> Plan:
     """Of the small model."""
     shape = AdapterShape.of(config, d=WIDTH, layers=DEPTH, base_dtype=torch.bfloat16)
-    return Plan(shape, Work(TOKENS, UNION), strategy)
+    return Plan(shape, Work(TOKENS, UNION), strategy, hot=float(config.device_rows))
+
+
+def used_rows(share: float) -> torch.Tensor:
+    """Which rows each layer uses in each step, bool [DEPTH, steps, R], where a share of the rows has places."""
+    random, steps = torch.Generator().manual_seed(1), STEPS[share]
+    used = torch.zeros(DEPTH, steps, R, dtype=torch.bool)
+    popular = round(share * R)
+    hot = round(HotRows(share).found * UNION)
+    for layer, step in itertools.product(range(DEPTH), range(steps)):
+        used[layer, step, torch.randperm(max(1, popular), generator=random)[:hot]] = hot > 0
+        used[layer, step, popular + torch.randperm(R - popular, generator=random)[: UNION - hot]] = True
+    return used
 
 
 def seconds_of_a_step(config: MEFTConfig, to_device: float, to_host: float, host: float) -> float:
@@ -131,15 +151,12 @@ def seconds_of_a_step(config: MEFTConfig, to_device: float, to_host: float, host
         layer.base_layer.register_forward_hook(lambda *call: Computing.apply(call[2], COMPUTING / DEPTH / 2))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids, times, now = torch.randint(VOCABULARY, (2, TOKENS // 2)), [], [0]
-    random = torch.Generator().manual_seed(1)
-    used = torch.zeros(DEPTH, STEPS, R, dtype=torch.bool)
-    for layer, step in itertools.product(range(DEPTH), range(STEPS)):
-        used[layer, step, torch.randperm(R, generator=random)[:UNION]] = True
+    used = used_rows(float(config.device_rows))
     clipped = not config.row_rule.in_backward
     with routed(used, now), slow(Host(host), small_plan(config, config.retrieval)) as update:
         for layer in engine.layers:
             layer.keys.step = layer.values.step = update
-        for step in range(STEPS):
+        for step in range(used.shape[1]):
             began, now[0] = time.perf_counter(), step
             model(input_ids=ids, labels=ids).loss.backward()
             if clipped:
@@ -202,29 +219,38 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two cells; keeps no result")
     args = parser.parse_args()
-    cells = list(itertools.product(CARDS, STRATEGIES, STATES, ENDS))
+    cells: list[tuple[str, str, str, str, float]] = [
+        *itertools.product(CARDS, STRATEGIES, STATES, ENDS, (0.0,)),
+        *itertools.product(CARDS, STRATEGIES, STATES, ("clipping",), (DEVICE_ROWS,)),
+    ]
     result = {"command": "python -m benchmarks.step_bound.together", "limit": LIMIT, "cells": [], "seconds": 0.0}
     if args.quick:
-        cells = [("3090", "stream", "float32", "clipping"), ("4090", "stream", "narrowest", "in_backward")]
+        cells = [
+            ("3090", "stream", "float32", "clipping", 0.0),
+            ("4090", "stream", "narrowest", "clipping", DEVICE_ROWS),
+        ]
     elif RESULT.exists():
         result = json.loads(RESULT.read_text())
-    done = {tuple(cell[name] for name in ("card", "strategy", "states", "end")) for cell in result["cells"]}
+    done = {
+        tuple(cell[name] for name in ("card", "strategy", "states", "end", "device_rows")) for cell in result["cells"]
+    }
     above = [cell for cell in result["cells"] if cell["times the bound"] > LIMIT]
     for cell in cells:
         if cell in done:
             continue
-        began, (card, strategy, states, end) = time.perf_counter(), cell
-        config, rates = config_of(strategy, states, end), rates_of(card)
+        began, (card, strategy, states, end) = time.perf_counter(), cell[:-1]
+        config, rates = config_of(*cell[1:]), rates_of(card)
         computing = seconds_of_a_step(config, FREE, FREE, FREE)
         least = bound(config, computing, measured(*rates))
         found = seconds_of_a_step(config, *rates)
         row = {
-            "card": card, "strategy": strategy, "states": states, "end": end, "seconds": found, "bound": least,
+            "card": card, "strategy": strategy, "states": states, "end": end, "device_rows": cell[-1],
+            "seconds": found, "bound": least,
             "times the bound": found / least, "seconds with a free link and host": computing,
         }  # fmt: skip
         print(
-            f"{card}-like {strategy:<11} {states:<9} {end:<11} {found:.3f} s, bound {least:.3f} s: "
-            f"{found / least:.3f} times; {computing:.3f} s with a free link and host",
+            f"{card}-like {strategy:<11} {states:<9} {end:<11} device_rows {cell[-1]:<5} {found:.3f} s, "
+            f"bound {least:.3f} s: {found / least:.3f} times; {computing:.3f} s with a free link and host",
             flush=True,
         )
         if found / least > LIMIT:

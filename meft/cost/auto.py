@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -130,7 +130,7 @@ def choose(
     if profile is not None:
         free -= profile.activations(T)
     kept: tuple[Rows, ...] = ("save", "refetch") if config.backward_rows == "auto" else (config.backward_rows,)  # type: ignore[assignment]
-    plans = strategies_that_fit(shape, work, free, rows=kept)
+    plans = strategies_that_fit(shape, work, free, rows=kept, device_rows=config.device_rows)
     if not plans:
         least = by_size(shape, Work(T, work.union, rows=kept[-1]))[-1]
         logger.warning(
@@ -148,7 +148,7 @@ def choose(
         for share in UNION_SHARES:
             for accumulation in ACCUMULATIONS:
                 union = max(1, min(work.union, round(share * config.r)))
-                now = Plan(shape, Work(T, union, accumulation, plan.work.rows), plan.strategy)
+                now = replace(plan, work=Work(T, union, accumulation, plan.work.rows))
                 times.append(step_time(now, profile.base, ceilings).seconds / accumulation)
         return fmean(times)
 

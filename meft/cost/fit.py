@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ..retrieval.costs import AdapterShape, Rows, Work
 from ..retrieval.strategies import STRATEGIES
+from .hot_rows import share_of
 from .memory import Plan
 
 
@@ -17,6 +18,7 @@ def strategies_that_fit(
     *,
     placement: str = "host",
     rows: Sequence[Rows] = ("save", "refetch"),
+    device_rows: float | str = 0,
 ) -> list[Plan]:
     """The plans whose parts on the device fit, the preferred one first: least traffic that must be waited for.
 
@@ -25,17 +27,32 @@ def strategies_that_fit(
     Args:
         free_device_bytes: what base model and activations leave.
         rows: what may happen with the rows for backward, the preferred one first.
+        device_rows: as of `MEFTConfig`; 'auto' takes what the plan leaves, and keeps nothing from fitting.
     """
     found = []
     for strategy in STRATEGIES:
         if STRATEGIES[strategy].placement != placement:
             continue
         for kept in rows:
-            plan = Plan(shape, replace(work, rows=kept), strategy)
+            plan = with_hot_rows(Plan(shape, replace(work, rows=kept), strategy), device_rows)
             if sum(plan.device_bytes().values()) <= free_device_bytes:
                 found.append(plan)
                 break
     return found
+
+
+def with_hot_rows(plan: Plan, device_rows: float | str, free_device_bytes: int = 0) -> Plan:
+    """The plan with places on the device for some rows.
+
+    Args:
+        device_rows: as of `MEFTConfig`.
+        free_device_bytes: what 'auto' may take.
+    """
+    if plan.way.placement != "host" or not device_rows:
+        return plan
+    on_host = plan.way.selects_on_host
+    share = share_of(device_rows, plan.shape, values_alone=on_host, free=free_device_bytes)
+    return replace(plan, hot=share)
 
 
 def by_size(shape: AdapterShape, work: Work, *, placement: str = "host") -> list[Plan]:

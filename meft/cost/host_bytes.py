@@ -8,6 +8,7 @@ bytes more for each gradient and as many as a value of the narrower copy has.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .memory import FP32, Plan
 
@@ -70,6 +71,10 @@ class HostBytes:
 
     def updated(self) -> int:
         """Of a step's update, wherever it is: gradient, master, both moments and the narrower copy."""
+        return self.of_rows(self.stepped, self.read_gradient)
+
+    def of_rows(self, neurons: float, gradient: int = FP32) -> Any:
+        """Of the update of some neurons' rows by gradients of so many bytes a value."""
         s = self.plan.shape
-        each = self.read_gradient + 2 * s.master + (s.compute if s.compute < s.master else 0)
-        return 2 * self.stepped * (s.d * each + 2 * s.row_moments)
+        each = gradient + 2 * s.master + (s.compute if s.compute < s.master else 0)
+        return 2 * neurons * (s.d * each + 2 * s.row_moments)

@@ -5,11 +5,12 @@ Pure arithmetic over shapes, in the terms of `meft.retrieval.costs`; what depend
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..gradient.offload_ring import SLOTS
 from ..retrieval.costs import FP32, ID, AdapterShape, Flow, Rows, Work
 from ..retrieval.strategies import STRATEGIES, Strategy
+from .hot_rows import HotRows, place_bytes
 
 __all__ = ["FP32", "AdapterShape", "Flow", "Plan", "Rows", "Work"]
 
@@ -18,6 +19,9 @@ __all__ = ["FP32", "AdapterShape", "Flow", "Plan", "Rows", "Work"]
 class Plan:
     """A strategy for an adapter and its work.
 
+    Attributes:
+        hot: share of the rows that have a place on the device (`device_rows`), 0 to 1.
+
     Raises:
         ValueError: a strategy that there is not, or a size out of its range.
     """
@@ -25,6 +29,7 @@ class Plan:
     shape: AdapterShape
     work: Work
     strategy: str
+    hot: float = 0.0
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -40,6 +45,15 @@ class Plan:
     def way(self) -> type[Strategy]:
         """The strategy's class."""
         return STRATEGIES[self.strategy]
+
+    @property
+    def hot_rows(self) -> HotRows:
+        """Of the share that have a place."""
+        return HotRows(self.hot, self.way.selects_on_host)
+
+    def on_host(self) -> Plan:
+        """What is left to the host: the same without rows on the device, for the work of the others."""
+        return self if not self.hot else replace(self, work=self.hot_rows.cold(self.shape, self.work), hot=0.0)
 
     @property
     def step_union(self) -> int:
@@ -58,8 +72,10 @@ class Plan:
 
     @property
     def kept_gradient(self) -> int:
-        """Bytes of a value of a row gradient in host memory: as it came, or of a sum in fp32."""
-        return self.shape.gradient if self.work.accumulation == 1 else FP32
+        """Bytes of a value of a row gradient where it is kept: on the host as it came, else in the dtype of sums."""
+        wide = max(FP32, self.shape.master)
+        as_it_came = self.work.accumulation == 1 and wide == FP32 and not self.way.updates_on_device
+        return self.shape.gradient if as_it_came else wide
 
     @property
     def keeps_rows(self) -> bool:
@@ -92,6 +108,11 @@ class Plan:
             return 2 * s.layers * s.d * self.step_union * FP32
         return self.largest_union * (FP32 + s.gradient)
 
+    def places(self) -> int:
+        """Bytes of rows that have a place on the device, with their moments and gradients."""
+        s = self.shape
+        return round(self.hot * s.layers * s.r) * place_bytes(s, values_alone=self.way.selects_on_host)
+
     def forward_temporaries(self) -> int:
         """Bytes of one layer's forward pass: x in fp32 for the router, logits, and the candidates of a token."""
         s, T = self.shape, self.work.tokens
@@ -115,6 +136,7 @@ class Plan:
             "saved rows": L * self.saved_rows(),
             "key buffers": self.way.buffers(s),
             "buffers": self.row_buffers() + (0 if stay else self.row_gradients()),
+            "hot rows": self.places(),
             "activations": L * self.picks() + max(self.forward_temporaries(), self.backward_temporaries()),
         }
 
@@ -141,7 +163,11 @@ class Plan:
 
     def flows(self) -> list[Flow]:
         """What crosses for one layer: in each micro-batch, and once per optimizer step."""
-        return list(self.way.flows(self.shape, self.work))
+        found, hot = list(self.way.flows(self.shape, self.work)), self.hot_rows
+        if not self.hot:
+            return found
+        left = [hot.left(flow, self.shape, self.work) for flow in found]
+        return left + list(hot.flows(self.shape, self.work))
 
     def crossing(self, *, to_device: bool | None = None) -> int:
         """Bytes across the link per optimizer step, all layers: one way, or both."""

@@ -8,6 +8,7 @@ the host's memory and cores. Each does one thing at a time at its ceiling. What 
     host          before that, hidden states go down, and the host scores them
     refetch       rows for the backward pass of l are gathered during that of l + 1
     backward      row gradients of l leave under all that is below it, and are added up in the host's store
+    hot rows      what has a place on the device crosses no link and is updated there, before its layer's forward pass
     update        clipping: after the norm of all gradients, layer 0 first; else once a layer's gradients of the last
                   micro-batch are stored. Device tables then get the changed rows. The next forward pass of l waits.
 
@@ -152,7 +153,8 @@ class _Seconds:
         self.host = host
         stay = plan.way.updates_on_device
         self.update = 0.0 if stay else self.host.updated() / at.host_bytes
-        self.device_update = self.host.updated() / at.device_bytes if stay else 0.0
+        hot = plan.hot_rows.tables * plan.hot_rows.stepped(s, w) if plan.hot else 0.0
+        self.device_update = (self.host.updated() if stay else self.host.of_rows(hot)) / at.device_bytes
         self.norm = self.host.looked_at() / at.host_bytes
 
     def _device(self, flops: float, read: float) -> float:
@@ -188,7 +190,7 @@ def step_time(
         checkpointing: whether each layer is computed again in the backward pass.
         moved: by the host; None: what it moves for one process.
     """
-    seconds, L = _Seconds(plan, base, ceilings, moved or HostBytes(plan)), plan.shape.layers
+    seconds, L = _Seconds(plan, base, ceilings, moved or HostBytes(plan.on_host())), plan.shape.layers
     compute, up, down, host = resources = [_Resource() for _ in range(4)]
     table, rows = seconds.flows("forward", True, True), seconds.flows("forward", True, False)
     hidden, again = seconds.flows("forward", False), seconds.flows("backward", True)

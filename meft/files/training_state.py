@@ -44,11 +44,11 @@ _DAMAGED = "The training state in '{folder}' is damaged ({what}): restore it, or
 
 def weights_digest(table: RowTable) -> str:
     """SHA-256 of a table's masters with dtype and shape, as hexadecimal digits."""
-    table.synchronize()
-    rows = table.masters
+    at_home, rows = table.at_home(), table.masters
     sha = hashlib.sha256(f"{rows.dtype}|{list(rows.shape)}|".encode())
     for block in row_blocks(rows):
         sha.update(rows[block].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    del at_home
     return sha.hexdigest()
 
 

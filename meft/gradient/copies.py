@@ -63,9 +63,8 @@ def add(func: Any, a: Any, b: Any, *, alpha: float = 1) -> Any:
 
 def _no_rows(a: StoredRows) -> tuple[Tensor, Tensor]:
     """Rows and values of a zero gradient; no slices, which would keep the memory of all alive."""
-    arrives = isinstance(a._stored, Pending)
-    dtype = torch.promote_types(a.dtype, torch.float32) if arrives else values_of(a).dtype
-    values = torch.empty(0, *a.shape[1:], dtype=dtype, device=a.device)
+    own = a.dtype if isinstance(a._stored, Pending) else a._stored[1].dtype
+    values = torch.empty(0, *a.shape[1:], dtype=torch.promote_types(own, torch.float32), device=a.device)
     return torch.empty(0, dtype=torch.int64, device=a.device), values
 
 

@@ -6,6 +6,7 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..transport.host_tensors import check_process
@@ -47,7 +48,8 @@ class HeldValues:
         if isinstance(self.stored, Pending):
             if isinstance(self.stored, Divided) and self.known is not None:
                 self.known = KnownValues()  # of values in other memory
-            self.stored = self.stored.result()
+            with torch.inference_mode(False):  # values outlive the mode
+                self.stored = self.stored.result()
             if self.known is not None:
                 self.known.land(self.stored[1])
         return self.stored

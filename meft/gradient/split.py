@@ -66,24 +66,34 @@ class DevicePart:
         touched = accumulator.union(self.touched, other.touched, len(self.rows))
         return DevicePart(self.streams, self.rows, touched, sums, None, self.dtype, self.slots)
 
-    def compact(self) -> tuple[Tensor, Tensor]:
-        """Numbers of the touched rows, [h], and their gradients, [h, d] in `dtype`, on the device."""
+    def numbers_on_device(self) -> Tensor:
+        """Numbers of the touched rows, [h]."""
         if self.numbers is not None:
-            return self.numbers, self.values.to(self.dtype)
+            return self.numbers
         numbers, arrival = sent(self.streams, self.touched.to(torch.int32), self.slots)
         self.streams.wait_event(arrival)
         self.streams.use([numbers])
-        return numbers, self.values.index_select(0, numbers)
+        return numbers
+
+    def some(self, numbers: Tensor, block: slice = slice(None)) -> Tensor:
+        """Gradients of some touched rows, [n, d] in `dtype`, on the device.
+
+        Args:
+            numbers: what `numbers_on_device` gives.
+        """
+        if self.numbers is not None:
+            return self.values[block].to(self.dtype)
+        return self.values.index_select(0, numbers[block])
 
     def home(self) -> Landed:
         """Rows and values in host memory."""
-        coming = Coming(self.streams, [self.compact()[1]], self.slots)
+        coming = Coming(self.streams, [self.some(self.numbers_on_device())], self.slots)
         return self.rows[self.touched], coming.wait()[0].clone()
 
     def begin_squares(self) -> bool:
         """Queue what `squares` waits for, in the order of the computation; False where there is none (float64)."""
         if self._coming is None and self.dtype == torch.float32:
-            found = row_squares(self.compact()[1])
+            found = row_squares(self.some(self.numbers_on_device()))
             assert found is not None
             self._coming = Coming(self.streams, [found], self.slots)
         return self.dtype == torch.float32

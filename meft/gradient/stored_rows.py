@@ -15,9 +15,9 @@ from peft_bridge.torch_private import PLAIN_TORCH_FUNCTION, make_wrapper_subclas
 from ..table.row_step import multiplied
 from ..transport.host_tensors import forks
 from .held_values import HeldValues
-from .host.accumulator import Pending, Stored, widened
+from .host.accumulator import Pending, Stored
 from .host.known_values import KnownValues
-from .host.pool import held_by_others
+from .host.pool import held_by_others, memory_beside
 from .row_rules import Touched
 from .split import DevicePart, Divided
 
@@ -91,8 +91,8 @@ class StoredRows(torch.Tensor):
 
     def take_over(self, other: Self) -> None:
         """Take rows and values of another gradient, which still arrive, and what is known of them."""
-        self._held.stored, self._held.factors = other._held.stored, ()
-        self._held.known, self._held.forks = other._held.known, other._held.forks
+        self._held.stored, self._held.factors = other._held.stored, other._held.factors
+        self._held.known, self._held.forks, self._held.in_use = other._held.known, other._held.forks, other._held.in_use
         if other._held is self._held:
             return
         self._held.leave()
@@ -181,14 +181,17 @@ class StoredRows(torch.Tensor):
     def stored(self) -> tuple[Tensor, Tensor]:
         """Rows and values, at least in float32."""
         rows, values = self._held.landed()
-        factors, wide = self._held.factors, widened(values)
-        if factors and (self._held.shared or wide is not values):
-            self._held.unshare(rows, multiplied(values, factors))
-        elif factors:
-            self._stored = rows, multiplied(values, factors, out=values)
-        elif wide is not values:
-            known = self._held.known
-            self._held.unshare(rows, wide, None if known is None else known.of_equal(values, wide))
+        factors, known = self._held.factors, self._held.known
+        narrow = values.dtype == torch.bfloat16
+        with torch.inference_mode(False):  # they outlive the mode
+            if narrow:
+                wide = multiplied(values, factors, out=memory_beside(values, torch.float32))
+                still = None if known is None or factors else known.of_equal(values, wide)
+                self._held.unshare(rows, wide, still)
+            elif factors and self._held.shared:
+                self._held.unshare(rows, multiplied(values, factors))
+            elif factors:
+                self._stored = rows, multiplied(values, factors, out=values)
         return self._held.landed()
 
     def forget(self) -> None:

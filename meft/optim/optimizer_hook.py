@@ -111,7 +111,7 @@ class RowSteps:
         nonfinite_steps: steps that changed nothing because a gradient was inf or nan, those that a GradScaler
             skipped included.
         averaged: whether the gradients of the forward pass that ran last are averaged over ranks.
-        last_ranks: brings what the optimizer keeps of routers to ranks that had fewer batches.
+        last_ranks: brings what the optimizer keeps of routers, and of others, to ranks that had fewer batches.
     """
 
     def __init__(self) -> None:
@@ -120,7 +120,7 @@ class RowSteps:
         self.routers: dict[str, list[nn.ModuleDict]] = {}
         self.nonfinite_steps = 0
         self.averaged = False
-        self.last_ranks = StateOfLastRanks(self._router_parameters)
+        self.last_ranks = StateOfLastRanks()
         self._taken: list[TableStep] = []
         self._overflow: weakref.ref[Tensor] | None = None
         self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimizers that have stepped
@@ -166,7 +166,10 @@ class RowSteps:
             if owner is not None:
                 raise ValueError(TWO_OPTIMIZERS)
             rule_of(optimizer, group_of(optimizer, table.rows), self.configs[name].row_rule)
-        self.last_ranks.before_step(optimizer, parameters)
+        if optimizer not in self._seen:
+            self._seen.add(optimizer)
+            warn_of_lost_moments(optimizer, [table for _, table in self._of(parameters)])
+        self.last_ranks.before_step(optimizer)
 
     def before_closure(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         """Rows do not move before the step ends."""
@@ -175,9 +178,6 @@ class RowSteps:
         """Take the row gradients, so that the optimizer does not step the tables, and make their moments."""
         scaler = getattr(optimizer, "grad_scale", None)  # of a fused step under a GradScaler: not yet unscaled
         divisor = float(scaler) if scaler is not None else 1.0
-        if optimizer not in self._seen:
-            self._seen.add(optimizer)
-            warn_of_lost_moments(optimizer, [table for _, table in self._of(parameters)])
         steps = []
         for name, table in self._of(parameters):
             if table.claimed_by is not None and table.claimed_by() is optimizer:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from ..table.node_rows import RankLeftError
 from ..table.row_step import StepRule
 from ..table.row_table import RowTable
 from ..tier.layer_tier import LayerTier
+from ..tier.places import Places
 
 
 class TableStep(NamedTuple):
@@ -36,14 +37,23 @@ class TableStep(NamedTuple):
 def update_tables(steps: Sequence[TableStep]) -> None:
     """Step tables of one optimizer, in this order, at once or queued to the threads of their `updates`.
 
-    Ranks that share them enter the step of all before they wait for each other.
+    Ranks that share them enter the step of all before they wait for each other. Other threads see the rows of a table
+    that are on a device as they are before the step, or after it.
+
+    Raises:
+        RuntimeError: rows on a device could not be stepped, or not change their places; all others are stepped.
     """
+    with _rows_stay([step.table for step in steps]):
+        _update_tables(steps)
+
+
+def _update_tables(steps: Sequence[TableStep]) -> None:
     for table, *_ in steps:
         table.wait_for_update()
         if table.node is not None and not (table.is_shared and table.node.ranks.summed):
             table.leave_node()  # by gradients of its own, or in memory of its own: as one copy a rank
     steps = [_of_chosen_rows(step) for step in steps]  # before any rank may write
-    steps, tiers = steps_on_device(steps)
+    steps, tiers, errors = steps_on_device(steps)
     tables = [step.table for step in steps]
     if any(table.node is not None for table in tables):
         for step in steps:  # raises before any rank may write if a gradient did not arrive
@@ -59,6 +69,8 @@ def update_tables(steps: Sequence[TableStep]) -> None:
     for table in tables:  # what is written from here on is written after the step of all ranks
         if table.node is not None and table.updates is None:
             table.synchronize()
+    for what, error in errors:
+        raise RuntimeError(f"{what} failed: {error}") from error
 
 
 def _of_chosen_rows(step: TableStep) -> TableStep:
@@ -72,52 +84,88 @@ def _of_chosen_rows(step: TableStep) -> TableStep:
     return step._replace(gradient=gradient)
 
 
-def steps_on_device(steps: Sequence[TableStep]) -> tuple[list[TableStep], dict[RowTable, list[LayerTier]]]:
+def _owners(tables: Iterable[RowTable]) -> list[Places]:
+    """Of the places that rows of some tables have on a device."""
+    return list(dict.fromkeys(table.tier.owner for table in tables if isinstance(table.tier, LayerTier)))
+
+
+@contextmanager
+def _rows_stay(tables: Iterable[RowTable]) -> Iterator[None]:
+    """No other thread takes rows back from a device inside of the block."""
+    with ExitStack() as held:
+        for owner in _owners(tables):
+            held.enter_context(owner.lock)
+        yield
+
+
+Errors = list[tuple[str, Exception]]
+
+
+def steps_on_device(steps: Sequence[TableStep]) -> tuple[list[TableStep], dict[RowTable, list[LayerTier]], Errors]:
     """Step the rows that have a place on a device.
 
     Returns:
-        the steps of the others; and of the tables that are stepped last of a tier's, those whose rows change their
-        places behind them.
+        the steps of the others; of the tables that are stepped last of a tier's, those whose rows change their places
+        behind them; and what has failed, which keeps nothing else from being stepped.
     """
-    left, queues, last = [], list[Callable[[], None]](), dict[LayerTier, RowTable]()
+    errors, last = Errors(), dict[LayerTier, RowTable]()
     for step in steps:
         if isinstance(step.table.tier, LayerTier):
             step.table.tier.land()
             step.table.tier.use_moments(step.table, step.entry)
-    for step in steps:
-        tier = step.table.tier
-        if isinstance(tier, LayerTier):
-            gradient, queue = tier.step(step.table, step.entry, step.gradient, step.rule)
-            gradient.to_multiply()  # raises here if it did not arrive
-            queues.append(queue)
-            step = step._replace(gradient=gradient)
-            last[tier] = step.table
-        left.append(step)
-    for queue in queues:
-        queue()
-    for owner in dict.fromkeys(stepped.owner for stepped in last):
-        owner.end_step()
+            last[step.table.tier] = step.table
+    owners = list(dict.fromkeys(tier.owner for tier in last))
+    try:
+        left, queues = _divided(steps)
+    except torch.OutOfMemoryError:  # nothing is stepped yet: all rows are, on the host
+        for owner in owners:
+            owner.shrink()
+        left, queues = _divided(steps)
+    for table, queue in queues:
+        try:
+            queue()
+        except Exception as error:
+            errors.append((f"The update of rows of MEFT's {table.name} on the device", error))
+    for owner in owners:
+        try:
+            owner.end_step()
+        except Exception as error:
+            errors.append(("The exchange of MEFT's rows on the device (device_rows)", error))
         for tier in owner.tiers:  # rows of any layer may leave
             if tier not in last:
                 tier.queue_changes()
     behind: dict[RowTable, list[LayerTier]] = {}
     for stepped, table in last.items():
         behind.setdefault(table, []).append(stepped)
-    return left, behind
+    return left, behind, errors
+
+
+def _divided(steps: Sequence[TableStep]) -> tuple[list[TableStep], list[tuple[RowTable, Callable[[], None]]]]:
+    """The steps of rows on the host, and what queues those of the others."""
+    left, queues = [], []
+    for step in steps:
+        if isinstance(step.table.tier, LayerTier):
+            gradient, queue = step.table.tier.step(step.table, step.entry, step.gradient, step.rule)
+            gradient.to_multiply()  # raises here if it did not arrive
+            queues.append((step.table, queue))
+            step = step._replace(gradient=gradient)
+        left.append(step)
+    return left, queues
 
 
 def change_places(tables: Sequence[RowTable]) -> None:
     """The updates of an optimizer step were queued in the backward pass: rows change their places behind them."""
-    for owner in dict.fromkeys(table.tier.owner for table in tables if isinstance(table.tier, LayerTier)):
-        due = owner.is_due
-        if due:  # rows of any layer may leave: the steps of all rows have to be queued
+    for owner in _owners(tables):
+        with owner.lock:
+            due = owner.is_due
+            if due:  # rows of any layer may leave: the steps of all rows have to be queued
+                for tier in owner.tiers:
+                    for own in tier.tables:
+                        own.wait_for_update()
+                    tier.land()
+            owner.end_step(changes=due)
             for tier in owner.tiers:
-                for own in tier.tables:
-                    own.wait_for_update()
-                tier.land()
-        owner.end_step(changes=due)
-        for tier in owner.tiers:
-            tier.queue_changes()
+                tier.queue_changes()
 
 
 @contextmanager
@@ -160,6 +208,14 @@ def update_table(
         finite_only: leave the rows alone if a value of the gradient, which may not have landed yet, is inf or nan.
         enter: called before the update.
     """
+    with _rows_stay([table]):
+        _update_table(table, entry, gradient, rule, finite_only, enter)
+
+
+def _update_table(
+    table: RowTable, entry: RowMoments, gradient: RowGradient, rule: StepRule, finite_only: bool,
+    enter: Callable[[], None],
+) -> None:  # fmt: skip
     whole, then = gradient, None
     choice = table.choice if finite_only and isinstance(table.choice, LayerChoice) and table.choice.active else None
     kept = choice.chosen_rows() if choice is not None else None  # a later pass may choose others

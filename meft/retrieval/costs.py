@@ -20,6 +20,7 @@ ID = 4  # bytes of the int32 of a neuron or a place
 FP32 = 4
 When = Literal["forward", "backward", "step"]
 Rows = Literal["save", "refetch"]
+OfRows = Literal["", "table", "union", "step"]
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ class Flow:
         when: 'forward' and 'backward' of each micro-batch, or 'step': once per optimizer step.
         elements, bytes: its size.
         ahead: whether it can cross before anybody knows the picks.
+        rows: which rows it has: of whole tables, of the union of a micro-batch, of that of a step; none.
     """
 
     what: str
@@ -129,16 +131,17 @@ class Flow:
     elements: int
     bytes: int
     ahead: bool = False
+    rows: OfRows = ""
 
 
-def to_device(what: str, when: When, elements: int, each: int, *, ahead: bool = False) -> Flow:
+def to_device(what: str, when: When, elements: int, each: int, *, ahead: bool = False, rows: OfRows = "") -> Flow:
     """A flow of elements of `each` bytes to the device."""
-    return Flow(what, True, when, elements, elements * each, ahead)
+    return Flow(what, True, when, elements, elements * each, ahead, rows)
 
 
-def to_host(what: str, when: When, elements: int, each: int) -> Flow:
+def to_host(what: str, when: When, elements: int, each: int, *, rows: OfRows = "") -> Flow:
     """A flow of elements of `each` bytes to the host."""
-    return Flow(what, False, when, elements, elements * each)
+    return Flow(what, False, when, elements, elements * each, rows=rows)
 
 
 def gradients_to_host(shape: AdapterShape, work: Work, *, ids: bool) -> Iterator[Flow]:
@@ -147,6 +150,6 @@ def gradients_to_host(shape: AdapterShape, work: Work, *, ids: bool) -> Iterator
     Args:
         ids: whether the neurons of U, which the device has picked, cross too.
     """
-    yield to_host("row gradients", "backward", 2 * shape.d * work.union, shape.gradient)
+    yield to_host("row gradients", "backward", 2 * shape.d * work.union, shape.gradient, rows="union")
     if ids:
         yield to_host("union ids", "backward", work.union, ID)

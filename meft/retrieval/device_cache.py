@@ -60,6 +60,10 @@ class KeyBuffers:
 
     def take(self, layer: LayerRows) -> Tensor:
         """The keys of a layer, [r, d], in the order of the computation."""
+        with layer.rows_stay():
+            return self._take(layer)
+
+    def _take(self, layer: LayerRows) -> Tensor:
         self.prefetch(layer)
         place = layer.number % 2
         try:
@@ -158,8 +162,8 @@ class DeviceCopy:
 
     def current(self) -> Tensor:
         """All rows, [r, d], in the order of the computation."""
-        self.prefetch()
-        with self._or_all_again():
+        with self.layer.rows_stay(), self._or_all_again():
+            self.prefetch()
             self._synchronize()
             tier = self.layer.tier
             if tier is not None and tier.version != self._seen:

@@ -106,7 +106,8 @@ class ZeroCopySteps:
                     self._buffers[i % 2].step(kernel, rows[part], grads[part], factors)
             finally:
                 self._finish()
-        traffic.bytes_zero_copy += len(rows) * (state.row_bytes() + grads[:1].nbytes + torch.int32.itemsize)
+        sent = grads.shape[1] * torch.float32.itemsize + torch.int32.itemsize
+        traffic.bytes_zero_copy += len(rows) * (state.row_bytes() + sent)
 
     def _finish(self) -> None:
         """Wait for all that is queued, also where some of it has failed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,10 @@ class LayerRows:
     def versions(self) -> tuple[int, int]:
         """Of keys and values; they change with every update."""
         return self.keys.version, self.values.version
+
+    def rows_stay(self) -> AbstractContextManager[object]:
+        """A block in which no other thread takes rows back from a device."""
+        return self.tier.owner.lock if self.tier is not None else nullcontext()
 
     def wait_for_updates(self) -> None:
         """Wait for updates that are queued, which counts as a wait of the launching thread."""

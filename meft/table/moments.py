@@ -128,15 +128,18 @@ class RowMoments(float):
             RuntimeError: this is a forked process, which has not got the memory.
         """
         current = self.current()
-        current.handed_out = True
         return current if current.for_users is None else current.for_users
 
     def current(self) -> Moments:
         """The moments after all updates that are queued, for another entry; raises what `moments` raises."""
         check_process(self._forks)
-        if self._synchronize is not None:
-            self._synchronize()
-        return self._moments
+        while True:
+            moments = self._moments
+            moments.handed_out = True  # before it is waited for: no row goes to a device then, whatever a thread does
+            if self._synchronize is not None:
+                self._synchronize()
+            if self._moments is moments:
+                return moments
 
     @property
     def held(self) -> Moments:

@@ -34,8 +34,15 @@ class RowsOnDevice(Protocol):
     def holds_rows(self) -> bool:
         """Whether it has any."""
 
+    @property
+    def owes_rows(self) -> bool:
+        """Whether some that it had were to be written back, which has failed."""
+
     def settle(self) -> None:
         """Write all of them back to the table, which has the newest values then, and keep none."""
+
+    def note_update(self, table: Any, before: int, after: int) -> None:
+        """Rows of a table in host memory were updated, between two versions of it."""
 
 
 class KeptRows(KeptParameters):
@@ -133,6 +140,12 @@ class KeptRows(KeptParameters):
 
     def synchronize(self) -> None:
         """Wait for an update of the rows that is queued."""
+
+    def at_home(self) -> Tensor:
+        """As `synchronize`; rows go to no device, whatever other threads do, while the result, a plain alias, lives."""
+        rows = unwatched(self._known_rows())
+        self.synchronize()
+        return rows
 
     @property
     def is_shared(self) -> bool:

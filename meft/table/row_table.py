@@ -165,6 +165,8 @@ class RowTable(SharedRows):
                 self._compute_copy_state = self._state()
             if self._dirty is not None:
                 self._dirty.note(rows, before, self._state())
+            if self.tier is not None:
+                self.tier.note_update(self, before[1], self._state()[1])
 
     def state_of(self, entry: RowMoments) -> RowState:
         """Rows with the moments of an entry, as a step reads and writes them; call it under the lock."""
@@ -182,8 +184,9 @@ class RowTable(SharedRows):
         with self.lock, torch.no_grad():
             self._wait_for_readers()
             state = self.state_of(entry)
+            # The values are those that the table has had: nobody has to be told, nor a backward pass to fail.
             for target, source in zip(without_copy(state), values, strict=True):
-                target.index_copy_(0, rows, source)
+                target.data.index_copy_(0, rows, source)
             if state.compute_copy is not None:
                 state.compute_copy.index_copy_(0, rows, values[0].to(state.compute_copy.dtype))
             if self._dirty is not None:
@@ -267,11 +270,12 @@ class RowTable(SharedRows):
         return super().__getattr__(name)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.synchronize()
+        at_home = self.at_home()
         if self.in_state_dict:
             super()._save_to_state_dict(destination, prefix, keep_vars)
             if self.versions is not None:
                 destination |= {f"{prefix}{part}": tensor for part, tensor in self.versions.tensors().items()}
+        del at_home
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         loaded = state_dict.get(f"{prefix}rows")
@@ -281,7 +285,7 @@ class RowTable(SharedRows):
             super()._load_from_state_dict(state_dict, prefix, *args)  # reports it
             return
         self.leave_node()  # other ranks may still read the rows
-        self.synchronize()  # not under the lock, which the update needs
+        at_home = self.at_home()  # not under the lock, which the update needs
         with self.lock, torch.no_grad():
             self._wait_for_readers()
             if self.rows.is_meta:
@@ -291,3 +295,4 @@ class RowTable(SharedRows):
             self.versions = RowVersions.of_tensors(tasks, self.rows) if tasks else None
             for block in row_blocks(self.rows):  # with assign=True too: a memory-mapped file may be removed
                 self.rows[block].copy_(loaded[block])
+        del at_home

@@ -18,7 +18,7 @@ from ..transport.transfer import PageLock
 from .dirty_rows import DirtyRows
 from .node_rows import NodeRows
 from .row_parameter import SWAPPED, KeptRows, State
-from .update_queue import PendingUpdate, PendingUpdates, Then, Update, UpdateQueue
+from .update_queue import LastUpdate, PendingUpdate, Then, Update, UpdateQueue
 
 
 class Reading(tuple["SharedRows", ...]):
@@ -31,8 +31,7 @@ class Reading(tuple["SharedRows", ...]):
 
     def __enter__(self) -> list[Tensor]:
         for rows in self:
-            if rows._pending is not None or rows.node is not None:
-                rows.wait_for_update()
+            rows.wait_for_update()
         for rows in self:
             rows.lock.acquire()
         try:
@@ -72,11 +71,11 @@ class SharedRows(KeptRows):
     """
 
     _of_this_process: ClassVar[frozenset[str]] = frozenset(
-        ("lock", "updates", "node", "tier", "_pending", "_readers", "_dirty", "_compute_copy", "_compute_copy_state")
+        ("lock", "updates", "node", "tier", "_last", "_readers", "_dirty", "_compute_copy", "_compute_copy_state")
         + ("_pages", "locked_for")
     )
 
-    _pending: PendingUpdate | PendingUpdates | None = None  # asked for before `_start`, by what adopts the rows
+    _last = LastUpdate()  # of no rows: asked for before `_start`, by what adopts the rows
     node: NodeRows | None = None
     pin = False
 
@@ -90,7 +89,7 @@ class SharedRows(KeptRows):
         self.lock = threading.RLock()
         self.updates: UpdateQueue | None = None
         self.node = self.tier = None
-        self._pending = None
+        self._last = LastUpdate()
         self._readers: dict[CopyStream, StreamEvent] = {}
         self._dirty: DirtyRows | None = None
         self._pages = PageLock()
@@ -110,11 +109,11 @@ class SharedRows(KeptRows):
         """Queue an update; every later access to the rows waits for it. Arguments as of `UpdateQueue.add`."""
         self.wait_for_update()
         assert self.updates is not None
-        self._pending = self.updates.add(update, self.name, then, ready)
+        self._last.put(self.updates.add(update, self.name, then, ready))
 
     def wait_for_too(self, pending: PendingUpdate) -> None:
         """Every later access to the rows waits for another update, which was queued behind that of the rows."""
-        self._pending = pending if self._pending is None else PendingUpdates(self._pending, pending)
+        self._last.put_too(pending)
 
     def synchronize(self) -> None:
         """Make the rows in host memory the newest: wait for a queued update, whose error is raised once, and for the
@@ -125,21 +124,22 @@ class SharedRows(KeptRows):
             self.tier.settle()
 
     def wait_for_update(self) -> None:
-        """As `synchronize`, but rows that are on a device stay there."""
+        """As `synchronize`, but rows that are on a device stay there, unless some of them should have come back."""
+        if self.wait_for_queue() and self.tier is not None and self.tier.owes_rows:
+            self.tier.settle()
+
+    def wait_for_queue(self) -> bool:
+        """Wait for a queued update, whose error is raised once, and for the other ranks; False: nobody may wait now."""
         if self.node is not None:
             self._watch.check_process()  # a forked process has not got what ranks wait by
-        pending = self._pending
-        if pending is not None:
-            # As `threading.Condition` asks it: an update cannot begin before a lock that this thread holds is free.
-            if pending.in_this_thread or self.lock._is_owned():  # type: ignore[attr-defined]
-                return
-            try:
-                pending.wait()
-            finally:
-                if self._pending is pending:
-                    self._pending = None
+        # As `threading.Condition` asks it: an update cannot begin before a lock that this thread holds is free.
+        holds = self._last.in_this_thread or self.lock._is_owned()  # type: ignore[attr-defined]
+        if holds and self._last.is_queued:
+            return False
+        self._last.wait()
         if self.node is not None:
             self.node.wait()
+        return not holds
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -156,7 +156,7 @@ class SharedRows(KeptRows):
     @property
     def version(self) -> int:
         """Changes with every change of the masters that a backward pass must not meet."""
-        if self._pending is not None or self.node is not None:
+        if self._last.is_queued or self.node is not None:
             self.wait_for_update()
         with without_torch_function():
             return int(self.rows._version)
@@ -287,7 +287,7 @@ class SharedRows(KeptRows):
 
     def _adopt(self, parameter: Any, read_as: torch.dtype) -> None:
         if self.tier is not None and self.tier.holds_rows and not self._settling:
-            if self._pending is not None and self._pending.in_this_thread:  # which cannot wait for itself
+            if self._last.in_this_thread:  # which cannot wait for itself
                 raise RuntimeError(SWAPPED)
             self._settling = True  # in the memory of the rows before, which may be somebody's still
             try:

@@ -32,17 +32,15 @@ class PendingUpdate:
         try:
             done = self._update()
         except BaseException as error:
-            del self._update  # releases the gradients
-            self.fail(error)
+            self._release()
+            self._done.set_exception(error)
         else:
-            del self._update
-            self._thread = None
+            self._release()
             self._done.set_result(done)
 
-    def fail(self, error: BaseException) -> None:
-        """Let those who wait raise an error."""
+    def _release(self) -> None:
+        del self._update  # and the gradients
         self._thread = None
-        self._done.set_exception(error)
 
     @property
     def in_this_thread(self) -> bool:
@@ -78,6 +76,47 @@ class PendingUpdates:
             self._first.wait()
         finally:
             self._second.wait()
+
+
+class LastUpdate:
+    """The last queued update of some rows, for all threads that must wait for it."""
+
+    def __init__(self) -> None:
+        self._pending: PendingUpdate | PendingUpdates | None = None
+        self._changing = threading.Lock()
+
+    @property
+    def is_queued(self) -> bool:
+        """Whether there may be one that nobody has waited for."""
+        return self._pending is not None
+
+    @property
+    def in_this_thread(self) -> bool:
+        """Whether the calling thread does it: it must not wait for itself."""
+        pending = self._pending
+        return pending is not None and pending.in_this_thread
+
+    def put(self, pending: PendingUpdate) -> None:
+        """An update was queued; the one before was waited for."""
+        with self._changing:
+            self._pending = pending
+
+    def put_too(self, pending: PendingUpdate) -> None:
+        """Another one was queued behind it."""
+        with self._changing:
+            self._pending = pending if self._pending is None else PendingUpdates(self._pending, pending)
+
+    def wait(self) -> None:
+        """Raises: RuntimeError: it failed, and no earlier call has said so."""
+        pending = self._pending
+        if pending is None:
+            return
+        try:
+            pending.wait()
+        finally:
+            with self._changing:  # another thread may have queued the next one since
+                if self._pending is pending:
+                    self._pending = None
 
 
 class UpdateQueue:
@@ -123,9 +162,10 @@ class UpdateQueue:
             self._ready.append(pending)
             try:
                 self._thread.submit(self._run_latest, self._ready)
-            except RuntimeError as error:  # the interpreter ends
+                return
+            except RuntimeError:  # the interpreter ends: what `atexit` calls may still save the rows
                 self._ready.remove(pending)
-                pending.fail(error)
+        pending.run()
 
     def _run_latest(self, ready: list[PendingUpdate]) -> None:
         with self._lock:

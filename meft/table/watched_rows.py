@@ -1,8 +1,7 @@
 """A parameter of rows that notices when its memory is given to others.
 
 Torch counts in-place operations on a tensor and on its views (`_version`), but not what is written through `.data`, a
-numpy array, dlpack or a storage. `WatchedRows` notes when one of these was handed out; its views and results of
-`detach` are watched too. `other_users` says whether another tensor or array shares the memory.
+numpy array, dlpack or a storage. `WatchedRows` notes when one was handed out; its views and detached ones are watched.
 """
 
 from __future__ import annotations
@@ -76,11 +75,12 @@ class Watch:
         """Raises: RuntimeError: this is a forked process, which has not got the memory."""
         check_process(self._forks)
 
-    def wait(self) -> None:
-        """Wait for an update that is queued, unless the calling thread makes it; raises what it raised."""
-        table = self.table()
-        if table is not None:
+    def wait(self, rows: Tensor) -> Tensor:
+        """As `at_home` of the table, of which `rows` is an alias."""
+        alias = unwatched(rows)
+        if (table := self.table()) is not None:
             table.synchronize()
+        return alias
 
     @property
     def is_shared(self) -> bool:
@@ -122,11 +122,11 @@ class WatchedRows(torch.Tensor):
     @classmethod
     @torch.compiler.disable  # compiled, it would call itself
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        sources = _watched(args, kwargs)
+        sources, at_home = _watched(args, kwargs), []
         for source in sources:
             source.watch.check_process()
             if func in (GET_DATA, SET_DATA) or getattr(func, "__name__", "") not in _ASK_NO_VALUES:
-                source.watch.wait()
+                at_home.append(source.watch.wait(source))
         for target in _watched(written_arguments(func, args, kwargs or {}), None):
             _own(target)  # before anything is written that other processes read
         if func == SET_DATA:
@@ -142,20 +142,20 @@ class WatchedRows(torch.Tensor):
 
     def as_subclass(self, cls: Any) -> Any:
         """As torch's, which does not call `__torch_function__`."""
-        self.watch.wait()
+        at_home = self.watch.wait(self)  # noqa: F841 - until the result is there
         _own(self)
         self.watch.note()
         return super().as_subclass(cls)
 
     def __copy__(self) -> Tensor:
-        self.watch.wait()
+        at_home = self.watch.wait(self)  # noqa: F841 - as above
         _own(self)
         self.watch.note()
         return self._like_plain(unwatched(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:
-            self.watch.wait()
+            at_home = self.watch.wait(self)  # noqa: F841 - as above
             own = unwatched(self)
             copied = self._like_plain(like_rows(own, own.dtype).copy_(own))
             if is_parameter(self):
@@ -165,7 +165,7 @@ class WatchedRows(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As that of a plain parameter or tensor: loading it needs no class of this package."""
-        self.watch.wait()
+        at_home = self.watch.wait(self)  # noqa: F841 - as above
         return self._like_plain(unwatched(self)).__reduce_ex__(protocol)
 
     def _like_plain(self, values: Tensor) -> Tensor:

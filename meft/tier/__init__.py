@@ -9,4 +9,8 @@ The order of the hand-overs. All that reads or writes the pools is queued in the
 steps, and copies to and from buffers of their own, which the copy streams fill and empty. A row that leaves is written
 home by the thread of the row updates, behind the update of its table, which every access to the table waits for; a row
 that enters is read by the same job, after that update, and has its place once the computation has landed it.
+
+Threads beside the computation may take rows back at any time but within a step of an optimizer (`Places.lock`). A
+thread that has asked for a table's rows keeps an alias of them (`KeptRows.at_home`) until it has read or written: while
+anybody else has one, no row of the table gets a place. What leaves is kept on the device until it is home.
 """

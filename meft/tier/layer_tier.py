@@ -16,6 +16,7 @@ from ..table.moments import RowMoments
 from ..table.row_step import update_rows
 from ..table.row_table import RowTable
 from ..transport.staging import sent
+from ..transport.streams import StreamEvent
 from .layer_places import LayerPlaces
 from .residents import Placement, Residents
 
@@ -29,8 +30,9 @@ class LayerTier(LayerPlaces):
         """A pass uses rows, int64 [u] in host memory; those of passes with a graph count for who has a place."""
         if torch.is_grad_enabled():
             self.owner.note(self, rows)
-        if self.residents is not None:
-            self.traffic.hot_rows += int((self.residents.number.index_select(0, rows) >= 0).sum())
+        residents = self.residents
+        if residents is not None:
+            self.traffic.hot_rows += int((residents.number.index_select(0, rows) >= 0).sum())
 
     def placement(self, selected: Tensor) -> Placement | None:
         """Where the rows of a selection are; None: all are on the host."""
@@ -63,12 +65,14 @@ class LayerTier(LayerPlaces):
     def read(self, placement: Placement, tables: Sequence[RowTable]) -> list[Tensor]:
         """The rows of a placement that are on the device, [h, d] of each table, in the order of the computation."""
         self.wait_in(placement)
+        self.wait_for_writes()
         places = placement.residents.places.index_select(0, placement.numbers)
         found = [gather_rows(places, [self.owner.pools[self.which(table)].read])[0] for table in tables]
         return found
 
     def fill(self, table: RowTable, rows: Tensor) -> None:
         """Write all rows that are on the device into a copy of the table, [r, d], in the order of the computation."""
+        self.wait_for_writes()
         if self.residents is not None:
             found = gather_rows(self.residents.places, [self.owner.pools[self.which(table)].read])
             scatter_rows(self.residents.ids, found, [rows])
@@ -108,39 +112,61 @@ class LayerTier(LayerPlaces):
         """A step of the rows that are on the device.
 
         Returns:
-            the gradient of the others, and what queues the step.
+            the gradient of the others, and what queues the step, in whichever thread.
         """
         self.use_moments(table, entry)
         residents, divided = self.residents, gradient.divided()
         if residents is None:
             return gradient, lambda: None
+        streams, slots = self.owner.streams, self.owner.slots
         if divided is not None and divided[1].rows is residents.rows:
             cold, part, factors = divided
-            return cold, partial(self._step, table, residents, part, rule, factors)
+            return cold, partial(self._step, table, residents, part, rule, factors, streams.record_event())
         rows, values, factors = gradient.to_multiply()
         numbers = residents.number.index_select(0, rows)
         hot = numbers >= 0
         if not bool(hot.any()):
             return gradient, lambda: None
-        streams, slots = self.owner.streams, self.owner.slots
         copy, _ = sent(streams, values[hot], slots)
         ids, arrival = sent(streams, numbers[hot].to(torch.int32), slots)  # behind the other on their stream
         streams.wait_event(arrival)
         streams.use([copy, ids])
         self.traffic.bytes_to_device += copy.nbytes + ids.nbytes
-        part = DevicePart(streams, residents.rows, numbers[hot], copy, ids, copy.dtype, slots)
-        return gradient.some(~hot), partial(self._step, table, residents, part, rule, factors)
+        wide = torch.promote_types(copy.dtype, torch.float32)
+        part = DevicePart(streams, residents.rows, numbers[hot], copy, ids, wide, slots)
+        made = streams.record_event()
+        return gradient.some(~hot), partial(self._step, table, residents, part, rule, factors, made)
 
     def _step(
-        self, table: RowTable, residents: Residents, part: DevicePart, rule: StepRule, factors: tuple[float, ...]
-    ) -> None:
-        numbers, values = part.compact()
+        self, table: RowTable, residents: Residents, part: DevicePart, rule: StepRule, factors: tuple[float, ...],
+        made: StreamEvent,
+    ) -> None:  # fmt: skip
+        """In fewer rows at a time where the device has no memory for the gradients of all."""
         if not len(part.touched):
             return
+        self.owner.streams.wait_event(made)
+        self.wait_for_writes()
+        numbers, size, start = part.numbers_on_device(), len(part.touched), 0
+        while start < len(part.touched):
+            block = slice(start, start + size)
+            try:
+                self._step_some(table, residents, numbers[block], part.some(numbers, block), rule, factors)
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                self.owner.shrink_soon()
+                size //= 2
+                continue
+            start += size
+            self.note_write()
+        self.traffic.rows_stepped_on_device += len(part.touched)
+
+    def _step_some(
+        self, table: RowTable, residents: Residents, numbers: Tensor, values: Tensor, rule: StepRule,
+        factors: tuple[float, ...],
+    ) -> None:  # fmt: skip
         places = residents.places.index_select(0, numbers)
         ids = residents.ids.index_select(0, numbers).to(torch.int64)
         state = self.owner.pools[self.which(table)].state
         with torch.no_grad():
             update_rows(state, places, values.contiguous(), rule, seed=table.seed, factors=factors, ids=ids)
-        self.version += 1
-        self.traffic.rows_stepped_on_device += len(part.touched)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..transport.staging import Slot, sent
+from ..transport.staging import Coming, Slot, sent
 from ..transport.streams import DeviceStreams, StreamEvent
 
 
@@ -79,10 +79,31 @@ class Entering:
 
     Attributes:
         buffers: of each table, of each tensor that `without_copy` names, in memory of the inbound stream.
-        arrival: the event after which they are there; None: the job that reads them was not done.
+        arrivals: of each table, the event after which they are there; fewer: the job that reads them was not done.
     """
 
     rows: Tensor
     homes: Tensor
     buffers: list[list[Tensor]]
-    arrival: StreamEvent | None = None
+    arrivals: list[StreamEvent] = field(default_factory=list)
+
+    @property
+    def is_on_its_way(self) -> bool:
+        """Whether all of it was queued."""
+        return len(self.arrivals) == len(self.buffers)
+
+
+@dataclass(eq=False)
+class Leaving:
+    """Rows on their way back to the host, which has the newest values once they are home.
+
+    Attributes:
+        rows: int64 [n] in host memory, ascending.
+        copies: of each table, of each tensor that `without_copy` names, on the device: they are kept until they are
+            home, so that a copy that fails can be made again.
+        coming: the copies to the host; None: they have failed.
+    """
+
+    rows: Tensor
+    copies: list[Tensor]
+    coming: Coming | None

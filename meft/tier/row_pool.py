@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,10 @@ from adapter_kernels import RowState
 
 from ..table.moments import RowMoments
 from ..table.row_table import RowTable, without_copy
+from ..transport.staging import Coming, Slot
+from ..transport.streams import DeviceStreams
+
+_BLOCK_BYTES = 16 << 20  # of rows that come home at a time
 
 # Of each tensor of a `RowState` by its name: the shape and dtype of one row.
 Form = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -63,3 +67,29 @@ class RowPool:
             tensor.index_copy_(0, places, rows)
         if self.state.compute_copy is not None:
             self.state.compute_copy.index_copy_(0, places, values[0].to(self.state.compute_copy.dtype))
+
+
+def brought_home(
+    pool: RowPool, places: Tensor, streams: DeviceStreams, slots: list[Slot]
+) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Rows of a pool in host memory, block by block; smaller ones where the device has no memory for them.
+
+    Args:
+        places: int64 [n] on the device.
+
+    Yields:
+        which of the places, and copies of each tensor of `without_copy`, for as long as the generator rests.
+    """
+    size, start = max(1, _BLOCK_BYTES // max(1, sum(t[:1].nbytes for t in pool.state.tensors()))), 0
+    while start < len(places):
+        size = min(size, len(places) - start)
+        block = slice(start, start + size)
+        try:
+            coming = Coming(streams, pool.rows(places[block]), slots)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size //= 2
+            continue
+        yield block, coming.wait()
+        start += size

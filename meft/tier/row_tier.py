@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +14,6 @@ from torch import Tensor
 from ..table.layer_rows import LayerRows
 from ..transport.staging import Slot
 from ..transport.streams import DeviceStreams
-from .layer_places import LayerPlaces
 from .layer_tier import LayerTier
 from .residency import Residency
 from .row_pool import Form, RowPool, place_bytes
@@ -38,14 +39,14 @@ class RowTier:
 
     Attributes:
         places: their number; 0 before they are made.
-        streams, pools, slots, copies, entering: as of `Places`.
+        lock, streams, pools, slots, copies, entering: as of `Places`.
     """
 
     def __init__(
         self, streams: DeviceStreams, layers: Sequence[LayerRows], size: Size, *, values_alone: bool = False
     ) -> None:
-        self.streams, self._size = streams, size
-        self.places, self._made, self._unfinished = 0, False, False
+        self.streams, self._size, self.lock = streams, size, threading.RLock()
+        self.places, self._made, self._unfinished, self._too_many = 0, False, False, False
         self.pools: list[RowPool] = []
         self.slots: list[Slot] = []
         self.copies: list[Slot] = []
@@ -66,7 +67,7 @@ class RowTier:
                 own.tier = tier
         self._number = {id(tier): i for i, tier in enumerate(self.tiers)}
 
-    def note(self, tier: LayerPlaces, rows: Tensor) -> None:
+    def note(self, tier: Any, rows: Tensor) -> None:
         """Rows of a layer are used in the step that goes on."""
         self._residency.note(self._number[id(tier)], rows)
 
@@ -84,9 +85,20 @@ class RowTier:
     def end_step(self, *, changes: bool = True) -> None:
         """The steps of an optimizer step are queued: choose who has a place; see `LayerTier.queue_changes`.
 
+        Where the device has no memory for the change, places are given back.
+
         Args:
             changes: whether rows may change their places now.
         """
+        with self.lock:
+            try:
+                if self._too_many:
+                    self.shrink()
+                self._end_step(changes)
+            except torch.OutOfMemoryError:
+                self.shrink()
+
+    def _end_step(self, changes: bool) -> None:
         allowed = torch.zeros(len(self.tiers), dtype=torch.bool, device="cpu")
         for number, tier in enumerate(self.tiers):
             allowed[number] = self._may_have_places(tier)
@@ -108,8 +120,9 @@ class RowTier:
                 tier.leave(rows)
         for tier, rows in zip(self.tiers, self._by_layer(moves.enter), strict=True):
             if len(rows):
-                homes, self._free = self._free.split([len(rows), len(self._free) - len(rows)])
+                homes, free = self._free.split([len(rows), len(self._free) - len(rows)])
                 tier.enter(rows, homes.clone())
+                self._free = free
 
     def _by_layer(self, rows: Tensor) -> list[Tensor]:
         layers = torch.arange(len(self.tiers) + 1, device="cpu") * self._r
@@ -135,6 +148,7 @@ class RowTier:
                 break
             except torch.OutOfMemoryError:
                 self.pools, places = [], places // 2
+                self._errors += 1  # of these nobody else hears
         self.places = max(0, places)
         self._free = torch.arange(self.places, device="cpu")
 
@@ -148,19 +162,30 @@ class RowTier:
             sized_by_room: whether there are as many places as a step of fewer tokens has left room for.
         """
         if self._made and errors > self._errors:
-            self._most = self.places // 2
-            self.release()
+            self.shrink()
         elif self._made and sized_by_room and tokens > self._tokens:
             self.release()
         self._tokens, self._errors = max(tokens, self._tokens), errors
 
+    def shrink_soon(self) -> None:
+        """As `shrink`, at the next `end_step`."""
+        self._too_many = True
+
+    def shrink(self) -> None:
+        """The device had no memory for something: there are half as many places from now on."""
+        with self.lock:
+            self._most, self._too_many = self.places // 2, False
+            logger.warning("MEFT: no memory left on the device: device_rows has %d places from now on.", self._most)
+            self.release()
+
     def release(self) -> None:
         """Take all rows back to the host and free the places, which are made again after the next step."""
-        for tier in self.tiers:
-            tier.settle()
-        self._held = sum(self.places * place_bytes(pool.form) for pool in self.pools)
-        self.pools, self.places, self._made = [], 0, False
-        self._free = self._free[:0]
+        with self.lock:
+            for tier in self.tiers:
+                tier.settle()
+            self._held = sum(self.places * place_bytes(pool.form) for pool in self.pools)
+            self.pools, self.places, self._made = [], 0, False
+            self._free = self._free[:0]
 
     def close(self) -> None:
         """As `release`, for good."""

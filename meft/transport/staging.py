@@ -57,12 +57,16 @@ class Coming:
 
     def __init__(self, streams: DeviceStreams, tensors: Sequence[Tensor], free: list[Slot]) -> None:
         """Args: free: slots that are not in use; the one that is taken is put back when this object is deleted."""
-        self._free, self._slot = free, free.pop() if free else Slot(streams)
+        self._free = free
+        try:
+            self._slot = free.pop()
+        except IndexError:  # other threads take some too
+            self._slot = Slot(streams)
         self._copies = self._slot.take(*((tensor.shape, tensor.dtype) for tensor in tensors))
         self.made = streams.record_event()
         streams.outbound.wait_event(self.made)
         try:
-            streams.outbound.run(partial(_copy_all, self._copies, tensors), tensors)
+            streams.outbound.run(partial(copy_all, self._copies, tensors), tensors)
         finally:  # also where some were queued
             self._slot.busy = streams.outbound.record_event()
 
@@ -80,7 +84,8 @@ class Coming:
         self._free.append(self._slot)
 
 
-def _copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source into its target, for a stream."""
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source, non_blocking=True)
 

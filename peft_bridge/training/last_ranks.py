@@ -6,7 +6,7 @@ So they have buffers and an optimizer's state for which a method needs that they
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -18,8 +18,10 @@ from torch.optim import Optimizer
 class StateOfLastRanks:
     """A `JoinFollower` that gives ranks that had fewer batches what the others have.
 
+    Optimizers that step parameters of the method get the state of all parameters that they hold and DDP averages, such
+    as those of `modules_to_save`.
+
     Args:
-        parameters: of which optimizers have such state, in the same order on all ranks.
         modules: whose buffers these are.
         deciding: parameters that have to be equal on all ranks from now on.
         taken_over: called where this rank has got parameters and buffers.
@@ -27,21 +29,20 @@ class StateOfLastRanks:
 
     def __init__(
         self,
-        parameters: Callable[[], Iterable[nn.Parameter]],
         modules: Callable[[], Iterable[nn.Module]] = tuple,
         deciding: Callable[[], Iterable[nn.Parameter]] = tuple,
         taken_over: Callable[[], None] | None = None,
     ) -> None:
-        self._parameters, self._modules, self._deciding, self._taken_over = parameters, modules, deciding, taken_over
+        self._modules, self._deciding, self._taken_over = modules, deciding, taken_over
         self._forget()
 
     def _forget(self) -> None:
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
-        self._stepped_by: dict[int, weakref.ref[Optimizer]] = {}  # of a parameter, by id
-        self._waiting: dict[int, dict[str, Any]] = {}  # state for the optimizer that steps a parameter next
+        self._optimizers: list[weakref.ref[Optimizer]] = []  # the one that has stepped last is the last
+        self._waiting: dict[int, dict[str, Any]] = {}  # of a parameter, by id: for its first optimizer
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ddp": None, "_stepped_by": {}, "_waiting": {}}
+        return {**self.__dict__, "_ddp": None, "_optimizers": [], "_waiting": {}}
 
     def follows(self, ddp: object) -> bool:
         """Whether the last `join()` of this DDP has begun with this follower."""
@@ -49,24 +50,20 @@ class StateOfLastRanks:
 
     # ------------------------------------------------------------------ steps
 
-    def before_step(self, optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
-        """An optimizer that was not known when a context ended is about to step parameters."""
-        for parameter in parameters:
-            state = self._waiting.pop(id(parameter), None)
-            if state is not None:
-                optimizer.state[parameter] = state
-            self._stepped_by[id(parameter)] = weakref.ref(optimizer)
+    def before_step(self, optimizer: Optimizer) -> None:
+        """An optimizer is about to step parameters; it may not have been known when a context ended."""
+        others = [known for known in self._optimizers if known() not in (None, optimizer)]
+        if self._waiting:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                state = self._waiting.pop(id(parameter), None)
+                if state is not None:
+                    optimizer.state[parameter] = state
+        self._optimizers = [*others, weakref.ref(optimizer)]
 
-    def _state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
-        stepped_by = self._stepped_by.get(id(parameter), lambda: None)()
-        return dict(stepped_by.state.get(parameter, {})) if stepped_by is not None else {}
-
-    def _take(self, parameter: nn.Parameter, state: dict[str, Any]) -> None:
-        optimizer = self._stepped_by.get(id(parameter), lambda: None)()
-        if optimizer is not None:
-            optimizer.state[parameter] = state
-        else:
-            self._waiting[id(parameter)] = state
+    def _held(self) -> dict[int, tuple[Optimizer, dict[str, Any]]]:
+        """Of each parameter, by id, the optimizer that has stepped last of those that hold it, and its group there."""
+        alive = [optimizer for known in self._optimizers if (optimizer := known()) is not None]
+        return {id(p): (o, group) for o in alive for group in o.param_groups for p in group["params"]}
 
     # ------------------------------------------------------------------ JoinFollower
 
@@ -76,7 +73,9 @@ class StateOfLastRanks:
     def join_begins(self, ddp: DistributedDataParallel, mean_of_present: bool) -> None:
         """Raises: RuntimeError, on all ranks: their optimizers step parameters that decide at other rates."""
         self._ddp = weakref.ref(ddp)
-        rates = [self._rate_of(parameter) for parameter in self._deciding()]
+        held = self._held()
+        groups = [held[id(p)][1] if id(p) in held else {} for p in self._deciding()]
+        rates = [float(group["lr"]) if "lr" in group else None for group in groups]  # that the next step has
         if not rates:
             return
         everywhere: list[Any] = [None] * dist.get_world_size(ddp.process_group)
@@ -89,12 +88,6 @@ class StateOfLastRanks:
                     "its merges, would become other ones on each rank: step the schedule as often on all ranks, for "
                     "example once an epoch."
                 )
-
-    def _rate_of(self, parameter: nn.Parameter) -> float | None:
-        """The learning rate that the next step has, where its optimizer is known."""
-        optimizer = self._stepped_by.get(id(parameter), lambda: None)()
-        groups = optimizer.param_groups if optimizer is not None else []
-        return next((float(g["lr"]) for g in groups if "lr" in g and any(p is parameter for p in g["params"])), None)
 
     def shadow_backward(self) -> None:
         """The gradients are DDP's."""
@@ -111,15 +104,37 @@ class StateOfLastRanks:
                 dist.broadcast(buffer, source, group=group)
         if rank not in last and self._taken_over is not None:
             self._taken_over()
-        states: list[Any] = [None]
-        if rank == last[-1]:
-            states = [[{k: _sent(v) for k, v in self._state_of(p).items()} for p in self._parameters()]]
-        dist.broadcast_object_list(states, source, group=group)
-        if rank in last:
-            return
-        for parameter, state in zip(self._parameters(), states[0], strict=True):
+        held = self._held()
+        averaged = [p for name, p in ddp.module.named_parameters() if name not in ddp.parameters_to_ignore]
+        for i, state in _from(source, group, self._states_of(averaged, held) if rank == last[-1] else []):
+            if rank in last:
+                continue
+            parameter = averaged[i]
+            received = {key: _received(value, parameter) for key, value in state.items()}
+            if id(parameter) in held:
+                held[id(parameter)][0].state[parameter] = received
+            else:
+                self._waiting[id(parameter)] = received
+
+    @staticmethod
+    def _states_of(
+        parameters: list[nn.Parameter], held: dict[int, tuple[Optimizer, dict[str, Any]]]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        for i, parameter in enumerate(parameters):
+            state = held[id(parameter)][0].state.get(parameter) if id(parameter) in held else None
             if state:
-                self._take(parameter, {key: _received(value, parameter) for key, value in state.items()})
+                yield i, {key: _sent(value) for key, value in state.items()}
+
+
+def _from(source: int, group: dist.ProcessGroup, objects: Iterable[Any]) -> Iterator[Any]:
+    """Objects of one rank on all ranks, one after the other, so that nobody holds all."""
+    own = iter(objects)
+    while True:
+        sent = [next(own, None)]
+        dist.broadcast_object_list(sent, source, group=group)
+        if sent[0] is None:
+            return
+        yield sent[0]
 
 
 def _sent(value: Any) -> Any:

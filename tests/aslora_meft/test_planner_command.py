@@ -120,6 +120,26 @@ def test_traffic_is_the_plans(told):
     assert narrow == sum(Plan(shape, Work(32, 128), "stream").host_bytes().values())
 
 
+def test_rows_with_a_place_on_the_device(told, folder, capsys):
+    words = ("--r", 256, "--max_length", 16, "--retrieval", "stream")
+    assert told(*words, "--device_rows", "auto")["device_rows"] is None  # of a device of no known size
+    words += ("--card", "3090")
+    without, share = told(*words), told(*words, "--device_rows", 0.25)
+    assert without["device_rows"] is None
+    hot = share["device_rows"]
+    assert hot["device_bytes"] == share["device_bytes"]["hot rows"] == 2 * 64 * 2 * (18 * 64 + 4)
+    assert share["device_bytes"]["peak"] == without["device_bytes"]["peak"] + hot["device_bytes"]
+    assert share["tokens_per_second_at_most"] > without["tokens_per_second_at_most"]
+    assert "recorded trace" in hot["trace"]
+    assert told(*words, "--device_rows", 0.25, "--gpus", 2)["device_rows"] is None
+    room = without["device_bytes"]["peak"] + 100_000
+    auto = told(*words, "--device_rows", "auto", "--gpu", gpu_of(room / 0.95 + 2**31 / 19))
+    assert auto["device_rows"]["device_bytes"] > 0
+    assert auto["fits"]
+    assert main(["estimate", *folder(), *map(str, words), "--device_rows", "0.25"]) == 0
+    assert "places for 25.0% of the rows" in capsys.readouterr().out
+
+
 def gpu_of(nbytes):
     """As an argument: so many bytes beside those that are kept."""
     return f"{(RESERVED + nbytes) / 2**20}MiB"

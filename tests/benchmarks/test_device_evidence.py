@@ -70,6 +70,17 @@ def test_what_was_not_carried_is_not_run(tmp_path, capsys):
     assert [part["status"] for part in results["parts"]] == ["not carried"] * 2
 
 
+def test_rows_name_no_folder_of_the_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(device_evidence, "TABLES", {})
+    out = tmp_path / "out"
+    out.mkdir()
+    models = [str(tmp_path / "minilm"), str(out / "work" / "smollm2")]
+    (out / "meft_facts_device.json").write_text(json.dumps(models))
+    device_evidence.main(["--carried", str(tmp_path), "--out", str(out)])
+    files = json.loads((out / "results.json").read_text())["files"]
+    assert json.loads(files["meft_facts_device.json"]) == ["minilm", "smollm2"]
+
+
 def test_settings_name_the_carried_model(tmp_path):
     for module, read in (("aslora_classify", classify_settings), ("meft_facts", facts_settings)):
         for rehearse in (False, True):

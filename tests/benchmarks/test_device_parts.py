@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.device import amp, chain, engine, findings, ops, probe, sanitizer
 from benchmarks.device.sleepy import SleepyStreams
+from benchmarks.hot_rows import on_device as tier
 from meft.cost import calibration
 from tests.support.fake_cuda import FakeCuda
 from tests.support.kernels.kernel_checks import PAD, Fenced, in_poison
@@ -198,3 +199,18 @@ def test_the_sanitizer_runs_the_ops_without_torchs_cache(monkeypatch, tmp_path, 
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert sanitizer.run("memcheck", ("row_union",), 30.0) == clean
     assert told()["memcheck"]["holds"] == clean
+
+
+# --------------------------------------------------------------------------------------------------------------- tier
+
+
+def test_rows_that_stay_on_the_device_are_stepped_there_and_a_wrong_step_is_noticed(monkeypatch, told):
+    assert "no row was stepped" in tier.wrong_of(tier.WithPlaces("stream", device_rows=0.0), CPU, True)
+    assert not tier.wrong_of(tier.WithPlaces("stream"), CPU, True)
+    tier.one_mode("float8", CPU, 8, 32)
+    assert told()["rows stepped by the device, moments=float8"]["holds"] is True
+    true, calls = tier.update_rows, iter(range(6))
+    late = lambda *args, **fields: true(*args, **fields) if next(calls) < 5 else None  # noqa: E731
+    monkeypatch.setattr(tier, "update_rows", late)
+    tier.one_mode("float32", CPU, 8, 32)
+    assert told()["rows stepped by the device, moments=float32"]["holds"] is False

@@ -226,3 +226,32 @@ def test_documented_training_commands_are_understood(tmp_path, monkeypatch):
         words = shlex.split(command, comments=True)
         words = [str(ROOT / word) if word.startswith("examples/") else word for word in words]
         parse_train([*words, "--use_cpu", "true"])
+
+
+def test_the_table_of_narrow_states_and_hot_rows():
+    import torch
+
+    from aslora_meft.planner.rates import ceilings
+    from benchmarks.step_bound.__main__ import FFN, HEAD, LAYERS, D
+    from meft import MEFTConfig
+    from meft.cost.fit import with_hot_rows
+    from meft.cost.memory import AdapterShape, Plan, Work
+    from meft.cost.step_time import BaseModel, step_time
+
+    text = (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
+    base, states = (
+        BaseModel(256, 4 * D * D, FFN, D, HEAD),
+        {"float32": ("float32", "float32"), "narrow": ("bfloat16", "rowwise")},
+    )
+    for strategy in ("stream", "device-rows", "host"):
+        for name, (masters, moments) in states.items():
+            config = MEFTConfig(r=6400, master_dtype=masters, row_optimizer={"moments": moments})
+            shape = AdapterShape.of(config, d=D, layers=LAYERS, base_dtype=torch.bfloat16)
+            plan = Plan(shape, Work(512, 1664), strategy)
+            speeds = [
+                f"{step_time(with_hot_rows(plan, hot), base, ceilings(card)).tokens_per_second:,.0f}"
+                for card in ("3090", "4090")
+                for hot in (0.0, "8GiB")
+            ]
+            host = f"{sum(plan.host_bytes().values()) / 2**30:.1f} GiB"
+            assert f"| `{strategy}`, {name} | {' | '.join([host, *speeds])} |" in text

@@ -394,6 +394,58 @@ def test_values_are_widened_once_they_are_looked_at(ring):
     assert torch.equal(came.double(), values)
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_look_in_inference_mode_leaves_values_that_can_be_changed(ring, passes):
+    """As of a callback that logs the gradients."""
+    table, exact = parameter(), torch.zeros(R, D, dtype=torch.float64)
+    for seed in range(passes):  # other rows in each
+        gradient, values = sent(ring, table, seed, ROWS + seed)
+        table.grad = gradient if table.grad is None else table.grad.add_(gradient)
+        exact[ROWS + seed] = values
+    norm = float(exact.norm())
+    with torch.inference_mode():
+        assert float(table.grad.norm()) == pytest.approx(norm)
+        assert float(table.grad.abs().max()) > 0
+    table.grad.row_values.mul_(2)
+    assert float(table.grad.norm()) == pytest.approx(2 * norm)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_values_that_are_looked_at_in_each_step_take_memory_once(ring, factor):
+    table = parameter()
+    for step in range(4):
+        ring.begin_pass()
+        table.grad, values = sent(ring, table, step)
+        table.grad.norm()
+        table.grad.mul_(factor)
+        assert torch.equal(table.grad.row_values.double(), values * factor)
+        assert ring._pool.nbytes == len(ROWS) * D * (2 + 4)
+        dropped(table)
+
+
+def test_zeroing_does_not_look_at_the_values(ring, monkeypatch):
+    table = parameter()
+    table.grad, _ = sent(ring, table)
+    assert len(table.grad.rows) == len(ROWS)  # once they have landed
+    monkeypatch.setattr(meft.gradient.stored_rows, "multiplied", None)
+    table.grad.zero_()
+    assert table.grad.to_multiply()[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_autograd_takes_over_is_not_written_under_an_update(dtype):
+    """With `in_backward`: the gradient is queued first, and then copied into `.grad`."""
+    ring = GradientRing(HostStreams(torch.device("cpu")), 8, D, dtype)
+    table = parameter()
+    gradient, values = sent(ring, table, values=randn(len(ROWS), D, dtype=dtype))
+    queued = gradient.for_update()
+    table.grad = RowGradient(ROWS[:0], torch.zeros(0, D), table)
+    table.grad.copy_(gradient)
+    del gradient
+    table.grad.row_values.zero_()
+    assert torch.equal(queued.to_multiply()[1].double(), values)
+
+
 def test_runs_that_accumulate_get_float32_at_once(ring):
     table, found = parameter(), []
     for step in range(3):

@@ -18,6 +18,8 @@ NEEDLESS = {
     ("uses", "sent 0"): "memory of the stream itself",
     ("uses", "KeyBuffers._queue 1"): "known until the keys are taken",
     **{("uses", f"LayerPlaces._change {i}"): "memory of the stream itself" for i in range(5)},
+    ("join", "LayerPlaces.wait_for_writes"): "what the launching thread has written; another one may have",
+    ("join", "LayerTier._step"): "as before: gradients that the launching thread has made",
     ("future", "_whole"): "the parts were drained by the same thread; it raises what went wrong with them",
     ("after", "_Buffer.__init__"): "gradients come from the computation, and later; one that is set by hand does not",
 }

@@ -80,10 +80,10 @@ def test_with_updates_in_the_backward_pass(tiny):
     tiny.assert_equal(*states)
 
 
-def step_of(streams, traffic=None, seed=0, n=13, r=20, d=6):
+def step_of(streams, traffic=None, seed=0, n=13, r=20, d=6, dtype=torch.float32):
     """One step of a new table by the device; the table, its moments and what a host's step gives."""
     chance = torch.Generator().manual_seed(seed)
-    master, gradient = torch.randn(r, d, generator=chance), torch.randn(n, d, generator=chance)
+    master, gradient = torch.randn(r, d, generator=chance), torch.randn(n, d, generator=chance).to(dtype)
     rows = torch.randperm(r, generator=chance)[:n].sort().values
     steps = ZeroCopySteps(streams, d)
     found = []
@@ -98,10 +98,11 @@ def step_of(streams, traffic=None, seed=0, n=13, r=20, d=6):
 
 
 @pytest.mark.parametrize("n", [0, 1, 5, 6, 10, 11, 20])
-def test_any_number_of_rows(n):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_number_of_rows(n, dtype):
     traffic = Traffic()
-    step_of(ThreadStreams(longest=1e-3), traffic, n=n)
-    # Up: gradient, master, both moments, count, id; down: master, both moments, count, compute copy.
+    step_of(ThreadStreams(longest=1e-3), traffic, n=n, dtype=dtype)
+    # Up: gradient in float32, master, both moments, count, id; down: master, both moments, count, compute copy.
     assert traffic.bytes_zero_copy == n * (6 * (4 * 4 + 3 * 4 + 2) + 3 * 4)
 
 

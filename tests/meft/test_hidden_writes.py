@@ -143,7 +143,7 @@ def test_a_hidden_write_while_another_rank_is_late_in_a_step_ends_all_ranks():
     for table, optimizer in zip((first, second), optimizers, strict=True):
         table.rows.grad = RowGradient(torch.arange(8), torch.ones(8, 4), table.rows)
         optimizer.step()
-    first._pending.wait()
+    first._last.wait()
     ctypes.memmove(address, two.data_ptr(), 16)
     may_go_on.set()
     with pytest.raises(RuntimeError, match="in the middle of an optimizer step"):

@@ -1,5 +1,7 @@
 """The plan's arithmetic beside numbers made by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -34,6 +36,13 @@ def test_sizes_of_the_paper():
     assert host["gradient ring, page-locked"] == 4 * 2 * U * D * 2
     added_up = plan("stream", accumulation=2, step_union=U).host_bytes()
     assert added_up["gradient store"] == 2 * host["gradient store"]
+
+
+def test_gradients_are_kept_as_they_come_in_host_memory_alone():
+    """Those on the device are in fp32, those of float64 masters in float64."""
+    assert [plan(way).kept_gradient for way in ("stream", "host", "resident")] == [2, 2, 4]
+    float64 = replace(LLAMA_7B, master=8)
+    assert [plan("stream", shape=float64, accumulation=n).kept_gradient for n in (1, 2)] == [8, 8]
 
 
 def test_device_parts_of_streaming():

@@ -17,6 +17,7 @@ import meft.retrieval.engine
 import meft.tier.residency
 import meft.tier.row_tier
 from meft import MEFTConfig, RowAdamW
+from meft.table.shared_rows import SharedRows
 from meft.tier.residency import Residency
 from tests.support.thread_streams import on_streams
 from tests.support.tiny_meft import STRATEGIES
@@ -70,6 +71,25 @@ def assert_equal_runs(tiny, used=True, **arguments):
     assert found[0][0] == found[1][0]
     tiny.assert_equal(found[1][1], found[0][1])
     return model
+
+
+def test_a_clipped_gradient_is_added_to_zeros(tiny):
+    """It is not only taken over: the factor is still to be multiplied by."""
+    found = []
+    for rows in (0, SHARE):
+        model = model_of(tiny, rows)
+        optimizer = tiny.adamw(model)
+        for step in range(5):
+            tiny.loss(model, step).backward()
+            nn.utils.clip_grad_norm_(tiny.trainable(model), 1e-3)
+            for table in tiny.tables(model):
+                total = table.rows.grad.new_empty_strided(table.rows.shape, table.rows.stride())
+                table.rows.grad = total.add_(table.rows.grad)
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(tiny.whole_state(model))
+    assert stepped(model)
+    tiny.assert_equal(*found)
 
 
 # ---------------------------------------------------------------------- who has a place
@@ -428,6 +448,22 @@ def test_rows_that_enter_take_bounded_memory(tiny, monkeypatch):
     assert [b - a for a, b in zip([0, *entered], entered, strict=False)] == [2] * 6
 
 
+def test_rows_that_come_home_are_copied_alone(tiny, monkeypatch):
+    """Neither the narrower copy of the whole table is made anew, nor does it cross."""
+    model, refreshed, crossed = model_of(tiny, SHARE, retrieval="device-rows"), [], []
+    monkeypatch.setattr(meft.tier.residency, "EVERY", 1)
+    optimizer, refresh = tiny.adamw(model), SharedRows._refresh
+    tiny.train(model, 3, optimizer)
+    monkeypatch.setattr(SharedRows, "_refresh", lambda *args: refreshed.append(args[0]) or refresh(*args))
+    for step in range(3, 9):
+        before = model.base_model.transfer_report().to_dict()["bytes_to_device"]
+        tiny.train(model, 1, optimizer, first=step)
+        crossed.append(model.base_model.transfer_report().to_dict()["bytes_to_device"] - before)
+    assert model.base_model.transfer_report().to_dict()["rows_entered"] > 40
+    assert not set(refreshed) & set(tables_of(model))  # another test's model may be refreshed yet
+    assert max(crossed) < 4 * tiny.R * tiny.WIDTH * 2  # four tables
+
+
 # ---------------------------------------------------------------------- how many places
 
 
@@ -466,12 +502,14 @@ def test_auto_takes_what_the_first_step_leaves_and_gives_way(tiny, monkeypatch):
 
 
 def test_places_that_do_not_fit_are_fewer(tiny, monkeypatch):
-    zeros, asked = torch.zeros, []
+    zeros, asked, errors = torch.zeros, [], []
+    monkeypatch.setattr(meft.retrieval.engine, "out_of_memory_errors", lambda device: len(errors))
 
     def limited(shape, *args, **fields):
         if isinstance(fields.get("device"), torch.device) and isinstance(shape, tuple) and tiny.WIDTH in shape[1:]:
             asked.append(shape[0])
             if shape[0] > 10:
+                errors.append(None)
                 raise torch.OutOfMemoryError("no")
         return zeros(shape, *args, **fields)
 
@@ -481,6 +519,7 @@ def test_places_that_do_not_fit_are_fewer(tiny, monkeypatch):
         tiny.train(model, 1)
     assert places_of(model) == [6]
     run(tiny, model)
+    assert places_of(model) == [6]  # the errors are not taken for those of a pass
 
 
 def test_no_row_of_a_model_that_reads_in_place_gets_a_place(tiny):

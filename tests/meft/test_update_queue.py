@@ -63,6 +63,17 @@ def test_nothing_goes_before_what_it_was_queued_behind(queued):
     assert queued.done == ["ready", "late", "behind", "last", "after"]
 
 
+def test_what_is_ready_as_the_interpreter_ends_is_done(queued):
+    """`atexit` is later: what is registered there may save the rows."""
+    ready = Future()
+    pending = queued.add("last", ready)
+    queued.held.set_result(None)
+    queued.queue._thread.shutdown()
+    ready.set_result(None)
+    pending.wait()
+    assert queued.done == ["last"]
+
+
 def test_an_update_whose_wait_failed_is_done_and_tells_of_it(queued):
     ready = Future()
     pending = queued.queue.add(lambda: ready.result(), "keys", ready=ready)

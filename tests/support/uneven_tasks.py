@@ -157,6 +157,11 @@ def of_present(ddp):
     return Join([ddp], divide_by_initial_world_size=False)
 
 
+def with_head():
+    """The output layer is trained, too."""
+    return node_tasks.adapted(modules_to_save=["lm_head"])
+
+
 def run_model(rank, join=DistributedDataParallel.join, micro=1, make=node_tasks.adapted, **fields):
     """What a rank has after each epoch, and after a step of all.
 
@@ -265,7 +270,7 @@ def run_unknown(rank):
 
 MODELS = {
     "in place": {},
-    "of present": {"join": of_present},
+    "of present": {"join": of_present, "make": with_head},
     "micro-batches": {
         "join": by_accelerate,
         "micro": 2,

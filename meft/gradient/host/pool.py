@@ -19,13 +19,24 @@ from ...transport.host_tensors import keep_from_forks
 
 _IDLE = 2  # passes after which memory that none of them has used is given back
 
-_buffers: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()  # by address of the storage
+# By address of the storage: buffers, and whose they are.
+_buffers: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+_pools: weakref.WeakValueDictionary[int, GradientPool] = weakref.WeakValueDictionary()
 
 
 def held_by_others(values: Tensor) -> bool:
     """Whether other tensors, arrays or handles share the memory of values; the pool does not count."""
     pooled = _buffers.get(storage_address(values))
     return other_users(values) > (0 if pooled is None else 1)
+
+
+def memory_beside(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for as many values [n, d], not initialised; of the pool that these are in, if they are in one."""
+    address = storage_address(values)
+    pool = _pools.get(address) if len(values) and address in _buffers else None
+    if pool is not None:
+        return pool.take(len(values), dtype)
+    return torch.empty(values.shape, dtype=dtype, device=values.device)
 
 
 class GradientPool:
@@ -69,7 +80,7 @@ class GradientPool:
                     self._idle.pop(max(range(len(self._idle)), key=lambda i: len(self._idle[i][1])))
                 buffer = torch.empty(rows + rows // 16, self._width, dtype=dtype, device="cpu")
                 keep_from_forks(buffer)
-                _buffers[storage_address(buffer)] = buffer
+                _buffers[storage_address(buffer)], _pools[storage_address(buffer)] = buffer, self
             self._lent.append(buffer)
             return buffer[:rows]
 

@@ -46,8 +46,8 @@ class DeviceKeys(Strategy):
     @classmethod
     def flows(cls, shape: AdapterShape, work: Work) -> Iterator[Flow]:
         row = shape.d * work.union
-        yield to_device("value rows", "forward", row, shape.compute)
+        yield to_device("value rows", "forward", row, shape.compute, rows="union")
         if work.rows == "refetch":
-            yield to_device("value rows", "backward", row, shape.compute)
+            yield to_device("value rows", "backward", row, shape.compute, rows="union")
         yield from gradients_to_host(shape, work, ids=True)
-        yield to_device("changed keys", "step", shape.d * work.touched(shape), shape.compute)
+        yield to_device("changed keys", "step", shape.d * work.touched(shape), shape.compute, rows="step")

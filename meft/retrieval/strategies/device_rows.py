@@ -40,4 +40,4 @@ class DeviceRows(DeviceKeys):
     @classmethod
     def flows(cls, shape: AdapterShape, work: Work) -> Iterator[Flow]:
         yield from gradients_to_host(shape, work, ids=True)
-        yield to_device("changed rows", "step", 2 * shape.d * work.touched(shape), shape.compute)
+        yield to_device("changed rows", "step", 2 * shape.d * work.touched(shape), shape.compute, rows="step")

@@ -75,9 +75,9 @@ class Host(Strategy):
         yield to_host("router logits", "forward", work.tokens * shape.experts, FP32)
         yield to_device("picks", "forward", 2 * work.tokens * shape.top_k, ID)
         yield to_device("union ids", "forward", work.union, ID)
-        yield to_device("key and value rows", "forward", rows, shape.compute)
+        yield to_device("key and value rows", "forward", rows, shape.compute, rows="union")
         if work.rows == "refetch":
-            yield to_device("key and value rows", "backward", rows, shape.compute)
+            yield to_device("key and value rows", "backward", rows, shape.compute, rows="union")
         yield from gradients_to_host(shape, work, ids=False)
 
 

@@ -63,8 +63,8 @@ class Stream(Strategy):
     @classmethod
     def flows(cls, shape: AdapterShape, work: Work) -> Iterator[Flow]:
         row = shape.d * work.union
-        yield to_device("key table", "forward", shape.r * shape.d, shape.compute, ahead=True)
-        yield to_device("value rows", "forward", row, shape.compute)
+        yield to_device("key table", "forward", shape.r * shape.d, shape.compute, ahead=True, rows="table")
+        yield to_device("value rows", "forward", row, shape.compute, rows="union")
         if work.rows == "refetch":
-            yield to_device("key and value rows", "backward", 2 * row, shape.compute)
+            yield to_device("key and value rows", "backward", 2 * row, shape.compute, rows="union")
         yield from gradients_to_host(shape, work, ids=True)
