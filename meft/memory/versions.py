@@ -46,17 +46,21 @@ class RowVersions:
         """bool [r]: the rows that were changed since the last task was frozen."""
         return self._kept & self.free
 
+    def check_newest(self) -> None:
+        """Raises: ValueError: an earlier task is selected."""
+        if self.selected is not None:
+            raise ValueError(
+                f"MEFT's rows are those of the task '{self.names[self.selected - 1]}', which are frozen: call "
+                "meft.select_task(model, None) before you train on."
+            )
+
     def keep(self, rows: Tensor, masters: Tensor) -> None:
         """Some rows, int64 [n], are about to be changed: keep those that no version is kept of.
 
         Raises:
             ValueError: an earlier task is selected.
         """
-        if self.selected is not None:
-            raise ValueError(
-                f"MEFT's rows are those of the task '{self.names[self.selected - 1]}', which are frozen: call "
-                "meft.select_task(model, None) before you train on."
-            )
+        self.check_newest()
         rows = rows.to("cpu")
         rows = rows[~self._kept[rows]]
         if len(rows):

@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
@@ -95,7 +94,6 @@ def warn_of_lost_moments(optimizer: Optimizer, tables: list[RowTable]) -> None:
         )
 
 
-NO_ROWS = torch.zeros(0, dtype=torch.int64, device="cpu")
 TWO_OPTIMIZERS = (
     "A table of MEFT rows is in two optimizers, a meft.RowAdamW and another one: leave it out of one of them."
 )
@@ -159,7 +157,7 @@ class RowSteps:
                 table.rows.grad = gradient
         self._taken = []
         for name, table in self._of(parameters):
-            table.keep_versions(NO_ROWS)
+            table.check_tasks()
             owner = table.claimed_by() if table.claimed_by is not None else None
             if owner is optimizer:  # a RowAdamW, which updates by itself
                 continue
@@ -238,7 +236,7 @@ class RowSteps:
             return gradient  # at the end of the backward pass, over ranks: rows are updated within the step
         if not GradientState().sync_gradients:
             return gradient
-        table.keep_versions(NO_ROWS)
+        table.check_tasks()
         if table.rows.grad is not None:
             earlier = as_row_gradient(table.rows.grad, table.rows)
             earlier.add_(gradient)

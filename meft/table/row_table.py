@@ -200,15 +200,19 @@ class RowTable(SharedRows):
             if self.node is not None:
                 self.node.enter(entry)
 
-    def keep_versions(self, rows: Tensor) -> None:
-        """A step is about to change some rows, int64 [n]: keep what they are now, if a task was frozen before.
-
-        Raises:
-            ValueError: an earlier task is selected, or rows are on a device.
-        """
+    def check_tasks(self) -> None:
+        """Raises: ValueError: there are tasks that do not let the rows be trained."""
         if self.versions is not None:
             if self.tier is not None:  # the tasks came by load_state_dict
                 raise ValueError("MEFT's rows have tasks, which do not go with device_rows: set device_rows=0.")
+            self.versions.check_newest()
+
+    def keep_versions(self, rows: Tensor) -> None:
+        """A step is about to change some rows, int64 [n]: keep what they are now, if a task was frozen before.
+
+        Raises: ValueError: an earlier task is selected.
+        """
+        if self.versions is not None:
             with self.lock:
                 self.versions.keep(rows, self.masters)
 
