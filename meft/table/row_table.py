@@ -208,7 +208,7 @@ class RowTable(SharedRows):
             self.versions.check_newest()
 
     def keep_versions(self, rows: Tensor) -> None:
-        """A step is about to change some rows, int64 [n]: keep what they are, if a task was frozen (`RowVersions.keep`)."""
+        """A step is about to change some rows, int64 [n]: keep what they are; see `RowVersions.keep`."""
         if self.versions is not None:
             with self.lock:
                 self.versions.keep(rows, self.masters)
