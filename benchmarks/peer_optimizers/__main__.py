@@ -71,7 +71,7 @@ def main() -> int:
             1024 if quick else 6400, 512 if quick else 4096, 128 if quick else 512, 64, 3 if quick else 15
         ),
         "model": lambda: whole_model.measure(
-            args.model, 512 if quick else 6400, (1, 32) if quick else (2, 256), 2 if quick else 7
+            args.model, 512 if quick else 6400, (1, 32) if quick else (2, 256), 2 if quick else 4
         ),
     }
     rows = {} if quick or not args.out.exists() else json.loads(args.out.read_text())["rows"]  # of other parts

@@ -4,7 +4,7 @@
     python -m benchmarks.step_bound.together --quick    # two cells; keeps no result
 
 The real engine trains a small model on a CPU. Copies take their bytes at the rate of a link, what the host does with
-row gradients takes its bytes at the rate of a host, one thing at a time, and each layer of the base model takes a
+row gradients takes its bytes at the rate of a host, which they share, and each layer of the base model takes a
 while. The rates stand to each other as those of the card that is named in a step of Llama-2-7B with r 6400, 2 x 256
 tokens and |U|/r 0.26. The bound is `meft.cost.step_time` at the rates that the same run has measured: a step with a
 free link and a free host, a copy each way, and a host's task. What a cell shows is the schedule: whether nothing waits
@@ -57,6 +57,7 @@ UNION = round(SHARE * R)
 COMPUTING = 0.6  # seconds of a step
 STEPS, COUNTED = {0.0: 6, DEVICE_ROWS: 14}, 3  # rows have their places after the second choice
 LIMIT = 1.10
+SLICE = 0.002  # seconds after which the host looks who shares it
 FREE = 1e18
 
 
@@ -76,19 +77,29 @@ class Computing(torch.autograd.Function):
 
 
 class Host:
-    """Takes bytes at a rate, whichever thread asks, one thing at a time."""
+    """Moves bytes at a rate that whatever threads ask at the same time share, as they share a memory's bandwidth."""
 
     def __init__(self, rate: float) -> None:
-        self.rate, self._until, self._lock = rate, 0.0, threading.Lock()
+        self.rate, self._busy, self._lock = rate, 0, threading.Lock()
+
+    def _count(self, more: int) -> None:
+        with self._lock:
+            self._busy += more
 
     def take(self, size: float, work: Callable[[], object] = lambda: None) -> object:
         """Do some work, which takes no less than its bytes do."""
-        with self._lock:
-            began = max(self._until, time.perf_counter())
+        left, last = size / self.rate, time.perf_counter()
+        self._count(1)
+        try:
             found = work()
-            self._until = began + size / self.rate
-            time.sleep(max(0.0, self._until - time.perf_counter()))
-        return found
+            while True:
+                now = time.perf_counter()
+                left, last = left - (now - last) / self._busy, now
+                if left <= 0:
+                    return found
+                time.sleep(min(left, SLICE))
+        finally:
+            self._count(-1)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The engine behind a link and a host like a card's: their rates, and the host that does one thing at a time."""
+"""The engine behind a link and a host like a card's: their rates, and what shares the host."""
 
 import threading
 import time
@@ -34,7 +34,7 @@ def test_the_bound_has_what_was_measured():
     assert slow == pytest.approx(host, rel=0.2)
 
 
-def test_the_host_does_one_thing_at_a_time():
+def test_those_who_ask_at_the_same_time_share_the_host():
     host, began = together.Host(1000.0), time.perf_counter()
     threads = [threading.Thread(target=host.take, args=(20.0,)) for _ in range(3)]
     for thread in threads:
