@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -37,12 +38,14 @@ from aslora_meft.planner.rates import ceilings
 from benchmarks.common.environment import environment
 from benchmarks.hot_rows.link import Streams, routed
 from benchmarks.step_bound.__main__ import FFN, HEAD, D, plan_of
+from benchmarks.step_bound.check import Point
 from meft import MEFTConfig
 from meft.cost.host_bytes import HostBytes
 from meft.cost.hot_rows import HotRows
 from meft.cost.memory import AdapterShape, Plan, Work
 from meft.cost.step_time import BaseModel, Ceilings, step_time
 from meft.retrieval.strategies import DEVICE_STRATEGIES
+from meft.routing import topk
 from meft.table.row_step import update_rows
 from peft_bridge import replace_file
 
@@ -61,19 +64,55 @@ SLICE = 0.002  # seconds after which the host looks who shares it
 FREE = 1e18
 
 
+class Later(Point):
+    """An event of the computation: those who wait for it wait until its time."""
+
+    def __init__(self, at: float) -> None:
+        super().__init__()
+        self.at = at
+
+    def wait(self) -> None:
+        """Until then."""
+        time.sleep(max(0.0, self.at - time.perf_counter()))
+
+
+class Device(Streams):
+    """A link, and a computation that goes on while the thread that asks for it goes ahead, as on a GPU.
+
+    Attributes:
+        until: when what was asked for is done.
+    """
+
+    until = 0.0
+
+    def compute(self, seconds: float) -> None:
+        """Ask for something that takes its time."""
+        self.until = max(self.until, time.perf_counter()) + seconds
+
+    def record_event(self) -> Later:
+        """What was asked for is done."""
+        return Later(max(self.until, time.perf_counter()))
+
+    def wait_event(self, event: Point) -> None:
+        """What is asked for from now on begins after it; what a copy brings has to be there."""
+        if not isinstance(event, Later):
+            event.wait()
+        self.until = max(self.until, event.at)
+
+
 class Computing(torch.autograd.Function):
-    """Takes its time, as much forward as backward."""
+    """Takes its time on the device, as much forward as backward."""
 
     @staticmethod
-    def forward(ctx, x, seconds):
-        ctx.seconds = seconds
-        time.sleep(seconds)
+    def forward(ctx, x, device, seconds):
+        ctx.device, ctx.seconds = device, seconds
+        device.compute(seconds)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, g):
-        time.sleep(ctx.seconds)
-        return g, None
+        ctx.device.compute(ctx.seconds)
+        return g, None, None
 
 
 class Host:
@@ -104,20 +143,25 @@ class Host:
 
 @contextmanager
 def slow(host: Host, plan: Plan) -> Iterator[Callable[..., None]]:
-    """Let what the host does with gradients take its time; gives the update."""
+    """Let what the host does take its time: with gradients, and to pick where it picks; gives the update."""
     bytes_of = HostBytes(replace(plan, hot=0.0))
     drained = bytes_of.drained(0) / (2 * UNION)  # of a row
     updated = bytes_of.updated() / (2 * bytes_of.stepped)
-    real = offload_ring.drain
+    real, picks, shape = offload_ring.drain, topk.select_neurons, plan.shape
+    scored = min(shape.r, TOKENS * shape.probed * shape.r / shape.experts) * shape.d * shape.compute  # keys of a layer
+
+    def picked(*arguments: Any, **fields: Any) -> Any:
+        return host.take(scored if plan.way.selects_on_host else 0.0, lambda: picks(*arguments, **fields))
 
     def update(state, rows, grads, rule, **arguments):
         host.take(updated * len(rows), lambda: update_rows(state, rows, grads, rule, **arguments))
 
     offload_ring.drain = lambda source, target: host.take(drained * len(source), lambda: real(source, target))
+    topk.select_neurons = picked
     try:
         yield update
     finally:
-        offload_ring.drain = real
+        offload_ring.drain, topk.select_neurons = real, picks
 
 
 def config_of(strategy: str, states: str, end: str, device_rows: float = 0.0) -> MEFTConfig:
@@ -157,9 +201,10 @@ def seconds_of_a_step(config: MEFTConfig, to_device: float, to_host: float, host
     )  # fmt: skip
     model = get_peft_model(LlamaForCausalLM(llama).to(torch.bfloat16), config)
     engine = model.base_model.engines["default"]
-    engine.use(Streams(to_device, to_host))
+    device = Device(to_device, to_host)
+    engine.use(device)
     for layer in model.base_model.adapted_ffns().values():
-        layer.base_layer.register_forward_hook(lambda *call: Computing.apply(call[2], COMPUTING / DEPTH / 2))
+        layer.base_layer.register_forward_hook(lambda *call: Computing.apply(call[2], device, COMPUTING / DEPTH / 2))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids, times, now = torch.randint(VOCABULARY, (2, TOKENS // 2)), [], [0]
     used = used_rows(float(config.device_rows))
@@ -168,13 +213,13 @@ def seconds_of_a_step(config: MEFTConfig, to_device: float, to_host: float, host
         for layer in engine.layers:
             layer.keys.step = layer.values.step = update
         for step in range(used.shape[1]):
-            began, now[0] = time.perf_counter(), step
+            began, now[0] = device.record_event().at, step
             model(input_ids=ids, labels=ids).loss.backward()
             if clipped:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            times.append(time.perf_counter() - began)
+            times.append(device.record_event().at - began)
         for layer in engine.layers:
             layer.keys.synchronize()
             layer.values.synchronize()

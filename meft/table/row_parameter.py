@@ -141,11 +141,15 @@ class KeptRows(KeptParameters):
     def synchronize(self) -> None:
         """Wait for an update of the rows that is queued."""
 
-    def at_home(self) -> Tensor:
-        """As `synchronize`; rows go to no device, whatever other threads do, while the result, a plain alias, lives."""
-        rows = unwatched(self._known_rows())
+    def at_home(self) -> Tensor | None:
+        """As `synchronize`; rows go to no device, whatever other threads do, while the result, a plain alias, lives.
+
+        None where the rows are set aside, as while accelerate makes FSDP2's shards.
+        """
+        rows = self._known_rows()
+        alias = None if rows is None else unwatched(rows)
         self.synchronize()
-        return rows
+        return alias
 
     @property
     def is_shared(self) -> bool:

@@ -75,7 +75,7 @@ class SharedRows(KeptRows):
         + ("_pages", "locked_for")
     )
 
-    _last = LastUpdate()  # of no rows: asked for before `_start`, by what adopts the rows
+    _last, lock = LastUpdate(), threading.RLock()  # of no rows: asked for before `_start`, by what adopts the rows
     node: NodeRows | None = None
     pin = False
 

@@ -56,6 +56,7 @@ class Tables:
     def __init__(self, keys, values):
         self.rows = keys, values
         self.keys = self.values = SimpleNamespace(lock=threading.RLock())
+        self.choice = None
 
     @property
     def versions(self):
