@@ -61,7 +61,8 @@ class LayerChoice:
     @property
     def active(self) -> bool:
         """Whether there are rows that a step must not update."""
-        return self.counts or any(table.versions is not None for table in self.tables)
+        keys, values = self.tables
+        return self.counts or keys.versions is not None or values.versions is not None
 
     def prepare(self) -> None:
         """A pass begins after which rows may be updated.

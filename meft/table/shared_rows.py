@@ -125,6 +125,8 @@ class SharedRows(KeptRows):
 
     def wait_for_update(self) -> None:
         """As `synchronize`, but rows that are on a device stay there, unless some of them should have come back."""
+        if self.node is None and self.tier is None and self._last.pending is None:
+            return
         if self.wait_for_queue() and self.tier is not None and self.tier.owes_rows:
             self.tier.settle()
 
@@ -134,7 +136,7 @@ class SharedRows(KeptRows):
             self._watch.check_process()  # a forked process has not got what ranks wait by
         # As `threading.Condition` asks it: an update cannot begin before a lock that this thread holds is free.
         holds = self._last.in_this_thread or self.lock._is_owned()  # type: ignore[attr-defined]
-        if holds and self._last.is_queued:
+        if holds and self._last.pending is not None:
             return False
         self._last.wait()
         if self.node is not None:
@@ -156,7 +158,7 @@ class SharedRows(KeptRows):
     @property
     def version(self) -> int:
         """Changes with every change of the masters that a backward pass must not meet."""
-        if self._last.is_queued or self.node is not None:
+        if self._last.pending is not None or self.node is not None:
             self.wait_for_update()
         with without_torch_function():
             return int(self.rows._version)

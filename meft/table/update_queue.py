@@ -79,44 +79,43 @@ class PendingUpdates:
 
 
 class LastUpdate:
-    """The last queued update of some rows, for all threads that must wait for it."""
+    """The last queued update of some rows, for all threads that must wait for it.
+
+    Attributes:
+        pending: it, and one before it; None once somebody has waited for them.
+    """
 
     def __init__(self) -> None:
-        self._pending: PendingUpdate | PendingUpdates | None = None
+        self.pending: PendingUpdate | PendingUpdates | None = None
         self._changing = threading.Lock()
-
-    @property
-    def is_queued(self) -> bool:
-        """Whether there may be one that nobody has waited for."""
-        return self._pending is not None
 
     @property
     def in_this_thread(self) -> bool:
         """Whether the calling thread does it: it must not wait for itself."""
-        pending = self._pending
+        pending = self.pending
         return pending is not None and pending.in_this_thread
 
     def put(self, pending: PendingUpdate) -> None:
         """An update was queued; the one before was waited for."""
         with self._changing:
-            self._pending = pending
+            self.pending = pending
 
     def put_too(self, pending: PendingUpdate) -> None:
         """Another one was queued behind it."""
         with self._changing:
-            self._pending = pending if self._pending is None else PendingUpdates(self._pending, pending)
+            self.pending = pending if self.pending is None else PendingUpdates(self.pending, pending)
 
     def wait(self) -> None:
         """Raises: RuntimeError: it failed, and no earlier call has said so."""
-        pending = self._pending
+        pending = self.pending
         if pending is None:
             return
         try:
             pending.wait()
         finally:
             with self._changing:  # another thread may have queued the next one since
-                if self._pending is pending:
-                    self._pending = None
+                if self.pending is pending:
+                    self.pending = None
 
 
 class UpdateQueue:

@@ -223,7 +223,7 @@ def a_checkpoint(tiny, model, folder):
 def test_a_pending_update_is_waited_for(tiny, slow_updates, tmp_path, what):
     ours = engine_model(tiny, retrieval="stream")
     tiny.train(ours, 1)
-    assert any(t._last.is_queued for t in tiny.tables(ours))
+    assert any(t._last.pending is not None for t in tiny.tables(ours))
     taken = what(tiny, ours, tmp_path)
     now = what(tiny, ours, tmp_path)
     pairs = zip(taken, now, strict=True) if isinstance(taken, list) else ((taken[k], now[k]) for k in now)
