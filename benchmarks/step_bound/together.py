@@ -20,7 +20,6 @@ import itertools
 import json
 import math
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,9 +35,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import meft.gradient.offload_ring as offload_ring
 from aslora_meft.planner.rates import ceilings
 from benchmarks.common.environment import environment
-from benchmarks.hot_rows.link import Streams, routed
+from benchmarks.hot_rows.link import routed
 from benchmarks.step_bound.__main__ import FFN, HEAD, D, plan_of
-from benchmarks.step_bound.check import Point
+from benchmarks.step_bound.simulated import Computing, Device, Host
 from meft import MEFTConfig
 from meft.cost.host_bytes import HostBytes
 from meft.cost.hot_rows import HotRows
@@ -60,85 +59,7 @@ UNION = round(SHARE * R)
 COMPUTING = 0.6  # seconds of a step
 STEPS, COUNTED = {0.0: 5, DEVICE_ROWS: 13}, 3  # rows have their places after the second choice
 LIMIT = 1.10
-SLICE = 0.002  # seconds after which the host looks who shares it
 FREE = 1e18
-
-
-class Later(Point):
-    """An event of the computation: those who wait for it wait until its time."""
-
-    def __init__(self, at: float) -> None:
-        super().__init__()
-        self.at = at
-
-    def wait(self) -> None:
-        """Until then."""
-        time.sleep(max(0.0, self.at - time.perf_counter()))
-
-
-class Device(Streams):
-    """A link, and a computation that goes on while the thread that asks for it goes ahead, as on a GPU.
-
-    Attributes:
-        until: when what was asked for is done.
-    """
-
-    until = 0.0
-
-    def compute(self, seconds: float) -> None:
-        """Ask for something that takes its time."""
-        self.until = max(self.until, time.perf_counter()) + seconds
-
-    def record_event(self) -> Later:
-        """What was asked for is done."""
-        return Later(max(self.until, time.perf_counter()))
-
-    def wait_event(self, event: Point) -> None:
-        """What is asked for from now on begins after it; what a copy brings has to be there."""
-        if not isinstance(event, Later):
-            event.wait()
-        self.until = max(self.until, event.at)
-
-
-class Computing(torch.autograd.Function):
-    """Takes its time on the device, as much forward as backward."""
-
-    @staticmethod
-    def forward(ctx, x, device, seconds):
-        ctx.device, ctx.seconds = device, seconds
-        device.compute(seconds)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, g):
-        ctx.device.compute(ctx.seconds)
-        return g, None, None
-
-
-class Host:
-    """Moves bytes at a rate that whatever threads ask at the same time share, as they share a memory's bandwidth."""
-
-    def __init__(self, rate: float) -> None:
-        self.rate, self._busy, self._lock = rate, 0, threading.Lock()
-
-    def _count(self, more: int) -> None:
-        with self._lock:
-            self._busy += more
-
-    def take(self, size: float, work: Callable[[], object] = lambda: None) -> object:
-        """Do some work, which takes no less than its bytes do."""
-        left, last = size / self.rate, time.perf_counter()
-        self._count(1)
-        try:
-            found = work()
-            while True:
-                now = time.perf_counter()
-                left, last = left - (now - last) / self._busy, now
-                if left <= 0:
-                    return found
-                time.sleep(min(left, SLICE))
-        finally:
-            self._count(-1)
 
 
 @contextmanager
@@ -243,7 +164,7 @@ def rates_of(card: str) -> tuple[float, float, float]:
 
 def measured(to_device: float, to_host: float, host: float) -> tuple[float, float, float]:
     """The same, as copies of a tenth of a second and a host's task reach it."""
-    streams, found = Streams(to_device, to_host), []
+    streams, found = Device(to_device, to_host), []
     for stream, rate in ((streams.inbound, to_device), (streams.outbound, to_host)):
         copied = torch.empty(max(1, round(rate / 40)))
         began = time.perf_counter()

@@ -125,9 +125,8 @@ class SharedRows(KeptRows):
 
     def wait_for_update(self) -> None:
         """As `synchronize`, but rows that are on a device stay there, unless some of them should have come back."""
-        if self.node is None and self.tier is None and self._last.pending is None:
-            return
-        if self.wait_for_queue() and self.tier is not None and self.tier.owes_rows:
+        idle = self.node is None and self.tier is None and self._last.pending is None
+        if not idle and self.wait_for_queue() and self.tier is not None and self.tier.owes_rows:
             self.tier.settle()
 
     def wait_for_queue(self) -> bool:
