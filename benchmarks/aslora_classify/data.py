@@ -10,11 +10,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.common.quality_arguments import DataError
+
 Example = tuple[list[int], int]  # token ids, class
-
-
-class DataError(Exception):
-    """The data folder does not hold what the benchmark needs."""
 
 
 @dataclass(frozen=True)

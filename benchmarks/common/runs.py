@@ -4,6 +4,7 @@ import concurrent.futures
 import datetime
 import json
 import multiprocessing
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,16 +60,32 @@ def read_settings(path: Path, setup: type, task: type, method: type) -> Settings
     )
 
 
-class Runs:
+class Runs(ABC):
     """Makes the runs that a rows file lacks; a benchmark says what one run is (`result`)."""
 
     def __init__(self, settings: Settings, rows: Rows, data: Path, device: str) -> None:
         self.settings, self.rows, self.data, self.device = settings, rows, data, device
 
+    @abstractmethod
     def result(self, task: Any, method: Any, rate: float, seed: int, split: str) -> dict:
         """Train and score: what is measured, with the metrics and `first_train_loss`, `last_train_loss`, `seconds`,
         `cpu_seconds`."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def prepare(self, jobs: list[tuple[Any, Any]]) -> None:
+        """Read what all processes will read.
+
+        Raises:
+            DataError: it is not there, or not as it must be.
+        """
+
+    def protocol_of(self, method: Any) -> Protocol:
+        """How a method's rate is chosen, and which seeds are reported."""
+        return self.settings.protocol
+
+    def told(self, row: dict) -> str:
+        """A row in words."""
+        return f"accuracy {row['accuracy']:.3f} loss {row['loss']:.4f}" if row["loss"] is not None else "no number"
 
     def once(self, task: Any, method: Any, rate: float, seed: int, split: str) -> dict:
         """The row of one run, found or new; one that diverged and was to be reported is kept as such."""
@@ -85,14 +102,13 @@ class Runs:
         if split == REPORTED and diverged(result):
             key["split"] = DIVERGED
         row = self.rows.add(key | {"settings": settings, "date": date} | result, environment(self.device))
-        scores = f"accuracy {row['accuracy']:.3f} loss {row['loss']:.4f}" if row["loss"] is not None else "no number"
-        print(date, *key.values(), scores, f"{row['seconds']} s ({row['cpu_seconds']} CPU s)", flush=True)
+        print(date, *key.values(), self.told(row), f"{row['seconds']} s ({row['cpu_seconds']} CPU s)", flush=True)
         return row
 
     def run(self, task: Any, method: Any) -> str | None:
         """All runs of a method on a task; a sentence where the protocol finds no rate."""
         try:
-            for _ in run_method(lambda *run: self.once(task, method, *run), self.settings.protocol):
+            for _ in run_method(lambda *run: self.once(task, method, *run), self.protocol_of(method)):
                 pass
         except RuntimeError as error:
             return f"{task.name}: {method.name}: {error}"

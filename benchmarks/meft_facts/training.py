@@ -57,6 +57,12 @@ class Setup:
 class Runs(runs.Runs):
     """Facts are trained, and the same are asked for; seeds draw the adapter's start and the order."""
 
+    def prepare(self, jobs: list[tuple[Task, Method]]) -> None:
+        """Raises: DataError: there are too few facts."""
+        tokenizer = self.settings.setup.base("cpu")[1]
+        for task, _ in jobs:
+            load_pairs(self.data, self.settings.setup.recall(task), tokenizer)
+
     def result(self, task: Task, method: Method, rate: float, seed: int, split: str) -> dict:
         """One run; both splits ask for all facts, since what is tried is memory."""
         began, began_cpu = time.perf_counter(), time.process_time()

@@ -16,6 +16,7 @@ from peft import PeftConfig
 from benchmarks.aslora_classify import __main__ as bench
 from benchmarks.aslora_classify import data, experiments, methods, reviews, runs, training, variants
 from benchmarks.aslora_classify.methods import Method
+from benchmarks.common import quality_program
 from benchmarks.common import runs as common_runs
 from benchmarks.common.comparisons import read_list
 from benchmarks.common.rows import Rows
@@ -98,7 +99,7 @@ def test_runs_of_one_seed_begin_with_equal_losses(place):
 def test_the_program_makes_its_rows_once_and_a_page(place, tmp_path, monkeypatch, capsys):
     """Two methods and two seeds; a rerun makes nothing, and what is missing is named."""
     out = tmp_path / "rows.json"
-    monkeypatch.setattr(bench, "run_all", inline)
+    monkeypatch.setattr(quality_program, "run_all", inline)
     # Eight steps of a tiny random model say nothing of rates, nor of divergence.
     monkeypatch.setattr(common_runs, "run_method", without_search)
     monkeypatch.setattr(common_runs, "diverged", lambda row: False)
@@ -235,7 +236,7 @@ def test_the_committed_list_names_what_the_settings_run(name):
 
 def test_the_kept_page_is_of_the_kept_rows():
     settings = runs.read_settings(bench.HERE / "settings.json")
-    kept = Rows(bench.RESULTS / "aslora_classify.json")
+    kept = Rows(quality_program.RESULTS / "aslora_classify.json")
     text = bench.page(settings, bench.HERE / "settings.json").text(kept.read())
     assert text == kept.path.with_suffix(".md").read_text()
 
@@ -253,7 +254,7 @@ def test_a_page_of_complete_rows():
     protocol = replace(settings.protocol, seeds=seeds)
     listed = replace(read_list(settings.comparisons), pairs=(("ASLoRA r 8", "LoRA r 8"),), claims=())
     about = replace(
-        bench.page(settings, bench.QUICK),
+        bench.page(settings, bench.HERE / "quick.json"),
         listed=listed,
         tasks=[task],
         methods=["LoRA r 8", "ASLoRA r 8"],
