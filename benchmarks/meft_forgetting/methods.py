@@ -23,6 +23,7 @@ class Method:
     Attributes:
         top: of MEFT, rows of each layer that a step updates, chosen against counts of a background; None: all used.
         scale: of the dense adapter, by which its activations are multiplied.
+        turn: those with a lower one run first.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Method:
     rates: tuple[float, ...]
     top: int | None = None
     scale: float = 1.0
+    turn: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -40,7 +42,7 @@ class Method:
     @property
     def settings(self) -> dict:
         """What a row depends on; `rates` belongs to the choice, not to a run."""
-        return {name: value for name, value in asdict(self).items() if name not in ("name", "rates")}
+        return {name: value for name, value in asdict(self).items() if name not in ("name", "rates", "turn")}
 
     @contextmanager
     def attach(self, model: nn.Module, background: list[Tensor]) -> Iterator[nn.Module]:

@@ -7,7 +7,7 @@ from statistics import mean, stdev
 from benchmarks.common.comparisons import Claim, Comparison, Verdict, judge, read_list, verdicts
 from benchmarks.common.paired_test import LEVEL, holm, paired_t
 from benchmarks.common.protocol import DIVERGED, REPORTED, TUNING
-from benchmarks.meft_forgetting.runs import Settings
+from benchmarks.common.runs import Settings
 
 COMMAND = "python -m benchmarks.meft_forgetting --data DIR"
 # By what a claim is judged: less forgetting, or no fewer facts.
@@ -21,14 +21,15 @@ def text(content: dict[str, list[dict]], settings: Settings, flags: str) -> str:
         flags: of the command that makes the rows.
     """
     setup, task = settings.setup, settings.setup.task
+    tuned, seeds = len(settings.protocol.tuning_seeds), settings.protocol.seeds
     listed = read_list(settings.comparisons)
     rows = [row for row in content["rows"] if row["task"] == task]
 
     def kept(split: str, name: str) -> dict[int, dict]:
         of_method = (row for row in rows if (row["split"], row["method"]) == (split, name))
-        return {row["seed"]: row for row in of_method if row["seed"] in settings.seeds}
+        return {row["seed"]: row for row in of_method if row["seed"] in seeds}
 
-    said = verdicts(listed, lambda _, name: kept(REPORTED, name), lambda _, name: kept(DIVERGED, name), settings.seeds)
+    said = verdicts(listed, lambda _, name: kept(REPORTED, name), lambda _, name: kept(DIVERGED, name), seeds)
     command = COMMAND + flags
     lines = [
         "# What a model forgets while it learns facts"
@@ -40,8 +41,8 @@ def text(content: dict[str, list[dict]], settings: Settings, flags: str) -> str:
         "Recall is the share that greedy generation gives back. Forgetting is by how much the mean loss of a token",
         f"rises, in nats: the mean of WikiText-2 and of the answers of GSM8K, at most {setup.tokens:,} tokens each.",
         f"Each method's learning rate is the one that forgets least while it recalls {100 * setup.least_recall:.0f} %",
-        f"with {len(settings.tuning_seeds)} tuning seed; rates are a factor of 2 apart, and a lower and a higher one",
-        f"were tried. The {len(settings.seeds)} reported seeds are others. Tests are paired by seed, after Holm's",
+        f"with {tuned} tuning seed{'s' * (tuned > 1)}; rates are a factor of 2 apart, and a lower and a higher",
+        f"one were tried. The {len(seeds)} reported seeds are others. Tests are paired by seed, after Holm's",
         f"correction for all {len(listed.comparisons)} comparisons of the list"
         + (", which was committed before the runs." if flags in ("", " --quick") else "."),
         "A method that recalls less may forget less: a goal is reached only if recall is not worse by the margin.",
@@ -74,7 +75,7 @@ def text(content: dict[str, list[dict]], settings: Settings, flags: str) -> str:
     missing = [
         f"- {method.name}, seed {seed}: not measured"
         for method in settings.methods
-        for seed in settings.seeds
+        for seed in settings.protocol.seeds
         if seed not in kept(REPORTED, method.name)
     ]
     lines += ["", *missing, *([f"`{command}` makes them, and goes on where it was stopped."] if missing else [])]
@@ -89,8 +90,10 @@ def _goals(goals: list[dict], settings: Settings, kept, said: dict[Comparison, V
     tests = []
     for goal in goals:
         ours, rivals = (kept(REPORTED, goal[name]) for name in ("ours", "rival"))
-        whole = all(seed in ours and seed in rivals for seed in settings.seeds)
-        gains = [goal["share"] * rivals[s]["forgetting"] - ours[s]["forgetting"] for s in settings.seeds if whole]
+        whole = all(seed in ours and seed in rivals for seed in settings.protocol.seeds)
+        gains = [
+            goal["share"] * rivals[s]["forgetting"] - ours[s]["forgetting"] for s in settings.protocol.seeds if whole
+        ]
         tests.append(paired_t(gains) if whole else None)
     corrected = holm([test.p if test is not None else 1.0 for test in tests])
     lines = ["| goal: forgetting at most | 95 % interval of what is left to it | corrected p | |", "|---|---|---|---|"]

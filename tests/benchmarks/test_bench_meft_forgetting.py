@@ -1,6 +1,7 @@
 """The benchmark of forgetting: its settings, its methods on a tiny model, and its page."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,12 +10,14 @@ from benchmarks.aslora_quality.tasks import DataError
 from benchmarks.common.comparisons import read_list
 from benchmarks.common.protocol import REPORTED, TUNING
 from benchmarks.meft_forgetting import report
-from benchmarks.meft_forgetting.__main__ import QUICK, SETTINGS
+from benchmarks.meft_forgetting.__main__ import HERE
 from benchmarks.meft_forgetting.methods import Method
-from benchmarks.meft_forgetting.runs import read_settings
+from benchmarks.meft_forgetting.runs import Runs, read_settings
 from benchmarks.meft_forgetting.texts import load_texts
 from tests.support.models import llama
 from tests.support.tiny_meft import Tiny
+
+SETTINGS, QUICK = HERE / "settings.json", HERE / "quick.json"
 
 
 @pytest.mark.parametrize("path", [SETTINGS, QUICK], ids=["settings", "quick"])
@@ -27,7 +30,9 @@ def test_settings_and_lists_agree(path):
     assert {goal[name] for goal in goals for name in ("ours", "rival")} <= names
     assert listed.tasks == (settings.setup.task,)
     for method in settings.methods:
-        assert settings.protocol(method).seeds == settings.seeds
+        protocol = Runs.protocol_of(SimpleNamespace(settings=settings), method)
+        assert protocol.seeds == settings.protocol.seeds
+        assert protocol.rates == method.rates
 
 
 @pytest.mark.parametrize(
@@ -69,7 +74,7 @@ def test_the_page_says_what_the_rows_give():
     ours, rival = (method.name for method in settings.methods)
     rows = [made(ours, 100, TUNING, 0.004, 1.0, 0.1)]
     assert "not measured" in report.text({"environments": [], "rows": rows}, settings, " --quick")
-    for seed in settings.seeds:
+    for seed in settings.protocol.seeds:
         rows.append(made(ours, seed, REPORTED, 0.004, 1.0, 0.1 + 1e-6 * seed))
         rows.append(made(rival, seed, REPORTED, 0.002, 1.0, 0.9 + 1e-6 * seed))
     text = report.text({"environments": [{"torch": "1"}], "rows": rows}, settings, " --quick")
