@@ -223,9 +223,9 @@ class MEFTLayer(NotReplicated, BaseTunerLayer):
             real = context.real_tokens(now, shape, x.device, self.call.up is not None)
         kept = x if real is None else x.index_select(0, real)
         wide = kept.to(torch.promote_types(x.dtype, torch.float32))
-        fixed, router = layer.choice is not None and layer.choice.active, self.router(adapter_name)
-        # Under offloading the router may be elsewhere.
-        logits = F.linear(wide, (untrained(router) if fixed else router).to(wide))
+        choice, keys, values, router = layer.choice, layer.keys, layer.values, self.router(adapter_name)
+        fixed = choice is not None and (choice.counts or (keys.versions or values.versions) is not None)
+        logits = F.linear(wide, (untrained(router) if fixed else router).to(wide))  # offloaded, it may be elsewhere
         inputs = wide.to(engine.compute_dtype(layer, kept))
         known = (saved.selection, saved.rows) if saved is not None else (None, None)
         pending = engine.select(layer, inputs.detach(), logits.detach(), *known)

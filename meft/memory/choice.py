@@ -37,21 +37,19 @@ class LayerChoice:
         tables: keys and values.
         most: rows that a step updates, at most; None: all that no task owns.
         rarity: float64 [r] in host memory, asked for when it is first needed.
+
+    Attributes:
+        counts: whether it goes by how often rows are used.
     """
 
     def __init__(self, tables: Sequence[RowTable], most: int | None, rarity: Callable[[], Tensor]) -> None:
-        self.tables, self._most, self._rarity = tuple(tables), most, rarity
+        self.tables, self._most, self._rarity, self.counts = tuple(tables), most, rarity, most is not None
         self._uses: dict[torch.device, Tensor] = {}
         self._all_uses: Tensor | None = None  # of all ranks, where they have agreed
         self._top: Tensor | None = None
         # Until the step: gradients of which some rows were not chosen, and which.
         self._whole: list[tuple[RowTable, RowGradient, Tensor]] = []
         self._backward, self._stepped = -1, False
-
-    @property
-    def counts(self) -> bool:
-        """Whether it goes by how often rows are used."""
-        return self._most is not None
 
     @property
     def size(self) -> int:

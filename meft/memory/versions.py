@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,21 @@ MOST_TASKS = 254
 # The tensors of a table in a file: task of each row, rows with another version, these versions, and names.
 PARTS = ("task_owner", "task_rows", "task_values", "task_names")
 DAMAGED = "The tasks of the adapter's file are damaged ({what}): restore the file from one save."
+
+
+def part_of_table(name: str) -> property:
+    """One of `PARTS` as an attribute of a table: torch's functions for distributed state dicts look each key up.
+
+    A property, because every access to a parameter of the table would go through a `__getattr__`.
+    """
+
+    def part(table: Any) -> Tensor:
+        found = {} if table.versions is None else table.versions.tensors()
+        if name not in found:
+            raise AttributeError(f"{type(table).__name__!r} object has no attribute {name!r}")
+        return found[name]
+
+    return property(part)
 
 
 class RowVersions:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from peft_bridge.torch_private import left_alone_by_fsdp2
 
-from ..memory.versions import PARTS, RowVersions
+from ..memory.versions import PARTS, RowVersions, part_of_table
 from ..transport.host_tensors import host_zeros, like_rows, row_blocks
 from .moments import KEY, Moments, RowMoments, moments_of
 from .row_step import RowState, update_rows
@@ -57,6 +57,7 @@ class RowTable(SharedRows):
     versions: RowVersions | None = None
     choice: Choice | None = None
 
+    task_owner, task_rows, task_values, task_names = map(part_of_table, PARTS)
     _all: ClassVar[weakref.WeakSet[RowTable]] = weakref.WeakSet()
     _of_this_process = SharedRows._of_this_process | {"_stepped_with", "claimed_by", "step"}
 
@@ -264,11 +265,6 @@ class RowTable(SharedRows):
         for block in row_blocks(converted):
             converted[block].copy_(self.rows[block])
         self._change(converted)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in PARTS and self.versions is not None and name in (found := self.versions.tensors()):
-            return found[name]  # torch's functions for distributed state dicts look each key up
-        return super().__getattr__(name)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         at_home = self.at_home()
