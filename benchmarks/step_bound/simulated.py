@@ -64,26 +64,32 @@ class Computing(torch.autograd.Function):
 
 
 class Host:
-    """Moves bytes at a rate that whatever threads ask at the same time share, as they share a memory's bandwidth."""
+    """Moves bytes at a rate that threads share which ask at the same time, as they share a memory's bandwidth.
+
+    Updates of rows give way to the others, as they do in the C++ libraries (`adapter_kernels`' helper_threads.h).
+    """
 
     def __init__(self, rate: float) -> None:
-        self.rate, self._busy, self._lock = rate, 0, threading.Lock()
+        self.rate, self._lock = rate, threading.Lock()
+        self._busy = {True: 0, False: 0}  # threads that give way, and that do not
 
-    def _count(self, more: int) -> None:
+    def _count(self, gives_way: bool, more: int) -> None:
         with self._lock:
-            self._busy += more
+            self._busy[gives_way] += more
 
-    def take(self, size: float, work: Callable[[], object] = lambda: None) -> object:
+    def take(self, size: float, work: Callable[[], object] = lambda: None, *, gives_way: bool = False) -> object:
         """Do some work, which takes no less than its bytes do."""
         left, last = size / self.rate, time.perf_counter()
-        self._count(1)
+        self._count(gives_way, 1)
         try:
             found = work()
             while True:
                 now = time.perf_counter()
-                left, last = left - (now - last) / self._busy, now
+                if not (gives_way and self._busy[False]):
+                    left -= (now - last) / self._busy[gives_way]
+                last = now
                 if left <= 0:
                     return found
                 time.sleep(min(left, SLICE))
         finally:
-            self._count(-1)
+            self._count(gives_way, -1)

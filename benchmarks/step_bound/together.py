@@ -4,11 +4,11 @@
     python -m benchmarks.step_bound.together --quick    # two cells; keeps no result
 
 The real engine trains a small model on a CPU. Copies take their bytes at the rate of a link, what the host does with
-row gradients takes its bytes at the rate of a host, which they share, and each layer of the base model takes a
-while. The rates stand to each other as those of the card that is named in a step of Llama-2-7B with r 6400, 2 x 256
-tokens and |U|/r 0.26. The bound is `meft.cost.step_time` at the rates that the same run has measured: a step with a
-free link and a free host, a copy each way, and a host's task. What a cell shows is the schedule: whether nothing waits
-that need not. It says nothing of a GPU's speed.
+row gradients takes its bytes at the rate of a host, which they share and where updates give way to the rest, and each
+layer of the base model takes a while. The rates stand to each other as those of the card that is named in a step of
+Llama-2-7B with r 6400, 2 x 256 tokens and |U|/r 0.26. The bound is `meft.cost.step_time` at the rates that the same run
+has measured: a step with a free link and a free host, a copy each way, and a host's task. What a cell shows is the
+schedule: whether nothing waits that need not. It says nothing of a GPU's speed.
 
 Cells are strategies, states (float32, or the narrowest), and how a step ends (clipping, or `in_backward`). With
 `device_rows` the picks of a layer are as skewed as those of the recorded trace: as many of a micro-batch's rows are
@@ -75,7 +75,7 @@ def slow(host: Host, plan: Plan) -> Iterator[Callable[..., None]]:
         return host.take(scored if plan.way.selects_on_host else 0.0, lambda: picks(*arguments, **fields))
 
     def update(state, rows, grads, rule, **arguments):
-        host.take(updated * len(rows), lambda: update_rows(state, rows, grads, rule, **arguments))
+        host.take(updated * len(rows), lambda: update_rows(state, rows, grads, rule, **arguments), gives_way=True)
 
     offload_ring.drain = lambda source, target: host.take(drained * len(source), lambda: real(source, target))
     topk.select_neurons = picked

@@ -203,7 +203,7 @@ void over_rows(double (*row)(const From*, To*, int64_t), const void* from, void*
 } // namespace
 
 // Changes with the arguments below or with Step, so that a stale build is not called.
-EXPORT int meft_row_adamw_version() { return 8; }
+EXPORT int meft_row_adamw_version() { return 9; }
 
 // Whether rows ascend, each once, from 0 to limit - 1.
 EXPORT int meft_rows_ascend(const int64_t* rows, int64_t count, int64_t limit) {
@@ -212,6 +212,9 @@ EXPORT int meft_rows_ascend(const int64_t* rows, int64_t count, int64_t limit) {
         if (rows[i] <= before || rows[i] >= limit) return 0;
     return 1;
 }
+
+// Let updates give way to the work of another library of the same `helper_threads.h` too; `urgent`: its `Urgent`.
+EXPORT void meft_give_way_to(void* urgent) { Urgent::used() = static_cast<Urgent*>(urgent); }
 
 // Row rows[i] takes steps[i] with grads[i] times both factors. Rows must be distinct and in range.
 // `half`, `half_grads`: whether the table, and the gradients, are bfloat16. `keys` may be null with float32 moments of a
@@ -226,7 +229,7 @@ EXPORT void meft_row_adamw(int half, int half_grads, int mode, void* table, void
     const Halves halves{half != 0, half_grads != 0};
     const Job job{halves, static_cast<Mode>(mode), tensors, grads, rows, static_cast<const Key*>(keys),
                   reinterpret_cast<const Step*>(steps), {first, second}, count, width};
-    in_pieces(count, piece(width), threads, [&](int64_t from, int64_t to) {
+    in_pieces_later(count, piece(width), threads, [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) job.row(i);
     });
 }

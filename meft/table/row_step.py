@@ -20,10 +20,11 @@ from adapter_kernels import RowState, StepRule, row_adamw
 from adapter_kernels.adamw.moment_layout import MODES
 from adapter_kernels.adamw.stochastic_rounding import row_keys
 from adapter_kernels.runtime.host_threads import host_threads
+from adapter_kernels.topk import host_topk
 
 __all__ = ["RowState", "StepRule", "multiplied", "native_library", "update_rows"]
 
-_VERSION = 8  # of the library's arguments
+_VERSION = 9  # of the library's arguments
 _OF_THE_RULE = 7  # scalars of `Step` that all rows have in common
 _BLOCK = 1 << 20  # values that torch multiplies at a time
 
@@ -136,6 +137,8 @@ def native_library() -> ctypes.CDLL | None:
     except (ImportError, OSError, AttributeError):
         return None
     declare(library)
+    if (picking := host_topk.native_library()) is not None:
+        library.meft_give_way_to(picking.host_topk_urgent())
     return library
 
 
@@ -145,6 +148,7 @@ def declare(library: ctypes.CDLL) -> None:
     library.meft_row_adamw.argtypes = [n, n, n, p, p, p, p, p, p, p, p, p, i, i, p, f, f, n]
     library.meft_row_adamw.restype = None
     library.meft_rows_ascend.argtypes = [p, i, i]
+    library.meft_give_way_to.argtypes, library.meft_give_way_to.restype = [p], None
     library.meft_drain.argtypes, library.meft_drain.restype = [n, n, p, p, p, i, i, n], None
     library.meft_mean_rows.argtypes, library.meft_mean_rows.restype = (
         [p, i, p, i, i, p, i, i, i, f, p, n],

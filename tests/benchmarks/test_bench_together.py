@@ -42,3 +42,20 @@ def test_those_who_ask_at_the_same_time_share_the_host():
     for thread in threads:
         thread.join()
     assert time.perf_counter() - began >= 0.06
+
+
+def test_an_update_gives_way_to_what_does_not():
+    host, ends = together.Host(1000.0), {}
+
+    def take(name: str, size: float, gives_way: bool) -> None:
+        host.take(size, gives_way=gives_way)
+        ends[name] = time.perf_counter()
+
+    threads = [threading.Thread(target=take, args=one) for one in (("update", 60.0, True), ("drain", 100.0, False))]
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert 0.1 <= ends["drain"] - began < 0.15
+    assert ends["update"] - began >= 0.15

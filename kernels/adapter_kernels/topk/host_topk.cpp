@@ -156,7 +156,10 @@ void run(Job& job, int key_type, int threads) {
 } // namespace
 
 // Changes with the arguments below, so that a stale build is not called.
-EXPORT int host_topk_version() { return 3; }
+EXPORT int host_topk_version() { return 4; }
+
+// Where it is counted that this library is at work, for another one that gives way to it.
+EXPORT void* host_topk_urgent() { return Urgent::used(); }
 
 // The highest `level` of instructions that this machine has: 0, 1 (AVX2) or 2 (AVX-512).
 EXPORT int host_topk_levels() { return best_level(); }
@@ -172,6 +175,7 @@ EXPORT void host_expert_topk(const float* x, const void* keys, int key_type, con
                             const float* factors, int64_t T, int64_t d, int64_t E, int64_t each, int64_t P, int64_t K,
                             int by_neuron, float* products, int32_t* ids, float* scores, float* dots, int level,
                             int threads) {
+    const Urgent::Scope scope; // of what is between the loops too
     static const int best = best_level();
     Job job{x, keys, experts, factors, T, d, E, each, P, K, by_neuron != 0, products, ids, scores, dots,
             level < 0 ? best : std::min(level, best), {}, {}, {}, {}};
@@ -208,6 +212,7 @@ EXPORT int64_t host_select_rows(const float* x, const float* logits, const void*
                                 int64_t d, int64_t E, int64_t each, int64_t P, int64_t K, int factor, int64_t* load,
                                 int64_t load_each, int32_t* ids, float* scores, float* dots, int32_t* rows, int32_t* position,
                                 int threads) {
+    const Urgent::Scope scope;
     const auto memory = [](auto one, int64_t n) { return std::unique_ptr<decltype(one)[]>(new decltype(one)[n]); };
     const auto probed = memory(int32_t{}, T * P), places = memory(int32_t{}, E * each);
     const auto factors = memory(float{}, factor ? T * P : 0), products = memory(float{}, T * P * each);

@@ -20,7 +20,7 @@ from ..runtime.host_threads import host_threads
 
 __all__ = ["expert_topk", "handles", "native_library", "router_topk", "row_union", "select_rows"]
 
-_VERSION = 3  # of the library's arguments
+_VERSION = 4  # of the library's arguments
 _FEW = 64  # tokens of a product of all keys
 _ALONE = 1 << 18  # as in the library
 _KEY_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -37,6 +37,7 @@ def native_library() -> ctypes.CDLL | None:
     except (ImportError, OSError, AttributeError):
         return None
     p, i, c = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.host_topk_urgent.restype = p
     library.host_expert_topk.argtypes = [p, p, c, p, p, i, i, i, i, i, i, c, p, p, p, p, c, c]
     library.host_expert_topk.restype = None
     library.host_router_topk.argtypes = [p, i, i, i, p, c]
