@@ -102,15 +102,24 @@ def small_plan(config: MEFTConfig, strategy: str) -> Plan:
 
 
 def used_rows(share: float) -> torch.Tensor:
-    """Which rows each layer uses in each step, bool [DEPTH, steps, R], where a share of the rows has places."""
+    """Which rows each layer uses in each step, bool [DEPTH, steps, R], where a share of the rows has places.
+
+    Rows take turns: those that are used most are used equally often, so that all of them get a place.
+    """
     random, steps = torch.Generator().manual_seed(1), STEPS[share]
     used = torch.zeros(DEPTH, steps, R, dtype=torch.bool)
-    popular = round(share * R)
-    hot = round(HotRows(share).found * UNION)
-    for layer, step in itertools.product(range(DEPTH), range(steps)):
-        used[layer, step, torch.randperm(max(1, popular), generator=random)[:hot]] = hot > 0
-        used[layer, step, popular + torch.randperm(R - popular, generator=random)[: UNION - hot]] = True
+    popular, hot = round(share * R), round(HotRows(share).found * UNION)
+    for layer in range(DEPTH):
+        most, others = (torch.randperm(size, generator=random) for size in (popular, R - popular))
+        for step in range(steps):
+            used[layer, step, in_turn(most, step, hot)] = True
+            used[layer, step, popular + in_turn(others, step, UNION - hot)] = True
     return used
+
+
+def in_turn(rows: torch.Tensor, step: int, size: int) -> torch.Tensor:
+    """As many of some rows as a step uses, behind those of the step before."""
+    return rows.roll(-step * size)[:size]
 
 
 def seconds_of_a_step(config: MEFTConfig, to_device: float, to_host: float, host: float) -> float:

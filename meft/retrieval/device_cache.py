@@ -126,29 +126,27 @@ class DeviceCopy:
             if changed is None:
                 return
             self._synchronize()
-            everything = len(changed) == len(compute_copy)
-            device_rows = self._rows
-            uses = [device_rows]
-            work: Callable[[], object] = partial(device_rows.copy_, compute_copy, non_blocking=True)
-            if not everything:
-                with torch.inference_mode(False):  # as in `gather`
-                    device_rows = torch.empty(
-                        len(changed), compute_copy.shape[1], dtype=compute_copy.dtype, device=self.streams.device
-                    )
-                    ids = torch.empty(changed.shape, dtype=torch.int32, device=self.streams.device)
+            inbound, device_rows = self.streams.inbound, self._rows
+            ids: Tensor | None = None
+            if len(changed) == len(compute_copy):
+                uses = [device_rows]
+                work: Callable[[], object] = partial(device_rows.copy_, compute_copy, non_blocking=True)
+                inbound.wait_event(self.streams.record_event())  # the computation may still read them
+            else:
+                device_rows = inbound.empty((len(changed), compute_copy.shape[1]), compute_copy.dtype)
+                ids = inbound.empty(tuple(changed.shape), torch.int32)
                 (staged,) = self._ids.take((changed.shape, ids.dtype))
                 staged.copy_(changed)
-                uses, work = [device_rows, ids], partial(bring_changed, staged, ids, changed, compute_copy, device_rows)
-            self.streams.inbound.wait_event(self.streams.record_event())
+                uses, work = [], partial(bring_changed, staged, ids, changed, compute_copy, device_rows)
             try:
                 with phase("bring changed rows"):
-                    self.streams.inbound.run(work, uses)
+                    inbound.run(work, uses)
             finally:  # also where some of it was queued
-                arrival = self.streams.inbound.record_event()
-                self._ids.busy = None if everything else arrival
-            self.table.add_reader_event(self.streams.inbound, arrival)
-        self._coming = (None if everything else ids, device_rows, arrival)
-        self.traffic.bytes_to_device += device_rows.nbytes + (0 if everything else ids.nbytes)
+                arrival = inbound.record_event()
+                self._ids.busy = None if ids is None else arrival
+            self.table.add_reader_event(inbound, arrival)
+        self._coming = (ids, device_rows, arrival)
+        self.traffic.bytes_to_device += device_rows.nbytes + (0 if ids is None else ids.nbytes)
 
     @contextmanager
     def _or_all_again(self) -> Iterator[None]:
@@ -177,4 +175,5 @@ class DeviceCopy:
         (ids, device_rows, arrival), self._coming, self._seen = self._coming, None, None
         self.streams.wait_event(arrival)
         if ids is not None:
+            self.streams.use([ids, device_rows])
             scatter_rows(ids, [device_rows], [self._rows])

@@ -63,6 +63,7 @@ class SharedRows(KeptRows):
 
     Attributes:
         name: for messages.
+        turn: of an adapter's tables, in the order in which a forward pass reads them.
         lock: held while rows are read or written.
         updates: the thread that updates them beside the computation; None: updates happen within the step.
         node: what the ranks of this node share of the table; None: this process has a copy of its own.
@@ -77,7 +78,7 @@ class SharedRows(KeptRows):
 
     _last, lock = LastUpdate(), threading.RLock()  # of no rows: asked for before `_start`, by what adopts the rows
     node: NodeRows | None = None
-    pin = False
+    pin, turn = False, 0
 
     def __init__(self, rows: Tensor, *, read_as: torch.dtype, on_host: bool) -> None:
         super().__init__(rows, read_as=read_as, on_host=on_host)
@@ -109,7 +110,7 @@ class SharedRows(KeptRows):
         """Queue an update; every later access to the rows waits for it. Arguments as of `UpdateQueue.add`."""
         self.wait_for_update()
         assert self.updates is not None
-        self._last.put(self.updates.add(update, self.name, then, ready))
+        self._last.put(self.updates.add(update, self.name, then, ready, self.turn))
 
     def wait_for_too(self, pending: PendingUpdate) -> None:
         """Every later access to the rows waits for another update, which was queued behind that of the rows."""

@@ -18,10 +18,13 @@ class PendingUpdate:
 
     Args:
         then: called once, by the first thread that has waited, unless the update returned False.
+
+    Attributes:
+        turn: of those that may go now, the one with the lowest goes first.
     """
 
-    def __init__(self, update: Update, what: str, then: Then | None = None) -> None:
-        self._update, self._what, self._then = update, what, then
+    def __init__(self, update: Update, what: str, then: Then | None = None, turn: int = 0) -> None:
+        self._update, self._what, self._then, self.turn = update, what, then, turn
         self._waited = threading.RLock()
         self._thread: int | None = None
         self._done: Future[bool | None] = Future()
@@ -132,16 +135,15 @@ class UpdateQueue:
         self._coming, self._ready = list[PendingUpdate](), list[PendingUpdate]()
 
     def add(
-        self, update: Update, what: str, then: Then | None = None, ready: Future[Any] | None = None
+        self, update: Update, what: str, then: Then | None = None, ready: Future[Any] | None = None, turn: int = 0
     ) -> PendingUpdate:
         """Queue an update of `what` behind all that were queued before; arguments as of `PendingUpdate`.
 
         Args:
-            ready: what it waits for, so that others may go before it; None: nothing. Of updates whose wait is over the
-                one that was queued last goes first: the backward pass has come to its rows last, and the next forward
-                pass needs them first.
+            ready: what it waits for, so that others may go before it; None: nothing. Updates whose wait is over go in
+                their `turn`: the backward pass comes last to the rows that the next forward pass needs first.
         """
-        pending = PendingUpdate(update, what, then)
+        pending = PendingUpdate(update, what, then, turn)
         with self._lock:
             self._coming.append(pending)
             if ready is None:
@@ -160,13 +162,14 @@ class UpdateQueue:
             self._coming.remove(pending)
             self._ready.append(pending)
             try:
-                self._thread.submit(self._run_latest, self._ready)
+                self._thread.submit(self._run_first, self._ready)
                 return
             except RuntimeError:  # the interpreter ends: what `atexit` calls may still save the rows
                 self._ready.remove(pending)
         pending.run()
 
-    def _run_latest(self, ready: list[PendingUpdate]) -> None:
+    def _run_first(self, ready: list[PendingUpdate]) -> None:
         with self._lock:
-            pending = ready.pop()
+            pending = min(ready, key=lambda one: one.turn)
+            ready.remove(pending)
         pending.run()

@@ -55,6 +55,17 @@ def train(tiny, model, clip):
     model.load_state_dict(tiny.state(model), strict=False)
 
 
+def fail_at(tiny, model, watch, grad):
+    hook = watch(fail)
+    try:
+        with torch.set_grad_enabled(grad):
+            tiny.loss(model)
+    except LaterError as error:
+        error.__traceback__ = None
+    hook.remove()
+    gc.collect()
+
+
 def abandon(tiny, model):
     """Passes that end in an error while rows are on their way, and an engine that is let go."""
     layer = tiny.layers(model)[1]
@@ -62,15 +73,11 @@ def abandon(tiny, model):
     places = layer.base_layer.register_forward_pre_hook, layer.register_forward_hook
     for grad, watch in itertools.product((True, False), places):
         tiny.train(model, 1, optimizer=torch.optim.AdamW(tiny.trainable(model), lr=1e-3))
-        hook = watch(fail)
-        try:
-            with torch.set_grad_enabled(grad):
-                tiny.loss(model)
-        except LaterError as error:
-            error.__traceback__ = None
-        hook.remove()
-        gc.collect()
+        fail_at(tiny, model, watch, grad)
         if not grad:
+            for engine in model.base_model.engines.values():
+                engine.use(engine.streams)
+            fail_at(tiny, model, watch, grad)  # all rows are on their way, not those that have changed
             for engine in model.base_model.engines.values():
                 engine.use(engine.streams)
     gc.collect()

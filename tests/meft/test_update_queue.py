@@ -14,8 +14,8 @@ class Queued:
         self.queue, self.done, self.held = UpdateQueue(), [], Future()
         self.queue.add(lambda: self.held.result(60), "rows")
 
-    def add(self, name, ready=None):
-        return self.queue.add(lambda: self.done.append(name), name, ready=ready)
+    def add(self, name, ready=None, turn=0):
+        return self.queue.add(lambda: self.done.append(name), name, ready=ready, turn=turn)
 
     def go(self, *pending):
         self.held.set_result(None)
@@ -33,21 +33,28 @@ def test_updates_go_in_their_turn(queued):
     assert queued.go(*[queued.add(name) for name in "abc"]) == ["a", "b", "c"]
 
 
-def test_of_those_that_are_ready_the_latest_goes_first(queued):
+def test_those_that_are_ready_go_in_the_order_in_which_they_are_needed(queued):
     ready = [Future() for _ in range(4)]
-    pending = [queued.add(i, each) for i, each in enumerate(ready)]
-    for i in (2, 0, 1):
-        ready[i].set_result(None)
-    assert queued.go(*pending[:3]) == [1, 0, 2]
-    ready[3].set_result(None)
-    pending[3].wait()
-    assert queued.done == [1, 0, 2, 3]
+    pending = [queued.add(turn, each, turn) for turn, each in enumerate(ready)]
+    for turn in (3, 2, 1):
+        ready[turn].set_result(None)
+    assert queued.go(*pending[1:]) == [1, 2, 3]
+    ready[0].set_result(None)
+    pending[0].wait()
+    assert queued.done == [1, 2, 3, 0]
 
 
 def test_what_is_ready_at_once(queued):
     ready = Future()
     ready.set_result(None)
-    assert queued.go(queued.add("a", ready), queued.add("b", ready)) == ["b", "a"]
+    assert queued.go(queued.add("b", ready, 1), queued.add("a", ready, 0)) == ["a", "b"]
+
+
+def test_keys_come_before_values_and_lower_layers_before_upper_ones(tiny):
+    model = tiny.adapted(layers=2)
+    layers = model.base_model.engines["default"].layers
+    tables = [table for layer in layers for table in (layer.keys, layer.values)]
+    assert [table.turn for table in tables] == [0, 1, 2, 3]
 
 
 def test_nothing_goes_before_what_it_was_queued_behind(queued):
