@@ -107,8 +107,6 @@ class MEFTLayer(NotReplicated, BaseTunerLayer):
         """
         config = self.configs[adapter_name]
         keys, values = self.tables(adapter_name)
-        keys.name, values.name = f"keys of layer {number}", f"values of layer {number}"
-        keys.turn, values.turn = 2 * number, 2 * number + 1
         rows = LayerRows(number, keys, values, config, self.traffic[adapter_name])
         self.places[adapter_name] = LayerSlot(engine if engine is not None else Engine(config, [rows]), rows)
         return rows

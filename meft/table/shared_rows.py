@@ -62,8 +62,7 @@ class SharedRows(KeptRows):
     Copies and pickles get a lock, events and queue of their own.
 
     Attributes:
-        name: for messages.
-        turn: of an adapter's tables, in the order in which a forward pass reads them.
+        name, turn: for messages; and when it is an adapter's table's turn to be read in a forward pass.
         lock: held while rows are read or written.
         updates: the thread that updates them beside the computation; None: updates happen within the step.
         node: what the ranks of this node share of the table; None: this process has a copy of its own.
