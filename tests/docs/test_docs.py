@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import importlib.util
 import json
 import re
 import shlex
@@ -35,7 +34,7 @@ def slug(heading):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+    for target in re.findall(r"(?:\]\(|\bsrc(?:set)?=\")([^)\s\"]+)[)\"]", page.read_text(encoding="utf-8")):
         if target.startswith("https://"):
             continue
         path, _, anchor = target.partition("#")
@@ -44,15 +43,6 @@ def test_links_lead_somewhere(page):
         if anchor:
             headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in map(slug, headings), target
-
-
-def test_the_figure_is_what_the_results_give():
-    pytest.importorskip("matplotlib")
-    script = ROOT / "docs" / "figures" / "overview.py"
-    spec = importlib.util.spec_from_file_location("overview", script)
-    overview = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(overview)
-    assert overview.draw() == overview.FIGURE.read_bytes(), f"run python {script.relative_to(ROOT)}"
 
 
 def test_the_table_of_quality():
