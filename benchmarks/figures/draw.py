@@ -22,7 +22,7 @@ def aslora(numbers: Numbers, colours: Colours) -> Figure:
         for point in panel["points"]:
             label = point["label"]
             ours, lora = label.startswith("ASLoRA"), label.startswith("LoRA")
-            colour = colours.ours if ours else colours.lora if lora else colours.other
+            colour = colours.blue if ours else colours.orange if lora else colours.grey
             marker = "o" if ours else "s" if lora else "D"
             axes.plot(point["values"], point["mean"], marker, color=colour, markersize=6)
             if point["interval"] is not None:
@@ -46,22 +46,23 @@ def meft(numbers: Numbers, colours: Colours) -> Figure:
     """Left: recall against forgetting at each rate tried. Right: forgetting of the reported seeds, and their recall."""
     figure = Figure(figsize=(9.6, 3.3), layout="constrained")
     frontier, reported = figure.subplots(1, 2, width_ratios=[1.15, 1])
-    seen = [colours.ours, colours.lora, colours.other, colours.lora_too, colours.ours_too]
     methods = numbers["methods"]
-    for place, (one, colour, marker) in enumerate(zip(methods, seen, "osD^v", strict=False)):
+    of = (colours.blue, colours.orange, colours.grey, colours.yellow, colours.sky, colours.green, colours.purple)
+    seen, markers = of[: len(methods)], "osD^vP*"[: len(methods)]
+    for place, (one, colour, marker) in enumerate(zip(methods, seen, markers, strict=True)):
         recalls, forgettings = zip(*one["frontier"], strict=True) if one["frontier"] else ((), ())
         frontier.plot(recalls, forgettings, "-", marker=marker, color=colour, markersize=5, linewidth=1.4)
         if "forgetting" in one:
             _reported(reported, place, one["forgetting"], colour, marker)
     highest = highest_shown(numbers)
-    if highest:
+    if highest > 0:
         frontier.set_ylim(top=1.1 * highest, bottom=min(0.0, *(y for one in methods for _, y in one["frontier"])) * 1.1)
     frontier.axvline(100 * numbers["least_recall"], color=colours.faint, linewidth=1, linestyle="--")
     frontier.set(title="Each learning rate tried (one seed)", xlim=(0, 103), xlabel="facts recalled, %")
     frontier.set_ylabel("forgetting, nats a token")
     frontier.grid()
     reported.set_yticks(range(len(methods)), [named(one, numbers["planned"]) for one in methods])
-    for tick, colour in zip(reported.get_yticklabels(), seen, strict=False):
+    for tick, colour in zip(reported.get_yticklabels(), seen, strict=True):
         tick.set_color(colour)
     reported.tick_params(axis="y", length=0)
     reported.set(title="The rate chosen, on other seeds", ylim=(len(methods) - 0.4, -0.6))
@@ -73,8 +74,8 @@ def meft(numbers: Numbers, colours: Colours) -> Figure:
 
 
 def highest_shown(numbers: Numbers) -> float:
-    """The most forgetting that the left panel shows: the largest of the rates that recall enough. Above it go only
-    rates that nobody would choose, where lines leave the panel."""
+    """The most forgetting that the left panel shows: twice that of the method that forgets most at the best of its
+    rates that recall enough. Lines leave it at rates that nobody would choose. 0 where no rate recalls enough."""
     least = 100 * numbers["least_recall"]
     enough = [
         min((y for x, y in one["frontier"] if x >= least), default=0.0) for one in numbers["methods"] if one["frontier"]

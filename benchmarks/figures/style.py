@@ -18,16 +18,18 @@ class Colours:
 
     ink: str
     faint: str
-    ours: str
-    ours_too: str
-    lora: str
-    lora_too: str
-    other: str
+    blue: str
+    orange: str
+    grey: str
+    yellow: str
+    sky: str
+    green: str
+    purple: str
 
 
 THEMES = {
-    "light": Colours("#1f2328", "#d0d7de", "#0072b2", "#3a9bd9", "#c44e00", "#b8860b", "#6e7781"),
-    "dark": Colours("#e6edf3", "#3d444d", "#56b4e9", "#9bd3f5", "#ff8c42", "#e3b341", "#9198a1"),
+    "light": Colours("#1f2328", "#d0d7de", "#0072b2", "#c44e00", "#6e7781", "#b8860b", "#3a9bd9", "#00805c", "#a3448f"),
+    "dark": Colours("#e6edf3", "#3d444d", "#56b4e9", "#ff8c42", "#9198a1", "#e3b341", "#9bd3f5", "#2ccf9e", "#e38fc0"),
 }
 
 

@@ -76,3 +76,30 @@ def test_the_frontier_and_the_reported_seeds_so_far(tmp_path):
     assert lora["frontier"] == [[50.0, 0.25], [100.0, 0.5]]
     assert lora["recall"] == {"n": 1, "mean": 75.0, "interval": None}
     assert lora["forgetting"] == {"n": 1, "mean": 0.5, "interval": None}
+
+
+def test_the_figure_of_meft_names_what_is_missing():
+    pytest.importorskip("matplotlib")
+    from benchmarks.figures import draw
+    from benchmarks.figures.style import THEMES
+
+    reported = {"n": 2, "mean": 0.25, "interval": [0.125, 0.375]}
+    methods = [
+        {"label": "whole", "frontier": [[50.0, 0.1], [95.0, 0.2]], "forgetting": reported | {"n": 8},
+         "recall": {"n": 8, "mean": 96.0, "interval": [95.0, 97.0]}},
+        {"label": "begun", "frontier": [[91.0, 0.3], [99.0, 7.0]], "forgetting": reported,
+         "recall": {"n": 2, "mean": 92.0, "interval": [90.0, 94.0]}},
+        {"label": "tuned", "frontier": [[10.0, 0.9]]},
+        {"label": "reported", "frontier": [], "forgetting": reported | {"n": 1, "interval": None},
+         "recall": {"n": 1, "mean": 90.0, "interval": None}},
+    ]  # fmt: skip
+    numbers = {"planned": 8, "facts": 64, "least_recall": 0.9, "methods": methods}
+    left, right = draw.meft(numbers, THEMES["dark"]).axes
+    assert [label.get_text() for label in right.get_yticklabels()] == [
+        "whole\nrecalls 96 %", "begun\nrecalls 92 % (2 of 8 seeds)", "tuned\nnot measured",
+        "reported\nrecalls 90 % (1 of 8 seeds)",
+    ]  # fmt: skip
+    assert [list(line.get_xdata()) for line in left.lines[:4]] == [[50.0, 95.0], [91.0, 99.0], [10.0], []]
+    assert left.get_ylim()[1] == pytest.approx(1.1 * 2 * 0.3)
+    none_recalls = numbers | {"methods": [methods[2]]}
+    assert draw.meft(none_recalls, THEMES["light"]).axes[0].get_ylim()[1] > 0.9
