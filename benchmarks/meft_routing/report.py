@@ -11,7 +11,7 @@ SmolLM2-135M learns WikiText-2 with MEFT, no window twice. A number is the mean 
 farthest from even is in brackets. Load, busiest expert and |U| / r are those of the steps since the line above.
 
 - Load: picks of neurons by expert. Its perplexity is given relative to E: 1 is even, 1 / E is one expert for all.
-- Busiest expert: its share of the picks, times E.
+- Busiest expert: its share of the picks, times E. About E / P is an expert that all tokens use.
 - Never picked: experts of which no token has used a neuron, since the start.
 - |U| / r: neurons that a micro-batch uses; the held-out text is the same at each line, and one micro-batch.
 - A layer has collapsed where its load's perplexity is at most P, the experts that one token may use.
@@ -23,6 +23,7 @@ MEASURES: dict[str, tuple[Callable[[dict], float], str]] = {
     "abs(U) / r of the text held out": (lambda record: mean(record["held_out_union"]), ".3f"),
     "loss of the text held out": (lambda record: record["held_out_loss"], ".4f"),
 }
+LAYERWISE = ("perplexity", "never_picked")
 COLUMNS = (
     "step", "training loss", "loss held out", "perplexity of the load", "busiest expert", "never picked, %",
     "abs(U) / r", "the same, held out",
@@ -45,9 +46,13 @@ def text(content: dict[str, list[dict]], arms: Sequence[str], seeds: Sequence[in
         for arm, found in held.items():
             lines += ["", f"### {arm[0].upper()}{arm[1:]}: {len(found)} of {len(seeds)} seeds", ""]
             lines += _records(list(found.values())) if found else ["Not measured."]
-        lines += ["", "### At the end", "", *_collapsed(held), "", *_compared(held, arms)]
+        lines += ["", "### At the end", "", *_layers(held), "", *_compared(held, arms)]
     cpu = sum(row["cpu_seconds"] for row in rows) / 60
-    lines += ["", f"{len(rows)} runs, {cpu:.0f} minutes of CPU time in all.", ""]
+    lines += [
+        "",
+        f"Runs: {len(rows)}, {cpu:.0f} minutes of CPU time in all. Missing ones: the same command goes on.",
+        "",
+    ]
     lines += [", ".join(f"{key} {value}" for key, value in found.items()) for found in content["environments"]]
     return "\n".join(lines).replace("abs(U)", "\\|U\\|").rstrip() + "\n"
 
@@ -89,11 +94,19 @@ def collapsed(row: dict) -> int:
     return sum(value * row["experts"] <= row["probed"] for value in row["records"][-1]["perplexity"])
 
 
-def _collapsed(held: dict[str, dict[int, dict]]) -> list[str]:
+def _layers(held: dict[str, dict[int, dict]]) -> list[str]:
+    """Of each arm, how many layers have collapsed, and the one whose load is the least even."""
     lines = []
-    for arm, found in held.items():
-        layers = sum(len(row["records"][-1]["perplexity"]) for row in found.values())
-        lines.append(f"- Collapsed, {arm}: {sum(map(collapsed, found.values()))} of {layers} layers.")
+    for arm, rows in ((arm, list(found.values())) for arm, found in held.items() if found):
+        ends = [row["records"][-1] for row in rows]
+        load, idle = ([mean(layer) for layer in zip(*(e[name] for e in ends), strict=True)] for name in LAYERWISE)
+        worst = load.index(min(load))
+        lines.append(
+            f"- {arm[0].upper()}{arm[1:]}: {sum(map(collapsed, rows))} of {len(load) * len(rows)} layers collapsed. "
+            f"Least even is layer {worst}: perplexity {load[worst]:.2f}, {100 * idle[worst]:.1f} % never picked. "
+            f"Without it: {mean(load[:worst] + load[worst + 1 :]):.2f}, "
+            f"{100 * mean(idle[:worst] + idle[worst + 1 :]):.2f} %."
+        )
     return lines
 
 
