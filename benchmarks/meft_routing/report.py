@@ -50,7 +50,7 @@ def text(content: dict[str, list[dict]], arms: Sequence[str], seeds: Sequence[in
     cpu = sum(row["cpu_seconds"] for row in rows) / 60
     lines += [
         "",
-        f"Runs: {len(rows)}, {cpu:.0f} minutes of CPU time in all. Missing ones: the same command goes on.",
+        f"Runs: {len(rows)}, {cpu:.0f} minutes of CPU time in all. The command makes those that are missing.",
         "",
     ]
     lines += [", ".join(f"{key} {value}" for key, value in found.items()) for found in content["environments"]]

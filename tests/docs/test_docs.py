@@ -144,6 +144,36 @@ def test_the_numbers_of_the_claims():
         assert f"| {word} |" in claims
 
 
+def test_the_claims_about_routing():
+    arms = {"without balance loss": {}, "balance loss 0.01": {}}
+    for row in rows_of("meft_routing.json"):
+        if row["task"] == "r 1024, 300 steps":
+            arms[row["method"]][row["seed"]] = row["records"]
+    paired = set.intersection(*map(set, arms.values()))
+    without, balanced = ([records[seed] for seed in paired] for records in arms.values())
+
+    def over(runs, name, place=-1, layers=slice(None)):
+        return statistics.mean(statistics.mean(records[place][name][layers]) for records in runs)
+
+    last, at_end = slice(-1, None), over(without, "perplexity")
+    first = over(without, "perplexity", 1)
+    for line, parts in {
+        "MEFT's routing does not collapse": [
+            f"perplexity of the load {first:.2f} E in the first 30 steps, {at_end:.2f} E in the last",
+            f"0 of {30 * len(paired)} layers collapsed",
+            f"in the last layer {over(without, 'perplexity', layers=last):.2f} E",
+            f"{100 * over(without, 'never_picked', layers=last):.1f} % of the experts never picked",
+        ],
+        "The balance loss evens": [
+            f"{over(balanced, 'perplexity'):.2f} E against {at_end:.2f} E",
+            f"{over(balanced, 'union'):.2f} of the rows instead of {over(without, 'union'):.2f}",
+        ],
+    }.items():
+        (claim,) = re.findall(rf"^\| {line}.*$", BENCHMARKS, re.MULTILINE)
+        assert all(part in claim for part in [f"{len(paired)} of 3 seeds", *parts]), parts
+    assert all(128 * load > 8 for records in without for load in records[-1]["perplexity"])  # E and P
+
+
 def test_the_table_of_a_layer_on_a_cpu():
     found = {(row["r"], row["tokens"], row["input"]): row for row in rows_of("meft_cpu.json")}
     table = re.findall(r"^\| (\d+) \| (\d+) \| (\w+) \| (\d+) % \| ([\d.]+) \| ([^|]*) \|$", BENCHMARKS, re.MULTILINE)
