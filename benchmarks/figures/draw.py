@@ -56,7 +56,8 @@ def meft(numbers: Numbers, colours: Colours) -> Figure:
             _reported(reported, place, one["forgetting"], colour, marker)
     highest = highest_shown(numbers)
     if highest > 0:
-        frontier.set_ylim(top=1.1 * highest, bottom=min(0.0, *(y for one in methods for _, y in one["frontier"])) * 1.1)
+        lowest = min(y for one in methods for _, y in one["frontier"])
+        frontier.set_ylim(top=1.1 * highest, bottom=min(0.0, lowest) - 0.05 * highest)  # points at 0 are seen whole
     frontier.axvline(100 * numbers["least_recall"], color=colours.faint, linewidth=1, linestyle="--")
     frontier.set(title="Each learning rate tried (one seed)", xlim=(0, 103), xlabel="facts recalled, %")
     frontier.set_ylabel("forgetting, nats a token")
