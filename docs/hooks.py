@@ -23,7 +23,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = "repository/"
-LINK = re.compile(r"(\]\()(?!https?:|#|mailto:)([^)#\s]+)((?:#[^)\s]*)?\))")
+LINK = re.compile(r"(\]\(|\bsrc(?:set)?=\")(?!https?:|#|mailto:)([^)#\s\"]+)((?:#[^)\s]*)?[)\"])")
 FIELDS = re.compile(r"<!-- fields: (\w+)\.(\w+) -->")
 PAGES = {
     "README.md": "index.md",
