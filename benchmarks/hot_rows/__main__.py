@@ -98,6 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     used = trace_of(args.trace)
     settings = {
         "trace": hashlib.sha256(args.trace.read_bytes()).hexdigest()[:16],
+        "cards": CARDS,
         "computing": COMPUTING,
         "layers": LAYERS,
         "d": D,

@@ -18,9 +18,9 @@ from meft.routing import topk
 from meft.table.row_step import update_rows
 
 D, TOKENS, TOP_K, VOCABULARY = 64, 256, 16, 128  # as few picks as name all rows of a union
-# Of a step of Llama-2-7B, r 6400, 2 x 256 tokens, |U|/r 0.465 (`meft.cost.step_time`, with gradients in float32, 36
-# bytes a value): seconds of the host's updates, and of the link each way, over those of all computing.
-CARDS = {"3090": (2.2, 0.27, 0.17), "4090": (4.6, 0.58, 0.37)}
+# Of a step of Llama-2-7B, r 6400, 2 x 256 tokens, |U|/r 0.465 (`meft.cost.step_time`, 32 bytes a value): seconds of what
+# the host does, and of the link each way, over those of all computing.
+CARDS = {"3090": (1.83, 0.29, 0.18), "4090": (4.21, 0.66, 0.42)}
 
 
 class Computing(torch.autograd.Function):
