@@ -18,8 +18,8 @@ from meft.routing import topk
 from meft.table.row_step import update_rows
 
 D, TOKENS, TOP_K, VOCABULARY = 64, 256, 16, 128  # as few picks as name all rows of a union
-# Of a step of Llama-2-7B, r 6400, 2 x 256 tokens, |U|/r 0.465 (`meft.cost.step_time`, 32 bytes a value): seconds of what
-# the host does, and of the link each way, over those of all computing.
+# Of a step of Llama-2-7B, r 6400, 2 x 256 tokens, |U|/r 0.465 (`meft.cost.step_time`, 32 bytes a value): seconds of the
+# host, and of the link each way, over those of all computing.
 CARDS = {"3090": (1.83, 0.29, 0.18), "4090": (4.21, 0.66, 0.42)}
 
 
