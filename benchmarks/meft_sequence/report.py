@@ -35,7 +35,17 @@ def text(content: dict[str, list[dict]], settings: Settings, flags: str) -> str:
         for claim, one in zip(listed.claims, more["claims"], strict=True)
     ]
     lines += [_exact(name, kept, seeds) for name in more["exact"]]
-    columns = ["recall, %", "kept, %", "untold, %", "answer loss", "forgetting", "values", "seeds", "diverged"]
+    columns = [
+        "recall, %",
+        "kept, %",
+        "untold, %",
+        "loss, told",
+        "loss, untold",
+        "forgetting",
+        "values",
+        "seeds",
+        "diverged",
+    ]
     lines += ["", "| method | learning rate | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     lines += [_line(method.name, kept) for method in settings.methods]
     lines += ["", "| comparison | by | gain, points | 95 % interval | corrected p | |", "|---" * 6 + "|"]
@@ -88,11 +98,11 @@ def _head(settings: Settings, flags: str, compared: int) -> list[str]:
         "  which task they are asked;",
         "- untold: the same, where no method is told. Then each is as its last training has left it, and LoRA with an",
         "  adapter a task has the last of them;",
-        "- answer loss: mean loss of an answer's token at the end, as in kept, of all tasks;",
+        "- loss: of an answer's token at the end, the mean of all tasks, as in kept and as in untold;",
         "- forgetting: by how much the mean loss of a token rises, untold: the mean of WikiText-2 and of the answers",
         f"  of GSM8K, at most {setup.tokens:,} tokens each.",
         "",
-        "Each method's learning rate is the one with the smallest answer loss among those with a recall of at least",
+        "Each method's learning rate is the one with the smallest untold loss among those with a recall of at least",
         f"{100 * setup.least_recall:.0f} %, with {tuned} tuning seed{'s' * (tuned > 1)}; rates are a factor of 2",
         f"apart, and a lower and a higher one were tried. The {len(settings.protocol.seeds)} reported seeds are",
         f"others. Tests are paired by seed, after Holm's correction for all {compared} comparisons of the list"
@@ -117,7 +127,7 @@ def _exact(name: str, kept: Kept, seeds: tuple[int, ...]) -> str:
 def _line(name: str, kept: Kept) -> str:
     found, ended = list(kept(REPORTED, name).values()), len(kept(DIVERGED, name))
     if not found:
-        return f"| {name} | not measured |" + " |" * 7 + f" {ended or ''} |"
+        return f"| {name} | not measured |" + " |" * 8 + f" {ended or ''} |"
 
     def said(metric: str, factor: float, digits: str) -> str:
         values = [factor * row[metric] for row in found]
@@ -128,7 +138,7 @@ def _line(name: str, kept: Kept) -> str:
         name,
         ", ".join(f"{rate:g}" for rate in sorted({row["learning_rate"] for row in found})),
         *(said(metric, 100, ".1f") for metric in ("recall", "kept", "untold")),
-        *(said(metric, 1, ".3f") for metric in ("answer_loss", "forgetting")),
+        *(said(metric, 1, ".3f") for metric in ("told_loss", "untold_loss", "forgetting")),
         f"{found[-1]['values']:,}",
         str(len(found)),
         str(ended),

@@ -39,6 +39,14 @@ class Setup(runs.Setup):
 read_settings = partial(runs.read_settings, setup=Setup, method=Method)
 
 
+# What is measured of a run whose loss became nan or inf.
+STOPPED = {
+    **dict.fromkeys(("recall", "kept", "untold"), 0.0),
+    **{"recalls": [], "equal_logits": []},
+    **dict.fromkeys(("told_loss", "untold_loss", "loss", "forgetting")),
+}
+
+
 @dataclass(frozen=True)
 class Answers:
     """What a model says to the questions of a task.
@@ -100,25 +108,9 @@ class Runs(runs.Runs):
             sequence, trained, values = self._learn(
                 model, method, [facts[start : start + each] for start in range(0, len(facts), each)], rate, seed
             )
-            # As the last training has left it.
-            untold = mean(ask(model, learned.facts, self.device).recalled for learned in sequence[:-1])
-            after = losses(model, self._texts)
-        recalled = mean(learned.answers[0].recalled for learned in sequence)
-        forgotten = mean(after[name] - self._before[name] for name in after)
-        loss = mean(learned.answers[-1].loss for learned in sequence)
-        finite = math.isfinite(loss + forgotten)
-        missed = 0.0 if recalled >= setup.least_recall else MISSED + setup.least_recall - recalled
+            measured = self._measured(model, sequence) if len(sequence) == setup.n_tasks else STOPPED
         return {
-            "recall": recalled,
-            "kept": mean(learned.answers[-1].recalled for learned in sequence[:-1]),
-            "untold": untold,
-            "recalls": [[answers.recalled for answers in learned.answers] for learned in sequence],
-            "equal_logits": [
-                torch.equal(learned.answers[0].logits, learned.answers[-1].logits) for learned in sequence[:-1]
-            ],
-            "answer_loss": loss if finite else None,
-            "loss": loss + missed if finite else None,
-            "forgetting": forgotten if finite else None,
+            **measured,
             "values": values,
             **worst_ends(trained),
             "seconds": round(time.perf_counter() - began, 1),
@@ -128,8 +120,12 @@ class Runs(runs.Runs):
     def _learn(
         self, model: nn.Module, method: Method, tasks: list[list[Encoded]], rate: float, seed: int
     ) -> tuple[list[Learned], list[list[float]], int]:
-        """Train each task with an optimizer of its own; the tasks, their training losses, and how many values there
-        are to train. The last task stays selected."""
+        """Train each task with an optimizer of its own. The last task stays selected.
+
+        Returns:
+            The tasks, up to one whose loss becomes nan or inf; the training losses of each, this one too; how many
+            values there are to train.
+        """
         setup = self.settings.setup
         sequence, trained, values = [], [], {}
         for number, facts in enumerate(tasks, 1):
@@ -139,6 +135,8 @@ class Runs(runs.Runs):
             values |= {id(parameter): parameter.numel() for parameter in trainable(model)}
             batch_losses = answer_losses(model, epochs(facts, setup.steps, setup.batch_size, seed), self.device)
             trained.append(train([{"params": trainable(model), "lr": rate}], batch_losses, setup.steps))
+            if not math.isfinite(trained[-1][-1]):
+                break
             sequence.append(Learned(name, facts, [ask(model, facts, self.device)]))
             method.end(model, name)
             for earlier in sequence[:-1]:
@@ -146,6 +144,30 @@ class Runs(runs.Runs):
                 earlier.answers.append(ask(model, earlier.facts, self.device))
             method.select(model, name)
         return sequence, trained, sum(values.values())
+
+    def _measured(self, model: nn.Module, sequence: list[Learned]) -> dict:
+        """What the model, as the last training has left it, knows of the tasks and has forgotten."""
+        assert self._before is not None
+        untold = [ask(model, learned.facts, self.device) for learned in sequence]
+        after = losses(model, self._texts)
+        recalled = mean(learned.answers[0].recalled for learned in sequence)
+        forgotten = mean(after[name] - self._before[name] for name in after)
+        told_loss, loss = mean(learned.answers[-1].loss for learned in sequence), mean(one.loss for one in untold)
+        finite, least = math.isfinite(told_loss + loss + forgotten), self.settings.setup.least_recall
+        missed = 0.0 if recalled >= least else MISSED + least - recalled
+        return {
+            "recall": recalled,
+            "kept": mean(learned.answers[-1].recalled for learned in sequence[:-1]),
+            "untold": mean(answers.recalled for answers in untold[:-1]),
+            "recalls": [[answers.recalled for answers in learned.answers] for learned in sequence],
+            "equal_logits": [
+                torch.equal(learned.answers[0].logits, learned.answers[-1].logits) for learned in sequence[:-1]
+            ],
+            "told_loss": told_loss if finite else None,
+            "untold_loss": loss if finite else None,
+            "loss": loss + missed if finite else None,
+            "forgetting": forgotten if finite else None,
+        }
 
 
 def worst_ends(trained: list[list[float]]) -> dict[str, float | None]:

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from benchmarks.common.comparisons import read_list
-from benchmarks.common.protocol import REPORTED, TUNING
+from benchmarks.common.protocol import REPORTED, TUNING, diverged
 from benchmarks.meft_sequence import report
 from benchmarks.meft_sequence.__main__ import HERE
 from benchmarks.meft_sequence.methods import Method
-from benchmarks.meft_sequence.runs import Runs, ask, read_settings, worst_ends
+from benchmarks.meft_sequence.runs import STOPPED, Runs, ask, read_settings, worst_ends
 from tests.support.models import llama
 from tests.support.tiny_meft import Tiny
 
@@ -91,6 +91,18 @@ def test_recall_is_what_greedy_generation_writes():
     assert answers.loss == pytest.approx(float(torch.stack(losses).detach().mean()), rel=1e-5)
 
 
+def test_a_run_whose_loss_becomes_nan_stops():
+    method, setup = Method("a", "lora", 2, (0.1,), tasks=True), SimpleNamespace(steps=4, batch_size=2)
+    runs = SimpleNamespace(settings=SimpleNamespace(setup=setup), device="cpu")
+    with method.attach(tiny(), [Tiny.batch(1, 6)]) as model:
+        sequence, trained, _ = Runs._learn(runs, model, method, [facts_of(i) for i in range(3)], float("inf"), 0)
+    assert (len(sequence), len(trained)) == (0, 1)
+    ended = worst_ends(trained)
+    assert diverged(STOPPED | ended)
+    assert ended["last_train_loss"] is None
+    assert made("a", 0, REPORTED, [], True).keys() >= STOPPED.keys()
+
+
 def test_a_run_has_diverged_where_one_task_has():
     assert worst_ends([[3.0, 1.0], [2.0, 2.5], [3.0, 0.5]]) == {"first_train_loss": 2.0, "last_train_loss": 2.5}
     assert worst_ends([[3.0, 1.0], [2.0, float("nan")]])["last_train_loss"] is None
@@ -99,8 +111,14 @@ def test_a_run_has_diverged_where_one_task_has():
 def made(method, seed, split, recalls, equal):
     return {
         **{"task": "2 x 8 facts", "method": method, "seed": seed, "split": split, "learning_rate": 0.004},
-        **{"recall": 1.0, "kept": recalls[0][-1], "untold": 0.5, "recalls": recalls, "equal_logits": [equal]},
-        **{"answer_loss": 0.25, "loss": 0.25, "forgetting": 0.1, "values": 5, "cpu_seconds": 1.0},
+        **{
+            "recall": 1.0,
+            "kept": recalls[0][-1] if recalls else 0.0,
+            "untold": 0.5,
+            "recalls": recalls,
+            "equal_logits": [equal],
+        },
+        **{"told_loss": 0.125, "untold_loss": 0.25, "loss": 0.25, "forgetting": 0.1, "values": 5, "cpu_seconds": 1.0},
         **{"first_train_loss": 2.0, "last_train_loss": 1.0},
     }
 
