@@ -27,7 +27,10 @@ from typing import NamedTuple
 
 from benchmarks.common.paired_test import LEVEL, PairedT, holm, paired_t
 
-HIGHER_IS_BETTER = {"accuracy": True, "loss": False, "recall": True, "forgetting": False}
+HIGHER_IS_BETTER = {
+    **{"accuracy": True, "loss": False, "recall": True, "forgetting": False},
+    **{"kept": True, "untold": True},
+}
 
 
 class Comparison(NamedTuple):

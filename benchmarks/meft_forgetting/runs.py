@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from benchmarks.aslora_quality.__main__ import load_base
-from benchmarks.aslora_quality.tasks import collate, completion_logits
+from benchmarks.aslora_quality.tasks import Encoded, collate, completion_logits
 from benchmarks.common import runs
 from benchmarks.common.protocol import Protocol, ends, train
 from benchmarks.common.rows import Rows
@@ -49,8 +50,11 @@ class Task:
     name: str
 
 
-def read_settings(path: Path) -> Settings:
+def read_settings(path: Path, setup: type[Setup] = Setup, method: type[Method] = Method) -> Settings:
     """Read a settings file, whose methods have rates of their own.
+
+    Args:
+        setup, method: the benchmark's dataclasses.
 
     Raises:
         OSError: there is none.
@@ -58,12 +62,20 @@ def read_settings(path: Path) -> Settings:
     """
     content = json.loads(path.read_text(encoding="utf-8"))
     return Settings(
-        Setup(**{name: content[name] for name in Setup.__dataclass_fields__}),
+        setup(**{name: content[name] for name in setup.__dataclass_fields__}),
         Protocol((), tuple(content["tuning_seeds"]), tuple(content["seeds"])),
         [Task(content["task"])],
-        [Method(**one) for one in content["methods"]],
+        [method(**one) for one in content["methods"]],
         path.parent / content["comparisons"],
     )
+
+
+def answer_losses(model: nn.Module, batches: list[list[Encoded]], device: str) -> Iterator[torch.Tensor]:
+    """The mean loss of an answer's token, of one batch after the other."""
+    for batch in batches:
+        inputs, labels = collate(batch, device)
+        logits = completion_logits(model, inputs, labels)
+        yield F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 class Runs(runs.Runs):
@@ -103,14 +115,8 @@ class Runs(runs.Runs):
         torch.manual_seed(seed)
         with method.attach(base, self._texts.background) as model:
             model.train()
-
-            def batch_losses() -> Iterator[torch.Tensor]:
-                for batch in batches:
-                    inputs, labels = collate(batch, self.device)
-                    logits = completion_logits(model, inputs, labels)
-                    yield F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-
-            trained = train([{"params": trainable(model), "lr": rate}], batch_losses(), setup.steps)
+            batch_losses = answer_losses(model, batches, self.device)
+            trained = train([{"params": trainable(model), "lr": rate}], batch_losses, setup.steps)
             said = recall(model, tokenizer, self._pairs, self.device)
             after = losses(model, self._texts)
         right = [exact_match(answer, pair.answers[:1]) for answer, pair in zip(said, self._pairs, strict=True)]

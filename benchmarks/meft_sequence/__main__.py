@@ -1,0 +1,34 @@
+"""What SmolLM2-135M keeps of tasks that it learns one after the other: MEFT with tasks, LoRA, and a dense adapter.
+
+    python -m benchmarks.meft_sequence --data DIR            # all rows; a rerun goes on where it was stopped
+    python -m benchmarks.meft_sequence --data DIR --quick    # a few short rows, under 10 minutes on 2 cores
+    python -m benchmarks.meft_sequence --report              # only writes the page anew
+
+DIR holds `nq_open/`, `wikitext2/` and `gsm8k/`. A run learns one task after the other, some answers of NQ-open each, by
+heart. After each task it is asked for the facts of all so far; some methods are told which task. `settings.json` says
+which runs are made, `comparisons.json` what is compared; both were committed before the runs.
+`benchmarks/common/protocol.py` and `benchmarks/common/comparisons.py` say how it is decided. `--settings FILE` takes
+another file in their form.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+from benchmarks.common.quality_program import Program, flags_of
+from benchmarks.common.runs import Settings
+from benchmarks.meft_sequence import report
+from benchmarks.meft_sequence.runs import read_settings, runs_of
+
+HERE = Path(__file__).resolve().parent
+
+
+def page(settings: Settings, path: Path) -> partial[str]:
+    """Makes the page of a settings file."""
+    return partial(report.text, settings=settings, flags=flags_of(path, HERE))
+
+
+main = Program(__doc__, HERE, "nq_open/, wikitext2/ and gsm8k/", read_settings, page, runs_of).main
+
+if __name__ == "__main__":
+    sys.exit(main())
