@@ -105,10 +105,11 @@ class MEFTLayer(NotReplicated, BaseTunerLayer):
         Args:
             engine: None: one for this layer alone.
         """
-        config = self.configs[adapter_name]
         keys, values = self.tables(adapter_name)
-        rows = LayerRows(number, keys, values, config, self.traffic[adapter_name])
-        self.places[adapter_name] = LayerSlot(engine if engine is not None else Engine(config, [rows]), rows)
+        keys.name, values.name = f"keys of layer {number}", f"values of layer {number}"
+        keys.turn, values.turn = 2 * number, 2 * number + 1
+        rows = LayerRows(number, keys, values, self.configs[adapter_name], self.traffic[adapter_name])
+        self.places[adapter_name] = LayerSlot(engine if engine is not None else Engine(rows.config, [rows]), rows)
         return rows
 
     def _initialise(self, adapter_name: str, config: MEFTConfig) -> None:

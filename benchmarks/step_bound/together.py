@@ -12,7 +12,8 @@ schedule: whether nothing waits that need not. It says nothing of a GPU's speed.
 
 Cells are strategies, states (float32, or the narrowest), and how a step ends (clipping, or `in_backward`). With
 `device_rows` the picks of a layer are as skewed as those of the recorded trace: as many of a micro-batch's rows are
-among those that are used most.
+among those that are used most. These take turns and all get a place: `benchmarks.hot_rows` tells how well places are
+chosen.
 """
 
 import argparse

@@ -33,10 +33,6 @@ class LayerRows:
     tier: LayerTier | None = None
     choice: LayerChoice | None = None
 
-    def __post_init__(self) -> None:
-        self.keys.name, self.values.name = f"keys of layer {self.number}", f"values of layer {self.number}"
-        self.keys.turn, self.values.turn = 2 * self.number, 2 * self.number + 1
-
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy or a pickle, whose tables have the newest rows."""
         return {**self.__dict__, "tier": None}

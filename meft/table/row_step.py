@@ -134,11 +134,11 @@ def native_library() -> ctypes.CDLL | None:
         library = ctypes.CDLL(spec.origin) if spec and spec.origin else None
         if library is None or library.meft_row_adamw_version() != _VERSION:
             return None
+        declare(library)
+        if (picking := host_topk.native_library()) is not None:
+            library.meft_give_way_to(picking.host_topk_urgent())
     except (ImportError, OSError, AttributeError):
         return None
-    declare(library)
-    if (picking := host_topk.native_library()) is not None:
-        library.meft_give_way_to(picking.host_topk_urgent())
     return library
 
 

@@ -3,6 +3,7 @@
 from concurrent.futures import Future
 
 import pytest
+import torch
 
 from meft.table.update_queue import UpdateQueue
 
@@ -55,6 +56,13 @@ def test_keys_come_before_values_and_lower_layers_before_upper_ones(tiny):
     layers = model.base_model.engines["default"].layers
     tables = [table for layer in layers for table in (layer.keys, layer.values)]
     assert [table.turn for table in tables] == [0, 1, 2, 3]
+
+
+def test_layers_that_are_divided_among_devices_keep_their_turns_and_names(tiny):
+    engine = tiny.adapted(layers=4).base_model.engines["default"]
+    engine._divide([torch.device(name) for name in ("cpu", "cpu", "meta", "meta")])
+    assert [layer.keys.turn for layer in engine.layers] == [0, 2, 4, 6]
+    assert [layer.values.name for layer in engine.layers] == [f"values of layer {i}" for i in range(4)]
 
 
 def test_nothing_goes_before_what_it_was_queued_behind(queued):

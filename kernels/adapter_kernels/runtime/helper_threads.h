@@ -31,7 +31,8 @@
 
 namespace {
 
-// How many threads are at work that goes first. A fork takes none of them along: the count is of one process.
+// How many threads are at work that goes first. A fork takes none of them along: the count is of one process. It is
+// shared between libraries: with a change of it, raise the versions of both.
 class Urgent {
 public:
     // From the constructor to the destructor.
@@ -92,17 +93,15 @@ public:
     // As `run`, before what gives way; the threads that do so help, since they hold the helpers.
     void run_first(const std::function<void()>& work, int64_t wanted) {
         const Urgent::Scope scope;
-        bool offered;
+        Offer offer{&work};
         {
             const std::lock_guard<std::mutex> lock(mutex_);
-            if ((offered = !first_)) first_ = &work;
+            offer.next = first_, first_ = &offer;
         }
         run(work, wanted);
-        if (offered) {
-            std::unique_lock<std::mutex> lock(mutex_);
-            first_ = nullptr;
-            done_.wait(lock, [&] { return helping_ == 0; });
-        }
+        std::unique_lock<std::mutex> lock(mutex_);
+        take_back(&offer);
+        done_.wait(lock, [&] { return offer.helping == 0; });
     }
 
     // Call between two pieces of work that gives way.
@@ -110,12 +109,13 @@ public:
         while (Urgent::used().load()->any()) {
             {
                 std::unique_lock<std::mutex> lock(mutex_);
-                if (const auto* work = first_) {
-                    ++helping_;
+                for (Offer* offer = first_; offer; offer = first_) {
+                    ++offer->helping;
                     lock.unlock();
-                    (*work)();
+                    (*offer->work)();
                     lock.lock();
-                    if (--helping_ == 0) done_.notify_all();
+                    take_back(offer); // all of it is taken
+                    if (--offer->helping == 0) done_.notify_all();
                 }
             }
             std::this_thread::sleep_for(std::chrono::microseconds(20)); // others end their last pieces
@@ -138,6 +138,20 @@ public:
     }
 
 private:
+    struct Offer {
+        const std::function<void()>* work;
+        Offer* next = nullptr;
+        int64_t helping = 0;
+    };
+
+    void take_back(Offer* offer) {
+        for (Offer** at = &first_; *at; at = &(*at)->next)
+            if (*at == offer) {
+                *at = offer->next;
+                return;
+            }
+    }
+
     int64_t grow_to(int64_t wanted) {
         try {
             for (; size_ < wanted; ++size_) std::thread([this] { serve(); }).detach();
@@ -172,9 +186,9 @@ private:
     std::mutex mutex_;
     std::condition_variable wake_, done_;
     std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
-    const std::function<void()>*work_ = nullptr, *first_ = nullptr;
+    const std::function<void()>* work_ = nullptr;
+    Offer* first_ = nullptr;
     int64_t open_ = 0, active_ = 0, size_ = 0; // may still join, are at work, exist
-    int64_t helping_ = 0;                      // have given way to `first_`
     const int process_ = getpid();
 };
 
