@@ -1,6 +1,6 @@
 """All of MEFT's engine behind a link and a host that stand to computing as on a card: the time of a step and its bound.
 
-    python -m benchmarks.step_bound.together            # 128 cells, 25 minutes of mostly waiting; a rerun goes on
+    python -m benchmarks.step_bound.together            # 128 cells, 31 minutes of mostly waiting; a rerun goes on
     python -m benchmarks.step_bound.together --quick    # two cells; keeps no result
 
 The real engine trains a small model on a CPU. Copies take their bytes at the rate of a link, what the host does with
