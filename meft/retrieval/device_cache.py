@@ -137,7 +137,7 @@ class DeviceCopy:
                 ids = inbound.empty(tuple(changed.shape), torch.int32)
                 (staged,) = self._ids.take((changed.shape, ids.dtype))
                 staged.copy_(changed)
-                uses, work = [], partial(bring_changed, staged, ids, changed, compute_copy, device_rows)
+                uses, work = [device_rows, ids], partial(bring_changed, staged, ids, changed, compute_copy, device_rows)
             try:
                 with phase("bring changed rows"):
                     inbound.run(work, uses)

@@ -16,6 +16,7 @@ NEEDLESS = {
     ("join", "Selection.wait_in"): "rows come behind their ids on the stream; it raises what went wrong with these",
     ("uses", "Host._sent 0"): "memory of the stream itself",
     ("uses", "sent 0"): "memory of the stream itself",
+    ("uses", "DeviceCopy.prefetch 1"): "memory of the stream itself",
     ("uses", "KeyBuffers._queue 1"): "known until the keys are taken",
     **{("uses", f"LayerPlaces._change {i}"): "memory of the stream itself" for i in range(5)},
     ("join", "LayerPlaces.wait_for_writes"): "what the launching thread has written; another one may have",
