@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -74,6 +75,11 @@ class Program:
         for failure in failures:
             print(failure, file=sys.stderr)
         return 1 if failures else 0
+
+
+def page_of(text: Callable[..., str], folder: Path) -> Callable[[Settings, Path], Callable[[dict], str]]:
+    """Makes the page of a settings file by a function of its rows, `settings`, and `flags` of the command."""
+    return lambda settings, path: partial(text, settings=settings, flags=flags_of(path, folder))
 
 
 def flags_of(path: Path, folder: Path) -> str:

@@ -96,6 +96,13 @@ class Runs(runs.Runs):
     def prepare(self, jobs: list[tuple[Task, Method]]) -> None:
         """All is read."""
 
+    def base(self):
+        """A fresh model, whose losses are known from then on, and its tokenizer."""
+        base, tokenizer = load_base(self.device)
+        if self._before is None:
+            self._before = losses(base, self._texts)
+        return base, tokenizer
+
     def protocol_of(self, method: Method) -> Protocol:
         """With the method's rates."""
         return replace(self.settings.protocol, rates=method.rates)
@@ -108,9 +115,7 @@ class Runs(runs.Runs):
         """Train one adapter on the facts, ask for them, and see what it has forgotten; the row's measured part."""
         began, began_cpu = time.perf_counter(), time.process_time()
         setup = self.settings.setup
-        base, tokenizer = load_base(self.device)
-        if self._before is None:
-            self._before = losses(base, self._texts)
+        base, tokenizer = self.base()
         batches = epochs(encode_pairs(tokenizer, self._pairs), setup.steps, setup.batch_size, seed)
         torch.manual_seed(seed)
         with method.attach(base, self._texts.background) as model:

@@ -12,23 +12,17 @@ another file in their form.
 """
 
 import sys
-from functools import partial
 from pathlib import Path
 
-from benchmarks.common.quality_program import Program, flags_of
-from benchmarks.common.runs import Settings
+from benchmarks.common.quality_program import Program, page_of
 from benchmarks.meft_sequence import report
 from benchmarks.meft_sequence.runs import read_settings, runs_of
 
 HERE = Path(__file__).resolve().parent
 
-
-def page(settings: Settings, path: Path) -> partial[str]:
-    """Makes the page of a settings file."""
-    return partial(report.text, settings=settings, flags=flags_of(path, HERE))
-
-
-main = Program(__doc__, HERE, "nq_open/, wikitext2/ and gsm8k/", read_settings, page, runs_of).main
+main = Program(
+    __doc__, HERE, "nq_open/, wikitext2/ and gsm8k/", read_settings, page_of(report.text, HERE), runs_of
+).main
 
 if __name__ == "__main__":
     sys.exit(main())

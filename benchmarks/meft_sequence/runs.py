@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.aslora_quality.__main__ import load_base
 from benchmarks.aslora_quality.tasks import Encoded, collate, completion_logits
 from benchmarks.common.protocol import ends, train
 from benchmarks.common.rows import Rows
@@ -98,9 +97,7 @@ class Runs(runs.Runs):
         """Train one adapter on task after task, and ask for the facts of all so far; the row's measured part."""
         began, began_cpu = time.perf_counter(), time.process_time()
         setup = self.settings.setup
-        base, tokenizer = load_base(self.device)
-        if self._before is None:
-            self._before = losses(base, self._texts)
+        base, tokenizer = self.base()
         facts = random.Random(seed).sample(encode_pairs(tokenizer, self._pairs), setup.n_pairs)
         each = setup.n_pairs // setup.n_tasks
         torch.manual_seed(seed)
