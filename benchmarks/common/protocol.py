@@ -4,7 +4,8 @@ A method's learning rate is the one with the smallest mean loss on validation da
 tried are a factor of 2 apart, and more are tried until the best lies inside. With this rate the method is then trained
 once for each reported seed, none of which is a tuning seed. Gradients are clipped; the rate rises, then falls linearly.
 A run whose last training loss, the mean over a tenth of its steps, exceeds its first has diverged: its rate is given
-up, the run stays in the file and is counted, and the method gets the best of the other rates.
+up, the run stays in the file and is counted, and the method gets the best of the other rates. Where there are no tuning
+seeds, a method has one rate, chosen elsewhere and fixed: a run that diverges is counted, and none takes its place.
 """
 
 import math
@@ -24,7 +25,7 @@ TUNING, REPORTED, DIVERGED = "valid", "test", "diverged"  # "split" of a row; on
 
 @dataclass(frozen=True)
 class Protocol:
-    """The rates that are tried first, ascending by a factor of 2, and the seeds."""
+    """The rates tried first, ascending by a factor of 2, and the seeds; without tuning seeds, one fixed rate."""
 
     rates: tuple[float, ...]
     tuning_seeds: tuple[int, ...]
@@ -35,6 +36,8 @@ class Protocol:
             raise ValueError(f"seeds={self.seeds} are reported and also choose rates: let none be in tuning_seeds.")
         if any(above != FACTOR * rate for rate, above in zip(self.rates, self.rates[1:], strict=False)):
             raise ValueError(f"rates={self.rates} must ascend by a factor of {FACTOR:g}.")
+        if not self.tuning_seeds and len(self.rates) > 1:
+            raise ValueError(f"rates={self.rates}: without tuning_seeds give one rate, or give tuning_seeds.")
 
 
 def warmup_steps(steps: int) -> int:
@@ -124,7 +127,8 @@ def tuning_loss(rows: Iterable[dict]) -> float:
 
 
 def run_method(once: Callable[[float, int, str], dict], protocol: Protocol) -> Iterator[dict]:
-    """All runs of a method on a task: those that choose the rate, then the reported ones, which are yielded.
+    """All runs of a method on a task: those that choose the rate, if it is not fixed, then the reported ones, which are
+    yielded.
 
     Args:
         once: (rate, seed, "valid" or "test") -> the row of this run, found in the file or new. It keeps a diverged run
@@ -133,6 +137,10 @@ def run_method(once: Callable[[float, int, str], dict], protocol: Protocol) -> I
     Raises:
         RuntimeError: there is no rate that the protocol could choose.
     """
+    if not protocol.tuning_seeds:
+        (fixed,) = protocol.rates
+        yield from (once(fixed, seed, REPORTED) for seed in protocol.seeds)
+        return
     given_up: set[float] = set()
 
     def loss(rate: float) -> float:

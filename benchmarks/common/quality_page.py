@@ -71,9 +71,17 @@ class Page:
         n, count = len(self.protocol.seeds), len(self.listed.comparisons)
         of_list = f"freedom less than seeds, after Holm's correction for all {count} comparisons of the list"
         margin = f"Equivalent: the interval lies within the margin ({self._margins()})."
+        chosen = ["Each method's learning rate was chosen on another task, and is fixed here."]
+        given_up = "run is counted."
+        if self.protocol.tuning_seeds:
+            chosen = [
+                f"Each method's learning rate has the smallest mean loss on validation data over {self._tuning()};",
+                "rates are a factor of 2 apart, and a lower and a higher one were tried. The "
+                f"{n} reported seeds are others.",
+            ]
+            given_up = "learning rate was then given up."
         return [
-            f"Each method's learning rate has the smallest mean loss on validation data over {self._tuning()}; rates",
-            f"are a factor of 2 apart, and a lower and a higher one were tried. The {n} reported seeds are others.",
+            *chosen,
             "",
             "The gain is by how much the first method is better than the second, paired by seed, with its 95 %",
             f"interval, which is not corrected. Better and worse: p < {LEVEL} in a two-sided t test with one degree of",
@@ -86,7 +94,7 @@ class Page:
             "",
             self.values,
             "A run is diverged where its training loss, over the last tenth of the steps, exceeds its first; its",
-            "learning rate was then given up.",
+            given_up,
         ]
 
     def _tuning(self) -> str:
@@ -174,6 +182,8 @@ class Page:
                 lines.append(
                     f"- {method}: " + ", ".join(f"{rate:g}: {tuning_loss(tried[rate]):.4f}" for rate in sorted(tried))
                 )
+        if not self.protocol.tuning_seeds:
+            return []
         return lines if len(lines) > 2 else ["No learning rate was tried yet."]
 
     def missing(self, kept) -> list[str]:

@@ -9,7 +9,7 @@ from benchmarks.meft_facts.rules import RULES, RowsByTorch
 from benchmarks.meft_recall.methods import Method as Adapter
 from benchmarks.meft_recall.methods import trainable_values
 
-KINDS = ("lora", "dense", "meft")
+KINDS = ("lora", "dense", "meft", "full")
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,12 @@ class Method:
     """A row of the table. Those with a lower `turn` run first.
 
     Attributes:
-        kind: "lora" on all linear layers, "dense" for an adapter beside each FFN without routing, or "meft".
+        kind: "lora" on all linear layers, "dense" for an adapter beside each FFN without routing, "meft", or "full" for
+            fine-tuning of the whole model, whose r is 0.
         scale: of a dense adapter, by which its scores are multiplied before ReLU.
         fields: of `MEFTConfig`.
         rule: which optimizer steps MEFT's rows: MEFT's own ("rows"), or one of `rules.RULES`.
+        rates: that are tried first, where they are not those of all methods.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Method:
     scale: float = 1.0
     fields: dict = field(default_factory=dict)
     rule: str = "rows"
+    rates: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -40,6 +43,9 @@ class Method:
             (self.fields or self.rule != "rows") and self.kind != "meft"
         ):
             raise ValueError(f"{self.name}: scale is of kind 'dense', fields and rule of kind 'meft'.")
+        if (self.kind == "full") != (self.r == 0):
+            raise ValueError(f"{self.name}: r={self.r} must be 0 for kind 'full', and positive for the others.")
+        object.__setattr__(self, "rates", tuple(self.rates))
 
     @property
     def settings(self) -> dict:
@@ -47,7 +53,9 @@ class Method:
         return {"kind": self.kind, "r": self.r, "scale": self.scale, "fields": self.fields, "rule": self.rule}
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """The model with this adapter, of which only the adapter is trained."""
+        """The model with this adapter, of which only the adapter is trained; of kind "full" all of the model is."""
+        if self.kind == "full":
+            return model.requires_grad_(True)
         adapted = Adapter(self.name, self.kind, self.r, (), self.fields).attach(model)
         if self.kind == "dense":
             for layer in adapted.model.layers:

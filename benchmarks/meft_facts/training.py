@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.aslora_quality.__main__ import load_base
 from benchmarks.aslora_quality.tasks import collate, completion_logits, score
 from benchmarks.common import runs
-from benchmarks.common.protocol import ends, train
+from benchmarks.common.protocol import Protocol, ends, train
 from benchmarks.common.rows import Rows
 from benchmarks.common.runs import Settings
 from benchmarks.meft_facts.methods import Method, described
@@ -63,6 +63,10 @@ class Runs(runs.Runs):
         for task, _ in jobs:
             load_pairs(self.data, self.settings.setup.recall(task), tokenizer)
 
+    def protocol_of(self, method: Method) -> Protocol:
+        """With the method's own rates, if it has some."""
+        return replace(self.settings.protocol, rates=method.rates) if method.rates else self.settings.protocol
+
     def result(self, task: Task, method: Method, rate: float, seed: int, split: str) -> dict:
         """One run; both splits ask for all facts, since what is tried is memory."""
         began, began_cpu = time.perf_counter(), time.process_time()
@@ -94,8 +98,12 @@ class Runs(runs.Runs):
 
 
 def read_settings(path: Path) -> Settings:
-    """As `benchmarks.common.runs.read_settings`."""
-    return runs.read_settings(path, Setup, Task, Method)
+    """As `benchmarks.common.runs.read_settings`, and a method without rates is refused where there are none of all."""
+    settings = runs.read_settings(path, Setup, Task, Method)
+    without = [method.name for method in settings.methods if not (method.rates or settings.protocol.rates)]
+    if without:
+        raise ValueError(f"{path.name}: {without} have no learning rate: give them rates, or rates of all methods.")
+    return settings
 
 
 def runs_of(path: Path, out: Path, data: Path, device: str) -> Runs:

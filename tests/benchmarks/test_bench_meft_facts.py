@@ -8,7 +8,7 @@ from torch import nn
 
 from benchmarks.common.comparisons import read_list
 from benchmarks.meft_facts import __main__ as bench
-from benchmarks.meft_facts.methods import Method
+from benchmarks.meft_facts.methods import Method, described
 from benchmarks.meft_facts.rules import RULES
 from benchmarks.meft_facts.training import read_settings
 from tests.support.tiny_meft import Tiny
@@ -33,6 +33,15 @@ def test_fields_of_another_kind_are_refused():
         Method("m", 1, "meft", 8, rule="RMSprop")
     with pytest.raises(ValueError, match="scale is of kind 'dense'"):
         Method("m", 1, "meft", 8, scale=8.0)
+    with pytest.raises(ValueError, match="r=8 must be 0 for kind 'full'"):
+        Method("m", 1, "full", 8)
+
+
+def test_full_fine_tuning_trains_all_of_a_frozen_model():
+    base = Tiny.base().requires_grad_(False)
+    model = Method("full fine-tuning", 1, "full", 0).attach(base)
+    assert model is base
+    assert described(model)["values_end"] == sum(parameter.numel() for parameter in base.parameters())
 
 
 @pytest.mark.parametrize("rule", ["rows", *RULES])

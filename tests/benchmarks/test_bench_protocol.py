@@ -100,6 +100,20 @@ def test_the_rate_is_chosen_on_tuning_seeds_and_given_up_where_a_reported_run_di
     assert {seed for _, seed, split in calls if split == "valid"} == {1, 2, 3}
 
 
+def test_a_fixed_rate_is_kept_whatever_diverges():
+    calls = []
+
+    def once(rate, seed, split):
+        calls.append((rate, seed, split))
+        return made(0.0, 2.0 if seed == 11 else 0.5)
+
+    rows = list(protocol.run_method(once, protocol.Protocol((0.003,), (), SEEDS)))
+    assert calls == [(0.003, seed, "test") for seed in SEEDS]
+    assert len(rows) == 4
+    with pytest.raises(ValueError, match="without tuning_seeds give one rate"):
+        protocol.Protocol((0.001, 0.002), (), SEEDS)
+
+
 def test_a_reported_seed_must_not_choose_rates():
     with pytest.raises(ValueError, match="let none be in tuning_seeds"):
         protocol.Protocol(RATES, (1, 10), SEEDS)
