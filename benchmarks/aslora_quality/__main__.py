@@ -39,6 +39,7 @@ from benchmarks.aslora_quality.tasks import (
     score,
     training_batches,
 )
+from benchmarks.common.data_files import rows_of
 from benchmarks.common.environment import environment
 from benchmarks.common.quality_arguments import parsed, quality_parser
 from benchmarks.common.rows import Rows
@@ -266,11 +267,11 @@ def main() -> int:
     if args.quick:
         listed = [replace(m, rates=m.rates[1:2]) for m in listed if m.name in ("LoRA r 8", "ASLoRA r 8")]
     name = "aslora_quality_quick" if args.quick else "aslora_quality"
-    rows = Rows(RESULTS / f"{name}.json")
+    rows = rows_of(RESULTS / f"{name}.json", args.data, [file for task in tasks for file in task.files])
     if not args.report:
         run_all(rows, listed, tasks, seeds, data, args)
     planned = [(task, method.name, seed) for task, method in plan(listed, tasks) for seed in seeds]
-    report.write(RESULTS / f"{name}.md", rows.read(), planned)
+    report.write(rows.path.with_suffix(".md"), rows.read(), planned)
     return 0
 
 

@@ -36,6 +36,12 @@ class Task:
     n_test: int
     n_intents: int = 0
 
+    @property
+    def files(self) -> tuple[str, str]:
+        """For training and for tests, below the folder of the data sets."""
+        suffix = "csv" if self.name == "banking77" else "jsonl"
+        return f"{self.name}/train.{suffix}", f"{self.name}/test.{suffix}"
+
     def settings(self) -> dict:
         """What a row depends on, whatever chose its learning rate."""
         return {name: value for name, value in asdict(self).items() if name != "lr_steps"}
@@ -58,7 +64,7 @@ def read_banking(path: Path) -> list[Pair]:
 def read_gsm8k(path: Path) -> list[Pair]:
     """All rows of a GSM8K JSONL file as (question, worked answer)."""
     with open(path, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+        rows = [json.loads(line) for line in file if line.strip()]
     return [(f"Question: {row['question'].strip()}\nAnswer:", " " + row["answer"].strip()) for row in rows]
 
 
@@ -68,12 +74,12 @@ def load_splits(data: Path, task: Task) -> dict[str, list[Pair]]:
     The splits are the same for every method and seed, and no prompt is in two of them. Raises DataError if a file
     is missing or unreadable.
     """
-    read, suffix = (read_banking, "csv") if task.name == "banking77" else (read_gsm8k, "jsonl")
+    read = read_banking if task.name == "banking77" else read_gsm8k
     try:
-        pool, test = (read(data / task.name / f"{split}.{suffix}") for split in ("train", "test"))
-    except (OSError, KeyError, ValueError) as error:
+        pool, test = (read(data / name) for name in task.files)
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, csv.Error) as error:
         raise DataError(
-            f"--data {data}: cannot read {task.name}/train.{suffix} and {task.name}/test.{suffix} there ({error!r}); "
+            f"--data {data}: cannot read {' and '.join(task.files)} there ({error!r}); "
             "give the folder that holds banking77/ and gsm8k/."
         ) from error
     if task.n_intents:

@@ -75,9 +75,9 @@ class Page:
         given_up = "run is counted."
         if self.protocol.tuning_seeds:
             chosen = [
-                f"Each method's learning rate has the smallest mean loss on validation data over {self._tuning()};",
-                "rates are a factor of 2 apart, and a lower and a higher one were tried. The "
-                f"{n} reported seeds are others.",
+                f"Each method's learning rate has the smallest mean loss on validation data over {self._tuning()}; "
+                "rates",
+                f"are a factor of 2 apart, and a lower and a higher one were tried. The {n} reported seeds are others.",
             ]
             given_up = "learning rate was then given up."
         return [

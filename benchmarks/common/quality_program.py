@@ -63,13 +63,16 @@ class Program:
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"--settings {path}: {error!r}; see settings.json for the form.", file=sys.stderr)
             return 2
-        if not args.report:
-            jobs = [job for job in settings.jobs if re.search(args.rows, f"{job[0].name}: {job[1].name}")]
+        jobs = [job for job in settings.jobs if re.search(args.rows, f"{job[0].name}: {job[1].name}")]
+        if args.data is not None:
             try:
-                self.runs_of(path, out, args.data, args.device).prepare(jobs)  # before any process is begun
+                runs = self.runs_of(path, out, args.data, args.device)
+                runs.prepare(jobs)  # before any process is begun
             except (DataError, OSError) as error:
                 print(error, file=sys.stderr)
                 return 2
+            out = runs.rows.path
+        if not args.report:
             failures = run_all(jobs, args.processes, self.runs_of, (path, out, args.data, args.device), args.threads)
         out.with_suffix(".md").write_text(text(Rows(out).read()), encoding="utf-8")
         for failure in failures:

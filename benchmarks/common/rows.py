@@ -3,23 +3,31 @@
 import fcntl
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 class Rows:
-    """Rows kept in one JSON file: `environments` (each distinct one once) and `rows`, one line each.
+    """Rows kept in one JSON file: `data`, `environments` (each distinct one once) and `rows`, one line each.
 
     Several processes may add to one file; each addition reads it anew under a lock.
+
+    Args:
+        path: of the file.
+        data: file of a data set -> digest of what it holds (`data_files.rows_of`), of the rows that will be added.
     """
 
     KEYS = ("task", "method", "seed", "split")
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, data: Mapping[str, str] | None = None):
+        self.path, self._data = path, dict(data or {})
 
-    def read(self) -> dict[str, list[dict]]:
-        """The whole file, or empty lists where there is none."""
-        return json.loads(self.path.read_text()) if self.path.exists() else {"environments": [], "rows": []}
+    def read(self) -> dict[str, Any]:
+        """The whole file; where there is none, one without rows."""
+        if self.path.exists():
+            return json.loads(self.path.read_text())
+        return {"data": {}, "environments": [], "rows": []}
 
     def find(self, key: dict, settings: dict) -> dict | None:
         """The row with these keys whose settings are equal, as JSON sees them; None if there is none."""
@@ -38,13 +46,15 @@ class Rows:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
             held = self.read()
+            data = json.dumps(held.get("data", {}) | self._data)
             if environment not in held["environments"]:
                 held["environments"].append(environment)
             row = json.loads(json.dumps(row | {"environment": held["environments"].index(environment)}))
             rows = [old for old in held["rows"] if any(old[key] != row[key] for key in keys)] + [row]
             lines = ",\n".join(json.dumps(line) for line in rows)
             temporary = self.path.with_suffix(".partial")
-            temporary.write_text(f'{{"environments": {json.dumps(held["environments"])},\n"rows": [\n{lines}\n]}}\n')
+            environments = json.dumps(held["environments"])
+            temporary.write_text(f'{{"data": {data},\n"environments": {environments},\n"rows": [\n{lines}\n]}}\n')
             os.replace(temporary, self.path)
         finally:
             os.close(folder)

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.aslora_quality.__main__ import load_base
 from benchmarks.aslora_quality.tasks import collate, completion_logits, score
 from benchmarks.common import runs
+from benchmarks.common.data_files import rows_of
 from benchmarks.common.protocol import Protocol, ends, train
-from benchmarks.common.rows import Rows
 from benchmarks.common.runs import Settings
 from benchmarks.meft_facts.methods import Method, described
-from benchmarks.meft_recall.pairs import Recall, encode_pairs, epochs, load_pairs
+from benchmarks.meft_recall.pairs import FILE, Recall, encode_pairs, epochs, load_pairs
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 
@@ -108,4 +108,4 @@ def read_settings(path: Path) -> Settings:
 
 def runs_of(path: Path, out: Path, data: Path, device: str) -> Runs:
     """Of a settings file and a rows file."""
-    return Runs(read_settings(path), Rows(out), data, device)
+    return Runs(read_settings(path), rows_of(out, data, [FILE]), data, device)

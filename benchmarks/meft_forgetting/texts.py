@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from benchmarks.aslora_quality.tasks import DataError, collate, completion_logits, encode, read_gsm8k
 
+FILES = ("wikitext2/test.txt", "wikitext2/valid.txt", "gsm8k/train.jsonl", "gsm8k/test.jsonl")
+
 
 @dataclass(frozen=True)
 class Texts:
@@ -37,9 +39,9 @@ def load_texts(data: Path, tokenizer, tokens: int, window: int, background: int,
         DataError: a file is not there, or not as it must be.
     """
     try:
-        test, valid = ((data / "wikitext2" / f"{name}.txt").read_text(encoding="utf-8") for name in ("test", "valid"))
-        train_pairs, test_pairs = (read_gsm8k(data / "gsm8k" / f"{name}.jsonl") for name in ("train", "test"))
-    except (OSError, KeyError, ValueError) as error:
+        test, valid = ((data / name).read_text(encoding="utf-8") for name in FILES[:2])
+        train_pairs, test_pairs = (read_gsm8k(data / name) for name in FILES[2:])
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"--data {data}: cannot read wikitext2/ and gsm8k/ there ({error!r}).") from error
     answers, used = [], 0
     for example in encode(tokenizer, test_pairs[:200]):
@@ -47,6 +49,11 @@ def load_texts(data: Path, tokenizer, tokens: int, window: int, background: int,
         if used > tokens:
             break
         answers.append(collate([example], device))
+    if not answers or len(train_pairs) < background:
+        raise DataError(
+            f"--data {data}: gsm8k has {len(answers)} examples of at most {tokens} tokens for tests and "
+            f"{len(train_pairs)} for training; 1 and {background} are needed."
+        )
     return Texts(
         _windows(tokenizer, test, tokens // window, window, device),
         answers,

@@ -24,12 +24,13 @@ from transformers import get_linear_schedule_with_warmup
 
 from benchmarks.aslora_quality.__main__ import RESULTS, load_base
 from benchmarks.aslora_quality.tasks import DataError, Encoded, collate, completion_logits
+from benchmarks.common.data_files import rows_of
 from benchmarks.common.environment import environment
 from benchmarks.common.quality_arguments import parsed, quality_parser
 from benchmarks.common.rows import Rows
 from benchmarks.meft_recall import report
 from benchmarks.meft_recall.methods import METHODS, UNTRAINED, Method, has_meft, trainable_values
-from benchmarks.meft_recall.pairs import Pair, Recall, encode_pairs, epochs, exact_match, load_pairs, recall
+from benchmarks.meft_recall.pairs import FILE, Pair, Recall, encode_pairs, epochs, exact_match, load_pairs, recall
 
 LR_SEED = 100
 PASSES = 5  # over the pairs; enough to tell the methods apart, few enough that none recalls everything
@@ -154,7 +155,7 @@ def main() -> int:
         sizes, choosing = [(QUICK, (0,))], QUICK
         methods = [method.with_one_rate() for method in METHODS if method.name != "LoRA r 64" and method.r <= 4096]
     runs = plan(methods, sizes, choosing)
-    rows = Rows(args.out or RESULTS / f"meft_recall{'_quick' * args.quick}.json")
+    rows = rows_of(args.out or RESULTS / f"meft_recall{'_quick' * args.quick}.json", args.data, [FILE])
     if not args.report:
         torch.set_num_threads(args.threads)
         tokenizer = load_base("cpu")[1]

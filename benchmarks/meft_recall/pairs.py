@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.aslora_quality.tasks import DataError, Encoded, encode, training_batches
 
+FILE = "nq_open/NQ-open.dev.jsonl"
 MAX_NEW_TOKENS = 12
 
 
@@ -57,14 +58,12 @@ def load_pairs(data: Path, task: Recall, tokenizer) -> list[Pair]:
 
     An answer with its end-of-text token fits into the tokens that generation may write.
     """
-    path = Path(data) / "nq_open" / "NQ-open.dev.jsonl"
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        found = {row["question"].strip(): tuple(answer.strip() for answer in row["answer"]) for row in rows}
-    except (OSError, KeyError, ValueError) as error:
+        lines = (data / FILE).read_text(encoding="utf-8").split("\n")
+        found = dict(_pair(json.loads(line)) for line in lines if line.strip())
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(
-            f"--data {data}: cannot read nq_open/NQ-open.dev.jsonl there ({error!r}); give the folder that holds "
-            "nq_open/."
+            f"--data {data}: cannot read {FILE} there ({error!r}); give the folder that holds nq_open/."
         ) from error
     short = [
         Pair(question, answers)
@@ -79,6 +78,13 @@ def load_pairs(data: Path, task: Recall, tokenizer) -> list[Pair]:
         if len(fitting) == task.n_pairs:
             return fitting
     raise DataError(f"--data {data}: nq_open has {len(fitting)} short pairs, {task.n_pairs} are needed.")
+
+
+def _pair(row: dict) -> tuple[str, tuple[str, ...]]:
+    """Question and answers of a line. Raises ValueError: the answers are no list, as a single text would not be."""
+    if not isinstance(row["answer"], list) or not row["answer"]:
+        raise ValueError(f"answer={row['answer']!r} is not a list of texts")
+    return row["question"].strip(), tuple(answer.strip() for answer in row["answer"])
 
 
 def encode_pairs(tokenizer, pairs: list[Pair]) -> list[Encoded]:

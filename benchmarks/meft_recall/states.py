@@ -21,12 +21,12 @@ import torch
 from adapter_kernels.adamw.moment_layout import MODES
 from benchmarks.aslora_quality.__main__ import RESULTS, load_base
 from benchmarks.aslora_quality.tasks import DataError
+from benchmarks.common.data_files import rows_of
 from benchmarks.common.paired_test import LEVEL, p_value
 from benchmarks.common.quality_arguments import parsed, quality_parser
-from benchmarks.common.rows import Rows
 from benchmarks.meft_recall.__main__ import HOLDS, QUICK, SMALL, Run, run_all
 from benchmarks.meft_recall.methods import Method
-from benchmarks.meft_recall.pairs import Recall, load_pairs
+from benchmarks.meft_recall.pairs import FILE, Recall, load_pairs
 
 SEEDS = range(20, 28)
 RATE = 1e-3
@@ -111,7 +111,7 @@ def main() -> int:
     )
     args = parsed(parser, HOLDS)
     task, seeds = (QUICK, SEEDS[:2]) if args.quick else (SMALL, SEEDS)
-    rows = Rows(RESULTS / f"meft_states{'_quick' * args.quick}.json")
+    rows = rows_of(RESULTS / f"meft_states{'_quick' * args.quick}.json", args.data, [FILE])
     if not args.report:
         torch.set_num_threads(args.threads)
         try:

@@ -16,11 +16,11 @@ import sys
 import torch
 
 from benchmarks.aslora_quality.__main__ import RESULTS
+from benchmarks.common.data_files import rows_of
 from benchmarks.common.environment import environment
 from benchmarks.common.quality_arguments import DataError, parsed, quality_parser
-from benchmarks.common.rows import Rows
 from benchmarks.meft_routing import report
-from benchmarks.meft_routing.runs import RATE, Setup, load_texts, run
+from benchmarks.meft_routing.runs import FILES, RATE, Setup, load_texts, run
 
 SEEDS = (0, 1, 2)
 BALANCE = 0.01  # of arXiv 2101.03961
@@ -35,7 +35,7 @@ def main() -> int:
     args = parsed(parser, HOLDS)
     seeds = SEEDS[:1] if args.quick else SEEDS
     setup = Setup(10 if args.quick else args.steps, args.r)
-    rows = Rows(RESULTS / f"meft_routing{'_quick' * args.quick}.json")
+    rows = rows_of(RESULTS / f"meft_routing{'_quick' * args.quick}.json", args.data, FILES)
     if not args.report:
         torch.set_num_threads(args.threads)
         try:

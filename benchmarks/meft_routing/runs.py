@@ -17,6 +17,7 @@ from benchmarks.meft_routing.watch import busiest, counts, never, perplexity
 from meft import MEFTConfig
 
 RATE = 1e-3
+FILES = ("wikitext2/valid.txt", "wikitext2/test.txt")  # to train on, and to measure on
 RECORDS = 10  # of a run
 
 
@@ -56,15 +57,15 @@ def load_texts(data: Path, setup: Setup) -> Texts:
     """
     tokenizer = load_base("cpu")[1]
     windows = []
-    for name, count in (("valid", setup.steps * setup.batch), ("test", setup.held_out)):
+    for name, count in zip(FILES, (setup.steps * setup.batch, setup.held_out), strict=True):
         try:
-            text = (data / "wikitext2" / f"{name}.txt").read_text(encoding="utf-8")
+            text = (data / name).read_text(encoding="utf-8")
         except OSError as error:
             raise DataError(f"--data {data}: cannot read wikitext2/ there ({error!r}).") from error
         ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         found = ids[: len(ids) // setup.window * setup.window].view(-1, setup.window)
         if len(found) < count:
-            raise DataError(f"--data: wikitext2/{name}.txt has {len(found)} windows where {count} are needed.")
+            raise DataError(f"--data: {name} has {len(found)} windows where {count} are needed.")
         windows.append(found)
     return Texts(windows[0], windows[1][: setup.held_out])
 

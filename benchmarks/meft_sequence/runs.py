@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.aslora_quality.tasks import Encoded, collate, completion_logits
+from benchmarks.common.data_files import rows_of
 from benchmarks.common.protocol import ends, train
-from benchmarks.common.rows import Rows
 from benchmarks.meft_forgetting import runs
 from benchmarks.meft_forgetting.methods import trainable
-from benchmarks.meft_forgetting.runs import MISSED, Task, answer_losses
+from benchmarks.meft_forgetting.runs import FILES, MISSED, Task, answer_losses
 from benchmarks.meft_forgetting.texts import losses
 from benchmarks.meft_recall.pairs import encode_pairs, epochs
 from benchmarks.meft_sequence.methods import Method
@@ -180,4 +180,4 @@ def worst_ends(trained: list[list[float]]) -> dict[str, float | None]:
 
 def runs_of(path: Path, out: Path, data: Path, device: str) -> Runs:
     """Of a settings file and a rows file."""
-    return Runs(read_settings(path), Rows(out), data, device)
+    return Runs(read_settings(path), rows_of(out, data, FILES), data, device)

@@ -13,7 +13,7 @@ from benchmarks.meft_forgetting import report
 from benchmarks.meft_forgetting.__main__ import HERE
 from benchmarks.meft_forgetting.methods import Method
 from benchmarks.meft_forgetting.runs import Runs, read_settings
-from benchmarks.meft_forgetting.texts import load_texts
+from benchmarks.meft_forgetting.texts import FILES, load_texts
 from tests.support.models import llama
 from tests.support.tiny_meft import Tiny
 
@@ -89,5 +89,11 @@ def test_the_page_says_what_the_rows_give():
 
 
 def test_texts_that_are_not_there_are_an_error(tmp_path):
+    texts = "a" * 99, "a" * 99, '{"question": "q", "answer": "a"}\n\n', '{"question": 1}'
+    for name, text in zip(FILES, texts, strict=True):
+        with pytest.raises(DataError, match="cannot read wikitext2/ and gsm8k/"):
+            load_texts(tmp_path, None, 8, 4, 1, "cpu")
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match="cannot read wikitext2/ and gsm8k/"):
         load_texts(tmp_path, None, 10, 5, 1, "cpu")

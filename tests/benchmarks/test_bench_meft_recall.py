@@ -88,6 +88,14 @@ def test_a_wrong_folder_is_one_sentence(tmp_path, monkeypatch, capsys):
     assert "--data is needed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("answer", ["Paris", [], [1], None])
+def test_an_answer_that_is_no_list_of_texts_is_one_sentence(tmp_path, answer):
+    """A single text would be trained by its first letter."""
+    write_questions(tmp_path, [*QUESTIONS, {"question": "what", "answer": answer}])
+    with pytest.raises(pairs.DataError, match=r"cannot read nq_open/NQ-open\.dev\.jsonl there"):
+        pairs.load_pairs(tmp_path, Recall(1, 1), Letters())
+
+
 def test_each_pass_has_each_pair_once_and_follows_the_seed():
     examples = [([i] * (1 + i % 7), 1) for i in range(16)]
     batches = pairs.epochs(examples, 10, 4, seed=3)

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.common import comparisons, protocol
 from benchmarks.common.comparisons import Claim, Comparison
+from benchmarks.common.data_files import rows_of
 from benchmarks.common.paired_test import PairedT, holm, paired_t, t_quantile
 
 SEEDS = (10, 11, 12, 13)
@@ -242,3 +243,32 @@ def test_a_list_that_cannot_be_followed_is_refused(tmp_path, change, message):
     path.write_text(json.dumps(content | {"claims": []} | change))
     with pytest.raises(ValueError, match=message):
         comparisons.read_list(path)
+
+
+# ------------------------------------------------------------------ rows
+
+
+def test_rows_of_other_data_are_neither_found_nor_replaced(tmp_path, capsys):
+    """A rows file is of one data set; a file that a data set lacks says nothing."""
+    folders = [tmp_path / name for name in "abc"]
+    for folder, text in zip(folders, ("one", "two", "one"), strict=True):
+        folder.mkdir()
+        (folder / "f.txt").write_text(text)
+    (folders[2] / "g.txt").write_text("more")
+    out, names = tmp_path / "rows.json", ["f.txt", "g.txt"]
+    key = {"task": "t", "method": "m", "seed": 0, "split": "test"}
+    first = rows_of(out, folders[0], names)
+    first.add(key | {"settings": {}, "loss": 1.0}, {})
+    other = rows_of(out, folders[1], names)
+    assert f"rows.json has rows of other data than {folders[1]}" in capsys.readouterr().err
+    assert other.find(key, {}) is None
+    other.add(key | {"settings": {}, "loss": 2.0}, {})
+    assert rows_of(out, folders[1], names).path == other.path != out
+    assert rows_of(out, folders[1], names).find(key, {})["loss"] == 2.0
+    more = rows_of(out, folders[2], names)
+    assert more.find(key, {})["loss"] == 1.0
+    more.add(key | {"seed": 1, "settings": {}}, {})
+    assert more.path == out
+    assert out.with_suffix(".json").read_text().startswith('{"data": {"f.txt": ')
+    assert set(more.read()["data"]) == {"f.txt", "g.txt"}
+    assert rows_of(out, None, names).path == out
