@@ -15,7 +15,8 @@ from benchmarks.common.quality_arguments import DataError, parsed, quality_parse
 from benchmarks.common.rows import Rows
 from benchmarks.common.runs import Runs, Settings, run_all
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def page_of(text: Callable[..., str], folder: Path) -> Callable[[Settings, Path]
 
 
 def flags_of(path: Path, folder: Path) -> str:
-    """The options of the command that makes the rows of a settings file."""
-    return {"settings.json": "", "quick.json": " --quick"}.get(
-        path.name if path.parent == folder else "", f" --settings {path.name}"
-    )
+    """The options of the command that makes the rows of a settings file, run in the root of the repository."""
+    named = path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(path.name)
+    own = {folder / "settings.json": "", folder / "quick.json": " --quick"}
+    return own.get(path, f" --settings {named}")

@@ -24,6 +24,7 @@ class Method:
         top: of MEFT, rows of each layer that a step updates, chosen against counts of a background; None: all used.
         scale: of the dense adapter, by which its activations are multiplied.
         turn: those with a lower one run first.
+        other_text: whether the background is text of another kind than that which forgetting is measured on.
     """
 
     name: str
@@ -33,16 +34,20 @@ class Method:
     top: int | None = None
     scale: float = 1.0
     turn: int = 1
+    other_text: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"{self.name}: kind='{self.kind}' must be one of {KINDS}.")
+        if self.other_text and self.top is None:
+            raise ValueError(f"{self.name}: other_text=True is of methods with top.")
         object.__setattr__(self, "rates", tuple(self.rates))
 
     @property
     def settings(self) -> dict:
         """What a row depends on; `rates` belongs to the choice, not to a run."""
-        return {name: value for name, value in asdict(self).items() if name not in ("name", "rates", "turn")}
+        left_out = {"name", "rates", "turn"} | (set() if self.other_text else {"other_text"})
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
     @contextmanager
     def attach(self, model: nn.Module, background: list[Tensor]) -> Iterator[nn.Module]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from statistics import mean, stdev
 
 from benchmarks.common.comparisons import Claim, Comparison, Verdict, judge, read_list, verdicts
@@ -9,6 +10,7 @@ from benchmarks.common.paired_test import LEVEL, holm, paired_t
 from benchmarks.common.protocol import DIVERGED, REPORTED, TUNING
 from benchmarks.common.runs import Settings
 
+HERE = Path(__file__).resolve().parent
 COMMAND = "python -m benchmarks.meft_forgetting --data DIR"
 # By what a claim is judged: less forgetting, or no fewer facts.
 METRIC_OF = {"better": "forgetting", "not worse": "recall"}
@@ -22,7 +24,7 @@ def text(content: dict[str, list[dict]], settings: Settings, flags: str) -> str:
     """
     setup, task = settings.setup, settings.setup.task
     tuned, seeds = len(settings.protocol.tuning_seeds), settings.protocol.seeds
-    listed = read_list(settings.comparisons)
+    listed, others = read_list(settings.comparisons), any(method.other_text for method in settings.methods)
     rows = [row for row in content["rows"] if row["task"] == task]
 
     def kept(split: str, name: str) -> dict[int, dict]:
@@ -44,9 +46,10 @@ def text(content: dict[str, list[dict]], settings: Settings, flags: str) -> str:
         f"with {tuned} tuning seed{'s' * (tuned > 1)}; rates are a factor of 2 apart, and a lower and a higher",
         f"one were tried. The {len(seeds)} reported seeds are others. Tests are paired by seed, after Holm's",
         f"correction for all {len(listed.comparisons)} comparisons of the list"
-        + (", which was committed before the runs." if flags in ("", " --quick") else "."),
+        + (", which was committed before the runs." if settings.comparisons.parent == HERE else "."),
         "A method that recalls less may forget less: a goal is reached only if recall is not worse by the margin.",
-        'A method with "top" chooses rows by counts of other parts of the same two texts, which no other method sees.',
+        'A method with "top" chooses rows by counts of other parts of the same two texts, which no other method sees'
+        + ("; one with other text, by counts of queries of banking77." if others else "."),
         "",
         "| claim | |",
         "|---|---|",

@@ -20,7 +20,7 @@ from benchmarks.common.rows import Rows
 from benchmarks.common.runs import Settings
 from benchmarks.meft_forgetting import texts
 from benchmarks.meft_forgetting.methods import Method, trainable
-from benchmarks.meft_forgetting.texts import load_texts, losses
+from benchmarks.meft_forgetting.texts import load_other, load_texts, losses
 from benchmarks.meft_recall.pairs import FILE, Recall, encode_pairs, epochs, exact_match, load_pairs, recall
 
 FILES = (FILE, *texts.FILES)
@@ -95,6 +95,8 @@ class Runs(runs.Runs):
         tokenizer = load_base("cpu")[1]
         self._pairs = load_pairs(data, Recall(setup.n_pairs, setup.steps, setup.batch_size), tokenizer)
         self._texts = load_texts(data, tokenizer, setup.tokens, setup.window, setup.background, device)
+        others = any(method.other_text for method in settings.methods)
+        self._other = load_other(data, tokenizer, setup.window, setup.background, device) if others else []
 
     def prepare(self, jobs: list[tuple[Task, Method]]) -> None:
         """All is read."""
@@ -121,7 +123,7 @@ class Runs(runs.Runs):
         base, tokenizer = self.base()
         batches = epochs(encode_pairs(tokenizer, self._pairs), setup.steps, setup.batch_size, seed)
         torch.manual_seed(seed)
-        with method.attach(base, self._texts.background) as model:
+        with method.attach(base, self._other if method.other_text else self._texts.background) as model:
             model.train()
             batch_losses = answer_losses(model, batches, self.device)
             trained = train([{"params": trainable(model), "lr": rate}], batch_losses, setup.steps)
@@ -147,4 +149,6 @@ class Runs(runs.Runs):
 
 def runs_of(path: Path, out: Path, data: Path, device: str) -> Runs:
     """Of a settings file and a rows file."""
-    return Runs(read_settings(path), rows_of(out, data, FILES), data, device)
+    settings = read_settings(path)
+    other = [texts.OTHER] if any(method.other_text for method in settings.methods) else []
+    return Runs(settings, rows_of(out, data, [*FILES, *other]), data, device)

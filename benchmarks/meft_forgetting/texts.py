@@ -1,5 +1,6 @@
 """Texts on which `benchmarks.meft_forgetting` sees what a model has forgotten, and those that it counts rows on."""
 
+import csv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.aslora_quality.tasks import DataError, collate, completion_logits, encode, read_gsm8k
 
+OTHER = "banking77/train.csv"
 FILES = ("wikitext2/test.txt", "wikitext2/valid.txt", "gsm8k/train.jsonl", "gsm8k/test.jsonl")
 
 
@@ -62,10 +64,24 @@ def load_texts(data: Path, tokenizer, tokens: int, window: int, background: int,
     )
 
 
+def load_other(data: Path, tokenizer, window: int, background: int, device: str) -> list[Tensor]:
+    """As many examples as `Texts.background` has, of the queries of banking77; arguments as of `load_texts`.
+
+    Raises:
+        DataError: the file is not there, or not as it must be.
+    """
+    try:
+        with open(data / OTHER, newline="", encoding="utf-8") as file:
+            text = " ".join(row["text"] for row in csv.DictReader(file))
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+        raise DataError(f"--data {data}: cannot read {OTHER} there ({error!r}).") from error
+    return _windows(tokenizer, text, 2 * background, window, device)
+
+
 def _windows(tokenizer, text: str, count: int, window: int, device: str) -> list[Tensor]:
     ids = tokenizer(text[: 12 * count * window], add_special_tokens=False)["input_ids"]
     if len(ids) < count * window:
-        raise DataError(f"--data: wikitext2 has {len(ids)} tokens where {count * window} are needed.")
+        raise DataError(f"--data: a text has {len(ids)} tokens where {count * window} are needed.")
     return [torch.tensor([ids[i * window : (i + 1) * window]], device=device) for i in range(count)]
 
 

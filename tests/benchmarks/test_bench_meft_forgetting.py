@@ -1,6 +1,7 @@
 """The benchmark of forgetting: its settings, its methods on a tiny model, and its page."""
 
 import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -9,18 +10,20 @@ import torch
 from benchmarks.aslora_quality.tasks import DataError
 from benchmarks.common.comparisons import read_list
 from benchmarks.common.protocol import REPORTED, TUNING
+from benchmarks.common.rows import Rows
 from benchmarks.meft_forgetting import report
 from benchmarks.meft_forgetting.__main__ import HERE
 from benchmarks.meft_forgetting.methods import Method
 from benchmarks.meft_forgetting.runs import Runs, read_settings
-from benchmarks.meft_forgetting.texts import FILES, load_texts
+from benchmarks.meft_forgetting.texts import FILES, load_other, load_texts
 from tests.support.models import llama
 from tests.support.tiny_meft import Tiny
 
-SETTINGS, QUICK = HERE / "settings.json", HERE / "quick.json"
+SETTINGS, QUICK, BACKGROUND = HERE / "settings.json", HERE / "quick.json", HERE / "background.json"
+RESULTS = HERE.parent / "results"
 
 
-@pytest.mark.parametrize("path", [SETTINGS, QUICK], ids=["settings", "quick"])
+@pytest.mark.parametrize("path", [SETTINGS, QUICK, BACKGROUND], ids=lambda path: path.stem)
 def test_settings_and_lists_agree(path):
     settings = read_settings(path)
     listed = read_list(settings.comparisons)
@@ -33,6 +36,30 @@ def test_settings_and_lists_agree(path):
         protocol = Runs.protocol_of(SimpleNamespace(settings=settings), method)
         assert protocol.seeds == settings.protocol.seeds
         assert protocol.rates == method.rates
+
+
+@pytest.mark.parametrize("path", [SETTINGS, BACKGROUND], ids=lambda path: path.stem)
+def test_a_rerun_finds_the_rows_that_are_kept(path):
+    """Those of the main page are found by the settings of the other background too: they need not be run again."""
+    settings, name = read_settings(path), {SETTINGS: "meft_forgetting", BACKGROUND: "meft_forgetting_background"}[path]
+    rows = Rows(RESULTS / f"{name}.json")
+    wanted = {method.name: asdict(settings.setup) | method.settings | {"device": "cpu"} for method in settings.methods}
+    kept = [row for row in rows.read()["rows"] if row["method"] in wanted]
+    assert kept
+    for row in kept:
+        key = {name: row[name] for name in (*Rows.KEYS, "learning_rate")}
+        assert rows.find(key, wanted[row["method"]]) == row
+
+
+def test_another_background_is_of_other_text(tmp_path):
+    (tmp_path / "banking77").mkdir()
+    with pytest.raises(DataError, match=r"cannot read banking77/train\.csv"):
+        load_other(tmp_path, None, 4, 2, "cpu")
+    (tmp_path / "banking77" / "train.csv").write_text("text,category\nabcdefgh,a\nijklmnop,b\n")
+    examples = load_other(tmp_path, lambda text, **_: {"input_ids": [ord(c) for c in text]}, 4, 2, "cpu")
+    assert ["".join(map(chr, ids[0].tolist())) for ids in examples] == ["abcd", "efgh", " ijk", "lmno"]
+    with pytest.raises(ValueError, match="other_text=True is of methods with top"):
+        Method("e", "meft", 8, (0.1,), other_text=True)
 
 
 @pytest.mark.parametrize(
