@@ -14,6 +14,7 @@ import meft
 from benchmarks.meft_recall.methods import attach_dense
 
 KINDS = ("lora", "dense", "meft")
+BACKGROUNDS = ("same texts", "other text", "none")
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,12 @@ class Method:
     """An adapter, and the learning rates that are tried first.
 
     Attributes:
-        top: of MEFT, rows of each layer that a step updates, chosen against counts of a background; None: all used.
+        top: of MEFT, rows of each layer that a step updates, those most specific to its data; None: all used.
         scale: of the dense adapter, by which its activations are multiplied.
         turn: those with a lower one run first.
-        other_text: whether the background is text of another kind than that which forgetting is measured on.
+        background: what specific is relative to: other parts of the texts that forgetting is measured on ("same
+            texts"), text of another kind ("other text"), or nothing ("none").
+        replay: whether each step adds the loss of a text of that background; for methods that do not count rows.
     """
 
     name: str
@@ -34,20 +37,27 @@ class Method:
     top: int | None = None
     scale: float = 1.0
     turn: int = 1
-    other_text: bool = False
+    background: str = "same texts"
+    replay: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"{self.name}: kind='{self.kind}' must be one of {KINDS}.")
-        if self.other_text and self.top is None:
-            raise ValueError(f"{self.name}: other_text=True is of methods with top.")
+        if self.background not in BACKGROUNDS:
+            raise ValueError(f"{self.name}: background='{self.background}' must be one of {BACKGROUNDS}.")
+        if (self.background != "same texts" and self.top is None) or (self.replay and self.kind == "meft"):
+            raise ValueError(f"{self.name}: background is of methods with top, replay of kinds 'lora' and 'dense'.")
         object.__setattr__(self, "rates", tuple(self.rates))
 
     @property
     def settings(self) -> dict:
         """What a row depends on; `rates` belongs to the choice, not to a run."""
-        left_out = {"name", "rates", "turn"} | (set() if self.other_text else {"other_text"})
-        return {name: value for name, value in asdict(self).items() if name not in left_out}
+        of_row = {name: value for name, value in asdict(self).items() if name not in ("name", "rates", "turn")}
+        # Rows were made before there were these fields.
+        for name, default in (("background", "same texts"), ("replay", False)):
+            if of_row[name] == default:
+                del of_row[name]
+        return of_row
 
     @contextmanager
     def attach(self, model: nn.Module, background: list[Tensor]) -> Iterator[nn.Module]:
@@ -67,10 +77,11 @@ class Method:
         else:
             with tempfile.TemporaryDirectory() as folder:
                 counts = str(Path(folder) / "counts.safetensors")
-                rows = None if self.top is None else {"top": self.top, "background": counts}
+                counted = self.top is not None and self.background != "none"
+                rows = None if self.top is None else {"top": self.top} | ({"background": counts} if counted else {})
                 config = meft.MEFTConfig(r=self.r, train_rows=rows, task_type="CAUSAL_LM")
                 adapted = get_peft_model(model, config)
-                if rows is not None:
+                if counted:
                     meft.count_rows(adapted, [{"input_ids": ids} for ids in background], counts)
                 yield adapted
 

@@ -24,7 +24,7 @@ def text(content: dict[str, list[dict]], settings: Settings, flags: str) -> str:
     """
     setup, task = settings.setup, settings.setup.task
     tuned, seeds = len(settings.protocol.tuning_seeds), settings.protocol.seeds
-    listed, others = read_list(settings.comparisons), any(method.other_text for method in settings.methods)
+    listed, content_of = read_list(settings.comparisons), json.loads(settings.comparisons.read_text(encoding="utf-8"))
     rows = [row for row in content["rows"] if row["task"] == task]
 
     def kept(split: str, name: str) -> dict[int, dict]:
@@ -47,16 +47,17 @@ def text(content: dict[str, list[dict]], settings: Settings, flags: str) -> str:
         f"one were tried. The {len(seeds)} reported seeds are others. Tests are paired by seed, after Holm's",
         f"correction for all {len(listed.comparisons)} comparisons of the list"
         + (", which was committed before the runs." if settings.comparisons.parent == HERE else "."),
+        *([content_of["known"]] if "known" in content_of else []),
+        "Seeds draw the start of an adapter and the order of the facts; facts and texts are the same for all.",
         "A method that recalls less may forget less: a goal is reached only if recall is not worse by the margin.",
-        'A method with "top" chooses rows by counts of other parts of the same two texts, which no other method sees'
-        + ("; one with other text, by counts of queries of banking77." if others else "."),
+        "Goals are corrected among themselves.",
+        *backgrounds(settings),
         "",
         "| claim | |",
         "|---|---|",
     ]
     lines += [f"| {one.name} | {judge(one, task, METRIC_OF[one.expects], said)} |" for one in listed.claims]
-    goals = json.loads(settings.comparisons.read_text(encoding="utf-8"))["goals"]
-    lines += ["", *_goals(goals, settings, kept, said)]
+    lines += ["", *_goals(content_of["goals"], settings, kept, said)]
     lines += [
         "",
         "| method | learning rate | recall, % | forgetting | WikiText-2 perplexity | GSM8K loss | values | seeds "
@@ -86,6 +87,26 @@ def text(content: dict[str, list[dict]], settings: Settings, flags: str) -> str:
     lines += ["", f"{len(rows)} runs, {cpu:.1f} hours of CPU time in all.", ""]
     lines += [", ".join(f"{key} {value}" for key, value in found.items()) for found in content["environments"]]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def backgrounds(settings: Settings) -> list[str]:
+    """What each method sees of texts beside the facts."""
+    parts = "other parts of the two texts"
+    said = {
+        "same texts": f"rows are chosen against counts of {parts}",
+        "other text": "rows are chosen against counts of queries of banking77",
+        "none": "the rows that the facts use most are taken",
+    }
+    lines = []
+    for background, words in said.items():
+        names = [f'"{one.name}"' for one in settings.methods if one.top is not None and one.background == background]
+        lines += [f"{' and '.join(names)}: {words}."] if names else []
+    replaying = [f'"{one.name}"' for one in settings.methods if one.replay]
+    if replaying:
+        lines.append(
+            f"{' and '.join(replaying)}: each step adds the loss of one of {2 * settings.setup.background} {parts}."
+        )
+    return lines + ["No other method sees such parts."] * bool(lines)
 
 
 def _goals(goals: list[dict], settings: Settings, kept, said: dict[Comparison, Verdict]) -> list[str]:

@@ -1,9 +1,10 @@
 """The runs of `benchmarks.meft_forgetting`."""
 
+import itertools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -81,6 +82,19 @@ def answer_losses(model: nn.Module, batches: list[list[Encoded]], device: str) -
         yield F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
+def with_replay(
+    batch_losses: Iterable[torch.Tensor], model: nn.Module, background: list[torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    """Each loss, and that of a token of the next text of the background, which begins anew at its end."""
+    for loss, ids in zip(batch_losses, itertools.cycle(background), strict=False):
+        yield loss + model(input_ids=ids, labels=ids).loss
+
+
+def needs_other(settings: Settings) -> bool:
+    """Whether a method counts rows on text of another kind."""
+    return any(method.background == "other text" for method in settings.methods)
+
+
 class Runs(runs.Runs):
     """Reads the data as it is made.
 
@@ -95,8 +109,9 @@ class Runs(runs.Runs):
         tokenizer = load_base("cpu")[1]
         self._pairs = load_pairs(data, Recall(setup.n_pairs, setup.steps, setup.batch_size), tokenizer)
         self._texts = load_texts(data, tokenizer, setup.tokens, setup.window, setup.background, device)
-        others = any(method.other_text for method in settings.methods)
-        self._other = load_other(data, tokenizer, setup.window, setup.background, device) if others else []
+        self._other = []
+        if needs_other(settings):
+            self._other = load_other(data, tokenizer, setup.window, setup.background, device)
 
     def prepare(self, jobs: list[tuple[Task, Method]]) -> None:
         """All is read."""
@@ -123,9 +138,12 @@ class Runs(runs.Runs):
         base, tokenizer = self.base()
         batches = epochs(encode_pairs(tokenizer, self._pairs), setup.steps, setup.batch_size, seed)
         torch.manual_seed(seed)
-        with method.attach(base, self._other if method.other_text else self._texts.background) as model:
+        background = self._other if method.background == "other text" else self._texts.background
+        with method.attach(base, background) as model:
             model.train()
             batch_losses = answer_losses(model, batches, self.device)
+            if method.replay:
+                batch_losses = with_replay(batch_losses, model, background)
             trained = train([{"params": trainable(model), "lr": rate}], batch_losses, setup.steps)
             said = recall(model, tokenizer, self._pairs, self.device)
             after = losses(model, self._texts)
@@ -150,5 +168,5 @@ class Runs(runs.Runs):
 def runs_of(path: Path, out: Path, data: Path, device: str) -> Runs:
     """Of a settings file and a rows file."""
     settings = read_settings(path)
-    other = [texts.OTHER] if any(method.other_text for method in settings.methods) else []
-    return Runs(settings, rows_of(out, data, [*FILES, *other]), data, device)
+    files = [*FILES, texts.OTHER] if needs_other(settings) else FILES
+    return Runs(settings, rows_of(out, data, files), data, device)

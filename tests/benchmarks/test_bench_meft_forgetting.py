@@ -14,16 +14,16 @@ from benchmarks.common.rows import Rows
 from benchmarks.meft_forgetting import report
 from benchmarks.meft_forgetting.__main__ import HERE
 from benchmarks.meft_forgetting.methods import Method
-from benchmarks.meft_forgetting.runs import Runs, read_settings
+from benchmarks.meft_forgetting.runs import Runs, read_settings, with_replay
 from benchmarks.meft_forgetting.texts import FILES, load_other, load_texts
 from tests.support.models import llama
 from tests.support.tiny_meft import Tiny
 
-SETTINGS, QUICK, BACKGROUND = HERE / "settings.json", HERE / "quick.json", HERE / "background.json"
+SETTINGS, QUICK, CONTROLS = HERE / "settings.json", HERE / "quick.json", HERE / "controls.json"
 RESULTS = HERE.parent / "results"
 
 
-@pytest.mark.parametrize("path", [SETTINGS, QUICK, BACKGROUND], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [SETTINGS, QUICK, CONTROLS], ids=lambda path: path.stem)
 def test_settings_and_lists_agree(path):
     settings = read_settings(path)
     listed = read_list(settings.comparisons)
@@ -38,10 +38,10 @@ def test_settings_and_lists_agree(path):
         assert protocol.rates == method.rates
 
 
-@pytest.mark.parametrize("path", [SETTINGS, BACKGROUND], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [SETTINGS, CONTROLS], ids=lambda path: path.stem)
 def test_a_rerun_finds_the_rows_that_are_kept(path):
-    """Those of the main page are found by the settings of the other background too: they need not be run again."""
-    settings, name = read_settings(path), {SETTINGS: "meft_forgetting", BACKGROUND: "meft_forgetting_background"}[path]
+    """Those of the main page are found by the settings of the controls too: they need not be run again."""
+    settings, name = read_settings(path), {SETTINGS: "meft_forgetting", CONTROLS: "meft_forgetting_controls"}[path]
     rows = Rows(RESULTS / f"{name}.json")
     wanted = {method.name: asdict(settings.setup) | method.settings | {"device": "cpu"} for method in settings.methods}
     kept = [row for row in rows.read()["rows"] if row["method"] in wanted]
@@ -58,8 +58,16 @@ def test_another_background_is_of_other_text(tmp_path):
     (tmp_path / "banking77" / "train.csv").write_text("text,category\nabcdefgh,a\nijklmnop,b\n")
     examples = load_other(tmp_path, lambda text, **_: {"input_ids": [ord(c) for c in text]}, 4, 2, "cpu")
     assert ["".join(map(chr, ids[0].tolist())) for ids in examples] == ["abcd", "efgh", " ijk", "lmno"]
-    with pytest.raises(ValueError, match="other_text=True is of methods with top"):
-        Method("e", "meft", 8, (0.1,), other_text=True)
+    with pytest.raises(ValueError, match="background is of methods with top"):
+        Method("e", "meft", 8, (0.1,), background="none")
+    with pytest.raises(ValueError, match="background='no' must be one of"):
+        Method("e", "meft", 8, (0.1,), top=2, background="no")
+
+
+def test_replay_adds_the_loss_of_one_text_after_the_other():
+    losses = {1: 10.0, 2: 20.0, 3: 30.0}
+    model = lambda input_ids, labels: SimpleNamespace(loss=losses[input_ids] * (input_ids == labels))  # noqa: E731
+    assert list(with_replay([0.1, 0.2, 0.3, 0.4], model, [1, 2, 3])) == [10.1, 20.2, 30.3, 10.4]
 
 
 @pytest.mark.parametrize(
@@ -69,8 +77,9 @@ def test_another_background_is_of_other_text(tmp_path):
         Method("b", "dense", 8, (0.1,), scale=3.0),
         Method("c", "meft", 128, (0.1,)),
         Method("d", "meft", 128, (0.1,), top=2),
+        Method("e", "meft", 128, (0.1,), top=2, background="none"),
     ],
-    ids=["lora", "dense", "meft", "meft with train_rows"],
+    ids=["lora", "dense", "meft", "meft with train_rows", "meft without background"],
 )
 def test_each_method_trains_on_a_tiny_model(method):
     base = llama(1, torch.float32, 0, vocab_size=64, hidden_size=32, intermediate_size=64, max_position_embeddings=64)
