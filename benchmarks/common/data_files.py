@@ -20,13 +20,15 @@ def rows_of(out: Path, data: Path | None, names: Iterable[str]) -> Rows:
 
     Args:
         data: the folder of the data sets; None asks for `out` itself.
-        names: the files that rows depend on, below `data`.
+        names: the files that rows depend on, below `data`; of one that `out` knows nothing of there are no rows yet.
     """
     if data is None:
         return Rows(out)
     own = digests(data, names)
-    held = Rows(out).read().get("data", {})
-    if any(held.get(name, digest) != digest for name, digest in own.items()):
+    content = Rows(out).read()
+    held = content.get("data", {})
+    unknown = content["rows"] and not held
+    if unknown or any(held.get(name, digest) != digest for name, digest in own.items()):
         told = hashlib.sha256(repr(sorted(own.items())).encode()).hexdigest()[:8]
         beside = out.with_name(f"{out.stem}_{told}.json")
         if multiprocessing.parent_process() is None:

@@ -36,7 +36,9 @@ def t_quantile(level: float, degrees: int) -> float:
 
 @dataclass(frozen=True)
 class PairedT:
-    """Student's t test of n paired differences: their mean, its 1 - LEVEL interval, and the uncorrected p."""
+    """Student's t test of n paired differences: their mean, its 1 - LEVEL interval, the uncorrected p, and how many of
+    them are above 0.
+    """
 
     mean: float
     low: float
@@ -44,6 +46,11 @@ class PairedT:
     t: float
     degrees: int
     p: float
+    positive: int
+
+    def detectable(self, level: float) -> float:
+        """The smallest mean that would have had a p of `level` with this spread."""
+        return (self.high - self.low) / 2 * t_quantile(level, self.degrees) / t_quantile(LEVEL, self.degrees)
 
 
 def paired_t(differences: list[float]) -> PairedT:
@@ -52,7 +59,8 @@ def paired_t(differences: list[float]) -> PairedT:
     centre, error = mean(differences), stdev(differences) / math.sqrt(n)
     t = centre / error if error else math.copysign(math.inf, centre) if centre else 0.0
     margin = t_quantile(LEVEL, n - 1) * error
-    return PairedT(centre, centre - margin, centre + margin, t, n - 1, p_value(t, n - 1))
+    positive = sum(difference > 0 for difference in differences)
+    return PairedT(centre, centre - margin, centre + margin, t, n - 1, p_value(t, n - 1), positive)
 
 
 def holm(p_values: list[float]) -> list[float]:

@@ -90,7 +90,9 @@ class Page:
                 if self.fixed
                 else [f"{of_list}.", margin]
             ),
-            "Contradicted: it excludes a gain as large as the margin.",
+            "Contradicted: it excludes a gain as large as the margin. Seeds: in how many the gain is positive.",
+            f"Detectable: the gain that this spread could have told from none, with p < {LEVEL} after the correction.",
+            "Rates are chosen by the loss alone: another rate may give a higher accuracy.",
             "",
             self.values,
             "A run is diverged where its training loss, over the last tenth of the steps, exceeds its first; its",
@@ -153,35 +155,40 @@ class Page:
 
     def compared(self, task: str, said: dict[Comparison, Verdict]) -> list[str]:
         """One line a comparison."""
-        lines = ["| comparison | by | gain | 95 % interval | t | corrected p | |", "|---" * 7 + "|"]
+        head = ["comparison", "by", "gain", "95 % interval", "seeds", "t", "detectable", "corrected p", ""]
+        lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+        level = LEVEL / len(self.listed.comparisons)
         for one, verdict in said.items():
             if one.task != task:
                 continue
             name, test = f"{one.ours} against {one.rival} | {one.metric}", verdict.test
             if test is None:
-                lines.append(f"| {name} | | | | | {verdict.word} |")
+                lines.append(f"| {name}" + " |" * (len(head) - 2) + f" {verdict.word} |")
                 continue
             low, high = number(one.metric, test.low, "+"), number(one.metric, test.high, "+")
             small = verdict.word in ("better", "worse") and -verdict.margin < test.low and test.high < verdict.margin
             lines.append(
                 f"| {name} | {number(one.metric, test.mean, '+')}{UNITS[one.metric][2]} | {low} to {high} | "
-                f"t({test.degrees}) = {test.t:.2f} | {verdict.p:.2g} | **{verdict.word}**"
+                f"{test.positive} of {test.degrees + 1} | t({test.degrees}) = {test.t:.2f} | "
+                f"{number(one.metric, test.detectable(level))} | {verdict.p:.2g} | **{verdict.word}**"
                 f"{', by less than the margin' if small else ''} |"
             )
         return lines
 
     def rates(self, task: str, rows: list[dict]) -> list[str]:
         """The learning rates tried, with the mean validation loss that chose."""
-        lines = ["Learning rates, with the mean loss on validation data (inf: a run diverged):", ""]
+        lines = ["Learning rates, with the mean loss and accuracy on validation data (inf: a run diverged):", ""]
         for method in self.methods:
             tried: dict[float, list[dict]] = {}
             for row in rows:
                 if (row["task"], row["method"], row["split"]) == (task, method, TUNING):
                     tried.setdefault(row["learning_rate"], []).append(row)
             if tried:
-                lines.append(
-                    f"- {method}: " + ", ".join(f"{rate:g}: {tuning_loss(tried[rate]):.4f}" for rate in sorted(tried))
-                )
+                found = [
+                    f"{rate:g}: {tuning_loss(of_rate):.4f}, {100 * mean(row['accuracy'] for row in of_rate):.1f} %"
+                    for rate, of_rate in sorted(tried.items())
+                ]
+                lines.append(f"- {method}: " + "; ".join(found))
         if not self.protocol.tuning_seeds:
             return []
         return lines if len(lines) > 2 else ["No learning rate was tried yet."]

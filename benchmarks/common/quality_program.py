@@ -13,7 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from benchmarks.common.quality_arguments import DataError, parsed, quality_parser
 from benchmarks.common.rows import Rows
-from benchmarks.common.runs import Runs, Settings, run_all
+from benchmarks.common.runs import Runs, Settings, of_settings, run_all
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -54,7 +54,7 @@ class Program:
         args = parsed(parser, self.holds)
         whole = self.folder / "settings.json"
         path = args.settings.resolve() if args.settings else (self.folder / "quick.json" if args.quick else whole)
-        ending = "" if path == whole else f"_{path.stem}"
+        ending = ("" if path == whole else f"_{path.stem}") + ("" if args.device == "cpu" else f"_{args.device}")
         out = args.out or RESULTS / f"{self.folder.name}{ending}.json"
         failures: list[str] = []
         try:
@@ -75,7 +75,8 @@ class Program:
             out = runs.rows.path
         if not args.report:
             failures = run_all(jobs, args.processes, self.runs_of, (path, out, args.data, args.device), args.threads)
-        out.with_suffix(".md").write_text(text(Rows(out).read()), encoding="utf-8")
+        content = of_settings(Rows(out).read(), settings, args.device)
+        out.with_suffix(".md").write_text(text(content), encoding="utf-8")
         for failure in failures:
             print(failure, file=sys.stderr)
         return 1 if failures else 0

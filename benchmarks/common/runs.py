@@ -60,6 +60,22 @@ def read_settings(path: Path, setup: type, task: type, method: type) -> Settings
     )
 
 
+def settings_of_row(settings: Settings, task: Any, method: Any, device: str) -> dict:
+    """What a row depends on beside its learning rate and seed, as JSON has it."""
+    found = asdict(settings.setup) | asdict(task) | method.settings | {"device": device}
+    del found["name"]
+    return json.loads(json.dumps(found))
+
+
+def of_settings(content: dict, settings: Settings, device: str) -> dict:
+    """A rows file's content without the rows that were made with other settings than a rerun would use."""
+    wanted = {
+        (task.name, method.name): settings_of_row(settings, task, method, device) for task, method in settings.jobs
+    }
+    kept = [row for row in content["rows"] if wanted.get((row["task"], row["method"])) == row["settings"]]
+    return content | {"rows": kept}
+
+
 class Runs(ABC):
     """Makes the runs that a rows file lacks; a benchmark says what one run is (`result`)."""
 
@@ -90,8 +106,7 @@ class Runs(ABC):
     def once(self, task: Any, method: Any, rate: float, seed: int, split: str) -> dict:
         """The row of one run, found or new; one that diverged and was to be reported is kept as such."""
         key = {"task": task.name, "method": method.name, "seed": seed, "split": split, "learning_rate": rate}
-        settings = asdict(self.settings.setup) | asdict(task) | method.settings | {"device": self.device}
-        del settings["name"]
+        settings = settings_of_row(self.settings, task, method, self.device)
         found = self.rows.find(key, settings)
         if found is None and split == REPORTED:
             found = self.rows.find(key | {"split": DIVERGED}, settings)

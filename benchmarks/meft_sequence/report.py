@@ -91,7 +91,7 @@ def _head(settings: Settings, flags: str, compared: int) -> list[str]:
         "",
         f"SmolLM2-135M learns {setup.n_tasks} tasks one after the other, {each} answers of NQ-open each, in",
         f"{setup.passes} passes, {setup.steps} steps a task, each with an optimizer of its own. The facts of a task",
-        "are drawn anew for each seed.",
+        "are drawn anew for each seed, of the same facts.",
         "",
         "- recall: the share that greedy generation gives back just after a task, the mean of all tasks;",
         f"- kept: recall of the facts of the first {setup.n_tasks - 1} at the end. Methods with tasks are told of",

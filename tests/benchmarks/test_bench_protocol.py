@@ -3,11 +3,13 @@
 import itertools
 import json
 import math
+from dataclasses import make_dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.common import comparisons, protocol
+from benchmarks.common import comparisons, protocol, runs
 from benchmarks.common.comparisons import Claim, Comparison
 from benchmarks.common.data_files import rows_of
 from benchmarks.common.paired_test import PairedT, holm, paired_t, t_quantile
@@ -24,13 +26,16 @@ def test_the_paired_t_test_is_scipys():
     assert found.degrees == expected.df == 7
     interval = expected.confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
+    assert found.positive == 1
+    least, error = found.detectable(0.001), stats.sem([a - b for a, b in zip(ours, theirs, strict=True)])
+    assert 2 * stats.t.sf(least / error, 7) == pytest.approx(0.001, rel=1e-6)
     for degrees in (1, 2, 7, 30):
         assert t_quantile(0.05, degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=1e-12)
 
 
 def test_differences_without_spread():
-    assert paired_t([0.5, 0.5, 0.5]) == PairedT(0.5, 0.5, 0.5, math.inf, 2, 0.0)
-    assert paired_t([0.0, 0.0]) == PairedT(0.0, 0.0, 0.0, 0.0, 1, 1.0)
+    assert paired_t([0.5, 0.5, 0.5]) == PairedT(0.5, 0.5, 0.5, math.inf, 2, 0.0, 3)
+    assert paired_t([0.0, 0.0]) == PairedT(0.0, 0.0, 0.0, 0.0, 1, 1.0, 0)
 
 
 def test_holm_s_correction_of_known_examples():
@@ -272,3 +277,18 @@ def test_rows_of_other_data_are_neither_found_nor_replaced(tmp_path, capsys):
     assert out.with_suffix(".json").read_text().startswith('{"data": {"f.txt": ')
     assert set(more.read()["data"]) == {"f.txt", "g.txt"}
     assert rows_of(out, None, names).path == out
+    kept = json.loads(out.read_text())
+    out.write_text(json.dumps({name: kept[name] for name in ("environments", "rows")}))  # of unknown data
+    assert rows_of(out, folders[0], names).path != out
+
+
+def test_a_page_is_of_rows_that_a_rerun_would_find():
+    """Not of those that another device or a former settings file has left."""
+    setup, task = make_dataclass("Setup", ["value"])(3), make_dataclass("Task", ["name"])("t")
+    listed = SimpleNamespace(setup=setup, jobs=[(task, SimpleNamespace(name="m", settings={"r": 2}))])
+    now = {"value": 3, "r": 2, "device": "cpu"}
+    rows = [
+        {"task": "t", "method": name, "settings": now | other}
+        for name, other in (("m", {}), ("m", {"device": "cuda"}), ("m", {"r": 4}), ("gone", {}))
+    ]
+    assert runs.of_settings({"rows": rows, "data": {}}, listed, "cpu") == {"rows": rows[:1], "data": {}}
