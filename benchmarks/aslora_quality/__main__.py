@@ -11,7 +11,6 @@ no reported run uses; the variants of ASLoRA r 8 take the rate of ASLoRA r 8. Te
 
 import datetime
 import itertools
-import os
 import re
 import sys
 import tempfile
@@ -19,33 +18,21 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, VeraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
+from transformers import get_linear_schedule_with_warmup
 
-from aslora_meft.demo import smollm2
 from benchmarks.aslora_quality import report
-from benchmarks.aslora_quality.tasks import (
-    TASKS,
-    DataError,
-    Task,
-    collate,
-    completion_logits,
-    encode,
-    load_splits,
-    score,
-    training_batches,
-)
+from benchmarks.aslora_quality.tasks import TASKS, DataError, Task, load_splits
+from benchmarks.common.base_model import load_base
+from benchmarks.common.completions import collate, completion_logits, encode, score, training_batches
 from benchmarks.common.data_files import rows_of
 from benchmarks.common.environment import environment
+from benchmarks.common.places import RESULTS
 from benchmarks.common.quality_arguments import parsed, quality_parser
 from benchmarks.common.rows import Rows
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
 # Every linear layer: in a trial (16 intents, 40 steps, one run each) LoRA on q and v alone, the paper's choice, was far
 # behind, 65 % against 74 %, and with all layers a whole rank of LoRA comes closer to ASLoRA's end count.
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -111,14 +98,6 @@ def methods(shapes: list[tuple[int, int]], layers: int) -> list[Method]:
             for name, value in variants
         ),
     ]
-
-
-def load_base(device: str):
-    """SmolLM2-135M-Instruct in float32 and its tokenizer, from the project's cache."""
-    folder = ROOT / ".cache" / "SmolLM2-135M-Instruct"
-    smollm2.convert(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
-    return model, AutoTokenizer.from_pretrained(folder)
 
 
 def target_shapes(model) -> tuple[list[tuple[int, int]], int]:

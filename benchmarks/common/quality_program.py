@@ -11,12 +11,10 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from benchmarks.common.places import RESULTS, ROOT
 from benchmarks.common.quality_arguments import DataError, parsed, quality_parser
 from benchmarks.common.rows import Rows
 from benchmarks.common.runs import Runs, Settings, of_settings, run_all
-
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
 
 
 @dataclass(frozen=True)

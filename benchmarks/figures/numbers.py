@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.aslora_quality.__main__ import RESULTS, SEEDS
+from benchmarks.aslora_quality.__main__ import SEEDS
 from benchmarks.common.paired_test import paired_t
+from benchmarks.common.places import RESULTS
 from benchmarks.common.protocol import REPORTED, TUNING
 from benchmarks.meft_forgetting.runs import read_settings
 

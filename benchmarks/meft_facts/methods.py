@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from benchmarks.common.adapters import attach, trainable_values
 from benchmarks.meft_facts.rules import RULES, RowsByTorch
-from benchmarks.meft_recall.methods import Method as Adapter
-from benchmarks.meft_recall.methods import trainable_values
 
 KINDS = ("lora", "dense", "meft", "full")
 
@@ -56,7 +55,7 @@ class Method:
         """The model with this adapter, of which only the adapter is trained; of kind "full" all of the model is."""
         if self.kind == "full":
             return model.requires_grad_(True)
-        adapted = Adapter(self.name, self.kind, self.r, (), self.fields).attach(model)
+        adapted = attach(model, self.kind, self.r, self.fields)
         if self.kind == "dense":
             for layer in adapted.model.layers:
                 layer.mlp.scale = self.scale

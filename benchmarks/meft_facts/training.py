@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.aslora_quality.__main__ import load_base
-from benchmarks.aslora_quality.tasks import collate, completion_logits, score
 from benchmarks.common import runs
+from benchmarks.common.base_model import load_base
+from benchmarks.common.completions import collate, completion_logits, score
 from benchmarks.common.data_files import rows_of
+from benchmarks.common.facts import FILE, Recall, encode_pairs, epochs, load_pairs
 from benchmarks.common.protocol import Protocol, ends, train
 from benchmarks.common.runs import Settings
 from benchmarks.meft_facts.methods import Method, described
-from benchmarks.meft_recall.pairs import FILE, Recall, encode_pairs, epochs, load_pairs
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 
@@ -42,7 +42,7 @@ class Setup:
     max_answer: int
 
     def recall(self, task: Task) -> Recall:
-        """The task as `benchmarks.meft_recall` has it."""
+        """The facts of a task, and for how long they are trained."""
         steps = task.passes * (task.facts // self.batch_size)
         return Recall(task.facts, steps, self.batch_size, self.max_question, self.max_answer)
 

@@ -12,17 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.aslora_quality.__main__ import load_base
-from benchmarks.aslora_quality.tasks import Encoded, collate, completion_logits
 from benchmarks.common import runs
+from benchmarks.common.base_model import load_base
+from benchmarks.common.completions import Encoded, collate, completion_logits
 from benchmarks.common.data_files import rows_of
+from benchmarks.common.facts import FILE, Recall, encode_pairs, epochs, exact_match, load_pairs, recall
 from benchmarks.common.protocol import Protocol, ends, train
 from benchmarks.common.rows import Rows
 from benchmarks.common.runs import Settings
 from benchmarks.meft_forgetting import texts
 from benchmarks.meft_forgetting.methods import Method, trainable
 from benchmarks.meft_forgetting.texts import load_other, load_texts, losses
-from benchmarks.meft_recall.pairs import FILE, Recall, encode_pairs, epochs, exact_match, load_pairs, recall
 
 FILES = (FILE, *texts.FILES)
 MISSED = 10.0  # added to the forgetting of a run that recalls too little, so that others are chosen

@@ -15,9 +15,9 @@ import sys
 
 import torch
 
-from benchmarks.aslora_quality.__main__ import RESULTS
 from benchmarks.common.data_files import rows_of
 from benchmarks.common.environment import environment
+from benchmarks.common.places import RESULTS
 from benchmarks.common.quality_arguments import DataError, parsed, quality_parser
 from benchmarks.meft_routing import report
 from benchmarks.meft_routing.runs import FILES, RATE, Setup, load_texts, run

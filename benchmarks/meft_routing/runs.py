@@ -10,7 +10,7 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 
-from benchmarks.aslora_quality.__main__ import load_base
+from benchmarks.common.base_model import load_base
 from benchmarks.common.protocol import train
 from benchmarks.common.quality_arguments import DataError
 from benchmarks.meft_routing.watch import busiest, counts, never, perplexity

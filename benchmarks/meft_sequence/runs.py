@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.aslora_quality.tasks import Encoded, collate, completion_logits
+from benchmarks.common.completions import Encoded, collate, completion_logits
 from benchmarks.common.data_files import rows_of
+from benchmarks.common.facts import encode_pairs, epochs
 from benchmarks.common.protocol import ends, train
 from benchmarks.meft_forgetting import runs
 from benchmarks.meft_forgetting.methods import trainable
 from benchmarks.meft_forgetting.runs import FILES, MISSED, Task, answer_losses
 from benchmarks.meft_forgetting.texts import losses
-from benchmarks.meft_recall.pairs import encode_pairs, epochs
 from benchmarks.meft_sequence.methods import Method
 
 

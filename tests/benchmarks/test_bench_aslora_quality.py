@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 
 from benchmarks.aslora_quality import __main__ as bench
 from benchmarks.aslora_quality import report, tasks
-from benchmarks.common import paired_test
+from benchmarks.common import completions, paired_test
 from benchmarks.common.rows import Rows
 from tests.support.models import llama
 
@@ -97,17 +97,17 @@ def test_a_wrong_folder_ends_the_program_with_one_sentence(tmp_path, monkeypatch
 
 def test_batches_draw_without_replacement_and_follow_the_seed():
     examples = [([i] * (1 + i % 7), 1) for i in range(40)]
-    batches = tasks.training_batches(examples, 9, 4, seed=3)
+    batches = completions.training_batches(examples, 9, 4, seed=3)
     drawn = [example[0][0] for batch in batches for example in batch]
     assert [len(batch) for batch in batches] == [4] * 9
     assert len(set(drawn)) == 36
-    assert batches == tasks.training_batches(examples, 9, 4, seed=3)
-    assert batches != tasks.training_batches(examples, 9, 4, seed=4)
+    assert batches == completions.training_batches(examples, 9, 4, seed=3)
+    assert batches != completions.training_batches(examples, 9, 4, seed=4)
 
 
 def test_labels_are_the_completion_alone():
-    batch = tasks.encode(Words(), [("ab", "c"), ("a", "cde")])
-    inputs, labels = tasks.collate(batch, "cpu")
+    batch = completions.encode(Words(), [("ab", "c"), ("a", "cde")])
+    inputs, labels = completions.collate(batch, "cpu")
     assert inputs["input_ids"].shape == (2, 5)
     assert inputs["attention_mask"].tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
     assert inputs["position_ids"].tolist() == [[0, 0, 1, 2, 3], [0, 1, 2, 3, 4]]
@@ -125,7 +125,7 @@ def test_score_is_what_greedy_generation_gives():
     ]
     right = [(ids, 3) for ids in greedy]
     wrong = [(ids[:-2] + [(ids[-2] + 1) % 64] + ids[-1:], 3) for ids in greedy]
-    scored = tasks.score(model, right + wrong, "cpu", batch_size=5)
+    scored = completions.score(model, right + wrong, "cpu", batch_size=5)
     with torch.no_grad():
         losses = [
             torch.nn.functional.cross_entropy(model(torch.tensor([ids])).logits[0, -4:-1], torch.tensor(ids[-3:]))

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.aslora_quality.tasks import DataError
 from benchmarks.common.comparisons import read_list
 from benchmarks.common.protocol import REPORTED, TUNING
+from benchmarks.common.quality_arguments import DataError
 from benchmarks.common.rows import Rows
 from benchmarks.meft_forgetting import report
 from benchmarks.meft_forgetting.__main__ import HERE

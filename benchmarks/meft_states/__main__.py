@@ -1,8 +1,8 @@
-"""Does MEFT learn as well with narrower masters and moments? The loss of the recall benchmark, paired with float32.
+"""Does MEFT learn as well with narrower masters and moments? The loss of facts, paired with float32.
 
-    python -m benchmarks.meft_recall.states --data DIR            # 64 runs, 90 minutes of CPU; a rerun goes on
-    python -m benchmarks.meft_recall.states --data DIR --quick    # two seeds of a few steps each
-    python -m benchmarks.meft_recall.states --report              # only writes the table anew
+    python -m benchmarks.meft_states --data DIR            # 64 runs, 90 minutes of CPU; a rerun goes on
+    python -m benchmarks.meft_states --data DIR --quick    # two seeds of a few steps each
+    python -m benchmarks.meft_states --report              # only writes the table anew
 
 DIR holds `nq_open/`. Each way trains the same pairs in the same batches from the same start, with seeds that no other
 page uses. The learning rate is one for all, below the one that recalls most: at that one losses end near zero, and
@@ -19,40 +19,20 @@ from statistics import mean, stdev
 import torch
 
 from adapter_kernels.adamw.moment_layout import MODES
-from benchmarks.aslora_quality.__main__ import RESULTS, load_base
-from benchmarks.aslora_quality.tasks import DataError
+from benchmarks.common.base_model import load_base
 from benchmarks.common.data_files import rows_of
-from benchmarks.common.paired_test import LEVEL, p_value
-from benchmarks.common.quality_arguments import parsed, quality_parser
-from benchmarks.meft_recall.__main__ import HOLDS, QUICK, SMALL, Run, run_all
-from benchmarks.meft_recall.methods import Method
-from benchmarks.meft_recall.pairs import FILE, Recall, load_pairs
+from benchmarks.common.facts import FILE, Recall, load_pairs
+from benchmarks.common.paired_test import LEVEL, t_quantile
+from benchmarks.common.places import RESULTS
+from benchmarks.common.quality_arguments import DataError, parsed, quality_parser
+from benchmarks.meft_states.runs import RATE, Way, run_all
 
 SEEDS = range(20, 28)
-RATE = 1e-3
+TASK, QUICK = Recall(64, 40), Recall(16, 16)
+HOLDS = "nq_open/"
 EQUAL = 0.02  # of the loss
-FIELDS = {"experts_per_token": 8, "top_k": 64}
-WAYS = [
-    Method(
-        f"{master} masters, moments {mode}",
-        "meft",
-        1024,
-        (RATE,),
-        FIELDS | {"master_dtype": master, "row_optimizer": {"moments": mode}},
-    )
-    for master in ("float32", "bfloat16")
-    for mode in MODES
-]
+WAYS = [Way(master, mode) for master in ("float32", "bfloat16") for mode in MODES]
 Losses = dict[int, float]  # of each seed
-
-
-def quantile(degrees: int) -> float:
-    """The t beyond which lies 5 % on both sides together."""
-    low, high = 0.0, 1e4
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if p_value(middle, degrees) > LEVEL else (low, middle)
-    return high
 
 
 def difference(ours: Losses, theirs: Losses) -> tuple[float, float]:
@@ -60,7 +40,7 @@ def difference(ours: Losses, theirs: Losses) -> tuple[float, float]:
     found = [ours[seed] / theirs[seed] - 1 for seed in sorted(ours.keys() & theirs.keys())]
     if len(found) < 2:
         return mean(found), math.inf
-    return mean(found), quantile(len(found) - 1) * stdev(found) / math.sqrt(len(found))
+    return mean(found), t_quantile(LEVEL, len(found) - 1) * stdev(found) / math.sqrt(len(found))
 
 
 def verdict(middle: float, half: float) -> str:
@@ -82,7 +62,7 @@ def text(rows: list[dict], task: Recall, quick: bool) -> str:
     lines = [
         "# MEFT with narrower masters and moments" + ", quick run: it decides nothing" * quick,
         "",
-        "Written by `python -m benchmarks.meft_recall.states` from the JSON file of the same name.",
+        "Written by `python -m benchmarks.meft_states` from the JSON file of the same name.",
         "",
         f"N = {task.n_pairs}: {task.steps} steps of {task.batch_size} pairs, r 1024, learning rate {RATE:g}. The loss",
         "is that of the last pass; the difference is relative to float32 masters and moments with the same seed, with",
@@ -110,18 +90,17 @@ def main() -> int:
         "--methods", default="", help='beside float32 only ways whose name has this pattern, as "float8"'
     )
     args = parsed(parser, HOLDS)
-    task, seeds = (QUICK, SEEDS[:2]) if args.quick else (SMALL, SEEDS)
+    task, seeds = (QUICK, SEEDS[:2]) if args.quick else (TASK, SEEDS)
     rows = rows_of(RESULTS / f"meft_states{'_quick' * args.quick}.json", args.data, [FILE])
     if not args.report:
         torch.set_num_threads(args.threads)
         try:
-            pairs = {task.name: load_pairs(args.data, task, load_base("cpu")[1])}
+            pairs = load_pairs(args.data, task, load_base("cpu")[1])
         except DataError as error:
             print(error, file=sys.stderr)
             return 2
         ways = [way for way in WAYS if way is WAYS[0] or re.search(args.methods, way.name)]
-        runs = [Run(task, way, seed) for seed in seeds for way in ways]  # pairs are whole as early as can be
-        run_all(rows, runs, task, pairs, args.device)
+        run_all(rows, ways, seeds, task, pairs, args.device)
     path: Path = rows.path.with_suffix(".md")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text(rows.read()["rows"], task, args.quick), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The task of `benchmarks.meft_recall`: memorise N question-answer pairs of NQ-open and give the answers back.
+"""Facts to learn by heart: N question-answer pairs of NQ-open, of which the answers are asked for.
 
 The file is closed-book: a question has no text that holds its answer, so whatever is recalled sits in the weights.
 """
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.aslora_quality.tasks import DataError, Encoded, encode, training_batches
+from benchmarks.common.completions import Encoded, encode, training_batches
+from benchmarks.common.quality_arguments import DataError
 
 FILE = "nq_open/NQ-open.dev.jsonl"
 MAX_NEW_TOKENS = 12

@@ -1,0 +1,1 @@
+"""Whether MEFT learns as well with narrower masters and moments."""
