@@ -56,15 +56,31 @@ class Page:
         )
         lines = [f"# {self.title}" + ", quick run: it decides nothing" * self.quick, ""]
         lines += [f"Written by `{self.command}` from the JSON file of the same name.", ""]
-        lines += [*self.notes(), "", "## Claims", "", *self.claims(said)]
+        if self.protocol.seeds:
+            lines += [*self.notes(), "", "## Claims", "", *self.claims(said)]
+        else:
+            lines += self.notes_of_a_screen()
         for task in self.tasks:
-            lines += ["", f"## {task}", "", *self.table(task, kept, rows)]
-            lines += ["", *self.compared(task, said), "", *self.rates(task, rows)]
-        lines += ["", "## Rows missing", "", *self.missing(kept), "", "## Cost and environment", ""]
+            lines += ["", f"## {task}", ""]
+            if self.protocol.seeds:
+                lines += [*self.table(task, kept, rows), "", *self.compared(task, said), ""]
+            lines += self.rates(task, rows)
+        if self.protocol.seeds:
+            lines += ["", "## Rows missing", "", *self.missing(kept)]
+        lines += ["", "## Cost and environment", ""]
         cpu = sum(row["cpu_seconds"] for row in rows) / 3600
         lines += [f"{len(rows)} runs, {cpu:.1f} hours of CPU time in all.", ""]
         lines += [", ".join(f"{key} {value}" for key, value in found.items()) for found in content["environments"]]
         return "\n".join(lines).rstrip() + "\n"
+
+    def notes_of_a_screen(self) -> list[str]:
+        """What a page without reported seeds is for."""
+        return [
+            f"A screen: the mean loss on validation data over {self._tuning()}, at learning rates a factor of 2 apart",
+            "until the best lies inside. It chooses what is worth comparing; no seed is reported, nothing is decided.",
+            "",
+            self.values,
+        ]
 
     def notes(self) -> list[str]:
         """How the page decides."""
