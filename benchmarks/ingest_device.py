@@ -140,20 +140,19 @@ def evidence(results: dict, folder: Path) -> list[Path]:
     """The rows and the page of each table of `device_evidence.py`."""
     from benchmarks.aslora_classify import __main__ as aslora_classify  # torch, which the others do without
     from benchmarks.meft_facts import __main__ as meft_facts
+    from benchmarks.meft_routing import __main__ as meft_routing
 
-    made = []
+    pages = {"meft_routing": lambda rows: meft_routing.page(rows, quick=False)}
     for module in (aslora_classify, meft_facts):
-        table = f"{module.HERE.name}_device.json"
-        if table in results["files"]:
-            settings = module.HERE / "device.json"
-            rows = json.loads(results["files"][table])
-            text = module.page(module.read_settings(settings), settings).text(rows)
-            for path, content in (
-                (folder / f"{stem(results)}_{module.HERE.name}.json", results["files"][table]),
-                (folder / f"{stem(results)}_{module.HERE.name}.md", text),
-            ):
-                made.append(path)
-                replace_file(path, content.encode())
+        settings = module.HERE / "device.json"
+        pages[module.HERE.name] = module.page(module.read_settings(settings), settings).text
+    made = []
+    for name, page in pages.items():
+        rows = results["files"].get(f"{name}_device.json")
+        if rows is not None:
+            for suffix, content in ((".json", rows), (".md", page(json.loads(rows)))):
+                made.append(folder / f"{stem(results)}_{name}{suffix}")
+                replace_file(made[-1], content.encode())
     return made
 
 

@@ -25,13 +25,13 @@ from transformers import get_linear_schedule_with_warmup
 
 from benchmarks.aslora_quality import report
 from benchmarks.aslora_quality.tasks import TASKS, DataError, Task, load_splits
-from benchmarks.common.base_model import load_base
-from benchmarks.common.completions import collate, completion_logits, encode, score, training_batches
 from benchmarks.common.data_files import rows_of
 from benchmarks.common.environment import environment
 from benchmarks.common.places import RESULTS
 from benchmarks.common.quality_arguments import parsed, quality_parser
 from benchmarks.common.rows import Rows
+from benchmarks.language.base_model import load_base
+from benchmarks.language.completions import collate, completion_logits, encode, score, training_batches
 
 # Every linear layer: in a trial (16 intents, 40 steps, one run each) LoRA on q and v alone, the paper's choice, was far
 # behind, 65 % against 74 %, and with all layers a whole rank of LoRA comes closer to ASLoRA's end count.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from benchmarks.common.adapters import attach, trainable_values
+from benchmarks.language.adapters import attach, trainable_values
 from benchmarks.meft_facts.rules import RULES, RowsByTorch
 
 KINDS = ("lora", "dense", "meft", "full")

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common import runs
-from benchmarks.common.base_model import load_base
-from benchmarks.common.completions import collate, completion_logits, score
 from benchmarks.common.data_files import rows_of
-from benchmarks.common.facts import FILE, Recall, encode_pairs, epochs, load_pairs
 from benchmarks.common.protocol import Protocol, ends, train
 from benchmarks.common.runs import Settings
+from benchmarks.language.base_model import load_base
+from benchmarks.language.completions import collate, completion_logits, score
+from benchmarks.language.facts import FILE, Recall, encode_pairs, epochs, load_pairs
 from benchmarks.meft_facts.methods import Method, described
 
 SMOLLM2 = "SmolLM2-135M-Instruct"

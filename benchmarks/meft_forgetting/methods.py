@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import meft
-from benchmarks.common.adapters import attach_dense
+from benchmarks.language.adapters import attach_dense
 
 KINDS = ("lora", "dense", "meft")
 BACKGROUNDS = ("same texts", "other text", "none")

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.common import runs
-from benchmarks.common.base_model import load_base
-from benchmarks.common.completions import Encoded, collate, completion_logits
 from benchmarks.common.data_files import rows_of
-from benchmarks.common.facts import FILE, Recall, encode_pairs, epochs, exact_match, load_pairs, recall
 from benchmarks.common.protocol import Protocol, ends, train
 from benchmarks.common.rows import Rows
 from benchmarks.common.runs import Settings
+from benchmarks.language.base_model import load_base
+from benchmarks.language.completions import Encoded, collate, completion_logits
+from benchmarks.language.facts import FILE, Recall, encode_pairs, epochs, exact_match, load_pairs, recall
 from benchmarks.meft_forgetting import texts
 from benchmarks.meft_forgetting.methods import Method, trainable
 from benchmarks.meft_forgetting.texts import load_other, load_texts, losses

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.aslora_quality.tasks import read_gsm8k
-from benchmarks.common.completions import collate, completion_logits, encode
 from benchmarks.common.quality_arguments import DataError
+from benchmarks.language.completions import collate, completion_logits, encode
 
 OTHER = "banking77/train.csv"
 FILES = ("wikitext2/test.txt", "wikitext2/valid.txt", "gsm8k/train.jsonl", "gsm8k/test.jsonl")

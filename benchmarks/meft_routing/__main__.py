@@ -12,12 +12,13 @@ how evenly the picks fall on the experts, which experts were never picked, and h
 
 import datetime
 import sys
+from pathlib import Path
 
 import torch
 
 from benchmarks.common.data_files import rows_of
 from benchmarks.common.environment import environment
-from benchmarks.common.places import RESULTS
+from benchmarks.common.places import RESULTS, SMOLLM2
 from benchmarks.common.quality_arguments import DataError, parsed, quality_parser
 from benchmarks.meft_routing import report
 from benchmarks.meft_routing.runs import FILES, RATE, Setup, load_texts, run
@@ -28,14 +29,21 @@ ARMS = {"without balance loss": 0.0, f"balance loss {BALANCE:g}": BALANCE}
 HOLDS = "wikitext2/"
 
 
+def page(content: dict, quick: bool) -> str:
+    """Of a rows file's content, in markdown."""
+    return report.text(content, list(ARMS), SEEDS[:1] if quick else SEEDS, quick=quick)
+
+
 def main() -> int:
     parser = quality_parser(__doc__, HOLDS)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--r", type=int, default=1024)
+    parser.add_argument("--model", type=Path, default=SMOLLM2, help="folder of another model than SmolLM2-135M")
+    parser.add_argument("--out", type=Path, help="JSON file for the rows; the page is written beside it as .md")
     args = parsed(parser, HOLDS)
     seeds = SEEDS[:1] if args.quick else SEEDS
-    setup = Setup(10 if args.quick else args.steps, args.r)
-    rows = rows_of(RESULTS / f"meft_routing{'_quick' * args.quick}.json", args.data, FILES)
+    setup = Setup(10 if args.quick else args.steps, args.r, model=args.model)
+    rows = rows_of(args.out or RESULTS / f"meft_routing{'_quick' * args.quick}.json", args.data, FILES)
     if not args.report:
         torch.set_num_threads(args.threads)
         try:
@@ -53,8 +61,7 @@ def main() -> int:
                 result = run(setup, texts, balance, seed, args.device)
                 row = rows.add(key | {"settings": settings, "date": date} | result, environment(args.device))
                 print(date, *key.values(), f"{row['seconds']} s ({row['cpu_seconds']} CPU s)", flush=True)
-    page = report.text(rows.read(), list(ARMS), seeds, quick=args.quick)
-    rows.path.with_suffix(".md").write_text(page, encoding="utf-8")
+    rows.path.with_suffix(".md").write_text(page(rows.read(), args.quick), encoding="utf-8")
     return 0
 
 

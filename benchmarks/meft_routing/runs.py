@@ -10,9 +10,10 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 
-from benchmarks.common.base_model import load_base
+from benchmarks.common.places import SMOLLM2
 from benchmarks.common.protocol import train
 from benchmarks.common.quality_arguments import DataError
+from benchmarks.language.base_model import load_base, load_tokenizer
 from benchmarks.meft_routing.watch import busiest, counts, never, perplexity
 from meft import MEFTConfig
 
@@ -23,13 +24,18 @@ RECORDS = 10  # of a run
 
 @dataclass(frozen=True)
 class Setup:
-    """What the runs share: `batch` windows of `window` tokens a step; `held_out` windows are measured on."""
+    """What the runs share: `batch` windows of `window` tokens a step; `held_out` windows are measured on.
+
+    Attributes:
+        model: its folder.
+    """
 
     steps: int
     r: int
     batch: int = 2
     window: int = 48
     held_out: int = 8
+    model: Path = SMOLLM2
 
     @property
     def name(self) -> str:
@@ -38,7 +44,10 @@ class Setup:
 
     def settings(self) -> dict[str, object]:
         """What a row depends on."""
-        return asdict(self) | {"text": "wikitext2", "learning_rate": RATE}
+        of_row = asdict(self) | {"text": "wikitext2", "learning_rate": RATE, "model": str(self.model)}
+        if self.model == SMOLLM2:  # whose rows are older than the choice of a model
+            del of_row["model"]
+        return of_row
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ def load_texts(data: Path, setup: Setup) -> Texts:
     Raises:
         DataError: a file is missing, or too short for the steps.
     """
-    tokenizer = load_base("cpu")[1]
+    tokenizer = load_tokenizer(setup.model)
     windows = []
     for name, count in zip(FILES, (setup.steps * setup.batch, setup.held_out), strict=True):
         try:
@@ -78,7 +87,7 @@ def run(setup: Setup, texts: Texts, balance: float, seed: int, device: str) -> d
     began, began_cpu = time.perf_counter(), time.process_time()
     torch.manual_seed(seed)
     config = MEFTConfig(r=setup.r, task_type="CAUSAL_LM", router_aux_loss_coef=balance)
-    model = get_peft_model(load_base(device)[0], config)
+    model = get_peft_model(load_base(device, setup.model)[0], config)
     order = torch.randperm(len(texts.train), generator=torch.Generator().manual_seed(seed))
     batches = texts.train[order[: setup.steps * setup.batch]].view(setup.steps, setup.batch, setup.window)
     held_out = texts.held_out.to(device)

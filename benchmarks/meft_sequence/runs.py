@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common.completions import Encoded, collate, completion_logits
 from benchmarks.common.data_files import rows_of
-from benchmarks.common.facts import encode_pairs, epochs
 from benchmarks.common.protocol import ends, train
+from benchmarks.language.completions import Encoded, collate, completion_logits
+from benchmarks.language.facts import encode_pairs, epochs
 from benchmarks.meft_forgetting import runs
 from benchmarks.meft_forgetting.methods import trainable
 from benchmarks.meft_forgetting.runs import FILES, MISSED, Task, answer_losses

@@ -19,12 +19,12 @@ from statistics import mean, stdev
 import torch
 
 from adapter_kernels.adamw.moment_layout import MODES
-from benchmarks.common.base_model import load_base
 from benchmarks.common.data_files import rows_of
-from benchmarks.common.facts import FILE, Recall, load_pairs
 from benchmarks.common.paired_test import LEVEL, t_quantile
 from benchmarks.common.places import RESULTS
 from benchmarks.common.quality_arguments import DataError, parsed, quality_parser
+from benchmarks.language.base_model import load_base
+from benchmarks.language.facts import FILE, Recall, load_pairs
 from benchmarks.meft_states.runs import RATE, Way, run_all
 
 SEEDS = range(20, 28)

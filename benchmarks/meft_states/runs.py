@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
-from benchmarks.common.adapters import attach, trainable_values
-from benchmarks.common.base_model import load_base
-from benchmarks.common.completions import Encoded, collate, completion_logits
 from benchmarks.common.environment import environment
-from benchmarks.common.facts import Pair, Recall, encode_pairs, epochs, exact_match, recall
 from benchmarks.common.rows import Rows
+from benchmarks.language.adapters import attach, trainable_values
+from benchmarks.language.base_model import load_base
+from benchmarks.language.completions import Encoded, collate, completion_logits
+from benchmarks.language.facts import Pair, Recall, encode_pairs, epochs, exact_match, recall
 
 RATE = 1e-3
 R = 1024

@@ -13,8 +13,9 @@ from peft import LoraConfig, get_peft_model
 
 from benchmarks.aslora_quality import __main__ as bench
 from benchmarks.aslora_quality import report, tasks
-from benchmarks.common import completions, paired_test
+from benchmarks.common import paired_test
 from benchmarks.common.rows import Rows
+from benchmarks.language import completions
 from tests.support.models import llama
 
 ROBERTA = [(768, 768), (768, 768)]  # query and value

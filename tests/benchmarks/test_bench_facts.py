@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.common import adapters, facts
-from benchmarks.common.facts import Pair, Recall
+from benchmarks.language import adapters, facts
+from benchmarks.language.facts import Pair, Recall
 from tests.support.facts import LETTERS, QUESTIONS, Letters, tiny, write_questions
 
 

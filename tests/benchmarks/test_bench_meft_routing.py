@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
+from benchmarks.common.places import RESULTS
 from benchmarks.common.quality_arguments import DataError
 from benchmarks.meft_routing import report, runs, watch
 from meft import MEFTConfig
@@ -54,7 +55,8 @@ def setup(tmp_path, monkeypatch):
     (tmp_path / "wikitext2").mkdir()
     for name in ("valid", "test"):
         (tmp_path / "wikitext2" / f"{name}.txt").write_text(" ".join(str(i % 31) for i in range(200)))
-    monkeypatch.setattr(runs, "load_base", lambda device: (tiny(), Numbers()))
+    monkeypatch.setattr(runs, "load_base", lambda device, folder: (tiny(), Numbers()))
+    monkeypatch.setattr(runs, "load_tokenizer", lambda folder: Numbers())
     return tmp_path, runs.Setup(steps=12, r=64, batch=2, window=8, held_out=3)
 
 
@@ -91,3 +93,12 @@ def test_a_run_is_recorded_and_the_page_says_it(setup):
 def test_a_layer_has_collapsed_at_the_experts_of_one_token():
     row = {"experts": 128, "probed": 8, "records": [{"perplexity": [0.1]}, {"perplexity": [0.0625, 0.0626, 0.01]}]}
     assert report.collapsed(row) == 2
+
+
+def test_rows_of_smollm2_are_found_and_those_of_another_model_are_not(tmp_path):
+    rows = json.loads((RESULTS / "meft_routing.json").read_text())["rows"]
+    settings = runs.Setup(300, 1024).settings()
+    assert len(rows) == 6
+    for row in rows:
+        assert settings.items() <= row["settings"].items()
+    assert runs.Setup(300, 1024, model=tmp_path).settings() == settings | {"model": str(tmp_path)}

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from benchmarks.common.facts import Recall, load_pairs
 from benchmarks.common.rows import Rows
+from benchmarks.language.facts import Recall, load_pairs
 from benchmarks.meft_states import __main__ as states
 from benchmarks.meft_states import runs
 from tests.support.facts import QUESTIONS, Letters, tiny, write_questions

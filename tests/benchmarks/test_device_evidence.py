@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import device_evidence, ingest_device
 from benchmarks.aslora_classify.runs import read_settings as classify_settings
-from benchmarks.common.carried_model import MOST, carry_in_bfloat16, carry_in_parts, pack, rounded, unpack, unpacked
 from benchmarks.common.comparisons import read_list
+from benchmarks.language.carried_model import MOST, carry_in_bfloat16, carry_in_parts, pack, rounded, unpack, unpacked
 from benchmarks.meft_facts.training import read_settings as facts_settings
 from tests.support.models import model
 
@@ -67,7 +67,8 @@ def test_what_was_not_carried_is_not_run(tmp_path, capsys):
     assert "aslora_classify: not run: banking77 is not in" in said
     assert "meft_facts: not run: nq_open is not in" in said
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [part["status"] for part in results["parts"]] == ["not carried"] * 2
+    assert "meft_routing: not run: wikitext2 is not in" in said
+    assert [part["status"] for part in results["parts"]] == ["not carried"] * 3
 
 
 def test_rows_name_no_folder_of_the_machine(tmp_path, monkeypatch):
@@ -98,12 +99,13 @@ def test_rows_and_pages_are_ingested(tmp_path):
     results = {
         "version": 1, "evidence": True, "rehearsal": False, "began": "2030-01-02",
         "source": {"digest": "", "commit": ""}, "machine": {"gpu": "NVIDIA X9"}, "parts": [], "findings": [],
-        "files": {"meft_facts_device.json": '{"environments": [], "rows": []}'},
+        "files": {f"{name}_device.json": '{"environments": [], "rows": []}' for name in ("meft_facts", "meft_routing")},
     }  # fmt: skip
     (tmp_path / "results.json").write_text(json.dumps(results))
     assert ingest_device.main([str(tmp_path / "results.json"), "--out", str(tmp_path / "out")]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "device_nvidia_x9_meft_facts.json", "device_nvidia_x9_meft_facts.md",
+        "device_nvidia_x9_meft_routing.json", "device_nvidia_x9_meft_routing.md",
     }  # fmt: skip
     page = (tmp_path / "out" / "device_nvidia_x9_meft_facts.md").read_text()
     assert "3,610 facts x 20: MEFT r 4096, seed 2000, 2001, 2002, 2003, 2004: not measured" in page

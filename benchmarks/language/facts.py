@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common.completions import Encoded, encode, training_batches
 from benchmarks.common.quality_arguments import DataError
+from benchmarks.language.completions import Encoded, encode, training_batches
 
 FILE = "nq_open/NQ-open.dev.jsonl"
 MAX_NEW_TOKENS = 12

@@ -1,0 +1,1 @@
+"""The language model of the benchmarks of quality, adapters for it, and what they learn."""
