@@ -15,14 +15,26 @@ class Method(methods.Method):
     Attributes:
         tasks: whether the method is told which task it learns and is asked for. MEFT then gives each task rows of its
             own, LoRA an adapter of its own; without it one adapter is trained on.
+        chosen_by: which loss chooses the learning rate: where no task is told ("untold"), or where all are ("told").
     """
 
     tasks: bool = False
+    chosen_by: str = "untold"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.tasks and self.kind == "dense":
             raise ValueError(f"{self.name}: tasks=True goes with kind='lora' and kind='meft'.")
+        if self.chosen_by not in ("untold", "told") or (self.chosen_by == "told" and not self.tasks):
+            raise ValueError(f"{self.name}: chosen_by='{self.chosen_by}' must be 'untold', or 'told' with tasks=True.")
+
+    @property
+    def settings(self) -> dict:
+        """What a row depends on."""
+        of_row = super().settings
+        if self.chosen_by == "untold":  # rows were made before there was a choice
+            del of_row["chosen_by"]
+        return of_row
 
     def begin(self, model: nn.Module, task: str) -> None:
         """Train a task from now on."""

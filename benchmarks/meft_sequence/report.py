@@ -82,6 +82,7 @@ def text(content: dict[str, list[dict]], settings: Settings, flags: str) -> str:
 
 def _head(settings: Settings, flags: str, compared: int) -> list[str]:
     setup, tuned = settings.setup, len(settings.protocol.tuning_seeds)
+    content_of = json.loads(settings.comparisons.read_text(encoding="utf-8"))
     each = setup.n_pairs // setup.n_tasks
     return [
         "# What a model keeps of a sequence of tasks"
@@ -90,8 +91,8 @@ def _head(settings: Settings, flags: str, compared: int) -> list[str]:
         f"Written by `{COMMAND}{flags}` from the JSON file of the same name.",
         "",
         f"SmolLM2-135M learns {setup.n_tasks} tasks one after the other, {each} answers of NQ-open each, in",
-        f"{setup.passes} passes, {setup.steps} steps a task, each with an optimizer of its own. The facts of a task",
-        "are drawn anew for each seed, of the same facts.",
+        f"{setup.passes} passes, {setup.steps} steps a task, each with an optimizer of its own. A seed draws which of",
+        f"the {setup.n_pairs} facts belong to a task, their order and the start of the adapter.",
         "",
         "- recall: the share that greedy generation gives back just after a task, the mean of all tasks;",
         f"- kept: recall of the facts of the first {setup.n_tasks - 1} at the end. Methods with tasks are told of",
@@ -104,11 +105,19 @@ def _head(settings: Settings, flags: str, compared: int) -> list[str]:
         "",
         "Each method's learning rate is the one with the smallest untold loss among those with a recall of at least",
         f"{100 * setup.least_recall:.0f} %, with {tuned} tuning seed{'s' * (tuned > 1)}; rates are a factor of 2",
-        f"apart, and a lower and a higher one were tried. The {len(settings.protocol.seeds)} reported seeds are",
+        f"apart, and a lower and a higher one were tried. {_told(settings)}The {len(settings.protocol.seeds)}",
+        "reported seeds are",
         f"others. Tests are paired by seed, after Holm's correction for all {compared} comparisons of the list"
         + (", which was committed before the runs." if flags in ("", " --quick") else "."),
+        *([content_of["known"]] if "known" in content_of else []),
         'A method with "top" chooses rows by counts of other parts of the same two texts, which no other method sees.',
     ]
+
+
+def _told(settings: Settings) -> str:
+    """Whose rate another loss has chosen."""
+    names = [f'"{method.name}"' for method in settings.methods if method.chosen_by == "told"]
+    return f"The rate of {' and '.join(names)} was chosen by the told loss. " if names else ""
 
 
 def _exact(name: str, kept: Kept, seeds: tuple[int, ...]) -> str:

@@ -105,7 +105,7 @@ class Runs(runs.Runs):
             sequence, trained, values = self._learn(
                 model, method, [facts[start : start + each] for start in range(0, len(facts), each)], rate, seed
             )
-            measured = self._measured(model, sequence) if len(sequence) == setup.n_tasks else STOPPED
+            measured = self._measured(model, sequence, method) if len(sequence) == setup.n_tasks else STOPPED
         return {
             **measured,
             "values": values,
@@ -142,7 +142,7 @@ class Runs(runs.Runs):
             method.select(model, name)
         return sequence, trained, sum(values.values())
 
-    def _measured(self, model: nn.Module, sequence: list[Learned]) -> dict:
+    def _measured(self, model: nn.Module, sequence: list[Learned], method: Method) -> dict:
         """What the model, as the last training has left it, knows of the tasks and has forgotten."""
         assert self._before is not None
         untold = [ask(model, learned.facts, self.device) for learned in sequence]
@@ -162,7 +162,7 @@ class Runs(runs.Runs):
             ],
             "told_loss": told_loss if finite else None,
             "untold_loss": loss if finite else None,
-            "loss": loss + missed if finite else None,
+            "loss": (told_loss if method.chosen_by == "told" else loss) + missed if finite else None,
             "forgetting": forgotten if finite else None,
         }
 

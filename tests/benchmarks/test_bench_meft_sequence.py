@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from benchmarks.common.comparisons import read_list
+from benchmarks.common.places import RESULTS
 from benchmarks.common.protocol import REPORTED, TUNING, diverged
+from benchmarks.common.rows import Rows
+from benchmarks.common.runs import settings_of_row
 from benchmarks.meft_sequence import report
 from benchmarks.meft_sequence.__main__ import HERE
 from benchmarks.meft_sequence.methods import Method
@@ -70,6 +73,8 @@ def test_methods_that_know_their_task_keep_its_answers_exactly(method, exact):
 
 
 def test_no_other_method_knows_tasks():
+    with pytest.raises(ValueError, match="must be 'untold', or 'told' with tasks=True"):
+        Method("a", "lora", 2, (0.1,), chosen_by="told")
     with pytest.raises(ValueError, match="a: tasks=True goes with"):
         Method("a", "dense", 2, (), tasks=True)
 
@@ -146,3 +151,12 @@ def test_the_page_says_what_the_rows_give():
         wrong = [row | changed if row["seed"] == 1000 and row["method"] == ours else row for row in rows]
         assert f"{exact} contradicted: 1 of 2 runs |" in text(wrong)
     assert f"{exact} not measured in all: 1 of 1 runs |" in text(rows[:2])
+
+
+def test_a_rerun_finds_the_rows_that_are_kept():
+    settings, rows = read_settings(SETTINGS), Rows(RESULTS / "meft_sequence.json")
+    for task, method in settings.jobs:
+        wanted = settings_of_row(settings, task, method, "cpu")
+        seeds = {row["seed"] for row in rows.read()["rows"] if row["method"] == method.name and row["split"] == "test"}
+        found = {seed for seed in seeds if rows.find({"method": method.name, "seed": seed, "split": "test"}, wanted)}
+        assert found == set(settings.protocol.seeds), method.name
