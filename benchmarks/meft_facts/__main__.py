@@ -3,6 +3,8 @@
     python -m benchmarks.meft_facts --data DIR            # all rows; a rerun goes on where it was stopped
     python -m benchmarks.meft_facts --data DIR --quick    # a few short rows, under 10 minutes on 2 cores
     python -m benchmarks.meft_facts --report              # only writes the page anew
+    python -m benchmarks.meft_facts --data DIR --settings benchmarks/meft_facts/capacity.json    # more facts and passes
+    python -m benchmarks.meft_facts --data DIR --settings benchmarks/meft_facts/scale.json       # dense, other scales
 
 DIR holds `nq_open/`. A run trains SmolLM2-135M on question-answer pairs, with loss on the answers alone, and asks for
 the same answers: the loss of an answer's tokens, and how often greedy generation writes the whole answer.
@@ -21,7 +23,7 @@ from benchmarks.common.runs import Settings
 from benchmarks.meft_facts.training import read_settings, runs_of
 
 HERE = Path(__file__).resolve().parent
-LISTS = HERE / "comparisons.json", HERE / "quick_comparisons.json", HERE / "device_comparisons.json"
+LISTS = sorted(HERE.glob("*comparisons.json"))  # committed before the runs
 
 
 def page(settings: Settings, path: Path) -> Page:

@@ -19,8 +19,9 @@ def tiny():
     return Tiny
 
 
-@pytest.mark.parametrize("path", [bench.HERE / "settings.json", bench.HERE / "quick.json"], ids=lambda path: path.stem)
-def test_what_is_compared_is_trained(path):
+@pytest.mark.parametrize("name", ["settings", "quick", "capacity", "device"])
+def test_what_is_compared_is_trained(name):
+    path = bench.HERE / f"{name}.json"
     settings = read_settings(path)
     listed, names = read_list(settings.comparisons), {method.name for method in settings.methods}
     assert {name for pair in listed.pairs for name in pair} <= names
@@ -90,7 +91,9 @@ def test_the_first_step_of_all_rules_is_the_same(tiny):
 
 
 def test_a_missing_folder_is_one_sentence(tmp_path, monkeypatch, capsys):
-    settings = json.loads((bench.HERE / "quick.json").read_text()) | {"comparisons": str(bench.LISTS[1])}
+    settings = json.loads((bench.HERE / "quick.json").read_text()) | {
+        "comparisons": str(bench.HERE / "quick_comparisons.json")
+    }
     (tmp_path / "s.json").write_text(json.dumps(settings))
     monkeypatch.setattr("sys.argv", ["x", "--data", str(tmp_path), "--settings", str(tmp_path / "s.json")])
     monkeypatch.setattr("benchmarks.meft_facts.training.Setup.base", lambda self, device: (None, None))
