@@ -19,19 +19,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, VeraConfig, get_peft_model
-from transformers import get_linear_schedule_with_warmup
 
 from benchmarks.aslora_quality import report
 from benchmarks.aslora_quality.tasks import TASKS, DataError, Task, load_splits
 from benchmarks.common.data_files import rows_of
 from benchmarks.common.environment import environment
-from benchmarks.common.places import RESULTS
-from benchmarks.common.quality_arguments import parsed, quality_parser
+from benchmarks.common.quality_arguments import out_of, parsed, quality_parser
 from benchmarks.common.rows import Rows
 from benchmarks.language.base_model import load_base
-from benchmarks.language.completions import collate, completion_logits, encode, score, training_batches
+from benchmarks.language.completions import encode, score, train_once, training_batches
 
 # Every linear layer: in a trial (16 intents, 40 steps, one run each) LoRA on q and v alone, the paper's choice, was far
 # behind, 65 % against 74 %, and with all layers a whole rank of LoRA comes closer to ASLoRA's end count.
@@ -111,25 +108,6 @@ def target_shapes(model) -> tuple[list[tuple[int, int]], int]:
     return list(found.values()), layers
 
 
-def train(model, batches: list, rate: float, device: str) -> list[float]:
-    """One pass over `batches`: AdamW, linear decay after 6 % of warm-up, clipping at 1. Returns the loss of each."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-    schedule = get_linear_schedule_with_warmup(optimizer, int(0.06 * len(batches)), len(batches))
-    model.train()
-    losses = []
-    for batch in batches:
-        inputs, labels = collate(batch, device)
-        loss = F.cross_entropy(completion_logits(model, inputs, labels).flatten(0, 1), labels.flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
 def trainable(model, method: Method) -> tuple[int, int]:
     """Trainable parameters at the start and as they are now (fewer once ASLoRA has merged)."""
     if method.kind == "aslora":
@@ -153,7 +131,7 @@ def run_row(task: Task, method: Method, rate: float, seed: int, steps: int, data
     model, tokenizer = load_base(device)
     model = get_peft_model(model, method.config(steps))
     batches = training_batches(encode(tokenizer, data["train"]), steps, task.batch_size, seed)
-    losses = train(model, batches, rate, device)
+    losses = train_once(model, batches, rate, device, clip=1.0)
     trained = time.perf_counter() - began
     scored = score(model, encode(tokenizer, data[on]), device)
     start, end = trainable(model, method)
@@ -245,8 +223,7 @@ def main() -> int:
     listed = methods(*target_shapes(load_base("cpu")[0]))
     if args.quick:
         listed = [replace(m, rates=m.rates[1:2]) for m in listed if m.name in ("LoRA r 8", "ASLoRA r 8")]
-    name = "aslora_quality_quick" if args.quick else "aslora_quality"
-    rows = rows_of(RESULTS / f"{name}.json", args.data, [file for task in tasks for file in task.files])
+    rows = rows_of(out_of(args, "aslora_quality"), args.data, [file for task in tasks for file in task.files])
     if not args.report:
         run_all(rows, listed, tasks, seeds, data, args)
     planned = [(task, method.name, seed) for task, method in plan(listed, tasks) for seed in seeds]

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from benchmarks.common.places import RESULTS
+
 
 class DataError(Exception):
     """The data folder does not hold what the benchmark needs."""
@@ -21,6 +23,11 @@ def quality_parser(description: str | None, holds: str) -> argparse.ArgumentPars
     parser.add_argument("--quick", action="store_true", help="a few short rows, into a file of their own")
     parser.add_argument("--report", action="store_true", help="only write the table from the rows that are there")
     return parser
+
+
+def out_of(args: argparse.Namespace, name: str) -> Path:
+    """The rows file of a benchmark: quick runs and each device but the CPU have one of their own."""
+    return RESULTS / f"{name}{'_quick' * args.quick}{'' if args.device == 'cpu' else f'_{args.device}'}.json"
 
 
 def parsed(parser: argparse.ArgumentParser, holds: str) -> argparse.Namespace:

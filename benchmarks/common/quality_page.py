@@ -173,7 +173,7 @@ class Page:
         """One line a comparison."""
         head = ["comparison", "by", "gain", "95 % interval", "seeds", "t", "detectable", "corrected p", ""]
         lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-        level = LEVEL / len(self.listed.comparisons)
+        level = LEVEL / max(1, len(self.listed.comparisons))
         for one, verdict in said.items():
             if one.task != task:
                 continue

@@ -2,13 +2,11 @@
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
 import torch
-import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common import runs
@@ -16,7 +14,7 @@ from benchmarks.common.data_files import rows_of
 from benchmarks.common.protocol import Protocol, ends, train
 from benchmarks.common.runs import Settings
 from benchmarks.language.base_model import load_base
-from benchmarks.language.completions import collate, completion_logits, score
+from benchmarks.language.completions import completion_losses, score
 from benchmarks.language.facts import FILE, Recall, encode_pairs, epochs, load_pairs
 from benchmarks.meft_facts.methods import Method, described
 
@@ -77,14 +75,10 @@ class Runs(runs.Runs):
         model = method.attach(base)
         batches = epochs(facts, recall.steps, recall.batch_size, seed)
 
-        def losses() -> Iterator[torch.Tensor]:
-            for batch in batches:
-                inputs, labels = collate(batch, self.device)
-                yield F.cross_entropy(completion_logits(model, inputs, labels).flatten(0, 1), labels.flatten())
-
         model.train()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        values = train([{"params": trained, "lr": rate}], losses(), len(batches), method.optimizer)
+        batch_losses = completion_losses(model, batches, self.device)
+        values = train([{"params": trained, "lr": rate}], batch_losses, len(batches), method.optimizer)
         found = score(model, facts, self.device)
         loss = mean(each for _, each in found)
         return {

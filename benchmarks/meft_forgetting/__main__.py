@@ -2,6 +2,7 @@
 
     python -m benchmarks.meft_forgetting --data DIR            # all rows; a rerun goes on where it was stopped
     python -m benchmarks.meft_forgetting --data DIR --quick    # a few short rows, under 10 minutes on 2 cores
+    python -m benchmarks.meft_forgetting --data DIR --settings benchmarks/meft_forgetting/controls.json
     python -m benchmarks.meft_forgetting --report              # only writes the page anew
 
 DIR holds `nq_open/`, `wikitext2/` and `gsm8k/`. A run learns N answers of NQ-open by heart. Then it is asked for them,

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.common import runs
@@ -18,7 +17,7 @@ from benchmarks.common.protocol import Protocol, ends, train
 from benchmarks.common.rows import Rows
 from benchmarks.common.runs import Settings
 from benchmarks.language.base_model import load_base
-from benchmarks.language.completions import Encoded, collate, completion_logits
+from benchmarks.language.completions import completion_losses
 from benchmarks.language.facts import FILE, Recall, encode_pairs, epochs, exact_match, load_pairs, recall
 from benchmarks.meft_forgetting import texts
 from benchmarks.meft_forgetting.methods import Method, trainable
@@ -72,14 +71,6 @@ def read_settings(path: Path, setup: type[Setup] = Setup, method: type[Method] =
         [method(**one) for one in content["methods"]],
         path.parent / content["comparisons"],
     )
-
-
-def answer_losses(model: nn.Module, batches: list[list[Encoded]], device: str) -> Iterator[torch.Tensor]:
-    """The mean loss of an answer's token, of one batch after the other."""
-    for batch in batches:
-        inputs, labels = collate(batch, device)
-        logits = completion_logits(model, inputs, labels)
-        yield F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 def with_replay(
@@ -141,7 +132,7 @@ class Runs(runs.Runs):
         background = self._other if method.background == "other text" else self._texts.background
         with method.attach(base, background) as model:
             model.train()
-            batch_losses = answer_losses(model, batches, self.device)
+            batch_losses = completion_losses(model, batches, self.device)
             if method.replay:
                 batch_losses = with_replay(batch_losses, model, background)
             trained = train([{"params": trainable(model), "lr": rate}], batch_losses, setup.steps)

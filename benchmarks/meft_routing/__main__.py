@@ -18,8 +18,8 @@ import torch
 
 from benchmarks.common.data_files import rows_of
 from benchmarks.common.environment import environment
-from benchmarks.common.places import RESULTS, SMOLLM2
-from benchmarks.common.quality_arguments import DataError, parsed, quality_parser
+from benchmarks.common.places import SMOLLM2
+from benchmarks.common.quality_arguments import DataError, out_of, parsed, quality_parser
 from benchmarks.meft_routing import report
 from benchmarks.meft_routing.runs import FILES, RATE, Setup, load_texts, run
 
@@ -43,7 +43,7 @@ def main() -> int:
     args = parsed(parser, HOLDS)
     seeds = SEEDS[:1] if args.quick else SEEDS
     setup = Setup(10 if args.quick else args.steps, args.r, model=args.model)
-    rows = rows_of(args.out or RESULTS / f"meft_routing{'_quick' * args.quick}.json", args.data, FILES)
+    rows = rows_of(args.out or out_of(args, "meft_routing"), args.data, FILES)
     if not args.report:
         torch.set_num_threads(args.threads)
         try:

@@ -7,8 +7,9 @@ from benchmarks.common.paired_test import holm, paired_t
 
 COMMAND = "python -m benchmarks.meft_routing --data DIR"
 NOTES = """\
-SmolLM2-135M learns WikiText-2 with MEFT, no window twice. A number is the mean over layers and seeds; the layer
-farthest from even is in brackets. Load, busiest expert and |U| / r are those of the steps since the line above.
+SmolLM2-135M, or the model that a heading names, learns WikiText-2 with MEFT, no window twice. A number is the mean over
+layers and seeds; the layer farthest from even is in brackets. Load, busiest expert and |U| / r are those of the steps
+since the line above.
 
 - Load: picks of neurons by expert. Its perplexity is given relative to E: 1 is even, 1 / E is one expert for all.
 - Busiest expert: its share of the picks, times E. About E / P is an expert that all tokens use.

@@ -39,8 +39,8 @@ class Setup:
 
     @property
     def name(self) -> str:
-        """The task of the rows."""
-        return f"r {self.r}, {self.steps} steps"
+        """The task of the rows, of which each model has its own."""
+        return f"r {self.r}, {self.steps} steps" + ("" if self.model == SMOLLM2 else f", {self.model.name}")
 
     def settings(self) -> dict[str, object]:
         """What a row depends on."""

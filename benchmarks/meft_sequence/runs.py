@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from benchmarks.common.data_files import rows_of
 from benchmarks.common.protocol import ends, train
-from benchmarks.language.completions import Encoded, collate, completion_logits
+from benchmarks.language.completions import Encoded, collate, completion_logits, completion_losses
 from benchmarks.language.facts import encode_pairs, epochs
 from benchmarks.meft_forgetting import runs
 from benchmarks.meft_forgetting.methods import trainable
-from benchmarks.meft_forgetting.runs import FILES, MISSED, Task, answer_losses
+from benchmarks.meft_forgetting.runs import FILES, MISSED, Task
 from benchmarks.meft_forgetting.texts import losses
 from benchmarks.meft_sequence.methods import Method
 
@@ -130,7 +130,7 @@ class Runs(runs.Runs):
             method.begin(model, name)
             model.train()
             values |= {id(parameter): parameter.numel() for parameter in trainable(model)}
-            batch_losses = answer_losses(model, epochs(facts, setup.steps, setup.batch_size, seed), self.device)
+            batch_losses = completion_losses(model, epochs(facts, setup.steps, setup.batch_size, seed), self.device)
             trained.append(train([{"params": trainable(model), "lr": rate}], batch_losses, setup.steps))
             if not math.isfinite(trained[-1][-1]):
                 break

@@ -21,8 +21,7 @@ import torch
 from adapter_kernels.adamw.moment_layout import MODES
 from benchmarks.common.data_files import rows_of
 from benchmarks.common.paired_test import LEVEL, t_quantile
-from benchmarks.common.places import RESULTS
-from benchmarks.common.quality_arguments import DataError, parsed, quality_parser
+from benchmarks.common.quality_arguments import DataError, out_of, parsed, quality_parser
 from benchmarks.language.base_model import load_base
 from benchmarks.language.facts import FILE, Recall, load_pairs
 from benchmarks.meft_states.runs import RATE, Way, run_all
@@ -91,7 +90,7 @@ def main() -> int:
     )
     args = parsed(parser, HOLDS)
     task, seeds = (QUICK, SEEDS[:2]) if args.quick else (TASK, SEEDS)
-    rows = rows_of(RESULTS / f"meft_states{'_quick' * args.quick}.json", args.data, [FILE])
+    rows = rows_of(out_of(args, "meft_states"), args.data, [FILE])
     if not args.report:
         torch.set_num_threads(args.threads)
         try:

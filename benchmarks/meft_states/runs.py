@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from statistics import mean
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers import get_linear_schedule_with_warmup
 
 from benchmarks.common.environment import environment
 from benchmarks.common.rows import Rows
 from benchmarks.language.adapters import attach, trainable_values
 from benchmarks.language.base_model import load_base
-from benchmarks.language.completions import Encoded, collate, completion_logits
+from benchmarks.language.completions import train_once
 from benchmarks.language.facts import Pair, Recall, encode_pairs, epochs, exact_match, recall
 
 RATE = 1e-3
@@ -45,30 +43,14 @@ class Way:
         return attach(model, "meft", R, self.settings["fields"])
 
 
-def train(model: nn.Module, batches: list[list[Encoded]], device: str) -> list[float]:
-    """Train on `batches` once, in order; the loss of each. Not clipped; the rate rises for 6 % of the steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
-    schedule = get_linear_schedule_with_warmup(optimizer, int(0.06 * len(batches)), len(batches))
-    model.train()
-    losses = []
-    for batch in batches:
-        inputs, labels = collate(batch, device)
-        loss = F.cross_entropy(completion_logits(model, inputs, labels).flatten(0, 1), labels.flatten())
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
 def run_row(task: Recall, way: Way, seed: int, pairs: list[Pair], device: str) -> dict:
     """Train on the pairs and ask for them again; the row's measured part. `train_loss` is that of the last pass."""
     began, began_cpu = time.perf_counter(), time.process_time()
     torch.manual_seed(seed)
     model, tokenizer = load_base(device)
     model = way.attach(model)
-    losses = train(model, epochs(encode_pairs(tokenizer, pairs), task.steps, task.batch_size, seed), device)
+    batches = epochs(encode_pairs(tokenizer, pairs), task.steps, task.batch_size, seed)
+    losses = train_once(model, batches, RATE, device)
     said = recall(model, tokenizer, pairs, device)
     exact = [exact_match(answer, pair.answers[:1]) for answer, pair in zip(said, pairs, strict=True)]
     return {

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from benchmarks.aslora_quality import __main__ as bench
 from benchmarks.aslora_quality import report, tasks
 from benchmarks.common import paired_test
+from benchmarks.common.places import RESULTS
 from benchmarks.common.rows import Rows
 from benchmarks.language import completions
 from tests.support.models import llama
@@ -250,7 +251,7 @@ def test_p_values_are_student_s_and_holm_s():
 
 
 def test_the_kept_page_is_of_the_kept_rows():
-    kept = bench.RESULTS / "aslora_quality.json"
+    kept = RESULTS / "aslora_quality.json"
     content = json.loads(kept.read_text())
     listed = bench.methods(SMOLLM2, 30)
     planned = [(t, m.name, s) for t, m in bench.plan(listed, list(tasks.TASKS.values())) for s in bench.SEEDS]

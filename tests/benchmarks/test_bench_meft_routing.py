@@ -102,3 +102,4 @@ def test_rows_of_smollm2_are_found_and_those_of_another_model_are_not(tmp_path):
     for row in rows:
         assert settings.items() <= row["settings"].items()
     assert runs.Setup(300, 1024, model=tmp_path).settings() == settings | {"model": str(tmp_path)}
+    assert runs.Setup(300, 1024, model=tmp_path).name != runs.Setup(300, 1024).name  # they do not replace each other

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from benchmarks.common.places import RESULTS
 from benchmarks.common.rows import Rows
 from benchmarks.language.facts import Recall, load_pairs
 from benchmarks.meft_states import __main__ as states
@@ -69,7 +70,7 @@ def test_a_run_learns_and_a_rerun_only_adds_what_is_missing(tmp_path, monkeypatc
 
 
 def test_the_kept_page_is_of_the_kept_rows_and_a_rerun_finds_them():
-    rows = Rows(states.RESULTS / "meft_states.json")
+    rows = Rows(RESULTS / "meft_states.json")
     content = rows.read()
     assert states.text(content["rows"], states.TASK, quick=False) == rows.path.with_suffix(".md").read_text()
     assert len(content["rows"]) == len(states.WAYS) * len(states.SEEDS)

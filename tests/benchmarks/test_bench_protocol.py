@@ -13,6 +13,7 @@ from benchmarks.common import comparisons, protocol, runs
 from benchmarks.common.comparisons import Claim, Comparison
 from benchmarks.common.data_files import rows_of
 from benchmarks.common.paired_test import PairedT, holm, paired_t, t_quantile
+from benchmarks.common.quality_arguments import out_of
 
 SEEDS = (10, 11, 12, 13)
 
@@ -292,3 +293,9 @@ def test_a_page_is_of_rows_that_a_rerun_would_find():
         for name, other in (("m", {}), ("m", {"device": "cuda"}), ("m", {"r": 4}), ("gone", {}))
     ]
     assert runs.of_settings({"rows": rows, "data": {}}, listed, "cpu") == {"rows": rows[:1], "data": {}}
+
+
+def test_rows_of_another_device_go_to_a_file_of_their_own():
+    """In one file the rows of a GPU would take the place of a CPU's."""
+    names = {out_of(SimpleNamespace(quick=q, device=d), "b").name for q in (False, True) for d in ("cpu", "cuda")}
+    assert names == {"b.json", "b_quick.json", "b_cuda.json", "b_quick_cuda.json"}
