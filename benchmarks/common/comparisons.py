@@ -5,6 +5,8 @@
      "pairs": [["ours", "rival"], ...],
      "claims": [{"name": "...", "expects": "better" or "not worse", "pairs": [["ours", "rival"], ...]}, ...]}
 
+A list that was made when some rows were known has a sentence that says which, `"known": "..."`; the page repeats it.
+
 Each pair is compared on each task by each metric, and Holm's correction counts all of these, run or not. The gain of a
 comparison is by how much ours is better than the rival, whichever way the metric points.
 
@@ -76,6 +78,7 @@ class ComparisonList:
     pairs: tuple[tuple[str, str], ...]
     claims: tuple[Claim, ...]
     margins: dict[str, dict[str, float]]
+    known: str = ""
 
     @property
     def comparisons(self) -> list[Comparison]:
@@ -114,9 +117,8 @@ def read_list(path: Path) -> ComparisonList:
     for metric in content["metrics"]:
         if metric not in content["margins"] or metric not in HIGHER_IS_BETTER:
             raise ValueError(f"{path.name}: '{metric}' has no margin: use {sorted(HIGHER_IS_BETTER)}, each with one.")
-    return ComparisonList(
-        tuple(content["tasks"]), tuple(content["metrics"]), pairs, claims, content["margins"]
-    )  # fmt: skip
+    of_list = (tuple(content[name]) for name in ("tasks", "metrics"))
+    return ComparisonList(*of_list, pairs, claims, content["margins"], content.get("known", ""))
 
 
 Found = Callable[[str, str], dict[int, dict]]  # task, method -> seed -> row

@@ -106,6 +106,7 @@ class Page:
                 if self.fixed
                 else [f"{of_list}.", margin]
             ),
+            *([self.listed.known] if self.listed.known else []),
             "Contradicted: it excludes a gain as large as the margin. Seeds: in how many the gain is positive.",
             f"Detectable: the gain that this spread could have told from none, with p < {LEVEL} after the correction.",
             "Rates are chosen by the loss alone: another rate may give a higher accuracy.",

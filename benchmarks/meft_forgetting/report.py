@@ -47,7 +47,7 @@ def text(content: dict[str, list[dict]], settings: Settings, flags: str) -> str:
         f"one were tried. The {len(seeds)} reported seeds are others. Tests are paired by seed, after Holm's",
         f"correction for all {len(listed.comparisons)} comparisons of the list"
         + (", which was committed before the runs." if settings.comparisons.parent == HERE else "."),
-        *([content_of["known"]] if "known" in content_of else []),
+        *([listed.known] if listed.known else []),
         "Seeds draw the start of an adapter and the order of the facts; facts and texts are the same for all.",
         "A method that recalls less may forget less: a goal is reached only if recall is not worse by the margin.",
         "Goals are corrected among themselves.",

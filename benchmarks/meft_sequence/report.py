@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from statistics import mean, stdev
 
-from benchmarks.common.comparisons import Comparison, Verdict, judge, read_list, verdicts
+from benchmarks.common.comparisons import Comparison, ComparisonList, Verdict, judge, read_list, verdicts
 from benchmarks.common.protocol import DIVERGED, REPORTED, TUNING, tuning_loss
 from benchmarks.common.runs import Settings
 
@@ -29,7 +29,7 @@ def text(content: dict[str, list[dict]], settings: Settings, flags: str) -> str:
         return {row["seed"]: row for row in of_method if row["seed"] in seeds}
 
     said = verdicts(listed, lambda _, name: kept(REPORTED, name), lambda _, name: kept(DIVERGED, name), seeds)
-    lines = [*_head(settings, flags, len(listed.comparisons)), "", "| claim | by | |", "|---|---|---|"]
+    lines = [*_head(settings, flags, listed), "", "| claim | by | |", "|---|---|---|"]
     lines += [
         f"| {claim.name} | {one['by']} | {judge(claim, task, one['by'], said)} |"
         for claim, one in zip(listed.claims, more["claims"], strict=True)
@@ -80,9 +80,8 @@ def text(content: dict[str, list[dict]], settings: Settings, flags: str) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _head(settings: Settings, flags: str, compared: int) -> list[str]:
+def _head(settings: Settings, flags: str, listed: ComparisonList) -> list[str]:
     setup, tuned = settings.setup, len(settings.protocol.tuning_seeds)
-    content_of = json.loads(settings.comparisons.read_text(encoding="utf-8"))
     each = setup.n_pairs // setup.n_tasks
     return [
         "# What a model keeps of a sequence of tasks"
@@ -107,9 +106,10 @@ def _head(settings: Settings, flags: str, compared: int) -> list[str]:
         f"{100 * setup.least_recall:.0f} %, with {tuned} tuning seed{'s' * (tuned > 1)}; rates are a factor of 2",
         f"apart, and a lower and a higher one were tried. {_told(settings)}The {len(settings.protocol.seeds)}",
         "reported seeds are",
-        f"others. Tests are paired by seed, after Holm's correction for all {compared} comparisons of the list"
+        f"others. Tests are paired by seed, after Holm's correction for all {len(listed.comparisons)} comparisons of"
+        + " the list"
         + (", which was committed before the runs." if flags in ("", " --quick") else "."),
-        *([content_of["known"]] if "known" in content_of else []),
+        *([listed.known] if listed.known else []),
         'A method with "top" chooses rows by counts of other parts of the same two texts, which no other method sees.',
     ]
 
