@@ -44,9 +44,9 @@ class Method:
 
     @property
     def settings(self) -> dict:
-        """What a row depends on; without a variant as in rows of earlier versions, which knew none."""
-        fields = {"peft_type": self.peft_type, "config": self.config, "sharing": self.sharing}
-        return fields | ({"variant": self.variant} if self.variant else {})
+        """What a row depends on."""
+        names = ("peft_type", "config", "sharing", "variant")
+        return {name: getattr(self, name) for name in names}
 
     def attach(self, model: nn.Module, targets: list[str], steps: int, warmup: int) -> PeftModel:
         """Add the adapter; a run of `steps` steps, whose learning rate rises for `warmup`, is to follow."""

@@ -61,9 +61,17 @@ def read_settings(path: Path, setup: type, task: type, method: type) -> Settings
 
 
 def settings_of_row(settings: Settings, task: Any, method: Any, device: str) -> dict:
-    """What a row depends on beside its learning rate and seed, as JSON has it."""
-    found = asdict(settings.setup) | asdict(task) | method.settings | {"device": device}
-    del found["name"]
+    """What a row depends on beside its learning rate and seed, as JSON has it.
+
+    Raises:
+        ValueError: two of setup, task and method have a field of one name, of which a row would keep one.
+    """
+    found: dict[str, Any] = {"device": device}
+    for part in (asdict(settings.setup), asdict(task), method.settings):
+        part = {name: value for name, value in part.items() if name != "name"}
+        if shared := found.keys() & part.keys():
+            raise ValueError(f"setup, task and method share the names {sorted(shared)}: give each field its own.")
+        found |= part
     return json.loads(json.dumps(found))
 
 

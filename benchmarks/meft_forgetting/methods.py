@@ -25,7 +25,7 @@ class Method:
         top: of MEFT, rows of each layer that a step updates, those most specific to its data; None: all used.
         scale: of the dense adapter, by which its activations are multiplied.
         turn: those with a lower one run first.
-        background: what specific is relative to: other parts of the texts that forgetting is measured on ("same
+        background_text: what specific is relative to: other parts of the texts that forgetting is measured on ("same
             texts"), text of another kind ("other text"), or nothing ("none").
         replay: whether each step adds the loss of a text of that background; for methods that do not count rows.
     """
@@ -37,27 +37,22 @@ class Method:
     top: int | None = None
     scale: float = 1.0
     turn: int = 1
-    background: str = "same texts"
+    background_text: str = "same texts"
     replay: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"{self.name}: kind='{self.kind}' must be one of {KINDS}.")
-        if self.background not in BACKGROUNDS:
-            raise ValueError(f"{self.name}: background='{self.background}' must be one of {BACKGROUNDS}.")
-        if (self.background != "same texts" and self.top is None) or (self.replay and self.kind == "meft"):
-            raise ValueError(f"{self.name}: background is of methods with top, replay of kinds 'lora' and 'dense'.")
+        if self.background_text not in BACKGROUNDS:
+            raise ValueError(f"{self.name}: background_text='{self.background_text}' must be one of {BACKGROUNDS}.")
+        if (self.background_text != "same texts" and self.top is None) or (self.replay and self.kind == "meft"):
+            raise ValueError(f"{self.name}: background_text is of methods with top, replay of kinds lora and dense.")
         object.__setattr__(self, "rates", tuple(self.rates))
 
     @property
     def settings(self) -> dict:
         """What a row depends on; `rates` belongs to the choice, not to a run."""
-        of_row = {name: value for name, value in asdict(self).items() if name not in ("name", "rates", "turn")}
-        # Rows were made before there were these fields.
-        for name, default in (("background", "same texts"), ("replay", False)):
-            if of_row[name] == default:
-                del of_row[name]
-        return of_row
+        return {name: value for name, value in asdict(self).items() if name not in ("name", "rates", "turn")}
 
     @contextmanager
     def attach(self, model: nn.Module, background: list[Tensor]) -> Iterator[nn.Module]:
@@ -77,7 +72,7 @@ class Method:
         else:
             with tempfile.TemporaryDirectory() as folder:
                 counts = str(Path(folder) / "counts.safetensors")
-                counted = self.top is not None and self.background != "none"
+                counted = self.top is not None and self.background_text != "none"
                 rows = None if self.top is None else {"top": self.top} | ({"background": counts} if counted else {})
                 config = meft.MEFTConfig(r=self.r, train_rows=rows, task_type="CAUSAL_LM")
                 adapted = get_peft_model(model, config)

@@ -98,8 +98,9 @@ def backgrounds(settings: Settings) -> list[str]:
         "none": "the rows that the facts use most are taken",
     }
     lines = []
-    for background, words in said.items():
-        names = [f'"{one.name}"' for one in settings.methods if one.top is not None and one.background == background]
+    choosing = [one for one in settings.methods if one.top is not None]
+    for text, words in said.items():
+        names = [f'"{one.name}"' for one in choosing if one.background_text == text]
         lines += [f"{' and '.join(names)}: {words}."] if names else []
     replaying = [f'"{one.name}"' for one in settings.methods if one.replay]
     if replaying:

@@ -83,7 +83,7 @@ def with_replay(
 
 def needs_other(settings: Settings) -> bool:
     """Whether a method counts rows on text of another kind."""
-    return any(method.background == "other text" for method in settings.methods)
+    return any(method.background_text == "other text" for method in settings.methods)
 
 
 class Runs(runs.Runs):
@@ -129,7 +129,7 @@ class Runs(runs.Runs):
         base, tokenizer = self.base()
         batches = epochs(encode_pairs(tokenizer, self._pairs), setup.steps, setup.batch_size, seed)
         torch.manual_seed(seed)
-        background = self._other if method.background == "other text" else self._texts.background
+        background = self._other if method.background_text == "other text" else self._texts.background
         with method.attach(base, background) as model:
             model.train()
             batch_losses = completion_losses(model, batches, self.device)

@@ -44,10 +44,15 @@ class Setup:
 
     def settings(self) -> dict[str, object]:
         """What a row depends on."""
-        of_row = asdict(self) | {"text": "wikitext2", "learning_rate": RATE, "model": str(self.model)}
-        if self.model == SMOLLM2:  # whose rows are older than the choice of a model
-            del of_row["model"]
-        return of_row
+        return (
+            asdict(self)
+            | {"text": "wikitext2", "learning_rate": RATE}
+            | {
+                "model": SMOLLM2.name
+                if self.model == SMOLLM2
+                else str(self.model)  # no path of this machine in its rows
+            }
+        )
 
 
 @dataclass(frozen=True)

@@ -23,18 +23,12 @@ class Method(methods.Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.background_text == "other text" or self.replay:
+            raise ValueError(f"{self.name}: background_text='other text' and replay=True are of meft_forgetting alone.")
         if self.tasks and self.kind == "dense":
             raise ValueError(f"{self.name}: tasks=True goes with kind='lora' and kind='meft'.")
         if self.chosen_by not in ("untold", "told") or (self.chosen_by == "told" and not self.tasks):
             raise ValueError(f"{self.name}: chosen_by='{self.chosen_by}' must be 'untold', or 'told' with tasks=True.")
-
-    @property
-    def settings(self) -> dict:
-        """What a row depends on."""
-        of_row = super().settings
-        if self.chosen_by == "untold":  # rows were made before there was a choice
-            del of_row["chosen_by"]
-        return of_row
 
     def begin(self, model: nn.Module, task: str) -> None:
         """Train a task from now on."""

@@ -1,7 +1,6 @@
 """The benchmark of forgetting: its settings, its methods on a tiny model, and its page."""
 
 import json
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +10,7 @@ from benchmarks.common.comparisons import read_list
 from benchmarks.common.protocol import REPORTED, TUNING
 from benchmarks.common.quality_arguments import DataError
 from benchmarks.common.rows import Rows
+from benchmarks.common.runs import settings_of_row
 from benchmarks.meft_forgetting import report
 from benchmarks.meft_forgetting.__main__ import HERE
 from benchmarks.meft_forgetting.methods import Method
@@ -43,7 +43,7 @@ def test_a_rerun_finds_the_rows_that_are_kept(path):
     """Those of the main page are found by the settings of the controls too: they need not be run again."""
     settings, name = read_settings(path), {SETTINGS: "meft_forgetting", CONTROLS: "meft_forgetting_controls"}[path]
     rows = Rows(RESULTS / f"{name}.json")
-    wanted = {method.name: asdict(settings.setup) | method.settings | {"device": "cpu"} for method in settings.methods}
+    wanted = {method.name: settings_of_row(settings, task, method, "cpu") for task, method in settings.jobs}
     kept = [row for row in rows.read()["rows"] if row["method"] in wanted]
     assert kept
     for row in kept:
@@ -58,10 +58,10 @@ def test_another_background_is_of_other_text(tmp_path):
     (tmp_path / "banking77" / "train.csv").write_text("text,category\nabcdefgh,a\nijklmnop,b\n")
     examples = load_other(tmp_path, lambda text, **_: {"input_ids": [ord(c) for c in text]}, 4, 2, "cpu")
     assert ["".join(map(chr, ids[0].tolist())) for ids in examples] == ["abcd", "efgh", " ijk", "lmno"]
-    with pytest.raises(ValueError, match="background is of methods with top"):
-        Method("e", "meft", 8, (0.1,), background="none")
-    with pytest.raises(ValueError, match="background='no' must be one of"):
-        Method("e", "meft", 8, (0.1,), top=2, background="no")
+    with pytest.raises(ValueError, match="background_text is of methods with top"):
+        Method("e", "meft", 8, (0.1,), background_text="none")
+    with pytest.raises(ValueError, match="background_text='no' must be one of"):
+        Method("e", "meft", 8, (0.1,), top=2, background_text="no")
 
 
 def test_replay_adds_the_loss_of_one_text_after_the_other():
@@ -77,7 +77,7 @@ def test_replay_adds_the_loss_of_one_text_after_the_other():
         Method("b", "dense", 8, (0.1,), scale=3.0),
         Method("c", "meft", 128, (0.1,)),
         Method("d", "meft", 128, (0.1,), top=2),
-        Method("e", "meft", 128, (0.1,), top=2, background="none"),
+        Method("e", "meft", 128, (0.1,), top=2, background_text="none"),
     ],
     ids=["lora", "dense", "meft", "meft with train_rows", "meft without background"],
 )

@@ -77,6 +77,9 @@ def test_no_other_method_knows_tasks():
         Method("a", "lora", 2, (0.1,), chosen_by="told")
     with pytest.raises(ValueError, match="a: tasks=True goes with"):
         Method("a", "dense", 2, (), tasks=True)
+    for other in ({"background_text": "other text"}, {"kind": "lora", "top": None, "replay": True}):
+        with pytest.raises(ValueError, match="a: background_text='other text' and replay=True are of meft_forgetting"):
+            Method(**{"name": "a", "kind": "meft", "r": 2, "rates": (), "top": 2} | other)
 
 
 def test_recall_is_what_greedy_generation_writes():

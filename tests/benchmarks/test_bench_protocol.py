@@ -293,6 +293,9 @@ def test_a_page_is_of_rows_that_a_rerun_would_find():
         for name, other in (("m", {}), ("m", {"device": "cuda"}), ("m", {"r": 4}), ("gone", {}))
     ]
     assert runs.of_settings({"rows": rows, "data": {}}, listed, "cpu") == {"rows": rows[:1], "data": {}}
+    alike = SimpleNamespace(name="m", settings={"value": 4})
+    with pytest.raises(ValueError, match=r"share the names \['value'\]"):
+        runs.settings_of_row(listed, task, alike, "cpu")
 
 
 def test_rows_of_another_device_go_to_a_file_of_their_own():
