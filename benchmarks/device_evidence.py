@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.pack is not None:
         if given.data is None:
-            parser.error("--pack needs --data, the folder with banking77 and nq_open")
+            parser.error("--pack needs --data, the folder of the data sets (benchmarks/README.md)")
         pack(given.pack, given.data)
         return 0
     if given.carried is None:

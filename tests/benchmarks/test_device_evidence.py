@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import device_evidence, ingest_device
 from benchmarks.aslora_classify.runs import read_settings as classify_settings
+from benchmarks.aslora_classify.training import steps_of
 from benchmarks.common.comparisons import read_list
 from benchmarks.language.carried_model import MOST, carry_in_bfloat16, carry_in_parts, pack, rounded, unpack, unpacked
 from benchmarks.meft_facts.training import read_settings as facts_settings
@@ -93,6 +94,9 @@ def test_settings_name_the_carried_model(tmp_path):
             assert rehearse or {name for pair in listed.pairs for name in pair} <= names
             assert rehearse or set(listed.tasks) == {task.name for task in settings.tasks}
             assert len(settings.tasks) == 1 or not rehearse
+            for task in settings.tasks:  # of one step the rate is 0: all rates are equal then, and none is chosen
+                steps = steps_of(task, 16) if module == "aslora_classify" else settings.setup.recall(task).steps
+                assert steps > 1
 
 
 def test_rows_and_pages_are_ingested(tmp_path):
