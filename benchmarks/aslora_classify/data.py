@@ -33,7 +33,7 @@ def read(path: Path) -> list[tuple[str, str]]:
     """
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            rows = [(" ".join(row["text"].split()), row["category"]) for row in csv.DictReader(file)]
+            rows = [(" ".join(row["text"].split()), row["category"].strip()) for row in csv.DictReader(file)]
     except (OSError, KeyError, AttributeError, ValueError, csv.Error) as error:
         raise DataError(
             f"--data: cannot read {path} ({error!r}); it must be a CSV file with the columns text and category."

@@ -4,9 +4,11 @@ correction over a page.
 
 import math
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import NormalDist, mean, stdev
 
 LEVEL = 0.05
+POWER = 0.8  # of a test to tell a gain that there is
+NORMAL = NormalDist()
 Measured = tuple[float, float, int]  # difference, its standard error, seeds
 
 
@@ -34,6 +36,26 @@ def t_quantile(level: float, degrees: int) -> float:
     return high
 
 
+def shift_of_power(least: float, degrees: int) -> float:
+    """The shift of a noncentral t that is above `least` with a probability of `POWER`.
+
+    Noncentral t is (z + shift) / s, with z normal and s^2 chi-squared over its degrees of freedom: the probability is
+    the mean over s of that of z > least s - shift.
+    """
+    grid = [4 * (i + 0.5) / 2000 for i in range(2000)]  # of s
+    weights = [math.exp((degrees - 1) * math.log(s) + degrees * (1 - s * s) / 2) for s in grid]
+
+    def power(shift: float) -> float:
+        above = (weight * NORMAL.cdf(shift - least * s) for weight, s in zip(weights, grid, strict=True))
+        return sum(above) / sum(weights)
+
+    low, high = 0.0, 4 * least + 4
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if power(middle) < POWER else (low, middle)
+    return high
+
+
 @dataclass(frozen=True)
 class PairedT:
     """Student's t test of n paired differences: their mean, its 1 - LEVEL interval, the uncorrected p, and how many of
@@ -49,8 +71,9 @@ class PairedT:
     positive: int
 
     def detectable(self, level: float) -> float:
-        """The smallest mean that would have had a p of `level` with this spread."""
-        return (self.high - self.low) / 2 * t_quantile(level, self.degrees) / t_quantile(LEVEL, self.degrees)
+        """The true mean that, with this spread, comes out with a p below `level` four times in five (`POWER`)."""
+        error = (self.high - self.low) / 2 / t_quantile(LEVEL, self.degrees)
+        return error * shift_of_power(t_quantile(level, self.degrees), self.degrees)
 
 
 def paired_t(differences: list[float]) -> PairedT:

@@ -126,13 +126,16 @@ def tuning_loss(rows: Iterable[dict]) -> float:
     return math.inf if any(map(diverged, rows)) else mean(row["loss"] for row in rows)
 
 
-def run_method(once: Callable[[float, int, str], dict], protocol: Protocol) -> Iterator[dict]:
+def run_method(
+    once: Callable[[float, int, str], dict], protocol: Protocol, ended: Callable[[float], bool]
+) -> Iterator[dict]:
     """All runs of a method on a task: those that choose the rate, if it is not fixed, then the reported ones, which are
     yielded.
 
     Args:
         once: (rate, seed, "valid" or "test") -> the row of this run, found in the file or new. It keeps a diverged run
             that was to be reported as split "diverged".
+        ended: whether there is such a run of a rate, of now or of an earlier call.
 
     Raises:
         RuntimeError: there is no rate that the protocol could choose.
@@ -141,10 +144,9 @@ def run_method(once: Callable[[float, int, str], dict], protocol: Protocol) -> I
         (fixed,) = protocol.rates
         yield from (once(fixed, seed, REPORTED) for seed in protocol.seeds)
         return
-    given_up: set[float] = set()
 
     def loss(rate: float) -> float:
-        if rate in given_up:
+        if ended(rate):
             return math.inf
         return tuning_loss(once(rate, seed, TUNING) for seed in protocol.tuning_seeds)
 
@@ -154,7 +156,6 @@ def run_method(once: Callable[[float, int, str], dict], protocol: Protocol) -> I
         for seed in protocol.seeds:
             reported.append(once(rate, seed, REPORTED))
             if diverged(reported[-1]):
-                given_up.add(rate)
                 break
         else:
             yield from reported

@@ -86,6 +86,7 @@ class Page:
         """How the page decides."""
         n, count = len(self.protocol.seeds), len(self.listed.comparisons)
         of_list = f"freedom less than seeds, after Holm's correction for all {count} comparisons of the list"
+        before = self.fixed and not self.listed.known
         margin = f"Equivalent: the interval lies within the margin ({self._margins()})."
         chosen = ["Each method's learning rate was chosen on another task, and is fixed here."]
         given_up = "run is counted."
@@ -101,14 +102,10 @@ class Page:
             "",
             "The gain is by how much the first method is better than the second, paired by seed, with its 95 %",
             f"interval, which is not corrected. Better and worse: p < {LEVEL} in a two-sided t test with one degree of",
-            *(
-                [f"{of_list}, which was", f"committed before the runs. {margin}"]
-                if self.fixed
-                else [f"{of_list}.", margin]
-            ),
+            *([f"{of_list}, which was", f"committed before the runs. {margin}"] if before else [f"{of_list}.", margin]),
             *([self.listed.known] if self.listed.known else []),
             "Contradicted: it excludes a gain as large as the margin. Seeds: in how many the gain is positive.",
-            f"Detectable: the gain that this spread could have told from none, with p < {LEVEL} after the correction.",
+            f"Detectable: a true gain that would have p < {LEVEL} after the correction four times in five.",
             "Rates are chosen by the loss alone: another rate may give a higher accuracy.",
             "",
             self.values,

@@ -37,10 +37,11 @@ class Rows:
     def add(self, row: dict, environment: dict) -> dict:
         """Append a row and replace the file whole.
 
-        It takes the place of a row for the same run with other settings; runs that choose a learning rate differ by it,
-        of the runs for the table there is one per task, method and seed.
+        It takes the place of one of the same run with the same settings; runs that choose a learning rate differ by it,
+        of the runs for the table there is one per task, method and seed. Rows with other settings stay: they may be
+        of another model, which would take hours to run again.
         """
-        keys = self.KEYS if row["split"] == "test" else (*self.KEYS, "learning_rate")
+        keys = (*self.KEYS, "settings", *([] if row["split"] == "test" else ["learning_rate"]))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:

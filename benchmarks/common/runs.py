@@ -76,12 +76,23 @@ def settings_of_row(settings: Settings, task: Any, method: Any, device: str) -> 
 
 
 def of_settings(content: dict, settings: Settings, device: str) -> dict:
-    """A rows file's content without the rows that were made with other settings than a rerun would use."""
+    """A rows file's content without the rows that were made with other settings than a rerun would use.
+
+    Of a method's reported rows on a task those have the learning rate of the last one made: where a rate was given up,
+    or chosen anew, rows of the former are left until all have been made again.
+    """
     wanted = {
         (task.name, method.name): settings_of_row(settings, task, method, device) for task, method in settings.jobs
     }
     kept = [row for row in content["rows"] if wanted.get((row["task"], row["method"])) == row["settings"]]
-    return content | {"rows": kept}
+    newest = {(row["task"], row["method"]): row["learning_rate"] for row in kept if row["split"] == REPORTED}
+    return content | {
+        "rows": [
+            row
+            for row in kept
+            if row["split"] != REPORTED or row["learning_rate"] == newest[row["task"], row["method"]]
+        ]
+    }
 
 
 class Runs(ABC):
@@ -130,8 +141,14 @@ class Runs(ABC):
 
     def run(self, task: Any, method: Any) -> str | None:
         """All runs of a method on a task; a sentence where the protocol finds no rate."""
+        key = {"task": task.name, "method": method.name, "split": DIVERGED}
+        settings = settings_of_row(self.settings, task, method, self.device)
+
+        def ended(rate: float) -> bool:
+            return self.rows.find(key | {"learning_rate": rate}, settings) is not None
+
         try:
-            for _ in run_method(lambda *run: self.once(task, method, *run), self.protocol_of(method)):
+            for _ in run_method(lambda *run: self.once(task, method, *run), self.protocol_of(method), ended):
                 pass
         except RuntimeError as error:
             return f"{task.name}: {method.name}: {error}"

@@ -9,6 +9,7 @@ from benchmarks.aslora_quality.__main__ import SEEDS
 from benchmarks.common.paired_test import paired_t
 from benchmarks.common.places import RESULTS
 from benchmarks.common.protocol import REPORTED, TUNING
+from benchmarks.common.runs import of_settings
 from benchmarks.meft_forgetting.runs import read_settings
 
 Numbers = dict[str, Any]  # JSON
@@ -61,7 +62,7 @@ def meft(results: Path = RESULTS, settings: Path = MEFT_SETTINGS) -> Numbers | N
     A run whose loss was no number has no point.
     """
     planned = read_settings(settings)
-    of_task = [row for row in _rows(results / "meft_forgetting.json") if row["task"] == planned.setup.task]
+    of_task = of_settings({"rows": _rows(results / "meft_forgetting.json")}, planned, "cpu")["rows"]
     methods = []
     for method in planned.methods:
         rows = [row for row in of_task if row["method"] == method.name and row["forgetting"] is not None]

@@ -8,7 +8,7 @@
 
 DIR holds `nq_open/`. A run trains SmolLM2-135M on question-answer pairs, with loss on the answers alone, and asks for
 the same answers: the loss of an answer's tokens, and how often greedy generation writes the whole answer.
-`settings.json` says which runs are made, `comparisons.json` what is compared; both were committed before the runs.
+`settings.json` says which runs are made, `comparisons.json` what is compared, and what of both was known before.
 `benchmarks/common/protocol.py` and `benchmarks/common/comparisons.py` say how it is decided. With `--settings FILE`
 another file takes the place of `settings.json`: with a larger model, other methods, more facts.
 """

@@ -44,11 +44,13 @@ def text(content: dict[str, list[dict]], settings: Settings, flags: str) -> str:
         f"rises, in nats: the mean of WikiText-2 and of the answers of GSM8K, at most {setup.tokens:,} tokens each.",
         f"Each method's learning rate is the one that forgets least while it recalls {100 * setup.least_recall:.0f} %",
         f"with {tuned} tuning seed{'s' * (tuned > 1)}; rates are a factor of 2 apart, and a lower and a higher",
-        f"one were tried. The {len(seeds)} reported seeds are others. Tests are paired by seed, after Holm's",
+        f"one were tried. The {len(seeds)} reported seeds are others: with those a method may recall less, and forget",
+        "more, than with what chose its rate. Tests are paired by seed, after Holm's",
         f"correction for all {len(listed.comparisons)} comparisons of the list"
         + (", which was committed before the runs." if settings.comparisons.parent == HERE else "."),
         *([listed.known] if listed.known else []),
         "Seeds draw the start of an adapter and the order of the facts; facts and texts are the same for all.",
+        "Intervals, and the words equivalent, contradicted and not worse, which rest on them, are not corrected.",
         "A method that recalls less may forget less: a goal is reached only if recall is not worse by the margin.",
         "Goals are corrected among themselves.",
         *backgrounds(settings),
@@ -60,8 +62,8 @@ def text(content: dict[str, list[dict]], settings: Settings, flags: str) -> str:
     lines += ["", *_goals(content_of["goals"], settings, kept, said)]
     lines += [
         "",
-        "| method | learning rate | recall, % | forgetting | WikiText-2 perplexity | GSM8K loss | values | seeds "
-        "| diverged |",
+        "| method | learning rate | recall, % | forgetting | WikiText-2 perplexity | GSM8K loss | adapter's values "
+        "| seeds | diverged |",
         "|---" * 9 + "|",
     ]
     for method in settings.methods:

@@ -42,7 +42,7 @@ def text(content: dict[str, list[dict]], settings: Settings, flags: str) -> str:
         "loss, told",
         "loss, untold",
         "forgetting",
-        "values",
+        "adapter's values",
         "seeds",
         "diverged",
     ]
@@ -110,6 +110,7 @@ def _head(settings: Settings, flags: str, listed: ComparisonList) -> list[str]:
         + " the list"
         + (", which was committed before the runs." if flags in ("", " --quick") else "."),
         *([listed.known] if listed.known else []),
+        "Intervals, and the words equivalent, contradicted and not worse, which rest on them, are not corrected.",
         'A method with "top" chooses rows by counts of other parts of the same two texts, which no other method sees.',
     ]
 

@@ -29,6 +29,13 @@ class Setup(runs.Setup):
 
     n_tasks: int
 
+    def __post_init__(self) -> None:
+        if self.n_pairs % self.n_tasks or self.steps < 1:
+            raise ValueError(
+                f"n_pairs={self.n_pairs} must be n_tasks={self.n_tasks} times the facts of a task, of which there must "
+                f"be at least batch_size={self.batch_size}."
+            )
+
     @property
     def steps(self) -> int:
         """Optimizer steps of a task."""

@@ -1,5 +1,6 @@
 """Rows of ASLoRA's classification benchmark on a tiny random BERT, its data, and its page."""
 
+import contextlib
 import csv
 import io
 import json
@@ -19,6 +20,7 @@ from benchmarks.aslora_classify.methods import Method
 from benchmarks.common import quality_program
 from benchmarks.common import runs as common_runs
 from benchmarks.common.comparisons import read_list
+from benchmarks.common.protocol import Protocol
 from benchmarks.common.rows import Rows
 from tests.support.models import model
 
@@ -128,7 +130,7 @@ def inline(jobs, processes, make, arguments, threads):
     return [said for job in jobs if (said := common_runs.run_job(*job)) is not None]
 
 
-def without_search(once, protocol):
+def without_search(once, protocol, ended):
     once(0.05, 1, "valid")
     yield from (once(0.05, seed, "test") for seed in protocol.seeds)
 
@@ -153,12 +155,41 @@ def test_a_run_that_diverged_is_kept_as_such_and_not_made_again(place, tmp_path,
     assert "| ASLoRA against LoRA | loss | | | | | | | diverged |" in text
 
 
+def test_a_rate_that_was_given_up_is_not_tried_again_whenever_the_runs_stopped(place, tmp_path, monkeypatch):
+    """At the best rate the second of three reported seeds diverges."""
+    made, most = [], 0
+
+    def run_row(setup, task, method, rate, seed, splits, on, pad, device):
+        if len(made) == most:
+            raise KeyboardInterrupt
+        made.append((rate, seed))
+        numbers = dict.fromkeys(("accuracy", "values_start", "values_end", "seconds", "cpu_seconds"), 1)
+        last = 2.0 if (rate, seed) == (0.002, 6) else 0.5
+        loss = {0.001: 0.2, 0.002: 0.1}.get(rate, 0.3)
+        return numbers | {"loss": loss, "first_train_loss": 1.0, "last_train_loss": last}
+
+    monkeypatch.setattr(runs, "run_row", run_row)
+    protocol = Protocol((0.001, 0.002, 0.004), (1,), (5, 6, 7))
+    settings = replace(runs.read_settings(place / "tiny.json"), protocol=protocol)
+    made_runs = runs.Runs(settings, Rows(tmp_path / "rows.json"), place, "cpu")
+    for most in range(10):  # noqa: B007 - `run_row` reads it: stopped before each run, and then not
+        with contextlib.suppress(KeyboardInterrupt):
+            made_runs.run(TASK, settings.methods[0])
+    assert most == len(made)
+    assert made == [*((rate, 1) for rate in (0.001, 0.002, 0.004)), (0.002, 5), (0.002, 6), (0.0005, 1),
+                    *((0.001, seed) for seed in (5, 6, 7))]  # fmt: skip
+    reported = [row for row in made_runs.rows.read()["rows"] if row["split"] == "test"]
+    assert {(row["seed"], row["learning_rate"]) for row in reported} == {(seed, 0.001) for seed in (5, 6, 7)}
+
+
 def test_a_wrong_folder_ends_the_program_with_one_sentence(place, tmp_path, monkeypatch, capsys):
     arguments = ["x", "--settings", str(place / "tiny.json"), "--out", str(tmp_path / "rows.json"), "--data"]
     write_csv(tmp_path / "few" / "films" / "train.csv", [("good film", "good")])
     write_csv(tmp_path / "few" / "films" / "test.csv", [("bad film", "bad")])
+    write_csv(tmp_path / "short" / "films" / "train.csv", [("good film",)])
     for folder, message in (
         ("none", "must be a CSV file with the columns text and category"),
+        ("short", "must be a CSV file with the columns text and category"),
         ("few", "24 and 8 are needed"),
     ):
         monkeypatch.setattr(sys, "argv", [*arguments, str(tmp_path / folder)])

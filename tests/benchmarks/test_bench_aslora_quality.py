@@ -150,18 +150,19 @@ def test_a_rerun_finds_its_row_and_only_with_equal_settings(tmp_path):
     assert again.find(KEY | {"seed": 1}, {"steps": 4, "pair": (1, 2)}) is None
 
 
-def test_a_row_with_new_settings_takes_the_old_one_s_place(tmp_path):
+def test_a_row_takes_the_place_of_one_of_the_same_run_and_of_no_other(tmp_path):
     rows = Rows(tmp_path / "rows.json")
-    rows.add(KEY | {"settings": {"steps": 4}}, {"torch": "a"})
+    rows.add(KEY | {"settings": {"steps": 5}}, {"torch": "a"})
+    rows.add(KEY | {"settings": {"steps": 4}}, {"torch": "a"})  # e.g. of another model
     rows.add(KEY | {"settings": {"steps": 5}, "learning_rate": 1e-2}, {"torch": "b"})
     for rate in (1e-3, 1e-2, 1e-2):
         rows.add(KEY | {"settings": {}, "split": "valid", "learning_rate": rate}, {"torch": "a"})
     content = json.loads((tmp_path / "rows.json").read_text())
     assert [(row["split"], row["learning_rate"]) for row in content["rows"]] == [
-        ("test", 1e-2), ("valid", 1e-3), ("valid", 1e-2)
+        ("test", KEY["learning_rate"]), ("test", 1e-2), ("valid", 1e-3), ("valid", 1e-2)
     ]  # fmt: skip
     assert content["environments"] == [{"torch": "a"}, {"torch": "b"}]
-    assert [content["environments"][row["environment"]]["torch"] for row in content["rows"]] == ["b", "a", "a"]
+    assert [content["environments"][row["environment"]]["torch"] for row in content["rows"]] == ["a", "b", "a", "a"]
 
 
 def row(method: str, seed: int, exact: str) -> dict:

@@ -1,6 +1,7 @@
 """The benchmark of a sequence of tasks: its settings, what a run finds on a tiny model, and its page."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +71,12 @@ def test_methods_that_know_their_task_keep_its_answers_exactly(method, exact):
         first, *later = (answers.logits for answers in learned.answers)
         assert all(torch.equal(first, logits) == exact for logits in later)
     assert not torch.equal(after, sequence[0].answers[0].logits)  # the last task is selected
+
+
+def test_tasks_are_of_equal_size():
+    for n_pairs, batch_size in ((30, 2), (32, 16)):
+        with pytest.raises(ValueError, match=f"n_pairs={n_pairs} must be n_tasks=4 times"):
+            replace(read_settings(SETTINGS).setup, n_pairs=n_pairs, n_tasks=4, batch_size=batch_size)
 
 
 def test_no_other_method_knows_tasks():

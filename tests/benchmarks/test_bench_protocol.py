@@ -28,8 +28,8 @@ def test_the_paired_t_test_is_scipys():
     interval = expected.confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
     assert found.positive == 1
-    least, error = found.detectable(0.001), stats.sem([a - b for a, b in zip(ours, theirs, strict=True)])
-    assert 2 * stats.t.sf(least / error, 7) == pytest.approx(0.001, rel=1e-6)
+    gain, error = found.detectable(0.001), stats.sem([a - b for a, b in zip(ours, theirs, strict=True)])
+    assert stats.nct.sf(stats.t.isf(0.0005, 7), 7, gain / error) == pytest.approx(0.8, abs=1e-6)
     for degrees in (1, 2, 7, 30):
         assert t_quantile(0.05, degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=1e-12)
 
@@ -100,7 +100,10 @@ def test_the_rate_is_chosen_on_tuning_seeds_and_given_up_where_a_reported_run_di
             return made({0.001: 0.5, 0.002: 0.3, 0.004: 0.1}.get(rate, 0.9), 2.0 if (rate, seed) == (0.004, 2) else 0.5)
         return made(0.0, 2.0 if (rate, seed) == (0.002, 12) else 0.5)
 
-    rows = list(protocol.run_method(once, protocol.Protocol(RATES, (1, 2, 3), SEEDS)))
+    def ended(rate):
+        return any((tried, seed, split) == (0.002, 12, "test") for tried, seed, split in calls) and rate == 0.002
+
+    rows = list(protocol.run_method(once, protocol.Protocol(RATES, (1, 2, 3), SEEDS), ended))
     assert len(rows) == 4
     reported = [(rate, seed) for rate, seed, split in calls if split == "test"]
     assert reported == [(0.002, 10), (0.002, 11), (0.002, 12), *((0.001, seed) for seed in SEEDS)]
@@ -114,7 +117,7 @@ def test_a_fixed_rate_is_kept_whatever_diverges():
         calls.append((rate, seed, split))
         return made(0.0, 2.0 if seed == 11 else 0.5)
 
-    rows = list(protocol.run_method(once, protocol.Protocol((0.003,), (), SEEDS)))
+    rows = list(protocol.run_method(once, protocol.Protocol((0.003,), (), SEEDS), lambda rate: False))
     assert calls == [(0.003, seed, "test") for seed in SEEDS]
     assert len(rows) == 4
     with pytest.raises(ValueError, match="without tuning_seeds give one rate"):
@@ -289,10 +292,13 @@ def test_a_page_is_of_rows_that_a_rerun_would_find():
     listed = SimpleNamespace(setup=setup, jobs=[(task, SimpleNamespace(name="m", settings={"r": 2}))])
     now = {"value": 3, "r": 2, "device": "cpu"}
     rows = [
-        {"task": "t", "method": name, "settings": now | other}
+        {"task": "t", "method": name, "split": "valid", "settings": now | other}
         for name, other in (("m", {}), ("m", {"device": "cuda"}), ("m", {"r": 4}), ("gone", {}))
     ]
     assert runs.of_settings({"rows": rows, "data": {}}, listed, "cpu") == {"rows": rows[:1], "data": {}}
+    given_up, chosen = ({**rows[0], "split": "test", "learning_rate": rate} for rate in (0.004, 0.002))
+    of_both = {"rows": [given_up, {**given_up, "split": "diverged"}, chosen, rows[0]]}
+    assert runs.of_settings(of_both, listed, "cpu") == {"rows": [of_both["rows"][1], chosen, rows[0]]}
     alike = SimpleNamespace(name="m", settings={"value": 4})
     with pytest.raises(ValueError, match=r"share the names \['value'\]"):
         runs.settings_of_row(listed, task, alike, "cpu")

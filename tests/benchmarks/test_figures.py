@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.common.runs import settings_of_row
 from benchmarks.figures import numbers
+from benchmarks.meft_forgetting.runs import read_settings
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "figures"
 DESCRIPTION = "{http://purl.org/dc/elements/1.1/}description"
@@ -60,8 +62,13 @@ def test_a_point_is_the_mean_and_t_interval_of_the_reported_seeds(tmp_path):
 def test_the_frontier_and_the_reported_seeds_so_far(tmp_path):
     assert numbers.meft(tmp_path) is None
 
+    settings = read_settings(numbers.MEFT_SETTINGS)
+    task, method = next(job for job in settings.jobs if job[1].name == "LoRA r 64")
+    of_row = settings_of_row(settings, task, method, "cpu")
+
     def row(split, rate, seed, recall, forgetting, **fields):
         shared = {"task": "64 facts", "method": "LoRA r 64", "split": split, "learning_rate": rate, "seed": seed}
+        shared |= {"settings": of_row}
         return shared | {"recall": recall, "forgetting": forgetting} | fields
 
     rows = [
