@@ -3,7 +3,7 @@
     python -m benchmarks.figures            # writes docs/figures/
     python -m benchmarks.figures --check    # exit code 1 where a file is not what the rows give
 
-`aslora-*.svg` shows `results/aslora_quality.json`, `meft-*.svg` shows `results/meft_forgetting.json`, each for light
+`aslora-*.svg` shows `results/aslora_classify.json`, `meft-*.svg` shows `results/meft_forgetting.json`, each for light
 and for dark pages. A figure without rows is not made. Each file holds the numbers that it shows in its description.
 With the pinned matplotlib a file is the same, byte for byte, on every run.
 """

@@ -3,42 +3,46 @@
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from benchmarks.figures.numbers import Numbers
 from benchmarks.figures.style import Colours
 
-TITLES = {
-    "banking77": "banking77: exact match, %   (higher is better)",
-    "gsm8k": "GSM8K: loss of the answer   (lower is better)",
-}
-MILLIONS = (0.2, 0.5, 1, 2, 5)
+GAINS = {"loss": "gain of loss over {}, %", "accuracy": "gain of accuracy over {}, points"}
 
 
 def aslora(numbers: Numbers, colours: Colours) -> Figure:
-    """Two panels: what a task's metric is, by the number of values that an adapter keeps."""
-    figure = Figure(figsize=(9.6, 3.3), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, 2), numbers["panels"], strict=True):
-        for point in panel["points"]:
-            label = point["label"]
-            ours, lora = label.startswith("ASLoRA"), label.startswith("LoRA")
-            colour = colours.blue if ours else colours.orange if lora else colours.grey
-            marker = "o" if ours else "s" if lora else "D"
-            axes.plot(point["values"], point["mean"], marker, color=colour, markersize=6)
-            if point["interval"] is not None:
-                axes.plot([point["values"]] * 2, point["interval"], color=colour, linewidth=1.6)
-            # Pairs of points stand close: ours is named at the left of its lower end, others at the right of the upper.
-            axes.annotate(
-                label + short(point["n"], numbers["planned"]),
-                (point["values"], (point["interval"] or [point["mean"]] * 2)[0 if ours else 1]),
-                xytext=(-6 if ours else 6, 0), textcoords="offset points", color=colour,
-                ha="right" if ours else "left", va="bottom" if ours else "top",
-            )  # fmt: skip
-        axes.set(title=TITLES[panel["task"]], xscale="log", xlim=(1.4e5, 6.5e6))
-        axes.set_xlabel("values at the end of training, millions")
-        axes.set_xticks([1e6 * each for each in MILLIONS], [f"{each:g}" for each in MILLIONS])
-        axes.minorticks_off()
-        axes.grid(axis="y")
+    """Two panels, loss and accuracy: what each method gains over LoRA r 8 on each task, and the margin of a gain that
+    counts.
+    """
+    tasks = numbers["tasks"]
+    points = [point for task in tasks for point in task["points"]]
+    shares = {point["label"]: point["values"] for point in points}  # in the order of the settings
+    of = (colours.blue, colours.orange, colours.grey, colours.yellow, colours.sky, colours.green, colours.purple)
+    looks = {label: (of[i % 7], "osD^vP*X<"[i % 9]) for i, label in enumerate(shares)}
+    figure = Figure(figsize=(9.6, 1.3 + 0.55 * len(tasks) * max(1.0, len(shares) / 3)), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, 2, sharey=True), GAINS, strict=True):
+        margin = numbers["margins"][metric]
+        axes.axvspan(-margin, margin, color=colours.faint, alpha=0.5, linewidth=0)
+        axes.axvline(0, color=colours.ink, linewidth=0.8)
+        for place, task in enumerate(tasks):
+            if not task["points"]:
+                axes.text(0, place, "  not measured", va="center", color=colours.grey)
+            for point in task["points"]:
+                colour, marker = looks[point["label"]]
+                y = place + 0.7 * ((list(shares).index(point["label"]) + 0.5) / len(shares) - 0.5)
+                axes.plot(point[metric]["interval"], [y, y], color=colour, linewidth=1.6)
+                axes.plot(point[metric]["mean"], y, marker, color=colour, markersize=6)
+        axes.set_xlabel(GAINS[metric].format(numbers["rival"]) + "   (higher is better)")
+        axes.grid(axis="x")
+    axes.set_yticks(range(len(tasks)), [task["task"] for task in tasks])
+    axes.set_ylim(len(tasks) - 0.5, -0.5)
+    handles = [
+        Line2D([], [], color=colour, marker=marker, linewidth=1.6, label=f"{label}, {shares[label]:g} % of the values")
+        for label, (colour, marker) in looks.items()
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False)
     return figure
 
 

@@ -3,9 +3,11 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-from benchmarks.aslora_quality.__main__ import SEEDS
+from benchmarks.aslora_classify.runs import read_settings as classify_settings
+from benchmarks.common.comparisons import read_list
 from benchmarks.common.paired_test import paired_t
 from benchmarks.common.places import RESULTS
 from benchmarks.common.protocol import REPORTED, TUNING
@@ -14,16 +16,9 @@ from benchmarks.meft_forgetting.runs import read_settings
 
 Numbers = dict[str, Any]  # JSON
 
-# Label -> the method's name in the rows.
-ASLORA = {
-    "VeRA r 256": "VeRA r 256",
-    "ASLoRA r 8": "ASLoRA r 8",
-    "LoRA r 2": "LoRA r 2 (nearest to ASLoRA r 8 at its end)",
-    "ASLoRA r 32": "ASLoRA r 32",
-    "LoRA r 8": "LoRA r 8",
-}
-PANELS = (("banking77", "exact_match", 100.0), ("gsm8k", "loss", 1.0))  # task, metric, factor
-MEFT_SETTINGS = Path(__file__).resolve().parents[1] / "meft_forgetting" / "settings.json"
+FOLDER = Path(__file__).resolve().parents[1]
+ASLORA_SETTINGS, MEFT_SETTINGS = (FOLDER / name / "settings.json" for name in ("aslora_classify", "meft_forgetting"))
+RIVAL = "LoRA r 8"
 
 
 def over_seeds(values: Iterable[float]) -> Numbers:
@@ -40,20 +35,36 @@ def rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def aslora(results: Path = RESULTS) -> Numbers | None:
-    """Quality against the number of values at the end of training; None without rows."""
-    rows = _rows(results / "aslora_quality.json")
-    panels = []
-    for task, metric, factor in PANELS:
-        points = []
-        for label, name in ASLORA.items():
-            wanted = (task, name, REPORTED)
-            found = [row for row in rows if (row["task"], row["method"], row["split"]) == wanted]
-            if found:
-                values = [factor * row[metric] for row in found]
-                points.append({"label": label, "values": found[0]["parameters_end"]} | over_seeds(values))
-        panels.append({"task": task, "metric": metric, "points": points})
-    return {"planned": len(SEEDS), "panels": panels} if rows else None
+def aslora(results: Path = RESULTS, settings: Path = ASLORA_SETTINGS) -> Numbers | None:
+    """What each method gains over LoRA r 8, paired by seed, as a share of its loss and in points of accuracy, with the
+    share of its values that the method keeps; on each task where both have all seeds. None without rows.
+    """
+    planned = classify_settings(settings)
+    rows = of_settings({"rows": _rows(results / "aslora_classify.json")}, planned, "cpu")["rows"]
+    seeds, margins = planned.protocol.seeds, read_list(planned.comparisons).margins
+
+    def reported(task: str, method: str) -> list[dict] | None:
+        wanted = (task, method, REPORTED)
+        found = {row["seed"]: row for row in rows if (row["task"], row["method"], row["split"]) == wanted}
+        return [found[seed] for seed in seeds] if set(seeds) <= found.keys() else None
+
+    tasks = []
+    for task in planned.tasks:
+        rivals, points = reported(task.name, RIVAL), []
+        for method in planned.methods:
+            ours = reported(task.name, method.name)
+            if rivals is None or ours is None or method.name == RIVAL:
+                continue
+            pairs, mean_loss = list(zip(ours, rivals, strict=True)), mean(row["loss"] for row in rivals)
+            share = 100 * ours[0]["values_end"] / rivals[0]["values_end"]
+            point: Numbers = {"label": method.name, "values": rounded(share)}
+            point["loss"] = over_seeds(100 * (rival["loss"] - own["loss"]) / mean_loss for own, rival in pairs)
+            point["accuracy"] = over_seeds(100 * (own["accuracy"] - rival["accuracy"]) for own, rival in pairs)
+            points.append(point)
+        tasks.append({"task": task.name, "points": points})
+    shared = {"seeds": len(seeds), "rival": RIVAL, "margins": {"loss": 100 * margins["loss"]["relative"]}}
+    shared["margins"]["accuracy"] = 100 * margins["accuracy"]["absolute"]
+    return shared | {"tasks": tasks} if any(task["points"] for task in tasks) else None
 
 
 def meft(results: Path = RESULTS, settings: Path = MEFT_SETTINGS) -> Numbers | None:

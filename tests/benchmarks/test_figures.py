@@ -1,12 +1,12 @@
 """The figures of the documentation show what the committed rows say."""
 
 import json
-import statistics
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 
+from benchmarks.aslora_classify.runs import read_settings as classify_settings
 from benchmarks.common.runs import settings_of_row
 from benchmarks.figures import numbers
 from benchmarks.meft_forgetting.runs import read_settings
@@ -39,24 +39,56 @@ def write(folder, name, rows):
     (folder / name).write_text(json.dumps({"environments": [], "rows": rows}))
 
 
-def test_a_point_is_the_mean_and_t_interval_of_the_reported_seeds(tmp_path):
+def test_a_gain_is_paired_by_seed_and_of_methods_with_all_seeds(tmp_path):
+    settings = classify_settings(numbers.ASLORA_SETTINGS)
+    seeds, rows = settings.protocol.seeds, []
+
+    def add(name, loss, accuracy, values, left_out=()):
+        task, method = next(
+            job for job in settings.jobs if (job[0].name, job[1].name) == (settings.tasks[1].name, name)
+        )
+        of_row = settings_of_row(settings, task, method, "cpu")
+        shared = {"task": task.name, "method": name, "split": "test", "learning_rate": 0.1, "values_end": values}
+        for number, seed in enumerate(seeds):
+            measured = {"loss": loss + number / 8, "accuracy": accuracy}
+            rows.extend([shared | {"seed": seed, "settings": of_row} | measured] if seed not in left_out else [])
+
+    add("LoRA r 8", 0.5, 0.5, 40)
+    write(tmp_path, "aslora_classify.json", rows)
     assert numbers.aslora(tmp_path) is None
+    add("ASLoRA r 8", 0.25, 0.625, 10)
+    add("LoRA r 2", 0.25, 0.5, 10, left_out=seeds[:1])
+    write(tmp_path, "aslora_classify.json", rows)
+    found = numbers.aslora(tmp_path)
+    assert [len(task["points"]) for task in found["tasks"]] == [0, 1, 0, 0]
+    (point,) = found["tasks"][1]["points"]
+    assert (point["label"], point["values"]) == ("ASLoRA r 8", 25)
+    mean_loss = 0.5 + 3.5 / 8  # the gain is the same for all seeds
+    assert point["loss"] == {
+        "n": 8,
+        "mean": numbers.rounded(25 / mean_loss),
+        "interval": [numbers.rounded(25 / mean_loss)] * 2,
+    }
+    assert point["accuracy"] == {"n": 8, "mean": 12.5, "interval": [12.5, 12.5]}
+    assert found["margins"] == {"loss": 2.0, "accuracy": 1.0}
 
-    def row(match, split="test", **fields):
-        shared = {"task": "banking77", "method": "ASLoRA r 8", "split": split, "exact_match": match}
-        return shared | {"parameters_end": 12} | fields
 
-    matches = [0.5, 0.6, 0.9]
-    others = [row(0.1, "valid"), row(0.1, method="ASLoRA r 8, share_a=joint")]
-    write(tmp_path, "aslora_quality.json", [*map(row, matches), *others])
-    banking, gsm8k = numbers.aslora(tmp_path)["panels"]
-    (point,) = banking["points"]
-    half = 4.3027 * 100 * statistics.stdev(matches) / 3**0.5  # t(2)
-    middle = 100 * statistics.mean(matches)
-    assert (point["label"], point["values"], point["n"]) == ("ASLoRA r 8", 12, 3)
-    assert point["mean"] == pytest.approx(middle, rel=1e-3)
-    assert point["interval"] == pytest.approx([middle - half, middle + half], rel=1e-3)
-    assert gsm8k["points"] == []
+def test_the_figure_of_aslora_has_a_place_for_each_method_and_says_what_is_missing():
+    pytest.importorskip("matplotlib")
+    from benchmarks.figures import draw
+    from benchmarks.figures.style import THEMES
+
+    gain = {"n": 8, "mean": 1.0, "interval": [-1.0, 3.0]}
+    points = [{"label": label, "values": 25, "loss": gain, "accuracy": gain} for label in ("a", "b")]
+    tasks = [{"task": "one", "points": points}, {"task": "two", "points": []}]
+    shown = {"seeds": 8, "rival": "LoRA r 8", "margins": {"loss": 2.0, "accuracy": 1.0}, "tasks": tasks}
+    figure = draw.aslora(shown, THEMES["light"])
+    for axes in figure.axes:
+        assert [text.get_text().strip() for text in axes.texts] == ["not measured"]
+        marks = [line for line in axes.lines if line.get_marker() != "None"]
+        assert [list(mark.get_xdata()) for mark in marks] == [[1.0], [1.0]]
+        assert len({mark.get_ydata()[0] for mark in marks}) == 2
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"{x}, 25 % of the values" for x in "ab"]
 
 
 def test_the_frontier_and_the_reported_seeds_so_far(tmp_path):
