@@ -9,9 +9,10 @@ DIR holds `reviews/` and `banking77/`, each with `train.csv` and `test.csv`, whi
 `comparisons.json` what is compared; both were committed before the runs. `benchmarks/common/protocol.py` and
 `benchmarks/common/comparisons.py` say how it is decided. With `--settings FILE` another file takes the place of
 `settings.json`: with a larger model, other methods, other data sets. `screen.json` tries ideas (`variants.py`) with
-tuning seeds only, to choose those that deserve a comparison:
+tuning seeds only, to choose those that deserve a comparison, and `diagonal.json` compares the one that it chose:
 
     python -m benchmarks.aslora_classify --data DIR --settings benchmarks/aslora_classify/screen.json
+    python -m benchmarks.aslora_classify --data DIR --settings benchmarks/aslora_classify/diagonal.json
 
 Runs are made in the order of what they tell: the methods of the first turn on every task, then those of the next.
 """

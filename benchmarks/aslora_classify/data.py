@@ -41,6 +41,14 @@ def read(path: Path) -> list[tuple[str, str]]:
     return list({text.lower(): (text, category) for text, category in rows}.values())
 
 
+def write(folder: Path, train: list[tuple[str, str]], test: list[tuple[str, str]]) -> None:
+    """Make a data set of (text, category) rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("test", test), ("train", train)):
+        with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("text", "category"), *rows])
+
+
 def load_splits(folder: Path, tokenizer, examples: int, n_valid: int, n_test: int, max_tokens: int) -> Splits:
     """Read a data set: `valid` comes from the training file, and no text is in two splits.
 

@@ -8,12 +8,13 @@ writes DIR/reviews/train.csv and DIR/reviews/test.csv: 10,568 sentences that peo
 """
 
 import argparse
-import csv
 import io
 import random
 import sys
 import tarfile
 from pathlib import Path
+
+from benchmarks.aslora_classify.data import write
 
 INNER = "hutto_ICWSM_2014.tar.gz"
 RATED = "movieReviewSnippets_GroundTruth.txt"
@@ -43,14 +44,11 @@ def rated_sentences(sdist: Path) -> list[tuple[str, str]]:
     ]
 
 
-def write(rows: list[tuple[str, str]], folder: Path, n_test: int = N_TEST) -> None:
-    """Write train.csv and test.csv, the same ones each time."""
+def split(rows: list[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
+    """Rows of "train" and of "test", the same ones each time."""
     rows = sorted(rows)
     random.Random(0).shuffle(rows)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, part in (("test", rows[:n_test]), ("train", rows[n_test:])):
-        with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("text", "category"), *part])
+    return {"train": rows[N_TEST:], "test": rows[:N_TEST]}
 
 
 def main() -> int:
@@ -63,7 +61,7 @@ def main() -> int:
     except (OSError, tarfile.TarError, ValueError) as error:
         print(f"{args.sdist}: {error}", file=sys.stderr)
         return 2
-    write(rows, args.data / "reviews")
+    write(args.data / "reviews", **split(rows))
     print(f"{len(rows)} sentences in {args.data / 'reviews'}")
     return 0
 

@@ -36,17 +36,17 @@ def t_quantile(level: float, degrees: int) -> float:
     return high
 
 
-def shift_of_power(least: float, degrees: int) -> float:
-    """The shift of a noncentral t that is above `least` with a probability of `POWER`.
+def noncentrality(least: float, degrees: int) -> float:
+    """The noncentrality of a t that is above `least` with a probability of `POWER`.
 
-    Noncentral t is (z + shift) / s, with z normal and s^2 chi-squared over its degrees of freedom: the probability is
-    the mean over s of that of z > least s - shift.
+    Noncentral t is (z + noncentrality) / s, with z normal and s^2 chi-squared over its degrees of freedom. So the
+    probability is the mean over s of that of z > least s - noncentrality.
     """
     grid = [4 * (i + 0.5) / 2000 for i in range(2000)]  # of s
     weights = [math.exp((degrees - 1) * math.log(s) + degrees * (1 - s * s) / 2) for s in grid]
 
-    def power(shift: float) -> float:
-        above = (weight * NORMAL.cdf(shift - least * s) for weight, s in zip(weights, grid, strict=True))
+    def power(tried: float) -> float:
+        above = (weight * NORMAL.cdf(tried - least * s) for weight, s in zip(weights, grid, strict=True))
         return sum(above) / sum(weights)
 
     low, high = 0.0, 4 * least + 4
@@ -73,7 +73,7 @@ class PairedT:
     def detectable(self, level: float) -> float:
         """The true mean that, with this spread, comes out with a p below `level` four times in five (`POWER`)."""
         error = (self.high - self.low) / 2 / t_quantile(LEVEL, self.degrees)
-        return error * shift_of_power(t_quantile(level, self.degrees), self.degrees)
+        return error * noncentrality(t_quantile(level, self.degrees), self.degrees)
 
 
 def paired_t(differences: list[float]) -> PairedT:

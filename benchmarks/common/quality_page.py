@@ -7,6 +7,7 @@ from statistics import mean, stdev
 from benchmarks.common.comparisons import Comparison, ComparisonList, Verdict, judge, verdicts
 from benchmarks.common.paired_test import LEVEL
 from benchmarks.common.protocol import DIVERGED, REPORTED, TUNING, Protocol, tuning_loss
+from benchmarks.common.runs import cost
 
 UNITS = {"accuracy": (100, ".1f", " points"), "loss": (1, ".4f", "")}  # factor, format, unit
 
@@ -68,8 +69,7 @@ class Page:
         if self.protocol.seeds:
             lines += ["", "## Rows missing", "", *self.missing(kept)]
         lines += ["", "## Cost and environment", ""]
-        cpu = sum(row["cpu_seconds"] for row in rows) / 3600
-        lines += [f"{len(rows)} runs, {cpu:.1f} hours of CPU time in all.", ""]
+        lines += [cost(rows), ""]
         lines += [", ".join(f"{key} {value}" for key, value in found.items()) for found in content["environments"]]
         return "\n".join(lines).rstrip() + "\n"
 

@@ -3,7 +3,7 @@
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,17 @@ class Rows:
         """The row with these keys whose settings are equal, as JSON sees them; None if there is none."""
         wanted = json.loads(json.dumps(key | {"settings": settings}))
         return next((row for row in self.read()["rows"] if all(row.get(name) == wanted[name] for name in wanted)), None)
+
+    def take(self, key: dict, settings: dict, others: Iterable[Path]) -> dict | None:
+        """As `find`, in other files with rows of the same data; the row is added here, and says where it was made."""
+        for path in others:
+            row = Rows(path).find(key, settings)
+            other = Rows(path).read()
+            data = other.get("data", {})
+            common = data.keys() & self._data.keys()
+            if row is not None and common and all(data[name] == self._data[name] for name in common):
+                return self.add({"made_for": path.stem} | row, other["environments"][row["environment"]])
+        return None
 
     def add(self, row: dict, environment: dict) -> dict:
         """Append a row and replace the file whole.

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from benchmarks.common.environment import environment
+from benchmarks.common.places import RESULTS
 from benchmarks.common.protocol import DIVERGED, REPORTED, Protocol, diverged, run_method
 from benchmarks.common.rows import Rows
 
@@ -23,7 +24,8 @@ class Settings:
     """A settings file: what all runs share, the protocol, the tasks, the methods, and the list of comparisons.
 
     `setup`, `tasks` and `methods` are dataclasses of the benchmark. A task has a `name`; a method has a `name`, a
-    `turn` and `settings`, on which its rows depend.
+    `turn` and `settings`, on which its rows depend. `shares` are names of files in `results/`: of runs that these have
+    already, the rows are taken over.
     """
 
     setup: Any
@@ -31,6 +33,7 @@ class Settings:
     tasks: list[Any]
     methods: list[Any]
     comparisons: Path
+    shares: tuple[str, ...] = ()
 
     @property
     def jobs(self) -> list[tuple[Any, Any]]:
@@ -57,6 +60,7 @@ def read_settings(path: Path, setup: type, task: type, method: type) -> Settings
         [task(**one) for one in content["tasks"]],
         [method(**one) for one in content["methods"]],
         path.parent / content["comparisons"],
+        tuple(content.get("shares", ())),
     )
 
 
@@ -95,6 +99,15 @@ def of_settings(content: dict, settings: Settings, device: str) -> dict:
     }
 
 
+def cost(rows: list[dict]) -> str:
+    """What the rows of a page took, and which were made for another page."""
+    own = [row for row in rows if "made_for" not in row]
+    hours = sum(row["cpu_seconds"] for row in own) / 3600
+    said = f"{len(own)} runs, {hours:.1f} hours of CPU time in all."
+    others = sorted({row["made_for"] for row in rows if "made_for" in row})
+    return said + (f" {len(rows) - len(own)} further runs are those of {' and '.join(others)}." if others else "")
+
+
 class Runs(ABC):
     """Makes the runs that a rows file lacks; a benchmark says what one run is (`result`)."""
 
@@ -126,11 +139,12 @@ class Runs(ABC):
         """The row of one run, found or new; one that diverged and was to be reported is kept as such."""
         key = {"task": task.name, "method": method.name, "seed": seed, "split": split, "learning_rate": rate}
         settings = settings_of_row(self.settings, task, method, self.device)
-        found = self.rows.find(key, settings)
-        if found is None and split == REPORTED:
-            found = self.rows.find(key | {"split": DIVERGED}, settings)
-        if found is not None:
-            return found
+        shared = [RESULTS / name for name in self.settings.shares]
+        for held_as in (key, key | {"split": DIVERGED}) if split == REPORTED else (key,):
+            found = self.rows.find(held_as, settings) or self.rows.take(held_as, settings, shared)
+            if found is not None:
+                return found
+        stop_without_parent()
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         result = self.result(task, method, rate, seed, split)
         if split == REPORTED and diverged(result):
@@ -153,6 +167,13 @@ class Runs(ABC):
         except RuntimeError as error:
             return f"{task.name}: {method.name}: {error}"
         return None
+
+
+def stop_without_parent() -> None:
+    """End a worker process whose parent was killed: it would go on, unseen, with what is queued."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        raise SystemExit("The program that began this process has ended.")
 
 
 _runs: Runs  # of a worker process

@@ -19,8 +19,7 @@ def aslora(numbers: Numbers, colours: Colours) -> Figure:
     tasks = numbers["tasks"]
     points = [point for task in tasks for point in task["points"]]
     shares = {point["label"]: point["values"] for point in points}  # in the order of the settings
-    of = (colours.blue, colours.orange, colours.grey, colours.yellow, colours.sky, colours.green, colours.purple)
-    looks = {label: (of[i % 7], "osD^vP*X<"[i % 9]) for i, label in enumerate(shares)}
+    looks = dict(zip(shares, colours.looks, strict=False))
     figure = Figure(figsize=(9.6, 1.3 + 0.55 * len(tasks) * max(1.0, len(shares) / 3)), layout="constrained")
     for axes, metric in zip(figure.subplots(1, 2, sharey=True), GAINS, strict=True):
         margin = numbers["margins"][metric]
@@ -51,9 +50,8 @@ def meft(numbers: Numbers, colours: Colours) -> Figure:
     figure = Figure(figsize=(9.6, 3.3), layout="constrained")
     frontier, reported = figure.subplots(1, 2, width_ratios=[1.15, 1])
     methods = numbers["methods"]
-    of = (colours.blue, colours.orange, colours.grey, colours.yellow, colours.sky, colours.green, colours.purple)
-    seen, markers = of[: len(methods)], "osD^vP*"[: len(methods)]
-    for place, (one, colour, marker) in enumerate(zip(methods, seen, markers, strict=True)):
+    looks = colours.looks[: len(methods)]
+    for place, (one, (colour, marker)) in enumerate(zip(methods, looks, strict=True)):
         recalls, forgettings = zip(*one["frontier"], strict=True) if one["frontier"] else ((), ())
         frontier.plot(recalls, forgettings, "-", marker=marker, color=colour, markersize=5, linewidth=1.4)
         if "forgetting" in one:
@@ -67,7 +65,7 @@ def meft(numbers: Numbers, colours: Colours) -> Figure:
     frontier.set_ylabel("forgetting, nats a token")
     frontier.grid()
     reported.set_yticks(range(len(methods)), [named(one, numbers["planned"]) for one in methods])
-    for tick, colour in zip(reported.get_yticklabels(), seen, strict=True):
+    for tick, (colour, _) in zip(reported.get_yticklabels(), looks, strict=True):
         tick.set_color(colour)
     reported.tick_params(axis="y", length=0)
     reported.set(title="The rate chosen, on other seeds", ylim=(len(methods) - 0.4, -0.6))

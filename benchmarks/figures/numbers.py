@@ -37,7 +37,7 @@ def rounded(value: float) -> float:
 
 def aslora(results: Path = RESULTS, settings: Path = ASLORA_SETTINGS) -> Numbers | None:
     """What each method gains over LoRA r 8, paired by seed, as a share of its loss and in points of accuracy, with the
-    share of its values that the method keeps; on each task where both have all seeds. None without rows.
+    share of its values that the method keeps; on each task where both have all seeds. None where no method has.
     """
     planned = classify_settings(settings)
     rows = of_settings({"rows": _rows(results / "aslora_classify.json")}, planned, "cpu")["rows"]

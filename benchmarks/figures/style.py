@@ -26,6 +26,12 @@ class Colours:
     green: str
     purple: str
 
+    @property
+    def looks(self) -> list[tuple[str, str]]:
+        """Colour and marker of methods that share a figure, in their order."""
+        of = (self.blue, self.orange, self.grey, self.yellow, self.sky, self.green, self.purple)
+        return [(of[i % len(of)], marker) for i, marker in enumerate("osD^vP*X<>")]
+
 
 THEMES = {
     "light": Colours("#1f2328", "#d0d7de", "#0072b2", "#c44e00", "#6e7781", "#b8860b", "#3a9bd9", "#00805c", "#a3448f"),

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from benchmarks.common.comparisons import Claim, Comparison, Verdict, judge, read_list, verdicts
 from benchmarks.common.paired_test import LEVEL, holm, paired_t
 from benchmarks.common.protocol import DIVERGED, REPORTED, TUNING
-from benchmarks.common.runs import Settings
+from benchmarks.common.runs import Settings, cost
 
 HERE = Path(__file__).resolve().parent
 COMMAND = "python -m benchmarks.meft_forgetting --data DIR"
@@ -85,8 +85,7 @@ def text(content: dict[str, list[dict]], settings: Settings, flags: str) -> str:
         if seed not in kept(REPORTED, method.name)
     ]
     lines += ["", *missing, *([f"`{command}` makes them, and goes on where it was stopped."] if missing else [])]
-    cpu = sum(row["cpu_seconds"] for row in rows) / 3600
-    lines += ["", f"{len(rows)} runs, {cpu:.1f} hours of CPU time in all.", ""]
+    lines += ["", cost(rows), ""]
     lines += [", ".join(f"{key} {value}" for key, value in found.items()) for found in content["environments"]]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -101,8 +100,8 @@ def backgrounds(settings: Settings) -> list[str]:
     }
     lines = []
     choosing = [one for one in settings.methods if one.top is not None]
-    for text, words in said.items():
-        names = [f'"{one.name}"' for one in choosing if one.background_text == text]
+    for background, words in said.items():
+        names = [f'"{one.name}"' for one in choosing if one.background_text == background]
         lines += [f"{' and '.join(names)}: {words}."] if names else []
     replaying = [f'"{one.name}"' for one in settings.methods if one.replay]
     if replaying:

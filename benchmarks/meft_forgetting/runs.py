@@ -70,6 +70,7 @@ def read_settings(path: Path, setup: type[Setup] = Setup, method: type[Method] =
         [Task(content["task"])],
         [method(**one) for one in content["methods"]],
         path.parent / content["comparisons"],
+        tuple(content.get("shares", ())),
     )
 
 

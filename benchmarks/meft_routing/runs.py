@@ -44,15 +44,8 @@ class Setup:
 
     def settings(self) -> dict[str, object]:
         """What a row depends on."""
-        return (
-            asdict(self)
-            | {"text": "wikitext2", "learning_rate": RATE}
-            | {
-                "model": SMOLLM2.name
-                if self.model == SMOLLM2
-                else str(self.model)  # no path of this machine in its rows
-            }
-        )
+        model = SMOLLM2.name if self.model == SMOLLM2 else str(self.model)  # rows hold no path of the project's folder
+        return asdict(self) | {"text": "wikitext2", "learning_rate": RATE, "model": model}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 
 DIR holds `nq_open/`, `wikitext2/` and `gsm8k/`. A run learns one task after the other, some answers of NQ-open each, by
 heart. After each task it is asked for the facts of all so far; some methods are told which task. `settings.json` says
-which runs are made, `comparisons.json` what is compared; both were committed before the runs but for what it says.
+which runs are made, `comparisons.json` what is compared, and what was chosen after the runs.
 `benchmarks/common/protocol.py` and `benchmarks/common/comparisons.py` say how it is decided. `--settings FILE` takes
 another file in their form.
 """

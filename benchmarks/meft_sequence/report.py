@@ -7,7 +7,7 @@ from statistics import mean, stdev
 
 from benchmarks.common.comparisons import Comparison, ComparisonList, Verdict, judge, read_list, verdicts
 from benchmarks.common.protocol import DIVERGED, REPORTED, TUNING, tuning_loss
-from benchmarks.common.runs import Settings
+from benchmarks.common.runs import Settings, cost
 
 COMMAND = "python -m benchmarks.meft_sequence --data DIR"
 Kept = Callable[[str, str], dict[int, dict]]  # split, method -> seed -> row
@@ -74,8 +74,7 @@ def text(content: dict[str, list[dict]], settings: Settings, flags: str) -> str:
         if seed not in kept(REPORTED, method.name)
     ]
     lines += ["", *missing, *([f"`{COMMAND}{flags}` makes them, and goes on where it was stopped."] if missing else [])]
-    cpu = sum(row["cpu_seconds"] for row in rows) / 3600
-    lines += ["", f"{len(rows)} runs, {cpu:.1f} hours of CPU time in all.", ""]
+    lines += ["", cost(rows), ""]
     lines += [", ".join(f"{key} {value}" for key, value in found.items()) for found in content["environments"]]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -105,9 +104,8 @@ def _head(settings: Settings, flags: str, listed: ComparisonList) -> list[str]:
         "Each method's learning rate is the one with the smallest untold loss among those with a recall of at least",
         f"{100 * setup.least_recall:.0f} %, with {tuned} tuning seed{'s' * (tuned > 1)}; rates are a factor of 2",
         f"apart, and a lower and a higher one were tried. {_told(settings)}The {len(settings.protocol.seeds)}",
-        "reported seeds are",
-        f"others. Tests are paired by seed, after Holm's correction for all {len(listed.comparisons)} comparisons of"
-        + " the list"
+        "reported seeds are others. Tests are paired by seed, after Holm's correction for all",
+        f"{len(listed.comparisons)} comparisons of the list"
         + (", which was committed before the runs." if flags in ("", " --quick") else "."),
         *([listed.known] if listed.known else []),
         "Intervals, and the words equivalent, contradicted and not worse, which rest on them, are not corrected.",

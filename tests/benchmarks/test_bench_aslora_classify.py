@@ -15,7 +15,7 @@ import transformers as tr
 from peft import PeftConfig
 
 from benchmarks.aslora_classify import __main__ as bench
-from benchmarks.aslora_classify import data, experiments, methods, reviews, runs, training, variants
+from benchmarks.aslora_classify import clinc150, data, experiments, methods, reviews, runs, training, variants
 from benchmarks.aslora_classify.methods import Method
 from benchmarks.common import quality_program
 from benchmarks.common import runs as common_runs
@@ -242,17 +242,29 @@ def test_reviews_come_out_of_the_source_distribution(tmp_path, monkeypatch):
     inner = packed(reviews.RATED, "\r\n".join(lines).encode())
     (tmp_path / "sdist.tar.gz").write_bytes(packed(reviews.INNER, inner))
     monkeypatch.setattr(reviews, "N_TEST", 3)
-    rows = reviews.rated_sentences(tmp_path / "sdist.tar.gz")
-    reviews.write(rows, tmp_path / "reviews", 3)
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "sdist.tar.gz"), str(tmp_path)])
+    assert reviews.main() == 0
     train, test = (data.read(tmp_path / "reviews" / f"{split}.csv") for split in ("train", "test"))
     assert (len(train), len(test)) == (5, 3)
     assert dict(train + test) == {f"sentence, {i}": ("positive", "negative")[i % 2] for i in range(8)}
 
 
+def test_queries_of_clinc150_keep_their_splits(tmp_path, monkeypatch, capsys):
+    held = {"train": [["one, two", "count"], ["hi", "greet"]], "test": [["three", "count"]], "oos_test": [["?", "oos"]]}
+    (tmp_path / "full.json").write_text(json.dumps(held))
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "full.json"), str(tmp_path)])
+    assert clinc150.main() == 0
+    for split in ("train", "test"):
+        assert data.read(tmp_path / "clinc150" / f"{split}.csv") == [tuple(row) for row in held[split]]
+    (tmp_path / "full.json").write_text('{"train": 3}')
+    assert clinc150.main() == 2
+    assert "not CLINC150's data_full.json" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------ what is committed
 
 
-@pytest.mark.parametrize("name", ["settings", "quick"])
+@pytest.mark.parametrize("name", ["settings", "quick", "diagonal", "clinc150"])
 def test_the_committed_list_names_what_the_settings_run(name):
     settings = runs.read_settings(bench.HERE / f"{name}.json")
     listed = read_list(settings.comparisons)

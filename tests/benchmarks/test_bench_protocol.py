@@ -3,6 +3,9 @@
 import itertools
 import json
 import math
+import subprocess
+import sys
+import time
 from dataclasses import make_dataclass
 from types import SimpleNamespace
 
@@ -13,7 +16,9 @@ from benchmarks.common import comparisons, protocol, runs
 from benchmarks.common.comparisons import Claim, Comparison
 from benchmarks.common.data_files import rows_of
 from benchmarks.common.paired_test import PairedT, holm, paired_t, t_quantile
+from benchmarks.common.places import ROOT
 from benchmarks.common.quality_arguments import out_of
+from benchmarks.common.rows import Rows
 
 SEEDS = (10, 11, 12, 13)
 
@@ -284,6 +289,63 @@ def test_rows_of_other_data_are_neither_found_nor_replaced(tmp_path, capsys):
     kept = json.loads(out.read_text())
     out.write_text(json.dumps({name: kept[name] for name in ("environments", "rows")}))  # of unknown data
     assert rows_of(out, folders[0], names).path != out
+
+
+def test_a_row_of_another_file_is_taken_over_where_the_run_and_its_data_are_equal(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    setup, task = make_dataclass("Setup", ["value"])(3), make_dataclass("Task", ["name"])("t")
+    method = SimpleNamespace(name="m", settings={"r": 2})
+
+    class Counted(runs.Runs):
+        made = 0
+
+        def prepare(self, jobs):
+            pass
+
+        def result(self, *run):
+            self.made += 1
+            return {"loss": 1.0, "accuracy": 0.5, "first_train_loss": 2.0, "last_train_loss": 1.0,
+                    "seconds": 1.0, "cpu_seconds": 3600.0}  # fmt: skip
+
+    def counted(name, digest, *shares):
+        settings = SimpleNamespace(setup=setup, shares=shares)
+        return Counted(settings, Rows(tmp_path / f"{name}.json", {"f": digest}), tmp_path, "cpu")
+
+    run = (task, method, 0.001, 0, "test")
+    first = counted("first", "aa").once(*run)
+    shared, other = counted("of_both", "aa", "first.json"), counted("other", "bb", "first.json")
+    assert shared.once(*run) == {"made_for": "first"} | first
+    assert counted("third", "aa", "of_both.json").once(*run)["made_for"] == "first"
+    assert shared.rows.read()["environments"] == Rows(tmp_path / "first.json").read()["environments"]
+    assert "made_for" not in other.once(*run)
+    assert (shared.made, other.made) == (0, 1)
+    own = shared.once(task, method, 0.001, 1, "test")
+    said = "1 runs, 1.0 hours of CPU time in all. 1 further runs are those of first."
+    assert runs.cost([own, shared.once(*run)]) == said
+
+
+def orphan(kept):
+    """A worker that begins run after run."""
+    while True:
+        with open(kept, "a") as file:
+            file.write(".")
+        time.sleep(0.01)
+        runs.stop_without_parent()
+
+
+def test_a_worker_ends_when_its_program_was_killed(tmp_path):
+    """It would go on unseen, and take a core from what is run next."""
+    script = "import multiprocessing, sys, time; from tests.benchmarks.test_bench_protocol import orphan; "
+    script += "multiprocessing.get_context('spawn').Process(target=orphan, args=(sys.argv[1],)).start(); time.sleep(99)"
+    kept = tmp_path / "kept"
+    with subprocess.Popen([sys.executable, "-c", script, kept], cwd=ROOT) as program:
+        while not kept.exists():
+            time.sleep(0.05)
+        program.kill()
+    deadline, size = time.monotonic() + 20, -1
+    while size != (size := kept.stat().st_size):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
 
 
 def test_a_page_is_of_rows_that_a_rerun_would_find():

@@ -135,12 +135,31 @@ def test_the_numbers_of_the_claims():
         rate = content("row_states.json")["threads"]["1"][f"bfloat16 masters, moments {mode}"]
         rate = rate["rate of a core, over float32"]
         assert said(rate["median"], rate["interval"], 2) in claims
-    page = (RESULTS / "aslora_classify.md").read_text(encoding="utf-8")
-    found = re.findall(r"\| ASLoRA r 8 against [^|]+ \| (\w+) \| (\S+)[^|]*\| (\S+) to (\S+) \|", page)
-    assert len(found) >= 18
-    for metric, *numbers in found:
-        gain, low, high = (f"{float(one):+.3f}" if metric == "loss" else one for one in numbers)
-        assert f"{gain} [{low}, {high}]" in claims or f"{gain} points [{low}, {high}]" in claims
+
+
+@pytest.mark.parametrize(
+    ("page", "ours", "metrics"),
+    [
+        ("aslora_classify", "ASLoRA r 8", ("loss", "accuracy")),
+        ("aslora_classify_diagonal", ".*", ("loss", "accuracy")),
+        ("meft_facts", "MEFT", ("loss", "accuracy")), ("meft_forgetting", ".*", ("forgetting",)),
+        ("meft_forgetting_controls", ".*", ("forgetting",)), ("meft_sequence", "MEFT .*", ("kept", "untold")),
+    ],
+)  # fmt: skip
+def test_every_comparison_that_was_made_stands_among_the_claims(page, ours, metrics):
+    """In this direction or in the other, with its interval."""
+    claims = BENCHMARKS[BENCHMARKS.index("## Claims") : BENCHMARKS.index("## ASLoRA\n")].replace("+", "")
+    text = (RESULTS / f"{page}.md").read_text(encoding="utf-8")
+    found = re.findall(rf"^\| {ours} against [^|]+ \| (\w+) \| (\S+)[^|]*\| (\S+) to (\S+) \|", text, re.MULTILINE)
+    compared = [(metric, *map(float, numbers)) for metric, *numbers in found if metric in metrics]
+    assert len(compared) >= 4
+    for metric, gain, low, high in compared:
+        digits = 3 if metric in ("loss", "forgetting") else 1
+        ways = [(gain, low, high), (-gain, -high, -low)]
+        said = [[f"{number:.{digits}f}" for number in way] for way in ways]
+        assert any(
+            f"{middle}{unit} [{least}, {most}]" in claims for middle, least, most in said for unit in ("", " points")
+        ), (metric, gain, low, high)
 
 
 def test_the_claims_about_routing():
