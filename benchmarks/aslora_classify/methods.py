@@ -39,8 +39,12 @@ class Method:
         if self.peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
             raise ValueError(f"{self.name}: PEFT has no peft_type='{self.peft_type}': use e.g. LORA or ASLORA.")
         Variant(**self.variant)
-        if self.variant and (self.peft_type, self.sharing) != ("ASLORA", "similarity"):
-            raise ValueError(f"{self.name}: variant={self.variant} is one of ASLORA with sharing='similarity'.")
+        suits = (self.peft_type, self.sharing) == ("ASLORA", "similarity")
+        of_lora = self.peft_type == "LORA" and self.variant.keys() <= {"diagonal", "rate_diagonal"}
+        if self.variant and not suits and not of_lora:
+            raise ValueError(
+                f"{self.name}: variant={self.variant} is one of ASLORA with sharing='similarity'; LORA has a diagonal."
+            )
 
     @property
     def settings(self) -> dict:

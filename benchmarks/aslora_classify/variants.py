@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -39,7 +40,7 @@ class Variant:
         second_moment: at a merge `kept`, or `rescaled` by the square of the growth of the group, whose gradient is a
             sum of more layers from then on.
         rate_a, rate_b: factors of the learning rate.
-        diagonal: whether each layer trains r values d between A and B, W + s B diag(d) A, from ones on.
+        diagonal: whether each layer trains r values d between A and B, W + s B diag(d) A, from ones on; also of LoRA.
         rate_diagonal: factor of their rate.
     """
 
@@ -71,6 +72,10 @@ class Variant:
         if self.diagonal:
             for layer in _layers(model):
                 _add_diagonal(layer)
+            for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
+                (A,) = layer.lora_A.values()
+                A.register_parameter(DIAGONAL, nn.Parameter(A.weight.new_ones(len(A.weight))))
+                A.register_forward_hook(lambda A, _, xA: xA * getattr(A, DIAGONAL))
 
     def groups(self, model: nn.Module, rate: float) -> list[dict]:
         """Parameter groups with their rates."""

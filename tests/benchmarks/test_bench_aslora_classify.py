@@ -264,7 +264,7 @@ def test_queries_of_clinc150_keep_their_splits(tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------ what is committed
 
 
-@pytest.mark.parametrize("name", ["settings", "quick", "diagonal", "clinc150"])
+@pytest.mark.parametrize("name", ["settings", "quick", "diagonal", "clinc150", "diagonal_control"])
 def test_the_committed_list_names_what_the_settings_run(name):
     settings = runs.read_settings(bench.HERE / f"{name}.json")
     listed = read_list(settings.comparisons)
@@ -331,10 +331,10 @@ def test_experiments_of_peft_s_method_comparison(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count("left out") == 4
 
 
-def variant_row(place, variant, **config):
+def variant_row(place, variant, peft_type="ASLORA", **config):
     settings = runs.read_settings(place / "tiny.json")
     made_runs = runs.Runs(settings, Rows(place / "unused.json"), place, "cpu")
-    method = Method("m", 1, "ASLORA", ASLORA["config"] | config, variant=variant)
+    method = Method("m", 1, peft_type, ASLORA["config"] | config, variant=variant)
     splits = made_runs.splits("films")
     return training.run_row(settings.setup, TASK, method, 0.05, 5, splits, "test", made_runs.pad, "cpu")
 
@@ -355,6 +355,10 @@ def test_variants_change_a_run(place, variant):
     assert changed["loss"] != plain["loss"]
     more = 2 * 6 * 2 if "diagonal" in variant else 0  # projections, layers, r
     assert changed["values_end"] == plain["values_end"] + more
+    if "diagonal" in variant:
+        plain, changed = variant_row(place, {}, "LORA"), variant_row(place, variant, "LORA")
+        assert changed["loss"] != plain["loss"]
+        assert changed["values_end"] == plain["values_end"] + more
     never = variant_row(place, variant, num_merges=0)["loss"] == variant_row(place, {}, num_merges=0)["loss"]
     assert never == (variant in ({"gradient": "mean"}, {"second_moment": "rescaled"}))  # of groups alone
 
