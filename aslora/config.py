@@ -18,7 +18,8 @@ class ASLoRAConfig(MethodConfig):
     One matrix A (shape [r, in_features]) serves every layer of a projection; each layer starts with a B of its own
     (shape [out_features, r]). While training goes on, the two layers whose B have been most similar so far are given
     one common B, again and again, until the planned number of merges is reached. The weight of layer l becomes
-    W_l + scaling * B_group(l) A, with scaling = lora_alpha / r.
+    W_l + scaling * B_group(l) A, with scaling = lora_alpha / r; with `use_diagonal`, which is not in the paper,
+    W_l + scaling * B_group(l) diag(d_l) A.
 
     Where the paper leaves a choice open, the first value named is the default.
 
@@ -130,11 +131,18 @@ class ASLoRAConfig(MethodConfig):
             "weighted by the number of layers)."
         },
     )
+    use_diagonal: bool = field(
+        default=False,
+        metadata={
+            "help": "Each layer trains a diagonal of r values of its own between A and its B, from ones on, so that "
+            "layers with one B can still differ. Not in the paper."
+        },
+    )
     init_weights: bool = field(
         default=True,
         metadata={
-            "help": "True: A Kaiming-uniform and B zero, so that training starts from the base model. False: B random "
-            "too, for tests."
+            "help": "True: A Kaiming-uniform and B zero, so that training starts from the base model. False: B and the "
+            "diagonals random too, for tests."
         },
     )
     use_rslora: bool = field(

@@ -22,6 +22,7 @@ from .layer import Linear
 from .layer_groups import a_group_of, b_group_name, experts_of, group_of_key, module_key, parse_layer_path, tower_of
 from .parameter_layer import ParamWrapper, check_parameter
 from .shared_a import SharedA
+from .sharing.diagonal import add_diagonal
 from .sharing.merge_math import planned_merges
 from .sharing.merge_unit import MergeUnit
 from .sharing.shared_tensors import SharedB
@@ -161,8 +162,12 @@ def _build_group(
     layers = [index for index, _ in members]
     merges = planned_merges(len(members), config.num_merges)
     B = SharedB(config.r * (experts_of(name) or 1), first.out_features, layers, merges, dtype, device)
+    if config.use_diagonal:
+        add_diagonal(B)
     if not config.init_weights:
         nn.init.normal_(B.stacked_B, std=0.02)
+        if B.diagonal is not None:
+            nn.init.normal_(B.diagonal, std=0.1)
     Bs[module_key(name)] = B
     for position, (_, layer) in enumerate(members):
         layer.attach(adapter_name, A, B, position, owns_a and position == 0)

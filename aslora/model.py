@@ -192,6 +192,7 @@ class ASLoRAModel(ZeroRun, MethodTuner):
         Bs = self.shared_b(self.active_adapters[0]).values()
         values = sum(A.shared_A.numel() for A in self.shared_a(self.active_adapters[0]).values())
         values += sum((len(B.stacked_B) - B.merges_taken) * B.stacked_B.shape[1:].numel() for B in Bs)
+        values += sum(B.diagonal.numel() for B in Bs if B.diagonal is not None)
         return {"aslora/merges": sum(B.merges_taken for B in Bs), "aslora/trainable_values": values}
 
     def on_run_end(self) -> None:

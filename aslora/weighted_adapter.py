@@ -116,6 +116,7 @@ def combine(
         r=rank,
         lora_alpha=rank,
         use_rslora=False,
+        use_diagonal=False,  # the diagonals of the inputs are in its B
         target_modules=sorted(paths),
         exclude_modules=None,
         # A pattern decides which layers form a group, so the result has the one of its inputs.
@@ -156,13 +157,15 @@ class _Source:
         return {layer for B in self.B.values() for layer in B.layer_indices}
 
     def rows(self, group: str, layers: list[int], like: SharedB) -> tuple[Tensor, list[int]]:
-        """B [n, out_features, r] and sharing labels of the given layers; zeros where this adapter has no such layer."""
+        """B [n, out_features, r] and sharing labels of the given layers; zeros where this adapter has no such layer.
+        A layer with a diagonal has a B of its own."""
         _, out_features, _ = like.stacked_B.shape
         values = like.stacked_B.new_zeros(len(layers), out_features, self.r, dtype=torch.float64)
         labels = [-1] * len(layers)
         if group in self.B:
             B = self.B[group]
-            rows, owners = {layer: row for row, layer in enumerate(B.layer_indices)}, B.sharing_map
+            rows = {layer: row for row, layer in enumerate(B.layer_indices)}
+            owners = B.sharing_map if B.diagonal is None else list(range(len(rows)))
             for i, layer in enumerate(layers):
                 if layer in rows:
                     values[i] = B(rows[layer]).detach().to(values)

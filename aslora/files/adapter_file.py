@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..config import ASLoRAConfig
 from ..layer_groups import a_group_of
+from ..sharing.diagonal import scaled
 from ..sharing.merge_math import groups_of, records_fit
 from ..sharing.sharded import full_tensor
 from ..sharing.ties import filled, map_by_value, matches_values
@@ -39,7 +40,8 @@ def compact(tensors: dict[str, Tensor], layers: Mapping[str, list[int]], config:
             f"{A_PREFIX}{a_group_of(group, config.share_a, config.share_a_experts)}.shared_A",
             f"{prefix}stacked_B",
         )
-        for key in (a_key, b_key):
+        d_key = f"{prefix}diagonal"
+        for key in (a_key, b_key, d_key) if config.use_diagonal else (a_key, b_key):
             if key not in tensors:
                 raise ValueError(
                     f"The state_dict to save has no {key}, without which the adapter cannot be loaded: give all "
@@ -53,6 +55,8 @@ def compact(tensors: dict[str, Tensor], layers: Mapping[str, list[int]], config:
                 "the parameters as they are in the model."
             )
         saved |= _compact_group(prefix, tensors, B, indices)
+        if config.use_diagonal:
+            saved[d_key] = full_tensor(tensors[d_key])
     return saved
 
 
@@ -149,9 +153,12 @@ def from_file(
 
 
 def rows_of_layers(tensors: Mapping[str, Tensor], group: str) -> list[tuple[int, Tensor]]:
-    """(layer index, its B [out_features, r]) for each layer of a group, from a file's tensors."""
+    """(layer index, its B [out_features, r], times its diagonal if it has one) for each layer of a group, from a file's
+    tensors."""
     prefix = f"{B_PREFIX}{group}."
     rows = tensors[f"{prefix}rows"].tolist()
     place = {row: i for i, row in enumerate(sorted(groups_of(rows)))}
     B = tensors[f"{prefix}stacked_B"]
-    return [(layer, B[place[row]]) for layer, row in zip(tensors[f"{prefix}layers"].tolist(), rows, strict=True)]
+    diagonal = tensors.get(f"{prefix}diagonal")
+    own = [B[place[row]] if diagonal is None else scaled(B[place[row]], diagonal[i]) for i, row in enumerate(rows)]
+    return list(zip(tensors[f"{prefix}layers"].tolist(), own, strict=True))

@@ -36,7 +36,7 @@ def sharing_section(folder: Path) -> list[str]:
             text = " ".join("{" + ", ".join(str(layers[i]) for i in rows) + "}" for rows in shared)
             lines.append(f"| `{module_path(group, '*')}` | {text} |")
         for key, name in keys.items():
-            if key.endswith((".shared_A", ".stacked_B")):
+            if key.endswith((".shared_A", ".stacked_B", ".diagonal")):
                 size = 1
                 for length in file.get_slice(name).get_shape():
                     size *= length

@@ -14,7 +14,7 @@ from ..layer_groups import a_group_of
 from ..sharing.merge_math import is_sharing_map, records_fit
 from .keys import A_PREFIX, B_PREFIX, BUFFERS, DIGEST, b_groups, owns
 
-_VALUES = (".shared_A", ".stacked_B")
+_VALUES = (".shared_A", ".stacked_B", ".diagonal")
 
 
 def digest_of(tensors: Mapping[str, Tensor], config: ASLoRAConfig) -> Tensor:
@@ -43,6 +43,11 @@ def check(tensors: Mapping[str, Tensor], config: ASLoRAConfig) -> None:
                 f"The file lacks {a_key if not absent else prefix + absent[0]}: it is incomplete or was saved with "
                 f"another share_a than '{config.share_a}'; take adapter_config.json and adapter_model file of one save."
             )
+        if (f"{prefix}diagonal" in tensors) != config.use_diagonal:
+            raise ValueError(
+                f"{prefix}diagonal is {'not ' * config.use_diagonal}in the file, but adapter_config.json has "
+                f"use_diagonal={config.use_diagonal}: take both files of one save."
+            )
         _check_map(group, tensors)
     if DIGEST in tensors:
         check_digest(tensors[DIGEST], digest_of(tensors, config), removable=DIGEST)
@@ -64,6 +69,9 @@ def _form_problem(group: str, tensors: Mapping[str, Tensor]) -> str | None:
         if tuple(tensor.shape) != form or tensor.is_floating_point() != (name == "distances"):
             return f"{name} is {tensor.dtype} {list(tensor.shape)} where {n} layers need {list(form)}"
     B = tensors[f"{prefix}stacked_B"]
+    diagonal = tensors.get(f"{prefix}diagonal")
+    if diagonal is not None and tuple(diagonal.shape) != (n, B.shape[-1]):
+        return f"diagonal has shape {list(diagonal.shape)} where {n} layers need {[n, B.shape[-1]]}"
     average = tensors.get(f"{prefix}average")
     if average is not None and average.shape != B.shape:
         return f"average has shape {list(average.shape)} where B has {list(B.shape)}"
@@ -98,7 +106,7 @@ def check_fit(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], c
             layers = len(tensors[f"{key.removesuffix('stacked_B')}rows"])
             sizes[key] = torch.Size((layers, *sizes[key][1:]))
     expected = {key: shape for key, shape in shapes.items() if key.endswith(_VALUES)}
-    check_shapes(sizes, expected, config, "r, the targets or the sizes of layers")
+    check_shapes(sizes, expected, config, "r, use_diagonal, the targets or the sizes of layers")
 
 
 def check_layers(tensors: Mapping[str, Tensor], in_model: Mapping[str, Tensor]) -> None:

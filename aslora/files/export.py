@@ -23,8 +23,9 @@ from .checks import check
 def export_to_lora(adapter_dir: str | Path, out_dir: str | Path) -> None:
     """Write the adapter saved in `adapter_dir` as a LoRA adapter of the same rank to the new folder `out_dir`.
 
-    Exact: delta W of layer l is scaling * B_group(l) A, so each layer gets A and its group's B bit for bit, no SVD. The
-    model it is loaded into gives the same logits. Dropout, rsLoRA scaling, biases and modules_to_save are exported too.
+    Exact: delta W of layer l is scaling * B_group(l) A, so each layer gets A and its group's B bit for bit, no SVD;
+    with `use_diagonal` it gets B_group(l) diag(d_l), as its forward computes it. The model it is loaded into gives the
+    same logits. Dropout, rsLoRA scaling, biases and modules_to_save are exported too.
 
     Raises:
         ValueError: `adapter_dir` holds no ASLoRA adapter, its file is damaged, or `out_dir` is not empty. Nothing is

@@ -1,7 +1,8 @@
 """The names of an adapter's tensors: in a file, in memory, and in files of 0.1.
 
 Keys in a file, after the prefix `base_model.`: `aslora_A.<A-group>.shared_A`, `aslora_digest`, and
-`aslora_B.<B-group>.` with `stacked_B`, `layers`, `rows`, `clock`, `history`, `distances` and `average` (see `SharedB`).
+`aslora_B.<B-group>.` with `stacked_B`, `diagonal`, `layers`, `rows`, `clock`, `history`, `distances` and `average` (see
+`SharedB`).
 In memory the name of the adapter stands before the group, whose characters are changed (`layer_groups.module_key`).
 """
 
@@ -16,7 +17,7 @@ from ..layer_groups import group_of_key, module_key
 A_PREFIX, B_PREFIX, DIGEST = "base_model.aslora_A.", "base_model.aslora_B.", "base_model.aslora_digest"
 BUFFERS = ("layers", "rows", "clock", "history", "distances")
 # PEFT leaves out what ends on the name of another adapter, so no adapter may be called like a tensor.
-RESERVED = {*BUFFERS, "average", "shared_A", "stacked_B"}
+RESERVED = {*BUFFERS, "average", "shared_A", "stacked_B", "diagonal"}
 
 
 def owns(key: str) -> bool:

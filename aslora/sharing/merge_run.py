@@ -69,13 +69,9 @@ class SharingRun:
         return self.units[adapter_name]
 
     def watched_parameters(self) -> Iterable[nn.Parameter]:
-        """All A and B."""
-        parameters = {}
-        for units in self.units.values():
-            for unit in units:
-                for B, A in unit.members.values():
-                    parameters[id(B.stacked_B)], parameters[id(A.shared_A)] = B.stacked_B, A.shared_A
-        return parameters.values()
+        """All A, B and diagonals."""
+        members = [member for units in self.units.values() for unit in units for member in unit.members.values()]
+        return {id(p): p for B, A in members for p in (*B.parameters(), *A.parameters())}.values()
 
     def _stepped(self, parameters: list[nn.Parameter]) -> Iterator[tuple[str, MergeUnit, list[SharedB]]]:
         stepped = {id(p) for p in parameters}
@@ -110,10 +106,10 @@ class SharingRun:
         return [B for units in self.units.values() for unit in units for B in unit.b_groups]
 
     def _deciding(self) -> Iterator[nn.Parameter]:
-        """The A and B on which merges that are to come depend."""
+        """The A, B and diagonals on which merges that are to come depend."""
         for unit in (unit for units in self.units.values() for unit in units if unit.pending):
             for B, A in unit.members.values():
-                yield from (B.stacked_B, A.shared_A)
+                yield from (*B.parameters(), *A.parameters())
 
     def _taken_over(self) -> None:
         for units in self.units.values():

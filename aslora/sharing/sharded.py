@@ -28,6 +28,7 @@ class HeldB(nn.Module):
     """
 
     stacked_B: nn.Parameter
+    diagonal: nn.Parameter | None
     zero: ZeroSteps | None = None
 
     @property

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from peft_bridge.accelerate_private import stateful_under_fsdp2
 
+from .diagonal import scaled
 from .host_values import HostValues
 from .merge_math import groups_of, is_sharing_map
 from .sharded import HeldB
@@ -31,6 +32,8 @@ class SharedB(HeldB):
     a constant set of parameters. Each layer reads its own row: the parameters alone are the model. Layers that share
     have rows with equal bits; one of these, their owner, takes the gradients of all, and after each optimizer step the
     others are overwritten with it.
+
+    Parameter `diagonal`: [n, r], a row for each layer, merged or not; or None (see `aslora.sharing.diagonal`).
 
     Buffers (persistent, so that a resumed run takes the same merges):
         `layers` int64 [n]: the layer indices, ascending. `rows` int64 [n]: the owner of each row, as recorded; it holds
@@ -62,6 +65,7 @@ class SharedB(HeldB):
         self.stacked_B = nn.Parameter(torch.zeros(n, out_features, r, dtype=dtype, device=device))
         self.register_buffer("layers", torch.tensor(layers, device=device))
         self.register_buffer("rows", torch.arange(n, device=device))
+        self.register_parameter("diagonal", None)
         wide = torch.promote_types(dtype, torch.float32)
         self.register_buffer("average", torch.zeros(n if merges else 0, out_features, r, dtype=wide, device=device))
         self.register_buffer("clock", torch.tensor([0, 0, 0 if merges else 1], device=device))
@@ -123,7 +127,12 @@ class SharedB(HeldB):
     # ------------------------------------------------------------------ forward
 
     def forward(self, position: int) -> Tensor:
-        """The B [out_features, r] of the layer at `position`; under autograd its gradient goes to the row's owner.
+        """The B [out_features, r] of the layer at `position`, times its diagonal if there is one."""
+        B = self._row(position)
+        return B if self.diagonal is None else scaled(B, self.diagonal[position])
+
+    def _row(self, position: int) -> Tensor:
+        """A row of the stack; under autograd its gradient goes to the row's owner.
 
         Under autograd all rows come from ONE function that lasts until B is next written: indexing the stack once per
         layer would build one gradient of the size of the whole stack for each layer.
