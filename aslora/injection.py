@@ -22,9 +22,9 @@ from .layer import Linear
 from .layer_groups import a_group_of, b_group_name, experts_of, group_of_key, module_key, parse_layer_path, tower_of
 from .parameter_layer import ParamWrapper, check_parameter
 from .shared_a import SharedA
-from .sharing.diagonal import add_diagonal
 from .sharing.merge_math import planned_merges
 from .sharing.merge_unit import MergeUnit
+from .sharing.shared_rows import add_diagonal
 from .sharing.shared_tensors import SharedB
 
 # To modules_to_save, by task_type, whether the model has such a module or not.

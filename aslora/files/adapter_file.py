@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..config import ASLoRAConfig
 from ..layer_groups import a_group_of
-from ..sharing.diagonal import scaled
 from ..sharing.merge_math import groups_of, records_fit
 from ..sharing.sharded import full_tensor
+from ..sharing.shared_rows import scaled
 from ..sharing.ties import filled, map_by_value, matches_values
 from .checks import check, check_fit, check_layers, digest_of
 from .keys import A_PREFIX, B_PREFIX, BUFFERS, DIGEST, b_groups, file_key, in_memory, key_in_file, key_in_memory, owns

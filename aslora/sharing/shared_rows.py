@@ -1,7 +1,8 @@
-"""Rows of one parameter under autograd, with the gradients of tied rows summed into one of them.
+"""Rows of one parameter under autograd, with the gradients of tied rows summed into one of them, and their diagonals.
 
 Where the row that a layer reads and the row that takes its gradient differ, their values are equal: this is the
-derivative of a model with one B for several layers.
+derivative of a model with one B for several layers. With a diagonal the weight of layer l is
+W_l + scaling * B_group(l) diag(d_l) A.
 """
 
 from __future__ import annotations
@@ -10,9 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_bridge.torch_private import backward_number
+
+from .sharded import HeldB
+
+# d is 1 + RATE * the parameter `diagonal`. Adam's steps do not depend on the scale of a gradient, so d moves 5 times as
+# far in a step as A and B do: at their rate it was too slow to help (docs/benchmarks.md).
+RATE = 5.0
 
 
 class BackwardPasses:
@@ -122,3 +129,22 @@ class OneRow(torch.autograd.Function):
         stack = gradient.new_zeros(ctx.rows, *gradient.shape)
         stack[ctx.owner] = gradient
         return stack, None, None
+
+
+def add_diagonal(B: HeldB) -> None:
+    """Give each layer of a stacked B [n, out_features, r] a diagonal: the parameter `diagonal`, [n, r] zeros.
+
+    It holds (d - 1) / RATE, which bfloat16 resolves more finely than d, and which weight decay draws to d = 1.
+    """
+    n, _, r = B.stacked_B.shape
+    B.diagonal = nn.Parameter(B.stacked_B.new_zeros(n, r))
+
+
+def scaled(B: Tensor, diagonal: Tensor) -> Tensor:
+    """B diag(d); all that reads a layer's B, in memory or in a file, has it from here.
+
+    Args:
+        B: [out_features, r].
+        diagonal: [r], a row of the parameter.
+    """
+    return B * (1 + RATE * diagonal)

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from peft_bridge.accelerate_private import stateful_under_fsdp2
 
-from .diagonal import scaled
 from .host_values import HostValues
 from .merge_math import groups_of, is_sharing_map
 from .sharded import HeldB
-from .shared_rows import OneRow, TakenRows
+from .shared_rows import OneRow, TakenRows, scaled
 from .ties import Ties, confirmed_map, fill
 from .unseen_steps import CompiledBackwardPasses
 
@@ -33,7 +32,7 @@ class SharedB(HeldB):
     have rows with equal bits; one of these, their owner, takes the gradients of all, and after each optimizer step the
     others are overwritten with it.
 
-    Parameter `diagonal`: [n, r], a row for each layer, merged or not; or None (see `aslora.sharing.diagonal`).
+    Parameter `diagonal`: [n, r], a row for each layer, merged or not; or None (see `shared_rows.add_diagonal`).
 
     Buffers (persistent, so that a resumed run takes the same merges):
         `layers` int64 [n]: the layer indices, ascending. `rows` int64 [n]: the owner of each row, as recorded; it holds

@@ -26,6 +26,7 @@ ASLORA = {
     "similarity": ("product", "product"), "merge_value": ("mean", "mean"), "init_weights": ("false", False),
     "use_rslora": ("", True), "fan_in_fan_out": ("yes", True), "bias": ("aslora_only", "aslora_only"),
     "target_parameters": ("experts.down_proj", ["experts.down_proj"]), "share_a_experts": ("true", True),
+    "use_diagonal": ("true", True),
 }  # fmt: skip
 MEFT = {
     "r": ("64", 64), "num_experts": ("16", 16), "experts_per_token": ("2", 2), "top_k": ("8", 8),
