@@ -9,7 +9,8 @@ DEMO_INSTALLED := $(VENV)/.demo-installed
 INSTALLED := $(VENV)/.installed
 DEEPSPEED := .venv-deepspeed
 DEEPSPEED_INSTALLED := $(DEEPSPEED)/.installed
-PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+# Compiling all modules of torch and transformers takes longer than what imports them later.
+PIP := $(PY) -m pip install --no-compile --disable-pip-version-check -c constraints.txt
 
 export HF_HUB_OFFLINE ?= 1
 # Threads that wait asleep: with another program on the cores, waiting awake makes a step several times longer.
