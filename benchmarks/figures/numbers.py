@@ -17,7 +17,8 @@ from benchmarks.meft_forgetting.runs import read_settings
 Numbers = dict[str, Any]  # JSON
 
 FOLDER = Path(__file__).resolve().parents[1]
-ASLORA_SETTINGS, MEFT_SETTINGS = (FOLDER / name / "settings.json" for name in ("aslora_classify", "meft_forgetting"))
+ASLORA_SETTINGS = FOLDER / "aslora_classify" / "option.json"
+MEFT_SETTINGS = FOLDER / "meft_forgetting" / "settings.json"
 RIVAL = "LoRA r 8"
 
 
@@ -40,7 +41,7 @@ def aslora(results: Path = RESULTS, settings: Path = ASLORA_SETTINGS) -> Numbers
     share of its values that the method keeps; on each task where both have all seeds. None where no method has.
     """
     planned = classify_settings(settings)
-    rows = of_settings({"rows": _rows(results / "aslora_classify.json")}, planned, "cpu")["rows"]
+    rows = of_settings({"rows": _rows(results / f"aslora_classify_{settings.stem}.json")}, planned, "cpu")["rows"]
     seeds, margins = planned.protocol.seeds, read_list(planned.comparisons).margins
 
     def reported(task: str, method: str) -> list[dict] | None:

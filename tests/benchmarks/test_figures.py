@@ -54,13 +54,13 @@ def test_a_gain_is_paired_by_seed_and_of_methods_with_all_seeds(tmp_path):
             rows.extend([shared | {"seed": seed, "settings": of_row} | measured] if seed not in left_out else [])
 
     add("LoRA r 8", 0.5, 0.5, 40)
-    write(tmp_path, "aslora_classify.json", rows)
+    write(tmp_path, "aslora_classify_option.json", rows)
     assert numbers.aslora(tmp_path) is None
     add("ASLoRA r 8", 0.25, 0.625, 10)
     add("LoRA r 2", 0.25, 0.5, 10, left_out=seeds[:1])
-    write(tmp_path, "aslora_classify.json", rows)
+    write(tmp_path, "aslora_classify_option.json", rows)
     found = numbers.aslora(tmp_path)
-    assert [len(task["points"]) for task in found["tasks"]] == [0, 1, 0, 0]
+    assert [len(task["points"]) for task in found["tasks"]] == [0, 1, 0]
     (point,) = found["tasks"][1]["points"]
     assert (point["label"], point["values"]) == ("ASLoRA r 8", 25)
     mean_loss = 0.5 + 3.5 / 8  # the gain is the same for all seeds
