@@ -142,6 +142,8 @@ def test_the_numbers_of_the_claims():
     [
         ("aslora_classify", "ASLoRA r 8", ("loss", "accuracy")),
         ("aslora_classify_diagonal", ".*", ("loss", "accuracy")),
+        ("aslora_classify_clinc150", ".*", ("loss", "accuracy")),
+        ("aslora_classify_diagonal_control", ".*", ("loss", "accuracy")),
         ("meft_facts", "MEFT", ("loss", "accuracy")), ("meft_forgetting", ".*", ("forgetting",)),
         ("meft_forgetting_controls", ".*", ("forgetting",)), ("meft_sequence", "MEFT .*", ("kept", "untold")),
     ],
