@@ -176,9 +176,11 @@ def _check_folders(arguments: TrainArguments) -> tuple[Path | None, dict[Path, s
     saved = parse_json((checkpoint / "adapter_config.json").read_text(encoding="utf-8"), str(checkpoint))
     wanted: dict[str, Any] = {"method": config.peft_type.lower()}
     there: dict[str, Any] = {"method": str(saved.get("peft_type")).lower()}
-    for name in ("r", "lora_alpha", "use_rslora", "share_a", "num_experts", "experts_per_token", "top_k"):
+    names = ("r", "lora_alpha", "use_rslora", "use_diagonal", "share_a", "num_experts", "experts_per_token", "top_k")
+    for name in names:
         if hasattr(config, name):
-            wanted[name], there[name] = getattr(config, name), saved.get(name)
+            absent = False if name == "use_diagonal" else None  # as earlier versions have saved it
+            wanted[name], there[name] = getattr(config, name), saved.get(name, absent)
     if isinstance(config.target_modules, set):
         wanted["target_modules"] = sorted(config.target_modules)
         there["target_modules"] = sorted(saved.get("target_modules") or [])

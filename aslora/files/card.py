@@ -12,6 +12,7 @@ from peft_bridge import MethodCard
 from ..layer_groups import module_path
 from ..sharing.merge_math import groups_of
 from .adapter_file import B_PREFIX, file_key
+from .keys import owns
 
 ABOUT = (
     "ASLoRA ([arXiv 2412.10135](https://arxiv.org/abs/2412.10135)) is LoRA with one matrix A for all layers, and "
@@ -36,12 +37,12 @@ def sharing_section(folder: Path) -> list[str]:
             text = " ".join("{" + ", ".join(str(layers[i]) for i in rows) + "}" for rows in shared)
             lines.append(f"| `{module_path(group, '*')}` | {text} |")
         for key, name in keys.items():
-            if key.endswith((".shared_A", ".stacked_B", ".diagonal")):
+            if owns(key) and key.endswith((".shared_A", ".stacked_B", ".diagonal")):
                 size = 1
                 for length in file.get_slice(name).get_shape():
                     size *= length
                 values += size
-    return ["## Sharing", "\n".join(lines), f"The file holds {values:,} values of A and B."]
+    return ["## Sharing", "\n".join(lines), f"The file holds {values:,} values of the adapter."]
 
 
 CARD = MethodCard("ASLoRA", ABOUT, SERVE, sharing_section)

@@ -45,8 +45,8 @@ def check(tensors: Mapping[str, Tensor], config: ASLoRAConfig) -> None:
             )
         if (f"{prefix}diagonal" in tensors) != config.use_diagonal:
             raise ValueError(
-                f"{prefix}diagonal is {'not ' * config.use_diagonal}in the file, but adapter_config.json has "
-                f"use_diagonal={config.use_diagonal}: take both files of one save."
+                f"{prefix}diagonal is {'not ' * config.use_diagonal}in the file, but this adapter has "
+                f"use_diagonal={config.use_diagonal}: take the adapter_config.json of the same save."
             )
         _check_map(group, tensors)
     if DIGEST in tensors:
@@ -106,6 +106,12 @@ def check_fit(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], c
             layers = len(tensors[f"{key.removesuffix('stacked_B')}rows"])
             sizes[key] = torch.Size((layers, *sizes[key][1:]))
     expected = {key: shape for key, shape in shapes.items() if key.endswith(_VALUES)}
+    own = {key for key in expected if key.endswith(".diagonal")}
+    if config.use_diagonal != bool(own):
+        raise ValueError(
+            f"use_diagonal={config.use_diagonal} of the file differs from {bool(own)} of the adapter here: load it by "
+            "load_adapter under another name."
+        )
     check_shapes(sizes, expected, config, "r, use_diagonal, the targets or the sizes of layers")
 
 

@@ -134,7 +134,7 @@ class OneRow(torch.autograd.Function):
 def add_diagonal(B: HeldB) -> None:
     """Give each layer of a stacked B [n, out_features, r] a diagonal: the parameter `diagonal`, [n, r] zeros.
 
-    It holds (d - 1) / RATE, which bfloat16 resolves more finely than d, and which weight decay draws to d = 1.
+    It holds (d - 1) / RATE, so that small steps of it are not lost in bfloat16, and weight decay draws d to 1.
     """
     n, _, r = B.stacked_B.shape
     B.diagonal = nn.Parameter(B.stacked_B.new_zeros(n, r))

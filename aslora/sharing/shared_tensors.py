@@ -293,4 +293,5 @@ class SharedB(HeldB):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._parameters.setdefault("diagonal", None)  # of a pickle that had none
         self._compiled, self.clock_values = CompiledBackwardPasses(self), HostValues()
