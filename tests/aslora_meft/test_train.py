@@ -180,9 +180,16 @@ def test_a_full_output_folder_is_left_alone(run, tmp_path):
         run("lora", output="out/mine")
 
 
-@pytest.mark.parametrize(("method", "words", "message"), [("aslora", [], "method=aslora"), ("lora", ["--r", 4], "r=4")])
-def test_a_checkpoint_of_another_run_is_refused(run, tmp_path, method, words, message):
-    run("lora", "--save_strategy", "steps", "--save_steps", 2, "--max_steps", 2)
+@pytest.mark.parametrize(
+    ("first", "method", "words", "message"),
+    [
+        ("lora", "aslora", [], "method=aslora"),
+        ("lora", "lora", ["--r", 4], "r=4"),
+        ("aslora", "aslora", ["--use_diagonal", "true"], "use_diagonal=True"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(run, tmp_path, first, method, words, message):
+    run(first, "--save_strategy", "steps", "--save_steps", 2, "--max_steps", 2)
     checkpoint = tmp_path / "out" / "checkpoint-2"
     with pytest.raises(UsageError, match=f"{message} differs from the checkpoint's"):
         run(method, *words, "--resume_from_checkpoint", checkpoint, output="other")
