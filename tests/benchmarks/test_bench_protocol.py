@@ -3,9 +3,8 @@
 import itertools
 import json
 import math
-import subprocess
-import sys
-import time
+import multiprocessing
+from contextlib import nullcontext
 from dataclasses import make_dataclass
 from types import SimpleNamespace
 
@@ -16,7 +15,6 @@ from benchmarks.common import comparisons, protocol, runs
 from benchmarks.common.comparisons import Claim, Comparison
 from benchmarks.common.data_files import rows_of
 from benchmarks.common.paired_test import PairedT, holm, paired_t, t_quantile
-from benchmarks.common.places import ROOT
 from benchmarks.common.quality_arguments import out_of
 from benchmarks.common.rows import Rows
 
@@ -324,28 +322,15 @@ def test_a_row_of_another_file_is_taken_over_where_the_run_and_its_data_are_equa
     assert runs.cost([own, shared.once(*run)]) == said
 
 
-def orphan(kept):
-    """A worker that begins run after run."""
-    while True:
-        with open(kept, "a") as file:
-            file.write(".")
-        time.sleep(0.01)
-        runs.stop_without_parent()
-
-
-def test_a_worker_ends_when_its_program_was_killed(tmp_path):
+def test_a_worker_ends_when_its_program_was_killed(monkeypatch):
     """It would go on unseen, and take a core from what is run next."""
-    script = "import multiprocessing, sys, time; from tests.benchmarks.test_bench_protocol import orphan; "
-    script += "multiprocessing.get_context('spawn').Process(target=orphan, args=(sys.argv[1],)).start(); time.sleep(99)"
-    kept = tmp_path / "kept"
-    with subprocess.Popen([sys.executable, "-c", script, kept], cwd=ROOT) as program:
-        while not kept.exists():
-            time.sleep(0.05)
-        program.kill()
-    deadline, size = time.monotonic() + 20, -1
-    while size != (size := kept.stat().st_size):
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
+    runs.stop_without_parent()  # this is no worker
+    for alive in (True, False):
+        monkeypatch.setattr(
+            multiprocessing, "parent_process", lambda alive=alive: SimpleNamespace(is_alive=lambda: alive)
+        )
+        with nullcontext() if alive else pytest.raises(SystemExit, match="has ended"):
+            runs.stop_without_parent()
 
 
 def test_a_page_is_of_rows_that_a_rerun_would_find():
