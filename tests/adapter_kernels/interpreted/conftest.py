@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     repair()
     torch.set_num_threads(1)
     # A launch takes milliseconds a program here: few and small examples.
-    settings.register_profile("interpreter", deadline=None, max_examples=15, suppress_health_check=list(HealthCheck))
+    settings.register_profile("interpreter", deadline=None, max_examples=8, suppress_health_check=list(HealthCheck))
     settings.load_profile("interpreter")
 
     @pytest.fixture
