@@ -143,6 +143,7 @@ def test_the_numbers_of_the_claims():
         ("aslora_classify", "ASLoRA r 8", ("loss", "accuracy")),
         ("aslora_classify_diagonal", ".*", ("loss", "accuracy")),
         ("aslora_classify_clinc150", ".*", ("loss", "accuracy")),
+        ("aslora_classify_option", ".*", ("loss", "accuracy")),
         ("aslora_classify_diagonal_control", ".*", ("loss", "accuracy")),
         ("aslora_classify_smollm2", ".*", ("loss", "accuracy")),
         ("meft_facts", "MEFT", ("loss", "accuracy")), ("meft_forgetting", ".*", ("forgetting",)),
