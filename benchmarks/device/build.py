@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from pathlib import Path
@@ -22,29 +23,34 @@ def place(library: dict) -> Path:
     return ROOT / Path(library["sources"][0]).parent / f"{library['name'].rpartition('.')[2]}.so"
 
 
-def loads(library: Path) -> bool:
-    """Whether a compiled library does."""
-    try:
-        ctypes.CDLL(str(library))
-    except OSError as error:
-        print(error, flush=True)
-        return False
-    return True
-
-
-def build(library: dict, target: Path) -> bool:
-    """Compile one library; whether it loads."""
+def build(library: dict, target: Path, flags: tuple[str, ...] = ()) -> bool:
+    """Compile one library, with `flags` after its own; whether it loads."""
     began = time.perf_counter()
     compiler = os.environ.get("CXX", "g++")
-    command = [compiler, *library["extra-compile-args"], "-shared", "-fPIC", *library["sources"], "-o", str(target)]
+    command = [
+        compiler,
+        *library["extra-compile-args"],
+        *flags,
+        "-shared",
+        "-fPIC",
+        *library["sources"],
+        "-o",
+        str(target),
+    ]
     run = subprocess.run(
         command + library.get("extra-link-args", []), cwd=ROOT, capture_output=True, text=True, check=False
     )
     print(" ".join(command), run.stdout, run.stderr, sep="\n", flush=True)
-    well = run.returncode == 0 and loads(target)
-    said = f"built in {time.perf_counter() - began:.1f} s" if well else (run.stderr.strip() or "not loaded")[-200:]
-    say(library["name"], said, well, "compiles and loads")
-    return well
+    loads = run.returncode == 0
+    if loads:
+        try:
+            ctypes.CDLL(str(target))
+        except OSError as error:
+            loads = False
+            print(error, flush=True)
+    said = f"built in {time.perf_counter() - began:.1f} s" if loads else (run.stderr.strip() or "not loaded")[-200:]
+    say(library["name"], said, loads, "compiles and loads")
+    return loads
 
 
 def warm(seconds: float) -> None:
@@ -72,15 +78,16 @@ def main() -> int:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         say("C++ libraries", f"{UNMEASURED}: no g++ here", None if given.rehearse else False, "compile and load")
         return int(not given.rehearse)
-    built = []
-    for library in libraries():
-        target = place(library)
-        there = next(iter(sorted(target.parent.glob(f"{target.stem}.*so"))), None)
-        if given.rehearse and there is not None:  # it leaves what is installed as it is
-            built.append(loads(there))
-            say(library["name"], "loaded" if built[-1] else "not loaded", built[-1], "compiles and loads")
-        else:
-            built.append(build(library, target))
+    with tempfile.TemporaryDirectory() as folder:
+        built = []
+        for library in libraries():
+            target = place(library)
+            # A rehearsal leaves what is installed as it is, and need not be fast.
+            there = any(target.parent.glob(f"{target.stem}.*so"))
+            if given.rehearse and there:
+                built.append(build(library, Path(folder, target.name), ("-O0",)))
+            else:
+                built.append(build(library, target))
     if given.rehearse:
         say("first launches", UNMEASURED)
     else:
