@@ -91,10 +91,10 @@ def report(adapter: str, units: list[MergeUnit], warmup_steps: int = 0) -> Shari
             now += len(groups) * per_row
             end += (len(layers) - unit.planned if unit.pending else len(groups)) * per_row
             size = per_row * B.stacked_B.element_size()
-            own = 0 if B.diagonal is None else B.diagonal.numel()
-            own_bytes = own * B.stacked_B.element_size()
-            start, now, end = start + own, now + own, end + own
-            allocated, live, saved = allocated + own_bytes, live + own_bytes, saved + own_bytes
+            if B.diagonal is not None:
+                own, own_bytes = B.diagonal.numel(), B.diagonal.numel() * B.diagonal.element_size()
+                start, now, end = start + own, now + own, end + own
+                allocated, live, saved = allocated + own_bytes, live + own_bytes, saved + own_bytes
             buffers = {n: b.numel() * b.element_size() for n, b in B.named_buffers()}
             allocated += len(layers) * size + sum(buffers.values())
             live += len(groups) * size

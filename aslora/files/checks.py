@@ -112,7 +112,7 @@ def check_fit(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], c
             f"use_diagonal={config.use_diagonal} of the file differs from {bool(own)} of the adapter here: load it by "
             "load_adapter under another name."
         )
-    check_shapes(sizes, expected, config, "r, use_diagonal, the targets or the sizes of layers")
+    check_shapes(sizes, expected, config, "r, the targets or the sizes of layers")
 
 
 def check_layers(tensors: Mapping[str, Tensor], in_model: Mapping[str, Tensor]) -> None:

@@ -7,12 +7,12 @@ writes DIR/clinc150/train.csv, the 15,000 queries for training, and DIR/clinc150
 intents. Queries without an intent, and those for validation, are left out.
 """
 
-import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
-from benchmarks.aslora_classify.data import write
+from benchmarks.aslora_classify.data import convert
 
 
 def queries(path: Path) -> dict[str, list[tuple[str, str]]]:
@@ -28,20 +28,7 @@ def queries(path: Path) -> dict[str, list[tuple[str, str]]]:
         raise ValueError(f"not CLINC150's data_full.json ({error!r})") from error
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="data_full.json")
-    parser.add_argument("data", type=Path, help="folder that gets clinc150/")
-    args = parser.parse_args()
-    try:
-        found = queries(args.file)
-    except (OSError, ValueError) as error:
-        print(f"{args.file}: {error}", file=sys.stderr)
-        return 2
-    write(args.data / "clinc150", **found)
-    print(f"{len(found['train'])} and {len(found['test'])} queries in {args.data / 'clinc150'}")
-    return 0
-
+main = partial(convert, __doc__, "data_full.json", "clinc150", queries)
 
 if __name__ == "__main__":
     sys.exit(main())

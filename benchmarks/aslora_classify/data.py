@@ -3,8 +3,12 @@
 A data set is a folder with `train.csv` and `test.csv`, each with the columns `text` and `category`.
 """
 
+import argparse
 import csv
 import random
+import sys
+import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +17,7 @@ import torch
 from benchmarks.common.quality_arguments import DataError
 
 Example = tuple[list[int], int]  # token ids, class
+Rows = list[tuple[str, str]]  # text, category
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,38 @@ def read(path: Path) -> list[tuple[str, str]]:
     return list({text.lower(): (text, category) for text, category in rows}.values())
 
 
-def write(folder: Path, train: list[tuple[str, str]], test: list[tuple[str, str]]) -> None:
-    """Make a data set of (text, category) rows."""
+def write(folder: Path, train: Rows, test: Rows) -> None:
+    """Make a data set."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("test", test), ("train", train)):
         with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("text", "category"), *rows])
+
+
+def convert(
+    doc: str | None, holds: str, name: str, read_rows: Callable[[Path], dict[str, list[tuple[str, str]]]]
+) -> int:
+    """The program that makes the data set `name` below a folder from a file of somebody else.
+
+    Args:
+        doc: what `--help` says. holds: which file is read.
+        read_rows: reads it, rows of "train" and of "test"; may raise OSError, TarError or ValueError.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help=holds)
+    parser.add_argument("data", type=Path, help=f"folder that gets {name}/")
+    args = parser.parse_args()
+    try:
+        rows = read_rows(args.file)
+    except (OSError, tarfile.TarError, ValueError) as error:
+        print(f"{args.file}: {error}", file=sys.stderr)
+        return 2
+    write(args.data / name, **rows)
+    print(f"{len(rows['train'])} and {len(rows['test'])} texts in {args.data / name}")
+    return 0
 
 
 def load_splits(folder: Path, tokenizer, examples: int, n_valid: int, n_test: int, max_tokens: int) -> Splits:

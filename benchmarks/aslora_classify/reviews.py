@@ -7,14 +7,14 @@ writes DIR/reviews/train.csv and DIR/reviews/test.csv: 10,568 sentences that peo
 (Hutto and Gilbert, ICWSM 2014), of which 2,000 are for tests.
 """
 
-import argparse
 import io
 import random
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 
-from benchmarks.aslora_classify.data import write
+from benchmarks.aslora_classify.data import convert
 
 INNER = "hutto_ICWSM_2014.tar.gz"
 RATED = "movieReviewSnippets_GroundTruth.txt"
@@ -51,20 +51,7 @@ def split(rows: list[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
     return {"train": rows[N_TEST:], "test": rows[:N_TEST]}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sdist", type=Path, help="vaderSentiment-3.3.2.tar.gz")
-    parser.add_argument("data", type=Path, help="folder that gets reviews/")
-    args = parser.parse_args()
-    try:
-        rows = rated_sentences(args.sdist)
-    except (OSError, tarfile.TarError, ValueError) as error:
-        print(f"{args.sdist}: {error}", file=sys.stderr)
-        return 2
-    write(args.data / "reviews", **split(rows))
-    print(f"{len(rows)} sentences in {args.data / 'reviews'}")
-    return 0
-
+main = partial(convert, __doc__, "vaderSentiment-3.3.2.tar.gz", "reviews", lambda sdist: split(rated_sentences(sdist)))
 
 if __name__ == "__main__":
     sys.exit(main())

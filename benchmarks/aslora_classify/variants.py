@@ -1,4 +1,4 @@
-"""What an ASLoRA of `benchmarks.aslora_classify` does otherwise than the package: ideas to try before any is built.
+"""What an adapter of `benchmarks.aslora_classify` does otherwise than its package: ideas to try before any is built.
 
 `screen.json` lists those that are tried.
 """
