@@ -29,6 +29,7 @@ CASES = {
     "3 mean offloaded": (3, "mean", None, OFFLOADED),
     "1 mean bf16": (1, "mean", "bf16"),
     "3 upper bf16": (3, "upper", "bf16"),
+    "3 mean diagonals": (3, "mean", None, {}, True),
 }
 SAMPLES = [{"input_ids": row, "labels": row} for step in range(6) for row in TinyLlama.batch(4, 6, seed=50 + step)]
 
@@ -41,8 +42,8 @@ def joint(step):
     return torch.randn(4, Tiny.WIDTH, generator=torch.Generator().manual_seed(100 + step))
 
 
-def plain(value):
-    model = adapted(value)
+def plain(value, use_diagonal=False):
+    model = adapted(value, use_diagonal=use_diagonal)
     optimizer = zero.adamw(model)
     schedule = zero.falling(optimizer)
     for step in range(STEPS):
@@ -77,9 +78,9 @@ def sharing(model):
     return {"maps": Tiny.maps(model), "merges": [B.merges() for B in groups], "average": [B.average for B in groups]}
 
 
-def run_and_resume(rank, folder, stage, value, precision, fields=None):
+def run_and_resume(rank, folder, stage, value, precision, fields=None, use_diagonal=False):
     """Also from checkpoints of exactly a merge step, and of the step after."""
-    model = adapted(value)
+    model = adapted(value, use_diagonal=use_diagonal)
     engine = zero.engine(model, stage, 1, precision, **(fields or {}))
     run(engine, rank, range(2))
     engine.save_checkpoint(f"{folder}/2", exclude_frozen_parameters=True)
@@ -89,7 +90,7 @@ def run_and_resume(rank, folder, stage, value, precision, fields=None):
     state = zero.full(model)
     results = {"state": state, "equal": zero.same_on_all_ranks(state), **sharing(model), "resumed": []}
     for done in (2, 3):
-        other = adapted(value)
+        other = adapted(value, use_diagonal=use_diagonal)
         engine = zero.engine(other, stage, 1, precision, **(fields or {}))
         engine.load_checkpoint(f"{folder}/{done}", load_module_strict=False)
         run(engine, rank, range(done, STEPS))
@@ -206,8 +207,8 @@ def test_same_merges_as_one_process_and_resuming_is_exact(ranks, name):
     one, other = result_of(ranks, f"resumed {name}")
     assert one["equal"]
     assert other["equal"]
-    _, value, precision, *_ = CASES[name]
-    alone = plain(value)
+    _, value, precision, *more = CASES[name]
+    alone = plain(value, *more[1:])
     assert one["maps"] == Tiny.maps(alone)
     taken = [[merge[:3] for merge in B.merges()] for B in Tiny.groups(alone).values()]
     assert [[merge[:3] for merge in merges] for merges in one["merges"]] == taken

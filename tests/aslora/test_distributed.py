@@ -35,12 +35,12 @@ WORLD, STEPS, LAYERS = 2, 8, 5
 WEIGHTS = "adapter_model.safetensors"
 
 
-def adapted(dtype=torch.float64):
+def adapted(dtype=torch.float64, **fields):
     """Five layers, so that FSDP2 shards the rows of B unevenly; of up_proj one layer alone: fewer rows than ranks."""
     targets = r".*\.q_proj|.*\.down_proj|.*\.4\.mlp\.up_proj"
     # Merges at 2, 4, 6: three of them in eight steps, so that training goes on after the last.
     adapter = ASLoRAConfig(
-        r=3, lora_alpha=6, target_modules=targets, merge_start=0, merge_interval=2, total_steps=STEPS
+        r=3, lora_alpha=6, target_modules=targets, merge_start=0, merge_interval=2, total_steps=STEPS, **fields
     )
     return get_peft_model(llama(LAYERS, dtype, use_cache=False), adapter)
 
@@ -395,6 +395,12 @@ def run_fsdp_replicas(rank):
     return {"state": state_of(model), "merges": merges_of(model)}
 
 
+def run_fsdp_diagonals(rank):
+    model = by_hand(adapted(use_diagonal=True))
+    train(model, rank)
+    return {"state": state_of(model), "merges": merges_of(model)}
+
+
 def run_fsdp_mixed(rank):
     with fsdp2_on_cpu(rank):
         chief = accelerator("bf16", cpu_ram_efficient_loading=True)
@@ -464,6 +470,7 @@ def tasks(rank, folder):
         "fsdp accelerate": lambda: run_fsdp_accelerate(rank, folder),
         "fsdp accumulated": lambda: accumulated(rank),
         "fsdp replicas": lambda: run_fsdp_replicas(rank),
+        "fsdp diagonals": lambda: run_fsdp_diagonals(rank),
         "fsdp mixed": lambda: run_fsdp_mixed(rank),
         "fsdp trainer": lambda: run_fsdp_trainer(rank, folder),
         "fsdp averaged": lambda: averaged(rank),
@@ -665,6 +672,16 @@ def test_fsdp2_with_replicas_equals_the_unsharded_run(ranks, alone):
     assert first["merges"] == second["merges"] == merges_of(alone)
     training.assert_equal(first["state"], second["state"])
     assert_close(first["state"], state_of(alone))
+
+
+def test_fsdp2_with_diagonals_equals_the_unsharded_run(ranks):
+    first, second = result(ranks, "fsdp diagonals")
+    alone = adapted(use_diagonal=True)
+    train(alone)
+    assert first["merges"] == second["merges"] == merges_of(alone)
+    training.assert_equal(first["state"], second["state"])
+    assert_close(first["state"], state_of(alone))
+    assert any(name.endswith(".diagonal") and value.any() for name, value in first["state"].items())
 
 
 def test_mixed_precision_under_fsdp2(ranks):
