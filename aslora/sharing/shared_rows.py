@@ -17,8 +17,7 @@ from peft_bridge.torch_private import backward_number
 
 from .sharded import HeldB
 
-# d is 1 + RATE * the parameter `diagonal`. Adam's steps do not depend on the scale of a gradient, so d moves 5 times as
-# far in a step as A and B do: at their rate it was too slow to help (docs/benchmarks.md).
+# The learning rate of d by that of A and B: at their rate it was too slow to help (docs/benchmarks.md).
 RATE = 5.0
 
 
@@ -134,7 +133,9 @@ class OneRow(torch.autograd.Function):
 def add_diagonal(B: HeldB) -> None:
     """Give each layer of a stacked B [n, out_features, r] a diagonal: the parameter `diagonal`, [n, r] zeros.
 
-    It holds (d - 1) / RATE, so that small steps of it are not lost in bfloat16, and weight decay draws d to 1.
+    It holds (d - 1) / RATE, so that small steps of it are not lost in bfloat16, and weight decay draws d to 1. Its gradient
+    is that of d: with any optimizer d moves as with a learning rate of its own, RATE times that of the group, and what
+    clips or scales gradients sees no more than if d were the parameter.
     """
     n, _, r = B.stacked_B.shape
     B.diagonal = nn.Parameter(B.stacked_B.new_zeros(n, r))
@@ -147,4 +148,4 @@ def scaled(B: Tensor, diagonal: Tensor) -> Tensor:
         B: [out_features, r].
         diagonal: [r], a row of the parameter.
     """
-    return B * (1 + RATE * diagonal)
+    return B * torch.add(1 + diagonal, diagonal.detach(), alpha=RATE - 1)  # d, with the gradient of d
