@@ -11,7 +11,8 @@ compared; both were committed before the runs. `benchmarks/common/protocol.py` a
 say how it is decided. With `--settings FILE` another file takes the place of `settings.json`: with a larger model,
 other methods, other data sets. `screen.json` tries ideas (`variants.py`) with tuning seeds only, to choose those that
 deserve a comparison. `diagonal.json` and `clinc150.json` compare the one that it chose, `diagonal_control.json` says
-what of it is due to sharing, `option.json` has it as `use_diagonal`, and `smollm2.json` on another model:
+what of it is due to sharing, `option.json` has it as `use_diagonal`, `few.json` on few examples, and `smollm2.json` on
+another model:
 
     python -m benchmarks.aslora_classify --data DIR --settings benchmarks/aslora_classify/screen.json
     python -m benchmarks.aslora_classify --data DIR --settings benchmarks/aslora_classify/option.json
