@@ -9,6 +9,7 @@ from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 
 from aslora import ASLoRAConfig, export_to_lora
+from aslora.sharing import shared_rows
 from tests.support.models import llama
 from tests.support.training import assert_equal, tokens, train, trainable
 
@@ -94,6 +95,27 @@ def test_it_starts_at_ones_and_each_layer_trains_its_own_through_all_merges(tiny
     counts, more = (one.base_model.sharing_report().trainable_values for one in (plain, model))
     assert {name: more[name] - value for name, value in counts.items()} == dict.fromkeys(counts, 2 * 4 * 2)
     assert model.base_model.log_scalars()["aslora/trainable_values"] == more["now"]
+
+
+def test_it_trains_as_d_with_a_rate_of_its_own(tiny, monkeypatch):
+    """So that the rows of `benchmarks.aslora_classify` in which d was the parameter are its rows too: where every step is
+    clipped, by SGD, whose steps show the length of a gradient."""
+
+    def trained(rate):
+        model = adapted(tiny, init_weights=True)
+        groups = [{"params": p, "lr": 0.1 * (rate if "diagonal" in name else 1)} for name, p in model.named_parameters()]
+        optimizer = torch.optim.SGD(groups)
+        for step in range(6):
+            tiny.backward(model, step)
+            torch.nn.utils.clip_grad_norm_(trainable(model), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+        return torch.cat([shared_rows.RATE * B.diagonal for B in tiny.groups(model).values()])
+
+    built = trained(1)
+    assert built.abs().max() > 0.01
+    monkeypatch.setattr(shared_rows, "RATE", 1.0)  # d - 1 is the parameter
+    torch.testing.assert_close(built, trained(5), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("steps", [3, 6], ids=["merges pending", "finished"])
