@@ -133,9 +133,9 @@ class OneRow(torch.autograd.Function):
 def add_diagonal(B: HeldB) -> None:
     """Give each layer of a stacked B [n, out_features, r] a diagonal: the parameter `diagonal`, [n, r] zeros.
 
-    It holds (d - 1) / RATE, so that small steps of it are not lost in bfloat16, and weight decay draws d to 1. Its gradient
-    is that of d: with any optimizer d moves as with a learning rate of its own, RATE times that of the group, and what
-    clips or scales gradients sees no more than if d were the parameter.
+    It holds (d - 1) / RATE, so that small steps of it are not lost in bfloat16, and weight decay draws d to 1. Its
+    gradient is that of d: with any optimizer d moves as with a learning rate of its own, RATE times that of the group,
+    and what clips or scales gradients sees no more than if d were the parameter.
     """
     n, _, r = B.stacked_B.shape
     B.diagonal = nn.Parameter(B.stacked_B.new_zeros(n, r))

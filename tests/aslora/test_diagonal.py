@@ -59,8 +59,8 @@ def test_forward_and_delta_are_the_formula(tiny):
 
 
 def test_gradients_are_those_of_the_formula_and_of_finite_differences(tiny):
-    """B's is the sum over its layers, each through its own diagonal, which is no other layer's; that of the parameter is
-    the gradient of d, not 5 times it."""
+    """B's is the sum over its layers, each through its own diagonal, which is no other layer's; that of the parameter
+    is the gradient of d, not 5 times it."""
     model = adapted(tiny)
     for projection in "qv":
         A, B, d = values(model, projection)
@@ -98,13 +98,15 @@ def test_it_starts_at_ones_and_each_layer_trains_its_own_through_all_merges(tiny
 
 
 def test_it_trains_as_d_with_a_rate_of_its_own(tiny, monkeypatch):
-    """So that the rows of `benchmarks.aslora_classify` in which d was the parameter are its rows too: where every step is
-    clipped, by SGD, whose steps show the length of a gradient."""
+    """So that the rows of `benchmarks.aslora_classify` in which d was the parameter are its rows too: where every step
+    is clipped, by SGD, whose steps show the length of a gradient."""
 
     def trained(rate):
         model = adapted(tiny, init_weights=True)
-        groups = [{"params": p, "lr": 0.1 * (rate if "diagonal" in name else 1)} for name, p in model.named_parameters()]
-        optimizer = torch.optim.SGD(groups)
+        rates = {True: 0.1 * rate, False: 0.1}
+        optimizer = torch.optim.SGD(
+            {"params": value, "lr": rates["diagonal" in name]} for name, value in model.named_parameters()
+        )
         for step in range(6):
             tiny.backward(model, step)
             torch.nn.utils.clip_grad_norm_(trainable(model), 0.1)

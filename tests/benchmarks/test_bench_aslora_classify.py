@@ -264,7 +264,9 @@ def test_queries_of_clinc150_keep_their_splits(tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------ what is committed
 
 
-@pytest.mark.parametrize("name", ["settings", "quick", "diagonal", "clinc150", "diagonal_control", "option", "smollm2", "few"])
+@pytest.mark.parametrize(
+    "name", ["settings", "quick", "diagonal", "clinc150", "diagonal_control", "option", "smollm2", "few"]
+)
 def test_the_committed_list_names_what_the_settings_run(name):
     settings = runs.read_settings(bench.HERE / f"{name}.json")
     listed = read_list(settings.comparisons)
