@@ -9,7 +9,6 @@ from statistics import NormalDist, mean, stdev
 LEVEL = 0.05
 POWER = 0.8  # of a test to tell a gain that there is
 NORMAL = NormalDist()
-Measured = tuple[float, float, int]  # difference, its standard error, seeds
 
 
 def p_value(t: float, degrees: int) -> float:
@@ -93,39 +92,3 @@ def holm(p_values: list[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = largest
     return adjusted
-
-
-def corrected(measured: list[Measured | None]) -> list[float]:
-    """The p of each comparison of a page after correction for all of them; None, not compared, counts as p = 1."""
-    found = []
-    for one in measured:
-        difference, error, seeds = one or (0.0, 0.0, 2)
-        t = difference / error if error else math.inf * difference if difference else 0.0
-        found.append(p_value(t, seeds - 1))
-    return holm(found)
-
-
-def scores(row: dict, metric: str) -> list[float]:
-    """The metric of each test example, in a fixed order: 0 or 1 for "exact match", else a loss."""
-    return [float(exact) for exact in row["exact"]] if metric == "exact match" else row["losses"]
-
-
-def standard_error(per_seed: list[list[float]]) -> float:
-    """Standard error of the mean of `per_seed` [seeds][test examples], from both samplings: examples and seeds.
-
-    With one seed nothing is known about the spread over seeds, and the answer is infinity.
-    """
-    if len(per_seed) < 2:
-        return math.inf
-    examples = [mean(of_seeds) for of_seeds in zip(*per_seed, strict=True)]
-    seeds = [mean(of_examples) for of_examples in per_seed]
-    return math.sqrt(stdev(examples) ** 2 / len(examples) + stdev(seeds) ** 2 / len(seeds))
-
-
-def compare(rows: dict[int, dict], others: dict[int, dict], metric: str) -> tuple[float, float]:
-    """Mean difference and its standard error, paired by seed and by test example (both read the same ones)."""
-    paired = [
-        [ours - theirs for ours, theirs in zip(scores(rows[seed], metric), scores(others[seed], metric), strict=True)]
-        for seed in sorted(rows.keys() & others.keys())
-    ]
-    return mean(mean(of_examples) for of_examples in paired), standard_error(paired)

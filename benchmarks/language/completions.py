@@ -1,13 +1,10 @@
-"""Pairs of prompt and completion, of which only the completion's tokens carry loss: encoding, batching, training,
-scoring.
-"""
+"""Pairs of prompt and completion, of which only the completion's tokens carry loss: encoding, batching, scoring."""
 
 import random
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from transformers import get_linear_schedule_with_warmup
 
 Encoded = tuple[list[int], int]  # token ids of prompt + completion, number of completion tokens
 
@@ -63,28 +60,6 @@ def completion_losses(model, batches: list[list[Encoded]], device: str) -> Itera
     for batch in batches:
         inputs, labels = collate(batch, device)
         yield F.cross_entropy(completion_logits(model, inputs, labels).flatten(0, 1), labels.flatten())
-
-
-def train_once(model, batches: list[list[Encoded]], rate: float, device: str, clip: float | None = None) -> list[float]:
-    """One pass over `batches` with AdamW; the loss of each. The rate rises for 6 % of the steps, then falls linearly.
-
-    Args:
-        clip: norm of the gradient, at most; None leaves it.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-    schedule = get_linear_schedule_with_warmup(optimizer, int(0.06 * len(batches)), len(batches))
-    model.train()
-    losses = []
-    for loss in completion_losses(model, batches, device):
-        loss.backward()
-        if clip is not None:
-            torch.nn.utils.clip_grad_norm_(trained, clip)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Texts on which `benchmarks.meft_forgetting` sees what a model has forgotten, and those that it counts rows on."""
 
 import csv
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.aslora_quality.tasks import read_gsm8k
 from benchmarks.common.quality_arguments import DataError
 from benchmarks.language.completions import collate, completion_logits, encode
 
@@ -29,6 +29,13 @@ class Texts:
     windows: list[Tensor]
     answers: list[tuple[dict[str, Tensor], Tensor]]
     background: list[Tensor]
+
+
+def read_gsm8k(path: Path) -> list[tuple[str, str]]:
+    """All rows of a GSM8K JSONL file as (question, worked answer)."""
+    with open(path, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file if line.strip()]
+    return [(f"Question: {row['question'].strip()}\nAnswer:", " " + row["answer"].strip()) for row in rows]
 
 
 def load_texts(data: Path, tokenizer, tokens: int, window: int, background: int, device: str) -> Texts:

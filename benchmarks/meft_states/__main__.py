@@ -7,20 +7,19 @@
 DIR holds `nq_open/`. Each way trains the same pairs in the same batches from the same start, with seeds that no other
 page uses. The learning rate is one for all, below the one that recalls most: at that one losses end near zero, and
 their ratios say nothing. A way is equal to float32 where the 95 % interval of the relative difference of the last
-pass's loss lies inside of 2 %, different where it does not hold zero, and else undecided.
+pass's loss lies inside of 2 %, different where p < 0.05 after Holm's correction for all ways, and else undecided.
 """
 
-import math
 import re
 import sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 
 from adapter_kernels.adamw.moment_layout import MODES
 from benchmarks.common.data_files import rows_of
-from benchmarks.common.paired_test import LEVEL, t_quantile
+from benchmarks.common.paired_test import LEVEL, PairedT, holm, paired_t
 from benchmarks.common.quality_arguments import DataError, out_of, parsed, quality_parser
 from benchmarks.language.base_model import load_base
 from benchmarks.language.facts import FILE, Recall, load_pairs
@@ -34,19 +33,25 @@ WAYS = [Way(master, mode) for master in ("float32", "bfloat16") for mode in MODE
 Losses = dict[int, float]  # of each seed
 
 
-def difference(ours: Losses, theirs: Losses) -> tuple[float, float]:
-    """Mean of the relative differences of paired losses, and half of its 95 % interval."""
-    found = [ours[seed] / theirs[seed] - 1 for seed in sorted(ours.keys() & theirs.keys())]
-    if len(found) < 2:
-        return mean(found), math.inf
-    return mean(found), t_quantile(LEVEL, len(found) - 1) * stdev(found) / math.sqrt(len(found))
+def tests(losses: dict[str, Losses]) -> dict[str, tuple[PairedT, float]]:
+    """Of each way with two seeds: the test of its losses relative to those of float32, and its corrected p."""
+    exact = losses.get(WAYS[0].name, {})
+    found: dict[str, PairedT] = {}
+    for way in WAYS[1:]:
+        own = losses.get(way.name, {})
+        paired = [own[seed] / exact[seed] - 1 for seed in sorted(own.keys() & exact.keys())]
+        if len(paired) > 1:
+            found[way.name] = paired_t(paired)
+    absent = [1.0] * (len(WAYS) - 1 - len(found))
+    corrected = holm([test.p for test in found.values()] + absent)
+    return {name: (test, p) for (name, test), p in zip(found.items(), corrected, strict=False)}
 
 
-def verdict(middle: float, half: float) -> str:
-    """The word for an interval."""
-    if abs(middle) + half < EQUAL:
+def verdict(test: PairedT, p: float) -> str:
+    """The word for a difference; `p` is corrected."""
+    if test.low > -EQUAL and test.high < EQUAL:
         return "equal"
-    return "different" if abs(middle) > half else "undecided"
+    return "different" if p < LEVEL else "undecided"
 
 
 def text(rows: list[dict], task: Recall, quick: bool) -> str:
@@ -57,7 +62,7 @@ def text(rows: list[dict], task: Recall, quick: bool) -> str:
         if row["task"] == task.name and row["split"] == "test":
             losses.setdefault(row["method"], {})[row["seed"]] = row["train_loss"]
             recalls.setdefault(row["method"], []).append(row["exact_match"])
-    exact = losses.get(WAYS[0].name, {})
+    tested = tests(losses)
     lines = [
         "# MEFT with narrower masters and moments" + ", quick run: it decides nothing" * quick,
         "",
@@ -65,7 +70,8 @@ def text(rows: list[dict], task: Recall, quick: bool) -> str:
         "",
         f"N = {task.n_pairs}: {task.steps} steps of {task.batch_size} pairs, r 1024, learning rate {RATE:g}. The loss",
         "is that of the last pass; the difference is relative to float32 masters and moments with the same seed, with",
-        f"its 95 % interval. It is equal inside of {100 * EQUAL:g} %, different where the interval does not hold zero.",
+        f"its 95 % interval. It is equal inside of {100 * EQUAL:g} %, different where p < {LEVEL} in a paired t test",
+        f"after Holm's correction for {len(WAYS) - 1} comparisons, and else undecided.",
         "",
         "| masters and moments | seeds | loss | recall, % | difference, % | |",
         "|---|---|---|---|---|---|",
@@ -76,9 +82,9 @@ def text(rows: list[dict], task: Recall, quick: bool) -> str:
             lines.append(f"| {way.name} | missing | | | | |")
             continue
         cells = [way.name, str(len(own)), f"{mean(own.values()):.4f}", f"{100 * mean(recalls[way.name]):.1f}", "", ""]
-        if way is not WAYS[0] and own.keys() & exact.keys():
-            middle, half = difference(own, exact)
-            cells[4:] = [f"{100 * middle:+.2f} ± {100 * half:.2f}", verdict(middle, half)]
+        if way.name in tested:
+            test, p = tested[way.name]
+            cells[4:] = [f"{100 * test.mean:+.2f} ± {50 * (test.high - test.low):.2f}", verdict(test, p)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

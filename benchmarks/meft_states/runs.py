@@ -8,12 +8,13 @@ from statistics import mean
 
 import torch
 from torch import nn
+from transformers import get_linear_schedule_with_warmup
 
 from benchmarks.common.environment import environment
 from benchmarks.common.rows import Rows
 from benchmarks.language.adapters import attach, trainable_values
 from benchmarks.language.base_model import load_base
-from benchmarks.language.completions import train_once
+from benchmarks.language.completions import Encoded, completion_losses
 from benchmarks.language.facts import Pair, Recall, encode_pairs, epochs, exact_match, recall
 
 RATE = 1e-3
@@ -43,6 +44,22 @@ class Way:
         return attach(model, "meft", R, self.settings["fields"])
 
 
+def train(model, batches: list[list[Encoded]], rate: float, device: str) -> list[float]:
+    """Train on `batches`, each once; their losses. The rate rises for 6 % of the steps, then falls linearly."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, int(0.06 * len(batches)), len(batches))
+    model.train()
+    losses = []
+    for loss in completion_losses(model, batches, device):
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
 def run_row(task: Recall, way: Way, seed: int, pairs: list[Pair], device: str) -> dict:
     """Train on the pairs and ask for them again; the row's measured part. `train_loss` is that of the last pass."""
     began, began_cpu = time.perf_counter(), time.process_time()
@@ -50,7 +67,7 @@ def run_row(task: Recall, way: Way, seed: int, pairs: list[Pair], device: str) -
     model, tokenizer = load_base(device)
     model = way.attach(model)
     batches = epochs(encode_pairs(tokenizer, pairs), task.steps, task.batch_size, seed)
-    losses = train_once(model, batches, RATE, device)
+    losses = train(model, batches, RATE, device)
     said = recall(model, tokenizer, pairs, device)
     exact = [exact_match(answer, pair.answers[:1]) for answer, pair in zip(said, pairs, strict=True)]
     return {

@@ -14,7 +14,7 @@ import torch
 from benchmarks.common import comparisons, protocol, runs
 from benchmarks.common.comparisons import Claim, Comparison
 from benchmarks.common.data_files import rows_of
-from benchmarks.common.paired_test import PairedT, holm, paired_t, t_quantile
+from benchmarks.common.paired_test import PairedT, holm, p_value, paired_t, t_quantile
 from benchmarks.common.quality_arguments import out_of
 from benchmarks.common.rows import Rows
 
@@ -35,6 +35,9 @@ def test_the_paired_t_test_is_scipys():
     assert stats.nct.sf(stats.t.isf(0.0005, 7), 7, gain / error) == pytest.approx(0.8, abs=1e-6)
     for degrees in (1, 2, 7, 30):
         assert t_quantile(0.05, degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=1e-12)
+    for degrees in range(1, 12):
+        for t in (-4.3, 0.0, 0.5, 2.0, 40.0):
+            assert p_value(t, degrees) == pytest.approx(2 * stats.t.sf(abs(t), degrees), abs=1e-12)
 
 
 def test_differences_without_spread():

@@ -9,6 +9,9 @@ import statistics
 from pathlib import Path
 
 import pytest
+import torch
+import transformers as tr
+from peft import LoraConfig, get_peft_model
 
 import adapter_kernels
 import aslora
@@ -16,6 +19,7 @@ import meft
 import peft_bridge
 from aslora_meft.arguments.groups import parse_train
 from aslora_meft.planner.command import parse as parse_estimate
+from benchmarks.common.places import SMOLLM2
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md", *ROOT.glob("docs/**/*.md")]
@@ -43,22 +47,6 @@ def test_links_lead_somewhere(page):
         if anchor:
             headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in map(slug, headings), target
-
-
-def test_the_table_of_quality():
-    found = {}
-    for row in rows_of("aslora_quality.json"):
-        if row["split"] == "test":
-            found.setdefault((row["method"], row["task"]), []).append(row)
-    table = re.findall(r"^\| (\w[^|]*) \| ([\d,]+) \| (\d[^|]*) \| (\d[^|]*) \|$", BENCHMARKS, re.MULTILINE)
-    assert len(table) == 5
-    for method, values, matches, loss in table:
-        intents, gsm8k = found[method, "banking77"], found[method, "gsm8k"]
-        assert values == f"{intents[0]['parameters_end']:,}"
-        exact = [100 * row["exact_match"] for row in intents]
-        assert matches == f"{statistics.mean(exact):.1f} ± {statistics.stdev(exact):.1f}"
-        losses = [row["loss"] for row in gsm8k]
-        assert loss == f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}"
 
 
 def test_the_table_of_other_libraries():
@@ -104,10 +92,19 @@ def test_the_table_of_steps_and_the_readme_s_ratios():
             assert f"| {row['model']} | {row['base ratio']:.3f} [{low:.3f}, {high:.3f}] | {peak:.3f} |" in BENCHMARKS
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"{min(ratios):.2f} to {max(ratios):.2f} of LoRA's" in readme
-    files = {row["method"]: row["file_bytes"] for row in rows_of("aslora_quality.json")}
-    share = f"{files['ASLoRA r 8'] / files['LoRA r 8']:.2f}"
-    assert f"{share} of LoRA's" in readme
-    assert f"{share} times\nLoRA's" in BENCHMARKS
+
+
+def test_the_saved_file_s_share_of_lora_s():
+    def adapted(config):
+        with torch.device("meta"):
+            base = tr.AutoModelForCausalLM.from_config(tr.AutoConfig.from_pretrained(SMOLLM2))
+            return get_peft_model(base, config)
+
+    common = {"r": 8, "target_modules": "all-linear"}
+    ours = adapted(aslora.ASLoRAConfig(**common, total_steps=100)).base_model.sharing_report().trainable_values["end"]
+    share = f"{ours / adapted(LoraConfig(**common)).get_nb_trainable_parameters()[0]:.2f}"
+    assert f"{share} of LoRA's (SmolLM2-135M, all linear layers)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{share} times\nLoRA's for all linear layers of SmolLM2-135M" in BENCHMARKS
 
 
 def test_the_numbers_of_the_claims():
