@@ -134,8 +134,8 @@ def add_diagonal(B: HeldB) -> None:
     """Give each layer of a stacked B [n, out_features, r] a diagonal: the parameter `diagonal`, [n, r] zeros.
 
     It holds (d - 1) / RATE, so that small steps of it are not lost in bfloat16, and weight decay draws d to 1. Its
-    gradient is that of d: with any optimizer d moves as with a learning rate of its own, RATE times that of the group,
-    and what clips or scales gradients sees no more than if d were the parameter.
+    gradient is that of d: d moves as with a learning rate of its own, RATE times that of the group, and what clips or
+    scales gradients sees no more than if d were the parameter.
     """
     n, _, r = B.stacked_B.shape
     B.diagonal = nn.Parameter(B.stacked_B.new_zeros(n, r))
@@ -148,4 +148,4 @@ def scaled(B: Tensor, diagonal: Tensor) -> Tensor:
         B: [out_features, r].
         diagonal: [r], a row of the parameter.
     """
-    return B * torch.add(1 + diagonal, diagonal.detach(), alpha=RATE - 1)  # d, with the gradient of d
+    return B * (1 + torch.add(diagonal, diagonal.detach(), alpha=RATE - 1))  # 1 + RATE * diagonal, with d's gradient

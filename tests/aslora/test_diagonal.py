@@ -97,6 +97,12 @@ def test_it_starts_at_ones_and_each_layer_trains_its_own_through_all_merges(tiny
     assert model.base_model.log_scalars()["aslora/trainable_values"] == more["now"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_d_is_rounded_as_the_formula(dtype):
+    diagonal, B = torch.randn(2, 10_000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(shared_rows.scaled(B, diagonal), B * (1 + 5 * diagonal))
+
+
 def test_it_trains_as_d_with_a_rate_of_its_own(tiny, monkeypatch):
     """So that the rows of `benchmarks.aslora_classify` in which d was the parameter are its rows too: where every step
     is clipped, by SGD, whose steps show the length of a gradient."""
