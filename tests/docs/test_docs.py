@@ -144,7 +144,8 @@ def test_the_numbers_of_the_claims():
         ("aslora_classify_diagonal_control", ".*", ("loss", "accuracy")),
         ("aslora_classify_smollm2", ".*", ("loss", "accuracy")),
         ("aslora_classify_few", ".*", ("loss", "accuracy")),
-        ("meft_facts", "MEFT", ("loss", "accuracy")), ("meft_forgetting", ".*", ("forgetting",)),
+        ("meft_facts", "MEFT", ("loss", "accuracy")), ("meft_facts_capacity", ".*", ("loss", "accuracy")),
+        ("meft_forgetting", ".*", ("forgetting",)),
         ("meft_forgetting_controls", ".*", ("forgetting",)), ("meft_sequence", "MEFT .*", ("kept", "untold")),
     ],
 )  # fmt: skip
